@@ -1,0 +1,184 @@
+"""Emoji pictures with names: Noto, Twemoji and Fluent 3D, as published on npm.
+
+    python recipes/emoji/data.py --output build/emoji
+
+fetches the three packages with `npm pack`, keeps the names that all three sets draw, and writes
+`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles) and, into the package, the two lists of names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PACKAGES = {
+    "noto": "emoji-datasource-google@16.0.0",
+    "twemoji": "emoji-datasource-twitter@16.0.0",
+    "3d": "@lobehub/fluent-emoji-3d@1.1.0",
+}
+STYLES = tuple(PACKAGES)
+SIZE = 64
+ASSETS = Path(__file__).parents[2] / "src" / "draftune" / "assets"
+
+# Left out: people (skin tones, gender variants), flags, clocks, keycaps, signs, office supplies: they are
+# many, they look alike, and a small model spends itself on them.
+SUBCATEGORIES = {
+    "animal-amphibian", "animal-bird", "animal-bug", "animal-mammal", "animal-marine", "animal-reptile",
+    "award-medal", "cat-face", "dishware", "drink", "event", "food-asian", "food-fruit", "food-marine",
+    "food-prepared", "food-sweet", "food-vegetable", "game", "heart", "light & video", "monkey-face",
+    "musical-instrument", "place-building", "place-geographic", "place-other", "plant-flower", "plant-other",
+    "sky & weather", "sport", "transport-air", "transport-ground", "transport-water",
+    "face-affection", "face-concerned", "face-costume", "face-glasses", "face-hand", "face-hat",
+    "face-negative", "face-neutral-skeptical", "face-sleepy", "face-smiling", "face-tongue", "face-unwell",
+}  # fmt: skip
+SKIPPED_WORDS = ("moon symbol", "oncoming", "building construction", "japanese post", "european post")
+RENAMED = {
+    "automobile": "car",
+    "electric light bulb": "light bulb",
+    "slice of pizza": "pizza",
+    "house building": "house",
+    "soft ice cream": "soft serve",
+    "heavy black heart": "red heart",
+    "snowman without snow": "snowman",
+    "snowman": "snowman in snow",
+    "white medium star": "star",
+    "lady beetle": "ladybug",
+    "aubergine": "eggplant",
+    "ear of maize": "corn",
+    "steam locomotive": "locomotive",
+    "basketball and hoop": "basketball",
+    "tennis racquet and ball": "tennis",
+    "closed umbrella": "folded umbrella",
+    "umbrella": "umbrella without rain",
+    "umbrella with rain drops": "umbrella",
+    "black sun with rays": "sun",
+    "red apple": "apple",
+    "sailboat": "sailboat",
+    "high voltage sign": "lightning",
+    "jack-o-lantern": "pumpkin",
+    "wrapped present": "present",
+}
+
+# The 64 names on which the quality of the model is measured.
+COMMON = (
+    "cat face", "dog face", "mouse face", "rabbit face", "fox face", "bear face", "panda face", "tiger face",
+    "lion face", "cow face", "pig face", "frog face", "monkey face", "unicorn face", "penguin", "owl",
+    "elephant", "whale", "dolphin", "octopus", "crab", "turtle", "snail", "butterfly",
+    "ladybug", "tropical fish", "sunflower", "rose", "tulip", "cactus", "palm tree", "mushroom",
+    "apple", "banana", "strawberry", "watermelon", "pineapple", "cherries", "lemon", "carrot",
+    "pizza", "hamburger", "doughnut", "birthday cake", "lollipop", "soft serve", "french fries", "beer mug",
+    "soccer ball", "basketball", "guitar", "light bulb", "rocket", "car", "bus", "sailboat",
+    "house", "sun", "rainbow", "fire", "red heart", "grinning face", "ghost", "robot face",
+)  # fmt: skip
+
+
+@dataclass
+class Emoji:
+    """images: uint8 [N, 64, 64, 3]; names and styles: N strings each, aligned with images."""
+
+    images: np.ndarray
+    names: list[str]
+    styles: list[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> Emoji:
+        data = np.load(folder / "emoji.npz")
+        return cls(data["images"], data["names"].tolist(), data["styles"].tolist())
+
+    @property
+    def vocabulary(self) -> list[str]:
+        return sorted(set(self.names))
+
+
+def held_out_names(names: list[str]) -> set[str]:
+    """Every tenth name in alphabetical order: never seen by the aesthetic head in training."""
+    return set(sorted(set(names))[::10])
+
+
+def fetch(package: str, folder: Path) -> Path:
+    """The package's archive in `folder`, from npm if it is not there yet."""
+    name, version = package.rsplit("@", 1)
+    archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
+    if not archive.exists():
+        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
+    return archive
+
+
+def read_png_set(archive: Path, set_name: str) -> tuple[list[dict], dict[str, Image.Image]]:
+    """The index of an emoji-datasource package and its 64 px pictures by code point."""
+    index, pictures = [], {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.name == "package/emoji.json":
+                index = json.load(tar.extractfile(member))
+            elif member.name.startswith(f"package/img/{set_name}/64/") and member.name.endswith(".png"):
+                pictures[code_point(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read()))
+    return index, pictures
+
+
+def read_fluent_set(archive: Path) -> dict[str, Image.Image]:
+    with tarfile.open(archive) as tar:
+        return {
+            code_point(m.name): Image.open(io.BytesIO(tar.extractfile(m).read()))
+            for m in tar
+            if m.name.endswith(".webp")
+        }
+
+
+def code_point(path: str) -> str:
+    """The sets disagree about the invisible variation selector; leave it out."""
+    return Path(path).stem.lower().replace("-fe0f", "")
+
+
+def on_white(picture: Image.Image, margin: int) -> np.ndarray:
+    """RGB uint8 [64, 64, 3]; `margin` is cut off in the picture's own pixels first."""
+    picture = picture.convert("RGBA")
+    picture = picture.crop((margin, margin, picture.width - margin, picture.height - margin))
+    picture = picture.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+def build(output: Path) -> Emoji:
+    output.mkdir(parents=True, exist_ok=True)
+    archives = {style: fetch(package, output) for style, package in PACKAGES.items()}
+    index, noto = read_png_set(archives["noto"], "google")
+    _, twemoji = read_png_set(archives["twemoji"], "twitter")
+    sets = {"noto": noto, "twemoji": twemoji, "3d": read_fluent_set(archives["3d"])}
+
+    images, names, styles = [], [], []
+    for entry in index:
+        name = (entry["name"] or "").lower()
+        if entry["subcategory"] not in SUBCATEGORIES or any(word in name for word in SKIPPED_WORDS):
+            continue
+        key = code_point(entry["image"])
+        if any(key not in pictures for pictures in sets.values()):
+            continue
+        for style, pictures in sets.items():
+            # Fluent pictures leave 15 of 256 pixels empty on each side; the others fill their frame.
+            images.append(on_white(pictures[key], margin=12 if style == "3d" else 0))
+            names.append(RENAMED.get(name, name))
+            styles.append(style)
+    emoji = Emoji(np.stack(images), names, styles)
+    missing = set(COMMON) - set(names)
+    assert not missing, f"common names without pictures: {missing}"
+    other = [name for name in emoji.vocabulary if name not in COMMON]
+    (ASSETS / "names-common.txt").write_text("\n".join(COMMON) + "\n")
+    (ASSETS / "names-other.txt").write_text("\n".join(other) + "\n")
+    np.savez_compressed(output / "emoji.npz", images=emoji.images, names=names, styles=styles)
+    return emoji
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("build/emoji"))
+    emoji = build(parser.parse_args().output)
+    print(f"{len(emoji.names)} pictures of {len(emoji.vocabulary)} names")

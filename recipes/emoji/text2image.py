@@ -1,0 +1,179 @@
+"""The text-to-image model: names of emoji to 64x64 pictures, saved as a StableDiffusionPipeline.
+
+    python recipes/emoji/text2image.py --data build/emoji --vae build/emoji/vae --output build/emoji/model
+
+Denoiser and text encoder are trained together, v-prediction on a schedule with zero terminal SNR. The learning
+rate is flat and then falls over the last `--decay` updates, so a run can be stopped and continued with another
+`--steps`. Resumes from its checkpoint; the averaged weights are what is exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from common import Progress, autocast, load_state, pick_device, save_state, to_float
+from data import COMMON, Emoji
+from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+
+UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [64, 128, 128],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 192,
+    "attention_head_dim": [2, 4, 4],
+    "norm_num_groups": 16,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+
+
+class TextToImage(nn.Module):
+    """Denoiser and text encoder as one module, so that they share optimiser, average and checkpoint."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(**UNET)
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=UNET["cross_attention_dim"],
+                intermediate_size=512,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_LENGTH,
+                projection_dim=UNET["cross_attention_dim"],
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self.unet(noisy, timesteps, self.text_encoder(tokens)[0]).sample
+
+
+class Captions:
+    """Token ids of every picture's caption: with the style word for half of the draws, nothing for a tenth."""
+
+    def __init__(self, emoji: Emoji, tokenizer: CLIPTokenizer) -> None:
+        def encode(texts: list[str]) -> torch.Tensor:
+            options = {"padding": "max_length", "truncation": True, "max_length": MAX_LENGTH}
+            return torch.tensor(tokenizer(texts, **options).input_ids)
+
+        self.plain = encode(emoji.names)
+        self.styled = encode([f"{s} {n}" for s, n in zip(emoji.styles, emoji.names, strict=True)])
+        self.empty = encode([""])
+
+    def draw(self, index: torch.Tensor) -> torch.Tensor:
+        u = torch.rand(len(index), 1)
+        tokens = torch.where(u < 0.45, self.styled[index], self.plain[index])
+        return torch.where(u > 0.9, self.empty, tokens)
+
+
+def learning_rate(step: int, steps: int, peak: float, decay: int) -> float:
+    return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / decay))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, step: int) -> None:
+    rate = 1 - min(0.999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
+
+
+def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, output: Path) -> None:
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(vae_folder),
+        unet=average.unet,
+        text_encoder=average.text_encoder,
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(output)
+    save_tokenizer(tokenizer, output / "tokenizer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
+    parser.add_argument("--output", type=Path, default=Path("build/emoji/model"))
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--decay", type=int, default=2500, help="updates over which the learning rate falls at the end")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--common-weight", type=float, default=3.0, help="how often the 64 common names are drawn")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = pick_device()
+    emoji = Emoji.load(args.data)
+    tokenizer = build_tokenizer(emoji.names)
+    captions = Captions(emoji, tokenizer)
+    vae = AutoencoderKL.from_pretrained(args.vae).to(device)
+    with torch.no_grad():
+        latents = [vae.encode(x.to(device)).latent_dist.mean for x in to_float(emoji.images).split(64)]
+        latents = torch.cat(latents).mul(vae.config.scaling_factor)
+    weights = torch.tensor([args.common_weight if name in COMMON else 1.0 for name in emoji.names])
+
+    model = TextToImage(tokenizer).to(device)
+    average = TextToImage(tokenizer).to(device).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
+    start = load_state(args.output, model, optimizer, average=average)
+    torch.manual_seed(start)
+    scheduler = DDIMScheduler(**SCHEDULER)
+    last_export = time.monotonic()
+    progress = Progress(start, args.steps)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.learning_rate, args.decay)
+        index = torch.multinomial(weights, args.batch_size)
+        x0, tokens = latents[index.to(device)], captions.draw(index).to(device)
+        # Stratified times: a batch covers the whole range.
+        u = (torch.arange(args.batch_size) + torch.rand(args.batch_size)) / args.batch_size
+        timesteps = (u * 1000).long().clamp_max(999).to(device)
+        noise = torch.randn_like(x0)
+        noisy = scheduler.add_noise(x0, noise, timesteps)
+        velocity = scheduler.get_velocity(x0, noise, timesteps)
+        with autocast(device):
+            prediction = model(noisy, timesteps, tokens)
+        loss = torch.nn.functional.mse_loss(prediction.float(), velocity)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        update_average(average, model, step)
+        progress.show(loss=loss.item())
+        if time.monotonic() - last_export > 300 or step == args.steps - 1:
+            save_state(args.output, model, optimizer, step + 1, average=average.state_dict())
+            export(average, args.vae, tokenizer, args.output)
+            last_export = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""draftune: fine-tunes diffusion and flow image models on a reward, through sampling."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from draftune.errors import DraftuneError
+    from draftune.lora import load_lora, save_lora
+    from draftune.methods import load_method
+    from draftune.models import load_model
+    from draftune.rewards import Reward, load_reward
+    from draftune.training import train
+
+__version__ = "0.1.0"
+__all__ = ["DraftuneError", "Reward", "load_lora", "load_method", "load_model", "load_reward", "save_lora", "train"]
+
+# Imported when first asked for, so that `draftune --help` need not wait for torch.
+HOMES = {
+    "DraftuneError": "errors",
+    "Reward": "rewards",
+    "load_lora": "lora",
+    "load_method": "methods",
+    "load_model": "models",
+    "load_reward": "rewards",
+    "save_lora": "lora",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'draftune' has no attribute {name!r}")
+    return getattr(import_module(f"draftune.{HOMES[name]}"), name)

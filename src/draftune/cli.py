@@ -1,0 +1,233 @@
+"""The command line: parse, call, print. Imports torch only once a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from draftune.errors import DraftuneError, unknown
+from draftune.settings import Settings, kind, read_yaml
+
+if TYPE_CHECKING:
+    from draftune.models import Model
+
+LISTS = ("models", "rewards", "methods", "prompts")
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DraftuneError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="draftune", description="Fine-tunes diffusion and flow image models on a reward.")
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a LoRA on a reward",
+        description="Fine-tunes a LoRA on a reward. Without flags the embedded model learns to draw glossy 3D emoji.",
+        epilog="example: draftune train --model emoji --reward emoji-aesthetic --output runs/first",
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="FILE", help="a YAML file of these settings, key: value; flags win over it")
+    for f in fields(Settings):
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default or 'none'})")
+        if kind(f) is bool:
+            train.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else None
+            train.add_argument(flag, type=kind(f), metavar=choices or kind(f).__name__.upper(), help=text)
+    train.set_defaults(run=run_train)
+
+    sample = commands.add_parser(
+        "sample",
+        help="draw pictures with a trained LoRA",
+        description="Draws pictures with a run's LoRA, a LoRA file, or a model as it is.",
+        epilog='example: draftune sample runs/first --prompt "cat face" "pizza" --lora-scale 0.7 --output cats.png',
+        allow_abbrev=False,
+    )
+    sample.add_argument("source", metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder, or a model")
+    sample.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw")
+    sample.add_argument("--output", required=True, metavar="FILE_OR_DIR", help="a .png (a grid if several) or a folder")
+    sample.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
+    sample.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
+    sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture of each prompt")
+    sample.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt")
+    sample.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
+    sample.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
+    sample.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
+    sample.set_defaults(run=run_sample)
+
+    score = commands.add_parser(
+        "score",
+        help="score pictures",
+        description="Scores picture files with a reward.",
+        epilog="example: draftune score a.png b.png --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt 'cat face'",
+        allow_abbrev=False,
+    )
+    score.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    score.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
+    score.add_argument("--prompt", default="", metavar="TEXT", help="what the pictures should show")
+    score.set_defaults(run=run_score)
+
+    listing = commands.add_parser("list", help="what there is: models, rewards, methods, prompts")
+    listing.add_argument("what", nargs="?", metavar="{" + ",".join(LISTS) + "}", help="all unless said")
+    listing.set_defaults(run=run_list)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 where it worked, 2 for a mistake of the user's, with one line that says which."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    try:
+        args, extra = parser.parse_known_args(argv)
+        if extra:
+            raise unrecognized(parser, args, extra[0])
+        if args.version:
+            from draftune import __version__
+
+            print(__version__)
+            return 0
+        if args.command is None:
+            parser.print_help()
+            return 0
+        # Torch's and tokenizers' advice about their own innards is not for the user's screen.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        args.run(args)
+    except DraftuneError as error:
+        print(f"draftune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("draftune: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def unrecognized(parser: argparse.ArgumentParser, args: argparse.Namespace, argument: str) -> DraftuneError:
+    if not argument.startswith("--"):
+        return DraftuneError(f"unexpected argument {argument!r} (see {parser.prog} --help)")
+    commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    chosen = commands[args.command] if args.command else parser  # type: ignore[index]
+    return unknown("flag", argument.partition("=")[0], chosen._option_string_actions)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    values: dict[str, Any] = read_yaml(args.config) if args.config else {}
+    flags = {f.name: getattr(args, f.name) for f in fields(Settings)}
+    settings = Settings.from_mapping(values | {key: value for key, value in flags.items() if value is not None})
+    from draftune.training import train
+
+    run = train(settings=settings)
+    if run.comparison:
+        count = len(run.comparison.prompts)
+        print(f"\nbase → tuned, {count} pictures of {len(set(run.comparison.prompts))} prompts, the same seeds")
+        print(run.comparison.table())
+    print(f"\npictures  {run.folder / 'before_after.png'}\nLoRA      {run.folder / 'lora'}")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    if args.num_images < 1:
+        raise DraftuneError(f"--num-images must be at least 1, not {args.num_images}")
+    from draftune.images import grid, save_image, to_pil
+    from draftune.training.run import run_settings
+
+    settings = run_settings(args.source)
+    model = load_source(args.source, args.model or (settings.model if settings else None), args.lora_scale)
+    settings = settings or Settings(model=model.name)
+    model.set_size(settings.height, settings.width)
+    steps = args.num_inference_steps or settings.num_inference_steps
+    schedule = model.schedule(steps, settings.timestep_spacing, settings.set_alpha_to_one)
+    guidance = settings.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    negative = settings.negative_prompt if args.negative_prompt is None else args.negative_prompt
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    seeds = [args.seed + i for _ in args.prompt for i in range(args.num_images)]
+    pictures = model.generate(prompts, seeds, schedule, guidance, negative, progress=True)
+
+    output = Path(args.output).expanduser()
+    try:
+        if output.suffix.lower() == ".png" and len(pictures) == 1:
+            save_image(to_pil(pictures)[0], output)
+        elif output.suffix.lower() == ".png":
+            rows = list(pictures.split(args.num_images))
+            seed_labels = [f"seed {seed}" for seed in seeds[: args.num_images]]
+            save_image(grid(rows, args.prompt, seed_labels), output)
+        else:
+            for i, (picture, seed) in enumerate(zip(to_pil(pictures), seeds, strict=True)):
+                words = "".join(c if c.isalnum() else "-" for c in prompts[i])[:60]
+                save_image(picture, output / f"{i:03d}-{words}-seed{seed}.png")
+    except OSError as error:
+        raise DraftuneError(f"cannot write to {str(output)!r}: {error.strerror}") from error
+    print(output)
+
+
+def load_source(source: str, base: str | None, lora_scale: float) -> Model:
+    """The model that `sample` draws with: a run's or a LoRA's base with the LoRA on it, or a model as it is."""
+    from draftune.lora import base_model, load_lora, lora_file, set_lora_scale
+    from draftune.models import MODELS, load_model
+
+    path = Path(source).expanduser()
+    if source in MODELS or (path / "model_index.json").exists() or (not path.exists() and source.count("/") == 1):
+        return load_model(source)
+    lora_file(source)
+    base = base or base_model(source)
+    if base is None:
+        raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
+    model = load_model(base)
+    load_lora(model, source)
+    set_lora_scale(model, lora_scale)
+    return model
+
+
+def run_score(args: argparse.Namespace) -> None:
+    from draftune.evaluation import score_batches
+    from draftune.images import open_image
+    from draftune.rewards import load_reward
+
+    reward = load_reward(args.reward)
+    images = {name: open_image(Path(name)) for name in args.images}
+    width = max(map(len, images))
+    for i, (name, image) in enumerate(images.items()):
+        scores = score_batches(reward, image, [args.prompt])
+        total = scores.pop("reward")
+        columns = {**scores, "total": total} if len(scores) > 1 else scores
+        if i == 0:
+            print(f"{'image':{width}}  " + "  ".join(f"{label:>10}" for label in columns))
+        cells = (f"{float(value):{max(10, len(label))}.4f}" for label, value in columns.items())
+        print(f"{name:{width}}  " + "  ".join(cells))
+
+
+def run_list(args: argparse.Namespace) -> None:
+    if args.what is not None and args.what not in LISTS:
+        raise unknown("list", args.what, LISTS)
+    from draftune.methods import METHODS
+    from draftune.models import MODELS
+    from draftune.prompts import PROMPT_SETS
+    from draftune.rewards import REWARDS
+
+    tables = {
+        "models": MODELS,
+        "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
+        "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
+        "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
+    }
+    for what in [args.what] if args.what else LISTS:
+        print(what)
+        width = max(map(len, tables[what]))
+        for name, text in tables[what].items():
+            print(f"  {name:{width}}  {text}")
+
+
+def first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())

@@ -1,0 +1,86 @@
+"""Base against tuned: the same prompts and seeds, scored by rewards that were and were not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftune.lora import set_lora_scale
+from draftune.models import Model
+from draftune.rewards import Reward
+
+Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
+
+
+@dataclass
+class Comparison:
+    """Means over the same prompts and seeds: {"reward": (base, tuned), …}, and the pictures [N, 3, H, W]."""
+
+    scores: dict[str, tuple[float, float]]
+    prompts: list[str]
+    base: Tensor
+    tuned: Tensor
+
+    def table(self) -> str:
+        width = max(map(len, self.scores))
+        return "\n".join(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}" for name, (base, tuned) in self.scores.items())
+
+
+@torch.no_grad()
+def score_batches(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 16) -> dict[str, Tensor]:
+    """The total, under "reward", and every part of it [N] of pictures on the CPU."""
+    device = next((p.device for p in reward.parameters()), torch.device("cpu"))
+    rows: list[dict[str, Tensor]] = []
+    for start in range(0, len(images), batch_size):
+        batch = slice(start, start + batch_size)
+        total, parts = reward.parts(images[batch].to(device), prompts[batch])
+        rows.append({name: value.cpu() for name, value in {"reward": total, **parts}.items()})
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@torch.no_grad()
+def diversity(held_out: Reward, images: Tensor, images_per_prompt: int) -> float | None:
+    """Mean distance between the features of pictures of one prompt, 0 to 2; None if no part of the reward has any.
+
+    images: [prompts * images_per_prompt, 3, H, W], those of one prompt beside each other.
+    """
+    judges = [part for _, part in held_out.terms if hasattr(part, "features")]
+    if not judges or images_per_prompt < 2:
+        return None
+    features_of: Callable[[Tensor], Tensor] = judges[0].features  # type: ignore[assignment]
+    features = torch.cat([features_of(batch) for batch in images.split(16)])
+    groups = features.reshape(-1, images_per_prompt, features.shape[-1])
+    distances = torch.cdist(groups, groups)
+    return float(distances.sum() / (len(groups) * images_per_prompt * (images_per_prompt - 1)))
+
+
+def compare(
+    model: Model,
+    draw: Draw,
+    reward: Reward,
+    held_out: Reward | None,
+    prompts: Sequence[str],
+    images_per_prompt: int,
+) -> Comparison:
+    """Draws every prompt with the seeds 0, 1, … from the model without its LoRA and with it, and scores both."""
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    seeds = [seed for _ in prompts for seed in range(images_per_prompt)]
+    pictures, means = [], []
+    for scale in (0.0, 1.0):
+        set_lora_scale(model, scale)
+        images = draw(repeated, seeds)
+        scores = score_batches(reward, images, repeated)
+        if len(reward.terms) == 1:
+            scores = {reward.label: scores["reward"]}
+        if held_out is not None:
+            scores |= {k: v for k, v in score_batches(held_out, images, repeated).items() if k != "reward"}
+        mean = {name: float(values.mean()) for name, values in scores.items()}
+        if held_out is not None and (spread := diversity(held_out, images, images_per_prompt)) is not None:
+            mean["diversity"] = spread
+        pictures.append(images)
+        means.append(mean)
+    scores_by_name = {name: (means[0][name], means[1][name]) for name in means[0]}
+    return Comparison(scores_by_name, repeated, *pictures)

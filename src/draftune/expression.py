@@ -1,0 +1,136 @@
+"""The small language of rewards and methods: `name(key=value)`, sums of them, and numbers as factors.
+
+    clip + 0.1*aesthetic - jpeg-incompressibility(quality=80)
+
+Names may hold hyphens, dots, slashes and colons (jpeg-compressibility, ./reward.py:mine), so a minus between two
+names needs a space on each side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from draftune.errors import DraftuneError, unknown
+
+Value = str | float | int | bool | None
+T = TypeVar("T")
+
+TOKEN = re.compile(
+    r"""\s*(?:
+        (?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w/]))
+      | (?P<string>"[^"]*"|'[^']*')
+      | (?P<name>[\w./~][\w./:~@]*(?:-[\w./:~@]+)*)
+      | (?P<symbol>[-+*(),=])
+    )""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name with its settings."""
+
+    name: str
+    settings: dict[str, Value] = field(default_factory=dict)
+
+    def apply(self, function: Callable[..., T], kind: str) -> T:
+        """`function(**settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
+        parameters = inspect.signature(function).parameters
+        for key in self.settings:
+            if key not in parameters:
+                raise unknown(f"setting of {kind} {self.name}:", key, parameters)
+        return function(**self.settings)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A weighted sum of calls."""
+
+    terms: tuple[tuple[float, Call], ...]
+
+
+def parse(text: str) -> Call | Sum:
+    """Reads an expression. Raises DraftuneError that shows where it stopped making sense."""
+    return Parser(text).expression()
+
+
+class Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[tuple[str, str, int]] = []
+        position = 0
+        while text[position:].strip():
+            match = TOKEN.match(text, position)
+            if match is None:
+                raise self.error(position)
+            kind = str(match.lastgroup)
+            self.tokens.append((kind, match.group(kind), match.start(kind)))
+            position = match.end()
+        self.tokens.append(("end", "", len(text)))
+
+    def error(self, position: int) -> DraftuneError:
+        return DraftuneError(f"cannot read {self.text!r}: stuck at {self.text[position:] or 'its end'!r}")
+
+    def accept(self, *wanted: str) -> str | None:
+        """The next token's text if it is one of these kinds or symbols."""
+        kind, text, _ = self.tokens[0]
+        if kind in wanted or (kind == "symbol" and text in wanted):
+            self.tokens.pop(0)
+            return text
+        return None
+
+    def expect(self, *wanted: str) -> str:
+        text = self.accept(*wanted)
+        if text is None:
+            raise self.error(self.tokens[0][2])
+        return text
+
+    def expression(self) -> Call | Sum:
+        terms = [self.term(-1.0 if self.accept("-") else 1.0)]
+        while sign := self.accept("+", "-"):
+            terms.append(self.term(-1.0 if sign == "-" else 1.0))
+        self.expect("end")
+        if len(terms) == 1 and terms[0][0] == 1.0:
+            return terms[0][1]
+        return Sum(tuple(terms))
+
+    def term(self, sign: float) -> tuple[float, Call]:
+        if (number := self.accept("number")) is not None:
+            self.expect("*")
+            return sign * float(number), self.call()
+        call = self.call()
+        return (sign * self.number() if self.accept("*") else sign), call
+
+    def number(self) -> float:
+        return float(self.expect("number"))
+
+    def call(self) -> Call:
+        name = self.expect("name")
+        settings: dict[str, Value] = {}
+        if self.accept("("):
+            while not self.accept(")"):
+                key = self.expect("name")
+                self.expect("=")
+                settings[key] = self.value()
+                if not self.accept(","):
+                    self.expect(")")
+                    break
+        return Call(name, settings)
+
+    def value(self) -> Value:
+        if (string := self.accept("string")) is not None:
+            return string[1:-1]
+        if self.accept("-"):
+            return -number(self.expect("number"))
+        if (text := self.accept("number")) is not None:
+            return number(text)
+        name = self.expect("name")
+        return {"true": True, "false": False, "none": None}.get(name.lower(), name)
+
+
+def number(text: str) -> int | float:
+    return int(text) if text.isdigit() else float(text)

@@ -1,0 +1,114 @@
+"""LoRA: adding it to a model, saving it as other tools read it, loading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from draftune.errors import DraftuneError
+from draftune.models.base import Model
+from draftune.quiet import quiet
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
+    """Adds a trainable LoRA to the model's denoiser: A Gaussian, B zero, so that nothing changes yet.
+
+    `targets` are the ends of the names of the layers to adapt. The LoRA's weights are float32 whatever the model's
+    precision. Raises DraftuneError if no layer has such a name.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+        base_model_name_or_path=model.name,
+    )
+    try:
+        model.denoiser.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise DraftuneError(f"no layer of {model.name!r} is named {' or '.join(targets)} (lora_targets)") from error
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+
+
+def lora_parameters(model: Model) -> dict[str, nn.Parameter]:
+    """The trainable tensors by name."""
+    return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
+
+
+def set_lora_scale(model: Model, scale: float) -> None:
+    """The LoRA's strength: 0 is the base model, 1 is as trained."""
+    model.denoiser.set_adapters(ADAPTER, weights=scale)
+
+
+def save_lora(model: Model, folder: Path | str) -> Path:
+    """Writes the LoRA in diffusers' format, with its alpha and the base model's name; returns the file's path.
+
+    diffusers takes alpha from the metadata alone; without it, another strength is loaded silently.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER))
+    tensors = {f"{model.lora_prefix}.{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
+    config = {
+        f"{model.lora_prefix}.{key}": sorted(value) if isinstance(value, set) else value
+        for key, value in model.denoiser.peft_config[ADAPTER].to_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True),
+        "base_model": model.name,
+    }
+    path = folder / FILE_NAME
+    save_file(tensors, folder / (FILE_NAME + ".tmp"), metadata=metadata)
+    os.replace(folder / (FILE_NAME + ".tmp"), path)
+    return path
+
+
+def lora_file(source: Path | str) -> Path:
+    """The LoRA's file, given itself, its folder or a run's folder. Raises DraftuneError if there is none."""
+    source = Path(source).expanduser()
+    for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME):
+        if path.is_file():
+            return path
+    raise DraftuneError(f"no LoRA at {str(source)!r}: a run's folder or a {FILE_NAME} is wanted")
+
+
+def base_model(source: Path | str) -> str | None:
+    """The name of the model that a LoRA was trained on, where its file says so. Raises DraftuneError."""
+    path = lora_file(source)
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("base_model")
+    except (OSError, SafetensorError) as error:
+        raise DraftuneError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+
+
+def load_lora(model: Model, source: Path | str) -> None:
+    """Loads a LoRA file, or that of a run, onto the model. Raises DraftuneError if it does not fit the model."""
+    path = lora_file(source)
+    base_model(path)
+    try:
+        with quiet():
+            model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise DraftuneError(f"the LoRA {str(path)!r} does not fit {model.name!r}: {str(error)[:200]}") from error
+    if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
+        raise DraftuneError(f"{str(path)!r} holds no LoRA for the denoiser of {model.name!r}")
+    model.denoiser.requires_grad_(False)

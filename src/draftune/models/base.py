@@ -1,0 +1,190 @@
+"""What the engine needs of a text-to-image model, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from draftune.sampling import Denoiser, rollout
+from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Model(ABC):
+    """A frozen diffusers pipeline, of which `denoiser` may carry a LoRA.
+
+    A family's subclass says how a prompt becomes a condition, how the network is called, and how a clean latent
+    becomes a picture. Latents are kept in the weights' precision before `to`, float32 as a rule, whatever the
+    network computes in.
+    """
+
+    lora_prefix: str
+    """The part's name in the keys of a LoRA file."""
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
+        self.pipeline = pipeline
+        self.name = name
+        self.gradient_checkpointing = True
+        self.autocast_dtype: torch.dtype | None = None
+        for part in self.parts:
+            part.eval().requires_grad_(False)
+        self.dtype: torch.dtype = self.denoiser.dtype
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that a LoRA is added to: a diffusers model with PeftAdapterMixin."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[nn.Module]:
+        """Every network of the pipeline that takes part in sampling."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the model's own resolution; `set_size` changes it."""
+
+    @abstractmethod
+    def set_size(self, height: int | None, width: int | None) -> None:
+        """The size of pictures in pixels; None keeps the model's own. Raises DraftuneError for one it can't draw."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
+        """What `predict` wants to know of the prompts; with the negative prompt's part where guided."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, timestep: int, condition: Any, guidance_scale: float) -> Tensor:
+        """The network's guided output for the noisy latents."""
+
+    @abstractmethod
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], nominally in [0, 1], of clean latents."""
+
+    def to(self, device: torch.device | str, precision: str = "no") -> Model:
+        """Moves the model; "bf16" and "fp16" also hold and run the frozen weights in that precision."""
+        self.autocast_dtype = DTYPES[precision]
+        for part in self.parts:
+            part.to(device=device, dtype=self.autocast_dtype or self.dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def schedule(
+        self, num_inference_steps: int, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None
+    ) -> Schedule:
+        """The sampler's grid; None keeps what the model's scheduler says."""
+        return ddim_schedule(self.pipeline.scheduler.config, num_inference_steps, timestep_spacing, set_alpha_to_one)
+
+    def noise(self, generators: torch.Generator | Sequence[torch.Generator], count: int) -> Tensor:
+        """N(0, I) [count, C, H, W], from one generator on the CPU or from one for each latent."""
+        if isinstance(generators, torch.Generator):
+            noise = torch.randn((count, *self.latent_shape), generator=generators, dtype=self.dtype)
+        else:
+            noise = torch.cat([torch.randn((1, *self.latent_shape), generator=g, dtype=self.dtype) for g in generators])
+        return noise.to(self.device)
+
+    def denoise(
+        self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
+    ) -> Denoiser:
+        """The guided network for these prompts. As in diffusers, a guidance scale of at most 1 means none."""
+        with torch.no_grad(), self.autocast():
+            condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
+
+        def call(x: Tensor, step: Step) -> Prediction:
+            output = self.checkpointed(self.predict, x, step.timestep, condition, guidance_scale)
+            return schedule.read(output.to(x.dtype), x, step)
+
+        return call
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] of clean latents.
+
+        The decoder overshoots on white and on black. What is shown is clamped; the gradient passes as if it were
+        not, since a hard clamp would leave those pixels without any.
+        """
+        images = self.checkpointed(self.decode_raw, latents).to(self.dtype)
+        return images + (images.clamp(0, 1) - images).detach()
+
+    def checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        def run(*args: Any) -> Tensor:
+            with self.autocast():
+                return function(*args)
+
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            result: Tensor = checkpoint(run, *args, use_reentrant=False)
+            return result
+        return run(*args)
+
+    def autocast(self) -> torch.autocast:
+        # Without its cache: copies of the LoRA's weights made where there is no graph would be used again, detached,
+        # where there is one, and nothing would be learned (PyTorch issue 112583).
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled, cache_enabled=False)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        schedule: Schedule,
+        guidance_scale: float,
+        negative_prompt: str = "",
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1] on the CPU, one for each prompt with its seed.
+
+        Every picture's noise is drawn from its own seed, so it does not depend on the batch it is drawn in, nor on
+        any other random number.
+        """
+        pictures = []
+        bar = tqdm(total=len(prompts), desc="sampling", leave=False, disable=not progress)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            denoise = self.denoise(batch, schedule, guidance_scale, negative_prompt)
+            pictures.append(self.decode(rollout(denoise, schedule.steps, self.noise(generators, len(batch)))).cpu())
+            bar.update(len(batch))
+        bar.close()
+        return torch.cat(pictures).float()
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        seed: int = 0,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
+    ) -> list[Image]:
+        """Draws `num_images` pictures of each prompt, with the seeds `seed`, `seed` + 1, …
+
+        Steps and guidance default to what is recommended for the model.
+        """
+        from draftune.images import to_pil
+        from draftune.recommended import recommended
+
+        defaults = recommended(self.name)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        images = self.generate(
+            [prompt for prompt in prompts for _ in range(num_images)],
+            [seed + i for _ in prompts for i in range(num_images)],
+            self.schedule(num_inference_steps or defaults["num_inference_steps"]),
+            defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
+            negative_prompt,
+        )
+        return to_pil(images)

@@ -1,0 +1,34 @@
+"""Settings that fit a model; any other model gets those of the paper's small runs. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Clark et al., arXiv 2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, LoRA of rank 8.
+PAPER: dict[str, Any] = {
+    "reward": "aesthetic",
+    "prompts": "animals",
+    "eval_prompts": None,
+    "held_out": None,
+    "steps": 2000,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "learning_rate": 4e-4,
+    "sample_every": 100,
+}
+EMOJI: dict[str, Any] = {
+    "reward": "emoji-aesthetic",
+    "prompts": "emoji",
+    "eval_prompts": "emoji-common",
+    "held_out": "emoji-judge-name + emoji-judge-style(style=3d)",
+    "steps": 120,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "learning_rate": 1e-3,
+    "sample_every": 40,
+}
+
+
+def recommended(model: str) -> dict[str, Any]:
+    """The settings for a model by its name."""
+    return EMOJI if model == "emoji" else PAPER

@@ -1,0 +1,144 @@
+"""Every setting of a run: one table for Python, YAML and the command line. Imports no torch."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from draftune.errors import DraftuneError, unknown
+from draftune.recommended import recommended
+
+PRECISIONS = ("no", "fp16", "bf16")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    """A field with what the command line says of it, and the values that it may have."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+
+
+@dataclass
+class Settings:
+    """What a training run is told. Where the default is None, the model's recommended value is taken.
+
+    The defaults are those of the paper's small runs (Clark et al., arXiv 2309.17400) where it states them.
+    Raises DraftuneError for a value out of range.
+    """
+
+    model: str = setting("emoji", "'emoji', the folder of a diffusers pipeline, or a hub id")
+    reward: str = setting(None, "expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)'")
+    method: str = setting("draft-lv", "draft, draft-k(k=10), draft-lv(n=2) or refl(m=20)")
+    prompts: str = setting(None, "a named set (see 'draftune list prompts') or a text file, one prompt a line")
+    output: str = setting("runs/draftune", "the run's folder; it must not hold another run")
+
+    steps: int = setting(None, "updates", low=1)
+    batch_size: int = setting(4, "pictures drawn for one backward pass", low=1)
+    gradient_accumulation_steps: int = setting(1, "batches for one update", low=1)
+    learning_rate: float = setting(None, "of AdamW", low=0)
+    lr_warmup_steps: int = setting(0, "updates over which the learning rate rises", low=0)
+    adam_beta1: float = setting(0.9, "of AdamW", low=0)
+    adam_beta2: float = setting(0.999, "of AdamW", low=0)
+    weight_decay: float = setting(0.1, "of AdamW", low=0)
+    max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this; 0 clips nothing", low=0)
+    seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0)
+
+    num_inference_steps: int = setting(None, "sampling steps T, in training too", low=1)
+    guidance_scale: float = setting(None, "classifier-free guidance, in training too; at most 1 means none", low=0)
+    negative_prompt: str = setting("", "what guidance leads away from")
+    timestep_spacing: str | None = setting(None, "the sampler's grid; the model's own unless set", choices=SPACINGS)
+    set_alpha_to_one: bool | None = setting(None, "the last step leads to the clean latent; the model's own unless set")
+    height: int | None = setting(None, "of the pictures in pixels; the model's own unless set", low=1)
+    width: int | None = setting(None, "of the pictures in pixels; the model's own unless set", low=1)
+
+    lora_rank: int = setting(8, "of the LoRA", low=1)
+    lora_alpha: float | None = setting(None, "the LoRA acts at alpha / rank; the rank unless set", low=0)
+    lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "ends of the names of the layers to adapt")
+
+    mixed_precision: str = setting("no", "of the frozen weights and the networks' arithmetic", choices=PRECISIONS)
+    gradient_checkpointing: bool = setting(True, "recompute each call of denoiser and decoder in the backward pass")
+    cpu: bool = setting(False, "train on the CPU even where there is a GPU")
+
+    sample_every: int = setting(None, "updates between grids of sample pictures; 0: only first and last", low=0)
+    sample_prompts: int = setting(8, "prompts in a grid of sample pictures", low=1)
+    eval_prompts: str | None = setting(None, "prompts for the comparison of base and tuned at the end: a set or a file")
+    eval_images: int = setting(2, "pictures of each of these prompts", low=1)
+    held_out: str | None = setting(None, "rewards that are only measured in that comparison, not trained on")
+
+    def __post_init__(self) -> None:
+        for name, value in recommended(self.model).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for f in fields(self):
+            setattr(self, f.name, checked(f, getattr(self, f.name)))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from names and values. Raises DraftuneError that names the nearest known key."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise unknown("setting", str(key), known)
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises DraftuneError if it is not a table of them."""
+    import yaml
+
+    path = Path(path).expanduser()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DraftuneError(f"cannot read the settings file {str(path)!r}: {error}") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise DraftuneError(f"{str(path)!r} is not YAML{line}: {getattr(error, 'problem', error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise DraftuneError(f"{str(path)!r} must hold 'setting: value' lines")
+    return values
+
+
+def kind(f: Field[Any]) -> type:
+    """str, int, float or bool: what a field holds where it is not None."""
+    hint = typing.get_type_hints(Settings)[f.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    assert isinstance(hint, type)
+    return hint
+
+
+def checked(f: Field[Any], value: Any) -> Any:
+    """The value in the field's type. Raises DraftuneError if it has another, or is out of range."""
+    if value is None:
+        if f.default is None or f.default is MISSING:
+            return None
+        raise DraftuneError(f"{f.name} must have a value")
+    wanted = kind(f)
+    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 as text.
+        with suppress(ValueError):
+            value = float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise DraftuneError(f"{f.name} must be {names[wanted]}, not {value!r}")
+    low, choices = f.metadata["low"], f.metadata["choices"]
+    if low is not None and not value >= low:
+        raise DraftuneError(f"{f.name} must be at least {low:g}, not {value!r}")
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        raise DraftuneError(f"{f.name} must be finite")
+    if choices and value not in choices:
+        raise unknown(f.name, str(value), choices)
+    return value

@@ -1,0 +1,63 @@
+"""A run's folder: settings, metrics, grids of samples, the LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from draftune.errors import DraftuneError
+from draftune.settings import Settings, read_yaml
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """The files of one run. Nothing is written before `create`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if self.path.exists() and not self.path.is_dir():
+            raise DraftuneError(f"the output {str(self.path)!r} is a file; give a folder")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            held = "another run" if (self.path / CONFIG).exists() else "other files"
+            raise DraftuneError(f"the output folder {str(self.path)!r} holds {held}; give another (--output)")
+
+    def create(self, settings: Settings) -> None:
+        """Makes the folder and writes the resolved settings. Raises DraftuneError where it can't be written to."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
+        self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
+        self.events = SummaryWriter(str(self.path / "tensorboard"))
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, on disk at once, and the same numbers for TensorBoard."""
+        self.metrics.write(json.dumps(metrics) + "\n")
+        self.metrics.flush()
+        for key, value in metrics.items():
+            if key != "step":
+                self.events.add_scalar(key, value, int(metrics["step"]))
+
+    def sample_path(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step:06d}.png"
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.events.close()
+
+
+def run_settings(path: str | Path) -> Settings | None:
+    """The settings of the run that a path belongs to (its folder, its LoRA's folder or file), if it is one."""
+    path = Path(path).expanduser()
+    for folder in (path, *list(path.parents)[:2]):
+        if (folder / CONFIG).is_file():
+            values: dict[str, Any] = read_yaml(folder / CONFIG)
+            return Settings.from_mapping(values)
+    return None

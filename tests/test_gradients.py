@@ -1,0 +1,255 @@
+"""Every method's gradient in float64, against plain autograd and closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SD14_SCHEDULER, build_pipeline
+from torch import Tensor, nn
+
+from draftune.lora import add_lora, lora_parameters
+from draftune.methods import Draft, DraftK, DraftLV, Method, ReFL
+from draftune.models import StableDiffusion
+from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
+
+T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
+GRIDS = {
+    "leading": ddim_schedule(SD14_SCHEDULER, T),
+    "clean": ddim_schedule(SD14_SCHEDULER, T, "trailing", set_alpha_to_one=True),
+    "v": ddim_schedule(SD14_SCHEDULER | {"prediction_type": "v_prediction"}, T, "trailing", set_alpha_to_one=True),
+}
+
+
+class Network(nn.Module):
+    """A small nonlinear denoiser that looks at x and at the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Conv2d(4, 6, 3, padding=1, dtype=torch.float64)
+        self.last = nn.Conv2d(6, 4, 3, padding=1, dtype=torch.float64)
+
+    def forward(self, x: Tensor, timestep: int) -> Tensor:
+        return self.last(torch.tanh(self.first(x) + timestep / 1000))
+
+
+def reward(x: Tensor) -> Tensor:
+    return (torch.sin(x) * torch.arange(1.0, 5.0)[:, None, None]).mean((1, 2, 3)) - x.square().mean((1, 2, 3))
+
+
+NOISE = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def gradient_of_method(method: Method, schedule: Schedule, network: Network, seed: int = 0) -> Tensor:
+    network.zero_grad()
+    generator = torch.Generator().manual_seed(seed)
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        return schedule.read(network(x, step.timestep), x, step)
+
+    for clean in method.samples(denoise, schedule, NOISE, generator):
+        reward(clean).mean().backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+def clean_and_noise(output: Tensor, x: Tensor, step: Step, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """DDIM's reading of the network, written out apart from the library's."""
+    if prediction_type == "epsilon":
+        return (x - step.sigma * output) / step.alpha, output
+    return step.alpha * x - step.sigma * output, step.sigma * x + step.alpha * output
+
+
+def gradient_by_hand(
+    schedule: Schedule, network: Network, detached: int, final: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Plain autograd through a sampler with the state detached before all but the first `detached` steps."""
+    network.zero_grad()
+    x = NOISE
+    for i, step in enumerate(schedule.steps):
+        if i <= detached:
+            x = x.detach()
+        clean, noise = clean_and_noise(network(x, step.timestep), x, step, schedule.prediction_type)
+        x = step.alpha_next * clean + step.sigma_next * noise
+    reward(final(x)).mean().backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("k", [1, 2, T - 1, T])
+def test_draft_k_equals_plain_autograd(grid: str, k: int, network: Network) -> None:
+    ours = gradient_of_method(DraftK(k), GRIDS[grid], network)
+    assert relative(ours, gradient_by_hand(GRIDS[grid], network, T - k)) < 1e-12
+    # The cut is where it should be: one step more or less is another gradient.
+    if k > 1:
+        assert relative(ours, gradient_by_hand(GRIDS[grid], network, T - k + 1)) > 1e-4
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_draft_is_draft_k_at_all_steps(grid: str, network: Network) -> None:
+    full = gradient_of_method(Draft(), GRIDS[grid], network)
+    assert relative(full, gradient_by_hand(GRIDS[grid], network, 0)) < 1e-12
+
+
+@pytest.mark.parametrize("grid", ["clean", "v"])
+def test_refl_with_m_of_one_is_draft_1(grid: str, network: Network) -> None:
+    one = gradient_of_method(DraftK(1), GRIDS[grid], network)
+    assert relative(gradient_of_method(ReFL(1), GRIDS[grid], network), one) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refl_jumps_to_the_clean_latent_at_its_step(seed: int, network: Network) -> None:
+    schedule = GRIDS["leading"]
+    ours = gradient_of_method(ReFL(4), schedule, network, seed)
+    remaining = int(torch.randint(1, 5, (), generator=torch.Generator().manual_seed(seed)))
+    network.zero_grad()
+    x = NOISE
+    for step in schedule.steps[: T - remaining]:
+        clean, noise = clean_and_noise(network(x, step.timestep), x, step, "epsilon")
+        x = (step.alpha_next * clean + step.sigma_next * noise).detach()
+    step = schedule.steps[T - remaining]
+    reward((x - step.sigma * network(x, step.timestep)) / step.alpha).mean().backward()
+    assert relative(ours, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-12
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_lv_without_copies_is_draft_1(grid: str, network: Network) -> None:
+    one = gradient_of_method(DraftK(1), GRIDS[grid], network)
+    assert relative(gradient_of_method(DraftLV(0), GRIDS[grid], network), one) < 1e-12
+
+
+@pytest.mark.parametrize("grid", ["leading", "v"])
+def test_lv_adds_renoised_copies_of_the_latent(grid: str, network: Network) -> None:
+    schedule = GRIDS[grid]
+    ours = gradient_of_method(DraftLV(3), schedule, network, seed=5)
+    expected = gradient_by_hand(schedule, network, T - 1)
+    x = NOISE
+    with torch.no_grad():
+        for step in schedule.steps:
+            clean, noise = clean_and_noise(network(x, step.timestep), x, step, schedule.prediction_type)
+            x = step.alpha_next * clean + step.sigma_next * noise
+    generator, last = torch.Generator().manual_seed(5), schedule.steps[-1]
+    for _ in range(3):
+        network.zero_grad()
+        noisy = last.alpha * x + last.sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        output = network(noisy, last.timestep)
+        reward(clean_and_noise(output, noisy, last, schedule.prediction_type)[0]).mean().backward()
+        expected = expected + torch.cat([p.grad.flatten() for p in network.parameters()])
+    assert relative(ours, expected) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 3, T])
+def test_closed_form_on_gaussian_data(k: int) -> None:
+    """Data ~ N(mu, s^2): the exact denoiser is affine, so is the sampler, and d x_0 / d mu is a short recursion."""
+    schedule, s, target = GRIDS["clean"], 0.7, 1.5
+    mu = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        gain = step.alpha * s**2 / (step.alpha**2 * s**2 + step.sigma**2)
+        clean = mu + gain * (x - step.alpha * mu)
+        return Prediction(clean, (x - step.alpha * clean) / step.sigma)
+
+    (clean,) = DraftK(k).samples(denoise, schedule, NOISE, torch.Generator())
+    (-((clean - target) ** 2)).mean().backward()
+    clean = clean.detach()
+
+    # With v_t = alpha_t^2 s^2 + sigma_t^2 one step is x' = alpha' mu + (x - alpha mu) * c.
+    slope = 0.0
+    for i, step in enumerate(schedule.steps):
+        v = step.alpha**2 * s**2 + step.sigma**2
+        c = (step.alpha_next * step.alpha * s**2 + step.sigma_next * step.sigma) / v
+        slope = step.alpha_next + c * ((slope if i > T - k else 0.0) - step.alpha)
+    expected = (-2 * (clean - target)).mean() * slope
+    assert mu.grad is not None
+    assert float(mu.grad) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_finite_differences(network: Network) -> None:
+    schedule, step_size = GRIDS["clean"], 1e-6
+    weight = network.first.weight
+    ours = gradient_of_method(Draft(), schedule, network)[: weight.numel()].reshape(weight.shape)
+
+    def value() -> float:
+        x = NOISE
+        for step in schedule.steps:
+            clean, noise = clean_and_noise(network(x, step.timestep), x, step, "epsilon")
+            x = step.alpha_next * clean + step.sigma_next * noise
+        return float(reward(x).mean())
+
+    with torch.no_grad():
+        weight[2, 1, 0, 2] += step_size
+        above = value()
+        weight[2, 1, 0, 2] -= 2 * step_size
+        below = value()
+    assert float(ours[2, 1, 0, 2]) == pytest.approx((above - below) / (2 * step_size), rel=1e-6)
+
+
+@pytest.mark.parametrize(("k", "checkpointing"), [(2, True), (4, True), (4, False)])
+def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, checkpointing: bool) -> None:
+    """The whole way: LoRA, UNet, guidance through both branches, checkpoints, decoder; float64."""
+    pipeline = build_pipeline(tmp_path)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.double()
+    model = StableDiffusion(pipeline, "tiny")
+    torch.manual_seed(0)
+    add_lora(model, rank=2)
+    parameters = lora_parameters(model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert all(p.dtype == torch.float64 for p in parameters.values())
+    model.gradient_checkpointing = checkpointing
+    schedule, prompts, scale, steps = model.schedule(4), ["a cat", "dogs"], 3.0, 4
+    noise = model.noise(torch.Generator().manual_seed(0), 2)
+    weights = torch.linspace(-1, 1, 16, dtype=torch.float64)
+
+    (clean,) = DraftK(k).samples(model.denoise(prompts, schedule, scale), schedule, noise, torch.Generator())
+    (model.decode(clean) * weights).mean().backward()
+    ours = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    assert ours.keys() == parameters.keys()
+
+    model.denoiser.zero_grad()
+    positive, negative = pipeline.encode_prompt(prompts, "cpu", 1, True)
+    alphas = pipeline.scheduler.alphas_cumprod.double()
+    x = noise
+    for i, t in enumerate([751, 501, 251, 1]):
+        if i <= steps - k:
+            x = x.detach()
+        eps_positive = pipeline.unet(x, t, positive).sample
+        eps_negative = pipeline.unet(x, t, negative).sample
+        eps = eps_negative + scale * (eps_positive - eps_negative)
+        here, there = alphas[t], alphas[t - 250] if t > 250 else alphas[0]
+        clean = (x - (1 - here).sqrt() * eps) / here.sqrt()
+        x = there.sqrt() * clean + (1 - there).sqrt() * eps
+    image = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample / 2 + 0.5
+    (image * weights).mean().backward()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        assert relative(ours[name], parameter.grad) < 1e-9, name
+
+
+def test_out_of_range_pixels_are_clamped_but_keep_their_gradient(tmp_path: Path) -> None:
+    model = StableDiffusion(build_pipeline(tmp_path), "tiny")
+    latents = 40 * model.noise(torch.Generator().manual_seed(0), 1)
+    latents.requires_grad_()
+    images = model.decode(latents)
+    raw = model.decode_raw(latents)
+    outside = (raw < 0) | (raw > 1)
+    assert outside.any()
+    assert images.min() >= 0
+    assert images.max() <= 1
+    (gradient,) = torch.autograd.grad(images[outside].sum(), latents)
+    (expected,) = torch.autograd.grad(raw[outside].sum(), latents)
+    assert torch.allclose(gradient, expected, atol=1e-5)
+    assert gradient.abs().max() > 0

@@ -1,0 +1,112 @@
+"""The grid's numbers, and the sampler against diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SD14_SCHEDULER, build_pipeline
+from diffusers import DDIMScheduler
+
+from draftune.errors import DraftuneError
+from draftune.models import StableDiffusion
+from draftune.sampling import advance, rollout
+from draftune.schedule import Schedule, Step, ddim_schedule
+
+
+def leverage(step: Step) -> float:
+    """d x_next / d epsilon of one DDIM step, the network's input held fixed."""
+    return step.sigma_next - step.alpha_next * step.sigma / step.alpha
+
+
+def test_leverage_of_the_last_steps_on_the_grids_of_stable_diffusion() -> None:
+    leading = ddim_schedule(SD14_SCHEDULER, 50).steps
+    assert [step.timestep for step in leading[-2:]] == [21, 1]
+    assert leverage(leading[-1]) == pytest.approx(-0.012, abs=5e-4)
+    # The step before acts on x_0 through the last one.
+    assert leverage(leading[-2]) == pytest.approx(-0.100, abs=5e-3)
+    trailing = ddim_schedule(SD14_SCHEDULER, 50, "trailing", set_alpha_to_one=True).steps
+    assert [step.timestep for step in trailing[-2:]] == [39, 19]
+    assert trailing[-1][3:] == (1.0, 0.0)
+    assert leverage(trailing[-1]) == pytest.approx(-0.138, abs=5e-3)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("steps", "to_one"), [(10, False), (7, True)])
+def test_rollout_equals_ddim_scheduler(spacing: str, prediction_type: str, steps: int, to_one: bool) -> None:
+    config = SD14_SCHEDULER | {
+        "timestep_spacing": spacing,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": to_one,
+        "clip_sample": False,
+    }
+    config.pop("skip_prk_steps")
+    schedule = ddim_schedule(config, steps)
+    scheduler = DDIMScheduler(**config)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+
+    def network(x: torch.Tensor, timestep: int) -> torch.Tensor:
+        return torch.tanh(x * (1 + timestep / 1000))
+
+    ours = rollout(lambda x, step: schedule.read(network(x, step.timestep), x, step), schedule.steps, x)
+    theirs = x
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, int(t)), t, theirs).prev_sample
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_ancestral_step_equals_ddim_scheduler_with_eta() -> None:
+    config = {k: v for k, v in SD14_SCHEDULER.items() if k != "skip_prk_steps"} | {"clip_sample": False}
+    schedule, scheduler = ddim_schedule(config, 10), DDIMScheduler(**config)
+    scheduler.set_timesteps(10)
+    step = schedule.steps[4]
+    x, output, z = torch.randn(3, 1, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    variance = scheduler._get_variance(step.timestep, step.timestep - 100)
+    ours = advance(schedule.read(output, x, step), step, tau=float(variance.sqrt()), fresh_noise=z)
+    theirs = scheduler.step(output, step.timestep, x, eta=1.0, variance_noise=z).prev_sample
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_pictures_equal_those_of_the_pipeline(
+    tmp_path: Path, spacing: str, prediction_type: str, guidance_scale: float
+) -> None:
+    pipeline = build_pipeline(tmp_path, "DDIM", timestep_spacing=spacing, prediction_type=prediction_type)
+    pipeline.set_progress_bar_config(disable=True)
+    model = StableDiffusion(pipeline, "tiny")
+    prompts, seeds = ["a cat", "two dogs"], [3, 4]
+    ours = model.generate(prompts, seeds, model.schedule(10), guidance_scale, "blurry")
+    theirs = pipeline(
+        prompts,
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+        negative_prompt=["blurry"] * 2,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+    ).images
+    assert ours.std() > 1e-3
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipeline: object) -> None:
+    model = StableDiffusion(pipeline, "tiny")  # type: ignore[arg-type]
+    schedule = model.schedule(4)
+    state = torch.random.get_rng_state()
+    together = model.generate(["a", "b", "c"], [5, 6, 7], schedule, 3.0, batch_size=2)
+    alone = model.generate(["b"], [6], schedule, 3.0)
+    assert torch.allclose(together[1], alone[0], atol=1e-6)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_what_cannot_be_sampled_is_refused() -> None:
+    with pytest.raises(DraftuneError, match="between 1 and 1000"):
+        ddim_schedule(SD14_SCHEDULER, 1001)
+    with pytest.raises(DraftuneError, match="unsupported prediction_type"):
+        Schedule((), "flow")
+    with pytest.raises(DraftuneError, match="zero signal-to-noise"):
+        ddim_schedule(SD14_SCHEDULER | {"rescale_betas_zero_snr": True}, 10, "trailing")
