@@ -29,7 +29,7 @@ def at_most(name: str, value: int, schedule: Schedule) -> None:
 
 
 def at_least(name: str, value: int, bound: int) -> None:
-    if not isinstance(value, int) or value < bound:
+    if not isinstance(value, int) or isinstance(value, bool) or value < bound:
         raise DraftuneError(f"{name} must be a whole number of at least {bound}, not {value!r}")
 
 

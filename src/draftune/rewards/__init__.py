@@ -27,8 +27,8 @@ def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     if isinstance(tree, Sum):
         for _, call in tree.terms:
             check(call)
-        return WeightedSum([(weight, build(call)) for weight, call in tree.terms])
-    return build(tree)
+        return WeightedSum([(weight, build(call)) for weight, call in tree.terms]).freeze()
+    return build(tree).freeze()
 
 
 def check(call: Call) -> None:
@@ -40,4 +40,4 @@ def build(call: Call) -> Reward:
     check(call)
     reward = call.apply(REWARDS[call.name], "reward")
     reward.label = call.name
-    return reward.freeze()
+    return reward

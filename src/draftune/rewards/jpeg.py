@@ -2,7 +2,10 @@
 
 The paper's reward is -||x - d(c(x))||^2 with a differentiable JPEG. Compression here is JPEG's own: YCbCr with
 chroma at half resolution, 8x8 DCT, the standard's tables scaled to the quality as libjpeg does, rounding. Rounding
-is the identity for the gradient except for its cubic correction (Shin & Song, 2017).
+has the gradient of its cubic approximation (Shin & Song, 2017).
+
+The paper's quality is not known. The gradient moves each coefficient to the nearest multiple of its divisor, so what
+shrinks are the files written at higher qualities than the reward's: a low quality is the useful one.
 """
 
 from __future__ import annotations
@@ -100,15 +103,15 @@ class Jpeg(Reward):
 
 
 @register("jpeg-compressibility")
-def jpeg_compressibility(quality: int = 50) -> Reward:
+def jpeg_compressibility(quality: int = 10) -> Reward:
     """Minus the squared error that JPEG makes at `quality` (1-100): smooth pictures score near 0, busy ones below.
 
-    The paper's quality is not known. Optimised hard it removes the background, then the subject.
+    Optimised hard it removes the background, then the subject.
     """
     return Jpeg(quality, -1.0)
 
 
 @register("jpeg-incompressibility")
-def jpeg_incompressibility(quality: int = 50) -> Reward:
+def jpeg_incompressibility(quality: int = 10) -> Reward:
     """The squared error that JPEG makes at `quality` (1-100): busy pictures score high. Ends in noise."""
     return Jpeg(quality, 1.0)

@@ -230,7 +230,9 @@ class Trainer:
 
 def accelerator(settings: Settings) -> Accelerator:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state()  # a second run in one process may want another precision
     try:
         return Accelerator(cpu=settings.cpu, mixed_precision=settings.mixed_precision)
     except ValueError as error:

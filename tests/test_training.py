@@ -1,0 +1,273 @@
+"""The loop: what it learns, logs, refuses, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_pipeline
+from memory import PeakMemory
+from torch import Tensor
+
+import draftune
+from draftune.errors import DraftuneError
+from draftune.lora import add_lora, lora_parameters, save_lora
+from draftune.methods import Method
+from draftune.methods.base import METHODS
+from draftune.models import Model, StableDiffusion, load_model
+from draftune.settings import Settings
+from draftune.training import Run
+from draftune.training.audit import GradientAudit
+from draftune.training.loop import batches
+
+PROMPTS = ["a cat", "a dog", "a bird"]
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def run(model: Any, tmp_path: Path, reward: Any = brightness, **values: Any) -> Run:
+    settings = {"steps": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "sample_every": 0, "batch_size": 2}
+    return draftune.train(model, reward, **(settings | {"prompts": PROMPTS, "output": str(tmp_path / "run")} | values))
+
+
+@pytest.mark.parametrize("method", ["draft", "draft-k(k=2)", "draft-lv", "refl(m=2)"])
+def test_every_method_raises_the_reward(pipeline: Any, tmp_path: Path, method: str) -> None:
+    result = run(pipeline, tmp_path, method=method, steps=12, learning_rate=0.02, timestep_spacing="trailing")
+    first, last = (sum(r["reward"] for r in rows) / 3 for rows in (result.metrics[:3], result.metrics[-3:]))
+    assert last > first + 0.005
+
+
+def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
+    result = run(
+        str(pipeline_folder),
+        tmp_path,
+        method="draft-lv(n=2)",
+        steps=4,
+        sample_every=2,
+        reward="jpeg-compressibility + 0.5*jpeg-incompressibility(quality=50)",
+        eval_prompts="emoji-common",
+        eval_images=1,
+        gradient_accumulation_steps=2,
+    )
+    folder = result.folder
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == result.metrics
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["reward_queries"] for row in rows] == [12, 24, 36, 48]
+    for row in rows:
+        wanted = {"step", "reward", "reward_std", "reward_queries", "grad_norm", "learning_rate", "seconds"}
+        assert wanted < row.keys()
+        parts = row["reward/jpeg-compressibility"], row["reward/jpeg-incompressibility"]
+        assert row["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
+    assert rows[-1]["seconds"] > rows[0]["seconds"] > 0
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step-00000{i}.png" for i in (0, 2, 4)]
+    assert (folder / "before_after.png").is_file()
+    assert list((folder / "tensorboard").glob("events*"))
+    # The resolved settings are enough to start the same run again.
+    again = Settings.from_mapping(draftune.settings.read_yaml(folder / "config.yaml"))
+    assert again.num_inference_steps == 3
+    assert again.method == "draft-lv(n=2)"
+    assert result.comparison is not None
+    assert len(result.comparison.base) == 64
+    with pytest.raises(DraftuneError, match="holds another run"):
+        run(str(pipeline_folder), tmp_path)
+
+
+def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path) -> None:
+    def weights(name: str, **values: Any) -> dict[str, Tensor]:
+        model = load_model(pipeline_folder)
+        run(model, tmp_path / name, **values)
+        return {name: p.detach().clone() for name, p in lora_parameters(model).items()}
+
+    first = weights("a")
+    second = weights("b", sample_every=1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = weights("c", seed=1)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_accumulated_batches_equal_one_large_batch(pipeline_folder: Path, tmp_path: Path) -> None:
+    def weights(name: str, **values: Any) -> Tensor:
+        model = load_model(pipeline_folder)
+        run(model, tmp_path / name, steps=1, method="draft-k(k=1)", prompts=["a cat"], max_grad_norm=0.0, **values)
+        return torch.cat([p.detach().flatten() for p in lora_parameters(model).values()])
+
+    # AdamW's first step is the gradient's sign; the gradient itself must agree up to rounding.
+    one = weights("one", batch_size=4)
+    four = weights("four", batch_size=1, gradient_accumulation_steps=4)
+    assert (one - four).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_every_lora_tensor_gets_a_gradient(pipeline: Any, tmp_path: Path, precision: str) -> None:
+    """Under autocast a cached low-precision copy of the weights would cut the gradient, silently."""
+    model = StableDiffusion(pipeline, "tiny")
+    run(model, tmp_path, mixed_precision=precision, method="draft-k(k=1)")
+    parameters = lora_parameters(model)
+    assert parameters
+    assert all(p.grad is not None and p.grad.any() for p in parameters.values())
+    assert all(p.dtype == torch.float32 for p in parameters.values())
+    assert pipeline.unet.conv_in.weight.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def test_the_prefix_does_not_see_stale_weights_under_autocast(pipeline: Any) -> None:
+    """bf16: the gradient of K = 1 after a prefix equals that of the last step alone, from the prefix's result."""
+    model = StableDiffusion(pipeline, "tiny")
+    model.to("cpu", "bf16")
+    torch.manual_seed(0)
+    add_lora(model, rank=4)
+    for parameter in lora_parameters(model).values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    schedule = model.schedule(3, "trailing")
+    denoise = model.denoise(["a"], schedule, 3.0)
+    (clean,) = METHODS["draft-k"](k=1).samples(  # type: ignore[call-arg]
+        denoise, schedule, model.noise(torch.Generator().manual_seed(0), 1), torch.Generator()
+    )
+    clean.square().mean().backward()
+    missing = [name for name, p in lora_parameters(model).items() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+def test_training_stops_where_a_tensor_gets_no_gradient(pipeline: Any, tmp_path: Path) -> None:
+    class Cut(Method):
+        def samples(self, denoise: Any, schedule: Any, noise: Tensor, generator: Any) -> Any:
+            yield noise.clone().requires_grad_()
+
+    METHODS["cut"] = Cut
+    try:
+        with pytest.raises(DraftuneError, match=r"trainable tensors got no gradient.*lora_"):
+            run(pipeline, tmp_path, method="cut", steps=5)
+    finally:
+        del METHODS["cut"]
+
+
+def test_the_audit_names_the_tensor_left_behind() -> None:
+    moved, stuck = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    moved.grad, stuck.grad = torch.ones(2), torch.zeros(2)
+    audit = GradientAudit({"moved": moved, "stuck": stuck}, updates=2)
+    audit.check()
+    with pytest.raises(DraftuneError, match="such as stuck"):
+        audit.check()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images, prompts: images.mean((1, 2, 3)).detach(), "has no gradient"),
+        (lambda images, prompts: images.mean(), "one number for each"),
+        (lambda images, prompts: images.mean((2, 3)), "one number for each"),
+        (lambda images, prompts: images.mean((1, 2, 3)) * math.nan, "nan"),
+        (lambda images, prompts: [1.0, 2.0], "must return a tensor"),
+        (lambda images, prompts: images.round().mean((1, 2, 3)), "gives no gradient"),
+        (lambda images, prompts: torch.zeros(2, requires_grad=True), "does not depend"),
+        (lambda images, prompts: images[:1].mean() * torch.ones(2), r"no gradient to the pictures \[1\]"),
+        (lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt(), "not finite"),
+    ],
+)
+def test_rewards_that_cannot_be_trained_on_are_refused(
+    pipeline: Any, tmp_path: Path, reward: Any, message: str
+) -> None:
+    with pytest.raises(DraftuneError, match=message):
+        run(pipeline, tmp_path, reward)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_breaks_later_stops_the_run_and_keeps_the_lora(pipeline: Any, tmp_path: Path) -> None:
+    calls = []
+
+    def breaks(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(1)
+        return brightness(images, prompts) * (math.nan if len(calls) > 8 else 1.0)
+
+    with pytest.raises(DraftuneError, match=r"nan.*at update"):
+        run(pipeline, tmp_path, breaks, steps=20)
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipeline: Any, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"method": "draft-k(k=4)"}, "more than the 3 sampling steps"),
+        ({"method": "refl"}, "more than the 3 sampling steps"),
+        ({"lora_targets": "to_nothing"}, "no layer"),
+        ({"height": 13}, "multiple of"),
+        ({"lora_rank": 0}, "at least 1"),
+        ({"steps": "many"}, "whole number"),
+        ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
+        ({"timestep_spacing": "trailling"}, "did you mean 'trailing'"),
+        ({"mixed_precision": "fp16"}, "does not work here"),
+    ]
+    for values, message in cases:
+        with pytest.raises(DraftuneError, match=message):
+            run(pipeline, tmp_path, **values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_prompt_comes_once_before_any_comes_again() -> None:
+    drawn = batches([str(i) for i in range(5)], 2, torch.Generator().manual_seed(0))
+    flat = [prompt for _ in range(10) for prompt in next(drawn)]
+    for start in range(0, 20, 5):
+        assert sorted(flat[start : start + 5]) == ["0", "1", "2", "3", "4"]
+    assert flat[:5] != flat[5:10]
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_the_lora_loads_in_diffusers(pipeline_folder: Path, tmp_path: Path, alpha: float | None) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from safetensors import safe_open
+
+    model = load_model(pipeline_folder)
+    torch.manual_seed(0)
+    add_lora(model, rank=4, alpha=alpha)
+    for parameter in lora_parameters(model).values():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    path = save_lora(model, tmp_path / "lora")
+    tuned = model.generate(["a cat"], [1], model.schedule(4), 3.0)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["base_model"] == str(pipeline_folder)
+
+    def draw(pipe: StableDiffusionPipeline) -> Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        # PNDM by its config; the sampler in training is DDIM.
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        return pipe("a cat", num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="pt").images
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    base = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "lora")
+    loaded = draw(pipe)
+    assert (loaded - base).abs().max() > 0.02
+    assert (loaded - tuned).abs().max() < 1e-3
+
+    again = load_model(pipeline_folder)
+    draftune.load_lora(again, tmp_path / "lora")
+    assert torch.allclose(again.generate(["a cat"], [1], again.schedule(4), 3.0), tuned, atol=1e-5)
+
+
+def peak_of_one_update(model: Model, method: str, steps: int) -> int:
+    schedule = model.schedule(steps)
+    noise = model.noise(torch.Generator().manual_seed(0), 2)
+    with PeakMemory() as memory:
+        denoise = model.denoise(["a", "b"], schedule, 3.0)
+        for clean in draftune.load_method(method).samples(denoise, schedule, noise, torch.Generator()):
+            model.decode(clean).mean().backward()
+    return memory.peak
+
+
+def test_peak_memory(tmp_path: Path) -> None:
+    model = StableDiffusion(build_pipeline(tmp_path), "tiny")
+    add_lora(model, rank=2)
+    peak_of_one_update(model, "draft-k(k=1)", 10)  # makes the gradients' own tensors
+    short, long = (peak_of_one_update(model, "draft-k(k=1)", steps) for steps in (10, 50))
+    assert long == pytest.approx(short, rel=0.03)
+    assert peak_of_one_update(model, "draft", 50) < 1.6 * long
+    # Without checkpoints, 10 graphs stand beside each other: the measure sees that.
+    model.gradient_checkpointing = False
+    assert peak_of_one_update(model, "draft", 10) > 2 * long
