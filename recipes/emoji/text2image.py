@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -102,8 +103,9 @@ def update_average(average: nn.Module, module: nn.Module, step: int) -> None:
 
 def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, output: Path) -> None:
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae_folder),
-        unet=average.unet,
+        # Half precision on disk. The text encoder is small, and transformers would not load it as float32 again.
+        vae=AutoencoderKL.from_pretrained(vae_folder).half(),
+        unet=deepcopy(average.unet).half(),
         text_encoder=average.text_encoder,
         tokenizer=tokenizer,
         scheduler=DDIMScheduler(**SCHEDULER),
@@ -113,6 +115,8 @@ def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, out
     )
     pipeline.save_pretrained(output)
     save_tokenizer(tokenizer, output / "tokenizer")
+    for path in output.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def main() -> None:
@@ -169,10 +173,12 @@ def main() -> None:
         optimizer.step()
         update_average(average, model, step)
         progress.show(loss=loss.item())
-        if time.monotonic() - last_export > 300 or step == args.steps - 1:
+        if time.monotonic() - last_export > 300:
             save_state(args.output, model, optimizer, step + 1, average=average.state_dict())
             export(average, args.vae, tokenizer, args.output)
             last_export = time.monotonic()
+    save_state(args.output, model, optimizer, max(start, args.steps), average=average.state_dict())
+    export(average, args.vae, tokenizer, args.output)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def load_source(source: str, base: str | None, lora_scale: float) -> Model:
     from draftune.models import MODELS, load_model
 
     path = Path(source).expanduser()
-    if source in MODELS or (path / "model_index.json").exists() or (not path.exists() and source.count("/") == 1):
+    if source in MODELS or (path / "model_index.json").exists():
         return load_model(source)
     lora_file(source)
     base = base or base_model(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Comparison:
 @torch.no_grad()
 def score_batches(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 16) -> dict[str, Tensor]:
     """The total, under "reward", and every part of it [N] of pictures on the CPU."""
-    device = next((p.device for p in reward.parameters()), torch.device("cpu"))
+    device = next((t.device for t in chain(reward.parameters(), reward.buffers())), torch.device("cpu"))
     rows: list[dict[str, Tensor]] = []
     for start in range(0, len(images), batch_size):
         batch = slice(start, start + batch_size)

@@ -29,6 +29,8 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
     """
     from peft import LoraConfig
 
+    if ADAPTER in getattr(model.denoiser, "peft_config", {}):
+        raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to train another")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.models.base import Model
@@ -40,7 +42,27 @@ def load_model(model: str | Path | DiffusionPipeline) -> Model:
         raise DraftuneError(f"{name!r} is not the folder of a diffusers pipeline: it has no model_index.json")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        with quiet():
+            hf_hub_download(name, "model_index.json")
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        # Without a network the first of these is raised too, as its subclass.
+        if isinstance(error, LocalEntryNotFoundError):
+            raise offline(name) from error
+        raise DraftuneError(f"there is no diffusers pipeline {name!r} on the hub, or none that you may read") from error
+    except Exception as error:
+        raise offline(name) from error
     return read(name, name)
+
+
+def offline(name: str) -> DraftuneError:
+    return DraftuneError(
+        f"the model {name!r} is not on this machine and could not be fetched from the hub: download it where there is "
+        f"a network (hf download {name}) and give its folder"
+    )
 
 
 def adapter(pipeline_class: str) -> type[Model]:
@@ -58,15 +80,14 @@ def read(source: str, name: str) -> Model:
             family = adapter(index["_class_name"])
             # The safety checker would be loaded for nothing: rewards look at the pictures as they are.
             pipeline = DiffusionPipeline.from_pretrained(
-                source, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+                source,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
             )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        if Path(source).exists():
-            raise DraftuneError(f"cannot load the pipeline in {name!r}: {first_line(error)}") from error
-        raise DraftuneError(
-            f"the model {name!r} is not on this machine and could not be fetched from the hub: download it where "
-            f"there is a network (hf download {name}) and give its folder"
-        ) from error
+        raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error
     return family(pipeline, name)
 
 

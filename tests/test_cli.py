@@ -1,0 +1,165 @@
+"""The command line: what it does, and how it answers mistakes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from draftune.cli import main
+from draftune.images import open_image
+from draftune.models import load_model
+
+SMALL = ["--steps", "2", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]
+SMALL += ["--reward", "jpeg-compressibility", "--guidance-scale", "2", "--sample-prompts", "2"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    args = ["--learning-rate", "0.05", "--lora-alpha", "3"]
+    assert main(["train", "--model", str(pipeline_folder), "--output", str(folder), *SMALL, *args]) == 0
+    return folder
+
+
+def test_flags_win_over_the_file(pipeline_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump({"model": str(pipeline_folder), "seed": 7, "learning_rate": "1e-3", "steps": 50}))
+    assert main(["train", "--config", str(config), *SMALL, "--output", str(tmp_path / "run")]) == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["seed"], written["learning_rate"], written["steps"]) == (7, 0.001, 2)
+    assert (written["weight_decay"], written["lora_rank"]) == (0.1, 8)
+
+
+def test_sample_draws_what_the_loaded_lora_draws(run_folder: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    assert main(["sample", str(run_folder), "--prompt", "cat", "--seed", "5", "--output", str(tmp_path / "a.png")]) == 0
+    command = ["sample", str(pipeline_folder), "--prompt", "cat", "--seed", "5", "--output", str(tmp_path / "b.png")]
+    assert main([*command, "--num-inference-steps", "2", "--guidance-scale", "2"]) == 0
+    command = ["sample", str(run_folder), "--lora-scale", "0", "--prompt", "cat", "--seed", "5"]
+    assert main([*command, "--output", str(tmp_path / "c.png")]) == 0
+    tuned, base, zero = (open_image(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    assert torch.equal(base, zero)
+    assert not torch.equal(tuned, base)
+    model = load_model(pipeline_folder)
+    model.pipeline.load_lora_weights(run_folder / "lora")
+    again = model.generate(["cat"], [5], model.schedule(2), 2.0)
+    assert (again - tuned).abs().max() < 1e-3 + 0.5 / 255
+
+
+def test_sample_several(run_folder: Path, tmp_path: Path) -> None:
+    prompts = ["--prompt", "a cat", "a dog/bird"]
+    lora = run_folder / "lora" / "pytorch_lora_weights.safetensors"
+    assert main(["sample", str(lora), *prompts, "--num-images", "2", "--output", str(tmp_path / "folder")]) == 0
+    assert len(list((tmp_path / "folder").glob("*.png"))) == 4
+    assert main(["sample", str(run_folder), *prompts, "--output", str(tmp_path / "grid.png")]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height > 2 * 128
+
+
+def test_score_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "flat.png")
+    noisy = torch.rand(30, 20, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    Image.fromarray(noisy).save(tmp_path / "noisy.png")
+    reward = "jpeg-incompressibility + 2*jpeg-compressibility"
+    assert main(["score", str(tmp_path / "flat.png"), str(tmp_path / "noisy.png"), "--reward", reward]) == 0
+    header, flat, noisy_line = capsys.readouterr().out.splitlines()
+    assert header.split() == ["image", "jpeg-incompressibility", "jpeg-compressibility", "total"]
+    up, down, total = (float(cell) for cell in noisy_line.split()[1:])
+    assert up > 100 > float(flat.split()[1])
+    assert total == pytest.approx(up + 2 * down, abs=1e-3)
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    everything = capsys.readouterr().out
+    for word in ("emoji", "jpeg-compressibility", "draft-lv", "animals"):
+        assert word in everything
+    assert main(["list", "methods"]) == 0
+    assert "jpeg-compressibility" not in capsys.readouterr().out
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys, draftune.cli; draftune.cli.build_parser().format_help(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    best = 9.0
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "draftune", "--help"], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.5
+
+
+def test_mistakes_get_one_line_and_code_2(
+    pipeline_folder: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "bad.yaml").write_text("steps: [1\n")
+    (tmp_path / "key.yaml").write_text("leraning_rate: 1\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "lora.safetensors").write_text("no tensors")
+    out = str(tmp_path / "out.png")
+    train = ["train", "--model", str(pipeline_folder), "--output", str(tmp_path / "new"), *SMALL]
+    cases = {
+        "unknown model 'emojy'": [*train, "--model", "emojy"],
+        "could not be fetched from the hub": [*train, "--model", "someone/some-model"],
+        "has no model_index.json": [*train, "--model", str(tmp_path / "folder")],
+        "did you mean 'jpeg-compressibility'": [*train, "--reward", "jpeg-compressability"],
+        "cannot read 'clip +'": [*train, "--reward", "clip +"],
+        "unknown method 'drift'": [*train, "--method", "drift"],
+        "k=3 is more than the 2 sampling steps": [*train, "--method", "draft-k(k=3)"],
+        "lora_rank must be at least 1": [*train, "--lora-rank", "0"],
+        "--steps: invalid int value": [*train, "--steps", "some"],
+        "steps must be at least 1": [*train, "--steps", "0"],
+        "did you mean '--learning-rate'": [*train, "--lerning-rate", "1"],
+        "empty.txt' is empty": [*train, "--prompts", str(tmp_path / "empty.txt")],
+        "binary.txt' is not a text file": [*train, "--prompts", str(tmp_path / "binary.txt")],
+        "no prompt file": [*train, "--prompts", str(tmp_path / "missing.txt")],
+        "did you mean 'animals'": [*train, "--prompts", "animal"],
+        "holds another run": [*train, "--output", str(run_folder)],
+        "holds other files": [*train, "--output", str(tmp_path)],
+        "is a file; give a folder": [*train, "--output", str(tmp_path / "empty.txt")],
+        "is not YAML, line 2": [*train, "--config", str(tmp_path / "bad.yaml")],
+        "did you mean 'learning_rate'": [*train, "--config", str(tmp_path / "key.yaml")],
+        "must hold 'setting: value' lines": [*train, "--config", str(tmp_path / "list.yaml")],
+        "cannot read the settings file": [*train, "--config", str(tmp_path / "missing.yaml")],
+        "invalid choice: 'trian'": ["trian"],
+        "did you mean 'rewards'": ["list", "reward"],
+        "no LoRA at": ["sample", str(tmp_path / "folder"), "--prompt", "x", "--output", out],
+        "not a readable safetensors": ["sample", str(tmp_path / "lora.safetensors"), "--prompt", "x", "--output", out],
+        "--num-images must be at least 1": ["sample", "x", "--prompt", "x", "--num-images", "0", "--output", out],
+        "cannot read the picture": ["score", str(tmp_path / "text.png"), "--reward", "jpeg-compressibility"],
+        "required: --reward": ["score", str(tmp_path / "text.png")],
+    }
+    for message, argv in cases.items():
+        code = main(argv)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert (code, len(lines)) == (2, 1), (argv, lines)
+        assert message in lines[0], (message, lines[0])
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupt_keeps_what_was_learned(pipeline_folder: Path, tmp_path: Path) -> None:
+    import signal
+
+    command = [sys.executable, "-m", "draftune", "train", "--model", str(pipeline_folder)]
+    command += [*SMALL, "--steps", "100000", "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -1,0 +1,99 @@
+"""The models that travel with the package: they load as the published ones do, and training on them works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import draftune
+from draftune.assets import ROOT
+from draftune.evaluation import score_batches
+from draftune.models import Model, load_model
+from draftune.prompts import load_prompts
+from draftune.recommended import recommended
+from draftune.rewards import load_reward
+
+README = Path(__file__).parents[1] / "README.md"
+STEPS, GUIDANCE = recommended("emoji")["num_inference_steps"], recommended("emoji")["guidance_scale"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model("emoji")
+
+
+def test_sizes() -> None:
+    def megabytes(folder: str) -> float:
+        return sum(path.stat().st_size for path in (ROOT / folder).rglob("*") if path.is_file()) / 1e6
+
+    assert megabytes("emoji") < 25
+    assert sum(megabytes(f"emoji-{part}") for part in ("clip", "aesthetic", "judge")) < 15
+
+
+def test_plain_diffusers_draws_the_same(model: Model) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "emoji", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        ["cat face", "pizza"],
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        output_type="pt",
+    ).images
+    ours = model.generate(["cat face", "pizza"], [3, 4], model.schedule(STEPS), GUIDANCE)
+    assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_the_pictures_show_their_names_and_the_style_word_works(model: Model) -> None:
+    names = load_prompts("emoji-common")[::4]
+    schedule, seeds = model.schedule(STEPS), [0] * len(names)
+    judge = load_reward("emoji-judge-name + emoji-judge-style(style=3d)")
+    plain = model.generate(names, seeds, schedule, GUIDANCE, batch_size=16)
+    named = score_batches(judge, plain, names)["emoji-judge-name"].mean()
+    assert named >= 0.6
+    glossy, flat = (
+        score_batches(judge, model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=16), prompts)
+        for prompts in ([f"3d {name}" for name in names], [f"twemoji {name}" for name in names])
+    )
+    assert glossy["emoji-judge-style"].mean() > 0.7 > 0.3 > flat["emoji-judge-style"].mean()
+
+
+def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) -> None:
+    model = load_model("emoji")
+    run = draftune.train(model, steps=12, sample_every=0, output=str(tmp_path / "run"), eval_images=1)
+    assert run.comparison is not None
+    base, tuned = run.comparison.scores["emoji-aesthetic"]
+    assert tuned > base + 0.5
+    base, tuned = run.comparison.scores["emoji-judge-style"]
+    assert tuned > base
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "emoji", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "run" / "lora")
+    prompt = run.comparison.prompts[0]
+    theirs = pipe(
+        prompt,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    assert (theirs[0] - run.comparison.tuned[0]).abs().max() < 1e-3
+    assert (theirs[0] - run.comparison.base[0]).abs().max() > 0.05
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python, as it stands but with two updates, and a comparison on four prompts."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = "".join(block for block in blocks if "from_pretrained" not in block).replace("steps=20", "steps=2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("draftune.prompts.emoji", lambda part: ["pizza", "rocket", "house", "sun"])
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (tmp_path / "cat.png").is_file()
+    assert (tmp_path / "my-lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert len(names["run"].metrics) == 2
