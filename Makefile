@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-# Trains the embedded model for some minutes and leaves runs/demo/before_after.png.
+# Trains the embedded model for some minutes and leaves before_after.png and a LoRA in a new folder of runs/.
 demo: $(VENV)/installed
-	$(BIN)/draftune train --output runs/demo
+	$(BIN)/draftune train --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest

@@ -24,7 +24,9 @@ GRIDS = [("leading", False), ("leading", True), ("trailing", False), ("trailing"
 
 def leverage(spacing: str, to_one: bool) -> float:
     """d x_0 / d v of the last step, v being what the embedded model predicts."""
-    step = load_model("emoji").schedule(20, spacing, to_one).steps[-1]
+    model = load_model("emoji")
+    model.set_grid(spacing, to_one)
+    step = model.schedule(20).steps[-1]
     return step.sigma_next * step.alpha - step.alpha_next * step.sigma
 
 

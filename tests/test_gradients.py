@@ -16,10 +16,11 @@ from draftune.models import StableDiffusion
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
 T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
+CLEAN = SD14_SCHEDULER | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
 GRIDS = {
     "leading": ddim_schedule(SD14_SCHEDULER, T),
-    "clean": ddim_schedule(SD14_SCHEDULER, T, "trailing", set_alpha_to_one=True),
-    "v": ddim_schedule(SD14_SCHEDULER | {"prediction_type": "v_prediction"}, T, "trailing", set_alpha_to_one=True),
+    "clean": ddim_schedule(CLEAN, T),
+    "v": ddim_schedule(CLEAN | {"prediction_type": "v_prediction"}, T),
 }
 
 

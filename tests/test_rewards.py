@@ -104,7 +104,7 @@ def test_aesthetic_head_in_the_published_layout(clip_folder: Path, head_file: Pa
     images = torch.rand(3, 3, 32, 32)
     model, t = CLIPModel.from_pretrained(clip_folder).eval(), load_file(head_file)
     with torch.no_grad():
-        pooled = model.vision_model(pixel_values=Preprocess(32)(images)).pooler_output
+        pooled = model.vision_model(pixel_values=Preprocess(32, 32)(images)).pooler_output
         x = nn.functional.normalize(model.visual_projection(pooled))
         for i in (0, 2, 4, 6, 7):
             x = x @ t[f"layers.{i}.weight"].T + t[f"layers.{i}.bias"]
@@ -136,6 +136,7 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
         ("clipp", "did you mean 'clip'"),
         ("clip(modell=x)", "did you mean 'model'"),
         ("clip(model=./nowhere)", "no folder"),
+        ("clip(model=3)", "model of reward clip must be text"),
         ("clip(model=someone/something)", "could not be fetched.*hf download someone/something"),
         ("aesthetic", "head="),
     ],
@@ -143,6 +144,28 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
 def test_rewards_that_are_not_there(text: str, message: str) -> None:
     with pytest.raises(DraftuneError, match=message):
         load_reward(text)
+
+
+def test_white_pictures_keep_their_gradient_through_resizing() -> None:
+    """Bicubic weights sum to a little more than one: a hard clamp would cut a third of the pixels off."""
+    images = torch.ones(1, 3, 96, 96, requires_grad=True)
+    Preprocess(42, 42)(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad.all()
+
+
+def test_modules_given_as_rewards_are_frozen() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return (images * self.weight).mean((1, 2, 3))
+
+    reward = load_reward(Mine())
+    assert not reward.training
+    assert not any(p.requires_grad for p in reward.parameters())
 
 
 def test_every_reward_says_what_it_is() -> None:

@@ -26,7 +26,7 @@ def test_leverage_of_the_last_steps_on_the_grids_of_stable_diffusion() -> None:
     assert leverage(leading[-1]) == pytest.approx(-0.012, abs=5e-4)
     # The step before acts on x_0 through the last one.
     assert leverage(leading[-2]) == pytest.approx(-0.100, abs=5e-3)
-    trailing = ddim_schedule(SD14_SCHEDULER, 50, "trailing", set_alpha_to_one=True).steps
+    trailing = ddim_schedule(SD14_SCHEDULER | {"timestep_spacing": "trailing", "set_alpha_to_one": True}, 50).steps
     assert [step.timestep for step in trailing[-2:]] == [39, 19]
     assert trailing[-1][3:] == (1.0, 0.0)
     assert leverage(trailing[-1]) == pytest.approx(-0.138, abs=5e-3)
@@ -109,4 +109,4 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     with pytest.raises(DraftuneError, match="unsupported prediction_type"):
         Schedule((), "flow")
     with pytest.raises(DraftuneError, match="zero signal-to-noise"):
-        ddim_schedule(SD14_SCHEDULER | {"rescale_betas_zero_snr": True}, 10, "trailing")
+        ddim_schedule(SD14_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 10)

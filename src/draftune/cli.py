@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from draftune.errors import DraftuneError, unknown
-from draftune.settings import Settings, kind, read_yaml
+from draftune.recommended import PAPER
+from draftune.settings import PRECISIONS, Settings, kind, read_yaml
 
 if TYPE_CHECKING:
     from draftune.models import Model
@@ -41,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="FILE", help="a YAML file of these settings, key: value; flags win over it")
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default or 'none'})")
+        default = f.default if f.default is not None else "as fits the model" if f.name in PAPER else ""
+        text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
         if kind(f) is bool:
             train.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -66,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
     sample.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
     sample.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
+    add_device(sample)
     sample.set_defaults(run=run_sample)
 
     score = commands.add_parser(
@@ -78,12 +82,19 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     score.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
     score.add_argument("--prompt", default="", metavar="TEXT", help="what the pictures should show")
+    add_device(score, precision=False)
     score.set_defaults(run=run_score)
 
     listing = commands.add_parser("list", help="what there is: models, rewards, methods, prompts")
     listing.add_argument("what", nargs="?", metavar="{" + ",".join(LISTS) + "}", help="all unless said")
     listing.set_defaults(run=run_list)
     return parser
+
+
+def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    if precision:
+        parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="of the model (default: no)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
     except DraftuneError as error:
         print(f"draftune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        advice = "try --mixed-precision bf16, a smaller --batch-size (with --gradient-accumulation-steps) or pictures"
+        print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("draftune: interrupted", file=sys.stderr)
@@ -138,28 +155,43 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_sample(args: argparse.Namespace) -> None:
-    if args.num_images < 1:
-        raise DraftuneError(f"--num-images must be at least 1, not {args.num_images}")
+    for flag, value, low in (
+        ("--num-images", args.num_images, 1),
+        ("--num-inference-steps", args.num_inference_steps, 1),
+        ("--guidance-scale", args.guidance_scale, 0),
+        ("--seed", args.seed, 0),
+    ):
+        if value is not None and not low <= value < 2**63:
+            raise DraftuneError(f"{flag} must be at least {low} and finite, not {value}")
+    if not math.isfinite(args.lora_scale):
+        raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
+    output = Path(args.output).expanduser()
+    if output.suffix and output.suffix.lower() != ".png" and not output.is_dir():
+        raise DraftuneError(f"--output takes a .png file or a folder, not {args.output!r}")
     from draftune.images import grid, save_image, to_pil
-    from draftune.training.run import run_settings
+    from draftune.models import MODELS, load_model
+    from draftune.models.base import default_device
 
-    settings = run_settings(args.source)
-    model = load_source(args.source, args.model or (settings.model if settings else None), args.lora_scale)
+    settings = None
+    if args.source in MODELS or (Path(args.source).expanduser() / "model_index.json").exists():
+        model = load_model(args.source)
+    else:
+        model, settings = load_tuned(args.source, args.model, args.lora_scale)
+    model.to(default_device(args.cpu), args.mixed_precision)
     settings = settings or Settings(model=model.name)
     model.set_size(settings.height, settings.width)
-    steps = args.num_inference_steps or settings.num_inference_steps
-    schedule = model.schedule(steps, settings.timestep_spacing, settings.set_alpha_to_one)
+    model.set_grid(settings.timestep_spacing, settings.set_alpha_to_one)
+    schedule = model.schedule(args.num_inference_steps or settings.num_inference_steps)
     guidance = settings.guidance_scale if args.guidance_scale is None else args.guidance_scale
     negative = settings.negative_prompt if args.negative_prompt is None else args.negative_prompt
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.num_images)]
     pictures = model.generate(prompts, seeds, schedule, guidance, negative, progress=True)
 
-    output = Path(args.output).expanduser()
     try:
-        if output.suffix.lower() == ".png" and len(pictures) == 1:
+        if output.suffix and len(pictures) == 1:
             save_image(to_pil(pictures)[0], output)
-        elif output.suffix.lower() == ".png":
+        elif output.suffix:
             rows = list(pictures.split(args.num_images))
             seed_labels = [f"seed {seed}" for seed in seeds[: args.num_images]]
             save_image(grid(rows, args.prompt, seed_labels), output)
@@ -172,34 +204,33 @@ def run_sample(args: argparse.Namespace) -> None:
     print(output)
 
 
-def load_source(source: str, base: str | None, lora_scale: float) -> Model:
-    """The model that `sample` draws with: a run's or a LoRA's base with the LoRA on it, or a model as it is."""
-    from draftune.lora import base_model, load_lora, lora_file, set_lora_scale
-    from draftune.models import MODELS, load_model
+def load_tuned(source: str, base: str | None, lora_scale: float) -> tuple[Model, Settings | None]:
+    """The base model of a run or LoRA file with the LoRA on it, and the run's settings where it is one."""
+    from draftune.lora import base_model, load_lora, set_lora_scale
+    from draftune.models import load_model
+    from draftune.training.run import run_settings
 
-    path = Path(source).expanduser()
-    if source in MODELS or (path / "model_index.json").exists():
-        return load_model(source)
-    lora_file(source)
     base = base or base_model(source)
     if base is None:
         raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
     model = load_model(base)
     load_lora(model, source)
     set_lora_scale(model, lora_scale)
-    return model
+    return model, run_settings(source)
 
 
 def run_score(args: argparse.Namespace) -> None:
     from draftune.evaluation import score_batches
     from draftune.images import open_image
+    from draftune.models.base import default_device
     from draftune.rewards import load_reward
 
-    reward = load_reward(args.reward)
+    device = default_device(args.cpu)
+    reward = load_reward(args.reward).to(device)
     images = {name: open_image(Path(name)) for name in args.images}
     width = max(map(len, images))
     for i, (name, image) in enumerate(images.items()):
-        scores = score_batches(reward, image, [args.prompt])
+        scores = score_batches(reward, image, [args.prompt], device)
         total = scores.pop("reward")
         columns = {**scores, "total": total} if len(scores) > 1 else scores
         if i == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,9 +30,10 @@ class Comparison:
 
 
 @torch.no_grad()
-def score_batches(reward: Reward, images: Tensor, prompts: Sequence[str], batch_size: int = 16) -> dict[str, Tensor]:
-    """The total, under "reward", and every part of it [N] of pictures on the CPU."""
-    device = next((t.device for t in chain(reward.parameters(), reward.buffers())), torch.device("cpu"))
+def score_batches(
+    reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 16
+) -> dict[str, Tensor]:
+    """The total, under "reward", and every part of it [N] of pictures on the CPU, scored on the reward's device."""
     rows: list[dict[str, Tensor]] = []
     for start in range(0, len(images), batch_size):
         batch = slice(start, start + batch_size)
@@ -43,7 +43,9 @@ def score_batches(reward: Reward, images: Tensor, prompts: Sequence[str], batch_
 
 
 @torch.no_grad()
-def diversity(held_out: Reward, images: Tensor, images_per_prompt: int) -> float | None:
+def diversity(
+    held_out: Reward, images: Tensor, images_per_prompt: int, device: torch.device | str = "cpu"
+) -> float | None:
     """Mean distance between the features of pictures of one prompt, 0 to 2; None if no part of the reward has any.
 
     images: [prompts * images_per_prompt, 3, H, W], those of one prompt beside each other.
@@ -52,7 +54,7 @@ def diversity(held_out: Reward, images: Tensor, images_per_prompt: int) -> float
     if not judges or images_per_prompt < 2:
         return None
     features_of: Callable[[Tensor], Tensor] = judges[0].features  # type: ignore[assignment]
-    features = torch.cat([features_of(batch) for batch in images.split(16)])
+    features = torch.cat([features_of(batch.to(device)) for batch in images.split(16)])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
     distances = torch.cdist(groups, groups)
     return float(distances.sum() / (len(groups) * images_per_prompt * (images_per_prompt - 1)))
@@ -73,14 +75,18 @@ def compare(
     for scale in (0.0, 1.0):
         set_lora_scale(model, scale)
         images = draw(repeated, seeds)
-        scores = score_batches(reward, images, repeated)
+        scores = score_batches(reward, images, repeated, model.device)
         if len(reward.terms) == 1:
             scores = {reward.label: scores["reward"]}
         if held_out is not None:
-            scores |= {k: v for k, v in score_batches(held_out, images, repeated).items() if k != "reward"}
+            others = score_batches(held_out, images, repeated, model.device)
+            scores |= {f"held-out/{name}": values for name, values in others.items() if name != "reward"}
         mean = {name: float(values.mean()) for name, values in scores.items()}
-        if held_out is not None and (spread := diversity(held_out, images, images_per_prompt)) is not None:
-            mean["diversity"] = spread
+        if (
+            held_out is not None
+            and (spread := diversity(held_out, images, images_per_prompt, model.device)) is not None
+        ):
+            mean["held-out/diversity"] = spread
         pictures.append(images)
         means.append(mean)
     scores_by_name = {name: (means[0][name], means[1][name]) for name in means[0]}

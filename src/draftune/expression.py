@@ -1,9 +1,8 @@
 """The small language of rewards and methods: `name(key=value)`, sums of them, and numbers as factors.
 
-    clip + 0.1*aesthetic - jpeg-incompressibility(quality=80)
+    clip(model=./my/clip) + 0.1*aesthetic - jpeg-incompressibility(quality=80)
 
-Names may hold hyphens, dots, slashes and colons (jpeg-compressibility, ./reward.py:mine), so a minus between two
-names needs a space on each side.
+Names may hold hyphens, dots, slashes and colons, so a minus between two names needs a space on each side.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import TypeVar
 from draftune.errors import DraftuneError, unknown
 
 Value = str | float | int | bool | None
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 T = TypeVar("T")
 
 TOKEN = re.compile(
@@ -39,11 +39,17 @@ class Call:
 
     def apply(self, function: Callable[..., T], kind: str) -> T:
         """`function(**settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
-        parameters = inspect.signature(function).parameters
-        for key in self.settings:
+        parameters = inspect.signature(function, eval_str=True).parameters
+        settings = dict(self.settings)
+        for key, value in self.settings.items():
             if key not in parameters:
                 raise unknown(f"setting of {kind} {self.name}:", key, parameters)
-        return function(**self.settings)
+            wanted = parameters[key].annotation
+            if wanted is float and type(value) is int:
+                settings[key] = float(value)
+            elif wanted in NAMES and type(value) is not wanted:
+                raise DraftuneError(f"{key} of {kind} {self.name} must be {NAMES[wanted]}, not {value!r}")
+        return function(**settings)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from draftune.quiet import quiet
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
+LAYERS = (nn.Linear, nn.Conv2d)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -31,17 +32,18 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
 
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to train another")
+    targets = [target.strip() for target in targets]
+    layers = {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LAYERS)}
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in layers):
+            raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
-        target_modules=list(targets),
+        target_modules=targets,
         init_lora_weights="gaussian",
-        base_model_name_or_path=model.name,
     )
-    try:
-        model.denoiser.add_adapter(config, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise DraftuneError(f"no layer of {model.name!r} is named {' or '.join(targets)} (lora_targets)") from error
+    model.denoiser.add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
 
@@ -64,17 +66,18 @@ def save_lora(model: Model, folder: Path | str) -> Path:
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
+    if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
+        raise DraftuneError(f"{model.name!r} carries no LoRA to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER))
     tensors = {f"{model.lora_prefix}.{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
-    config = {
-        f"{model.lora_prefix}.{key}": sorted(value) if isinstance(value, set) else value
-        for key, value in model.denoiser.peft_config[ADAPTER].to_dict().items()
-    }
+    config = model.denoiser.peft_config[ADAPTER]
+    # No more than what every version of peft understands.
+    said = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
     metadata = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True),
+        "lora_adapter_metadata": json.dumps({f"{model.lora_prefix}.{key}": value for key, value in said.items()}),
         "base_model": model.name,
     }
     path = folder / FILE_NAME
@@ -109,7 +112,7 @@ def load_lora(model: Model, source: Path | str) -> None:
     try:
         with quiet():
             model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DraftuneError(f"the LoRA {str(path)!r} does not fit {model.name!r}: {str(error)[:200]}") from error
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{str(path)!r} holds no LoRA for the denoiser of {model.name!r}")

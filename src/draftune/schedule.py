@@ -58,26 +58,18 @@ class Schedule:
         return Prediction(output, (x - alpha * output) / sigma)
 
 
-def ddim_schedule(
-    config: Mapping[str, Any],
-    num_inference_steps: int,
-    timestep_spacing: str | None = None,
-    set_alpha_to_one: bool | None = None,
-) -> Schedule:
+def ddim_schedule(config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
     """The DDIM grid of a diffusers scheduler's config (Song et al., arXiv 2010.02502).
 
-    `timestep_spacing` ("leading", "trailing", "linspace") and `set_alpha_to_one` (whether the last step leads to
-    the clean latent or to the first training level) override the config. Latents are never clipped. The numbers are
-    those of diffusers' DDIMScheduler. Raises DraftuneError for more steps than the model was trained with.
+    What matters of the config beside its betas: `timestep_spacing` ("leading", "trailing", "linspace"),
+    `steps_offset`, and `set_alpha_to_one`, whether the last step leads to the clean latent or to the first training
+    level. Latents are never clipped. The numbers are those of diffusers' DDIMScheduler; as there, a "trailing" grid
+    whose number of steps does not divide that of training ends a little above the clean latent whatever the config.
+    Raises DraftuneError for more steps than the model was trained with.
     """
     from diffusers import DDIMScheduler
 
-    overrides: dict[str, Any] = {}
-    if timestep_spacing is not None:
-        overrides["timestep_spacing"] = timestep_spacing
-    if set_alpha_to_one is not None:
-        overrides["set_alpha_to_one"] = set_alpha_to_one
-    scheduler = DDIMScheduler.from_config(dict(config), **overrides)
+    scheduler = DDIMScheduler.from_config(dict(config))
     train_steps = scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= train_steps:
         raise DraftuneError(f"num_inference_steps must be between 1 and {train_steps}, not {num_inference_steps}")

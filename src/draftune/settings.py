@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
+from draftune.expression import NAMES
 from draftune.recommended import recommended
 
 PRECISIONS = ("no", "fp16", "bf16")
 SPACINGS = ("leading", "trailing", "linspace")
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+def setting(
+    default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
     """A field with what the command line says of it, and the values that it may have."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 @dataclass
@@ -41,11 +44,11 @@ class Settings:
     gradient_accumulation_steps: int = setting(1, "batches for one update", low=1)
     learning_rate: float = setting(None, "of AdamW", low=0)
     lr_warmup_steps: int = setting(0, "updates over which the learning rate rises", low=0)
-    adam_beta1: float = setting(0.9, "of AdamW", low=0)
-    adam_beta2: float = setting(0.999, "of AdamW", low=0)
+    adam_beta1: float = setting(0.9, "of AdamW", low=0, high=0.9999)
+    adam_beta2: float = setting(0.999, "of AdamW", low=0, high=0.9999)
     weight_decay: float = setting(0.1, "of AdamW", low=0)
     max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this; 0 clips nothing", low=0)
-    seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0)
+    seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0, high=2**63 - 1)
 
     num_inference_steps: int = setting(None, "sampling steps T, in training too", low=1)
     guidance_scale: float = setting(None, "classifier-free guidance, in training too; at most 1 means none", low=0)
@@ -65,9 +68,13 @@ class Settings:
 
     sample_every: int = setting(None, "updates between grids of sample pictures; 0: only first and last", low=0)
     sample_prompts: int = setting(8, "prompts in a grid of sample pictures", low=1)
-    eval_prompts: str | None = setting(None, "prompts for the comparison of base and tuned at the end: a set or a file")
+    eval_prompts: str | None = setting(
+        None, "prompts for the comparison of base and tuned at the end: a set or a file; '' for none"
+    )
     eval_images: int = setting(2, "pictures of each of these prompts", low=1)
-    held_out: str | None = setting(None, "rewards that are only measured in that comparison, not trained on")
+    held_out: str | None = setting(
+        None, "rewards that are only measured in that comparison, not trained on; '' for none"
+    )
 
     def __post_init__(self) -> None:
         for name, value in recommended(self.model).items():
@@ -127,16 +134,19 @@ def checked(f: Field[Any], value: Any) -> Any:
             return None
         raise DraftuneError(f"{f.name} must have a value")
     wanted = kind(f)
+    if f.name == "mixed_precision" and value is False:
+        value = "no"  # as YAML 1.1 reads it
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as text.
         with suppress(ValueError):
             value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise DraftuneError(f"{f.name} must be {names[wanted]}, not {value!r}")
-    low, choices = f.metadata["low"], f.metadata["choices"]
+        raise DraftuneError(f"{f.name} must be {NAMES[wanted]}, not {value!r}")
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if low is not None and not value >= low:
         raise DraftuneError(f"{f.name} must be at least {low:g}, not {value!r}")
+    if high is not None and not value <= high:
+        raise DraftuneError(f"{f.name} must be at most {high:g}, not {value!r}")
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         raise DraftuneError(f"{f.name} must be finite")
     if choices and value not in choices:

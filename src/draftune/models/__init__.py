@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
+from draftune.hub import is_hub_id, unreachable
 from draftune.models.base import Model
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.quiet import quiet
@@ -40,29 +42,30 @@ def load_model(model: str | Path | DiffusionPipeline) -> Model:
         return read(str(source), name)
     if source.exists():
         raise DraftuneError(f"{name!r} is not the folder of a diffusers pipeline: it has no model_index.json")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
+    return read(fetch(name), name)
+
+
+def fetch(name: str) -> str:
+    """The folder of a pipeline from the hub, downloaded if it is not here yet."""
+    from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        with quiet():
-            hf_hub_download(name, "model_index.json")
+        hf_hub_download(name, "model_index.json")
+        folder: str = DiffusionPipeline.download(
+            name, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+        )
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         # Without a network the first of these is raised too, as its subclass.
         if isinstance(error, LocalEntryNotFoundError):
-            raise offline(name) from error
+            raise unreachable(name, "--model") from error
         raise DraftuneError(f"there is no diffusers pipeline {name!r} on the hub, or none that you may read") from error
     except Exception as error:
-        raise offline(name) from error
-    return read(name, name)
-
-
-def offline(name: str) -> DraftuneError:
-    return DraftuneError(
-        f"the model {name!r} is not on this machine and could not be fetched from the hub: download it where there is "
-        f"a network (hf download {name}) and give its folder"
-    )
+        raise unreachable(name, "--model") from error
+    return folder
 
 
 def adapter(pipeline_class: str) -> type[Model]:
@@ -75,9 +78,12 @@ def read(source: str, name: str) -> Model:
     from diffusers import DiffusionPipeline
 
     try:
+        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
+        family = adapter(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DraftuneError(f"{name!r} is not a diffusers pipeline: its model_index.json can't be read") from error
+    try:
         with quiet():
-            index = DiffusionPipeline.load_config(source)
-            family = adapter(index["_class_name"])
             # The safety checker would be loaded for nothing: rewards look at the pictures as they are.
             pipeline = DiffusionPipeline.from_pretrained(
                 source,
@@ -86,9 +92,9 @@ def read(source: str, name: str) -> Model:
                 safety_checker=None,
                 requires_safety_checker=False,
             )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        return family(pipeline, name)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError) as error:
         raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error
-    return family(pipeline, name)
 
 
 def first_line(error: Exception) -> str:

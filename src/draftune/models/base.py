@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from draftune.clamp import clamp_unit
+from draftune.quiet import quiet
 from draftune.sampling import Denoiser, rollout
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_device(cpu: bool = False) -> torch.device:
+    """The GPU where there is one and it is wanted, else the CPU."""
+    if not cpu and torch.cuda.is_available():
+        return torch.device("cuda")
+    if not cpu and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 class Model(ABC):
@@ -35,11 +46,13 @@ class Model(ABC):
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline = pipeline
         self.name = name
+        self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
         self.gradient_checkpointing = True
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             part.eval().requires_grad_(False)
-        self.dtype: torch.dtype = self.denoiser.dtype
+        # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
+        self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
 
     @property
     @abstractmethod
@@ -75,19 +88,23 @@ class Model(ABC):
     def to(self, device: torch.device | str, precision: str = "no") -> Model:
         """Moves the model; "bf16" and "fp16" also hold and run the frozen weights in that precision."""
         self.autocast_dtype = DTYPES[precision]
-        for part in self.parts:
-            part.to(device=device, dtype=self.autocast_dtype or self.dtype)
+        with quiet():
+            for part in self.parts:
+                part.to(device=device, dtype=self.autocast_dtype or self.dtype)
         return self
 
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def schedule(
-        self, num_inference_steps: int, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None
-    ) -> Schedule:
-        """The sampler's grid; None keeps what the model's scheduler says."""
-        return ddim_schedule(self.pipeline.scheduler.config, num_inference_steps, timestep_spacing, set_alpha_to_one)
+    def set_grid(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
+        """Changes where the sampler's steps lie, for good; None keeps what the model's scheduler says."""
+        given = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": set_alpha_to_one}
+        self.scheduler_config |= {key: value for key, value in given.items() if value is not None}
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """The sampler's grid with this many steps."""
+        return ddim_schedule(self.scheduler_config, num_inference_steps)
 
     def noise(self, generators: torch.Generator | Sequence[torch.Generator], count: int) -> Tensor:
         """N(0, I) [count, C, H, W], from one generator on the CPU or from one for each latent."""
@@ -111,13 +128,8 @@ class Model(ABC):
         return call
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] of clean latents.
-
-        The decoder overshoots on white and on black. What is shown is clamped; the gradient passes as if it were
-        not, since a hard clamp would leave those pixels without any.
-        """
-        images = self.checkpointed(self.decode_raw, latents).to(self.dtype)
-        return images + (images.clamp(0, 1) - images).detach()
+        """Pictures [B, 3, H, W] in [0, 1] of clean latents."""
+        return clamp_unit(self.checkpointed(self.decode_raw, latents).to(self.dtype))
 
     def checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         def run(*args: Any) -> Tensor:
@@ -125,13 +137,13 @@ class Model(ABC):
                 return function(*args)
 
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            result: Tensor = checkpoint(run, *args, use_reentrant=False)
+            result: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
             return result
         return run(*args)
 
     def autocast(self) -> torch.autocast:
-        # Without its cache: copies of the LoRA's weights made where there is no graph would be used again, detached,
-        # where there is one, and nothing would be learned (PyTorch issue 112583).
+        # Without its cache: inside somebody else's autocast, copies of the LoRA's weights made where there is no graph
+        # would be used again, detached, where there is one, and nothing would be learned (PyTorch issue 112583).
         enabled = self.autocast_dtype is not None
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=enabled, cache_enabled=False)
 

@@ -22,7 +22,7 @@ def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     if isinstance(reward, Reward):
         return reward.freeze()
     if not isinstance(reward, str):
-        return FunctionReward(reward)
+        return FunctionReward(reward).freeze()
     tree = parse(reward)
     if isinstance(tree, Sum):
         for _, call in tree.terms:

@@ -36,7 +36,14 @@ class Reward(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             scores = [(weight, part, part.score(images.float(), prompts)) for weight, part in self.terms]
         total = sum((weight * score for weight, _, score in scores), torch.zeros((), device=images.device))
-        return total, {part.label: score.detach() for _, part, score in scores}
+        named: dict[str, tuple[Reward, Tensor]] = {}
+        for _, part, score in scores:
+            label, count = part.label, 2
+            while label in named and named[label][0] is not part:
+                # Two parts of one kind are logged apart.
+                label, count = f"{part.label}-{count}", count + 1
+            named[label] = part, score.detach()
+        return total, {label: score for label, (_, score) in named.items()}
 
     def __add__(self, other: Reward) -> Reward:
         return WeightedSum([*self.terms, *other.terms])
@@ -64,13 +71,7 @@ class WeightedSum(Reward):
         super().__init__()
         self.weights = [float(weight) for weight, _ in terms]
         self.rewards = nn.ModuleList(part for _, part in terms)
-        labels: dict[str, int] = {}
-        for part in dict.fromkeys(part for _, part in terms):
-            # Two parts of one kind are logged apart.
-            labels[part.label] = labels.get(part.label, 0) + 1
-            if labels[part.label] > 1:
-                part.label = f"{part.label}-{labels[part.label]}"
-        self.label = " + ".join(f"{w:g}*{part.label}" for w, part in terms)
+        self.label = " + ".join(f"{weight:g}*{part.label}" for weight, part in terms)
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,12 +24,14 @@ class Clip(Reward):
         from transformers import CLIPModel, CLIPTokenizer
 
         folder = find_folder(model, "the reward's model=")
-        self.preprocess = Preprocess.from_folder(folder)
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise DraftuneError(f"the CLIP model {model!r} has no tokenizer: tokenizer.json or vocab.json is wanted")
         try:
+            self.preprocess = Preprocess.from_folder(folder)
             with quiet():
-                self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+                self.model = CLIPModel.from_pretrained(folder, use_safetensors=True).float()
                 self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise DraftuneError(f"no CLIP model in {model!r}: {error}") from error
         self.model.eval()
 

@@ -65,6 +65,7 @@ class Jpeg(Reward):
     chrominance: Tensor
     dct: Tensor
     ycbcr: Tensor
+    rgb: Tensor
 
     def __init__(self, quality: int, sign: float) -> None:
         super().__init__()
@@ -75,6 +76,7 @@ class Jpeg(Reward):
         self.register_buffer("chrominance", quantization_table(CHROMINANCE, quality), persistent=False)
         self.register_buffer("dct", dct_matrix(), persistent=False)
         self.register_buffer("ycbcr", torch.tensor(YCBCR), persistent=False)
+        self.register_buffer("rgb", torch.linalg.inv(torch.tensor(YCBCR)), persistent=False)
 
     def round_trip(self, images: Tensor) -> Tensor:
         """The pictures [B, 3, H, W] in [0, 1] after compression and decompression."""
@@ -85,8 +87,7 @@ class Jpeg(Reward):
         chroma = avg_pool2d(torch.stack([cb, cr], 1), 2)
         chroma = self.code(chroma, self.chrominance)
         chroma = interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
-        inverse = torch.linalg.inv(self.ycbcr)
-        x = torch.einsum("ij,bjhw->bihw", inverse, torch.cat([y[:, None], chroma], 1)) / 255
+        x = torch.einsum("ij,bjhw->bihw", self.rgb, torch.cat([y[:, None], chroma], 1)) / 255
         return x[..., :height, :width]
 
     def code(self, x: Tensor, table: Tensor) -> Tensor:

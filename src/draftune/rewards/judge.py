@@ -28,7 +28,7 @@ class Judge(Reward):
 
         folder = EMBEDDED["emoji-judge"]
         with quiet():
-            self.model = ResNetForImageClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+            self.model = ResNetForImageClassification.from_pretrained(folder, use_safetensors=True).float()
         self.preprocess = Preprocess.from_folder(folder)
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.names = {label: i for i, label in enumerate(labels) if not label.startswith(STYLE)}

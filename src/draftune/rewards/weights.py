@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
-from draftune.quiet import quiet
+from draftune.hub import is_hub_id, unreachable
 
 
 def find_folder(model: str, option: str) -> Path:
@@ -24,23 +24,14 @@ def find_folder(model: str, option: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         raise DraftuneError(f"no folder {model!r}: {option} takes a folder, a hub id or one of {', '.join(EMBEDDED)}")
     from huggingface_hub import snapshot_download
 
     try:
-        with quiet():
-            patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
-            return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"]))
     except Exception as error:
-        raise offline(model, option) from error
-
-
-def offline(model: str, option: str) -> DraftuneError:
-    return DraftuneError(
-        f"{model!r} is not on this machine and could not be fetched from the hub: download it where there is a "
-        f"network (hf download {model}) and give the folder to {option}"
-    )
+        raise unreachable(model, option) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

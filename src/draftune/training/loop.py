@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,9 @@ def train(
     field of Settings, given by name or all at once as `settings`. Raises DraftuneError before anything is trained
     if something does not fit.
     """
-    if settings is None:
-        named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
-        values |= {key: describe(value) for key, value in named.items() if value is not None}
-        settings = Settings.from_mapping(values)
+    named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
+    values |= {key: describe(value) for key, value in named.items() if value is not None}
+    settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
     # What is cheap to check is checked before anything is loaded.
     folder = RunFolder(settings.output)
     method = load_method(settings.method)
@@ -70,8 +70,8 @@ def train(
 
 def describe(value: Any) -> str:
     """What the saved settings say of an object that was given ready-made."""
-    if isinstance(value, str):
-        return value
+    if isinstance(value, (str, Path)):
+        return str(value)
     if isinstance(value, (list, tuple)):
         return f"{len(value)} prompts given in Python"
     return str(getattr(value, "name", None) or getattr(value, "label", None) or getattr(value, "__name__", "given"))
@@ -95,8 +95,10 @@ class Trainer:
         self.folder, self.method, self.model, self.eval_prompts = folder, method, model, eval_prompts
         shown = eval_prompts or prompts
         self.shown = [shown[i * len(shown) // s.sample_prompts] for i in range(min(s.sample_prompts, len(shown)))]
+        s.model = model.name
         self.model.set_size(s.height, s.width)
-        self.schedule = model.schedule(s.num_inference_steps, s.timestep_spacing, s.set_alpha_to_one)
+        self.model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
+        self.schedule = model.schedule(s.num_inference_steps)
         self.method.check(self.schedule)
 
         self.accelerator = accelerator(s)
@@ -121,7 +123,7 @@ class Trainer:
         self.batches = batches(prompts, s.batch_size, self.generator)
         self.audit = GradientAudit(self.parameters)
         self.metrics: list[dict[str, float]] = []
-        self.queries = 0
+        self.queries = self.overflows = 0
         self.seconds = 0.0
 
     def run(self) -> Run:
@@ -178,11 +180,16 @@ class Trainer:
                     rewards.append(total.detach())
                     for label, score in scores.items():
                         parts.setdefault(label, []).append(score)
-        self.audit.check()
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), s.max_grad_norm or float("inf")))
-        # A gradient scaler finds its scale by overflowing, and skips those updates itself.
-        if self.accelerator.scaler is None and not torch.isfinite(torch.tensor(grad_norm)):
-            raise DraftuneError(f"the gradient's norm became {grad_norm} at update {step}; training stopped")
+        limit = s.max_grad_norm or math.inf
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+        if math.isfinite(grad_norm):
+            self.overflows = 0
+            self.audit.check()
+        else:
+            # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
+            self.overflows += 1
+            if self.accelerator.scaler is None or self.overflows > 20:
+                raise DraftuneError(f"the gradient's norm became {grad_norm} at update {step}; training stopped")
         self.optimizer.step()
         self.seconds += time.perf_counter() - start
         reward = torch.cat(rewards)
@@ -203,14 +210,14 @@ class Trainer:
         """Pictures [N, 3, H, W] on the CPU, drawn without touching the random numbers of training."""
         s = self.settings
         return self.model.generate(
-            prompts, seeds, self.schedule, s.guidance_scale, s.negative_prompt, max(8, s.batch_size), progress=True
+            prompts, seeds, self.schedule, s.guidance_scale, s.negative_prompt, s.batch_size, progress=True
         )
 
     def show(self, step: int, pictures: Tensor | None = None) -> None:
         """The grid of samples at this update: the same prompts and seeds every time."""
         if pictures is None:
             pictures = self.draw(self.shown, range(len(self.shown)))
-        scores = score_batches(self.reward, pictures, self.shown)["reward"].tolist()
+        scores = score_batches(self.reward, pictures, self.shown, self.model.device)["reward"].tolist()
         captions = [f"{score:.3g}" for score in scores]
         save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
         self.last_shown = step
@@ -232,11 +239,17 @@ def accelerator(settings: Settings) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()  # a second run in one process may want another precision
+    # A second run in one process may want another device or precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return Accelerator(cpu=settings.cpu, mixed_precision=settings.mixed_precision)
+        chosen = Accelerator(cpu=settings.cpu, mixed_precision=settings.mixed_precision)
     except ValueError as error:
         raise DraftuneError(f"mixed_precision={settings.mixed_precision} does not work here: {error}") from error
+    if settings.mixed_precision == "fp16" and chosen.device.type == "cpu":
+        raise DraftuneError("mixed_precision=fp16 does not work on a CPU: use bf16 or no")
+    if chosen.num_processes > 1:
+        raise DraftuneError("training by several processes is not supported: start one, on one device")
+    return chosen
 
 
 def batches(prompts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[list[str]]:

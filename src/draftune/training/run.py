@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.settings import Settings, read_yaml
@@ -39,7 +39,8 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, on disk at once, and the same numbers for TensorBoard."""
-        self.metrics.write(json.dumps(metrics) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
         for key, value in metrics.items():
             if key != "step":
@@ -54,10 +55,8 @@ class RunFolder:
 
 
 def run_settings(path: str | Path) -> Settings | None:
-    """The settings of the run that a path belongs to (its folder, its LoRA's folder or file), if it is one."""
+    """The settings of the run that a LoRA belongs to, given the run's folder, its `lora` folder or the file there."""
     path = Path(path).expanduser()
-    for folder in (path, *list(path.parents)[:2]):
-        if (folder / CONFIG).is_file():
-            values: dict[str, Any] = read_yaml(folder / CONFIG)
-            return Settings.from_mapping(values)
-    return None
+    lora = path if path.name == "lora" else path.parent if path.parent.name == "lora" else path / "lora"
+    config = lora.parent / CONFIG
+    return Settings.from_mapping(read_yaml(config)) if lora.is_dir() and config.is_file() else None

@@ -1,0 +1,183 @@
+"""The judge: a classifier of emoji names and styles that nothing is trained against, only measured with.
+
+    python recipes/emoji/judge.py --data build/emoji --output build/emoji/judge
+
+shares nothing with the rewards but the pictures: another seed, architecture, objective and augmentation. Resumes
+from its checkpoint in --output, writes `emoji-judge` into --assets in half precision and measures what it wrote;
+with --evaluate it only measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate, max_pool2d
+from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from common import Progress, autocast, cosine, load_state, pick_device, save_state, to_float
+from data import COMMON, STYLES, Emoji
+
+SIZE = 64
+
+
+def judge_config(names: list[str]) -> ResNetConfig:
+    """Labels are the names in alphabetical order, then the styles."""
+    labels = names + [f"style: {style}" for style in STYLES]
+    return ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[48, 96, 160],
+        depths=[2, 2, 2],
+        layer_type="basic",
+        downsample_in_first_stage=False,
+        out_features=["stage3"],
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+
+
+def uniform(count: int, low: float, high: float) -> Tensor:
+    return torch.empty(count, 1, 1, 1).uniform_(low, high)
+
+
+def backgrounds(x: Tensor) -> Tensor:
+    """Where a picture's white hangs together with its border: [N, 1, H, W], true in the background."""
+    white = (x.amin(1, keepdim=True) > 0.97).float()
+    reached = torch.zeros_like(white)
+    reached[..., [0, -1], :] = reached[..., [0, -1]] = 1
+    reached *= white
+    # A path of white pixels that winds longer than this is not worth following.
+    for _ in range(2 * SIZE):
+        reached = max_pool2d(reached, 3, 1, 1) * white
+    return reached.bool()
+
+
+def cropped(x: Tensor, fill: Tensor) -> Tensor:
+    """A random part, resized and maybe mirrored, with `fill` wherever the part is larger than the picture."""
+    n = len(x)
+    size = torch.exp(torch.empty(n, 1).uniform_(-0.35, 0.2)) * torch.exp(torch.empty(n, 2).uniform_(-0.12, 0.12))
+    offset = (0.08 + (1 - size).abs()) * torch.empty(n, 2).uniform_(-1, 1)
+    size[:, 0] *= torch.randint(2, (n,)) * 2 - 1
+    matrix = torch.cat([torch.diag_embed(size), offset[..., None]], -1)
+    grid = affine_grid(matrix, list(x.shape), align_corners=False)
+    return fill + grid_sample(x - fill, grid, align_corners=False)
+
+
+def toned(x: Tensor) -> Tensor:
+    """A gamma per picture and a gain per channel."""
+    x = ((x + 1) / 2).clamp(1e-3, 1) ** torch.exp(uniform(len(x), -0.5, 0.5))
+    return (x * torch.empty(len(x), 3, 1, 1).uniform_(0.8, 1.15)).clamp(0, 1) * 2 - 1
+
+
+def coarse(x: Tensor) -> Tensor:
+    """A third of the pictures through a smaller size, in blocks or smooth."""
+    size = int(torch.randint(20, 56, ()))
+    back = "nearest" if torch.rand(()) < 0.5 else "bilinear"
+    small = interpolate(interpolate(x, (size, size), mode="area"), (SIZE, SIZE), mode=back)
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, small, x)
+
+
+def augmented(x: Tensor, background: Tensor) -> Tensor:
+    """[-1, 1] to [-1, 1]; a third of the pictures lose their white background for a grey one."""
+    grey = torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, uniform(len(x), -1, 1), 1.0)
+    return coarse(toned(cropped(torch.where(background, grey, x), grey)))
+
+
+def labels(emoji: Emoji) -> tuple[Tensor, Tensor]:
+    position = {name: i for i, name in enumerate(emoji.vocabulary)}
+    return torch.tensor([position[n] for n in emoji.names]), torch.tensor([STYLES.index(s) for s in emoji.styles])
+
+
+def train(judge: ResNetForImageClassification, emoji: Emoji, args: argparse.Namespace) -> None:
+    device = judge.device
+    images = to_float(emoji.images)
+    background = torch.cat([backgrounds(x) for x in images.split(256)])
+    name, style = labels(emoji)
+
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=args.learning_rate, weight_decay=0.05)
+    start = load_state(args.output, judge, optimizer)
+    progress = Progress(start, args.steps)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, args.steps, args.learning_rate)
+        index = torch.randint(len(images), (args.batch_size,))
+        x = augmented(images[index], background[index]).to(device, memory_format=torch.channels_last)
+        with autocast(device):
+            logits = judge(x).logits.float()
+        names, styles = logits[:, : -len(STYLES)], logits[:, -len(STYLES) :]
+        target = name[index].to(device)
+        loss = cross_entropy(names, target, label_smoothing=0.05) + cross_entropy(styles, style[index].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        optimizer.step()
+        progress.show(loss=loss.item(), right=(names.argmax(1) == target).float().mean().item())
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            save_state(args.output, judge, optimizer, step + 1)
+
+
+def export(judge: ResNetForImageClassification, folder: Path) -> None:
+    judge.half().save_pretrained(folder)
+    processor = ViTImageProcessor(
+        size={"height": SIZE, "width": SIZE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    # Half precision is for the file: models load in what the configuration says.
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def evaluate(judge: ResNetForImageClassification, emoji: Emoji) -> None:
+    images = to_float(emoji.images)
+    name, style = labels(emoji)
+    is_common = torch.tensor([n in COMMON for n in emoji.names])
+    common = torch.tensor([emoji.vocabulary.index(n) for n in COMMON])
+    for label in ("as they are", "augmented"):
+        torch.manual_seed(1)
+        batches = images.split(256)
+        if label == "augmented":
+            batches = (augmented(x, backgrounds(x)) for x in batches)
+        logits = torch.cat([judge(x.to(judge.device)).logits.cpu() for x in batches])
+        all_names = logits[:, : -len(STYLES)].argmax(1) == name
+        among_common = common[logits[is_common][:, common].argmax(1)] == name[is_common]
+        styles = logits[:, -len(STYLES) :].argmax(1) == style
+        print(
+            f"pictures {label}: {len(emoji.vocabulary)} names {percent(all_names)}, "
+            f"{len(COMMON)} common names {percent(among_common)}, style {percent(styles)}"
+        )
+
+
+def percent(right: Tensor) -> str:
+    return f"{100 * right.float().mean():.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--output", type=Path, default=Path("build/emoji/judge"))
+    parser.add_argument("--assets", type=Path, default=Path("src/draftune/assets"))
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--evaluate", action="store_true")
+    args = parser.parse_args()
+
+    emoji = Emoji.load(args.data)
+    folder = args.assets / "emoji-judge"
+    if not args.evaluate:
+        torch.manual_seed(20)
+        judge = ResNetForImageClassification(judge_config(emoji.vocabulary)).to(pick_device())
+        judge = judge.to(memory_format=torch.channels_last).train()
+        train(judge, emoji, args)
+        export(judge.to(memory_format=torch.contiguous_format), folder)
+    judge = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    evaluate(judge.to(pick_device()).eval(), emoji)
+
+
+if __name__ == "__main__":
+    main()

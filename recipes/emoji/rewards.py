@@ -1,0 +1,314 @@
+"""The two small rewards: a CLIP of emoji pictures and captions, and an aesthetic head on its embeddings.
+
+    python recipes/emoji/rewards.py --data build/emoji --output build/emoji/rewards
+
+trains both (resuming the CLIP from its checkpoint in --output), writes `emoji-clip` and `emoji-aesthetic` into
+--assets in half precision and measures what it wrote; with --evaluate it only measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, conv2d, cross_entropy, grid_sample, mse_loss, normalize
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from common import Progress, autocast, cosine, load_state, pick_device, save_state, to_float
+from data import COMMON, STYLES, Emoji, held_out_names
+from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SIZE = 64
+DIM = 128
+GLOSSY, FLAT = 8.0, 3.0
+
+
+class AestheticHead(nn.Module):
+    """The published aesthetic predictor's head: linear layers without activations."""
+
+    def __init__(self, dim: int = DIM) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dim, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.layers(embeddings).squeeze(-1)
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    tower = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": DIM}
+    text = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8}
+    return CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=DIM)
+
+
+def uniform(count: int, low: float, high: float) -> Tensor:
+    return torch.empty(count, 1, 1, 1).uniform_(low, high)
+
+
+def moved(x: Tensor, strength: float) -> Tensor:
+    n = len(x)
+    angle = uniform(n, -1, 1).flatten() * strength * math.radians(12)
+    zoom = torch.exp(uniform(n, -0.2, 0.3).flatten() * strength)
+    shift = torch.empty(n, 2).uniform_(-0.2, 0.2) * strength
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    matrix = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], -1).view(n, 2, 3)
+    # Outside the frame is white, and the padding is zero.
+    return 1 - grid_sample(1 - x, affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False)
+
+
+def recoloured(x: Tensor, strength: float) -> Tensor:
+    n = len(x)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * torch.exp(uniform(n, -0.6, 0.4) * strength)
+    x = x * torch.exp(uniform(n, -0.4, 0.2) * strength) + uniform(n, -0.2, 0.1) * strength
+    return x + torch.empty(n, 3, 1, 1).uniform_(-0.12, 0.12) * strength
+
+
+def blurred(x: Tensor, strength: float) -> Tensor:
+    line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    soft = conv2d(x, torch.outer(line, line).expand(3, 1, 5, 5), padding=2, groups=3)
+    return x.lerp(soft, (uniform(len(x), -1, 1) * strength).clamp(min=0))
+
+
+def cut_out(x: Tensor, strength: float) -> Tensor:
+    n = len(x)
+    half = torch.empty(n, 2).uniform_(-8, 10) * strength
+    centre = torch.empty(n, 2).uniform_(0, SIZE)
+    line = torch.arange(SIZE)
+    rows, columns = ((line - centre[:, i, None]).abs() < half[:, i, None] for i in (0, 1))
+    hole = (rows[:, :, None] & columns[:, None, :])[:, None]
+    return torch.where(hole, torch.empty(n, 3, 1, 1).uniform_(-1, 1), x)
+
+
+def augmented(x: Tensor, strength: float) -> Tensor:
+    """[-1, 1] to [-1, 1]: what a generated picture may differ in without being another emoji."""
+    x = cut_out(blurred(recoloured(moved(x, strength), strength), strength), strength)
+    return (x + torch.randn_like(x) * uniform(len(x), 0, 0.15) * strength).clamp(-1, 1)
+
+
+def pixel_values(x: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    return ((x + 1) / 2 - mean) / std
+
+
+def embed_images(clip: CLIPModel, x: Tensor) -> Tensor:
+    """L2-normalised embeddings of pictures in [-1, 1]."""
+    pooled = clip.vision_model(pixel_values=pixel_values(x)).pooler_output
+    return normalize(clip.visual_projection(pooled).float(), dim=-1)
+
+
+def embed_half_seen(clip: CLIPModel, x: Tensor) -> Tensor:
+    """Embeddings from a random half of the patches: two times faster, and no single part may decide."""
+    vision = clip.vision_model
+    tokens = vision.embeddings(pixel_values(x))
+    patches = tokens.shape[1] - 1
+    kept = 1 + torch.rand(len(x), patches, device=x.device).topk(patches // 2).indices
+    seen = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+    hidden = vision.pre_layrnorm(torch.cat([tokens[:, :1], seen], 1))
+    last = vision.encoder(inputs_embeds=hidden).last_hidden_state
+    return normalize(clip.visual_projection(vision.post_layernorm(last[:, 0])).float(), dim=-1)
+
+
+def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    tokens = tokenizer(captions, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+    pooled = clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output
+    return normalize(clip.text_projection(pooled).float(), dim=-1)
+
+
+def table(emoji: Emoji) -> Tensor:
+    """Picture numbers [names, styles], names in alphabetical order."""
+    number = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}
+    return torch.tensor([[number[name, style] for style in STYLES] for name in emoji.vocabulary])
+
+
+def pick(emoji: Emoji, numbers: Tensor, size: int) -> tuple[Tensor, list[str]]:
+    """Picture numbers and captions, half of them plain names, the other half with the style in front.
+
+    No name comes twice, so no caption is true of two pictures; but the styled half has its names in every
+    style, since only captions that differ in nothing else teach the style.
+    """
+    plain = size // 2
+    order = torch.randperm(len(numbers))
+    ones = numbers[order[:plain], torch.randint(len(STYLES), (plain,))]
+    triples = numbers[order[plain : plain + (size - plain) // len(STYLES)]].flatten()
+    captions = [emoji.names[i] for i in ones] + [f"{emoji.styles[i]} {emoji.names[i]}" for i in triples]
+    return torch.cat([ones, triples]), captions
+
+
+def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji, args: argparse.Namespace) -> None:
+    device = clip.device
+    images, numbers = to_float(emoji.images), table(emoji)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    start = load_state(args.output, clip, optimizer)
+    progress = Progress(start, args.steps)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, args.steps, args.learning_rate)
+        # Full augmentation from the start delays everything, and without mild batches fine detail is never learned.
+        strength = min(1.0, 0.3 + 1.4 * step / args.steps) * float(torch.empty(()).uniform_(0.3, 1))
+        index, captions = pick(emoji, numbers, args.batch_size)
+        x = augmented(images[index], strength).to(device)
+        with autocast(device):
+            seen = embed_half_seen(clip, x) if step < 0.9 * args.steps else embed_images(clip, x)
+            texts = embed_texts(clip, tokenizer, captions)
+        logits = clip.logit_scale.exp() * seen @ texts.T
+        target = torch.arange(len(x), device=device)
+        loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))
+        right = (logits.argmax(1) == target).float().mean()
+        progress.show(loss=loss.item(), right=right.item(), scale=clip.logit_scale.exp().item())
+        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+            save_state(args.output, clip, optimizer, step + 1)
+
+
+@torch.no_grad()
+def embed_all(clip: CLIPModel, images: Tensor, strength: float = 0.0) -> Tensor:
+    """On the CPU; `strength` of the augmentation, zero for none."""
+    batches = (augmented(x, strength) if strength else x for x in images.split(256))
+    return torch.cat([embed_images(clip, x.to(clip.device)).cpu() for x in batches])
+
+
+def train_head(clip: CLIPModel, emoji: Emoji, args: argparse.Namespace) -> AestheticHead:
+    """Half of every batch is 3d, a quarter each of the flat styles."""
+    held_out = held_out_names(emoji.names)
+    numbers = table(emoji)[[name not in held_out for name in emoji.vocabulary]]
+    images = to_float(emoji.images)[numbers.flatten()]
+    strengths = [0.0] + [0.5, 1.0] * (args.head_rounds // 2)
+    embeddings = torch.stack([embed_all(clip, images, s) for s in strengths])
+    embeddings = embeddings.view(len(strengths), *numbers.shape, DIM)
+    targets = torch.tensor([GLOSSY if style == "3d" else FLAT for style in STYLES])
+    weights = torch.tensor([2.0 if style == "3d" else 1.0 for style in STYLES])
+
+    head = AestheticHead()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1e-3)
+    progress = Progress(0, args.head_steps)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, args.head_steps, 1e-3)
+        style = torch.multinomial(weights, 256, replacement=True)
+        where = (torch.randint(len(strengths), (256,)), torch.randint(len(numbers), (256,)), style)
+        loss = mse_loss(head(embeddings[where]), targets[style])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.show(mse=loss.item())
+    return head.eval()
+
+
+def export(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    clip.half().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
+    ).save_pretrained(folder)
+    # Half precision is for the file: models load in what the configuration says.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def evaluate_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> None:
+    """Retrieval among plain names (all, and the common ones among themselves) and among the three styles."""
+    vocabulary, numbers = emoji.vocabulary, table(emoji)
+    images = to_float(emoji.images)[numbers.flatten()]
+    common = torch.tensor([vocabulary.index(name) for name in COMMON])
+    plain = embed_texts(clip, tokenizer, vocabulary).cpu()
+    styled = torch.stack([embed_texts(clip, tokenizer, [f"{s} {n}" for n in vocabulary]).cpu() for s in STYLES], 1)
+    for label, strength in (("as they are", 0.0), ("augmented", 1.0)):
+        torch.manual_seed(1)
+        seen = embed_all(clip, images, strength).view(*numbers.shape, DIM)
+        all_names = (seen @ plain.T).argmax(-1) == torch.arange(len(vocabulary))[:, None]
+        among_common = (seen[common] @ plain[common].T).argmax(-1) == torch.arange(len(common))[:, None]
+        style = torch.einsum("nsd,ntd->nst", seen, styled).argmax(-1) == torch.arange(len(STYLES))
+        print(
+            f"pictures {label}: {len(vocabulary)} names {percent(all_names)}, "
+            f"{len(COMMON)} common names {percent(among_common)}, style {percent(style)}"
+        )
+
+
+@torch.no_grad()
+def evaluate_head(clip: CLIPModel, head: AestheticHead, emoji: Emoji) -> None:
+    """On the names that the head has not seen: how often 3d is above both flat styles, and the mean scores."""
+    held_out = held_out_names(emoji.names)
+    numbers = table(emoji)[[name in held_out for name in emoji.vocabulary]]
+    scores = head(embed_all(clip, to_float(emoji.images)[numbers.flatten()])).view(numbers.shape)
+    glossy = STYLES.index("3d")
+    flat = [i for i in range(len(STYLES)) if i != glossy]
+    means = ", ".join(f"{style} {scores[:, i].mean():.2f}" for i, style in enumerate(STYLES))
+    above = scores[:, glossy] > scores[:, flat].amax(1)
+    print(f"{len(numbers)} held-out names: 3d above both others {percent(above)}; mean scores {means}")
+
+
+def percent(right: Tensor) -> str:
+    return f"{100 * right.float().mean():.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("build/emoji"))
+    parser.add_argument("--output", type=Path, default=Path("build/emoji/rewards"))
+    parser.add_argument("--assets", type=Path, default=Path("src/draftune/assets"))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--head-rounds", type=int, default=10)
+    parser.add_argument("--head-steps", type=int, default=3000)
+    parser.add_argument("--evaluate", action="store_true")
+    args = parser.parse_args()
+
+    emoji = Emoji.load(args.data)
+    clip_folder, head_file = args.assets / "emoji-clip", args.assets / "emoji-aesthetic" / "model.safetensors"
+    if not args.evaluate:
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer(emoji.vocabulary)
+        clip = CLIPModel(clip_config(tokenizer)).to(pick_device())
+        train_clip(clip, tokenizer, emoji, args)
+        head = train_head(clip.eval(), emoji, args)
+        export(clip, tokenizer, clip_folder)
+        head_file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.half() for key, value in head.state_dict().items()}, head_file)
+
+    clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).to(pick_device())
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    head = AestheticHead().eval()
+    head.load_state_dict(load_file(head_file))
+    evaluate_clip(clip, tokenizer, emoji)
+    evaluate_head(clip, head, emoji)
+
+
+if __name__ == "__main__":
+    main()
