@@ -208,7 +208,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"steps": "many"}, "whole number"),
         ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
         ({"timestep_spacing": "trailling"}, "did you mean 'trailing'"),
-        ({"mixed_precision": "fp16"}, "does not work here"),
+        ({"mixed_precision": "fp16"}, "does not work on a CPU"),
     ]
     for values, message in cases:
         with pytest.raises(DraftuneError, match=message):

@@ -12,6 +12,7 @@ is for each.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from copy import deepcopy
@@ -122,6 +123,10 @@ def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, out
     save_tokenizer(tokenizer, output / "tokenizer")
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)
+    for path in output.rglob("config.json"):
+        # Where the parts lay on the machine that made them is nobody's business.
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:

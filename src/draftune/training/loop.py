@@ -94,7 +94,8 @@ class Trainer:
         self.settings = s = settings
         self.folder, self.method, self.model, self.eval_prompts = folder, method, model, eval_prompts
         shown = eval_prompts or prompts
-        self.shown = [shown[i * len(shown) // s.sample_prompts] for i in range(min(s.sample_prompts, len(shown)))]
+        count = min(s.sample_prompts, len(shown))
+        self.shown = [shown[i * len(shown) // count] for i in range(count)]
         s.model = model.name
         self.model.set_size(s.height, s.width)
         self.model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
