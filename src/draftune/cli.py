@@ -178,9 +178,10 @@ def run_sample(args: argparse.Namespace) -> None:
     else:
         model, settings = load_tuned(args.source, args.model, args.lora_scale)
     model.to(default_device(args.cpu), args.mixed_precision)
+    if settings:
+        model.set_grid(settings.timestep_spacing, settings.set_alpha_to_one)
     settings = settings or Settings(model=model.name)
     model.set_size(settings.height, settings.width)
-    model.set_grid(settings.timestep_spacing, settings.set_alpha_to_one)
     schedule = model.schedule(args.num_inference_steps or settings.num_inference_steps)
     guidance = settings.guidance_scale if args.guidance_scale is None else args.guidance_scale
     negative = settings.negative_prompt if args.negative_prompt is None else args.negative_prompt

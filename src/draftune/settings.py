@@ -53,7 +53,7 @@ class Settings:
     num_inference_steps: int = setting(None, "sampling steps T, in training too", low=1)
     guidance_scale: float = setting(None, "classifier-free guidance, in training too; at most 1 means none", low=0)
     negative_prompt: str = setting("", "what guidance leads away from")
-    timestep_spacing: str | None = setting(None, "the sampler's grid; the model's own unless set", choices=SPACINGS)
+    timestep_spacing: str | None = setting(None, "where the sampler's steps lie", choices=SPACINGS)
     set_alpha_to_one: bool | None = setting(None, "the last step leads to the clean latent; the model's own unless set")
     height: int | None = setting(None, "of the pictures in pixels; the model's own unless set", low=1)
     width: int | None = setting(None, "of the pictures in pixels; the model's own unless set", low=1)
