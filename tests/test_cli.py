@@ -18,7 +18,8 @@ from draftune.images import open_image
 from draftune.models import load_model
 
 SMALL = ["--steps", "2", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]
-SMALL += ["--reward", "jpeg-compressibility", "--guidance-scale", "2", "--sample-prompts", "2", "--timestep-spacing", "leading"]
+SMALL += ["--reward", "jpeg-compressibility", "--guidance-scale", "2", "--sample-prompts", "2"]
+SMALL += ["--timestep-spacing", "leading"]
 
 
 @pytest.fixture(scope="module")
