@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import draftune
 from draftune.assets import ROOT
+from draftune.errors import DraftuneError
 from draftune.evaluation import score_batches
 from draftune.images import to_pil
 from draftune.models import Model, load_model
@@ -84,7 +87,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     assert tuned > base
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "emoji", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(tmp_path / "run" / "lora")
+    pipe.load_lora_weights(tmp_path / "run" / "lora", weight_name="pytorch_lora_weights.safetensors")
     prompt = run.comparison.prompts[0]
     theirs = pipe(
         prompt,
@@ -138,3 +141,13 @@ def jpeg_size(image: Image.Image) -> int:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=75)
     return buffer.tell()
+
+
+def test_a_text_encoder_that_is_not_all_there_is_refused(tmp_path: Path) -> None:
+    """The libraries would go on with random weights."""
+    shutil.copytree(ROOT / "emoji", tmp_path / "model")
+    path = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    with pytest.raises(DraftuneError, match=r"text_encoder' lack \d+ tensors"):
+        load_model(tmp_path / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,16 @@ def test_modules_given_as_rewards_are_frozen() -> None:
     reward = load_reward(Mine())
     assert not reward.training
     assert not any(p.requires_grad for p in reward.parameters())
+
+
+def test_a_clip_that_is_not_all_there_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    path = tmp_path / "clip" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["visual_projection.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(DraftuneError, match=r"lack 1 tensors, such as visual_projection"):
+        load_reward(f"clip(model={tmp_path / 'clip'})")
 
 
 def test_every_reward_says_what_it_is() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -121,6 +122,10 @@ def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, out
     )
     pipeline.save_pretrained(output)
     save_tokenizer(tokenizer, output / "tokenizer")
+    # The published layout of a text encoder, which every version of transformers reads.
+    path = output / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in output.rglob("config.json"):

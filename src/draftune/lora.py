@@ -75,6 +75,7 @@ def save_lora(model: Model, folder: Path | str) -> Path:
     config = model.denoiser.peft_config[ADAPTER]
     # No more than what every version of peft understands.
     said = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    said |= {"rank_pattern": {}, "alpha_pattern": {}}  # older versions of diffusers want them
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"{model.lora_prefix}.{key}": value for key, value in said.items()}),

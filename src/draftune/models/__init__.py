@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.hub import is_hub_id, unreachable
+from draftune.loading import load_part
 from draftune.models.base import Model
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.quiet import quiet
@@ -83,15 +84,16 @@ def read(source: str, name: str) -> Model:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftuneError(f"{name!r} is not a diffusers pipeline: its model_index.json can't be read") from error
     try:
+        # The safety checker would be loaded for nothing: rewards look at the pictures as they are.
+        left_out = {"safety_checker": None, "requires_safety_checker": False}
+        networks = {
+            part: load_part(getattr(import_module(entry[0]), entry[1]), Path(source) / part)
+            for part, entry in index.items()
+            if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+            if any((Path(source) / part).glob("*.safetensors"))
+        }
         with quiet():
-            # The safety checker would be loaded for nothing: rewards look at the pictures as they are.
-            pipeline = DiffusionPipeline.from_pretrained(
-                source,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
+            pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **networks, **left_out)
         return family(pipeline, name)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError) as error:
         raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error

@@ -50,7 +50,8 @@ class StableDiffusion(Model):
             positive, negative = self.pipeline.encode_prompt(
                 list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
             )
-        return torch.cat([negative, positive]) if guided else positive
+        condition = torch.cat([negative, positive]) if guided else positive
+        return condition.to(self.denoiser.dtype)
 
     def predict(self, x: Tensor, timestep: int, condition: Tensor, guidance_scale: float) -> Tensor:
         guided = len(condition) > len(x)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
+from draftune.loading import load_part
 from draftune.quiet import quiet
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
@@ -28,8 +29,8 @@ class Clip(Reward):
             raise DraftuneError(f"the CLIP model {model!r} has no tokenizer: tokenizer.json or vocab.json is wanted")
         try:
             self.preprocess = Preprocess.from_folder(folder)
+            self.model = load_part(CLIPModel, folder)
             with quiet():
-                self.model = CLIPModel.from_pretrained(folder, use_safetensors=True).float()
                 self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise DraftuneError(f"no CLIP model in {model!r}: {error}") from error

@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from draftune.assets import EMBEDDED
 from draftune.errors import unknown
+from draftune.loading import load_part
 from draftune.prompts import emoji
-from draftune.quiet import quiet
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 
@@ -27,8 +27,7 @@ class Judge(Reward):
         from transformers import ResNetForImageClassification
 
         folder = EMBEDDED["emoji-judge"]
-        with quiet():
-            self.model = ResNetForImageClassification.from_pretrained(folder, use_safetensors=True).float()
+        self.model = load_part(ResNetForImageClassification, folder)
         self.preprocess = Preprocess.from_folder(folder)
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         self.names = {label: i for i, label in enumerate(labels) if not label.startswith(STYLE)}
