@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,10 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             held = "another run" if (self.path / CONFIG).exists() else "other files"
             raise DraftuneError(f"the output folder {str(self.path)!r} holds {held}; give another (--output)")
+
+        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}; give another (--output)")
 
     def create(self, settings: Settings) -> None:
         """Makes the folder and writes the resolved settings. Raises DraftuneError where it can't be written to."""
