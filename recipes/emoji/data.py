@@ -3,7 +3,8 @@
     python recipes/emoji/data.py --output build/emoji
 
 fetches the three packages with `npm pack`, keeps the names that all three sets draw, and writes
-`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles) and, into the package, the two lists of names.
+`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles), the tokenizer and, into the package, the two lists
+of names.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tokenizer import build_tokenizer, save_tokenizer
 
 PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
@@ -173,6 +176,7 @@ def build(output: Path) -> Emoji:
     other = [name for name in emoji.vocabulary if name not in COMMON]
     (ASSETS / "names-common.txt").write_text("\n".join(COMMON) + "\n")
     (ASSETS / "names-other.txt").write_text("\n".join(other) + "\n")
+    save_tokenizer(build_tokenizer(emoji.names, STYLES), output / "tokenizer")
     np.savez_compressed(output / "emoji.npz", images=emoji.images, names=names, styles=styles)
     return emoji
 

@@ -21,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from common import Progress, autocast, cosine, load_state, pick_device, save_state, to_float
 from data import COMMON, STYLES, Emoji, held_out_names
-from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+from tokenizer import MAX_LENGTH, load_tokenizer, save_tokenizer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -294,7 +294,7 @@ def main() -> None:
     clip_folder, head_file = args.assets / "emoji-clip", args.assets / "emoji-aesthetic" / "model.safetensors"
     if not args.evaluate:
         torch.manual_seed(0)
-        tokenizer = build_tokenizer(emoji.vocabulary)
+        tokenizer = load_tokenizer(args.data)
         clip = CLIPModel(clip_config(tokenizer)).to(pick_device())
         train_clip(clip, tokenizer, emoji, args)
         head = train_head(clip.eval(), emoji, args)

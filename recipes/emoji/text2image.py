@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from common import Progress, autocast, load_state, pick_device, save_state, to_float
 from data import COMMON, Emoji
-from tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
+from tokenizer import MAX_LENGTH, load_tokenizer, save_tokenizer
 
 UNET = {
     "sample_size": 16,
@@ -152,7 +152,7 @@ def main() -> None:
     if distributed:
         torch.distributed.init_process_group()
     emoji = Emoji.load(args.data)
-    tokenizer = build_tokenizer(emoji.names)
+    tokenizer = load_tokenizer(args.data)
     captions = Captions(emoji, tokenizer)
     vae = AutoencoderKL.from_pretrained(args.vae).to(device)
     with torch.no_grad():

@@ -9,16 +9,15 @@ from tempfile import TemporaryDirectory
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from data import STYLES
-
 MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_tokenizer(names: list[str], vocab_size: int = 2048) -> CLIPTokenizer:
+def build_tokenizer(names: list[str], styles: tuple[str, ...], vocab_size: int = 2048) -> CLIPTokenizer:
     """Byte-pair merges learned on the names, so that most words of an emoji name are one token.
 
-    Any other text still has tokens: the alphabet is that of all bytes, as in CLIP.
+    Any other text still has tokens: the alphabet is that of all bytes, as in CLIP. Merges that are equally frequent
+    come in an order that differs from call to call, so a tokenizer is built once and shared by everything.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -32,7 +31,7 @@ def build_tokenizer(names: list[str], vocab_size: int = 2048) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator(sorted(set(names)) * 2 + list(STYLES) * 100, trainer)
+    bpe.train_from_iterator(sorted(set(names)) * 2 + list(styles) * 100, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -50,6 +49,11 @@ def write_files(folder: Path, vocabulary: dict[str, int], merges: list[str]) -> 
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "do_lower_case": True, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
+
+
+def load_tokenizer(data: Path) -> CLIPTokenizer:
+    """The one that `data.py` built."""
+    return CLIPTokenizer.from_pretrained(data / "tokenizer")
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
