@@ -31,6 +31,15 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
+def uniform(count: int, low: float, high: float) -> torch.Tensor:
+    """One random number for each of `count` pictures, [count, 1, 1, 1]."""
+    return torch.empty(count, 1, 1, 1).uniform_(low, high)
+
+
+def percent(right: torch.Tensor) -> str:
+    return f"{100 * right.float().mean():.1f} %"
+
+
 class Progress:
     """Steps from `start` to `stop` with a bar and a running mean of what `show` is given."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate, max_pool2d
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from common import Progress, autocast, cosine, load_state, pick_device, save_state, to_float
+from common import Progress, autocast, cosine, load_state, percent, pick_device, save_state, to_float, uniform
 from data import COMMON, STYLES, Emoji
 
 SIZE = 64
@@ -37,10 +37,6 @@ def judge_config(names: list[str]) -> ResNetConfig:
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
     )
-
-
-def uniform(count: int, low: float, high: float) -> Tensor:
-    return torch.empty(count, 1, 1, 1).uniform_(low, high)
 
 
 def backgrounds(x: Tensor) -> Tensor:
@@ -150,10 +146,6 @@ def evaluate(judge: ResNetForImageClassification, emoji: Emoji) -> None:
             f"pictures {label}: {len(emoji.vocabulary)} names {percent(all_names)}, "
             f"{len(COMMON)} common names {percent(among_common)}, style {percent(styles)}"
         )
-
-
-def percent(right: Tensor) -> str:
-    return f"{100 * right.float().mean():.1f} %"
 
 
 def main() -> None:

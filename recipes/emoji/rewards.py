@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, conv2d, cross_entropy, grid_sample, mse_loss, normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common import Progress, autocast, cosine, load_state, pick_device, save_state, to_float
+from common import Progress, autocast, cosine, load_state, percent, pick_device, save_state, to_float, uniform
 from data import COMMON, STYLES, Emoji, held_out_names
 from tokenizer import MAX_LENGTH, load_tokenizer, save_tokenizer
 
@@ -62,10 +62,6 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     }
     vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8}
     return CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=DIM)
-
-
-def uniform(count: int, low: float, high: float) -> Tensor:
-    return torch.empty(count, 1, 1, 1).uniform_(low, high)
 
 
 def moved(x: Tensor, strength: float) -> Tensor:
@@ -271,10 +267,6 @@ def evaluate_head(clip: CLIPModel, head: AestheticHead, emoji: Emoji) -> None:
     means = ", ".join(f"{style} {scores[:, i].mean():.2f}" for i, style in enumerate(STYLES))
     above = scores[:, glossy] > scores[:, flat].amax(1)
     print(f"{len(numbers)} held-out names: 3d above both others {percent(above)}; mean scores {means}")
-
-
-def percent(right: Tensor) -> str:
-    return f"{100 * right.float().mean():.1f} %"
 
 
 def main() -> None:

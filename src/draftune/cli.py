@@ -207,7 +207,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
 def load_tuned(source: str, base: str | None, lora_scale: float) -> tuple[Model, Settings | None]:
     """The base model of a run or LoRA file with the LoRA on it, and the run's settings where it is one."""
-    from draftune.lora import base_model, load_lora, set_lora_scale
+    from draftune.lora import base_model, load_lora, lora_file, set_lora_scale
     from draftune.models import load_model
     from draftune.training.run import run_settings
 
@@ -217,7 +217,7 @@ def load_tuned(source: str, base: str | None, lora_scale: float) -> tuple[Model,
     model = load_model(base)
     load_lora(model, source)
     set_lora_scale(model, lora_scale)
-    return model, run_settings(source)
+    return model, run_settings(lora_file(source))
 
 
 def run_score(args: argparse.Namespace) -> None:

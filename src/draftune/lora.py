@@ -45,7 +45,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
     )
     model.denoiser.add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(model).values():
-        parameter.data = parameter.data.float() if parameter.dtype != torch.float64 else parameter.data
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def lora_parameters(model: Model) -> dict[str, nn.Parameter]:

@@ -59,9 +59,7 @@ class RunFolder:
         self.events.close()
 
 
-def run_settings(path: str | Path) -> Settings | None:
-    """The settings of the run that a LoRA belongs to, given the run's folder, its `lora` folder or the file there."""
-    path = Path(path).expanduser()
-    lora = path if path.name == "lora" else path.parent if path.parent.name == "lora" else path / "lora"
-    config = lora.parent / CONFIG
-    return Settings.from_mapping(read_yaml(config)) if lora.is_dir() and config.is_file() else None
+def run_settings(lora: Path) -> Settings | None:
+    """The settings of the run that wrote a LoRA file, where it still lies in the run's folder."""
+    config = lora.parent.parent / CONFIG
+    return Settings.from_mapping(read_yaml(config)) if lora.parent.name == "lora" and config.is_file() else None
