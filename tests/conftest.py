@@ -12,6 +12,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 torch.set_num_threads(2)
@@ -103,3 +104,22 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     build_pipeline(folder / "parts").save_pretrained(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved CLIP, small and random."""
+    from published import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, generator = tmp_path_factory.mktemp("head") / "head.safetensors", torch.Generator().manual_seed(0)
+    tensors = {}
+    for i, (a, b) in {0: (12, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}.items():
+        tensors[f"layers.{i}.weight"] = torch.randn(b, a, generator=generator) / a**0.5
+        tensors[f"layers.{i}.bias"] = torch.randn(b, generator=generator)
+    save_file(tensors, path)
+    return path

@@ -6,20 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import tiny_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
 
 from draftune.errors import DraftuneError
-from draftune.images import from_pil
 from draftune.rewards import REWARDS, Reward, load_reward
-from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from draftune.rewards.preprocess import CLIP_STD, Preprocess
 
 PHOTOGRAPHS = [
     Image.fromarray(skimage.data.astronaut()),
@@ -65,30 +61,6 @@ def test_rewards_run_in_float32_under_autocast() -> None:
     assert seen == [(torch.float32, torch.float32)]
 
 
-def test_a_saved_clip_and_the_official_preprocessing(clip_folder: Path) -> None:
-    """The score of PIL pictures, prepared by PIL and NumPy as CLIP's authors do, equals ours on tensors."""
-    reward = load_reward(f"clip(model={clip_folder}, scaled=true)")
-    model = CLIPModel.from_pretrained(clip_folder).eval()
-    tokens = tiny_tokenizer(clip_folder / "again")(
-        ["a cat"], padding="max_length", max_length=12, truncation=True, return_tensors="pt"
-    )
-    scores = []
-    for picture in PHOTOGRAPHS:
-        scale = 32 / min(picture.size)
-        size = tuple(max(32, int(side * scale)) for side in picture.size)
-        small = picture.resize(size, Image.Resampling.BICUBIC)  # type: ignore[arg-type]
-        left, top = (small.width - 32) // 2, (small.height - 32) // 2
-        array = np.asarray(small.crop((left, top, left + 32, top + 32)), dtype=np.float32) / 255
-        pixels = torch.tensor((array - CLIP_MEAN) / CLIP_STD, dtype=torch.float32).permute(2, 0, 1)[None]
-        with torch.no_grad():
-            theirs = model(input_ids=tokens.input_ids, pixel_values=pixels).logits_per_image[0, 0]
-        ours = reward(from_pil(picture), ["a cat"])[0]
-        scores.append((float(ours), float(theirs)))
-    spread = np.std([theirs for _, theirs in scores])
-    # What is left is PIL's rounding to 8 bits after resizing.
-    assert max(abs(ours - theirs) for ours, theirs in scores) < 0.02 * spread
-
-
 def test_gradient_reaches_the_picture_but_no_weight(clip_folder: Path, head_file: Path) -> None:
     reward = load_reward(f"clip(model={clip_folder}) + 0.1*aesthetic(model={clip_folder}, head={head_file})")
     images = torch.rand(2, 3, 40, 56, requires_grad=True)
@@ -98,18 +70,6 @@ def test_gradient_reaches_the_picture_but_no_weight(clip_folder: Path, head_file
     assert images.grad.flatten(1).abs().sum(1).min() > 0
     assert not any(p.requires_grad for p in reward.parameters())
     assert not reward.training
-
-
-def test_aesthetic_head_in_the_published_layout(clip_folder: Path, head_file: Path) -> None:
-    reward = load_reward(f"aesthetic(model={clip_folder}, head={head_file})")
-    images = torch.rand(3, 3, 32, 32)
-    model, t = CLIPModel.from_pretrained(clip_folder).eval(), load_file(head_file)
-    with torch.no_grad():
-        pooled = model.vision_model(pixel_values=Preprocess(32, 32)(images)).pooler_output
-        x = nn.functional.normalize(model.visual_projection(pooled))
-        for i in (0, 2, 4, 6, 7):
-            x = x @ t[f"layers.{i}.weight"].T + t[f"layers.{i}.bias"]
-        assert torch.allclose(reward(images, [""] * 3), x[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["truncated", "html", "missing tensor", "wrong shape", "pickle"])
@@ -127,7 +87,7 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
         else:
             tensors["layers.7.weight"] = torch.zeros(2, 16)
         save_file(tensors, bad)
-    with pytest.raises(DraftuneError, match=r"not a readable safetensors|is not an aesthetic head"):
+    with pytest.raises(DraftuneError, match=r"not a readable safetensors|holds other weights"):
         load_reward(f"aesthetic(model={clip_folder}, head={bad})")
 
 
@@ -189,30 +149,3 @@ def test_processor_configs_of_all_years(tmp_path: Path, config: dict[str, object
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**config, "image_mean": [0.5, 0.5, 0.5]}))
     preprocess = Preprocess.from_folder(tmp_path)
     assert (preprocess.size, preprocess.mean, preprocess.std) == (48, (0.5, 0.5, 0.5), CLIP_STD)
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = tiny_tokenizer(folder)
-    torch.manual_seed(0)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 32, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-    CLIPModel(config).save_pretrained(folder)
-    processor = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, generator = tmp_path_factory.mktemp("head") / "head.safetensors", torch.Generator().manual_seed(0)
-    tensors = {}
-    for i, (a, b) in {0: (12, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}.items():
-        tensors[f"layers.{i}.weight"] = torch.randn(b, a, generator=generator) / a**0.5
-        tensors[f"layers.{i}.bias"] = torch.randn(b, generator=generator)
-    save_file(tensors, path)
-    return path

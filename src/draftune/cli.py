@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,8 +18,6 @@ from draftune.settings import PRECISIONS, Settings, kind, read_yaml
 
 if TYPE_CHECKING:
     from draftune.models import Model
-
-LISTS = ("models", "rewards", "methods", "prompts")
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,18 +74,26 @@ def build_parser() -> argparse.ArgumentParser:
     score = commands.add_parser(
         "score",
         help="score pictures",
-        description="Scores picture files with a reward.",
-        epilog="example: draftune score a.png b.png --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt 'cat face'",
+        description="Scores picture files with a reward. Exit code 1: some could not be read and were skipped.",
+        epilog="example: draftune score out/ 'more/*.jpg' --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt cat",
         allow_abbrev=False,
     )
-    score.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    score.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, folders of them, or patterns")
     score.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
-    score.add_argument("--prompt", default="", metavar="TEXT", help="what the pictures should show")
+    prompt = score.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", metavar="TEXT", help="what all the pictures should show")
+    prompt.add_argument("--prompts", metavar="FILE", help="a .csv or .jsonl with an image and its prompt in each row")
+    score.add_argument("--output", metavar="FILE", help="also writes the table there, as .csv or .json")
     add_device(score, precision=False)
     score.set_defaults(run=run_score)
 
-    listing = commands.add_parser("list", help="what there is: models, rewards, methods, prompts")
-    listing.add_argument("what", nargs="?", metavar="{" + ",".join(LISTS) + "}", help="all unless said")
+    listing = commands.add_parser(
+        "list",
+        help="what there is: models, rewards, methods, prompts",
+        description="Lists what there is, or says everything about one reward or method.",
+        epilog="example: draftune list rewards; draftune list hpsv2",
+    )
+    listing.add_argument("what", nargs="?", help="models, rewards, methods, prompts, or the name of a reward or method")
     listing.set_defaults(run=run_list)
     return parser
 
@@ -116,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Torch's and tokenizers' advice about their own innards is not for the user's screen.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        args.run(args)
+        return args.run(args) or 0
     except DraftuneError as error:
         print(f"draftune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -129,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("draftune: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def unrecognized(parser: argparse.ArgumentParser, args: argparse.Namespace, argument: str) -> DraftuneError:
@@ -140,10 +146,15 @@ def unrecognized(parser: argparse.ArgumentParser, args: argparse.Namespace, argu
     return unknown("flag", argument.partition("=")[0], chosen._option_string_actions)
 
 
-def run_train(args: argparse.Namespace) -> None:
+def train_settings(args: argparse.Namespace) -> Settings:
+    """What `draftune train` was told, by the file and by the flags, which win."""
     values: dict[str, Any] = read_yaml(args.config) if args.config else {}
     flags = {f.name: getattr(args, f.name) for f in fields(Settings)}
-    settings = Settings.from_mapping(values | {key: value for key, value in flags.items() if value is not None})
+    return Settings.from_mapping(values | {key: value for key, value in flags.items() if value is not None})
+
+
+def run_train(args: argparse.Namespace) -> None:
+    settings = train_settings(args)
     from draftune.training import train
 
     run = train(settings=settings)
@@ -220,45 +231,60 @@ def load_tuned(source: str, base: str | None, lora_scale: float) -> tuple[Model,
     return model, run_settings(lora_file(source))
 
 
-def run_score(args: argparse.Namespace) -> None:
-    from draftune.evaluation import score_batches
-    from draftune.images import open_image
+def run_score(args: argparse.Namespace) -> int:
+    output = Path(args.output).expanduser() if args.output else None
+    if output and output.suffix not in (".csv", ".json"):
+        raise DraftuneError(f"--output takes a .csv or a .json file, not {args.output!r}")
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
+    from draftune.scores import find_images, prompts_of, score_files
 
+    images = find_images(args.images)
+    prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
     device = default_device(args.cpu)
-    reward = load_reward(args.reward).to(device)
-    images = {name: open_image(Path(name)) for name in args.images}
-    width = max(map(len, images))
-    for i, (name, image) in enumerate(images.items()):
-        scores = score_batches(reward, image, [args.prompt], device)
-        total = scores.pop("reward")
-        columns = {**scores, "total": total} if len(scores) > 1 else scores
-        if i == 0:
-            print(f"{'image':{width}}  " + "  ".join(f"{label:>10}" for label in columns))
-        cells = (f"{float(value):{max(10, len(label))}.4f}" for label, value in columns.items())
-        print(f"{name:{width}}  " + "  ".join(cells))
+    scores = score_files(load_reward(args.reward).to(device), images, prompts, device)
+    for problem in scores.broken.values():
+        print(f"draftune: skipped: {problem}", file=sys.stderr)
+    if not scores.rows:
+        raise DraftuneError(f"none of the {len(images)} pictures can be read")
+    print(scores.table())
+    if output:
+        try:
+            scores.write(output)
+        except OSError as error:
+            raise DraftuneError(f"cannot write to {args.output!r}: {error.strerror}") from error
+    return 1 if scores.broken else 0
 
 
 def run_list(args: argparse.Namespace) -> None:
-    if args.what is not None and args.what not in LISTS:
-        raise unknown("list", args.what, LISTS)
     from draftune.methods import METHODS
     from draftune.models import MODELS
     from draftune.prompts import PROMPT_SETS
     from draftune.rewards import REWARDS
 
+    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS}
     tables = {
         "models": MODELS,
         "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
         "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
         "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
     }
-    for what in [args.what] if args.what else LISTS:
+    if args.what in described:
+        print(description(args.what, described[args.what]))
+        return
+    if args.what is not None and args.what not in tables:
+        raise unknown("list or name", args.what, [*tables, *described])
+    for what in [args.what] if args.what else tables:
         print(what)
         width = max(map(len, tables[what]))
         for name, text in tables[what].items():
             print(f"  {name:{width}}  {text}")
+
+
+def description(name: str, described: Callable[..., Any]) -> str:
+    """All that is said of a reward or a method, and its settings with their defaults."""
+    settings = ", ".join(str(parameter) for parameter in inspect.signature(described).parameters.values())
+    return f"{name}({settings})\n\n{inspect.getdoc(described)}"
 
 
 def first_sentence(text: str | None) -> str:

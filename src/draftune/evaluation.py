@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftune.errors import DraftuneError
 from draftune.lora import set_lora_scale
 from draftune.models import Model
-from draftune.rewards import Reward
+from draftune.rewards import Reward, WeightedSum
 
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
@@ -40,6 +41,22 @@ def score_batches(
         total, parts = reward.parts(images[batch].to(device), prompts[batch])
         rows.append({name: value.cpu() for name, value in {"reward": total, **parts}.items()})
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu") -> Reward:
+    """The same sum with each part divided by its standard deviation over these pictures, so that weights compare.
+
+    images: [N, 3, H, W], at least 2. Raises DraftuneError for a part that gives all of them the same score.
+    """
+    terms = []
+    for weight, part in reward.terms:
+        spread = float(score_batches(part, images, prompts, device)["reward"].std())
+        if not spread > 0:
+            raise DraftuneError(
+                f"the reward {part.label!r} is the same for {len(images)} pictures: it can't be normalised"
+            )
+        terms.append((weight / spread, part))
+    return WeightedSum(terms)
 
 
 @torch.no_grad()

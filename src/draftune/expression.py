@@ -1,8 +1,10 @@
 """The small language of rewards and methods: `name(key=value)`, sums of them, and numbers as factors.
 
     clip(model=./my/clip) + 0.1*aesthetic - jpeg-incompressibility(quality=80)
+    robust(clip + 0.1*my/rewards.py:sharp(k=3), rho=0.02)
 
-Names may hold hyphens, dots, slashes and colons, so a minus between two names needs a space on each side.
+Names may hold hyphens, dots, slashes and colons, so a minus between two names needs a space on each side; one with
+other characters stands in quotes.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from draftune.errors import DraftuneError, unknown
 
 Value = str | float | int | bool | None
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 T = TypeVar("T")
 
+NAME = r"[\w./~][\w./:~@]*(?:-[\w./:~@]+)*"
 TOKEN = re.compile(
-    r"""\s*(?:
+    rf"""\s*(?:
         (?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w/]))
       | (?P<string>"[^"]*"|'[^']*')
-      | (?P<name>[\w./~][\w./:~@]*(?:-[\w./:~@]+)*)
+      | (?P<name>{NAME})
       | (?P<symbol>[-+*(),=])
     )""",
     re.VERBOSE,
@@ -32,14 +36,21 @@ TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Call:
-    """A name with its settings."""
+    """A name with its settings and, where it wraps another expression, that expression."""
 
     name: str
     settings: dict[str, Value] = field(default_factory=dict)
+    inner: Call | Sum | None = None
 
-    def apply(self, function: Callable[..., T], kind: str) -> T:
-        """`function(**settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
-        parameters = inspect.signature(function, eval_str=True).parameters
+    def __str__(self) -> str:
+        arguments = [] if self.inner is None else [str(self.inner)]
+        arguments += [f"{key}={written(value)}" for key, value in self.settings.items()]
+        name = self.name if re.fullmatch(NAME, self.name) else f'"{self.name}"'
+        return f"{name}({', '.join(arguments)})" if arguments else name
+
+    def apply(self, function: Callable[..., T], kind: str, *given: Any) -> T:
+        """`function(*given, **settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
+        parameters = dict(list(inspect.signature(function, eval_str=True).parameters.items())[len(given) :])
         settings = dict(self.settings)
         for key, value in self.settings.items():
             if key not in parameters:
@@ -49,7 +60,11 @@ class Call:
                 settings[key] = float(value)
             elif wanted in NAMES and type(value) is not wanted:
                 raise DraftuneError(f"{key} of {kind} {self.name} must be {NAMES[wanted]}, not {value!r}")
-        return function(**settings)
+        for key, parameter in parameters.items():
+            optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if parameter.default is parameter.empty and not optional and key not in settings:
+                raise DraftuneError(f"{kind} {self.name} wants {key}: {self.name}({key}=…)")
+        return function(*given, **settings)
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,13 @@ class Sum:
     """A weighted sum of calls."""
 
     terms: tuple[tuple[float, Call], ...]
+
+    def __str__(self) -> str:
+        text = " ".join(
+            f"{'-' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):.9g}*'}{call}"
+            for weight, call in self.terms
+        )
+        return text.removeprefix("+ ")
 
 
 def parse(text: str) -> Call | Sum:
@@ -96,10 +118,14 @@ class Parser:
         return text
 
     def expression(self) -> Call | Sum:
+        tree = self.sum()
+        self.expect("end")
+        return tree
+
+    def sum(self) -> Call | Sum:
         terms = [self.term(-1.0 if self.accept("-") else 1.0)]
         while sign := self.accept("+", "-"):
             terms.append(self.term(-1.0 if sign == "-" else 1.0))
-        self.expect("end")
         if len(terms) == 1 and terms[0][0] == 1.0:
             return terms[0][1]
         return Sum(tuple(terms))
@@ -115,17 +141,23 @@ class Parser:
         return float(self.expect("number"))
 
     def call(self) -> Call:
-        name = self.expect("name")
+        name = self.expect("name", "string").strip("\"'")
         settings: dict[str, Value] = {}
+        inner: Call | Sum | None = None
         if self.accept("("):
             while not self.accept(")"):
-                key = self.expect("name")
-                self.expect("=")
-                settings[key] = self.value()
+                if self.tokens[0][0] == "name" and self.tokens[1][1] == "=":
+                    key = self.expect("name")
+                    self.expect("=")
+                    settings[key] = self.value()
+                elif inner is None and not settings:
+                    inner = self.sum()
+                else:
+                    raise self.error(self.tokens[0][2])
                 if not self.accept(","):
                     self.expect(")")
                     break
-        return Call(name, settings)
+        return Call(name, settings, inner)
 
     def value(self) -> Value:
         if (string := self.accept("string")) is not None:
@@ -135,7 +167,16 @@ class Parser:
         if (text := self.accept("number")) is not None:
             return number(text)
         name = self.expect("name")
-        return {"true": True, "false": False, "none": None}.get(name.lower(), name)
+        return WORDS.get(name.lower(), name)
+
+
+def written(value: Value) -> str:
+    """A value as it is written in an expression."""
+    if isinstance(value, str):
+        plain = re.fullmatch(NAME, value) and not re.match(r"[\d.]", value) and value.lower() not in WORDS
+        quote = "'" if '"' in value else '"'
+        return value if plain else f"{quote}{value}{quote}"
+    return str(value).lower()
 
 
 def number(text: str) -> int | float:

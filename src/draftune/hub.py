@@ -10,9 +10,10 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def unreachable(name: str, option: str) -> DraftuneError:
-    """The error for a model that is neither on this machine nor to be fetched; `option` takes its folder."""
+def unreachable(name: str, option: str, file: str = "") -> DraftuneError:
+    """The error for a model that is neither on this machine nor to be fetched; `option` takes its folder or file."""
+    what, given = (f"{file!r} of {name!r}", "path") if file else (repr(name), "folder")
     return DraftuneError(
-        f"{name!r} is not on this machine and could not be fetched from the hub: download it where there is a "
-        f"network (hf download {name}) and give the folder to {option}"
+        f"{what} is not on this machine and could not be fetched from the hub: download it where there is a network "
+        f"({' '.join(['hf download', name, file]).strip()}) and give the {given} to {option}"
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from draftune.errors import DraftuneError, unknown
 
@@ -29,13 +33,31 @@ PROMPT_SETS: dict[str, tuple[str, Callable[[], list[str]]]] = {
 }
 
 
-def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
-    """The prompts of a named set, of a text file with one prompt a line, or of a list.
+class Prompt(str):
+    """A prompt that carries what its file says of it besides: metadata, by the name of the column."""
 
-    Empty lines are left out. Raises DraftuneError for an unknown set, and for a file that is empty or not text.
+    metadata: dict[str, str]
+
+    def __new__(cls, text: str, metadata: Mapping[str, str] | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.metadata = dict(metadata or {})
+        return prompt
+
+
+def metadata(prompt: str) -> Mapping[str, str]:
+    """What the prompt's file says of it besides; nothing for plain text."""
+    return prompt.metadata if isinstance(prompt, Prompt) else {}
+
+
+def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
+    """The prompts of a named set, of a file, or of a list.
+
+    A .csv file has a column "prompt", a .jsonl file an object with a key "prompt" in each line; what else stands there
+    becomes the prompt's metadata. In any other text file each line is a prompt. Empty ones are left out. Raises
+    DraftuneError for an unknown set, and for a file that is empty or can't be read, with the line.
     """
     if not isinstance(source, str):
-        prompts = [str(prompt) for prompt in source if str(prompt).strip()]
+        prompts = [prompt if isinstance(prompt, str) else str(prompt) for prompt in source if str(prompt).strip()]
         if not prompts:
             raise DraftuneError("the list of prompts is empty")
         return prompts
@@ -46,13 +68,56 @@ def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
         if path.suffix or "/" in source:
             raise DraftuneError(f"no prompt file {source!r}")
         raise unknown("prompt set", source, PROMPT_SETS)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DraftuneError(f"{source!r} is not a text file in UTF-8: one prompt a line is wanted") from error
-    if any(ord(c) < 32 and c not in "\t\r\n\f" for c in text):
-        raise DraftuneError(f"{source!r} is a binary file: one prompt a line is wanted")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [prompt for prompt in read_prompts(path) if prompt.strip()]
     if not prompts:
         raise DraftuneError(f"the prompt file {source!r} is empty")
     return prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DraftuneError(f"{str(path)!r} is not a text file in UTF-8: one prompt a line is wanted") from error
+    if any(ord(c) < 32 and c not in "\t\r\n\f" for c in text):
+        raise DraftuneError(f"{str(path)!r} is a binary file: one prompt a line is wanted")
+    if path.suffix.lower() in TABLES:
+        rows = TABLES[path.suffix.lower()](text, path)
+        for line, row in rows:
+            if not isinstance(row.get("prompt"), str):
+                raise DraftuneError(
+                    f"{str(path)!r}, line {line}: no {'column' if path.suffix == '.csv' else 'key'} 'prompt'"
+                )
+        return [
+            Prompt(
+                row["prompt"].strip(),
+                {k: str(v) for k, v in row.items() if k and k != "prompt" and v not in (None, "")},
+            )
+            for _, row in rows
+        ]
+    return [line.strip() for line in text.splitlines()]
+
+
+def read_csv(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise DraftuneError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
+
+
+def read_jsonl(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DraftuneError(f"{str(path)!r}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DraftuneError(f'{str(path)!r}, line {number}: an object such as {{"prompt": …}} is wanted')
+            rows.append((number, row))
+    return rows
+
+
+TABLES = {".csv": read_csv, ".jsonl": read_jsonl}

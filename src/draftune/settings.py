@@ -34,9 +34,17 @@ class Settings:
     """
 
     model: str = setting("emoji", "'emoji', the folder of a diffusers pipeline, or a hub id")
-    reward: str = setting(None, "expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)'")
+    reward: str = setting(
+        None, "expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'"
+    )
+    reward_batch_size: int = setting(4, "pictures that the reward scores at once; fewer take less memory", low=1)
+    normalize_reward: int = setting(
+        0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
+    )
     method: str = setting("draft-lv", "draft, draft-k(k=10), draft-lv(n=2) or refl(m=20)")
-    prompts: str = setting(None, "a named set (see 'draftune list prompts') or a text file, one prompt a line")
+    prompts: str = setting(
+        None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
+    )
     output: str = setting("runs/draftune", "the run's folder; it must not hold another run")
 
     steps: int = setting(None, "updates", low=1)

@@ -2,42 +2,84 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from draftune.errors import unknown
+from draftune.errors import DraftuneError, unknown
 from draftune.expression import Call, Sum, parse
-from draftune.rewards import aesthetic, clip, jpeg, judge  # noqa: F401 - registers them
+from draftune.rewards import (  # noqa: F401 - each registers its rewards
+    aesthetic,
+    classify,
+    clip,
+    hpsv2,
+    imagereward,
+    jpeg,
+    judge,
+    layout,
+    owlvit,
+    robust,
+    simple,
+)
 from draftune.rewards.base import REWARDS, FunctionReward, Reward, WeightedSum, register
+from draftune.rewards.custom import is_custom, load_custom
 
-__all__ = ["REWARDS", "FunctionReward", "Reward", "WeightedSum", "load_reward", "register"]
+__all__ = ["REWARDS", "FunctionReward", "Reward", "WeightedSum", "find_reward", "load_reward", "register"]
 
 
 def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     """A reward from an expression ("clip + 0.1*jpeg-compressibility(quality=80)"), a Reward or a plain function.
 
     A function gets images [B, 3, H, W] in [0, 1] and the B prompts, and returns B numbers. Raises DraftuneError
-    for a name, a setting or weights that are not there.
+    for a name, a setting or weights that are not there, before any weights are read.
     """
+    return find_reward(reward).ready()
+
+
+def find_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
+    """The reward with all its weights found and none of them read; `ready` reads them."""
     if isinstance(reward, Reward):
-        return reward.freeze()
+        return reward
     if not isinstance(reward, str):
-        return FunctionReward(reward).freeze()
+        return FunctionReward(reward)
     tree = parse(reward)
+    check(tree)
+    return build(tree)
+
+
+def check(tree: Call | Sum) -> None:
+    """Raises DraftuneError for a name that is not known, or that takes no reward inside it, or wants one."""
     if isinstance(tree, Sum):
         for _, call in tree.terms:
             check(call)
-        return WeightedSum([(weight, build(call)) for weight, call in tree.terms]).freeze()
-    return build(tree).freeze()
+        return
+    custom = is_custom(tree.name)
+    if tree.name not in REWARDS and not custom:
+        raise unknown("reward", tree.name, REWARDS)
+    wraps = not custom and wraps_reward(REWARDS[tree.name])
+    if wraps and tree.inner is None:
+        raise DraftuneError(f"{tree.name} wants a reward inside it: {tree.name}(clip + 0.1*aesthetic)")
+    if tree.inner is not None:
+        if not wraps:
+            raise DraftuneError(f"{tree.name} takes settings such as key=value, not {str(tree.inner)!r}")
+        check(tree.inner)
 
 
-def check(call: Call) -> None:
-    if call.name not in REWARDS:
-        raise unknown("reward", call.name, REWARDS)
+def wraps_reward(factory: Callable[..., Reward]) -> bool:
+    """Whether a factory's first parameter is a Reward."""
+    parameters = list(inspect.signature(factory, eval_str=True).parameters.values())
+    return bool(parameters) and parameters[0].annotation is Reward
 
 
-def build(call: Call) -> Reward:
-    check(call)
-    reward = call.apply(REWARDS[call.name], "reward")
-    reward.label = call.name
+def build(tree: Call | Sum) -> Reward:
+    if isinstance(tree, Sum):
+        return WeightedSum([(weight, build(call)) for weight, call in tree.terms])
+    if is_custom(tree.name):
+        reward = load_custom(tree)
+    else:
+        inner = [] if tree.inner is None else [build(tree.inner)]
+        reward = tree.apply(REWARDS[tree.name], "reward", *inner)
+        if not inner:
+            reward.label = tree.name
+    reward.expression = str(tree)
     return reward

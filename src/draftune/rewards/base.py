@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,22 @@ from draftune.errors import DraftuneError
 class Reward(nn.Module):
     """Scores pictures: images [B, 3, H, W] float32 in [0, 1] and B prompts to B numbers, higher is better.
 
-    A subclass writes `score`. Its weights are frozen, it runs in float32 whatever the autocast around it, and
-    gradient flows to the images. Rewards add up: `clip + 0.1 * aesthetic - jpeg`.
+    A subclass writes `score`, whose number for a picture depends on that picture and its prompt alone; where it has
+    weights it finds them in its constructor and reads them in `load`, so that what is missing is said before
+    anything is loaded. Weights are frozen, arithmetic is float32 whatever the autocast around it, and gradient flows
+    to the images. Rewards add up: `clip + 0.1 * aesthetic - jpeg`.
     """
 
     label: str = "reward"
+    """What it is called in logs and tables."""
+    expression: str = ""
+    """What `load_reward` would make it from again; empty for a reward that was written in Python."""
+    loaded: bool = False
+    chunk_size: int = 4
+    """How many pictures are scored at once: memory for activations is that of one chunk, whatever the batch."""
+
+    def load(self) -> None:
+        """Reads the weights that the constructor found."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
@@ -28,13 +41,27 @@ class Reward(nn.Module):
         """The weighted parts that this reward is the sum of; a plain reward is its own single part."""
         return [(1.0, self)]
 
+    def ready(self) -> Reward:
+        """This reward with its weights loaded and frozen, in evaluation mode."""
+        for _, part in self.terms:
+            if not part.loaded:
+                part.load()
+                part.loaded = True
+        return self.eval().requires_grad_(False)
+
+    def set_chunk_size(self, size: int) -> None:
+        """How many pictures this reward and those inside it score at once."""
+        for module in self.modules():
+            if isinstance(module, Reward):
+                module.chunk_size = size
+
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.parts(images, prompts)[0]
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The total [B], and by label what each part gave before its weight [B]."""
         with torch.autocast(images.device.type, enabled=False):
-            scores = [(weight, part, part.score(images.float(), prompts)) for weight, part in self.terms]
+            scores = [(w, part, in_chunks(part, images.float(), prompts, self.chunk_size)) for w, part in self.terms]
         total = sum((weight * score for weight, _, score in scores), torch.zeros((), device=images.device))
         named: dict[str, tuple[Reward, Tensor]] = {}
         for _, part, score in scores:
@@ -59,10 +86,6 @@ class Reward(nn.Module):
     def __neg__(self) -> Reward:
         return -1.0 * self
 
-    def freeze(self) -> Reward:
-        """This reward, in evaluation mode and with every weight frozen."""
-        return self.eval().requires_grad_(False)
-
 
 class WeightedSum(Reward):
     """A sum of rewards with a weight each."""
@@ -72,6 +95,10 @@ class WeightedSum(Reward):
         self.weights = [float(weight) for weight, _ in terms]
         self.rewards = nn.ModuleList(part for _, part in terms)
         self.label = " + ".join(f"{weight:g}*{part.label}" for weight, part in terms)
+        if all(part.expression for _, part in terms):
+            self.expression = " ".join(
+                f"{'-' if weight < 0 else '+'} {abs(weight):.6g}*{part.expression}" for weight, part in terms
+            ).removeprefix("+ ")
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:
@@ -79,15 +106,70 @@ class WeightedSum(Reward):
 
 
 class FunctionReward(Reward):
-    """A plain function of (images, prompts) as a reward."""
+    """A plain function, or any other callable, of (images, prompts) as a reward.
 
-    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+    Raises DraftuneError that says where, if it can't take these two or fails on them.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], label: str | None = None) -> None:
         super().__init__()
         self.function = function
-        self.label = getattr(function, "__name__", "reward")
+        self.label = label or getattr(function, "__name__", "") or type(function).__name__
+        try:
+            inspect.signature(function).bind(None, None)
+        except (TypeError, ValueError) as error:
+            raise DraftuneError(f"the reward {self.label!r} must take (images, prompts): {error}") from error
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.function(images, prompts)
+        try:
+            return self.function(images, prompts)
+        except (DraftuneError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise DraftuneError(f"the reward {self.label!r} failed: {where(error)}") from error
+
+
+def where(error: BaseException) -> str:
+    """An error of the user's own code in one line, with the place where it was raised."""
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+
+
+def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
+    """The scores [B] of `size` pictures at a time.
+
+    Where a gradient is wanted, that of each chunk is taken at once and its graph is let go: the memory is that of one
+    chunk's graph, and nothing is computed twice.
+    """
+    batches = [slice(start, start + size) for start in range(0, len(images), size)]
+    if torch.is_grad_enabled() and images.requires_grad:
+        score: Tensor = ScoreWithGradient.apply(images, reward, prompts, batches)  # type: ignore[no-untyped-call]
+        return score
+    return torch.cat([reward.score(images[batch], prompts[batch]) for batch in batches])
+
+
+class ScoreWithGradient(torch.autograd.Function):
+    """Scores and, since each score depends on its own picture alone, the gradient of each by its picture."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, reward: Reward, prompts: Sequence[str], batches: Sequence[slice]) -> Tensor:
+        scores, gradients = [], []
+        for batch in batches:
+            chunk = images[batch].detach().requires_grad_()
+            with torch.enable_grad():
+                score = reward.score(chunk, prompts[batch])
+                if not score.requires_grad:
+                    raise DraftuneError(f"the reward {reward.label!r} has no gradient")
+                (gradient,) = torch.autograd.grad(score.sum(), chunk, allow_unused=True)
+            scores.append(score.detach())
+            gradients.append(torch.zeros_like(chunk) if gradient is None else gradient)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * outer[0][:, None, None, None], None, None, None
 
 
 REWARDS: dict[str, Callable[..., Reward]] = {}
@@ -95,7 +177,10 @@ R = TypeVar("R", bound=Callable[..., Reward])
 
 
 def register(name: str) -> Callable[[R], R]:
-    """Makes a reward known by name to the command line and to `load_reward`. Its docstring is its description."""
+    """Makes a reward known by name to the command line and to `load_reward`. Its docstring is its description.
+
+    A factory whose first parameter is a Reward is a wrapper: `robust(clip + 0.1*aesthetic, rho=0.01)`.
+    """
 
     def add(factory: R) -> R:
         if name in REWARDS:

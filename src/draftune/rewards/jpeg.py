@@ -107,12 +107,17 @@ class Jpeg(Reward):
 def jpeg_compressibility(quality: int = 10) -> Reward:
     """Minus the squared error that JPEG makes at `quality` (1-100): smooth pictures score near 0, busy ones below.
 
-    Optimised hard it removes the background, then the subject.
+    Source: Clark et al., arXiv 2309.17400; their quality is not known. No weights; any size.
+    Over-optimised it removes the background, then the subject.
     """
     return Jpeg(quality, -1.0)
 
 
 @register("jpeg-incompressibility")
 def jpeg_incompressibility(quality: int = 10) -> Reward:
-    """The squared error that JPEG makes at `quality` (1-100): busy pictures score high. Ends in noise."""
+    """The squared error that JPEG makes at `quality` (1-100), 0 and above: busy pictures score high.
+
+    Source: Clark et al., arXiv 2309.17400; their quality is not known. No weights; any size.
+    Over-optimised it ends in noise.
+    """
     return Jpeg(quality, 1.0)

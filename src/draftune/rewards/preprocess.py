@@ -1,77 +1,155 @@
-"""Differentiable picture preprocessing: what an image processor does to a PIL image, on tensors."""
+"""Differentiable picture preprocessing: what an image processor does to a PIL image, on tensors.
+
+PIL resizes the width, rounds to 8 bits, resizes the height and rounds again; scores that agree with the official
+scorers to the last digits need the same. Rounding and clipping pass the gradient as if they were not there.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from draftune.clamp import clamp_unit
+from draftune.errors import DraftuneError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resizes the shortest edge to `size` (antialiased, as PIL does), crops the centre square, normalises.
+    """Resizes, crops the centre square where `crop` is given, normalises.
 
-    Takes [B, 3, H, W] in [0, 1] of any height and width; gives [B, 3, crop, crop].
+    `size`: pixels of the shortest edge, or (height, width) whatever the aspect. Takes [B, 3, H, W] in [0, 1] of any
+    height and width; gives [B, 3, crop, crop] or [B, 3, height, width]. Where an odd number of pixels is to be cropped,
+    `center` says which side loses one more: "floor" as transformers does, "round" as torchvision.
     """
 
-    size: int = 224
-    crop: int = 224
+    size: int | tuple[int, int] = 224
+    crop: int | None = 224
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
+    center: Literal["floor", "round"] = "floor"
 
     @classmethod
     def from_folder(cls, folder: Path) -> Preprocess:
-        """Reads `preprocessor_config.json`; without one, the processing of OpenAI's CLIP."""
+        """Reads `preprocessor_config.json`; without one, the processing of OpenAI's CLIP.
+
+        Raises DraftuneError for a file that is not one, or asks for what is not done here.
+        """
         path = folder / "preprocessor_config.json"
         if not path.exists():
             return cls()
-        config = json.loads(path.read_text())
-        size = edge(config.get("size") or config.get("crop_size") or 224)
-        return cls(
-            size=size,
-            crop=edge(config.get("crop_size") or size),
-            mean=tuple(config.get("image_mean", CLIP_MEAN)),
-            std=tuple(config.get("image_std", CLIP_STD)),
-            mode=MODES.get(config.get("resample", 3), "bicubic"),
-        )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            # The flag is missing where the processor's class implies it.
+            kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
+            implied = "crop_size" in config or "crop_pct" in config or "CLIP" in kind
+            cropped = config.get("do_center_crop", implied)
+            size = config.get("size") or config.get("crop_size") or 224
+            crop = edge(config.get("crop_size") or size) if cropped else None
+            if config.get("crop_pct") and edge(size) < 384:
+                # ConvNeXt's processor: the crop is a share of the resized picture, up to 384 pixels.
+                crop, size = edge(size), int(edge(size) / config["crop_pct"])
+            exact = crop is None and not (isinstance(size, dict) and "shortest_edge" in size)
+            return cls(
+                size=(edge(size, "height"), edge(size, "width")) if exact else edge(size),
+                crop=crop,
+                mean=tuple(config.get("image_mean", CLIP_MEAN)),
+                std=tuple(config.get("image_std", CLIP_STD)),
+                mode=MODES[config.get("resample", 3)],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DraftuneError(f"cannot read the picture preprocessing in {str(path)!r}: {error!r}") from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        images = center_crop(resize_shortest_edge(images, self.size, self.mode), self.crop)
-        mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device) for v in (self.mean, self.std))
-        return (images - mean[:, None, None]) / std[:, None, None]
+        shape = self.size if isinstance(self.size, tuple) else shortest_edge_shape(images, self.size)
+        images = resize(images, shape, self.mode)
+        if self.crop is not None:
+            images = center_crop(images, self.crop, self.center)
+        return normalized(images, self.mean, self.std)
 
 
-def edge(size: int | dict[str, Any]) -> int:
-    """The configs of different years write 224, {"height": 224, …} or {"shortest_edge": 224}."""
-    return size if isinstance(size, int) else int(size.get("shortest_edge") or size["height"])
+def edge(size: int | list[int] | dict[str, Any], name: str = "height") -> int:
+    """The configs of different years write 224, [224, 224], {"height": 224, …} or {"shortest_edge": 224}."""
+    if isinstance(size, list):
+        return size[name == "width"]
+    return size if isinstance(size, int) else int(size.get("shortest_edge") or size[name])
 
 
-def resize_shortest_edge(images: Tensor, size: int, mode: str) -> Tensor:
+def shortest_edge_shape(images: Tensor, size: int) -> tuple[int, int]:
     height, width = images.shape[-2:]
-    short, long = min(height, width), max(height, width)
-    if short == size:
-        return images
-    scaled = int(size * long / short)
-    shape = (size, scaled) if height <= width else (scaled, size)
-    if mode == "nearest":
-        return interpolate(images, shape, mode="nearest")
-    # PIL clips what bicubic overshoots.
-    return clamp_unit(interpolate(images, shape, mode=mode, antialias=True, align_corners=False))
+    long = int(size * max(height, width) / min(height, width))
+    return (size, long) if height <= width else (long, size)
 
 
-def center_crop(images: Tensor, size: int) -> Tensor:
-    top = (images.shape[-2] - size) // 2
-    left = (images.shape[-1] - size) // 2
+def resize(images: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] resized to (height, width), to the bit as PIL resizes pictures of 8 bits."""
+    shrink_height, shrink_width = (now - new for now, new in zip(images.shape[-2:], shape, strict=True))
+    passes = [(-1, shape[1]), (-2, shape[0])]
+    if shrink_height > max(0, 2 * shrink_width):
+        # As Pillow does since version 13; the two orders differ by single levels of 255.
+        passes.reverse()
+    for axis, size in passes:
+        if images.shape[axis] != size:
+            # PIL sums whole numbers. float64 holds the sums exactly, where the device has it.
+            exact = torch.float32 if images.device.type == "mps" else torch.float64
+            weights = pil_weights(images.shape[axis], size, mode).to(images.device, exact)
+            lines = levels(images.to(exact)).transpose(axis, -1) @ weights.T
+            images = rounded(lines.transpose(axis, -1)).to(images.dtype)
+    return images
+
+
+def levels(images: Tensor) -> Tensor:
+    """0 to 1 as 0 to 255, and whole where it is meant to be: float32 holds k / 255 only nearly."""
+    scaled = images * 255
+    whole = scaled.round()
+    return scaled + torch.where((scaled - whole).abs() < 1e-4, whole - scaled, 0.0).detach()
+
+
+def rounded(scaled: Tensor) -> Tensor:
+    """0 to 255 as the nearest of 256 levels from 0 to 1."""
+    images = scaled / 255
+    return images + ((scaled + 0.5).floor().clamp(0, 255) / 255 - images).detach()
+
+
+@functools.lru_cache(maxsize=64)
+def pil_weights(size_in: int, size_out: int, mode: str) -> Tensor:
+    """How much each of `size_in` pixels counts in each new one: [size_out, size_in] float64, rows that sum to about 1.
+
+    As in Pillow's Resample.c: the filter is stretched where pixels get fewer, and its weights have 22 bits.
+    """
+    scale = size_in / size_out
+    centers = (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5) * scale
+    pixels = torch.arange(size_in, dtype=torch.float64)[None]
+    stretch = max(scale, 1.0)
+    support = {"bilinear": 1.0, "bicubic": 2.0}[mode] * stretch
+    first, last = (centers - support + 0.5).trunc().clamp(min=0), (centers + support + 0.5).trunc()
+    x = ((pixels - centers + 0.5) * (1 / stretch)).abs()
+    if mode == "bilinear":
+        weights = (1 - x).clamp(min=0)
+    else:
+        # Keys' cubic with a = -1/2.
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5 * (x < 2))
+    weights = weights * ((pixels >= first) & (pixels < last))
+    weights = weights / weights.sum(1, keepdim=True) * 2**22
+    return (weights + 0.5 * weights.sign()).trunc() / 2**22
+
+
+def center_crop(images: Tensor, size: int, center: str) -> Tensor:
+    top, left = ((n - size) // 2 if center == "floor" else round((n - size) / 2) for n in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
+
+
+def normalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    means, stds = (torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (mean, std))
+    return (images - means) / stds

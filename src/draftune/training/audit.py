@@ -14,35 +14,44 @@ from draftune.rewards import Reward
 def probe_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
     """Tries the reward, forward and backward, on pictures [B, 3, H, W] of the base model before anything is trained.
 
-    Raises DraftuneError if it gives anything but B finite numbers with a finite, non-zero gradient to every picture.
+    Raises DraftuneError if any of its parts gives anything but B finite numbers, with a finite gradient that is not
+    zero to every picture; the message names the pictures that got none.
     """
-    images = images.detach().requires_grad_()
+    for _, part in reward.terms:
+        probe_part(part, images.detach().float().requires_grad_(), prompts)
+
+
+def probe_part(part: Reward, images: Tensor, prompts: Sequence[str]) -> None:
+    name, count = f"the reward {part.label!r}", len(images)
     with torch.enable_grad():
-        for _, part in reward.terms:
-            score = part.score(images, prompts)
-            if not isinstance(score, Tensor):
-                raise DraftuneError(f"the reward {part.label!r} must return a tensor, not {type(score).__name__}")
-            if score.shape != (len(images),):
-                shape = tuple(score.shape)
-                raise DraftuneError(
-                    f"the reward {part.label!r} must return one number for each of {len(images)} pictures, shape "
-                    f"({len(images)},), not {shape}"
-                )
-            if not score.isfinite().all():
-                raise DraftuneError(f"the reward {part.label!r} gives {score.tolist()} on pictures of the base model")
-            if not score.requires_grad:
-                raise DraftuneError(
-                    f"the reward {part.label!r} has no gradient: look for no_grad, detach, .item(), NumPy, PIL or "
-                    "argmax on the way from the pictures to the score"
-                )
-        (gradient,) = torch.autograd.grad(reward(images, prompts).sum(), images, allow_unused=True)
+        score = part.score(images, prompts)
+    if not isinstance(score, Tensor):
+        raise DraftuneError(f"{name} must return a tensor, not {type(score).__name__}")
+    if score.shape != (count,):
+        shape = tuple(score.shape)
+        raise DraftuneError(
+            f"{name} must return one number for each of {count} pictures, shape ({count},), not {shape}"
+        )
+    if not score.is_floating_point():
+        raise DraftuneError(
+            f"{name} must return numbers with a fraction, not {score.dtype}: look for argmax or rounding"
+        )
+    if not score.isfinite().all():
+        raise DraftuneError(f"{name} gives {score.tolist()} on pictures of the base model")
+    if not score.requires_grad:
+        raise DraftuneError(
+            f"{name} has no gradient for any of the {count} pictures: look for no_grad, detach, .item(), NumPy, PIL or "
+            "argmax on the way from the pictures to the score"
+        )
+    (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
     if gradient is None:
-        raise DraftuneError(f"the reward {reward.label!r} does not depend on the pictures")
-    if not gradient.isfinite().all():
-        raise DraftuneError(f"the gradient of the reward {reward.label!r} is not finite on pictures of the base model")
-    missing = [i for i, g in enumerate(gradient) if not g.any()]
-    if missing:
-        raise DraftuneError(f"the reward {reward.label!r} gives no gradient to the pictures {missing} of {len(images)}")
+        raise DraftuneError(f"{name} does not depend on the pictures: none of the {count} got a gradient")
+    for problem, wrong in (("a gradient that is not finite", ~gradient.isfinite()), ("no gradient", gradient == 0)):
+        bad = [i for i, w in enumerate(wrong) if (w.all() if problem == "no gradient" else w.any())]
+        if bad:
+            which = ", ".join(f"{i + 1} ({prompts[i]})" for i in bad)
+            hint = "; look for rounding, thresholds and clamps" if problem == "no gradient" else ""
+            raise DraftuneError(f"{name} gives {problem} to {len(bad)} of {count} pictures: picture {which}{hint}")
 
 
 class GradientAudit:

