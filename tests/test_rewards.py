@@ -140,8 +140,11 @@ def test_a_clip_that_is_not_all_there_is_refused(clip_folder: Path, tmp_path: Pa
 
 
 def test_every_reward_says_what_it_is() -> None:
+    """Its range and input in the docstring, and how it is over-optimised."""
     for name, factory in REWARDS.items():
-        assert factory.__doc__, name
+        text = (factory.__doc__ or "").lower()
+        assert "over-optimis" in text or name.startswith("emoji-judge"), name
+        assert any(word in text for word in ("input", "any size", "settings, source", "wrapped")), name
 
 
 @pytest.mark.parametrize("config", [{"size": 48}, {"size": {"shortest_edge": 48}}, {"crop_size": {"height": 48}}])

@@ -173,7 +173,10 @@ def test_the_audit_names_the_tensor_left_behind() -> None:
         (lambda images, prompts: [1.0, 2.0], "must return a tensor"),
         (lambda images, prompts: images.round().mean((1, 2, 3)), "gives no gradient"),
         (lambda images, prompts: torch.zeros(2, requires_grad=True), "does not depend"),
-        (lambda images, prompts: images[:1].mean() * torch.ones(2), r"no gradient to the pictures \[1\]"),
+        (
+            lambda images, prompts: images[:1].mean() * torch.ones(2),
+            r"no gradient to 1 of 2 pictures: picture 2 \(a dog\)",
+        ),
         (lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt(), "not finite"),
     ],
 )
@@ -183,6 +186,22 @@ def test_rewards_that_cannot_be_trained_on_are_refused(
     with pytest.raises(DraftuneError, match=message):
         run(pipeline, tmp_path, reward)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_scale_of_rewards_by_base_pictures(pipeline_folder: Path, tmp_path: Path) -> None:
+    """The weights in the written settings are those divided by the spreads that the base model's pictures have."""
+    reward = "brightness - 3*sharpness"
+    result = run(str(pipeline_folder), tmp_path, reward, normalize_reward=6, steps=1, reward_batch_size=1)
+    written = draftune.settings.read_yaml(result.folder / "config.yaml")
+    assert written["normalize_reward"] == 0
+    model = load_model(pipeline_folder)
+    model.set_grid("trailing")
+    pictures = model.generate((PROMPTS * 2)[:6], range(6), model.schedule(3), 3.0, batch_size=2)
+    _, parts = draftune.load_reward(reward).parts(pictures, [""] * 6)
+    terms = draftune.load_reward(written["reward"]).terms
+    assert [part.label for _, part in terms] == ["brightness", "sharpness"]
+    wanted = [1 / float(parts["brightness"].std()), -3 / float(parts["sharpness"].std())]
+    assert [weight for weight, _ in terms] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_reward_that_breaks_later_stops_the_run_and_keeps_the_lora(pipeline: Any, tmp_path: Path) -> None:

@@ -243,10 +243,11 @@ def run_score(args: argparse.Namespace) -> int:
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
     device = default_device(args.cpu)
     scores = score_files(load_reward(args.reward).to(device), images, prompts, device)
-    for problem in scores.broken.values():
-        print(f"draftune: skipped: {problem}", file=sys.stderr)
+    problems = list(scores.broken.values())
     if not scores.rows:
-        raise DraftuneError(f"none of the {len(images)} pictures can be read")
+        raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")
+    for problem in problems:
+        print(f"draftune: skipped: {problem}", file=sys.stderr)
     print(scores.table())
     if output:
         try:

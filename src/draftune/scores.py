@@ -107,16 +107,15 @@ def prompts_of(images: Sequence[Path], table: str) -> list[str]:
 def score_files(reward: Reward, images: Sequence[Path], prompts: Sequence[str], device: torch.device | str) -> Scores:
     """Scores pictures of any size; those that can't be read are left out and named in `broken`."""
     scores = Scores({}, {})
-    progress = tqdm(total=len(images), desc="scoring", unit="picture", leave=False)
     several = len(reward.terms) > 1
-    for batch in batches(zip(images, prompts, strict=True), scores.broken):
-        found = score_batches(reward, torch.cat([x for *_, x in batch]), [prompt for _, prompt, _ in batch], device)
-        total = found.pop("reward")
-        for i, (path, *_) in enumerate(batch):
-            row = {label: float(values[i]) for label, values in found.items()}
-            scores.rows[path] = {**row, "total": float(total[i])} if several else row
-        progress.update(len(batch))
-    progress.close()
+    with tqdm(total=len(images), desc="scoring", unit="picture", leave=False, disable=None) as progress:
+        for batch in batches(zip(images, prompts, strict=True), scores.broken):
+            found = score_batches(reward, torch.cat([x for *_, x in batch]), [prompt for _, prompt, _ in batch], device)
+            total = found.pop("reward")
+            for i, (path, *_) in enumerate(batch):
+                row = {label: float(values[i]) for label, values in found.items()}
+                scores.rows[path] = {**row, "total": float(total[i])} if several else row
+            progress.update(len(batch))
     return scores
 
 

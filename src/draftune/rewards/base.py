@@ -111,10 +111,11 @@ class FunctionReward(Reward):
     Raises DraftuneError that says where, if it can't take these two or fails on them.
     """
 
-    def __init__(self, function: Callable[..., Tensor], label: str | None = None) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
-        self.label = label or getattr(function, "__name__", "") or type(function).__name__
+        named = getattr(function, "func", function)  # what a functools.partial is of
+        self.label = getattr(named, "__name__", "") or type(function).__name__
         try:
             inspect.signature(function).bind(None, None)
         except (TypeError, ValueError) as error:
@@ -145,7 +146,21 @@ def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int)
     if torch.is_grad_enabled() and images.requires_grad:
         score: Tensor = ScoreWithGradient.apply(images, reward, prompts, batches)  # type: ignore[no-untyped-call]
         return score
-    return torch.cat([reward.score(images[batch], prompts[batch]) for batch in batches])
+    return torch.cat([checked_score(reward, images[batch], prompts[batch]) for batch in batches])
+
+
+def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`reward.score(…)`. Raises DraftuneError if that is not one number for each picture."""
+    score: Any = reward.score(images, prompts)
+    name, count = f"the reward {reward.label!r}", len(images)
+    if not isinstance(score, Tensor):
+        raise DraftuneError(f"{name} must return a tensor, not {type(score).__name__}")
+    if score.shape != (count,):
+        shape = tuple(score.shape)
+        raise DraftuneError(
+            f"{name} must return one number for each of {count} pictures, shape ({count},), not {shape}"
+        )
+    return score
 
 
 class ScoreWithGradient(torch.autograd.Function):
@@ -157,7 +172,7 @@ class ScoreWithGradient(torch.autograd.Function):
         for batch in batches:
             chunk = images[batch].detach().requires_grad_()
             with torch.enable_grad():
-                score = reward.score(chunk, prompts[batch])
+                score = checked_score(reward, chunk, prompts[batch])
                 if not score.requires_grad:
                     raise DraftuneError(f"the reward {reward.label!r} has no gradient")
                 (gradient,) = torch.autograd.grad(score.sum(), chunk, allow_unused=True)

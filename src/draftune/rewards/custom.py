@@ -31,7 +31,7 @@ def load_custom(call: Call) -> Reward:
     module = run_file(Path(file).expanduser())
     found = getattr(module, name, None)
     if not callable(found):
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         raise unknown(f"reward in {file!r}:", name, own)
     if isinstance(found, type):
         try:
@@ -46,7 +46,9 @@ def load_custom(call: Call) -> Reward:
             if key not in known:
                 raise unknown(f"setting of reward {name}:", key, known)
         found = functools.partial(found, **call.settings)
-    return found if isinstance(found, Reward) else FunctionReward(found, name)
+    reward = found if isinstance(found, Reward) else FunctionReward(found)
+    reward.label = name
+    return reward
 
 
 def run_file(path: Path) -> ModuleType:

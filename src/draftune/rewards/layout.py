@@ -16,8 +16,8 @@ AXES = {"vertical": (-1,), "horizontal": (-2,)}
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, over all pixels and channels of each pair of pictures [B]; 0 for a picture of one colour."""
-    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b))
+    """Pearson's, over the pixels of each pair of pictures less each channel's mean [B]; 0 where all pixels are alike."""
+    a, b = ((x - x.mean((2, 3), keepdim=True)).flatten(1) for x in (a, b))
     return cosine_similarity(a, b, dim=1, eps=1e-6)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.rewards import Reward
+from draftune.rewards.base import checked_score
 
 
 def probe_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
@@ -24,14 +25,7 @@ def probe_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
 def probe_part(part: Reward, images: Tensor, prompts: Sequence[str]) -> None:
     name, count = f"the reward {part.label!r}", len(images)
     with torch.enable_grad():
-        score = part.score(images, prompts)
-    if not isinstance(score, Tensor):
-        raise DraftuneError(f"{name} must return a tensor, not {type(score).__name__}")
-    if score.shape != (count,):
-        shape = tuple(score.shape)
-        raise DraftuneError(
-            f"{name} must return one number for each of {count} pictures, shape ({count},), not {shape}"
-        )
+        score = checked_score(part, images, prompts)
     if not score.is_floating_point():
         raise DraftuneError(
             f"{name} must return numbers with a fraction, not {score.dtype}: look for argmax or rounding"
