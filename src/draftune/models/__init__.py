@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
-from draftune.hub import is_hub_id, unreachable
+from draftune.hub import fetch, is_hub_id, unreachable
 from draftune.loading import load_part
 from draftune.models.base import Model
 from draftune.models.stable_diffusion import StableDiffusion
@@ -45,20 +45,19 @@ def load_model(model: str | Path | DiffusionPipeline) -> Model:
         raise DraftuneError(f"{name!r} is not the folder of a diffusers pipeline: it has no model_index.json")
     if not is_hub_id(name):
         raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
-    return read(fetch(name), name)
+    return read(fetch_pipeline(name), name)
 
 
-def fetch(name: str) -> str:
+def fetch_pipeline(name: str) -> str:
     """The folder of a pipeline from the hub, downloaded if it is not here yet."""
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        hf_hub_download(name, "model_index.json")
-        folder: str = DiffusionPipeline.download(
-            name, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-        )
+        fetch(hf_hub_download, name, "model_index.json")
+        options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+        return str(fetch(DiffusionPipeline.download, name, **options))
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         # Without a network the first of these is raised too, as its subclass.
         if isinstance(error, LocalEntryNotFoundError):
@@ -66,7 +65,6 @@ def fetch(name: str) -> str:
         raise DraftuneError(f"there is no diffusers pipeline {name!r} on the hub, or none that you may read") from error
     except Exception as error:
         raise unreachable(name, "--model") from error
-    return folder
 
 
 def adapter(pipeline_class: str) -> type[Model]:

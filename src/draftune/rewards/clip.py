@@ -35,7 +35,7 @@ class ClipEncoder(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path) -> ClipEncoder:
         """Reads a saved model. Raises DraftuneError for one of another kind, or that can't be read."""
-        from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer, SiglipModel
+        from transformers import AutoTokenizer, CLIPModel, CLIPTokenizerFast, SiglipModel
 
         try:
             family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "clip")
@@ -43,7 +43,7 @@ class ClipEncoder(nn.Module):
                 raise DraftuneError(f"{str(folder)!r} is a {family} model; {' and '.join(FAMILIES)} are supported")
             model = load_part(CLIPModel if family == "clip" else SiglipModel, folder)
             with quiet():
-                tokenizer = (CLIPTokenizer if family == "clip" else AutoTokenizer).from_pretrained(folder)
+                tokenizer = (CLIPTokenizerFast if family == "clip" else AutoTokenizer).from_pretrained(folder)
         except ImportError as error:
             raise DraftuneError(
                 f"the tokenizer in {str(folder)!r} wants: pip install sentencepiece protobuf"

@@ -104,14 +104,14 @@ class HPSv2(Reward):
         self.config = config
 
     def load(self) -> None:
-        from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+        from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
         config = CLIPConfig(**self.config)
         with torch.device("meta"):
             shapes = CLIPModel(config)
         state = OPEN_CLIP.read(shapes, load_tensors(self.path), self.path)
         with quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+            tokenizer = CLIPTokenizerFast.from_pretrained(self.folder)
         preprocess = LongestEdge(config.vision_config.image_size)
         self.clip = ClipEncoder(build_part(CLIPModel, config, state), tokenizer, preprocess)
 
@@ -121,7 +121,7 @@ class HPSv2(Reward):
 
 def cleaned(prompt: str) -> str:
     """The prompt as OpenCLIP's tokenizer sees it: characters mended, curly quotes straight, entities resolved."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 
 @register("hpsv2")

@@ -16,7 +16,7 @@ AXES = {"vertical": (-1,), "horizontal": (-2,)}
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, over the pixels of each pair of pictures less each channel's mean [B]; 0 where all pixels are alike."""
+    """Pearson's, over the pixels of each pair of pictures less each channel's mean [B]; 0 for an even picture."""
     a, b = ((x - x.mean((2, 3), keepdim=True)).flatten(1) for x in (a, b))
     return cosine_similarity(a, b, dim=1, eps=1e-6)
 

@@ -32,12 +32,12 @@ class OwlViT(Reward):
         self.folder = find_network(model, "the reward's model=")
 
     def load(self) -> None:
-        from transformers import CLIPTokenizer, OwlViTForObjectDetection
+        from transformers import CLIPTokenizerFast, OwlViTForObjectDetection
 
         try:
             self.model = load_part(OwlViTForObjectDetection, self.folder)
             with quiet():
-                self.tokenizer = CLIPTokenizer.from_pretrained(self.folder)
+                self.tokenizer = CLIPTokenizerFast.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise DraftuneError(f"no OWL-ViT model in {str(self.folder)!r}: {error}") from error
         self.preprocess = Preprocess.from_folder(self.folder)

@@ -42,15 +42,17 @@ class Preprocess:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Preprocess:
-        """Reads `preprocessor_config.json`; without one, the processing of OpenAI's CLIP.
+        """Reads `preprocessor_config.json`, or the `processor_config.json` in which transformers 5 puts the same.
 
-        Raises DraftuneError for a file that is not one, or asks for what is not done here.
+        Raises DraftuneError if there is none, and for one that asks for what is not done here.
         """
-        path = folder / "preprocessor_config.json"
-        if not path.exists():
-            return cls()
+        names = ("preprocessor_config.json", "processor_config.json")
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise DraftuneError(f"{str(folder)!r} does not say how pictures are prepared: it has no {names[0]}")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
+            config = config.get("image_processor", config)
             # The flag is missing where the processor's class implies it.
             kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
             implied = "crop_size" in config or "crop_pct" in config or "CLIP" in kind

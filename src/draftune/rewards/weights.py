@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
-from draftune.hub import is_hub_id, unreachable
+from draftune.hub import fetch, is_hub_id, unreachable
 
 FOLDER_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -36,7 +36,7 @@ def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+        return fetch(snapshot_download, model, allow_patterns=list(patterns))
     except Exception as error:
         raise unreachable(model, option) from error
 
@@ -79,7 +79,7 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(*hub))
+        return fetch(hf_hub_download, *hub)
     except Exception as error:
         raise unreachable(hub[0], option, hub[1]) from error
 

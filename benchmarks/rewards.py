@@ -1,0 +1,175 @@
+"""What each reward costs: the real architecture with random weights, in the published format, loaded by name.
+
+    python benchmarks/rewards.py                # every reward; needs 10 GB of disk and of memory
+    python benchmarks/rewards.py hpsv2 clip     # some
+
+For each: parameters, bytes of the weights in float32, and for 8 pictures of 512x512 the seconds to score them, to score
+them with their gradient, and the most memory that the process held, all with the default of 4 pictures at once.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    BlipTextConfig,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from draftune.assets import EMBEDDED
+from draftune.rewards import Reward, load_reward
+from draftune.rewards.aesthetic import Head
+from draftune.rewards.hpsv2 import OPEN_CLIP, VIT_H_14
+from draftune.rewards.imagereward import BLIP, TEXT, VISION
+from draftune.rewards.weights import KeyMap
+
+COUNT, SIZE = 8, 512
+WORDS = EMBEDDED["emoji-clip"]  # a small vocabulary; the networks are of full size
+VIT_L_14 = {"projection_dim": 768}
+VIT_L_14 |= {
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+}
+VIT_L_14 |= {
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    }
+}
+
+
+def published(keys: KeyMap, network: Callable[[], nn.Module], path: Path) -> Path:
+    """A file of random tensors in a published layout."""
+    with torch.device("meta"):
+        layout = keys.layout(network())
+    save_file({name: torch.randn(shape) * 0.02 for name, shape in layout.items()}, path)
+    return path
+
+
+def folder(network: nn.Module, path: Path, **processor: object) -> Path:
+    """A random network in transformers' format, with a tokenizer and the settings of its picture processor."""
+    network.save_pretrained(path)  # type: ignore[operator]
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (path / name).write_bytes((WORDS / name).read_bytes())
+    return path
+
+
+def blip() -> nn.Module:
+    text = BlipTextModel(BlipTextConfig(**TEXT), add_pooling_layer=False)
+    return nn.ModuleDict({"vision": BlipVisionModel(BlipVisionConfig(**VISION)), "text": text, "head": Head(768)})
+
+
+def head(path: Path) -> Path:
+    save_file(Head(768).state_dict(), path)
+    return path
+
+
+def bert_words(path: Path) -> Path:
+    path.mkdir()
+    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]))
+    return path
+
+
+def clip_l(path: Path) -> Path:
+    return folder(CLIPModel(CLIPConfig(**VIT_L_14)), path, size=224)
+
+
+def owl_vit(path: Path) -> Path:
+    return folder(OwlViTForObjectDetection(OwlViTConfig()), path, do_center_crop=False, size=[768, 768])
+
+
+def resnet(path: Path) -> Path:
+    return folder(ResNetForImageClassification(ResNetConfig(num_labels=1000)), path, crop_pct=0.875, size=224)
+
+
+EXPRESSIONS: dict[str, Callable[[Path], str]] = {
+    "hpsv2": lambda d: (
+        f"hpsv2(weights={published(OPEN_CLIP, lambda: CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h.safetensors')}, "
+        f"tokenizer={WORDS})"
+    ),
+    "pickscore": lambda d: f"pickscore(model={folder(CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h', size=224)})",
+    "clip": lambda d: f"clip(model={clip_l(d / 'l')})",
+    "aesthetic": lambda d: f"aesthetic(model={clip_l(d / 'l')}, head={head(d / 'head.safetensors')})",
+    "imagereward": lambda d: (
+        f"imagereward(weights={published(BLIP, blip, d / 'blip.safetensors')}, tokenizer={bert_words(d / 'words')})"
+    ),
+    "detect": lambda d: f"detect(query=cat, model={owl_vit(d / 'owl')})",
+    "remove": lambda d: f"remove(query=cat, model={owl_vit(d / 'owl')})",
+    "classify, ResNet-50": lambda d: f"classify(target=1, model={resnet(d / 'resnet')})",
+    "classify, EfficientNet-Lite0": lambda d: "classify(target=1)",
+    "emoji-clip": lambda d: "emoji-clip",
+    "emoji-aesthetic": lambda d: "emoji-aesthetic",
+    "emoji-judge-style": lambda d: "emoji-judge-style",
+    "jpeg-compressibility": lambda d: "jpeg-compressibility",
+    "symmetry": lambda d: "symmetry",
+    "sharpness": lambda d: "sharpness",
+    "robust(emoji-clip)": lambda d: "robust(emoji-clip)",
+}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(name: str, expression: str) -> str:
+    """One row of the table."""
+    reward: Reward = load_reward(expression)
+    parameters = sum(p.numel() for p in reward.parameters())
+    images, prompts = torch.rand(COUNT, 3, SIZE, SIZE), ["a cat"] * COUNT
+    with torch.no_grad():
+        reward(images[:1], prompts[:1])
+        forward = seconds(lambda: reward(images, prompts))
+    images.requires_grad_()
+    both = seconds(lambda: reward(images, prompts).sum().backward())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    size = f"{parameters / 1e6:.1f} M | {parameters * 4 / 1e6:,.0f} MB" if parameters else "0 | 0"
+    return f"| {name} | {size} | {forward:.2f} | {both:.2f} | {peak:.1f} |"
+
+
+def python(*arguments: str) -> str:
+    """What this script prints in a process of its own, whose peak of memory is its own."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--write"]:
+        print(EXPRESSIONS[sys.argv[2]](Path(sys.argv[3])))
+        return
+    if sys.argv[1:2] == ["--measure"]:
+        print(measure(sys.argv[2], sys.argv[3]))
+        return
+    print("| reward | parameters | float32 | score, s | with gradient, s | peak memory, GiB |")
+    print("|---|---|---|---|---|---|")
+    for name in sys.argv[1:] or EXPRESSIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            print(python("--measure", name, python("--write", name, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
