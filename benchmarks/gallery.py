@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
+from safetensors.torch import load_file, save_file
 
 from draftune.cli import build_parser, train_settings
 from draftune.images import from_pil, grid, save_image, to_pil
@@ -32,6 +33,7 @@ NAMES = {
     "held-out/emoji-judge-style": "judge: probability of the 3D style",
     "held-out/diversity": "diversity within a prompt",
 }
+OVERVIEW = ("emoji-aesthetic", "color", "symmetry", "jpeg-compressibility", "jpeg-incompressibility", "classify")
 HEAD = """# What the rewards do
 
 Each is one command on the embedded model: prompts of the set `emoji`, pictures of the 64 names of `emoji-common`, none
@@ -92,24 +94,33 @@ class Experiment:
 
 
 SIZE = {"bytes as a JPEG of quality 75": jpeg_bytes}
+LAYOUT = "--method 'draft-k(k=10)' --learning-rate 2e-3"
 EXPERIMENTS = [
     Experiment("jpeg-compressibility", "--reward jpeg-compressibility", SIZE),
     Experiment("jpeg-incompressibility", "--reward jpeg-incompressibility", SIZE),
     Experiment(
         "symmetry",
-        "--reward symmetry --method draft",
+        f"--reward symmetry {LAYOUT}",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
     ),
     Experiment(
         "rotation",
-        "--reward rotation --method draft",
+        f"--reward rotation {LAYOUT}",
         {"difference from itself upside down, levels of 255": difference(lambda p: p.rotate(180))},
     ),
     Experiment("color", "--reward 'color(target=orange)'", {"share of orange pixels": share_of_hue("orange")}),
-    Experiment("classify", "--reward 'classify(target=963)'", {"first choice is pizza (963)": top1(963)}),
+    Experiment(
+        "classify",
+        "--reward 'classify(target=902)' --learning-rate 2e-3 --steps 120",
+        {"share that the classifier calls a whistle (902) first": top1(902)},
+    ),
     Experiment("emoji-aesthetic", "--reward emoji-aesthetic", {}),
-    Experiment("emoji-clip", "--reward emoji-clip --guidance-scale 1", {}),
-    Experiment("sum", "--reward 'emoji-aesthetic + 0.2*jpeg-compressibility'", SIZE),
+    Experiment(
+        "emoji-clip",
+        "--reward emoji-clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
+        {},
+    ),
+    Experiment("sum", "--reward 'emoji-aesthetic + 0.03*jpeg-compressibility'", SIZE),
 ]
 
 
@@ -126,8 +137,20 @@ def run(experiment: Experiment) -> None:
     result = {"rows": rows, "pictures": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
     (RUNS / f"{experiment.name}.json").write_text(json.dumps(result, indent=1))
     shown = slice(0, None, len(both.prompts) // 8)
-    sheet = grid([both.base[shown], both.tuned[shown]], ["before", "after"], both.prompts[shown])
-    save_image(sheet, DOCS / "gallery" / f"{experiment.name}.png")
+    before, after = both.base[shown].contiguous(), both.tuned[shown].contiguous()
+    save_image(grid([before, after], ["before", "after"], both.prompts[shown]), picture(experiment.name))
+    save_file({"before": before, "after": after}, RUNS / f"{experiment.name}.safetensors")
+
+
+def picture(name: str) -> Path:
+    return DOCS / "gallery" / f"{name}.png"
+
+
+def overview() -> None:
+    """One picture of several rewards: a row each, under the base model's."""
+    rows = {name: load_file(RUNS / f"{name}.safetensors") for name in OVERVIEW}
+    pictures = [rows[OVERVIEW[0]]["before"], *(row["after"] for row in rows.values())]
+    save_image(grid(pictures, ["base", *rows]), DOCS / "rewards.png")
 
 
 def section(experiment: Experiment) -> str:
@@ -157,8 +180,10 @@ def main() -> None:
     for experiment in EXPERIMENTS:
         if not args.page and (not args.names or experiment.name in args.names):
             run(experiment)
-    page = "\n".join([HEAD, *map(section, EXPERIMENTS)])
-    (DOCS / "gallery.md").write_text(page, encoding="utf-8")
+    finished = [experiment for experiment in EXPERIMENTS if (RUNS / f"{experiment.name}.json").exists()]
+    (DOCS / "gallery.md").write_text("\n".join([HEAD, *map(section, finished)]), encoding="utf-8")
+    if finished == EXPERIMENTS:
+        overview()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ HPS_CONFIG["vision_config"] |= {"hidden_act": "gelu", "patch_size": 8, "image_si
 BLIP_VISION = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 BLIP_VISION |= {"patch_size": 8, "image_size": 32}
 BLIP_TEXT = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-BLIP_TEXT |= {"encoder_hidden_size": 32, "vocab_size": 44, "max_position_embeddings": 40}
+BLIP_TEXT |= {"encoder_hidden_size": 32, "vocab_size": 35, "max_position_embeddings": 40}
 BLIP_VISION_CONFIG: dict[str, Any] = {**BLIP_VISION, "layer_norm_eps": 1e-6}
 BLIP_TEXT_CONFIG: dict[str, Any] = {**BLIP_TEXT, "layer_norm_eps": 1e-12}
 

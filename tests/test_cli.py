@@ -146,10 +146,27 @@ def test_score_with_a_prompt_for_each_picture(tmp_path: Path, capsys: pytest.Cap
     assert "does not say which prompt is whose" in capsys.readouterr().err
 
 
+def test_score_shows_the_total_where_it_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white.png")
+    (tmp_path / "mine.py").write_text("def image(images, prompts):\n    return images.mean((1, 2, 3)) * 0.5\n")
+    for reward, columns, values in (
+        ("brightness", ["brightness"], [1.0]),
+        ("-2*brightness", ["brightness", "total"], [1.0, -2.0]),
+        ("robust(-2*brightness, rho=1)", ["robust-brightness", "total"], [1.0, -2.0]),
+        (f"{tmp_path}/mine.py:image + brightness", ["image-2", "brightness", "total"], [0.5, 1.0, 1.5]),
+    ):
+        command = ["score", str(tmp_path / "white.png"), "--reward", reward, "--output", str(tmp_path / "s.csv")]
+        assert main(command) == 0
+        header, row = (line.split() for line in capsys.readouterr().out.splitlines())
+        assert header == ["image", *columns]
+        assert [float(cell) for cell in row[1:]] == pytest.approx(values, abs=0.3 if "robust" in reward else 1e-4)
+        assert (tmp_path / "s.csv").read_text().splitlines()[0] == ",".join(header)
+
+
 def test_list_says_everything_about_a_reward(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "hpsv2"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("hpsv2(version")
+    assert text.startswith("hpsv2(version: float = 2.1, weights: str = '', tokenizer: str = ")
     for word in ("arXiv", "Apache-2.0", "224x224", "Over-optimised"):
         assert word in text
 
@@ -167,6 +184,7 @@ def test_mistakes_get_one_line_and_code_2(
     (tmp_path / "lora.safetensors").write_text("no tensors")
     out = str(tmp_path / "out.png")
     train = ["train", "--model", str(pipeline_folder), "--output", str(tmp_path / "new"), *SMALL]
+    missing = str(tmp_path / "missing.csv")
     cases = {
         "unknown model 'emojy'": [*train, "--model", "emojy"],
         "could not be fetched from the hub": [*train, "--model", "someone/some-model"],
@@ -193,6 +211,21 @@ def test_mistakes_get_one_line_and_code_2(
         "invalid choice: 'trian'": ["trian"],
         "did you mean 'rewards'": ["list", "reward"],
         "did you mean 'hpsv2'": ["list", "hpsv"],
+        "function or class of mine.py? mine.py:NAME": [*train, "--reward", "mine.py"],
+        "nested so deeply": [*train, "--reward", "robust(" * 3000],
+        "cannot read the prompt file": [
+            "score",
+            str(tmp_path),
+            "--reward",
+            "clip",
+            "--prompts",
+            missing,
+        ],
+        "hf download xswu/HPSv2 HPS_v2.1_compressed.pt) and give the path to the reward's weights=; no weights at": [
+            *train,
+            "--reward",
+            "hpsv2 + aesthetic",
+        ],
         "no LoRA at": ["sample", str(tmp_path / "folder"), "--prompt", "x", "--output", out],
         "not a readable safetensors": ["sample", str(tmp_path / "lora.safetensors"), "--prompt", "x", "--output", out],
         "takes a .png file or a folder": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],

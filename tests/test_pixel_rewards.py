@@ -60,8 +60,9 @@ def test_brightness_and_saturation_of_known_colours() -> None:
 def test_sharpness_is_the_mean_squared_laplacian() -> None:
     spot = np.zeros((5, 5), dtype=np.uint8)
     spot[2, 2] = 255
-    # Of the nine inner pixels the spot has -4 and its four neighbours 1.
-    assert score("sharpness", Image.fromarray(spot)) == pytest.approx([(16 + 4) / 9])
+    # Of the 25 pixels the spot has -4 and its four neighbours 1.
+    assert score("sharpness", Image.fromarray(spot)) == pytest.approx([(16 + 4) / 25])
+    assert score("sharpness", Image.new("RGB", (1, 50), "red")) == pytest.approx([0], abs=1e-12)
     assert score("sharpness", CAT)[0] > 2 * score("sharpness", CAT.resize((12, 12)).resize((48, 48)))[0]
 
 
@@ -116,7 +117,7 @@ def test_robust_scores_the_locally_worst_picture() -> None:
     assert alone.expression == "robust(brightness + 2*saturation, rho=0.5)"
     with torch.no_grad():
         total, parts = alone.parts(images.detach(), [""] * 3)
-    assert list(parts) == ["brightness", "saturation"]
+    assert list(parts) == ["robust-brightness", "robust-saturation"]
     assert (total < load_reward("brightness + 2*saturation")(images.detach(), [""] * 3)).all()
 
 

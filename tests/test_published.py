@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -351,12 +353,61 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -
         load_reward(f"clip(model={folder})")
     shutil.copytree(clip_folder, tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").write_text("<html>")
-    with pytest.raises(DraftuneError, match="no CLIP model"):
+    with pytest.raises(DraftuneError, match="no CLIPModel in"):
         load_reward(f"clip(model={tmp_path / 'clip'})")
     (tmp_path / "clip" / "model.safetensors").unlink()
     (tmp_path / "clip" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(DraftuneError, match=r"no \.safetensors file"):
         load_reward(f"clip(model={tmp_path / 'clip'})")
+
+
+def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = published.save_resnet(tmp_path / "resnet")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    shapes = {**tensors, "classifier.1.weight": torch.zeros(5, 17)}
+    save_file(shapes, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DraftuneError, match=r"classifier.1.weight in .* has the shape \(5, 17\) where \(5, 16\)"):
+        load_reward(f"classify(model={folder}, target=1)")
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
+    with pytest.raises(DraftuneError, match="no AutoModelForImageClassification in"):
+        load_reward(f"classify(model={folder}, target=1)")
+    assert not (tmp_path / "hacked").exists()
+    # Nobody was asked whether it may run.
+    assert capfd.readouterr().out == ""
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
+    weights, tokenizer = published.save_hpsv2(tmp_path)
+    with pytest.raises(DraftuneError, match="another network's: it has 2284 tokens, not 74"):
+        HPSv2(str(weights), "emoji-clip", HPS_CONFIG).ready()
+    (tokenizer / "vocab.json").write_text("{")
+    with pytest.raises(DraftuneError, match="no tokenizer in"):
+        HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready()
+
+
+def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
+    """Whatever the damage, in one line; nothing leaks from torch's reader."""
+    generator = np.random.default_rng(0)
+    torch.save({"a": torch.arange(30.0)}, tmp_path / "good.pt")
+    good = np.frombuffer((tmp_path / "good.pt").read_bytes(), dtype=np.uint8)
+    for _ in range(100):
+        (tmp_path / "noise.pt").write_bytes(generator.bytes(200))
+        with pytest.raises(DraftuneError, match="not a readable weights file"):
+            load_tensors(tmp_path / "noise.pt")
+        flipped = good.copy()
+        flipped[generator.integers(0, len(good), 20)] ^= 255
+        (tmp_path / "flipped.pt").write_bytes(flipped.tobytes())
+        with suppress(DraftuneError):
+            assert load_tensors(tmp_path / "flipped.pt").keys()
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
+    with pytest.raises(DraftuneError, match="no table of tensors"):
+        load_tensors(tmp_path / "numbers.pt")
 
 
 def test_tensors_of_safetensors_and_of_pickles_without_code(tmp_path: Path) -> None:

@@ -6,16 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skimage.data
 import torch
+import transformers
+from memory import PeakMemory
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
+from draftune.images import from_pil, open_image
 from draftune.rewards import REWARDS, Reward, load_reward
-from draftune.rewards.preprocess import CLIP_STD, Preprocess
+from draftune.rewards.preprocess import CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 PHOTOGRAPHS = [
     Image.fromarray(skimage.data.astronaut()),
@@ -147,7 +151,17 @@ def test_every_reward_says_what_it_is() -> None:
         assert any(word in text for word in ("input", "any size", "settings, source", "wrapped")), name
 
 
-@pytest.mark.parametrize("config", [{"size": 48}, {"size": {"shortest_edge": 48}}, {"crop_size": {"height": 48}}])
+SQUARE = {"height": 48, "width": 48}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"size": 48, "crop_size": 48},
+        {"size": {"shortest_edge": 48}, "crop_size": SQUARE},
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 48, "crop_size": SQUARE, "do_center_crop": True},
+    ],
+)
 def test_processor_configs_of_all_years(tmp_path: Path, config: dict[str, object]) -> None:
     config = {**config, "image_mean": [0.5, 0.5, 0.5]}
     with pytest.raises(DraftuneError, match=r"no preprocessor_config\.json"):
@@ -157,3 +171,78 @@ def test_processor_configs_of_all_years(tmp_path: Path, config: dict[str, object
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     preprocess = Preprocess.from_folder(tmp_path)
     assert (preprocess.size, preprocess.mean, preprocess.std) == (48, (0.5, 0.5, 0.5), CLIP_STD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("CLIP", {}),
+        ("CLIP", {"size": {"shortest_edge": 40}, "crop_size": 33}),
+        ("CLIP", {"do_center_crop": False, "size": {"height": 30, "width": 50}}),
+        ("Siglip", {"size": {"height": 48, "width": 48}}),
+        ("ViT", {}),
+        ("ViT", {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "resample": 3}),
+        ("ConvNext", {}),
+        ("ConvNext", {"size": {"shortest_edge": 224}}),
+        ("ConvNext", {"size": {"shortest_edge": 48}, "crop_pct": 0.9}),
+        ("OwlViT", {"size": {"height": 64, "width": 96}}),
+    ],
+)
+def test_pictures_are_prepared_as_by_transformers(tmp_path: Path, kind: str, settings: dict[str, object]) -> None:
+    name = f"{kind}ImageProcessor"
+    processor = (getattr(transformers, f"{name}Pil", None) or getattr(transformers, name))(**settings)
+    processor.save_pretrained(tmp_path)
+    for picture in PHOTOGRAPHS:
+        theirs = processor(images=picture, return_tensors="pt").pixel_values
+        ours = Preprocess.from_folder(tmp_path)(from_pil(picture))
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"image_processor_type": "DeiTImageProcessor"}, "DeiT is not one of CLIP, ConvNext"),
+        ({"do_normalize": False}, "do_normalize is false"),
+        ({"size": 100, "crop_size": 224}, "crop_size 224 is larger than the size 100"),
+        ({"resample": 1}, "KeyError"),
+        ([], "AttributeError"),
+    ],
+)
+def test_preparations_that_are_not_done_here_are_refused(tmp_path: Path, config: object, message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftuneError, match=message):
+        Preprocess.from_folder(tmp_path)
+
+
+def test_of_thin_pictures_only_the_crop_is_made() -> None:
+    thin = torch.rand(1, 3, 1, 3000)
+    with PeakMemory() as memory:
+        assert Preprocess()(thin).shape == (1, 3, 224, 224)
+    assert memory.peak < 100e6
+
+
+def test_a_list_of_prompts_is_wanted() -> None:
+    reward, images = load_reward("brightness"), torch.rand(4, 3, 8, 8)
+    for prompts in ("cats", ["cat"], ["cat"] * 5):
+        with pytest.raises(DraftuneError, match="a list of 4 prompts is wanted"):
+            reward(images, prompts)
+
+
+def test_pictures_of_all_modes(tmp_path: Path) -> None:
+    """16 bits and floats keep their scale, transparency is white, and a camera's turn is undone."""
+    grey = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    Image.fromarray((grey * 65535).astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray(grey).save(tmp_path / "float.tif")
+    Image.fromarray((grey * 255).round().astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray((grey * 255).round().astype(np.uint8)).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    for name in ("16.png", "float.tif", "8.png", "cmyk.jpg"):
+        picture = open_image(tmp_path / name)
+        assert picture.shape == (1, 3, 6, 8)
+        assert (picture[0].mean(0) - torch.from_numpy(grey)).abs().max() < 0.02, name
+    turned, exif = Image.new("RGB", (8, 6)), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").shape == (1, 3, 8, 6)
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(tmp_path / "clear.png").min() == 1

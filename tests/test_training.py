@@ -20,6 +20,8 @@ from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.methods import DraftK, Method
 from draftune.methods.base import METHODS
 from draftune.models import Model, StableDiffusion, load_model
+from draftune.prompts import metadata
+from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.audit import GradientAudit
@@ -185,6 +187,44 @@ def test_rewards_that_cannot_be_trained_on_are_refused(
 ) -> None:
     with pytest.raises(DraftuneError, match=message):
         run(pipeline, tmp_path, reward)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline: Any, tmp_path: Path) -> None:
+    class Level(Reward):
+        label = "total"
+
+        def check(self, prompts: Sequence[str]) -> None:
+            for prompt in prompts:
+                if "level" not in metadata(prompt):
+                    raise DraftuneError(f"no level for {prompt!r}")
+
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return images.mean((1, 2, 3)) * torch.tensor([float(metadata(prompt)["level"]) for prompt in prompts])
+
+    (tmp_path / "prompts.csv").write_text("prompt,level\na cat,1\na dog,2\na bird,0.5\n")
+    prompts = str(tmp_path / "prompts.csv")
+    with pytest.raises(DraftuneError, match=r"eval_prompts\) don't fit: no level for 'cat'"):
+        run(pipeline, tmp_path, Level(), prompts=prompts, eval_prompts="animals")
+    with pytest.raises(DraftuneError, match="no level for 'a cat'"):
+        run(pipeline, tmp_path, Level())
+    assert not (tmp_path / "run").exists()
+    result = run(pipeline, tmp_path, Level() + 0.5 * load_reward(brightness), prompts=prompts, eval_prompts=prompts)
+    assert result.comparison is not None
+    scores = result.comparison.scores
+    # A part that is called as the total is does not take its place.
+    assert list(scores) == ["1*total + 0.5*brightness", "total-2", "brightness"]
+    for i in (0, 1):
+        total, level, bright = (values[i] for values in scores.values())
+        assert total == pytest.approx(level + 0.5 * bright, rel=1e-5)
+
+
+def test_held_out_rewards_are_tried_before_training(pipeline: Any, tmp_path: Path) -> None:
+    def broken(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[:, 5].mean((1, 2))
+
+    with pytest.raises(DraftuneError, match=r"'broken' failed: IndexError.*test_training.py"):
+        run(pipeline, tmp_path, held_out=broken, eval_prompts="animals")
     assert not (tmp_path / "run").exists()
 
 

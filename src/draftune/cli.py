@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from draftune.errors import DraftuneError, unknown
+from draftune.paths import user_path
 from draftune.recommended import PAPER
 from draftune.settings import PRECISIONS, Settings, kind, read_yaml
 
@@ -106,7 +106,7 @@ def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 where it worked, 2 for a mistake of the user's, with one line that says which."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = expressions_joined(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser()
     try:
         args, extra = parser.parse_known_args(argv)
@@ -130,12 +130,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        advice = "try --mixed-precision bf16, a smaller --batch-size (with --gradient-accumulation-steps) or pictures"
+        advice = "try smaller pictures; in training --mixed-precision bf16, and a smaller --batch-size (with "
+        advice += "--gradient-accumulation-steps) and --reward-batch-size"
         print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("draftune: interrupted", file=sys.stderr)
         return 130
+
+
+def expressions_joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with an expression that starts with a minus joined to its flag: argparse would take it for one."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1] in ("--reward", "--held-out") and argument[:1] == "-" and argument[:2] != "--":
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def unrecognized(parser: argparse.ArgumentParser, args: argparse.Namespace, argument: str) -> DraftuneError:
@@ -176,7 +188,7 @@ def run_sample(args: argparse.Namespace) -> None:
             raise DraftuneError(f"{flag} must be at least {low} and finite, not {value}")
     if not math.isfinite(args.lora_scale):
         raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
-    output = Path(args.output).expanduser()
+    output = user_path(args.output)
     if output.suffix and output.suffix.lower() != ".png" and not output.is_dir():
         raise DraftuneError(f"--output takes a .png file or a folder, not {args.output!r}")
     from draftune.images import grid, save_image, to_pil
@@ -184,7 +196,7 @@ def run_sample(args: argparse.Namespace) -> None:
     from draftune.models.base import default_device
 
     settings = None
-    if args.source in MODELS or (Path(args.source).expanduser() / "model_index.json").exists():
+    if args.source in MODELS or (user_path(args.source) / "model_index.json").exists():
         model = load_model(args.source)
     else:
         model, settings = load_tuned(args.source, args.model, args.lora_scale)
@@ -232,7 +244,7 @@ def load_tuned(source: str, base: str | None, lora_scale: float) -> tuple[Model,
 
 
 def run_score(args: argparse.Namespace) -> int:
-    output = Path(args.output).expanduser() if args.output else None
+    output = user_path(args.output) if args.output else None
     if output and output.suffix not in (".csv", ".json"):
         raise DraftuneError(f"--output takes a .csv or a .json file, not {args.output!r}")
     from draftune.models.base import default_device
@@ -284,7 +296,8 @@ def run_list(args: argparse.Namespace) -> None:
 
 def description(name: str, described: Callable[..., Any]) -> str:
     """All that is said of a reward or a method, and its settings with their defaults."""
-    settings = ", ".join(str(parameter) for parameter in inspect.signature(described).parameters.values())
+    signature = inspect.signature(described, eval_str=True)
+    settings = ", ".join(str(parameter) for parameter in signature.parameters.values())
     return f"{name}({settings})\n\n{inspect.getdoc(described)}"
 
 

@@ -33,14 +33,17 @@ class Comparison:
 @torch.no_grad()
 def score_batches(
     reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 16
-) -> dict[str, Tensor]:
-    """The total, under "reward", and every part of it [N] of pictures on the CPU, scored on the reward's device."""
-    rows: list[dict[str, Tensor]] = []
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total and by label every part of it [N], of pictures on the CPU, scored on the reward's device."""
+    totals: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), batch_size):
         batch = slice(start, start + batch_size)
-        total, parts = reward.parts(images[batch].to(device), prompts[batch])
-        rows.append({name: value.cpu() for name, value in {"reward": total, **parts}.items()})
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        total, found = reward.parts(images[batch].to(device), prompts[batch])
+        totals.append(total.cpu())
+        for label, values in found.items():
+            parts.setdefault(label, []).append(values.cpu())
+    return torch.cat(totals), {label: torch.cat(values) for label, values in parts.items()}
 
 
 def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu") -> Reward:
@@ -48,9 +51,12 @@ def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: t
 
     images: [N, 3, H, W], at least 2. Raises DraftuneError for a part that gives all of them the same score.
     """
+    if len(images) < 2:
+        raise DraftuneError("normalize_reward wants at least 2 pictures, or 0 for none")
     terms = []
     for weight, part in reward.terms:
-        spread = float(score_batches(part, images, prompts, device)["reward"].std())
+        total, _ = score_batches(part, images, prompts, device)
+        spread = float(total.std())
         if not spread > 0:
             raise DraftuneError(
                 f"the reward {part.label!r} is the same for {len(images)} pictures: it can't be normalised"
@@ -92,12 +98,11 @@ def compare(
     for scale in (0.0, 1.0):
         set_lora_scale(model, scale)
         images = draw(repeated, seeds)
-        scores = score_batches(reward, images, repeated, model.device)
-        if len(reward.terms) == 1:
-            scores = {reward.label: scores["reward"]}
+        total, parts = score_batches(reward, images, repeated, model.device)
+        scores = {reward.label: total} | (parts if len(parts) > 1 else {})
         if held_out is not None:
-            others = score_batches(held_out, images, repeated, model.device)
-            scores |= {f"held-out/{name}": values for name, values in others.items() if name != "reward"}
+            _, judged = score_batches(held_out, images, repeated, model.device)
+            scores |= {f"held-out/{name}": values for name, values in judged.items()}
         mean = {name: float(values.mean()) for name, values in scores.items()}
         if (
             held_out is not None

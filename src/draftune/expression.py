@@ -50,10 +50,18 @@ class Call:
 
     def apply(self, function: Callable[..., T], kind: str, *given: Any) -> T:
         """`function(*given, **settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
-        parameters = dict(list(inspect.signature(function, eval_str=True).parameters.items())[len(given) :])
+        try:
+            signature = inspect.signature(function, eval_str=True)
+        except NameError:
+            # Annotations of a user's class may be there for a type checker alone; then its types are not checked.
+            signature = inspect.signature(function)
+        parameters = dict(list(signature.parameters.items())[len(given) :])
         settings = dict(self.settings)
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for key, value in self.settings.items():
             if key not in parameters:
+                if anything:
+                    continue
                 raise unknown(f"setting of {kind} {self.name}:", key, parameters)
             wanted = parameters[key].annotation
             if wanted is float and type(value) is int:
@@ -83,7 +91,10 @@ class Sum:
 
 def parse(text: str) -> Call | Sum:
     """Reads an expression. Raises DraftuneError that shows where it stopped making sense."""
-    return Parser(text).expression()
+    try:
+        return Parser(text).expression()
+    except RecursionError as error:
+        raise DraftuneError("cannot read an expression that is nested so deeply") from error
 
 
 class Parser:

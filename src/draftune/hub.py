@@ -24,7 +24,7 @@ def reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if urllib.request.getproxies():
+    if any(scheme != "no" for scheme in urllib.request.getproxies()):
         return True
     try:
         socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
@@ -45,9 +45,19 @@ def fetch(download: Callable[..., str], *args: Any, **options: Any) -> Path:
         log.setLevel(level)
 
 
-def unreachable(name: str, option: str, file: str = "") -> DraftuneError:
-    """The error for a model that is neither on this machine nor to be fetched; `option` takes its folder or file."""
+def unreachable(name: str, option: str, file: str = "", error: Exception | None = None) -> DraftuneError:
+    """The error for a model that is neither on this machine nor to be fetched; `option` takes its folder or file.
+
+    `error`: what the hub's client raised, which may say that there is no such model.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     what, given = (f"{file!r} of {name!r}", "path") if file else (repr(name), "folder")
+    # Without a network the first of these is raised too, as its subclass.
+    if isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)) and not isinstance(
+        error, LocalEntryNotFoundError
+    ):
+        return DraftuneError(f"there is no {what} on the hub, or none that you may read ({option})")
     return DraftuneError(
         f"{what} is not on this machine and could not be fetched from the hub: download it where there is a network "
         f"({' '.join(['hf download', name, file]).strip()}) and give the {given} to {option}"

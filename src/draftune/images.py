@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from draftune.errors import DraftuneError
@@ -25,7 +25,13 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A picture to [1, 3, H, W] in [0, 1]; transparency becomes white."""
+    """A picture to [1, 3, H, W] in [0, 1], upright; transparency becomes white, 16 bits a channel keep their scale."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        # PIL's own conversion to RGB clips these at 255.
+        levels = torch.from_numpy(np.asarray(image).astype(np.float32))
+        most = 65535 if image.mode.startswith("I") else 255 if levels.max() > 1 else 1
+        return (levels / most).clamp(0, 1).expand(1, 3, *levels.shape).clone()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

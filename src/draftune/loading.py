@@ -1,4 +1,4 @@
-"""Loading saved networks, and refusing those that are not all there."""
+"""Loading saved networks and tokenizers, and refusing those that are not all there."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_part(cls: Any, folder: Path) -> Any:
+def load_part(cls: Any, folder: Path, **options: Any) -> Any:
     """A network of diffusers or transformers from a folder's safetensors, as float32.
 
-    Raises DraftuneError if weights are missing: the libraries would draw them at random and say so in a warning.
+    Raises DraftuneError if it can't be loaded, or weights are missing or of another shape: the libraries would draw
+    these at random and say so in a warning.
     """
-    with quiet():
-        network, found = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with quiet():
+            network, found = cls.from_pretrained(folder, **options)
+    except Exception as error:
+        raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise DraftuneError(f"the weights in {str(folder)!r} lack {len(missing)} tensors, such as {missing[0]}")
+    if misshapen := sorted(found["mismatched_keys"]):
+        name, has, wanted = misshapen[0]
+        raise DraftuneError(f"{name} in {str(folder)!r} has the shape {tuple(has)} where {tuple(wanted)} is wanted")
     return network.float()
 
 
@@ -28,3 +36,28 @@ def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) 
     """A network of transformers from a config and all its tensors, as float32 and in evaluation mode."""
     with quiet():
         return cls.from_pretrained(None, config=config, state_dict=state, **options).float()
+
+
+def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -> Any:
+    """A tokenizer of transformers from a folder.
+
+    Raises DraftuneError if it can't be loaded, or has more tokens than the network's vocabulary, or less than
+    `at_least`: it would be another network's, and its scores wrong without a word.
+    """
+    try:
+        with quiet():
+            tokenizer = cls.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:
+        raise DraftuneError(f"the tokenizer in {str(folder)!r} wants: pip install sentencepiece protobuf") from error
+    except Exception as error:
+        raise DraftuneError(f"no tokenizer in {str(folder)!r}: {first_line(error)}") from error
+    if not at_least <= len(tokenizer) <= vocabulary:
+        raise DraftuneError(
+            f"the tokenizer in {str(folder)!r} is another network's: it has {len(tokenizer)} tokens, not {vocabulary}"
+        )
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -14,6 +14,7 @@ from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models.base import Model
+from draftune.paths import user_path
 from draftune.quiet import quiet
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -89,7 +90,7 @@ def save_lora(model: Model, folder: Path | str) -> Path:
 
 def lora_file(source: Path | str) -> Path:
     """The LoRA's file, given itself, its folder or a run's folder. Raises DraftuneError if there is none."""
-    source = Path(source).expanduser()
+    source = user_path(source)
     for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME):
         if path.is_file():
             return path

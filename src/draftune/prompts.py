@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
+from draftune.paths import user_path
 
 # The 45 common animals of DDPO (Black et al., arXiv 2305.13301) that the paper's small runs use.
 ANIMALS = [
@@ -63,7 +64,7 @@ def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
         return prompts
     if source in PROMPT_SETS:
         return PROMPT_SETS[source][1]()
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not path.is_file():
         if path.suffix or "/" in source:
             raise DraftuneError(f"no prompt file {source!r}")
@@ -77,7 +78,9 @@ def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
 def read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DraftuneError(f"cannot read the prompt file {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise DraftuneError(f"{str(path)!r} is not a text file in UTF-8: one prompt a line is wanted") from error
     if any(ord(c) < 32 and c not in "\t\r\n\f" for c in text):
         raise DraftuneError(f"{str(path)!r} is a binary file: one prompt a line is wanted")
@@ -112,7 +115,7 @@ def read_jsonl(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DraftuneError(f"{str(path)!r}, line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DraftuneError(f'{str(path)!r}, line {number}: an object such as {{"prompt": …}} is wanted')

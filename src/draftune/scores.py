@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError
 from draftune.evaluation import score_batches
 from draftune.images import open_image
+from draftune.paths import user_path
 from draftune.prompts import metadata, read_prompts
 from draftune.rewards import Reward
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-BATCH = 16
 
 
 @dataclass
@@ -69,7 +69,7 @@ def find_images(sources: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
+        path = user_path(source)
         if path.is_dir():
             paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         elif path.exists():
@@ -89,7 +89,7 @@ def prompts_of(images: Sequence[Path], table: str) -> list[str]:
 
     Raises DraftuneError for a picture that the file does not name.
     """
-    path = Path(table).expanduser()
+    path = user_path(table)
     rows = read_prompts(path)
     if not any("image" in metadata(prompt) for prompt in rows):
         raise DraftuneError(f"{table!r} does not say which prompt is whose: a .csv or .jsonl with 'image' and 'prompt'")
@@ -107,19 +107,25 @@ def prompts_of(images: Sequence[Path], table: str) -> list[str]:
 def score_files(reward: Reward, images: Sequence[Path], prompts: Sequence[str], device: torch.device | str) -> Scores:
     """Scores pictures of any size; those that can't be read are left out and named in `broken`."""
     scores = Scores({}, {})
-    several = len(reward.terms) > 1
     with tqdm(total=len(images), desc="scoring", unit="picture", leave=False, disable=None) as progress:
-        for batch in batches(zip(images, prompts, strict=True), scores.broken):
-            found = score_batches(reward, torch.cat([x for *_, x in batch]), [prompt for _, prompt, _ in batch], device)
-            total = found.pop("reward")
+        for batch in batches(zip(images, prompts, strict=True), scores.broken, reward.chunk_size):
+            pictures = torch.cat([picture for *_, picture in batch])
+            total, parts = score_batches(reward, pictures, [prompt for _, prompt, _ in batch], device)
             for i, (path, *_) in enumerate(batch):
-                row = {label: float(values[i]) for label, values in found.items()}
-                scores.rows[path] = {**row, "total": float(total[i])} if several else row
-            progress.update(len(batch))
+                row = {label: float(values[i]) for label, values in parts.items()}
+                scores.rows[path] = {**row, "total": float(total[i])}
+            progress.n = len(scores.rows) + len(scores.broken)
+            progress.refresh()
+    if all(len(row) == 2 and len(set(row.values())) == 1 for row in scores.rows.values()):
+        # The only part says it all.
+        for row in scores.rows.values():
+            del row["total"]
     return scores
 
 
-def batches(pairs: Iterator[tuple[Path, str]], broken: dict[Path, str]) -> Iterator[list[tuple[Path, str, Tensor]]]:
+def batches(
+    pairs: Iterator[tuple[Path, str]], broken: dict[Path, str], size: int
+) -> Iterator[list[tuple[Path, str, Tensor]]]:
     """Pictures of one size that follow each other, read as they are needed."""
 
     def read() -> Iterator[tuple[Path, str, Tensor]]:
@@ -130,5 +136,5 @@ def batches(pairs: Iterator[tuple[Path, str]], broken: dict[Path, str]) -> Itera
                 broken[path] = str(error)
 
     for _, group in itertools.groupby(read(), key=lambda item: item[2].shape):
-        while batch := list(itertools.islice(group, BATCH)):
+        while batch := list(itertools.islice(group, size)):
             yield batch

@@ -12,6 +12,7 @@ from typing import Any
 
 from draftune.errors import DraftuneError, unknown
 from draftune.expression import NAMES
+from draftune.paths import user_path
 from draftune.recommended import recommended
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -110,7 +111,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises DraftuneError if it is not a table of them."""
     import yaml
 
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import load_part
+from draftune.loading import first_line, load_part
 from draftune.models.base import Model
 from draftune.models.stable_diffusion import StableDiffusion
+from draftune.paths import user_path
 from draftune.quiet import quiet
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load_model(model: str | Path | DiffusionPipeline) -> Model:
     if not isinstance(model, (str, Path)):
         return adapter(type(model).__name__)(model, getattr(model.config, "_name_or_path", None) or "pipeline")
     name = str(model)
-    source = EMBEDDED[name] if name == "emoji" else Path(name).expanduser()
+    source = EMBEDDED[name] if name == "emoji" else user_path(name)
     if (source / "model_index.json").is_file():
         return read(str(source), name)
     if source.exists():
@@ -52,19 +53,13 @@ def fetch_pipeline(name: str) -> str:
     """The folder of a pipeline from the hub, downloaded if it is not here yet."""
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         fetch(hf_hub_download, name, "model_index.json")
         options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
         return str(fetch(DiffusionPipeline.download, name, **options))
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        # Without a network the first of these is raised too, as its subclass.
-        if isinstance(error, LocalEntryNotFoundError):
-            raise unreachable(name, "--model") from error
-        raise DraftuneError(f"there is no diffusers pipeline {name!r} on the hub, or none that you may read") from error
     except Exception as error:
-        raise unreachable(name, "--model") from error
+        raise unreachable(name, "--model", error=error) from error
 
 
 def adapter(pipeline_class: str) -> type[Model]:
@@ -95,7 +90,3 @@ def read(source: str, name: str) -> Model:
         return family(pipeline, name)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError) as error:
         raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -54,6 +54,8 @@ def check(tree: Call | Sum) -> None:
             check(call)
         return
     custom = is_custom(tree.name)
+    if tree.name.endswith(".py"):
+        raise DraftuneError(f"which function or class of {tree.name}? {tree.name}:NAME is wanted")
     if tree.name not in REWARDS and not custom:
         raise unknown("reward", tree.name, REWARDS)
     wraps = not custom and wraps_reward(REWARDS[tree.name])
@@ -73,7 +75,17 @@ def wraps_reward(factory: Callable[..., Reward]) -> bool:
 
 def build(tree: Call | Sum) -> Reward:
     if isinstance(tree, Sum):
-        return WeightedSum([(weight, build(call)) for weight, call in tree.terms])
+        terms: list[tuple[float, Reward]] = []
+        problems: dict[str, DraftuneError] = {}
+        for weight, call in tree.terms:
+            try:
+                terms.append((weight, build(call)))
+            except DraftuneError as error:
+                problems[str(error)] = error
+        if problems:
+            # All that is missing in one message.
+            raise DraftuneError("; ".join(problems)) from next(iter(problems.values()))
+        return WeightedSum(terms)
     if is_custom(tree.name):
         reward = load_custom(tree)
     else:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from draftune.errors import DraftuneError
+
+COLUMNS = ("image", "total")
 
 
 class Reward(nn.Module):
@@ -33,6 +37,12 @@ class Reward(nn.Module):
     def load(self) -> None:
         """Reads the weights that the constructor found."""
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises DraftuneError for prompts that it can't score, before anything is drawn."""
+        for _, part in self.terms:
+            if part is not self:
+                part.check(prompts)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
 
@@ -45,7 +55,8 @@ class Reward(nn.Module):
         """This reward with its weights loaded and frozen, in evaluation mode."""
         for _, part in self.terms:
             if not part.loaded:
-                part.load()
+                with explained(part):
+                    part.load()
                 part.loaded = True
         return self.eval().requires_grad_(False)
 
@@ -60,14 +71,17 @@ class Reward(nn.Module):
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The total [B], and by label what each part gave before its weight [B]."""
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            given = "one text" if isinstance(prompts, str) else str(len(prompts))
+            raise DraftuneError(f"a list of {len(images)} prompts is wanted, one for each picture, not {given}")
         with torch.autocast(images.device.type, enabled=False):
             scores = [(w, part, in_chunks(part, images.float(), prompts, self.chunk_size)) for w, part in self.terms]
         total = sum((weight * score for weight, _, score in scores), torch.zeros((), device=images.device))
         named: dict[str, tuple[Reward, Tensor]] = {}
         for _, part, score in scores:
             label, count = part.label, 2
-            while label in named and named[label][0] is not part:
-                # Two parts of one kind are logged apart.
+            while label in COLUMNS or (label in named and named[label][0] is not part):
+                # Two parts of one kind are logged apart, and none takes the place of what stands beside them.
                 label, count = f"{part.label}-{count}", count + 1
             named[label] = part, score.detach()
         return total, {label: score for label, (_, score) in named.items()}
@@ -97,7 +111,7 @@ class WeightedSum(Reward):
         self.label = " + ".join(f"{weight:g}*{part.label}" for weight, part in terms)
         if all(part.expression for _, part in terms):
             self.expression = " ".join(
-                f"{'-' if weight < 0 else '+'} {abs(weight):.6g}*{part.expression}" for weight, part in terms
+                f"{'-' if weight < 0 else '+'} {abs(weight):.9g}*{part.expression}" for weight, part in terms
             ).removeprefix("+ ")
 
     @property
@@ -108,7 +122,7 @@ class WeightedSum(Reward):
 class FunctionReward(Reward):
     """A plain function, or any other callable, of (images, prompts) as a reward.
 
-    Raises DraftuneError that says where, if it can't take these two or fails on them.
+    Raises DraftuneError if it can't take these two.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -122,17 +136,27 @@ class FunctionReward(Reward):
             raise DraftuneError(f"the reward {self.label!r} must take (images, prompts): {error}") from error
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        try:
-            return self.function(images, prompts)
-        except (DraftuneError, torch.cuda.OutOfMemoryError):
+        return self.function(images, prompts)
+
+
+@contextmanager
+def explained(reward: Reward) -> Iterator[None]:
+    """Turns what a reward raises into a DraftuneError that says where."""
+    try:
+        yield
+    except DraftuneError:
+        raise
+    except Exception as error:
+        if "memory" in str(error):
             raise
-        except Exception as error:
-            raise DraftuneError(f"the reward {self.label!r} failed: {where(error)}") from error
+        raise DraftuneError(f"the reward {reward.label!r} failed: {where(error)}") from error
 
 
 def where(error: BaseException) -> str:
-    """An error of the user's own code in one line, with the place where it was raised."""
-    *_, frame = traceback.extract_tb(error.__traceback__)
+    """An error in one line, with the last place outside of libraries that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
+    frame = (own or frames)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
@@ -151,7 +175,8 @@ def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int)
 
 def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """`reward.score(…)`. Raises DraftuneError if that is not one number for each picture."""
-    score: Any = reward.score(images, prompts)
+    with explained(reward):
+        score: Any = reward.score(images, prompts)
     name, count = f"the reward {reward.label!r}", len(images)
     if not isinstance(score, Tensor):
         raise DraftuneError(f"{name} must return a tensor, not {type(score).__name__}")
@@ -182,6 +207,7 @@ class ScoreWithGradient(torch.autograd.Function):
         return torch.cat(scores)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradients,) = ctx.saved_tensors
         return gradients * outer[0][:, None, None, None], None, None, None

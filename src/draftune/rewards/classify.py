@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
@@ -24,7 +23,7 @@ LITE0 = "efficientnet-lite0"
 class Classify(Reward):
     """log p(target | picture). The target is a class's number, or its name where the model knows names."""
 
-    names: dict[str, int]
+    names: dict[str, list[int]]
     count: int
 
     def __init__(self, target: str, model: str) -> None:
@@ -41,23 +40,27 @@ class Classify(Reward):
             self.network, self.preprocess, self.names = load_efficientnet(self.path), PREPROCESS, {}
             self.count = self.network.fc.out_features
         else:
-            try:
-                self.network = load_part(AutoModelForImageClassification, self.path)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-                raise DraftuneError(f"no image classifier in {str(self.path)!r}: {error}") from error
+            # Without that, a folder may bring code of its own and the library would ask whether to run it.
+            self.network = load_part(AutoModelForImageClassification, self.path, trust_remote_code=False)
             self.preprocess = Preprocess.from_folder(self.path)
             config: Any = self.network.config
             self.count = config.num_labels
             labels = config.id2label.items()
-            self.names = {name.strip(): i for i, label in labels for name in [label, *label.split(",")]}
+            self.names = {}
+            for i, label in labels:
+                for name in {label.strip(), *(part.strip() for part in label.split(","))}:
+                    self.names.setdefault(name, []).append(i)
         if self.target:
             self.index(self.target)
 
     def index(self, target: str) -> int:
         """The number of a class. Raises DraftuneError for one that the classifier does not have."""
         if target in self.names:
-            return self.names[target]
-        if target.isdigit() and int(target) < self.count:
+            first, *others = self.names[target]
+            if others:
+                raise DraftuneError(f"{target!r} names several classes: give one of the numbers {[first, *others]}")
+            return first
+        if target.isdecimal() and int(target) < self.count:
             return int(target)
         if self.names:
             raise unknown("class", target, self.names)
@@ -68,11 +71,21 @@ class Classify(Reward):
         output = self.network(self.preprocess(images))
         return output if isinstance(output, Tensor) else output.logits
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def targets(self, prompts: Sequence[str]) -> list[int]:
+        """The classes that these prompts are to be taken for."""
         targets = [self.target or metadata(prompt).get("target", "") for prompt in prompts]
         if "" in targets:
-            raise DraftuneError("classify wants a target: classify(target=…), or a column 'target' of the prompt file")
-        index = torch.tensor([self.index(target) for target in targets], device=images.device)
+            prompt = prompts[targets.index("")]
+            raise DraftuneError(
+                f"classify wants a target for {prompt!r}: classify(target=…), or a column 'target' of the prompt file"
+            )
+        return [self.index(target) for target in targets]
+
+    def check(self, prompts: Sequence[str]) -> None:
+        self.targets(prompts)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        index = torch.tensor(self.targets(prompts), device=images.device)
         return self.logits(images).log_softmax(-1).gather(1, index[:, None])[:, 0]
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
-from draftune.loading import load_part
-from draftune.quiet import quiet
+from draftune.loading import load_part, load_tokenizer
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
@@ -37,19 +35,12 @@ class ClipEncoder(nn.Module):
         """Reads a saved model. Raises DraftuneError for one of another kind, or that can't be read."""
         from transformers import AutoTokenizer, CLIPModel, CLIPTokenizerFast, SiglipModel
 
-        try:
-            family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "clip")
-            if family not in FAMILIES:
-                raise DraftuneError(f"{str(folder)!r} is a {family} model; {' and '.join(FAMILIES)} are supported")
-            model = load_part(CLIPModel if family == "clip" else SiglipModel, folder)
-            with quiet():
-                tokenizer = (CLIPTokenizerFast if family == "clip" else AutoTokenizer).from_pretrained(folder)
-        except ImportError as error:
-            raise DraftuneError(
-                f"the tokenizer in {str(folder)!r} wants: pip install sentencepiece protobuf"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise DraftuneError(f"no CLIP model in {str(folder)!r}: {str(error).splitlines()[0][:200]}") from error
+        family = model_type(folder)
+        if family not in FAMILIES:
+            raise DraftuneError(f"{str(folder)!r} is a {family} model; {' and '.join(FAMILIES)} are supported")
+        model = load_part(CLIPModel if family == "clip" else SiglipModel, folder)
+        kind = CLIPTokenizerFast if family == "clip" else AutoTokenizer
+        tokenizer = load_tokenizer(kind, folder, model.config.text_config.vocab_size)
         return cls(model, tokenizer, Preprocess.from_folder(folder))
 
     @property
@@ -79,6 +70,14 @@ class ClipEncoder(nn.Module):
         with torch.no_grad():
             texts = self.embed_texts(prompts)
         return (self.embed_images(images) * texts).sum(-1)
+
+
+def model_type(folder: Path) -> str:
+    """Which family of transformers' models a folder holds. Raises DraftuneError if its config does not say."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DraftuneError(f"{str(folder / 'config.json')!r} is not the config of a model: {error!r}") from error
 
 
 class ClipScore(Reward):

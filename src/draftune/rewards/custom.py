@@ -14,6 +14,7 @@ from torch import nn
 
 from draftune.errors import DraftuneError, unknown
 from draftune.expression import Call
+from draftune.paths import user_path
 from draftune.rewards.base import FunctionReward, Reward, where
 
 
@@ -28,7 +29,7 @@ def load_custom(call: Call) -> Reward:
     for a file that is not there or fails, a name that it does not define, and settings that do not fit.
     """
     file, _, name = call.name.rpartition(":")
-    module = run_file(Path(file).expanduser())
+    module = run_file(user_path(file))
     found = getattr(module, name, None)
     if not callable(found):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
@@ -40,10 +41,11 @@ def load_custom(call: Call) -> Reward:
             raise
         except Exception as error:
             raise DraftuneError(f"the reward {call.name!r} can't be made: {where(error)}") from error
-    elif call.settings and not isinstance(found, nn.Module):
-        known = list(inspect.signature(found).parameters)[2:]
+    elif call.settings:
+        parameters = [] if isinstance(found, nn.Module) else list(inspect.signature(found).parameters.values())[2:]
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         for key in call.settings:
-            if key not in known:
+            if not anything and key not in (known := [parameter.name for parameter in parameters]):
                 raise unknown(f"setting of reward {name}:", key, known)
         found = functools.partial(found, **call.settings)
     reward = found if isinstance(found, Reward) else FunctionReward(found)
@@ -52,16 +54,21 @@ def load_custom(call: Call) -> Reward:
 
 
 def run_file(path: Path) -> ModuleType:
-    """The user's file as a module; it may import its neighbours."""
+    """The user's file as a module, run once; as for a script, its folder is where it finds its neighbours."""
     if not path.is_file():
         raise DraftuneError(f"no file {str(path)!r} with a reward in it")
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    path = path.resolve()
+    name = f"draftune.custom:{path}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise DraftuneError(f"the file {str(path)!r} can't be run: {where(error)}") from error
-    finally:
-        sys.path.pop(0)
     return module

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from draftune.errors import DraftuneError
-from draftune.loading import build_part
-from draftune.quiet import quiet
+from draftune.loading import build_part, load_tokenizer
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalized
@@ -110,8 +109,8 @@ class HPSv2(Reward):
         with torch.device("meta"):
             shapes = CLIPModel(config)
         state = OPEN_CLIP.read(shapes, load_tensors(self.path), self.path)
-        with quiet():
-            tokenizer = CLIPTokenizerFast.from_pretrained(self.folder)
+        count = config.text_config.vocab_size
+        tokenizer = load_tokenizer(CLIPTokenizerFast, self.folder, count, at_least=count)
         preprocess = LongestEdge(config.vision_config.image_size)
         self.clip = ClipEncoder(build_part(CLIPModel, config, state), tokenizer, preprocess)
 

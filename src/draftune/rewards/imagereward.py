@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftune.loading import build_part
-from draftune.quiet import quiet
+from draftune.loading import build_part, load_tokenizer
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
@@ -70,7 +69,7 @@ class ImageReward(Reward):
         self.configs = vision, text
 
     def load(self) -> None:
-        from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
+        from transformers import BertTokenizerFast, BlipTextConfig, BlipVisionConfig, BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         vision, text = BlipVisionConfig(**self.configs[0]), BlipTextConfig(**self.configs[1])
@@ -86,8 +85,8 @@ class ImageReward(Reward):
         self.text = build_part(BlipTextModel, text, own["text"], add_pooling_layer=False)
         self.head = Head(text.hidden_size)
         self.head.load_state_dict(own["head"])
-        with quiet():
-            self.tokenizer = BertTokenizer.from_pretrained(self.folder)
+        # BLIP's vocabulary has two more tokens than BERT's, which scoring does not use.
+        self.tokenizer = load_tokenizer(BertTokenizerFast, self.folder, text.vocab_size, at_least=text.vocab_size - 2)
         self.preprocess = Preprocess(vision.image_size, vision.image_size, center="round")
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

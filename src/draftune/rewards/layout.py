@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from draftune.errors import DraftuneError, unknown
 from draftune.rewards.base import Reward, register
-from draftune.rewards.preprocess import center_crop
+from draftune.rewards.preprocess import center
 
 AXES = {"vertical": (-1,), "horizontal": (-2,)}
 
@@ -44,7 +44,9 @@ class Rotation(Reward):
         self.angle = angle
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        square = center_crop(images, min(images.shape[-2:]), "floor")
+        side = min(images.shape[-2:])
+        rows, columns = center((images.shape[-2], images.shape[-1]), (side, side))
+        square = images[..., rows, columns]
         return correlation(square, torch.rot90(square, self.angle // 90, (-2, -1)))
 
 

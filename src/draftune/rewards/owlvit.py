@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from draftune.errors import DraftuneError
-from draftune.loading import load_part
+from draftune.loading import load_part, load_tokenizer
 from draftune.prompts import metadata
-from draftune.quiet import quiet
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
@@ -34,12 +31,8 @@ class OwlViT(Reward):
     def load(self) -> None:
         from transformers import CLIPTokenizerFast, OwlViTForObjectDetection
 
-        try:
-            self.model = load_part(OwlViTForObjectDetection, self.folder)
-            with quiet():
-                self.tokenizer = CLIPTokenizerFast.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise DraftuneError(f"no OWL-ViT model in {str(self.folder)!r}: {error}") from error
+        self.model = load_part(OwlViTForObjectDetection, self.folder)
+        self.tokenizer = load_tokenizer(CLIPTokenizerFast, self.folder, self.model.config.text_config.vocab_size)
         self.preprocess = Preprocess.from_folder(self.folder)
 
     def queries(self, prompts: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,20 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
 MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+# What transformers' image processors do where their config does not say.
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": 3},
+    "ConvNext": {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256, "resample": 2},
+    "OwlViT": {"size": {"height": 768, "width": 768}, "do_center_crop": False, "crop_size": 768, "resample": 3},
+    "Siglip": {"size": {"height": 224, "width": 224}, "resample": 3},
+    "ViT": {"size": {"height": 224, "width": 224}, "resample": 2},
+}
+for name, processor in PROCESSORS.items():
+    clip = name in ("CLIP", "OwlViT")
+    processor |= {"image_mean": CLIP_MEAN if clip else HALF, "image_std": CLIP_STD if clip else HALF}
 
 
 @dataclass(frozen=True)
@@ -52,33 +66,42 @@ class Preprocess:
             raise DraftuneError(f"{str(folder)!r} does not say how pictures are prepared: it has no {names[0]}")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            config = config.get("image_processor", config)
-            # The flag is missing where the processor's class implies it.
-            kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
-            implied = "crop_size" in config or "crop_pct" in config or "CLIP" in kind
-            cropped = config.get("do_center_crop", implied)
-            size = config.get("size") or config.get("crop_size") or 224
-            crop = edge(config.get("crop_size") or size) if cropped else None
-            if config.get("crop_pct") and edge(size) < 384:
-                # ConvNeXt's processor: the crop is a share of the resized picture, up to 384 pixels.
-                crop, size = edge(size), int(edge(size) / config["crop_pct"])
-            exact = crop is None and not (isinstance(size, dict) and "shortest_edge" in size)
-            return cls(
-                size=(edge(size, "height"), edge(size, "width")) if exact else edge(size),
-                crop=crop,
-                mean=tuple(config.get("image_mean", CLIP_MEAN)),
-                std=tuple(config.get("image_std", CLIP_STD)),
-                mode=MODES[config.get("resample", 3)],
-            )
+            return cls.from_config(config.get("image_processor", config))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DraftuneError(f"cannot read the picture preprocessing in {str(path)!r}: {error!r}") from error
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preprocess:
+        """What the config of one of transformers' image processors says."""
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
+        kind = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", kind)
+        if kind not in PROCESSORS:
+            raise ValueError(f"{kind} is not one of {', '.join(PROCESSORS)}")
+        if skipped := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
+            raise ValueError(f"{skipped[0]} is false")
+        config = PROCESSORS[kind] | {key: value for key, value in config.items() if value is not None}
+        size = config["size"]
+        # A plain number is the shortest edge to some and a square to others.
+        shortest = kind in ("CLIP", "ConvNext") if isinstance(size, int) else "shortest_edge" in size
+        crop = edge(config["crop_size"]) if config.get("do_center_crop") else None
+        if kind == "ConvNext":
+            # The crop is a share of the resized picture; from 384 pixels on there is none.
+            shortest, crop, size = edge(size) < 384, edge(size), edge(size)
+            size, crop = (int(size / config["crop_pct"]), crop) if shortest else (size, None)
+        if crop is not None and crop > edge(size):
+            raise ValueError(f"crop_size {crop} is larger than the size {edge(size)}")
+        return cls(
+            size=edge(size) if shortest else (edge(size), edge(size, "width")),
+            crop=crop,
+            mean=tuple(config["image_mean"]),
+            std=tuple(config["image_std"]),
+            mode=MODES[config["resample"]],
+        )
+
     def __call__(self, images: Tensor) -> Tensor:
         shape = self.size if isinstance(self.size, tuple) else shortest_edge_shape(images, self.size)
-        images = resize(images, shape, self.mode)
-        if self.crop is not None:
-            images = center_crop(images, self.crop, self.center)
-        return normalized(images, self.mean, self.std)
+        crop = shape if self.crop is None else (self.crop, self.crop)
+        return normalized(resize(images, shape, self.mode, center(shape, crop, self.center)), self.mean, self.std)
 
 
 def edge(size: int | list[int] | dict[str, Any], name: str = "height") -> int:
@@ -94,18 +117,33 @@ def shortest_edge_shape(images: Tensor, size: int) -> tuple[int, int]:
     return (size, long) if height <= width else (long, size)
 
 
-def resize(images: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] resized to (height, width), to the bit as PIL resizes pictures of 8 bits."""
+def center(shape: tuple[int, int], crop: tuple[int, int], how: str = "floor") -> tuple[slice, slice]:
+    """The rows and columns of the middle of a picture of this (height, width)."""
+    starts = [(n - c) // 2 if how == "floor" else round((n - c) / 2) for n, c in zip(shape, crop, strict=True)]
+    rows, columns = (slice(start, start + c) for start, c in zip(starts, crop, strict=True))
+    return rows, columns
+
+
+def resize(
+    images: Tensor, shape: tuple[int, int], mode: str = "bicubic", window: tuple[slice, slice] | None = None
+) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] resized to (height, width), to the bit as PIL resizes pictures of 8 bits.
+
+    Of the result, only the rows and columns in the window are made, where one is given.
+    """
+    rows, columns = window or (slice(0, shape[0]), slice(0, shape[1]))
     shrink_height, shrink_width = (now - new for now, new in zip(images.shape[-2:], shape, strict=True))
-    passes = [(-1, shape[1]), (-2, shape[0])]
+    passes = [(-1, shape[1], columns), (-2, shape[0], rows)]
     if shrink_height > max(0, 2 * shrink_width):
         # As Pillow does since version 13; the two orders differ by single levels of 255.
         passes.reverse()
-    for axis, size in passes:
-        if images.shape[axis] != size:
+    for axis, size, kept in passes:
+        if images.shape[axis] == size:
+            images = images.narrow(axis, kept.start, kept.stop - kept.start)
+        else:
             # PIL sums whole numbers. float64 holds the sums exactly, where the device has it.
             exact = torch.float32 if images.device.type == "mps" else torch.float64
-            weights = pil_weights(images.shape[axis], size, mode).to(images.device, exact)
+            weights = pil_weights(images.shape[axis], size, mode, kept.start, kept.stop).to(images.device, exact)
             lines = levels(images.to(exact)).transpose(axis, -1) @ weights.T
             images = rounded(lines.transpose(axis, -1)).to(images.dtype)
     return images
@@ -125,13 +163,14 @@ def rounded(scaled: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def pil_weights(size_in: int, size_out: int, mode: str) -> Tensor:
-    """How much each of `size_in` pixels counts in each new one: [size_out, size_in] float64, rows that sum to about 1.
+def pil_weights(size_in: int, size_out: int, mode: str, start: int, stop: int) -> Tensor:
+    """How much each of `size_in` pixels counts in the new ones from start to stop, of `size_out` in all.
 
-    As in Pillow's Resample.c: the filter is stretched where pixels get fewer, and its weights have 22 bits.
+    [stop - start, size_in] float64, rows that sum to about 1. As in Pillow's Resample.c: the filter is stretched where
+    pixels get fewer, and its weights have 22 bits.
     """
     scale = size_in / size_out
-    centers = (torch.arange(size_out, dtype=torch.float64)[:, None] + 0.5) * scale
+    centers = (torch.arange(start, stop, dtype=torch.float64)[:, None] + 0.5) * scale
     pixels = torch.arange(size_in, dtype=torch.float64)[None]
     stretch = max(scale, 1.0)
     support = {"bilinear": 1.0, "bicubic": 2.0}[mode] * stretch
@@ -145,11 +184,6 @@ def pil_weights(size_in: int, size_out: int, mode: str) -> Tensor:
     weights = weights * ((pixels >= first) & (pixels < last))
     weights = weights / weights.sum(1, keepdim=True) * 2**22
     return (weights + 0.5 * weights.sign()).trunc() / 2**22
-
-
-def center_crop(images: Tensor, size: int, center: str) -> Tensor:
-    top, left = ((n - size) // 2 if center == "floor" else round((n - size) / 2) for n in images.shape[-2:])
-    return images[..., top : top + size, left : left + size]
 
 
 def normalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

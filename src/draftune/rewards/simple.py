@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import ImageColor
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import pad
 
 from draftune.errors import DraftuneError
 from draftune.images import open_image
+from draftune.paths import user_path
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import resize
@@ -36,17 +36,12 @@ class Saturation(Reward):
 
 
 class Sharpness(Reward):
-    """The mean square of the Laplacian, over the pixels that have four neighbours."""
-
-    laplacian: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-        self.register_buffer("laplacian", kernel[None, None], persistent=False)
+    """The mean square of the Laplacian; beyond the edge the picture goes on as at the edge."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return conv2d(luma(images), self.laplacian).square().mean((1, 2, 3))
+        x = pad(luma(images), (1, 1, 1, 1), mode="replicate")
+        across, along = x[..., 1:-1, :-2] + x[..., 1:-1, 2:], x[..., :-2, 1:-1] + x[..., 2:, 1:-1]
+        return (across + along - 4 * x[..., 1:-1, 1:-1]).square().mean((1, 2, 3))
 
 
 class Color(Reward):
@@ -75,7 +70,7 @@ class PixelReference(Reward):
 
     def __init__(self, image: str) -> None:
         super().__init__()
-        self.register_buffer("picture", open_image(Path(image).expanduser()), persistent=False)
+        self.register_buffer("picture", open_image(user_path(image)), persistent=False)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         height, width = images.shape[-2:]
@@ -87,7 +82,7 @@ class ClipReference(Reward):
 
     def __init__(self, image: str, model: str) -> None:
         super().__init__()
-        self.picture = open_image(Path(image).expanduser())
+        self.picture = open_image(user_path(image))
         self.folder = find_network(model, "the reward's model=")
 
     def load(self) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.hub import fetch, is_hub_id, unreachable
+from draftune.loading import first_line
+from draftune.paths import user_path
 
 FOLDER_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -28,7 +29,7 @@ def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES)
     """
     if model in EMBEDDED:
         return EMBEDDED[model]
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         return path
     if not is_hub_id(model):
@@ -38,12 +39,15 @@ def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES)
     try:
         return fetch(snapshot_download, model, allow_patterns=list(patterns))
     except Exception as error:
-        raise unreachable(model, option) from error
+        raise unreachable(model, option, error=error) from error
 
 
 def find_network(model: str, option: str, tokenizer: bool = True) -> Path:
     """The folder of a transformers model: its config, its weights as safetensors and, where wanted, its tokenizer."""
     folder = find_folder(model, option)
+    if is_hub_id(model) and not folder.is_relative_to(user_path(model)) and not any(folder.glob("*.safetensors")):
+        # What was fetched before, for its tokenizer perhaps, is not all of it.
+        raise unreachable(model, option)
     if not (folder / "config.json").is_file():
         raise DraftuneError(f"{model!r} is not the folder of a transformers model: it has no config.json ({option})")
     if not any(folder.glob("*.safetensors")):
@@ -70,7 +74,7 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
 
     Raises DraftuneError that says what to download, from where, and that `option` takes its path.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return path
     if hub is None or str(source) != hub[1]:
@@ -81,7 +85,7 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
     try:
         return fetch(hf_hub_download, *hub)
     except Exception as error:
-        raise unreachable(hub[0], option, hub[1]) from error
+        raise unreachable(hub[0], option, hub[1], error) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -92,16 +96,20 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Of a damaged pickle, nearly every kind of exception can come.
         kind = "safetensors" if path.suffix == ".safetensors" else "weights"
-        said = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise DraftuneError(
             f"{str(path)!r} is not a readable {kind} file: a web page, half a download, or something that holds code? "
-            f"Nothing in it was run ({said})"
+            f"Nothing in it was run ({first_line(error)})"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
+    ):
         raise DraftuneError(f"{str(path)!r} holds no table of tensors")
     return content
 

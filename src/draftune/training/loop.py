@@ -134,11 +134,8 @@ class Trainer:
         self.seconds = 0.0
 
     def run(self) -> Run:
-        seeds = range(len(self.shown))
-        before = self.draw(self.shown[:2], seeds[:2])
-        probe_reward(self.reward, before.to(self.model.device), self.shown[:2])
-        if len(self.shown) > 2:
-            before = torch.cat([before, self.draw(self.shown[2:], seeds[2:])])
+        self.probe()
+        before = self.draw(self.shown, range(len(self.shown)))
         if self.settings.normalize_reward:
             self.normalize(self.settings.normalize_reward)
         self.folder.create(self.settings)
@@ -155,6 +152,22 @@ class Trainer:
         finally:
             self.folder.close()
         return Run(self.folder.path, self.metrics, comparison)
+
+    def probe(self) -> None:
+        """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
+        self.reward.check(self.prompts)
+        for reward in (self.reward, self.held_out):
+            try:
+                if reward is not None:
+                    reward.check(self.eval_prompts or self.shown)
+            except DraftuneError as error:
+                raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
+        prompts = list(islice(cycle(self.prompts), 2))
+        pictures = self.draw(prompts, range(2))
+        probe_reward(self.reward, pictures.to(self.model.device), prompts)
+        if self.held_out is not None:
+            shown = list(islice(cycle(self.eval_prompts or prompts), 2))
+            score_batches(self.held_out, pictures, shown, self.model.device)
 
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
@@ -237,7 +250,7 @@ class Trainer:
         """The grid of samples at this update: the same prompts and seeds every time."""
         if pictures is None:
             pictures = self.draw(self.shown, range(len(self.shown)))
-        scores = score_batches(self.reward, pictures, self.shown, self.model.device)["reward"].tolist()
+        scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
         captions = [f"{score:.3g}" for score in scores]
         save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
         self.last_shown = step

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from draftune.errors import DraftuneError
+from draftune.paths import user_path
 from draftune.settings import Settings, read_yaml
 
 CONFIG = "config.yaml"
@@ -19,7 +20,7 @@ class RunFolder:
     """The files of one run. Nothing is written before `create`."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         if self.path.exists() and not self.path.is_dir():
             raise DraftuneError(f"the output {str(self.path)!r} is a file; give a folder")
         if self.path.is_dir() and any(self.path.iterdir()):
