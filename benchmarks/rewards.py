@@ -42,7 +42,7 @@ from draftune.rewards.imagereward import BLIP, TEXT, VISION
 from draftune.rewards.weights import KeyMap
 
 COUNT, SIZE = 8, 512
-WORDS = EMBEDDED["emoji-clip"]  # a small vocabulary; the networks are of full size
+WORDS = EMBEDDED["emoji-clip"]
 VIT_L_14 = {"projection_dim": 768}
 VIT_L_14 |= {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -70,7 +70,16 @@ def folder(network: nn.Module, path: Path, **processor: object) -> Path:
     """A random network in transformers' format, with a tokenizer and the settings of its picture processor."""
     network.save_pretrained(path)  # type: ignore[operator]
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    return clip_words(path, len(json.loads((WORDS / "vocab.json").read_text())))
+
+
+def clip_words(path: Path, count: int) -> Path:
+    """A tokenizer of that many tokens, most of which come in no text."""
+    path.mkdir(exist_ok=True)
+    words = json.loads((WORDS / "vocab.json").read_text())
+    words |= {f"unused{i}": i for i in range(len(words), count)}
+    (path / "vocab.json").write_text(json.dumps(words))
+    for name in ("merges.txt", "tokenizer_config.json"):
         (path / name).write_bytes((WORDS / name).read_bytes())
     return path
 
@@ -87,7 +96,8 @@ def head(path: Path) -> Path:
 
 def bert_words(path: Path) -> Path:
     path.mkdir()
-    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
+    (path / "vocab.txt").write_text("\n".join([*words, *(f"[unused{i}]" for i in range(30522 - len(words)))]))
     return path
 
 
@@ -106,7 +116,7 @@ def resnet(path: Path) -> Path:
 EXPRESSIONS: dict[str, Callable[[Path], str]] = {
     "hpsv2": lambda d: (
         f"hpsv2(weights={published(OPEN_CLIP, lambda: CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h.safetensors')}, "
-        f"tokenizer={WORDS})"
+        f"tokenizer={clip_words(d / 'words', 49408)})"
     ),
     "pickscore": lambda d: f"pickscore(model={folder(CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h', size=224)})",
     "clip": lambda d: f"clip(model={clip_l(d / 'l')})",

@@ -190,7 +190,7 @@ def test_rewards_that_cannot_be_trained_on_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline: Any, tmp_path: Path) -> None:
+def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline_folder: Path, tmp_path: Path) -> None:
     class Level(Reward):
         label = "total"
 
@@ -202,14 +202,15 @@ def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline: Any,
         def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
             return images.mean((1, 2, 3)) * torch.tensor([float(metadata(prompt)["level"]) for prompt in prompts])
 
+    model = str(pipeline_folder)
     (tmp_path / "prompts.csv").write_text("prompt,level\na cat,1\na dog,2\na bird,0.5\n")
     prompts = str(tmp_path / "prompts.csv")
     with pytest.raises(DraftuneError, match=r"eval_prompts\) don't fit: no level for 'cat'"):
-        run(pipeline, tmp_path, Level(), prompts=prompts, eval_prompts="animals")
+        run(model, tmp_path, Level(), prompts=prompts, eval_prompts="animals")
     with pytest.raises(DraftuneError, match="no level for 'a cat'"):
-        run(pipeline, tmp_path, Level())
+        run(model, tmp_path, Level())
     assert not (tmp_path / "run").exists()
-    result = run(pipeline, tmp_path, Level() + 0.5 * load_reward(brightness), prompts=prompts, eval_prompts=prompts)
+    result = run(model, tmp_path, Level() + 0.5 * load_reward(brightness), prompts=prompts, eval_prompts=prompts)
     assert result.comparison is not None
     scores = result.comparison.scores
     # A part that is called as the total is does not take its place.

@@ -67,7 +67,7 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = HEAD) ->
 def emoji_aesthetic() -> Reward:
     """The same head on this package's small CLIP: glossy 3D emoji about 7 to 8, flat ones about 3.
 
-    1.4 M parameters, 6 MB, Apache-2.0; input 64x64. Source: its model card.
+    2.9 M parameters, 6 MB, Apache-2.0; input 64x64. Source: its model card.
     Over-optimised it goes past real pictures: everything turns purple and glossy.
     """
     return Aesthetic("emoji-clip", EMBEDDED["emoji-aesthetic"] / "model.safetensors")

@@ -127,7 +127,7 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1") -> Reward:
 def emoji_clip(scaled: bool = False) -> Reward:
     """CLIP score by the small CLIP of this package, trained on emoji and their names; for the embedded model.
 
-    Cosine, -1 to 1; `scaled`: the model's logit. 1.3 M parameters, 5 MB, Apache-2.0; input 64x64; see its model card.
+    Cosine, -1 to 1; `scaled`: the model's logit. 2.6 M parameters, 5 MB, Apache-2.0; input 64x64; see its model card.
     Over-optimised it exaggerates the name's most telling part.
     """
     return ClipScore("emoji-clip", scaled)

@@ -79,7 +79,7 @@ class StyleJudge(Judge):
 def emoji_judge_name() -> Reward:
     """Share of emoji that a held-out classifier names rightly, among the 64 common names where it is one of them.
 
-    0 or 1; for --held-out: it measures and has no gradient. 0.67 M parameters, 2.7 MB, Apache-2.0; input 64x64; see its
+    0 or 1; for --held-out: it measures and has no gradient. 1.3 M parameters, 2.7 MB, Apache-2.0; input 64x64; see its
     model card. What names it can't see: whether the picture is pretty.
     """
     return NameJudge()
