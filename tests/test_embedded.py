@@ -60,10 +60,10 @@ def test_the_pictures_show_their_names_and_the_style_word_works(model: Model) ->
     schedule, seeds = model.schedule(STEPS), [0] * len(names)
     judge = load_reward("emoji-judge-name + emoji-judge-style(style=3d)")
     plain = model.generate(names, seeds, schedule, GUIDANCE, batch_size=16)
-    named = score_batches(judge, plain, names)["emoji-judge-name"].mean()
-    assert named >= 0.9
+    _, parts = score_batches(judge, plain, names)
+    assert parts["emoji-judge-name"].mean() >= 0.9
     glossy, flat = (
-        score_batches(judge, model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=16), prompts)
+        score_batches(judge, model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=16), prompts)[1]
         for prompts in ([f"3d {name}" for name in names], [f"twemoji {name}" for name in names])
     )
     assert glossy["emoji-judge-style"].mean() > 0.7 > 0.3 > flat["emoji-judge-style"].mean()

@@ -107,7 +107,7 @@ def test_robust_scores_the_locally_worst_picture() -> None:
     reward = load_reward(Robust(Bowl(), rho=0.25) + 2 * Bowl())
     scores, parts = reward.parts(images, [""] * 3)
     assert torch.allclose(scores, -((norm + 0.25) ** 2) / 2 - norm**2, rtol=1e-5)
-    assert list(parts) == ["robust-bowl", "bowl"]
+    assert list(parts) == ["robust(bowl)", "bowl"]
     scores.sum().backward()
     # The way to the worse picture is held fixed.
     unit = images.detach() / norm[:, None, None, None]

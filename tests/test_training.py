@@ -214,7 +214,7 @@ def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline_folde
     assert result.comparison is not None
     scores = result.comparison.scores
     # A part that is called as the total is does not take its place.
-    assert list(scores) == ["1*total + 0.5*brightness", "total-2", "brightness"]
+    assert list(scores) == ["total + 0.5*brightness", "total-2", "brightness"]
     for i in (0, 1):
         total, level, bright = (values[i] for values in scores.values())
         assert total == pytest.approx(level + 0.5 * bright, rel=1e-5)

@@ -60,8 +60,8 @@ def main() -> None:
         )
 
 
-def show(what: str, scores: dict[str, torch.Tensor]) -> None:
-    means = ", ".join(f"{name} {float(values.mean()):.3f}" for name, values in scores.items() if name != "reward")
+def show(what: str, scores: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+    means = ", ".join(f"{name} {float(values.mean()):.3f}" for name, values in scores[1].items())
     print(f"{what}: {means}", flush=True)
 
 

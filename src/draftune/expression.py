@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,11 +82,7 @@ class Sum:
     terms: tuple[tuple[float, Call], ...]
 
     def __str__(self) -> str:
-        text = " ".join(
-            f"{'-' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):.9g}*'}{call}"
-            for weight, call in self.terms
-        )
-        return text.removeprefix("+ ")
+        return written_sum([(weight, str(call)) for weight, call in self.terms])
 
 
 def parse(text: str) -> Call | Sum:
@@ -179,6 +175,15 @@ class Parser:
             return number(text)
         name = self.expect("name")
         return WORDS.get(name.lower(), name)
+
+
+def written_sum(terms: Sequence[tuple[float, str]], digits: int = 9) -> str:
+    """Weights and names as they are written in an expression."""
+    signed = (
+        f"{'-' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):.{digits}g}*'}{name}"
+        for weight, name in terms
+    )
+    return " ".join(signed).removeprefix("+ ")
 
 
 def written(value: Value) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from draftune.errors import DraftuneError
+from draftune.expression import written_sum
 
 COLUMNS = ("image", "total")
 
@@ -108,11 +109,9 @@ class WeightedSum(Reward):
         super().__init__()
         self.weights = [float(weight) for weight, _ in terms]
         self.rewards = nn.ModuleList(part for _, part in terms)
-        self.label = " + ".join(f"{weight:g}*{part.label}" for weight, part in terms)
+        self.label = written_sum([(weight, part.label) for weight, part in terms], digits=4)
         if all(part.expression for _, part in terms):
-            self.expression = " ".join(
-                f"{'-' if weight < 0 else '+'} {abs(weight):.9g}*{part.expression}" for weight, part in terms
-            ).removeprefix("+ ")
+            self.expression = written_sum([(weight, part.expression) for weight, part in terms])
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:

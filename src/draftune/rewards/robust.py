@@ -23,7 +23,7 @@ class Robust(Reward):
         if not rho > 0:
             raise DraftuneError(f"rho of reward robust must be above 0, not {rho}")
         self.reward, self.rho = reward, rho
-        self.label = f"robust-{reward.label}"
+        self.label = f"robust({reward.label})"
 
     def load(self) -> None:
         self.reward.ready()
