@@ -367,7 +367,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
     tensors = load_file(folder / "model.safetensors")
     shapes = {**tensors, "classifier.1.weight": torch.zeros(5, 17)}
     save_file(shapes, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DraftuneError, match=r"classifier.1.weight in .* has the shape \(5, 17\) where \(5, 16\)"):
+    with pytest.raises(DraftuneError, match=r"another shape than their config says: classifier\.1\.weight"):
         load_reward(f"classify(model={folder}, target=1)")
     config |= {
         "model_type": "own",

@@ -26,9 +26,10 @@ def load_part(cls: Any, folder: Path, **options: Any) -> Any:
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise DraftuneError(f"the weights in {str(folder)!r} lack {len(missing)} tensors, such as {missing[0]}")
-    if misshapen := sorted(found["mismatched_keys"]):
-        name, has, wanted = misshapen[0]
-        raise DraftuneError(f"{name} in {str(folder)!r} has the shape {tuple(has)} where {tuple(wanted)} is wanted")
+    if misshapen := list(found["mismatched_keys"]):
+        # Some versions name the tensors, others give their two shapes as well.
+        name = misshapen[0] if isinstance(misshapen[0], str) else misshapen[0][0]
+        raise DraftuneError(f"the weights in {str(folder)!r} have another shape than their config says: {name}")
     return network.float()
 
 
