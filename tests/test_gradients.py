@@ -11,7 +11,7 @@ from conftest import SD14_SCHEDULER, build_pipeline
 from torch import Tensor, nn
 
 from draftune.lora import add_lora, lora_parameters
-from draftune.methods import Draft, DraftK, DraftLV, Method, ReFL
+from draftune.methods import AlignProp, Draft, DraftK, DraftLV, DRTune, Method, ReFL
 from draftune.models import StableDiffusion
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
@@ -122,6 +122,52 @@ def test_refl_jumps_to_the_clean_latent_at_its_step(seed: int, network: Network)
     step = schedule.steps[T - remaining]
     reward((x - step.sigma * network(x, step.timestep)) / step.alpha).mean().backward()
     assert relative(ours, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_alignprop_is_draft_k_with_a_drawn_k(seed: int, network: Network) -> None:
+    schedule = GRIDS["clean"]
+    k = int(torch.randint(1, 5, (), generator=torch.Generator().manual_seed(seed)))
+    ours = gradient_of_method(AlignProp(4), schedule, network, seed)
+    assert relative(ours, gradient_by_hand(schedule, network, T - k)) < 1e-12
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("k", "m", "seed"), [(1, 1, 0), (2, 3, 1), (2, 3, 2), (2, 3, 3), (3, 2, 4), (T, 1, 5)])
+def test_drtune_equals_plain_autograd(grid: str, k: int, m: int, seed: int, network: Network) -> None:
+    """The network's input detached at every call, its output at all but the drawn ones, x's linear path kept."""
+    schedule, generator = GRIDS[grid], torch.Generator().manual_seed(seed)
+    ours = gradient_of_method(DRTune(k, m), schedule, network, seed)
+    calls = T + 1 - int(torch.randint(1, m + 1, (), generator=generator))
+    stride = calls // k
+    first = int(torch.randint(0, calls - stride * (k - 1), (), generator=generator))
+    trained = [first + i * stride for i in range(k)]
+    assert trained[-1] < calls
+    network.zero_grad()
+    x = NOISE
+    for i, step in enumerate(schedule.steps[:calls]):
+        output = network(x.detach(), step.timestep)
+        output = output if i in trained else output.detach()
+        clean, noise = clean_and_noise(output, x, step, schedule.prediction_type)
+        x = step.alpha_next * clean + step.sigma_next * noise
+    reward(clean).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in network.parameters()])
+    assert relative(ours, expected) < 1e-12
+
+
+def test_the_gradient_of_drtune_has_the_closed_form(network: Network) -> None:
+    """For noise prediction, d x_0 / d eps_t = alpha_0 (sigma_{t-1} / alpha_{t-1} - sigma_t / alpha_t), however deep."""
+    schedule = GRIDS["clean"]
+    biases = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in schedule.steps]
+    ordered = {step.timestep: bias for step, bias in zip(schedule.steps, biases, strict=True)}
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        return schedule.read(network(x, step.timestep) + ordered[step.timestep], x, step)
+
+    (clean,) = DRTune(T, 1).samples(denoise, schedule, NOISE, torch.Generator())
+    for bias, step in zip(torch.autograd.grad(clean.sum(), biases), schedule.steps, strict=True):
+        coefficient = step.sigma_next / step.alpha_next - step.sigma / step.alpha
+        assert float(bias) == pytest.approx(clean.numel() * coefficient, rel=1e-10)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -39,7 +39,9 @@ def run(model: Any, tmp_path: Path, reward: Any = brightness, **values: Any) -> 
     return draftune.train(model, reward, **(settings | {"prompts": PROMPTS, "output": str(tmp_path / "run")} | values))
 
 
-@pytest.mark.parametrize("method", ["draft", "draft-k(k=2)", "draft-lv", "refl(m=2)"])
+@pytest.mark.parametrize(
+    "method", ["draft", "draft-k(k=2)", "draft-lv", "refl(m=2)", "alignprop(m=3)", "drtune(k=2, m=2)"]
+)
 def test_every_method_raises_the_reward(pipeline: Any, tmp_path: Path, method: str) -> None:
     result = run(pipeline, tmp_path, method=method, steps=20, learning_rate=0.02)
     first, last = (sum(r["reward"] for r in rows) / 3 for rows in (result.metrics[:3], result.metrics[-3:]))

@@ -42,7 +42,9 @@ class Settings:
     normalize_reward: int = setting(
         0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
     )
-    method: str = setting("draft-lv", "draft, draft-k(k=10), draft-lv(n=2) or refl(m=20)")
+    method: str = setting(
+        "draft-lv", "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')"
+    )
     prompts: str = setting(
         None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
     )

@@ -116,3 +116,27 @@ class ReFL(Method):
         prefix = len(schedule) - remaining
         x = without_graph(denoise, schedule, prefix, noise)
         yield denoise(x, schedule.steps[prefix]).clean
+
+
+@register("alignprop")
+@dataclass(frozen=True)
+class AlignProp(Method):
+    """AlignProp (Prabhudesai et al., arXiv 2310.03739): DRaFT-K whose k is drawn anew for each batch, from 1 to m.
+
+    Before the cut the network's output carries no gradient, and nothing else depends on the weights there, so these
+    steps run without a graph.
+    """
+
+    m: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("m", self.m, 1)
+
+    def check(self, schedule: Schedule) -> None:
+        at_most("m", self.m, schedule)
+
+    def samples(
+        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        k = int(torch.randint(1, self.m + 1, (), generator=generator))
+        yield from DraftK(k).samples(denoise, schedule, noise, generator)
