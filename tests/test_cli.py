@@ -221,7 +221,7 @@ def test_mistakes_get_one_line_and_code_2(
             "--prompts",
             missing,
         ],
-        "hf download xswu/HPSv2 HPS_v2.1_compressed.pt) and give the path to the reward's weights=; no weights at": [
+        "hf download xswu/HPSv2 HPS_v2.1_compressed.pt) and give the path to the reward's weights=; ": [
             *train,
             "--reward",
             "hpsv2 + aesthetic",

@@ -336,6 +336,8 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
         ("aesthetic", "download https.*linearMSE.pth.*head="),
         ("aesthetic(head={weights})", "openai/clip-vit-large-patch14.*model="),
         ("pickscore(model={tokenizer})", "no config.json.*model="),
+        # All that is missing, in one message.
+        ("hpsv2 - 2*aesthetic", "HPS_v2.1_compressed.pt.*tokenizer=; no weights at .*head=; 'openai/clip.* model="),
     ],
 )
 def test_missing_weights_are_said_before_anything_is_loaded(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class DraftuneError(Exception):
@@ -16,3 +19,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> DraftuneError:
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return DraftuneError(f"unknown {kind} {name!r}: {hint}")
+
+
+def gather(*attempts: Callable[[], T]) -> list[T]:
+    """The results of all attempts. Raises one DraftuneError that says all that is wrong, not the first of it."""
+    results: list[T] = []
+    problems: dict[str, None] = {}
+    for attempt in attempts:
+        try:
+            results.append(attempt())
+        except DraftuneError as error:
+            problems[str(error)] = None
+    if problems:
+        raise DraftuneError("; ".join(problems))
+    return results

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError, gather, unknown
 from draftune.expression import Call, Sum, parse
 from draftune.rewards import (  # noqa: F401 - each registers its rewards
     aesthetic,
@@ -75,17 +76,9 @@ def wraps_reward(factory: Callable[..., Reward]) -> bool:
 
 def build(tree: Call | Sum) -> Reward:
     if isinstance(tree, Sum):
-        terms: list[tuple[float, Reward]] = []
-        problems: dict[str, DraftuneError] = {}
-        for weight, call in tree.terms:
-            try:
-                terms.append((weight, build(call)))
-            except DraftuneError as error:
-                problems[str(error)] = error
-        if problems:
-            # All that is missing in one message.
-            raise DraftuneError("; ".join(problems)) from next(iter(problems.values()))
-        return WeightedSum(terms)
+        weights = [weight for weight, _ in tree.terms]
+        parts = gather(*(functools.partial(build, call) for _, call in tree.terms))
+        return WeightedSum(list(zip(weights, parts, strict=True)))
     if is_custom(tree.name):
         reward = load_custom(tree)
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from draftune.assets import EMBEDDED
+from draftune.errors import gather
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder, openai_preprocess
 from draftune.rewards.weights import check_layout, find_file, find_network, load_tensors
@@ -37,8 +38,9 @@ class Aesthetic(Reward):
 
     def __init__(self, model: str, head: str | Path) -> None:
         super().__init__()
-        self.path = find_file(head, "the reward's head=", url=URL)
-        self.folder = find_network(model, "the reward's model=")
+        self.path, self.folder = gather(
+            lambda: find_file(head, "the reward's head=", url=URL), lambda: find_network(model, "the reward's model=")
+        )
 
     def load(self) -> None:
         tensors = load_tensors(self.path)

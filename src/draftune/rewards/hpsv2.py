@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, gather
 from draftune.loading import build_part, load_tokenizer
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
@@ -96,10 +96,11 @@ class HPSv2(Reward):
 
     def __init__(self, weights: str, tokenizer: str, config: dict[str, Any] = VIT_H_14) -> None:
         super().__init__()
-        self.path = find_file(
-            weights, "the reward's weights=", ("xswu/HPSv2", weights) if weights in FILES.values() else None
+        hub = ("xswu/HPSv2", weights) if weights in FILES.values() else None
+        self.path, self.folder = gather(
+            lambda: find_file(weights, "the reward's weights=", hub),
+            lambda: find_tokenizer(tokenizer, "the reward's tokenizer="),
         )
-        self.folder = find_tokenizer(tokenizer, "the reward's tokenizer=")
         self.config = config
 
     def load(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from draftune.errors import gather
 from draftune.loading import build_part, load_tokenizer
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
@@ -64,8 +65,10 @@ class ImageReward(Reward):
     ) -> None:
         super().__init__()
         hub = ("zai-org/ImageReward", FILE)
-        self.path = find_file(weights, "the reward's weights=", hub)
-        self.folder = find_tokenizer(tokenizer, "the reward's tokenizer=")
+        self.path, self.folder = gather(
+            lambda: find_file(weights, "the reward's weights=", hub),
+            lambda: find_tokenizer(tokenizer, "the reward's tokenizer="),
+        )
         self.configs = vision, text
 
     def load(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, gather
 from draftune.evaluation import Comparison, compare, normalized, score_batches
 from draftune.images import grid, save_image
 from draftune.lora import add_lora, lora_parameters, save_lora
@@ -64,8 +64,11 @@ def train(
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
     judged = held_out or settings.held_out
     # Every reward's weights are found before any network is loaded.
-    judge = find_reward(judged) if judged else None
-    score = find_reward(settings.reward if reward is None else reward)
+    score, judge = gather(
+        lambda: find_reward(settings.reward if reward is None else reward),
+        lambda: find_reward(judged) if judged else None,
+    )
+    assert score is not None
     painter = model if isinstance(model, Model) else load_model(settings.model if model is None else model)
     return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts).run()
 
