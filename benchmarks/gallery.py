@@ -113,7 +113,9 @@ EXPERIMENTS = [
         f"--reward symmetry {LAYOUT}",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
         "Left and right alike: what has a front turns to show it, and what is only drawn from the side loses its "
-        "shape. The reward is about layout, so the gradient runs through ten steps.",
+        "shape. The reward is about layout, so the gradient runs through ten steps. With `--method 'draft-k(k=1)'` it "
+        "rises as well, to 0.907, but by blurring what is not alike: the judge names 0.594; with `'drtune(k=5, m=5)'` "
+        "0.874 and 0.758.",
     ),
     Experiment(
         "rotation",

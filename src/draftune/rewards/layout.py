@@ -54,8 +54,8 @@ class Rotation(Reward):
 def symmetry(axis: str = "vertical") -> Reward:
     """Correlation of the picture with its mirror image, -1 to 1; `-1*symmetry` asks for the opposite.
 
-    `axis`: "vertical" makes left and right alike, "horizontal" top and bottom. No weights; any size. A low-level reward
-    that DRaFT-1 can hardly raise: the last step no longer moves the layout. Source: DRTune, arXiv 2405.00760.
+    `axis`: "vertical" makes left and right alike, "horizontal" top and bottom. No weights; any size. Source: DRTune,
+    arXiv 2405.00760, which finds that DRaFT-1 can hardly raise it; on the embedded model it does, by blurring.
     Over-optimised it draws fronts of faces and patterns, and then one large blot.
     """
     return Symmetry(axis)
