@@ -32,13 +32,13 @@ class Comparison:
 
 @torch.no_grad()
 def score_batches(
-    reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 16
+    reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total and by label every part of it [N], of pictures on the CPU, scored on the reward's device."""
     totals: list[Tensor] = []
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(images), batch_size):
-        batch = slice(start, start + batch_size)
+    for start in range(0, len(images), reward.chunk_size):
+        batch = slice(start, start + reward.chunk_size)
         total, found = reward.parts(images[batch].to(device), prompts[batch])
         totals.append(total.cpu())
         for label, values in found.items():

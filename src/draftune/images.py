@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.paths import written_whole
 
 CELL = 128  # pixels of a picture in a grid
 GAP = 6
@@ -50,10 +50,8 @@ def open_image(path: Path) -> Tensor:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Writes a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def grid(

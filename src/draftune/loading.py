@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,11 @@ def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -
             f"the tokenizer in {str(folder)!r} is another network's: it has {len(tokenizer)} tokens, not {vocabulary}"
         )
     return tokenizer
+
+
+def tokenized(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
+    """Token ids and mask [B, length] of texts: the shorter padded, the longer cut."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
 def first_line(error: BaseException) -> str:

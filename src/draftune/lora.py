@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models.base import Model
-from draftune.paths import user_path
+from draftune.paths import user_path, written_whole
 from draftune.quiet import quiet
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -69,8 +68,6 @@ def save_lora(model: Model, folder: Path | str) -> Path:
 
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries no LoRA to save")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER))
     tensors = {f"{model.lora_prefix}.{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
     config = model.denoiser.peft_config[ADAPTER]
@@ -82,9 +79,9 @@ def save_lora(model: Model, folder: Path | str) -> Path:
         "lora_adapter_metadata": json.dumps({f"{model.lora_prefix}.{key}": value for key, value in said.items()}),
         "base_model": model.name,
     }
-    path = folder / FILE_NAME
-    save_file(tensors, folder / (FILE_NAME + ".tmp"), metadata=metadata)
-    os.replace(folder / (FILE_NAME + ".tmp"), path)
+    path = Path(folder) / FILE_NAME
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
     return path
 
 

@@ -7,7 +7,6 @@ import glob
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError
 from draftune.evaluation import score_batches
 from draftune.images import open_image
-from draftune.paths import user_path
+from draftune.paths import user_path, written_whole
 from draftune.prompts import metadata, read_prompts
 from draftune.rewards import Reward
 
@@ -56,10 +55,8 @@ class Scores:
             writer.writeheader()
             writer.writerows(records)
             text = lines.getvalue()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:

@@ -93,13 +93,9 @@ class DraftLV(Method):
             yield denoise(x, last).clean
 
 
-@register("refl")
 @dataclass(frozen=True)
-class ReFL(Method):
-    """ReFL (Xu et al., arXiv 2304.05977): stops at one of the last m steps and jumps to the clean latent there.
-
-    One step is drawn for the whole batch. With m = 1, on a grid that ends at the clean latent, it is DRaFT-1.
-    """
+class DrawnCut(Method):
+    """What is cut before one of the last m steps, drawn once for the whole batch."""
 
     m: int = 20
 
@@ -109,18 +105,30 @@ class ReFL(Method):
     def check(self, schedule: Schedule) -> None:
         at_most("m", self.m, schedule)
 
+    def draw(self, generator: torch.Generator) -> int:
+        """How many steps remain after the cut."""
+        return int(torch.randint(1, self.m + 1, (), generator=generator))
+
+
+@register("refl")
+@dataclass(frozen=True)
+class ReFL(DrawnCut):
+    """ReFL (Xu et al., arXiv 2304.05977): stops at one of the last m steps and jumps to the clean latent there.
+
+    One step is drawn for the whole batch. With m = 1, on a grid that ends at the clean latent, it is DRaFT-1.
+    """
+
     def samples(
         self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
     ) -> Iterator[Tensor]:
-        remaining = int(torch.randint(1, self.m + 1, (), generator=generator))
-        prefix = len(schedule) - remaining
+        prefix = len(schedule) - self.draw(generator)
         x = without_graph(denoise, schedule, prefix, noise)
         yield denoise(x, schedule.steps[prefix]).clean
 
 
 @register("alignprop")
 @dataclass(frozen=True)
-class AlignProp(Method):
+class AlignProp(DrawnCut):
     """AlignProp (Prabhudesai et al., arXiv 2310.03739): DRaFT-K whose k is drawn anew for each batch, from 1 to m.
 
     Before the cut the network's output carries no gradient, and nothing else depends on the weights there, so these
@@ -129,14 +137,7 @@ class AlignProp(Method):
 
     m: int = 10
 
-    def __post_init__(self) -> None:
-        at_least("m", self.m, 1)
-
-    def check(self, schedule: Schedule) -> None:
-        at_most("m", self.m, schedule)
-
     def samples(
         self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
     ) -> Iterator[Tensor]:
-        k = int(torch.randint(1, self.m + 1, (), generator=generator))
-        yield from DraftK(k).samples(denoise, schedule, noise, generator)
+        yield from DraftK(self.draw(generator)).samples(denoise, schedule, noise, generator)

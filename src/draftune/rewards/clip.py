@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
-from draftune.loading import load_part, load_tokenizer
+from draftune.loading import load_part, load_tokenizer, tokenized
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
@@ -58,8 +58,7 @@ class ClipEncoder(nn.Module):
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors [B, D]; prompts longer than the model reads are cut."""
         length = self.model.config.text_config.max_position_embeddings
-        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(prompts), **options)
+        tokens = tokenized(self.tokenizer, prompts, length)
         # CLIP's text ends at its end token and sees nothing after it; SigLIP was trained to see the padding.
         pooled = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device)).pooler_output
         project = getattr(self.model, "text_projection", nn.Identity())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from draftune.errors import gather
-from draftune.loading import build_part, load_tokenizer
+from draftune.loading import build_part, load_tokenizer, tokenized
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
@@ -93,8 +93,7 @@ class ImageReward(Reward):
         self.preprocess = Preprocess(vision.image_size, vision.image_size, center="round")
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        options = {"padding": "max_length", "truncation": True, "max_length": LONGEST_PROMPT, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(prompts), **options).to(images.device)
+        tokens = tokenized(self.tokenizer, prompts, LONGEST_PROMPT).to(images.device)
         patches = self.vision(pixel_values=self.preprocess(images)).last_hidden_state
         read = self.text(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=patches

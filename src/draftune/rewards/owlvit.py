@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from draftune.loading import load_part, load_tokenizer
+from draftune.loading import load_part, load_tokenizer, tokenized
 from draftune.prompts import metadata
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
@@ -42,8 +42,7 @@ class OwlViT(Reward):
     def logits(self, images: Tensor, queries: Sequence[str]) -> Tensor:
         """How sure the model is of each box [B, boxes], before the sigmoid."""
         length = self.model.config.text_config.max_position_embeddings
-        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        tokens = self.tokenizer(list(queries), **options).to(images.device)
+        tokens = tokenized(self.tokenizer, queries, length).to(images.device)
         found: Tensor = self.model(
             pixel_values=self.preprocess(images), input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).logits

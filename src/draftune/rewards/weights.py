@@ -45,7 +45,7 @@ def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES)
 def find_network(model: str, option: str, tokenizer: bool = True) -> Path:
     """The folder of a transformers model: its config, its weights as safetensors and, where wanted, its tokenizer."""
     folder = find_folder(model, option)
-    if is_hub_id(model) and not folder.is_relative_to(user_path(model)) and not any(folder.glob("*.safetensors")):
+    if is_hub_id(model) and folder != user_path(model) and not any(folder.glob("*.safetensors")):
         # What was fetched before, for its tokenizer perhaps, is not all of it.
         raise unreachable(model, option)
     if not (folder / "config.json").is_file():
