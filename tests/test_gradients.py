@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from conftest import SD14_SCHEDULER, build_pipeline
 from torch import Tensor, nn
 
 from draftune.lora import add_lora, lora_parameters
-from draftune.methods import AlignProp, Draft, DraftK, DraftLV, DRTune, Method, ReFL
+from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
 from draftune.models import StableDiffusion
+from draftune.sampling import Denoiser
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
 T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
@@ -44,15 +46,27 @@ def reward(x: Tensor) -> Tensor:
 NOISE = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+def batch_of(
+    denoise: Denoiser,
+    schedule: Schedule,
+    base: Denoiser | None = None,
+    noise: Tensor = NOISE,
+    reward: Callable[[Tensor], Tensor] = reward,
+    seed: int = 0,
+) -> Batch:
+    prompts, generator = [""] * len(noise), torch.Generator().manual_seed(seed)
+    return Batch(prompts, noise, schedule, denoise, base or denoise, reward, generator)
+
+
 def gradient_of_method(method: Method, schedule: Schedule, network: Network, seed: int = 0) -> Tensor:
+    """Of the rewards' sum, uphill."""
     network.zero_grad()
-    generator = torch.Generator().manual_seed(seed)
 
     def denoise(x: Tensor, step: Step) -> Prediction:
         return schedule.read(network(x, step.timestep), x, step)
 
-    for clean in method.samples(denoise, schedule, NOISE, generator):
-        reward(clean).mean().backward()
+    for loss in method.losses([batch_of(denoise, schedule, seed=seed)]):
+        (-loss).backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
@@ -63,18 +77,16 @@ def clean_and_noise(output: Tensor, x: Tensor, step: Step, prediction_type: str)
     return step.alpha * x - step.sigma * output, step.sigma * x + step.alpha * output
 
 
-def gradient_by_hand(
-    schedule: Schedule, network: Network, detached: int, final: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
+def gradient_by_hand(schedule: Schedule, network: Network, detached: int, noise: Tensor = NOISE) -> Tensor:
     """Plain autograd through a sampler with the state detached before all but the first `detached` steps."""
     network.zero_grad()
-    x = NOISE
+    x = noise
     for i, step in enumerate(schedule.steps):
         if i <= detached:
             x = x.detach()
         clean, noise = clean_and_noise(network(x, step.timestep), x, step, schedule.prediction_type)
         x = step.alpha_next * clean + step.sigma_next * noise
-    reward(final(x)).mean().backward()
+    reward(x).mean().backward()
     return torch.cat([p.grad.flatten() for p in network.parameters()])
 
 
@@ -125,11 +137,63 @@ def test_refl_jumps_to_the_clean_latent_at_its_step(seed: int, network: Network)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_alignprop_is_draft_k_with_a_drawn_k(seed: int, network: Network) -> None:
+def test_alignprop_is_draft_k_with_a_k_drawn_for_each_sample(seed: int, network: Network) -> None:
     schedule = GRIDS["clean"]
-    k = int(torch.randint(1, 5, (), generator=torch.Generator().manual_seed(seed)))
+    drawn = torch.randint(1, 5, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
     ours = gradient_of_method(AlignProp(4), schedule, network, seed)
-    assert relative(ours, gradient_by_hand(schedule, network, T - k)) < 1e-12
+    each = [gradient_by_hand(schedule, network, T - k, NOISE[i : i + 1]) for i, k in enumerate(drawn)]
+    assert relative(ours, sum(each) / 2) < 1e-12
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("seed", "discount"), [(0, 0.0), (1, 0.2), (2, 0.2), (3, 1.0)])
+def test_leapalign_equals_plain_autograd(grid: str, seed: int, discount: float, network: Network) -> None:
+    schedule = GRIDS[grid]
+    steps, kind = schedule.steps, schedule.prediction_type
+    ours = gradient_of_method(LeapAlign(discount), schedule, network, seed)
+    k, j = sorted(torch.randperm(T, generator=torch.Generator().manual_seed(seed))[:2].tolist())
+    path = [NOISE]
+    with torch.no_grad():
+        for step in steps:
+            clean, noise = clean_and_noise(network(path[-1], step.timestep), path[-1], step, kind)
+            path.append(step.alpha_next * clean + step.sigma_next * noise)
+    network.zero_grad()
+    clean, noise = clean_and_noise(network(path[k], steps[k].timestep), path[k], steps[k], kind)
+    x = steps[j].alpha * clean + steps[j].sigma * noise
+    x = x + (path[j] - x).detach()
+    output = network(discount * x + (1 - discount) * x.detach(), steps[j].timestep)
+    clean, noise = clean_and_noise(output, x, steps[j], kind)
+    x = steps[-1].alpha_next * clean + steps[-1].sigma_next * noise
+    x = x + (path[T] - x).detach()
+    reward(x).mean().backward()
+    assert relative(ours, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-12
+
+
+def test_the_gradient_of_leapalign_has_the_closed_form() -> None:
+    """On a flow, v = w_t + u_t x: -j dv(x_j) - (k - j) dv(x_k) + discount j (k - j) u_j dv(x_k)."""
+    levels, discount = [1.0, 0.8, 0.55, 0.2, 0.0], 0.3
+    steps = tuple(Step(i, 1 - s, s, 1 - n, n) for i, (s, n) in enumerate(pairwise(levels)))
+    schedule = Schedule(steps, "v_prediction")
+    w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    u = [0.4, -0.7, 1.1, 0.6]
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        v = w[step.timestep] + u[step.timestep] * x
+        return Prediction(x - step.sigma * v, x + (1 - step.sigma) * v)
+
+    class Flow(Schedule):
+        def read(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
+            return Prediction(x - step.sigma * output, x + (1 - step.sigma) * output)
+
+    schedule = Flow(steps, "v_prediction")
+    (clean,) = LeapAlign(discount).samples(batch_of(denoise, schedule, seed=4))
+    a, b = sorted(torch.randperm(4, generator=torch.Generator().manual_seed(4))[:2].tolist())
+    k, j = levels[a], levels[b]
+    (gradient,) = torch.autograd.grad(clean.sum() / clean.numel(), w)
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[b] = -j
+    expected[a] = -(k - j) + discount * j * (k - j) * u[b]
+    assert torch.allclose(gradient, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -164,7 +228,7 @@ def test_the_gradient_of_drtune_has_the_closed_form(network: Network) -> None:
     def denoise(x: Tensor, step: Step) -> Prediction:
         return schedule.read(network(x, step.timestep) + ordered[step.timestep], x, step)
 
-    (clean,) = DRTune(T, 1).samples(denoise, schedule, NOISE, torch.Generator())
+    (clean,) = DRTune(T, 1).samples(batch_of(denoise, schedule))
     for bias, step in zip(torch.autograd.grad(clean.sum(), biases), schedule.steps, strict=True):
         coefficient = step.sigma_next / step.alpha_next - step.sigma / step.alpha
         assert float(bias) == pytest.approx(clean.numel() * coefficient, rel=1e-10)
@@ -196,30 +260,80 @@ def test_lv_adds_renoised_copies_of_the_latent(grid: str, network: Network) -> N
     assert relative(ours, expected) < 1e-12
 
 
-@pytest.mark.parametrize("k", [1, 3, T])
-def test_closed_form_on_gaussian_data(k: int) -> None:
-    """Data ~ N(mu, s^2): the exact denoiser is affine, so is the sampler, and d x_0 / d mu is a short recursion."""
-    schedule, s, target = GRIDS["clean"], 0.7, 1.5
-    mu = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+S, TARGET = 0.7, 1.5
 
-    def denoise(x: Tensor, step: Step) -> Prediction:
-        gain = step.alpha * s**2 / (step.alpha**2 * s**2 + step.sigma**2)
-        clean = mu + gain * (x - step.alpha * mu)
-        return Prediction(clean, (x - step.alpha * clean) / step.sigma)
 
-    (clean,) = DraftK(k).samples(denoise, schedule, NOISE, torch.Generator())
-    (-((clean - target) ** 2)).mean().backward()
-    clean = clean.detach()
+class Gaussian:
+    """Data ~ N(mu, S^2): the exact denoiser is clean = p mu + q x, and the noise is e mu + f x."""
 
-    # With v_t = alpha_t^2 s^2 + sigma_t^2 one step is x' = alpha' mu + (x - alpha mu) * c.
+    def __init__(self) -> None:
+        self.mu = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    @staticmethod
+    def coefficients(step: Step) -> tuple[float, float, float, float]:
+        q = step.alpha * S**2 / (step.alpha**2 * S**2 + step.sigma**2)
+        p = 1 - q * step.alpha
+        return p, q, -step.alpha * p / step.sigma, (1 - step.alpha * q) / step.sigma
+
+    def denoise(self, x: Tensor, step: Step) -> Prediction:
+        p, q, e, f = self.coefficients(step)
+        return Prediction(p * self.mu + q * x, e * self.mu + f * x)
+
+
+def slopes(method: Method, schedule: Schedule, seed: int) -> list[list[float]]:
+    """d x_0 / d mu of every sample of every clean latent that the method yields, by recursions on paper."""
+    steps, draw = schedule.steps, torch.Generator().manual_seed(seed)
+    c = [Gaussian.coefficients(step) for step in steps]
+
+    def last(k: int) -> float:
+        slope = 0.0
+        for step, (p, q, e, f) in list(zip(steps, c, strict=True))[T - k :]:
+            slope = step.alpha_next * (p + q * slope) + step.sigma_next * (e + f * slope)
+        return slope
+
+    if isinstance(method, DraftK):
+        return [[last(method.k)] * 2]
+    if isinstance(method, Draft):
+        return [[last(T)] * 2]
+    if isinstance(method, DraftLV):
+        return [[last(1)] * 2, *[[c[-1][0]] * 2] * method.n]
+    if isinstance(method, ReFL):
+        return [[c[T - int(torch.randint(1, method.m + 1, (1,), generator=draw))][0]] * 2]
+    if isinstance(method, AlignProp):
+        return [[last(k) for k in torch.randint(1, method.m + 1, (2,), generator=draw).tolist()]]
+    if isinstance(method, LeapAlign):
+        k, j = sorted(torch.randperm(T, generator=draw)[:2].tolist())
+        at, (_, _, e, f) = steps[j], c[j]
+        slope = at.alpha * c[k][0] + at.sigma * c[k][2]
+        return [[(slope - at.sigma * (e + method.discount * f * slope)) / at.alpha] * 2]
+    assert isinstance(method, DRTune)
+    calls = T + 1 - int(torch.randint(1, method.m + 1, (), generator=draw))
+    stride = calls // method.k
+    first = int(torch.randint(0, calls - stride * (method.k - 1), (), generator=draw))
     slope = 0.0
-    for i, step in enumerate(schedule.steps):
-        v = step.alpha**2 * s**2 + step.sigma**2
-        c = (step.alpha_next * step.alpha * s**2 + step.sigma_next * step.sigma) / v
-        slope = step.alpha_next + c * ((slope if i > T - k else 0.0) - step.alpha)
-    expected = (-2 * (clean - target)).mean() * slope
-    assert mu.grad is not None
-    assert float(mu.grad) == pytest.approx(float(expected), rel=1e-12)
+    for i, (step, (_, _, e, _)) in enumerate(zip(steps[:calls], c, strict=False)):
+        noise = e if i in range(first, first + stride * method.k, stride) else 0.0
+        clean = (slope - step.sigma * noise) / step.alpha
+        slope = step.alpha_next * clean + step.sigma_next * noise
+    return [[clean] * 2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "method",
+    [DraftK(1), DraftK(3), Draft(), DraftLV(2), ReFL(3), AlignProp(4), DRTune(2, 3), LeapAlign(0.3)],
+    ids=lambda method: type(method).__name__,
+)
+def test_closed_form_on_gaussian_data_with_a_quadratic_reward(method: RewardGradient, seed: int) -> None:
+    schedule, data, expected = GRIDS["clean"], Gaussian(), 0.0
+    for clean, slope in zip(
+        method.samples(batch_of(data.denoise, schedule, seed=seed)), slopes(method, schedule, seed), strict=True
+    ):
+        (-((clean - TARGET) ** 2)).mean().backward()
+        each = (-2 * (clean.detach() - TARGET)).mean((1, 2, 3))
+        expected += float((each * torch.tensor(slope, dtype=torch.float64)).mean())
+    assert data.mu.grad is not None
+    assert float(data.mu.grad) == pytest.approx(expected, rel=1e-11)
 
 
 def test_finite_differences(network: Network) -> None:
@@ -261,7 +375,7 @@ def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, che
     noise = model.noise(torch.Generator().manual_seed(0), 2)
     weights = torch.linspace(-1, 1, 16, dtype=torch.float64)
 
-    (clean,) = DraftK(k).samples(model.denoise(prompts, schedule, scale), schedule, noise, torch.Generator())
+    (clean,) = DraftK(k).samples(batch_of(model.denoise(prompts, schedule, scale), schedule, noise=noise))
     (model.decode(clean) * weights).mean().backward()
     ours = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     assert ours.keys() == parameters.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,20 @@ import pytest
 import torch
 from conftest import build_pipeline
 from memory import PeakMemory
+from test_gradients import batch_of
 from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.methods import DraftK, Method
-from draftune.methods.base import METHODS
+from draftune.methods import METHODS, Batch, DraftK, RewardGradient
 from draftune.models import Model, StableDiffusion, load_model
 from draftune.prompts import metadata
 from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.audit import GradientAudit
-from draftune.training.loop import batches
+from draftune.training.loop import PromptOrder
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 
@@ -40,7 +40,20 @@ def run(model: Any, tmp_path: Path, reward: Any = brightness, **values: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "method", ["draft", "draft-k(k=2)", "draft-lv", "refl(m=2)", "alignprop(m=3)", "drtune(k=2, m=2)"]
+    "method",
+    [
+        "draft",
+        "draft-k(k=2)",
+        "draft-lv",
+        "refl(m=2)",
+        "alignprop(m=3)",
+        "drtune(k=2, m=2)",
+        "leapalign",
+        "kl(draft-lv, beta=0.01)",
+        "ddpo",
+        "dpok",
+        "adjoint-matching",
+    ],
 )
 def test_every_method_raises_the_reward(pipeline: Any, tmp_path: Path, method: str) -> None:
     result = run(pipeline, tmp_path, method=method, steps=20, learning_rate=0.02)
@@ -135,8 +148,7 @@ def test_somebody_elses_autocast_leaves_no_stale_weights(pipeline: Any) -> None:
     def gradient(outer: bool) -> Tensor:
         model.denoiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=outer, cache_enabled=True):
-            denoise = model.denoise(["a"], schedule, 3.0)
-            (clean,) = DraftK(1).samples(denoise, schedule, noise, torch.Generator())
+            (clean,) = DraftK(1).samples(batch_of(model.denoise(["a"], schedule, 3.0), schedule, noise=noise))
         clean.square().mean().backward()
         grads = {name: p.grad for name, p in lora_parameters(model).items()}
         assert all(grad is not None and grad.any() for grad in grads.values()), grads.keys()
@@ -146,9 +158,9 @@ def test_somebody_elses_autocast_leaves_no_stale_weights(pipeline: Any) -> None:
 
 
 def test_training_stops_where_a_tensor_gets_no_gradient(pipeline: Any, tmp_path: Path) -> None:
-    class Cut(Method):
-        def samples(self, denoise: Any, schedule: Any, noise: Tensor, generator: Any) -> Any:
-            yield noise.clone().requires_grad_()
+    class Cut(RewardGradient):
+        def samples(self, batch: Batch) -> Iterator[Tensor]:
+            yield batch.noise.clone().requires_grad_()
 
     METHODS["cut"] = Cut
     try:
@@ -279,10 +291,10 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:
-    drawn = batches([str(i) for i in range(5)], 2, torch.Generator().manual_seed(0))
-    flat = [prompt for _ in range(10) for prompt in next(drawn)]
+    order = PromptOrder(5, torch.Generator().manual_seed(0))
+    flat = [i for _ in range(10) for i in order.draw(2)]
     for start in range(0, 20, 5):
-        assert sorted(flat[start : start + 5]) == ["0", "1", "2", "3", "4"]
+        assert sorted(flat[start : start + 5]) == [0, 1, 2, 3, 4]
     assert flat[:5] != flat[5:10]
 
 
@@ -324,9 +336,11 @@ def peak_of_one_update(model: Model, method: str, steps: int) -> int:
     schedule = model.schedule(steps)
     noise = model.noise(torch.Generator().manual_seed(0), 2)
     with PeakMemory() as memory:
-        denoise = model.denoise(["a", "b"], schedule, 3.0)
-        for clean in draftune.load_method(method).samples(denoise, schedule, noise, torch.Generator()):
-            model.decode(clean).mean().backward()
+        denoise, base = model.denoisers(["a", "b"], schedule, 3.0)
+        batch = batch_of(denoise, schedule, base, noise, lambda clean: model.decode(clean).mean((1, 2, 3)))
+        for loss in draftune.load_method(method).losses([batch]):
+            loss.backward()
+            del loss
     return memory.peak
 
 

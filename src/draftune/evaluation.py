@@ -9,21 +9,35 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.lora import set_lora_scale
-from draftune.models import Model
 from draftune.rewards import Reward, WeightedSum
 
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
 @dataclass
+class Evaluation:
+    """Means over fixed prompts and seeds by name, and the pictures [N, 3, H, W] with their prompts."""
+
+    scores: dict[str, float]
+    prompts: list[str]
+    images: Tensor
+
+
+@dataclass
 class Comparison:
-    """Means over the same prompts and seeds: {"reward": (base, tuned), …}, and the pictures [N, 3, H, W]."""
+    """Means over the same prompts and seeds: {"aesthetic": (base, tuned), …}, and the pictures [N, 3, H, W]."""
 
     scores: dict[str, tuple[float, float]]
     prompts: list[str]
     base: Tensor
     tuned: Tensor
+
+    @classmethod
+    def of(cls, base: Evaluation | None, tuned: Evaluation | None) -> Comparison | None:
+        if base is None or tuned is None:
+            return None
+        scores = {name: (base.scores[name], tuned.scores[name]) for name in base.scores}
+        return cls(scores, base.prompts, base.images, tuned.images)
 
     def table(self) -> str:
         width = max(map(len, self.scores))
@@ -83,33 +97,23 @@ def diversity(
     return float(distances.sum() / (len(groups) * images_per_prompt * (images_per_prompt - 1)))
 
 
-def compare(
-    model: Model,
+def evaluate(
     draw: Draw,
     reward: Reward,
     held_out: Reward | None,
     prompts: Sequence[str],
     images_per_prompt: int,
-) -> Comparison:
-    """Draws every prompt with the seeds 0, 1, … from the model without its LoRA and with it, and scores both."""
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Draws every prompt with the seeds 0, 1, … and scores what comes by both rewards, and by diversity."""
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    seeds = [seed for _ in prompts for seed in range(images_per_prompt)]
-    pictures, means = [], []
-    for scale in (0.0, 1.0):
-        set_lora_scale(model, scale)
-        images = draw(repeated, seeds)
-        total, parts = score_batches(reward, images, repeated, model.device)
-        scores = {reward.label: total} | (parts if len(parts) > 1 else {})
-        if held_out is not None:
-            _, judged = score_batches(held_out, images, repeated, model.device)
-            scores |= {f"held-out/{name}": values for name, values in judged.items()}
-        mean = {name: float(values.mean()) for name, values in scores.items()}
-        if (
-            held_out is not None
-            and (spread := diversity(held_out, images, images_per_prompt, model.device)) is not None
-        ):
-            mean["held-out/diversity"] = spread
-        pictures.append(images)
-        means.append(mean)
-    scores_by_name = {name: (means[0][name], means[1][name]) for name in means[0]}
-    return Comparison(scores_by_name, repeated, *pictures)
+    images = draw(repeated, [seed for _ in prompts for seed in range(images_per_prompt)])
+    total, parts = score_batches(reward, images, repeated, device)
+    scores = {reward.label: total} | (parts if len(parts) > 1 else {})
+    if held_out is not None:
+        _, judged = score_batches(held_out, images, repeated, device)
+        scores |= {f"held-out/{name}": values for name, values in judged.items()}
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    if held_out is not None and (spread := diversity(held_out, images, images_per_prompt, device)) is not None:
+        means["held-out/diversity"] = spread
+    return Evaluation(means, repeated, images)

@@ -177,6 +177,12 @@ class Parser:
         return WORDS.get(name.lower(), name)
 
 
+def wraps_another(factory: Callable[..., Any], kind: type) -> bool:
+    """Whether what a factory makes is made around another of its kind: its first parameter is one."""
+    parameters = list(inspect.signature(factory, eval_str=True).parameters.values())
+    return bool(parameters) and parameters[0].annotation is kind
+
+
 def written_sum(terms: Sequence[tuple[float, str]], digits: int = 9) -> str:
     """Weights and names as they are written in an expression."""
     signed = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,15 @@ class Step(NamedTuple):
     sigma: float
     alpha_next: float
     sigma_next: float
+
+    @property
+    def tau(self) -> float:
+        """The noise of the ancestral sampler's step, with which x_T is forgotten: DDPM's, DDIM's with eta = 1.
+
+        sigma_s * sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2), the posterior's; for flow models it is memoryless.
+        """
+        kept = self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
+        return self.sigma_next * math.sqrt(max(0.0, 1 - kept**2))
 
 
 class Prediction(NamedTuple):

@@ -79,9 +79,11 @@ class Settings:
 
     sample_every: int = setting(None, "updates between grids of sample pictures; 0: only first and last", low=0)
     sample_prompts: int = setting(8, "prompts in a grid of sample pictures", low=1)
+    save_every: int = setting(50, "updates between checkpoints, from which the same command goes on", low=0)
     eval_prompts: str | None = setting(
         None, "prompts for the comparison of base and tuned at the end: a set or a file; '' for none"
     )
+    eval_every: int = setting(0, "updates between evaluations on these prompts; 0: only first and last", low=0)
     eval_images: int = setting(2, "pictures of each of these prompts", low=1)
     held_out: str | None = setting(
         None, "rewards that are only measured in that comparison, not trained on; '' for none"

@@ -1,63 +1,93 @@
-"""The interface of a gradient method and the table of their names."""
+"""The interface of a method and the table of their names."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from draftune.errors import DraftuneError, unknown
-from draftune.expression import Call, parse
 from draftune.sampling import Denoiser
 from draftune.schedule import Schedule
 
 
-class Method(ABC):
-    """Draws differentiable clean latents from noise; the trainer adds the gradient of the reward of each.
+@dataclass
+class Batch:
+    """Prompts with the noise their pictures start from, and what a method may ask about them."""
 
-    A method decides which calls of the denoiser carry gradient and what the reward gets to see. It knows neither
-    the model nor the reward.
+    prompts: Sequence[str]
+    noise: Tensor
+    """[B, C, H, W], N(0, I)."""
+    schedule: Schedule
+    denoise: Denoiser
+    """The guided network with the weights that are trained."""
+    base: Denoiser
+    """The guided network as it was before training."""
+    reward: Callable[[Tensor], Tensor]
+    """Clean latents [B, C, H, W] to B rewards. Every call is counted; what is logged is the batch's first."""
+    generator: torch.Generator
+    """On the CPU, so that a seed means the same on every device."""
+
+
+class Method:
+    """Says what is to be made smaller, in losses whose gradients the trainer adds up; it knows no model or reward.
+
+    A subclass writes `losses`, or `optimizer_steps` where the same pictures serve more than one step.
     """
 
-    def check(self, schedule: Schedule) -> None:  # noqa: B027 - most methods fit every schedule
+    needs_gradient: bool = True
+    """Whether the reward's gradient is used."""
+
+    def check(self, schedule: Schedule) -> None:
         """Raises DraftuneError where the method's settings do not fit the schedule."""
 
-    @abstractmethod
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        """Yields clean latents [B, C, H, W], the first of them the sample drawn from `noise`.
+    def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Scalar losses of fresh batches, which are drawn as they are asked for; each is the mean over one batch.
 
-        The caller is done with one latent's graph before it asks for the next, so that one graph lives at a time.
-        `generator` is on the CPU, so that a seed means the same on every device.
+        The caller is done with one loss's graph before it asks for the next, so that one graph lives at a time.
         """
+        raise NotImplementedError
+
+    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+        """For each of the optimiser's steps that one update makes, its losses."""
+        yield self.losses(batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method carries from one update to the next, as JSON has it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+
+class RewardGradient(Method, ABC):
+    """Draws differentiable clean latents; the reward's gradient flows back through them to the weights."""
+
+    @abstractmethod
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        """Clean latents [B, C, H, W] with a graph, the first of them the sample drawn from the batch's noise."""
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        for batch in batches:
+            for clean in self.samples(batch):
+                yield -batch.reward(clean).mean()
 
 
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
 
-def register(name: str):  # type: ignore[no-untyped-def]
-    """Makes a Method known by name to the command line and to `load_method`."""
+def register(name: str) -> Callable[[M], M]:
+    """Makes a Method known by name to the command line and to `load_method`. Its docstring is its description."""
 
     def add(cls: M) -> M:
         METHODS[name] = cls
         return cls
 
     return add
-
-
-def load_method(text: str) -> Method:
-    """A method from its name and settings: "draft", "draft-k(k=10)", "draft-lv(n=4)", "refl(m=20)"."""
-    call = parse(text)
-    if not isinstance(call, Call):
-        raise DraftuneError(f"a method is one name with its settings, such as draft-k(k=10), not {text!r}")
-    if call.name not in METHODS:
-        raise unknown("method", call.name, METHODS)
-    return call.apply(METHODS[call.name], "method")
 
 
 def fresh_noise(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Method, fresh_noise, register
-from draftune.sampling import Denoiser, rollout
+from draftune.methods.base import Batch, RewardGradient, fresh_noise, register
+from draftune.sampling import advance, rollout
 from draftune.schedule import Schedule
 
 
-def without_graph(denoise: Denoiser, schedule: Schedule, count: int, noise: Tensor) -> Tensor:
+def without_graph(batch: Batch, count: int) -> Tensor:
     """The latent after the first `count` steps, as a leaf: these steps keep nothing for the backward pass."""
     with torch.no_grad():
-        return rollout(denoise, schedule.steps[:count], noise)
+        return rollout(batch.denoise, batch.schedule.steps[:count], batch.noise)
 
 
 def at_most(name: str, value: int, schedule: Schedule) -> None:
@@ -35,18 +35,16 @@ def at_least(name: str, value: int, bound: int) -> None:
 
 @register("draft")
 @dataclass(frozen=True)
-class Draft(Method):
+class Draft(RewardGradient):
     """Full DRaFT: the gradient flows through every sampling step."""
 
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        yield rollout(denoise, schedule.steps, noise)
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        yield rollout(batch.denoise, batch.schedule.steps, batch.noise)
 
 
 @register("draft-k")
 @dataclass(frozen=True)
-class DraftK(Method):
+class DraftK(RewardGradient):
     """DRaFT-K: the gradient flows through the last k sampling steps; k = 1 is the cheapest, k = T is full DRaFT."""
 
     k: int = 1
@@ -57,17 +55,14 @@ class DraftK(Method):
     def check(self, schedule: Schedule) -> None:
         at_most("k", self.k, schedule)
 
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        prefix = len(schedule) - self.k
-        x = without_graph(denoise, schedule, prefix, noise)
-        yield rollout(denoise, schedule.steps[prefix:], x)
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        prefix = len(batch.schedule) - self.k
+        yield rollout(batch.denoise, batch.schedule.steps[prefix:], without_graph(batch, prefix))
 
 
 @register("draft-lv")
 @dataclass(frozen=True)
-class DraftLV(Method):
+class DraftLV(RewardGradient):
     """DRaFT-LV: DRaFT-1 plus n re-noised copies of its sample, each denoised once, for a gradient of lower variance.
 
     x_1 = alpha_1 * stop_grad(x_0) + sigma_1 * fresh noise, x_0' = (x_1 - sigma_1 * eps(x_1)) / alpha_1. The
@@ -80,22 +75,19 @@ class DraftLV(Method):
     def __post_init__(self) -> None:
         at_least("n", self.n, 0)
 
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        last = schedule.steps[-1]
-        x = without_graph(denoise, schedule, len(schedule) - 1, noise)
-        clean = rollout(denoise, [last], x)
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        last = batch.schedule.steps[-1]
+        clean = rollout(batch.denoise, [last], without_graph(batch, len(batch.schedule) - 1))
         yield clean
         clean = clean.detach()
         for _ in range(self.n):
-            x = last.alpha * clean + last.sigma * fresh_noise(clean, generator)
-            yield denoise(x, last).clean
+            x = last.alpha * clean + last.sigma * fresh_noise(clean, batch.generator)
+            yield batch.denoise(x, last).clean
 
 
 @dataclass(frozen=True)
-class DrawnCut(Method):
-    """What is cut before one of the last m steps, drawn once for the whole batch."""
+class DrawnCut(RewardGradient):
+    """What is cut before one of the last m steps, drawn at random."""
 
     m: int = 20
 
@@ -105,9 +97,9 @@ class DrawnCut(Method):
     def check(self, schedule: Schedule) -> None:
         at_most("m", self.m, schedule)
 
-    def draw(self, generator: torch.Generator) -> int:
-        """How many steps remain after the cut."""
-        return int(torch.randint(1, self.m + 1, (), generator=generator))
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """How many steps remain after each of `count` cuts."""
+        return torch.randint(1, self.m + 1, (count,), generator=generator)
 
 
 @register("refl")
@@ -118,26 +110,28 @@ class ReFL(DrawnCut):
     One step is drawn for the whole batch. With m = 1, on a grid that ends at the clean latent, it is DRaFT-1.
     """
 
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        prefix = len(schedule) - self.draw(generator)
-        x = without_graph(denoise, schedule, prefix, noise)
-        yield denoise(x, schedule.steps[prefix]).clean
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        prefix = len(batch.schedule) - int(self.draw(1, batch.generator))
+        yield batch.denoise(without_graph(batch, prefix), batch.schedule.steps[prefix]).clean
 
 
 @register("alignprop")
 @dataclass(frozen=True)
 class AlignProp(DrawnCut):
-    """AlignProp (Prabhudesai et al., arXiv 2310.03739): DRaFT-K whose k is drawn anew for each batch, from 1 to m.
+    """AlignProp (Prabhudesai et al., arXiv 2310.03739): DRaFT-K whose k is drawn for each sample, from 1 to m.
 
-    Before the cut the network's output carries no gradient, and nothing else depends on the weights there, so these
-    steps run without a graph.
+    Before a sample's cut the network's output carries no gradient, and nothing else depends on the weights there, so
+    the steps before the earliest cut run without a graph. The authors' code draws once for a whole batch.
     """
 
     m: int = 10
 
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        yield from DraftK(self.draw(generator)).samples(denoise, schedule, noise, generator)
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        remaining = self.draw(len(batch.noise), batch.generator).to(batch.noise.device)
+        prefix = len(batch.schedule) - int(remaining.max())
+        x = without_graph(batch, prefix)
+        for i, step in enumerate(batch.schedule.steps[prefix:], prefix):
+            cut = (remaining == len(batch.schedule) - i)[:, None, None, None]
+            x = torch.where(cut, x.detach(), x)
+            x = advance(batch.denoise(x, step), step)
+        yield x

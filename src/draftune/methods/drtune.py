@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Method, register
+from draftune.methods.base import Batch, RewardGradient, register
 from draftune.methods.draft import at_least
-from draftune.sampling import Denoiser, advance
+from draftune.sampling import advance
 from draftune.schedule import Prediction, Schedule, Step
 
 
 @register("drtune")
 @dataclass(frozen=True)
-class DRTune(Method):
+class DRTune(RewardGradient):
     """DRTune: k evenly spaced calls carry gradient, each to the weights alone; jumps to the clean latent early.
 
     The gradient is sum_t c_t d eps_t / d theta with the sampler's own coefficients c_t, and no product of the network's
@@ -40,25 +40,24 @@ class DRTune(Method):
                 f"{len(schedule)} sampling steps (num_inference_steps): k + m may be one more"
             )
 
-    def samples(
-        self, denoise: Denoiser, schedule: Schedule, noise: Tensor, generator: torch.Generator
-    ) -> Iterator[Tensor]:
+    def samples(self, batch: Batch) -> Iterator[Tensor]:
+        schedule, generator = batch.schedule, batch.generator
         remaining = int(torch.randint(1, self.m + 1, (), generator=generator))
         calls = schedule.steps[: len(schedule) - remaining + 1]
         stride = len(calls) // self.k
         first = int(torch.randint(0, len(calls) - stride * (self.k - 1), (), generator=generator))
         trained = range(first, first + stride * self.k, stride)
-        x = noise
+        x = batch.noise
         for i, step in enumerate(calls):
             with torch.set_grad_enabled(i in trained):
-                prediction = denoise(x.detach(), step)
+                prediction = batch.denoise(x.detach(), step)
             clean, noise_in_x = attached(prediction, x, step, schedule)
             x = advance(Prediction(clean, noise_in_x), step)
         yield clean
 
 
 def attached(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
-    """A prediction made from x.detach(), with the gradient that x has in it beside the network's output.
+    """A prediction made from x.detach(), with the gradient that x has in it apart from the network's output.
 
     Both of its parts are linear in x and in the output: nothing is added to them but the way back to x.
     """

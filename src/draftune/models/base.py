@@ -118,14 +118,31 @@ class Model(ABC):
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> Denoiser:
         """The guided network for these prompts. As in diffusers, a guidance scale of at most 1 means none."""
+        return self.denoisers(prompts, schedule, guidance_scale, negative_prompt)[0]
+
+    def denoisers(
+        self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
+    ) -> tuple[Denoiser, Denoiser]:
+        """The guided network for these prompts, and the same without its LoRA."""
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
 
-        def call(x: Tensor, step: Step) -> Prediction:
-            output = self.checkpointed(self.predict, x, step.timestep, condition, guidance_scale)
-            return schedule.read(output.to(x.dtype), x, step)
+        def through(predict: Callable[..., Tensor]) -> Denoiser:
+            def call(x: Tensor, step: Step) -> Prediction:
+                output = self.checkpointed(predict, x, step.timestep, condition, guidance_scale)
+                return schedule.read(output.to(x.dtype), x, step)
 
-        return call
+            return call
+
+        return through(self.predict), through(self.predict_base)
+
+    def predict_base(self, *args: Any) -> Tensor:
+        """`predict` without the LoRA."""
+        self.denoiser.disable_adapters()
+        try:
+            return self.predict(*args)
+        finally:
+            self.denoiser.enable_adapters()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of clean latents."""

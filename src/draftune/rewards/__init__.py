@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
+from draftune.custom import is_custom
 from draftune.errors import DraftuneError, gather, unknown
-from draftune.expression import Call, Sum, parse
+from draftune.expression import Call, Sum, parse, wraps_another
 from draftune.rewards import (  # noqa: F401 - each registers its rewards
     aesthetic,
     classify,
@@ -23,7 +23,7 @@ from draftune.rewards import (  # noqa: F401 - each registers its rewards
     simple,
 )
 from draftune.rewards.base import REWARDS, FunctionReward, Reward, WeightedSum, register
-from draftune.rewards.custom import is_custom, load_custom
+from draftune.rewards.custom import load_custom
 
 __all__ = ["REWARDS", "FunctionReward", "Reward", "WeightedSum", "find_reward", "load_reward", "register"]
 
@@ -59,19 +59,13 @@ def check(tree: Call | Sum) -> None:
         raise DraftuneError(f"which function or class of {tree.name}? {tree.name}:NAME is wanted")
     if tree.name not in REWARDS and not custom:
         raise unknown("reward", tree.name, REWARDS)
-    wraps = not custom and wraps_reward(REWARDS[tree.name])
+    wraps = not custom and wraps_another(REWARDS[tree.name], Reward)
     if wraps and tree.inner is None:
         raise DraftuneError(f"{tree.name} wants a reward inside it: {tree.name}(clip + 0.1*aesthetic)")
     if tree.inner is not None:
         if not wraps:
             raise DraftuneError(f"{tree.name} takes settings such as key=value, not {str(tree.inner)!r}")
         check(tree.inner)
-
-
-def wraps_reward(factory: Callable[..., Reward]) -> bool:
-    """Whether a factory's first parameter is a Reward."""
-    parameters = list(inspect.signature(factory, eval_str=True).parameters.values())
-    return bool(parameters) and parameters[0].annotation is Reward
 
 
 def build(tree: Call | Sum) -> Reward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from draftune.custom import where
 from draftune.errors import DraftuneError
 from draftune.expression import written_sum
 
@@ -149,14 +149,6 @@ def explained(reward: Reward) -> Iterator[None]:
         if "memory" in str(error):
             raise
         raise DraftuneError(f"the reward {reward.label!r} failed: {where(error)}") from error
-
-
-def where(error: BaseException) -> str:
-    """An error in one line, with the last place outside of libraries that it came through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
-    frame = (own or frames)[-1]
-    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
 def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:

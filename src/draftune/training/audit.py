@@ -12,26 +12,32 @@ from draftune.rewards import Reward
 from draftune.rewards.base import checked_score
 
 
-def probe_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
-    """Tries the reward, forward and backward, on pictures [B, 3, H, W] of the base model before anything is trained.
+def probe_reward(reward: Reward, images: Tensor, prompts: Sequence[str], gradient: bool = True) -> None:
+    """Tries the reward on pictures [B, 3, H, W] of the base model before anything is trained.
 
-    Raises DraftuneError if any of its parts gives anything but B finite numbers, with a finite gradient that is not
-    zero to every picture; the message names the pictures that got none.
+    Raises DraftuneError if any of its parts gives anything but B finite numbers and, where a `gradient` is wanted, a
+    finite gradient that is not zero to every picture; the message names the pictures that got none.
     """
     for _, part in reward.terms:
-        probe_part(part, images.detach().float().requires_grad_(), prompts)
+        probe_part(part, images.detach().float(), prompts, gradient)
 
 
-def probe_part(part: Reward, images: Tensor, prompts: Sequence[str]) -> None:
-    name, count = f"the reward {part.label!r}", len(images)
-    with torch.enable_grad():
-        score = checked_score(part, images, prompts)
+def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> None:
+    name = f"the reward {part.label!r}"
+    with torch.set_grad_enabled(gradient):
+        score = checked_score(part, images.requires_grad_(gradient), prompts)
+    if not score.isfinite().all():
+        raise DraftuneError(f"{name} gives {score.tolist()} on pictures of the base model")
+    if gradient:
+        probe_gradient(name, score, images, prompts)
+
+
+def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[str]) -> None:
+    count = len(images)
     if not score.is_floating_point():
         raise DraftuneError(
             f"{name} must return numbers with a fraction, not {score.dtype}: look for argmax or rounding"
         )
-    if not score.isfinite().all():
-        raise DraftuneError(f"{name} gives {score.tolist()} on pictures of the base model")
     if not score.requires_grad:
         raise DraftuneError(
             f"{name} has no gradient for any of the {count} pictures: look for no_grad, detach, .item(), NumPy, PIL or "

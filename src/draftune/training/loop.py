@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,27 +16,40 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError, gather
-from draftune.evaluation import Comparison, compare, normalized, score_batches
+from draftune.evaluation import Comparison, Evaluation, evaluate, normalized, score_batches
 from draftune.images import grid, save_image
 from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.methods import Method, load_method
+from draftune.methods import Batch, Method, load_method
 from draftune.models import Model, load_model
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
 from draftune.settings import Settings
 from draftune.training.audit import GradientAudit, probe_reward
-from draftune.training.run import RunFolder
+from draftune.training.checkpoint import (
+    load_optimizer,
+    load_random_state,
+    optimizer_tensors,
+    random_state,
+    read_state,
+    read_tensors,
+)
+from draftune.training.run import EVALUATIONS, METRICS, RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+Drawn = list[tuple[Tensor, dict[str, Tensor]]]
+"""For each batch the rewards of what it drew and, by label, of their parts."""
+
+
 @dataclass
 class Run:
-    """What a training run left: its folder, one row of metrics for each update, and base against tuned."""
+    """What a training run left: its folder, a row for each update and each evaluation, and base against tuned."""
 
     folder: Path
     metrics: list[dict[str, float]]
+    evaluations: list[dict[str, float]]
     comparison: Comparison | None
 
 
@@ -58,7 +72,7 @@ def train(
     values |= {key: describe(value) for key, value in named.items() if value is not None}
     settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
     # What is cheap to check is checked before anything is loaded.
-    folder = RunFolder(settings.output)
+    folder = RunFolder(settings)
     method = load_method(settings.method)
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
@@ -130,31 +144,39 @@ class Trainer:
         )
         # One generator for everything that training draws; the grids and the comparison have their own.
         self.generator = torch.Generator().manual_seed(s.seed)
-        self.batches = batches(prompts, s.batch_size, self.generator)
+        self.order = PromptOrder(len(prompts), self.generator)
         self.audit = GradientAudit(self.parameters)
-        self.metrics: list[dict[str, float]] = []
-        self.queries = self.overflows = 0
+        self.done = self.queries = self.overflows = 0
         self.seconds = 0.0
 
     def run(self) -> Run:
+        s = self.settings
         self.probe()
+        # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
         before = self.draw(self.shown, range(len(self.shown)))
-        if self.settings.normalize_reward:
-            self.normalize(self.settings.normalize_reward)
-        self.folder.create(self.settings)
+        if s.normalize_reward:
+            self.normalize(s.normalize_reward)
+        self.folder.create(s)
         try:
             self.show(0, before)
+            base = self.evaluate(0)
+            if self.folder.checkpoint:
+                self.load_checkpoint(self.folder.checkpoint)
+            else:
+                self.save_checkpoint()
             try:
                 self.train()
             finally:
                 # Whatever ends the training, what was learned is kept.
                 save_lora(self.model, self.folder.path / "lora")
-            if self.settings.steps != self.last_shown:
-                self.show(self.settings.steps)
-            comparison = self.compare()
+            if self.last_shown != s.steps:
+                self.show(s.steps)
+            tuned = self.evaluate(s.steps)
+            self.save_checkpoint()
         finally:
             self.folder.close()
-        return Run(self.folder.path, self.metrics, comparison)
+        rows = self.folder.rows
+        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], Comparison.of(base, tuned))
 
     def probe(self) -> None:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
@@ -167,7 +189,7 @@ class Trainer:
                 raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
         prompts = list(islice(cycle(self.prompts), 2))
         pictures = self.draw(prompts, range(2))
-        probe_reward(self.reward, pictures.to(self.model.device), prompts)
+        probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
         if self.held_out is not None:
             shown = list(islice(cycle(self.eval_prompts or prompts), 2))
             score_batches(self.held_out, pictures, shown, self.model.device)
@@ -182,53 +204,38 @@ class Trainer:
 
     def train(self) -> None:
         s = self.settings
-        progress = tqdm(range(1, s.steps + 1), desc="training", unit="update")
+        progress = tqdm(
+            range(self.done + 1, s.steps + 1), desc="training", unit="update", initial=self.done, total=s.steps
+        )
         for step in progress:
             row = self.update(step)
-            self.metrics.append(row)
-            self.folder.log(row)
+            self.done = step
+            self.folder.log(METRICS, row)
             progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
             if s.sample_every and step % s.sample_every == 0:
                 self.show(step)
+            if s.eval_every and step % s.eval_every == 0 and step < s.steps:
+                self.evaluate(step)
+            if s.save_every and step % s.save_every == 0 and step < s.steps:
+                self.save_checkpoint()
 
     def update(self, step: int) -> dict[str, float]:
-        """One step of the optimiser, and what it saw."""
+        """One update: fresh batches, and the steps of the optimiser that the method makes of them."""
         s = self.settings
         start = time.perf_counter()
         rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
-        rewards: list[Tensor] = []
-        parts: dict[str, list[Tensor]] = {}
-        for _ in range(s.gradient_accumulation_steps):
-            prompts = next(self.batches)
-            noise = self.model.noise(self.generator, len(prompts))
-            denoise = self.model.denoise(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            for i, clean in enumerate(self.method.samples(denoise, self.schedule, noise, self.generator)):
-                total, scores = self.reward.parts(self.model.decode(clean), prompts)
-                if not total.isfinite().all():
-                    raise DraftuneError(f"the reward became {total.tolist()} at update {step}; training stopped")
-                self.accelerator.backward(-total.mean() / s.gradient_accumulation_steps)
-                self.queries += len(prompts)
-                if i == 0:
-                    # What is logged is the reward of the sample itself, not of the copies around it.
-                    rewards.append(total.detach())
-                    for label, score in scores.items():
-                        parts.setdefault(label, []).append(score)
-        limit = s.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
-        if math.isfinite(grad_norm):
-            self.overflows = 0
-            self.audit.check()
-        else:
-            # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
-            self.overflows += 1
-            if self.accelerator.scaler is None or self.overflows > 20:
-                raise DraftuneError(f"the gradient's norm became {grad_norm} at update {step}; training stopped")
-        self.optimizer.step()
+        drawn: Drawn = []
+        for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
+            self.optimizer.zero_grad()
+            for loss in losses:
+                self.accelerator.backward(loss / s.gradient_accumulation_steps)
+            grad_norm = self.clipped_norm(step)
+            self.optimizer.step()
         self.seconds += time.perf_counter() - start
-        reward = torch.cat(rewards)
+        reward = torch.cat([total for total, _ in drawn])
+        parts = {label: torch.cat([scores[label] for _, scores in drawn]) for label in drawn[0][1]}
         row = {
             "step": step,
             "reward": float(reward.mean()),
@@ -239,8 +246,42 @@ class Trainer:
             "seconds": round(self.seconds, 4),
         }
         if len(parts) > 1:
-            row |= {f"reward/{label}": float(torch.cat(scores).mean()) for label, scores in parts.items()}
+            row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         return row
+
+    def fresh_batches(self, step: int, drawn: Drawn) -> Iterator[Batch]:
+        """The batches of one update; the scores of each one's own pictures are added to `drawn`."""
+        s = self.settings
+        for _ in range(s.gradient_accumulation_steps):
+            prompts = [self.prompts[i] for i in self.order.draw(s.batch_size)]
+            noise = self.model.noise(self.generator, len(prompts))
+            denoise, base = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
+            reward = partial(self.score, prompts, step, drawn, len(drawn))
+            yield Batch(prompts, noise, self.schedule, denoise, base, reward, self.generator)
+
+    def score(self, prompts: Sequence[str], step: int, drawn: Drawn, index: int, clean: Tensor) -> Tensor:
+        """The rewards of clean latents; of a batch's first, which are what it drew, `drawn` keeps them."""
+        total, parts = self.reward.parts(self.model.decode(clean), prompts)
+        if not total.isfinite().all():
+            raise DraftuneError(f"the reward became {total.tolist()} at update {step}; training stopped")
+        self.queries += len(prompts)
+        if len(drawn) == index:
+            drawn.append((total.detach(), parts))
+        return total
+
+    def clipped_norm(self, step: int) -> float:
+        """The gradient's norm before it was clipped; what is not finite stops the run."""
+        limit = self.settings.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+        if math.isfinite(norm):
+            self.overflows = 0
+            self.audit.check()
+            return norm
+        # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
+        self.overflows += 1
+        if self.accelerator.scaler is None or self.overflows > 20:
+            raise DraftuneError(f"the gradient's norm became {norm} at update {step}; training stopped")
+        return norm
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Pictures [N, 3, H, W] on the CPU, drawn without touching the random numbers of training."""
@@ -255,20 +296,55 @@ class Trainer:
             pictures = self.draw(self.shown, range(len(self.shown)))
         scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
         captions = [f"{score:.3g}" for score in scores]
-        save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
         self.last_shown = step
         if step == 0:
             self.base_pictures, self.base_captions = pictures, captions
+        save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
         rows = [self.base_pictures, pictures]
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
         save_image(sheet, self.folder.path / "before_after.png")
 
-    def compare(self) -> Comparison | None:
-        """Base against tuned on the held-out prompts, where the run has any."""
+    def evaluate(self, step: int) -> Evaluation | None:
+        """The scores of the held-out prompts' pictures, where the run has any; a line of evaluations.jsonl."""
         if not self.eval_prompts:
             return None
-        s = self.settings
-        return compare(self.model, self.draw, self.reward, self.held_out, self.eval_prompts, s.eval_images)
+        evaluation = evaluate(
+            self.draw, self.reward, self.held_out, self.eval_prompts, self.settings.eval_images, self.model.device
+        )
+        counted = {"step": step, "reward_queries": self.queries, "seconds": round(self.seconds, 4)}
+        self.folder.log(EVALUATIONS, counted | evaluation.scores)
+        return evaluation
+
+    def save_checkpoint(self) -> None:
+        random_numbers, tensors = random_state()
+        tensors |= {f"lora/{name}": parameter for name, parameter in self.parameters.items()}
+        tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
+        tensors["generator"] = self.generator.get_state()
+        scaler = self.accelerator.scaler
+        state = {
+            "reward_queries": self.queries,
+            "seconds": self.seconds,
+            "prompts": self.order.queue,
+            "method": self.method.state_dict(),
+            "random": random_numbers,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        self.folder.save_checkpoint(self.done, state, tensors)
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Goes back to where the run stood."""
+        state, tensors = read_state(checkpoint), read_tensors(checkpoint)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"lora/{name}"])
+        load_optimizer(self.optimizer, list(self.parameters), tensors)
+        self.generator.set_state(tensors["generator"])
+        self.done, self.queries, self.seconds = state["step"], state["reward_queries"], state["seconds"]
+        self.order.queue = state["prompts"]
+        self.method.load_state_dict(state["method"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        load_random_state(state["random"], tensors)
 
 
 def accelerator(settings: Settings) -> Accelerator:
@@ -288,11 +364,15 @@ def accelerator(settings: Settings) -> Accelerator:
     return chosen
 
 
-def batches(prompts: Sequence[str], size: int, generator: torch.Generator) -> Iterator[list[str]]:
-    """Batches without end: every prompt once in a random order, then again in another."""
-    queue: list[str] = []
-    while True:
-        while len(queue) < size:
-            queue += [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
-        yield queue[:size]
-        queue = queue[size:]
+class PromptOrder:
+    """Prompts without end: every one once in a random order, then again in another."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.count, self.generator = count, generator
+        self.queue: list[int] = []
+
+    def draw(self, size: int) -> list[int]:
+        while len(self.queue) < size:
+            self.queue += torch.randperm(self.count, generator=self.generator).tolist()
+        drawn, self.queue = self.queue[:size], self.queue[size:]
+        return drawn

@@ -1,4 +1,4 @@
-"""A run's folder: settings, metrics, grids of samples, the LoRA."""
+"""A run's folder: settings, metrics, evaluations, grids of samples, checkpoints, the LoRA."""
 
 from __future__ import annotations
 
@@ -6,58 +6,123 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
+from draftune.paths import user_path, written_whole
 from draftune.settings import Settings, read_yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+# What may change when a run goes on: how far, and what is only looked at on the way.
+FREE = ("steps", "output", "sample_every", "save_every", "eval_every")
 
 
 class RunFolder:
-    """The files of one run. Nothing is written before `create`."""
+    """The files of one run. Nothing is written before `create`.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = user_path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise DraftuneError(f"the output {str(self.path)!r} is a file; give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
+    Raises DraftuneError where the folder can't be written to or holds anything but a run with these settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = path = user_path(settings.output)
+        # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
+        self.asked = asdict(settings)
+        self.checkpoint: Path | None = None
+        self.done = 0
+        if path.exists() and not path.is_dir():
+            raise DraftuneError(f"the output {str(path)!r} is a file; give a folder")
+        if path.is_dir() and any(path.iterdir()):
+            self.resume()
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not os.access(existing, os.W_OK):
+            raise DraftuneError(f"cannot write to the output folder {str(path)!r}; give another (--output)")
+
+    def resume(self) -> None:
+        """Finds where the run in the folder stands, if it is this one."""
+        from draftune.training.checkpoint import checkpoints, read_state
+
+        found = checkpoints(self.path / "checkpoints")
+        if not found:
             held = "another run" if (self.path / CONFIG).exists() else "other files"
             raise DraftuneError(f"the output folder {str(self.path)!r} holds {held}; give another (--output)")
-
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not os.access(existing, os.W_OK):
-            raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}; give another (--output)")
+        self.checkpoint = found[-1]
+        state = read_state(self.checkpoint)
+        self.done = state["step"]
+        for key, value in state["settings"].items():
+            if key not in FREE and value != (now := self.asked.get(key)):
+                raise DraftuneError(
+                    f"the output folder {str(self.path)!r} holds another run: its {key} is {value!r}, not {now!r}; "
+                    "give another (--output)"
+                )
+        if self.done >= self.asked["steps"]:
+            raise DraftuneError(
+                f"the run in {str(self.path)!r} has made its {self.done} updates: ask for more (--steps) or give "
+                "another folder (--output)"
+            )
 
     def create(self, settings: Settings) -> None:
-        """Makes the folder and writes the resolved settings. Raises DraftuneError where it can't be written to."""
+        """Makes the folder, or takes it back to the checkpoint, and writes the resolved settings.
+
+        Raises DraftuneError where it can't be written to.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+            self.rows = {name: read_rows(self.path / name, self.done) for name in LOGS}
+            for name, rows in self.rows.items():
+                with written_whole(self.path / name) as temporary:
+                    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         except OSError as error:
             raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
-        self.metrics = (self.path / METRICS).open("a", encoding="utf-8")
-        self.events = SummaryWriter(str(self.path / "tensorboard"))
+        self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.done + 1)
 
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, on disk at once, and the same numbers for TensorBoard."""
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self.metrics.write(json.dumps(finite) + "\n")
-        self.metrics.flush()
-        for key, value in metrics.items():
+    def log(self, name: str, row: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl or evaluations.jsonl, on disk at once, and the same numbers for TensorBoard."""
+        if self.rows[name] and row["step"] <= self.rows[name][-1]["step"]:
+            return  # measured again because the run goes on
+        finite: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self.rows[name].append(finite)
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+        prefix = "" if name == METRICS else "eval/"
+        for key, value in row.items():
             if key != "step":
-                self.events.add_scalar(key, value, int(metrics["step"]))
+                self.events.add_scalar(prefix + key, value, int(row["step"]))
+
+    def save_checkpoint(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        from draftune.training.checkpoint import save_checkpoint
+
+        save_checkpoint(self.path / "checkpoints", step, {"step": step, "settings": self.asked, **state}, tensors)
 
     def sample_path(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:06d}.png"
 
     def close(self) -> None:
-        self.metrics.close()
         self.events.close()
+
+
+LOGS = (METRICS, EVALUATIONS)
+
+
+def read_rows(path: Path, last: int) -> list[dict[str, Any]]:
+    """The lines of a log up to an update; what a run that was cut off left of its last line does not count."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return [row for row in rows if row["step"] <= last]
 
 
 def run_settings(lora: Path) -> Settings | None:

@@ -1,0 +1,62 @@
+"""DRaFT+: any method, held near the model that it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftune.errors import DraftuneError
+from draftune.methods.base import Batch, Method, register
+from draftune.sampling import Denoiser
+from draftune.schedule import Prediction, Schedule, Step
+
+
+@register("kl")
+class KL(Method):
+    """Any method with a penalty for leaving the base model: kl(draft-k(k=5), beta=0.1) is DRaFT+.
+
+    Adds beta * sum_t mean((eps - eps_base)^2) over the calls of the denoiser that carry gradient, both with guidance,
+    on the same noisy latents: the KL divergence between the two samplers' steps up to a factor for each t. One call of
+    the base model for each of these. beta is 0.1 to 1 in the literature.
+    """
+
+    def __init__(self, method: Method, beta: float = 0.1) -> None:
+        if not beta >= 0:
+            raise DraftuneError(f"beta must be at least 0, not {beta}")
+        self.method, self.beta = method, beta
+        self.needs_gradient = method.needs_gradient
+        self.penalties: list[Tensor] = []
+
+    def check(self, schedule: Schedule) -> None:
+        self.method.check(schedule)
+
+    def watched(self, denoise: Denoiser, base: Denoiser) -> Denoiser:
+        """The denoiser, which notes how far it is from the base wherever it is called with a graph."""
+
+        def call(x: Tensor, step: Step) -> Prediction:
+            prediction = denoise(x, step)
+            if torch.is_grad_enabled():
+                self.penalties.append((prediction.noise - base(x, step).noise).square().mean())
+            return prediction
+
+        return call
+
+    def penalized(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
+        for loss in losses:
+            penalty, self.penalties = sum(self.penalties), []
+            yield loss + self.beta * penalty
+
+    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+        watched = (replace(batch, denoise=self.watched(batch.denoise, batch.base)) for batch in batches)
+        for losses in self.method.optimizer_steps(watched):
+            yield self.penalized(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.method.load_state_dict(state)

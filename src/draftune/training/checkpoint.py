@@ -1,0 +1,97 @@
+"""Where a run stands, on disk: what goes on from it is, bit for bit, what an undisturbed run would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from draftune.errors import DraftuneError
+
+STATE, TENSORS = "state.json", "tensors.safetensors"
+KEPT = 2
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes FOLDER/step-000040 whole or not at all, and lets go of all but the newest."""
+    target = folder / f"step-{step:06d}"
+    temporary = folder / f".{target.name}"
+    for stale in (temporary, target):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    (temporary / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
+    for name in (TENSORS, STATE):
+        with (temporary / name).open("rb") as file:
+            os.fsync(file.fileno())
+    temporary.rename(target)
+    for old in checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DraftuneError(f"the checkpoint {str(checkpoint)!r} can't be read: {error}") from error
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(checkpoint / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise DraftuneError(f"the checkpoint {str(checkpoint)!r} can't be read: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimiser's state by the names of its parameters."""
+    return {
+        f"optimizer/{names[i]}/{key}": value
+        for i, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            name, _, entry = rest.rpartition("/")
+            state.setdefault(names.index(name), {})[entry] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Every global random generator that a reward or a network might draw from."""
+    kind, keys, *rest = np.random.get_state()
+    tensors = {"random/torch": torch.get_rng_state()}
+    for i in range(torch.cuda.device_count()):
+        tensors[f"random/cuda-{i}"] = torch.cuda.get_rng_state(i)
+    return {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}, tensors
+
+
+def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(tensors["random/torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"random/cuda-{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random/cuda-{i}"], i)

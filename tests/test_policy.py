@@ -1,0 +1,329 @@
+"""Methods beside the reward's gradient, in float64: the policy gradient, the KL penalty, Adjoint Matching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_pipeline
+from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
+from torch import Tensor
+
+from draftune.lora import add_lora, lora_parameters
+from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
+from draftune.models import StableDiffusion
+from draftune.schedule import Prediction, Schedule, Step
+
+FLOW_LEVELS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
+
+
+def flow_steps(levels: Sequence[float] = FLOW_LEVELS) -> tuple[Step, ...]:
+    return tuple(Step(i, 1 - s, s, 1 - n, n) for i, (s, n) in enumerate(pairwise(levels)))
+
+
+class RawRewards(DDPO):
+    """Without a baseline and a scale, so that the gradient is that of the mean reward itself."""
+
+    def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
+        return rewards
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_the_policy_gradient_is_unbiased(fraction: float) -> None:
+    """On Gaussian data with a quadratic reward the derivative of the mean reward by mu is known."""
+    schedule, target, data = GRIDS["leading"], 0.5, Gaussian()
+    mean, slope = 0.0, 0.0
+    mu = float(data.mu.detach())
+    for step in schedule.steps:
+        p, q, e, f = data.coefficients(step)
+        kept = math.sqrt(step.sigma_next**2 - step.tau**2)
+        mean = step.alpha_next * (p * mu + q * mean) + kept * (e * mu + f * mean)
+        slope = step.alpha_next * (p + q * slope) + kept * (e + f * slope)
+    expected = -2 * (mean - target) * slope
+
+    estimates = []
+    for seed in range(400):
+        noise = torch.randn(250, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        method = RawRewards(timestep_fraction=fraction)
+        batch = batch_of(
+            data.denoise, schedule, None, noise, lambda x: -((x - target) ** 2).mean((1, 2, 3)), 10_000 + seed
+        )
+        data.mu.grad = None
+        (losses,) = method.optimizer_steps([batch])
+        for loss in losses:
+            (-loss).backward()
+        assert data.mu.grad is not None
+        estimates.append(float(data.mu.grad))
+    values = torch.tensor(estimates, dtype=torch.float64)
+    error = float(values.std() / math.sqrt(len(values)))
+    assert error < 0.1 * abs(expected)
+    assert abs(float(values.mean()) - expected) < 3 * error
+
+
+def gradient(method: Method, network: Network, base: Network, schedule: Schedule, seed: int = 0) -> Tensor:
+    """Of all the losses of one update, downhill."""
+    network.zero_grad()
+
+    def through(network: Network):  # type: ignore[no-untyped-def]
+        return lambda x, step: schedule.read(network(x, step.timestep), x, step)
+
+    for losses in method.optimizer_steps([batch_of(through(network), schedule, through(base), seed=seed)]):
+        for loss in losses:
+            loss.backward()
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+@pytest.fixture
+def networks() -> tuple[Network, Network]:
+    network, base = Network(), Network()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(0.9)
+    return network, base.requires_grad_(False)
+
+
+@pytest.mark.parametrize("grid", ["leading", "v"])
+def test_dpok_adds_the_divergence_of_every_step(grid: str, networks: tuple[Network, Network]) -> None:
+    network, base = networks
+    schedule, beta = GRIDS[grid], 0.3
+    ours = gradient(DPOK(beta=beta), network, base, schedule) - gradient(DDPO(), network, base, schedule)
+    network.zero_grad()
+    generator, x = torch.Generator().manual_seed(0), NOISE
+    for step in schedule.steps:
+        here, there = (
+            clean_and_noise(net(x, step.timestep), x, step, schedule.prediction_type) for net in (network, base)
+        )
+        if step.tau == 0:
+            break
+        kept = math.sqrt(step.sigma_next**2 - step.tau**2)
+        one, other = (step.alpha_next * clean + kept * noise for clean, noise in (here, there))
+        divergence = torch.distributions.kl_divergence(
+            torch.distributions.Normal(one, step.tau), torch.distributions.Normal(other.detach(), step.tau)
+        )
+        (beta * divergence.sum((1, 2, 3)).mean()).backward()
+        x = (one + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)).detach()
+    expected = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    assert relative(ours, expected) < 1e-9
+
+
+def test_a_later_epoch_weighs_by_the_clipped_ratio() -> None:
+    """One number, one random step: d loss / d mu by hand before and after mu has moved."""
+    step = GRIDS["leading"].steps[2]
+    schedule = Schedule((step,))
+    data, clip = Gaussian(), 0.02
+    p, q, e, f = data.coefficients(step)
+    kept = math.sqrt(step.sigma_next**2 - step.tau**2)
+    slope = step.alpha_next * p + kept * e
+    noise = torch.randn(6, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    method = RawRewards(inner_epochs=3, clip_range=clip)
+    gradients, seen = [], []
+
+    def reward(x: Tensor) -> Tensor:
+        seen.append(x.flatten())
+        return torch.sin(3 * x).flatten()
+
+    for losses in method.optimizer_steps([batch_of(data.denoise, schedule, None, noise, reward)]):
+        data.mu.grad = None
+        for loss in losses:
+            loss.backward()
+        assert data.mu.grad is not None
+        gradients.append(float(data.mu.grad))
+        data.mu.data += 0.2 * step.tau
+    assert len(seen) == 1  # the pictures are scored once
+
+    mu = float(data.mu.detach()) - 3 * 0.2 * step.tau
+    x, advantage = seen[0], torch.sin(3 * seen[0])
+    means = [
+        step.alpha_next * (p * m + q * noise.flatten()) + kept * (e * m + f * noise.flatten())
+        for m in (mu, mu + 0.2 * step.tau, mu + 0.4 * step.tau)
+    ]
+    for got, mean in zip(gradients, means, strict=True):
+        ratio = torch.exp(((x - means[0]) ** 2 - (x - mean) ** 2) / (2 * step.tau**2))
+        # Where the clipped ratio is the smaller, nothing is left to gain.
+        active = ~(((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip)))
+        expected = -(advantage * active * ratio * (x - mean) / step.tau**2 * slope).mean()
+        assert got == pytest.approx(float(expected), rel=1e-9)
+    assert gradients[1] != pytest.approx(gradients[0], rel=0.01)
+
+
+def test_advantages_are_those_of_the_prompt_once_it_is_known() -> None:
+    method = DDPO(min_count=2, buffer_size=3)
+    first = method.advantages(["a", "b"], torch.tensor([1.0, 5.0]))
+    assert torch.allclose(first, torch.tensor([-1.0, 1.0]), atol=1e-4)  # of the batch, while nothing else is known
+    second = method.advantages(["a", "b"], torch.tensor([3.0, 4.0]))
+    assert torch.allclose(second, torch.tensor([1.0, -1.0]), atol=1e-4)
+    again = DDPO(min_count=2, buffer_size=3)
+    again.load_state_dict(method.state_dict())
+    for _ in range(2):
+        last = again.advantages(["a"], torch.tensor([6.0]))
+    assert list(again.rewards["a"]) == [3.0, 6.0, 6.0]  # the oldest has gone
+    assert float(last) == pytest.approx(1 / math.sqrt(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("method", [DraftK(1), DraftK(3), DraftLV(2), LeapAlign(0.2)], ids=str)
+def test_the_penalty_is_the_distance_from_the_base_at_every_call_with_gradient(
+    grid: str, method: Method, networks: tuple[Network, Network]
+) -> None:
+    network, base = networks
+    schedule, beta = GRIDS[grid], 0.7
+    ours = gradient(KL(method, beta), network, base, schedule) - gradient(method, network, base, schedule)
+    network.zero_grad()
+    calls: list[tuple[Tensor, Step]] = []
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        if torch.is_grad_enabled():
+            calls.append((x, step))
+        return schedule.read(network(x, step.timestep), x, step)
+
+    penalties = []
+    for _ in method.losses([batch_of(denoise, schedule)]):
+        pass
+    for x, step in calls:
+        pairs = [clean_and_noise(n(x, step.timestep), x, step, schedule.prediction_type) for n in (network, base)]
+        penalties.append((pairs[0][1] - pairs[1][1]).square().sum() / NOISE.numel())
+    (beta * sum(penalties)).backward()
+    expected = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    assert relative(ours, expected) < 1e-9
+
+
+def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
+    """LoRA, guidance, checkpoints: the base is the network whose LoRA is off, whenever its checkpoints run again."""
+    model = StableDiffusion(build_pipeline(tmp_path), "tiny")
+    model.pipeline.unet.double()
+    model.dtype = torch.float64
+    torch.manual_seed(0)
+    add_lora(model, rank=2)
+    parameters = lora_parameters(model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    schedule = model.schedule(3)
+    noise = model.noise(torch.Generator().manual_seed(0), 2)
+    denoise, base = model.denoisers(["a", "b"], schedule, 3.0)
+    with torch.no_grad():
+        plain = build_pipeline(tmp_path / "again").unet.double()
+        condition = model.encode(["a", "b"], "", True)
+        step = schedule.steps[0]
+        negative, positive = plain(torch.cat([noise, noise]), step.timestep, condition).sample.chunk(2)
+        wanted = schedule.read(negative + 3.0 * (positive - negative), noise, step).noise
+        assert torch.allclose(base(noise, step).noise, wanted, atol=1e-12)
+        assert not torch.allclose(denoise(noise, step).noise, wanted, atol=1e-3)
+
+    def ours(checkpointing: bool) -> list[Tensor]:
+        model.gradient_checkpointing = checkpointing
+        model.denoiser.zero_grad()
+        batch = batch_of(denoise, schedule, base, noise, lambda x: 0 * x.mean((1, 2, 3)))
+        for losses in KL(DraftK(2), 1.0).optimizer_steps([batch]):
+            for loss in losses:
+                loss.backward()
+        return [p.grad.clone() for p in parameters.values() if p.grad is not None]
+
+    with torch.no_grad():
+        x = noise
+        for step in schedule.steps[:1]:
+            clean, eps = denoise(x, step)
+            x = step.alpha_next * clean + step.sigma_next * eps
+    model.gradient_checkpointing = False
+    model.denoiser.zero_grad()
+    penalty = torch.zeros((), dtype=torch.float64)
+    plain.requires_grad_(False)
+    for step in schedule.steps[1:]:
+        clean, eps = denoise(x, step)
+        negative, positive = plain(torch.cat([x, x]), step.timestep, condition).sample.chunk(2)
+        there = schedule.read(negative + 3.0 * (positive - negative), x, step).noise
+        penalty = penalty + (eps - there).square().mean()
+        x = step.alpha_next * clean + step.sigma_next * eps
+    penalty.backward()
+    expected = [p.grad.clone() for p in parameters.values() if p.grad is not None]
+    assert len(expected) == len(parameters)
+    for checkpointing in (True, False):
+        for got, want in zip(ours(checkpointing), expected, strict=True):
+            assert relative(got, want) < 1e-9
+    assert all(parameter.requires_grad for parameter in parameters.values())
+
+
+class Tilted:
+    """The exact denoiser of Gaussian data with a shift and a slope at every step, which are trained."""
+
+    def __init__(self, steps: Sequence[Step], start: float = 0.0) -> None:
+        self.data = Gaussian()
+        self.data.mu.requires_grad_(False)
+        # The last step is not random and not trained.
+        values = [start] * (len(steps) - 1) + [0.0]
+        self.shift, self.slope = (torch.tensor(values, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        self.steps = steps
+
+    def denoise(self, x: Tensor, step: Step) -> Prediction:
+        i = self.steps.index(step)
+        clean = self.data.denoise(x, step).clean + self.shift[i] + self.slope[i] * x
+        return Prediction(clean, (x - step.alpha * clean) / step.sigma)
+
+    def sampled(self) -> tuple[float, float]:
+        """Mean and variance of x_0 as the ancestral sampler draws it, by recursion."""
+        mean, variance = 0.0, 1.0
+        for i, step in enumerate(self.steps):
+            p, q, *_ = self.data.coefficients(step)
+            a, b = p * float(self.data.mu) + float(self.shift[i]), q + float(self.slope[i])
+            kept = math.sqrt(max(0.0, step.sigma_next**2 - step.tau**2)) / step.sigma
+            gain = step.alpha_next * b + kept * (1 - step.alpha * b)
+            mean = (step.alpha_next - kept * step.alpha) * a + gain * mean
+            variance = gain**2 * variance + step.tau**2
+        return mean, variance
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_adjoint_matching_ends_at_the_tilted_distribution(scale: float) -> None:
+    """r(x) = c x on Gaussian data: p_base exp(scale r) is N(m + scale c v, v), m and v the base sampler's own."""
+    steps, c = flow_steps(), 0.8
+    base, tuned = Tilted(steps), Tilted(steps, start=0.05)
+    method = AdjointMatching(scale, k=len(steps))
+    optimizer = torch.optim.Adam([tuned.shift, tuned.slope], lr=0.05)
+    schedule = Schedule(steps, "v_prediction")
+    for i in range(600):
+        noise = torch.randn(64, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        batch = batch_of(tuned.denoise, schedule, base.denoise, noise, lambda x: c * x.flatten(), seed=1000 + i)
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - i / 600)
+        optimizer.zero_grad()
+        for loss in method.losses([batch]):
+            loss.backward()
+        optimizer.step()
+    mean, variance = base.sampled()
+    got_mean, got_variance = tuned.sampled()
+    assert got_mean == pytest.approx(mean + scale * c * variance, abs=1e-3)
+    assert got_variance == pytest.approx(variance, rel=1e-3)
+
+
+def test_the_adjoint_gradient_by_hand(networks: tuple[Network, Network]) -> None:
+    """The lean adjoint as one product of the base's Jacobians along the path, by autograd through the whole of it."""
+    network, base = networks
+    schedule, scale = GRIDS["leading"], 3.0
+    ours = gradient(AdjointMatching(scale, k=T), network, base, schedule)
+    from test_gradients import reward
+
+    def mean(net: Network, x: Tensor, step: Step) -> Tensor:
+        clean, noise = clean_and_noise(net(x, step.timestep), x, step, "epsilon")
+        return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * noise
+
+    generator, path = torch.Generator().manual_seed(0), [NOISE]
+    with torch.no_grad():
+        for step in schedule.steps:
+            fresh = torch.randn(NOISE.shape, generator=generator, dtype=NOISE.dtype)
+            path.append(mean(network, path[-1], step) + step.tau * fresh)
+    network.zero_grad()
+    for i, step in enumerate(schedule.steps):
+        # x_0 as a function of the state after step i, along the base's steps, through the very states of the path.
+        following = path[i + 1].clone().requires_grad_()
+        x = following
+        for there, later in zip(schedule.steps[i + 1 :], path[i + 2 :], strict=True):
+            x = mean(base, x, there)
+            x = x + (later - x).detach()
+        (adjoint,) = torch.autograd.grad(-scale * reward(x).sum(), following)
+        shift = mean(network, path[i], step) - mean(base, path[i], step).detach()
+        ((shift / step.tau + step.tau * adjoint) ** 2 / 2).sum((1, 2, 3)).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in network.parameters()])
+    assert relative(ours, expected) < 1e-10
