@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_pipeline
-from memory import PeakMemory
 from test_gradients import batch_of
 from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters, save_lora
+from draftune.memory import peak_memory
 from draftune.methods import METHODS, Batch, DraftK, RewardGradient
 from draftune.models import Model, StableDiffusion, load_model
 from draftune.prompts import metadata
@@ -335,13 +335,15 @@ def test_the_lora_loads_in_diffusers(pipeline_folder: Path, tmp_path: Path, alph
 def peak_of_one_update(model: Model, method: str, steps: int) -> int:
     schedule = model.schedule(steps)
     noise = model.noise(torch.Generator().manual_seed(0), 2)
-    with PeakMemory() as memory:
+
+    def update() -> None:
         denoise, base = model.denoisers(["a", "b"], schedule, 3.0)
         batch = batch_of(denoise, schedule, base, noise, lambda clean: model.decode(clean).mean((1, 2, 3)))
         for loss in draftune.load_method(method).losses([batch]):
             loss.backward()
             del loss
-    return memory.peak
+
+    return peak_memory(update)
 
 
 def test_peak_memory(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,7 +55,12 @@ def lora_parameters(model: Model) -> dict[str, nn.Parameter]:
 
 def set_lora_scale(model: Model, scale: float) -> None:
     """The LoRA's strength: 0 is the base model, 1 is as trained."""
-    model.denoiser.set_adapters(ADAPTER, weights=scale)
+    set_lora_scales(model, {ADAPTER: scale})
+
+
+def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
+    """The strength of each LoRA by the name it was loaded under; the weights are W_0 + sum_i scale_i dW_i."""
+    model.denoiser.set_adapters(list(scales), weights=list(scales.values()))
 
 
 def save_lora(model: Model, folder: Path | str) -> Path:
@@ -104,15 +109,18 @@ def base_model(source: Path | str) -> str | None:
         raise DraftuneError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
 
 
-def load_lora(model: Model, source: Path | str) -> None:
-    """Loads a LoRA file, or that of a run, onto the model. Raises DraftuneError if it does not fit the model."""
+def load_lora(model: Model, source: Path | str, name: str = ADAPTER) -> None:
+    """Loads a LoRA file, or that of a run, onto the model, under a name where there are several.
+
+    Raises DraftuneError if it does not fit the model.
+    """
     path = lora_file(source)
     base_model(path)
     try:
         with quiet():
-            model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER)
+            model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DraftuneError(f"the LoRA {str(path)!r} does not fit {model.name!r}: {str(error)[:200]}") from error
-    if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
+    if name not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{str(path)!r} holds no LoRA for the denoiser of {model.name!r}")
     model.denoiser.requires_grad_(False)

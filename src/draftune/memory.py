@@ -1,8 +1,9 @@
-"""Counts the bytes of live tensors, so that a peak is a number and not a matter of luck."""
+"""How much memory something takes: a number, and not a matter of luck."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ class PeakMemory(TorchDispatchMode):
     """Inside this block: `peak`, the largest sum of the storages that were made in it and are still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.seen: set[int] = set()
 
@@ -37,3 +38,16 @@ class PeakMemory(TorchDispatchMode):
     def drop(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.live -= size
+
+
+def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes that tensors made in `function` take at once; on CUDA as its allocator counts them."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with PeakMemory() as memory:
+        function()
+    return memory.peak

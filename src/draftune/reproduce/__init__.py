@@ -1,0 +1,149 @@
+"""The paper's claims measured again on the embedded model: runs, tables, figures, findings."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from draftune.errors import DraftuneError, unknown
+from draftune.paths import user_path, written_whole
+from draftune.reproduce.curves import EFFICIENCY, OVEROPTIMISATION
+from draftune.reproduce.cuts import COPIES_OF_LV, DEPTH, GRID, LAYOUT_REWARD
+from draftune.reproduce.lab import FULL, QUICK, Lab, Scale, Work
+from draftune.reproduce.loras import LORA_SCALE, MIXING
+from draftune.reproduce.report import Experiment, Report, findings, markdown, write
+
+__all__ = ["EXPERIMENTS", "Experiment", "Report", "reproduce"]
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "efficiency": EFFICIENCY,
+    "depth": DEPTH,
+    "copies": COPIES_OF_LV,
+    "lora-scale": LORA_SCALE,
+    "mixing": MIXING,
+    "over-optimisation": OVEROPTIMISATION,
+    "grid": GRID,
+    "layout": LAYOUT_REWARD,
+}
+HEAD = """# Results
+
+The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)) measured again on the
+embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3, batches of 4, a LoRA of rank 8, AdamW at 1e-3. The
+training reward is `emoji-aesthetic`; the judges are classifiers that nothing was trained against; all scores are means
+over {count} pictures of {names} names that were not trained on, the same seeds every time. It is a small model: a claim
+that is not seen here may hold on a large one, and the other way round.
+
+    {command}
+
+makes all of it again, and goes on where it was interrupted. Four words are used for the paper's claims: confirmed,
+weaker, not seen, reversed. {quick}
+"""
+
+
+def reproduce(
+    names: Sequence[str] = (),
+    *,
+    output: str | Path = "reproduction",
+    quick: bool = False,
+    seeds: int | None = None,
+    part: tuple[int, int] | None = None,
+) -> list[Path]:
+    """Runs experiments by name, all of them where none is named, and writes `results/` and RESULTS.md into `output`.
+
+    What is there already is used again, so that an interrupted run goes on. With `part` (i, n) only every n-th of the
+    training runs is made, from the i-th, and nothing is written about them: n processes share the work, and a last
+    call without it does the rest. Returns the files that were written. Raises DraftuneError for an unknown name.
+    """
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise unknown("experiment", name, EXPERIMENTS)
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise DraftuneError(f"a part is I of N, such as 1/2, not {part[0]}/{part[1]}")
+    chosen = {name: EXPERIMENTS[name] for name in names or EXPERIMENTS}
+    scale = QUICK if quick else FULL
+    if seeds is not None:
+        scale = scale.with_seeds(seeds)
+    folder = user_path(output)
+    lab = Lab(folder / "results" / ("runs-quick" if quick else "runs"), scale)
+    if part is not None:
+        for work in share(chosen, scale, *part):
+            lab.run(work)
+        return []
+    written = []
+    for name, experiment in chosen.items():
+        for work in share({name: experiment}, scale, 1, 1):
+            lab.run(work)
+        report = experiment.report(lab)
+        write(name, report, folder / "results")
+        text = section(name, experiment, report, quick, seeds)
+        path = folder / "results" / f"{name}.md"
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(path)
+    written.append(gathered(folder, scale, quick, seeds))
+    return written
+
+
+def share(experiments: dict[str, Experiment], scale: Scale, i: int, n: int) -> list[Work]:
+    """The i-th of n parts of the runs that experiments need, the longest of each run."""
+    longest: dict[str, Work] = {}
+    for experiment in experiments.values():
+        for work in experiment.work(scale):
+            if work.name not in longest or longest[work.name].steps < work.steps:
+                longest[work.name] = work
+    return list(longest.values())[i - 1 :: n]
+
+
+def command(names: Sequence[str], quick: bool, seeds: int | None) -> str:
+    words = ["draftune reproduce", *names, "--quick" if quick else "", f"--seeds {seeds}" if seeds else ""]
+    return " ".join(word for word in words if word)
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+
+
+def section(name: str, experiment: Experiment, report: Report, quick: bool, seeds: int | None) -> str:
+    """An experiment's page: question, claims, figure, table, and how it was made."""
+    made = (
+        f"`{command([name], quick, seeds)}`; {device()}; torch {torch.__version__}; {report.seeds} "
+        f"seed{'s' if report.seeds > 1 else ''}; {datetime.date.today().isoformat()}. All numbers: "
+        f"[{name}.csv]({name}.csv), the figure as [svg]({name}.svg)."
+    )
+    parts = [
+        f"## {experiment.title}\n\n*{experiment.question}*",
+        findings(report),
+        report.text,
+        f"![{experiment.title}]({name}.png)",
+        markdown(report.table),
+        made,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def gathered(folder: Path, scale: Scale, quick: bool, seeds: int | None) -> Path:
+    """RESULTS.md of all the experiments that were written so far."""
+    head = HEAD.format(
+        steps=scale.num_inference_steps,
+        count=scale.eval_prompts * scale.eval_images,
+        names=scale.eval_prompts,
+        command=command([], quick, seeds),
+        quick="**These are of a quick run, which shows that everything works and measures nothing.**" if quick else "",
+    )
+    pages = [folder / "results" / f"{name}.md" for name in EXPERIMENTS]
+    texts = [head.strip() + "\n"]
+    for page in pages:
+        if page.is_file():
+            text = page.read_text(encoding="utf-8")
+            texts.append(text.replace(f"({page.stem}.", f"(results/{page.stem}."))
+    path = folder / "RESULTS.md"
+    with written_whole(path) as temporary:
+        temporary.write_text("\n".join(texts), encoding="utf-8")
+    return path
