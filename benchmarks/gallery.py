@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 from safetensors.torch import load_file, save_file
 
-from draftune.cli import build_parser, train_settings
+from draftune.cli import build_parser
+from draftune.commands import train_settings
 from draftune.images import from_pil, grid, save_image, to_pil
 from draftune.rewards.classify import Classify
 from draftune.training import train

@@ -8,11 +8,22 @@ if TYPE_CHECKING:
     from draftune.lora import load_lora, save_lora
     from draftune.methods import load_method
     from draftune.models import load_model
+    from draftune.reno import optimize_noise
     from draftune.rewards import Reward, load_reward
     from draftune.training import train
 
 __version__ = "0.1.0"
-__all__ = ["DraftuneError", "Reward", "load_lora", "load_method", "load_model", "load_reward", "save_lora", "train"]
+__all__ = [
+    "DraftuneError",
+    "Reward",
+    "load_lora",
+    "load_method",
+    "load_model",
+    "load_reward",
+    "optimize_noise",
+    "save_lora",
+    "train",
+]
 
 # Imported when first asked for, so that `draftune --help` need not wait for torch.
 HOMES = {
@@ -22,6 +33,7 @@ HOMES = {
     "load_method": "methods",
     "load_model": "models",
     "load_reward": "rewards",
+    "optimize_noise": "reno",
     "save_lora": "lora",
     "train": "training",
 }

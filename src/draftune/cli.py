@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
+from draftune.commands import run_list, run_reno, run_reproduce, run_sample, run_score, run_train
 from draftune.errors import DraftuneError, unknown
-from draftune.paths import user_path
 from draftune.recommended import PAPER
-from draftune.settings import PRECISIONS, Settings, kind, read_yaml
-
-if TYPE_CHECKING:
-    from draftune.models import Model
+from draftune.settings import PRECISIONS, Settings, kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,15 +56,32 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("source", metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder, or a model")
     sample.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw")
     sample.add_argument("--output", required=True, metavar="FILE_OR_DIR", help="a .png (a grid if several) or a folder")
-    sample.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
-    sample.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture of each prompt")
     sample.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt")
-    sample.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
-    sample.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
-    sample.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
-    add_device(sample)
+    add_drawing(sample)
     sample.set_defaults(run=run_sample)
+
+    reno = commands.add_parser(
+        "reno",
+        help="make one picture better by its noise, without training",
+        description="Climbs a reward by the noise that one picture starts from; no weight changes (ReNO).",
+        epilog='example: draftune reno emoji --prompt "cat face" --reward emoji-aesthetic --steps 15 --output cat.png',
+        allow_abbrev=False,
+    )
+    reno.add_argument("source", metavar="MODEL_OR_RUN", help="a model, a run's folder, a LoRA file or its folder")
+    reno.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
+    reno.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
+    reno.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE_OR_DIR",
+        help="a .png (both pictures, small) or a folder (before.png and after.png)",
+    )
+    reno.add_argument("--steps", type=int, default=50, metavar="N", help="of the noise (default: 50)")
+    reno.add_argument("--learning-rate", type=float, default=5.0, metavar="A", help="of the noise (default: 5)")
+    reno.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise it starts from (default: 0)")
+    add_drawing(reno)
+    reno.set_defaults(run=run_reno)
 
     score = commands.add_parser(
         "score",
@@ -87,15 +99,39 @@ def build_parser() -> argparse.ArgumentParser:
     add_device(score, precision=False)
     score.set_defaults(run=run_score)
 
+    again = commands.add_parser(
+        "reproduce",
+        help="measure the paper's claims again on the embedded model",
+        description="Runs experiments on the embedded model and writes tables, figures and RESULTS.md.",
+        epilog="example: draftune reproduce grid --output reproduction; interrupted, the same command goes on",
+        allow_abbrev=False,
+    )
+    again.add_argument("experiments", nargs="*", metavar="NAME", help="see 'draftune list experiments'; all if none")
+    again.add_argument("--output", default="reproduction", metavar="DIR", help="for RESULTS.md (default: reproduction)")
+    again.add_argument("--quick", action="store_true", help="minutes, to see that it works; the numbers mean nothing")
+    again.add_argument("--seeds", type=int, metavar="N", help="of every run; unless set 1 to 3, as the experiment says")
+    again.add_argument("--part", metavar="I/N", help="make only this part of the training runs and write nothing yet")
+    again.set_defaults(run=run_reproduce)
+
     listing = commands.add_parser(
         "list",
-        help="what there is: models, rewards, methods, prompts",
+        help="what there is: models, rewards, methods, prompts, experiments",
         description="Lists what there is, or says everything about one reward or method.",
         epilog="example: draftune list rewards; draftune list hpsv2",
     )
-    listing.add_argument("what", nargs="?", help="models, rewards, methods, prompts, or the name of a reward or method")
+    listing.add_argument("what", nargs="?", help="models, rewards, methods, prompts, experiments, or a name")
     listing.set_defaults(run=run_list)
     return parser
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """What `load_source` reads."""
+    parser.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
+    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
+    parser.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
+    add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
@@ -156,150 +192,3 @@ def unrecognized(parser: argparse.ArgumentParser, args: argparse.Namespace, argu
     commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     chosen = commands[args.command] if args.command else parser  # type: ignore[index]
     return unknown("flag", argument.partition("=")[0], chosen._option_string_actions)
-
-
-def train_settings(args: argparse.Namespace) -> Settings:
-    """What `draftune train` was told, by the file and by the flags, which win."""
-    values: dict[str, Any] = read_yaml(args.config) if args.config else {}
-    flags = {f.name: getattr(args, f.name) for f in fields(Settings)}
-    return Settings.from_mapping(values | {key: value for key, value in flags.items() if value is not None})
-
-
-def run_train(args: argparse.Namespace) -> None:
-    settings = train_settings(args)
-    from draftune.training import train
-
-    run = train(settings=settings)
-    if run.comparison:
-        count = len(run.comparison.prompts)
-        print(f"\nbase → tuned, {count} pictures of {len(set(run.comparison.prompts))} prompts, the same seeds")
-        print(run.comparison.table())
-    print(f"\npictures  {run.folder / 'before_after.png'}\nLoRA      {run.folder / 'lora'}")
-
-
-def run_sample(args: argparse.Namespace) -> None:
-    for flag, value, low in (
-        ("--num-images", args.num_images, 1),
-        ("--num-inference-steps", args.num_inference_steps, 1),
-        ("--guidance-scale", args.guidance_scale, 0),
-        ("--seed", args.seed, 0),
-    ):
-        if value is not None and not low <= value < 2**63:
-            raise DraftuneError(f"{flag} must be at least {low} and finite, not {value}")
-    if not math.isfinite(args.lora_scale):
-        raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
-    output = user_path(args.output)
-    if output.suffix and output.suffix.lower() != ".png" and not output.is_dir():
-        raise DraftuneError(f"--output takes a .png file or a folder, not {args.output!r}")
-    from draftune.images import grid, save_image, to_pil
-    from draftune.models import MODELS, load_model
-    from draftune.models.base import default_device
-
-    settings = None
-    if args.source in MODELS or (user_path(args.source) / "model_index.json").exists():
-        model = load_model(args.source)
-    else:
-        model, settings = load_tuned(args.source, args.model, args.lora_scale)
-    model.to(default_device(args.cpu), args.mixed_precision)
-    if settings:
-        model.set_grid(settings.timestep_spacing, settings.set_alpha_to_one)
-    settings = settings or Settings(model=model.name)
-    model.set_size(settings.height, settings.width)
-    schedule = model.schedule(args.num_inference_steps or settings.num_inference_steps)
-    guidance = settings.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    negative = settings.negative_prompt if args.negative_prompt is None else args.negative_prompt
-    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    seeds = [args.seed + i for _ in args.prompt for i in range(args.num_images)]
-    pictures = model.generate(prompts, seeds, schedule, guidance, negative, progress=True)
-
-    try:
-        if output.suffix and len(pictures) == 1:
-            save_image(to_pil(pictures)[0], output)
-        elif output.suffix:
-            rows = list(pictures.split(args.num_images))
-            seed_labels = [f"seed {seed}" for seed in seeds[: args.num_images]]
-            save_image(grid(rows, args.prompt, seed_labels), output)
-        else:
-            for i, (picture, seed) in enumerate(zip(to_pil(pictures), seeds, strict=True)):
-                words = "".join(c if c.isalnum() else "-" for c in prompts[i])[:60]
-                save_image(picture, output / f"{i:03d}-{words}-seed{seed}.png")
-    except OSError as error:
-        raise DraftuneError(f"cannot write to {str(output)!r}: {error.strerror}") from error
-    print(output)
-
-
-def load_tuned(source: str, base: str | None, lora_scale: float) -> tuple[Model, Settings | None]:
-    """The base model of a run or LoRA file with the LoRA on it, and the run's settings where it is one."""
-    from draftune.lora import base_model, load_lora, lora_file, set_lora_scale
-    from draftune.models import load_model
-    from draftune.training.run import run_settings
-
-    base = base or base_model(source)
-    if base is None:
-        raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
-    model = load_model(base)
-    load_lora(model, source)
-    set_lora_scale(model, lora_scale)
-    return model, run_settings(lora_file(source))
-
-
-def run_score(args: argparse.Namespace) -> int:
-    output = user_path(args.output) if args.output else None
-    if output and output.suffix not in (".csv", ".json"):
-        raise DraftuneError(f"--output takes a .csv or a .json file, not {args.output!r}")
-    from draftune.models.base import default_device
-    from draftune.rewards import load_reward
-    from draftune.scores import find_images, prompts_of, score_files
-
-    images = find_images(args.images)
-    prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
-    device = default_device(args.cpu)
-    scores = score_files(load_reward(args.reward).to(device), images, prompts, device)
-    problems = list(scores.broken.values())
-    if not scores.rows:
-        raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")
-    for problem in problems:
-        print(f"draftune: skipped: {problem}", file=sys.stderr)
-    print(scores.table())
-    if output:
-        try:
-            scores.write(output)
-        except OSError as error:
-            raise DraftuneError(f"cannot write to {args.output!r}: {error.strerror}") from error
-    return 1 if scores.broken else 0
-
-
-def run_list(args: argparse.Namespace) -> None:
-    from draftune.methods import METHODS
-    from draftune.models import MODELS
-    from draftune.prompts import PROMPT_SETS
-    from draftune.rewards import REWARDS
-
-    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS}
-    tables = {
-        "models": MODELS,
-        "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
-        "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
-        "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
-    }
-    if args.what in described:
-        print(description(args.what, described[args.what]))
-        return
-    if args.what is not None and args.what not in tables:
-        raise unknown("list or name", args.what, [*tables, *described])
-    for what in [args.what] if args.what else tables:
-        print(what)
-        width = max(map(len, tables[what]))
-        for name, text in tables[what].items():
-            print(f"  {name:{width}}  {text}")
-
-
-def description(name: str, described: Callable[..., Any]) -> str:
-    """All that is said of a reward or a method, and its settings with their defaults."""
-    signature = inspect.signature(described, eval_str=True)
-    settings = ", ".join(str(parameter) for parameter in signature.parameters.values())
-    return f"{name}({settings})\n\n{inspect.getdoc(described)}"
-
-
-def first_sentence(text: str | None) -> str:
-    return " ".join((text or "").split("\n\n")[0].split())

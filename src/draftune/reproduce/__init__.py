@@ -64,6 +64,8 @@ def reproduce(
             raise unknown("experiment", name, EXPERIMENTS)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise DraftuneError(f"a part is I of N, such as 1/2, not {part[0]}/{part[1]}")
+    if seeds is not None and seeds < 1:
+        raise DraftuneError(f"seeds must be at least 1, not {seeds}")
     chosen = {name: EXPERIMENTS[name] for name in names or EXPERIMENTS}
     scale = QUICK if quick else FULL
     if seeds is not None:

@@ -6,7 +6,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,11 @@ def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     for i in range(torch.cuda.device_count()):
         if f"random/cuda-{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random/cuda-{i}"], i)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is only looked at in this block draws random numbers, but training goes on as if it had not."""
+    state, tensors = random_state()
+    yield
+    load_random_state(state, tensors)

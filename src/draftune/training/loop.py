@@ -32,6 +32,7 @@ from draftune.training.checkpoint import (
     random_state,
     read_state,
     read_tensors,
+    undisturbed,
 )
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
 
@@ -150,7 +151,11 @@ class Trainer:
         self.seconds = 0.0
 
     def run(self) -> Run:
+        from accelerate.utils import set_seed
+
         s = self.settings
+        # For rewards that draw random numbers; what training draws has its own generator.
+        set_seed(s.seed)
         self.probe()
         # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
         before = self.draw(self.shown, range(len(self.shown)))
@@ -290,6 +295,7 @@ class Trainer:
             prompts, seeds, self.schedule, s.guidance_scale, s.negative_prompt, s.batch_size, progress=True
         )
 
+    @undisturbed()
     def show(self, step: int, pictures: Tensor | None = None) -> None:
         """The grid of samples at this update: the same prompts and seeds every time."""
         if pictures is None:
@@ -304,6 +310,7 @@ class Trainer:
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
         save_image(sheet, self.folder.path / "before_after.png")
 
+    @undisturbed()
     def evaluate(self, step: int) -> Evaluation | None:
         """The scores of the held-out prompts' pictures, where the run has any; a line of evaluations.jsonl."""
         if not self.eval_prompts:

@@ -1,0 +1,85 @@
+"""The method that docs/new-method.md writes, run as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_gradients import GRIDS, NOISE, Network, T, batch_of, clean_and_noise, gradient_of_method, relative, reward
+
+from draftune.cli import main
+from draftune.errors import DraftuneError
+from draftune.methods import DraftK, load_method
+from draftune.schedule import Prediction, Step
+
+PAGE = Path(__file__).parent.parent / "docs" / "new-method.md"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(block.splitlines()) <= 30
+    path = tmp_path / "fading.py"
+    path.write_text(block)
+    return path
+
+
+def test_its_gradient_is_that_of_plain_autograd(file: Path) -> None:
+    schedule, network = GRIDS["clean"], Network()
+    plain = gradient_of_method(load_method(f"{file}:Fading(k=3, fade=1)"), schedule, network)
+    assert relative(plain, gradient_of_method(DraftK(3), schedule, network)) < 1e-12
+    ours = gradient_of_method(load_method(f"{file}:Fading(k=2, fade=0.3)"), schedule, network)
+    network.zero_grad()
+    x = NOISE
+    for i, step in enumerate(schedule.steps):
+        x = x.detach() if i <= T - 2 else 0.3 * x + 0.7 * x.detach()
+        clean, noise = clean_and_noise(network(x, step.timestep), x, step, "epsilon")
+        x = step.alpha_next * clean + step.sigma_next * noise
+    reward(x).mean().backward()
+    assert relative(ours, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-12
+
+
+def test_it_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = ["--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--steps", "2"]
+    arguments += ["--num-inference-steps", "4", "--sample-every", "0", "--sample-prompts", "1", "--cpu"]
+    assert main(["train", *arguments, "--method", f"kl({file}:Fading(k=2), beta=0.1)", "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reward_queries"] for row in rows] == [4, 8]
+    assert (output / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("class Other:\n    pass\n\n\ndef broken():\n    raise ValueError('no')\n")
+    for text, message in (
+        (f"{file}:Fadin", "did you mean 'Fading'"),
+        (f"{file}:Fading(kk=2)", "did you mean 'k'"),
+        (f"{file}:Fading(k=two)", "k of method .* must be a whole number"),
+        (f"{tmp_path}/other.py:Other", "makes a Other, not a Method"),
+        (f"{tmp_path}/other.py:broken", r"can't be made: ValueError: no"),
+        (f"{tmp_path}/none.py:Other", "no file .* with a method in it"),
+        ("kl", r"kl wants one method inside it: kl\(draft-lv\)"),
+        ("kl(draft-lv + refl)", "wants one method inside it"),
+        ("draft-k(draft-lv)", "takes settings such as key=value"),
+        ("draft-lv + refl", "one name with its settings"),
+        ("kl(nothing)", "unknown method 'nothing'"),
+    ):
+        with pytest.raises(DraftuneError, match=message):
+            load_method(text)
+
+
+def test_a_batch_in_python(file: Path) -> None:
+    schedule = GRIDS["clean"]
+    network = Network()
+    calls: list[bool] = []
+
+    def denoise(x: torch.Tensor, step: Step) -> Prediction:
+        calls.append(torch.is_grad_enabled())
+        return schedule.read(network(x, step.timestep), x, step)
+
+    (clean,) = load_method(f"{file}:Fading(k=2)").samples(batch_of(denoise, schedule))  # type: ignore[attr-defined]
+    assert clean.shape == NOISE.shape
+    assert calls == [False] * (T - 2) + [True] * 2

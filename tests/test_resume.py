@@ -1,0 +1,134 @@
+"""A run that was cut off and started again is the run that was never cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import draftune
+from draftune.errors import DraftuneError
+from draftune.training import Run
+
+PROMPTS = ["a cat", "a dog", "a bird"]
+
+
+def noisy_brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """It draws from torch's own generator, so that this must be where it was too."""
+    return images.mean((1, 2, 3)) * (1 + 0.1 * torch.rand(len(images)))
+
+
+def train(model: Path, output: Path, reward: Callable[..., Tensor] = noisy_brightness, **values: Any) -> Run:
+    reward.__name__ = "brightness"
+    (output.parent / "prompts.txt").write_text("a fish\na tree\n")
+    settings = {
+        "steps": 6,
+        "save_every": 2,
+        "eval_every": 3,
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "sample_every": 0,
+        "sample_prompts": 1,
+        "batch_size": 2,
+        "prompts": PROMPTS,
+        "eval_prompts": str(output.parent / "prompts.txt"),
+        "eval_images": 1,
+        "learning_rate": 0.01,
+    }
+    return draftune.train(str(model), reward, output=str(output), **(settings | values))
+
+
+def cut_off_after(calls: int) -> Callable[..., Tensor]:
+    """The reward of a process that is killed in the middle of an update."""
+    made: list[int] = []
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        made.append(1)
+        if len(made) > calls:
+            raise KeyboardInterrupt
+        return noisy_brightness(images, prompts)
+
+    return reward
+
+
+def lora(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def rows(folder: Path, name: str) -> list[dict[str, float]]:
+    read = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read]
+
+
+@pytest.mark.parametrize(
+    ("values", "cuts"),
+    [
+        ({"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
+        ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
+        ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_a_run_goes_on_bit_for_bit(
+    pipeline_folder: Path, tmp_path: Path, values: dict[str, Any], cuts: tuple[int, int]
+) -> None:
+    """Cut off in the second update, when nothing but the start was saved, and again in the fourth."""
+    whole = train(pipeline_folder, tmp_path / "whole", **values)
+    for calls, left in zip(cuts, ([1], [1, 2, 3]), strict=True):
+        with pytest.raises(KeyboardInterrupt):
+            train(pipeline_folder, tmp_path / "cut", cut_off_after(calls), **values)
+        assert [row["step"] for row in rows(tmp_path / "cut", "metrics.jsonl")] == left
+    resumed = train(pipeline_folder, tmp_path / "cut", **values)
+    first, second = lora(whole.folder), lora(resumed.folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert rows(whole.folder, name) == rows(resumed.folder, name)
+    assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in resumed.evaluations] == [0, 3, 6]
+    assert whole.comparison is not None
+    assert resumed.comparison is not None
+    assert resumed.comparison.scores == whole.comparison.scores
+    assert torch.equal(resumed.comparison.base, whole.comparison.base)
+
+
+def test_a_finished_run_can_be_made_longer(pipeline_folder: Path, tmp_path: Path) -> None:
+    whole = train(pipeline_folder, tmp_path / "whole")
+    train(pipeline_folder, tmp_path / "grown", steps=3)
+    with pytest.raises(DraftuneError, match="has made its 3 updates: ask for more"):
+        train(pipeline_folder, tmp_path / "grown", steps=3)
+    grown = train(pipeline_folder, tmp_path / "grown")
+    assert all(torch.equal(a, b) for a, b in zip(lora(whole.folder).values(), lora(grown.folder).values(), strict=True))
+    kept = sorted(path.name for path in (grown.folder / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000006"]
+
+
+def test_another_run_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:
+    train(pipeline_folder, tmp_path / "run", steps=2)
+    with pytest.raises(DraftuneError, match=r"holds another run: its learning_rate is 0.01, not 0.02"):
+        train(pipeline_folder, tmp_path / "run", learning_rate=0.02)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "note.txt").write_text("mine")
+    with pytest.raises(DraftuneError, match="holds other files"):
+        train(pipeline_folder, tmp_path / "files")
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["note.txt"]
+
+
+def test_what_was_left_half_written_is_passed_over(pipeline_folder: Path, tmp_path: Path) -> None:
+    whole = train(pipeline_folder, tmp_path / "whole", steps=4)
+    run = train(pipeline_folder, tmp_path / "run", steps=2)
+    half = run.folder / "checkpoints" / ".step-000003"
+    half.mkdir()
+    (half / "tensors.safetensors").write_bytes(b"half")
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    resumed = train(pipeline_folder, tmp_path / "run", steps=4)
+    assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4]
+    first, second = lora(whole.folder), lora(resumed.folder)
+    assert all(torch.equal(first[name], second[name]) for name in first)
