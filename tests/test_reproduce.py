@@ -39,13 +39,12 @@ class MadeUp(Lab):
 
     def run(self, work: Work) -> Record:
         policy = work.method.startswith("ddpo")
-        queries, seconds = (32, 12.0) if policy else (12, 2.0)
+        queries = 32 if policy else 12
         rate = self.slope + self.spread * (work.seed - 1) if policy else 0.05
         rows = [
             {
                 "step": float(step),
                 "reward_queries": float(step * queries),
-                "seconds": step * seconds,
                 REWARD: 4.0 + rate * step,
                 JUDGE: 0.5,
                 NAMED: 1.0,
@@ -54,6 +53,9 @@ class MadeUp(Lab):
             for step in range(0, work.steps + 1, 10)
         ]
         return Record([], rows, self.folder)
+
+    def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
+        return {"seconds": 3.0 if method.startswith("ddpo") else 2.0, "megabytes": 1.0}
 
 
 def test_the_ratio_of_reward_queries(tmp_path: Path) -> None:

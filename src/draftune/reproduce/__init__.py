@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,14 +73,15 @@ def reproduce(
         scale = scale.with_seeds(seeds)
     folder = user_path(output)
     lab = Lab(folder / "results" / ("runs-quick" if quick else "runs"), scale)
+    works = share(chosen, scale, *(part or (1, 1)))
+    for i, work in enumerate(works, 1):
+        print(f"run {i} of {len(works)}: {work.name}, {work.steps} updates", file=sys.stderr)
+        lab.run(work)
     if part is not None:
-        for work in share(chosen, scale, *part):
-            lab.run(work)
         return []
     written = []
     for name, experiment in chosen.items():
-        for work in share({name: experiment}, scale, 1, 1):
-            lab.run(work)
+        print(f"experiment {name}", file=sys.stderr)
         report = experiment.report(lab)
         write(name, report, folder / "results")
         text = section(name, experiment, report, quick, seeds)

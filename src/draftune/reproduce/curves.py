@@ -46,6 +46,12 @@ def overoptimisation_work(scale: Scale) -> list[Work]:
     return [Work(method, scale.long) for method in methods(scale)] + [matching(scale), policy(scale, 0)]
 
 
+def seconds_of(lab: Lab, work: Work) -> float:
+    """Of one update, measured apart from the run, which other work may have held up."""
+    size = work.settings.get("batch_size", 4)
+    return lab.cost(work.method, size)["seconds"] * work.settings.get("gradient_accumulation_steps", 1)
+
+
 def rows_of(work: Work, record: Record) -> list[dict[str, Any]]:
     return [
         {
@@ -53,7 +59,6 @@ def rows_of(work: Work, record: Record) -> list[dict[str, Any]]:
             "seed": work.seed,
             "update": int(row["step"]),
             "reward_queries": int(row["reward_queries"]),
-            "seconds": row["seconds"],
             "reward": row[REWARD],
             "judge_3d": row[JUDGE],
             "judge_name": row[NAMED],
@@ -82,7 +87,10 @@ def averaged(rows: Sequence[dict[str, Any]], method: str, key: str) -> list[floa
 
 def efficiency(lab: Lab) -> Report:
     works = efficiency_work(lab.scale)
-    rows = [row for work in works for row in rows_of(work, lab.run(work))]
+    rows = []
+    for work in works:
+        second = seconds_of(lab, work)
+        rows += [row | {"seconds": row["update"] * second} for row in rows_of(work, lab.run(work))]
     names = list(dict.fromkeys(work.method for work in works))
     drawn, axes = figure(2, 2)
     for i, (key, label) in enumerate([("reward", "training reward"), ("judge_3d", "judge: P(3D)")]):
@@ -113,7 +121,8 @@ def efficiency(lab: Lab) -> Report:
         f"{spent[ddpo]:.0f} was {best:.3f} (its last values have a standard deviation of {spread:.3f} over seeds), "
         f"{100 * share:.0f} % of that gain. To what DDPO reached, it needed {ratios['reward_queries']:.0f} times the "
         f"reward queries of DRaFT-LV and {ratios['seconds']:.0f} times the seconds. All are evaluated with the "
-        "deterministic sampler; DDPO learns on pictures of the ancestral one."
+        "deterministic sampler; DDPO learns on pictures of the ancestral one. Seconds are updates times the median of "
+        "one, measured on its own."
     )
     moved = best - base > 2 * spread
     ratio = ratios["reward_queries"]

@@ -9,7 +9,7 @@ import torch
 
 from draftune.reproduce.curves import averaged, reached, rows_of
 from draftune.reproduce.figures import color, figure
-from draftune.reproduce.lab import ONE, REWARD, Lab, Scale, Work
+from draftune.reproduce.lab import DIVERSITY, NAMED, ONE, REWARD, Lab, Scale, Work
 from draftune.reproduce.report import Claim, Experiment, Report
 
 GRIDS = [("leading", False), ("leading", True), ("trailing", False), ("trailing", True)]
@@ -171,9 +171,7 @@ def copies(lab: Lab) -> Report:
 
 def grid_work(scale: Scale) -> list[Work]:
     return [
-        Work(ONE, scale.steps, seed, {"timestep_spacing": spacing, "set_alpha_to_one": clean})
-        for spacing, clean in GRIDS
-        for seed in range(scale.few_seeds)
+        Work(ONE, scale.steps, 0, {"timestep_spacing": spacing, "set_alpha_to_one": clean}) for spacing, clean in GRIDS
     ]
 
 
@@ -187,15 +185,14 @@ def leverage(lab: Lab, spacing: str, clean: bool) -> float:
 
 def grid(lab: Lab) -> Report:
     rows: list[dict[str, Any]] = []
-    for work in grid_work(lab.scale):
-        record, settings = lab.run(work), work.settings
+    for (spacing, clean), work in zip(GRIDS, grid_work(lab.scale), strict=True):
+        record = lab.run(work)
         base, tuned = (rows_of(work, record)[i] for i in (0, -1))
         rows.append(
             {
-                "timestep_spacing": settings["timestep_spacing"],
-                "set_alpha_to_one": settings["set_alpha_to_one"],
-                "seed": work.seed,
-                "leverage": leverage(lab, settings["timestep_spacing"], settings["set_alpha_to_one"]),
+                "timestep_spacing": spacing,
+                "set_alpha_to_one": clean,
+                "leverage": leverage(lab, spacing, clean),
                 "first gradient's norm": record.metrics[0]["grad_norm"],
                 "base reward": base["reward"],
                 "reward": tuned["reward"],
@@ -204,21 +201,16 @@ def grid(lab: Lab) -> Report:
                 "right name": tuned["judge_name"],
             }
         )
-    table: list[dict[str, Any]] = []
-    for spacing, clean in GRIDS:
-        own = [row for row in rows if (row["timestep_spacing"], row["set_alpha_to_one"]) == (spacing, clean)]
-        means = {key: float(np.mean([row[key] for row in own])) for key in list(own[0])[3:]}
-        table.append({"timestep_spacing": spacing, "set_alpha_to_one": clean, **means})
     drawn, axes = figure(1, 2)
     labels = [f"{spacing}{', to clean' if clean else ''}" for spacing, clean in GRIDS]
     for axis, key in zip(axes[0], ("first gradient's norm", "gain"), strict=True):
-        axis.bar(labels, [row[key] for row in table], color=color("draft-k(k=1)"))
+        axis.bar(labels, [row[key] for row in rows], color=color("draft-k(k=1)"))
         axis.set_ylabel(f"{key} of the reward after {lab.scale.steps} updates" if key == "gain" else key)
         axis.tick_params(axis="x", labelsize=7)
     leading, trailing = (
-        np.mean([row["gain"] for row in table if row["timestep_spacing"] == s]) for s in ("leading", "trailing")
+        np.mean([row["gain"] for row in rows if row["timestep_spacing"] == s]) for s in ("leading", "trailing")
     )
-    norms = [row["first gradient's norm"] for row in table]
+    norms = [row["first gradient's norm"] for row in rows]
     text = (
         f"The first gradient of DRaFT-1 is {norms[-1] / norms[0]:.0f} times larger on the trailing grid that ends at "
         f"the clean latent than on the leading one that does not. After {lab.scale.steps} updates of AdamW, whose "
@@ -232,7 +224,7 @@ def grid(lab: Lab) -> Report:
             "confirmed" if trailing > 1.1 * leading else "weaker" if trailing > leading else "reversed",
         )
     ]
-    return Report(rows, table, drawn, text, claims, lab.scale.few_seeds)
+    return Report(rows, rows, drawn, text, claims, 1)
 
 
 LAYOUT = {"reward": "symmetry", "learning_rate": 2e-3}
@@ -241,7 +233,7 @@ LAYOUT = {"reward": "symmetry", "learning_rate": 2e-3}
 def layout_work(scale: Scale) -> list[Work]:
     t = scale.num_inference_steps
     names = [ONE, f"draft-k(k={t // 2})", f"drtune(k={max(2, t // 4)}, m={max(2, t // 4)})"]
-    return [Work(name, scale.steps, seed, LAYOUT) for name in names for seed in range(scale.few_seeds)]
+    return [Work(name, scale.steps, 0, LAYOUT) for name in names]
 
 
 def layout(lab: Lab) -> Report:
@@ -251,25 +243,19 @@ def layout(lab: Lab) -> Report:
         rows.append(
             {
                 "method": work.method,
-                "seed": work.seed,
                 "base symmetry": base["symmetry"],
                 "symmetry": tuned["symmetry"],
-                "right name": tuned["held-out/emoji-judge-name"],
-                "diversity": tuned["held-out/diversity"],
+                "right name": tuned[NAMED],
+                "diversity": tuned[DIVERSITY],
             }
         )
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    table: list[dict[str, Any]] = []
-    for name in names:
-        own = [row for row in rows if row["method"] == name]
-        table.append({"method": name, **{key: float(np.mean([r[key] for r in own])) for key in list(own[0])[2:]}})
     drawn, axes = figure(1, 1)
-    for row in table:
+    for row in rows:
         axes[0, 0].plot(row["symmetry"], row["right name"], "o", label=row["method"], color=color(row["method"]))
-    axes[0, 0].plot(table[0]["base symmetry"], 1.0, "x", color="black", label="base")
+    axes[0, 0].plot(rows[0]["base symmetry"], 1.0, "x", color="black", label="base")
     axes[0, 0].set(xlabel=f"symmetry after {lab.scale.steps} updates", ylabel="judge: right name")
     axes[0, 0].legend(fontsize=8)
-    one, deep = table[0], table[-1]
+    one, deep = rows[0], rows[-1]
     text = (
         f"From a symmetry of {one['base symmetry']:.3f}, DRaFT-1 gets to {one['symmetry']:.3f} with the right name in "
         f"{100 * one['right name']:.0f} % of the pictures and DRTune to {deep['symmetry']:.3f} with "
@@ -282,7 +268,7 @@ def layout(lab: Lab) -> Report:
     measured += f"{one['right name']:.2f} and {deep['right name']:.2f}"
     verdict = "confirmed" if fails else "weaker" if better else "not seen"
     claims = [Claim("(DRTune) deep steps succeed on symmetry where the last step alone fails", measured, verdict)]
-    return Report(rows, table, drawn, text, claims, lab.scale.few_seeds)
+    return Report(rows, rows, drawn, text, claims, 1)
 
 
 DEPTH = Experiment("K", "How far back should the gradient flow?", depth_work, depth)

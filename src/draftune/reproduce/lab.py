@@ -89,7 +89,7 @@ class Work:
     def name(self) -> str:
         """The run's folder: of its method and settings, not of how long it is."""
         words = [self.method, *(f"{key}={value}" for key, value in sorted(self.settings.items())), f"seed={self.seed}"]
-        return re.sub(r"[^\w.]+", "-", " ".join(words)).strip("-")
+        return slug(" ".join(words))
 
 
 @dataclass
@@ -135,7 +135,6 @@ class Lab:
         """The run, made or taken up again where it is not finished."""
         if (record := self.record(work)) is not None:
             return record
-        print(f"{work.name}: {work.steps} updates", file=sys.stderr)
         scale = self.scale
         texts = self.folder / "eval-prompts.txt"
         with written_whole(texts) as temporary:
@@ -207,7 +206,7 @@ class Lab:
     def batch(self, model: Model, seed: int, size: int = 4) -> Batch:
         """The first prompts, always the same ones, with the noise of a seed."""
         generator = torch.Generator().manual_seed(seed)
-        prompts, schedule = self.prompts[:size], model.schedule(self.scale.num_inference_steps)
+        prompts, schedule = (self.prompts * size)[:size], model.schedule(self.scale.num_inference_steps)
         denoise, base = model.denoisers(prompts, schedule, 3.0)
         noise = model.noise(generator, len(prompts))
 
@@ -229,19 +228,20 @@ class Lab:
             found.append(torch.cat([g.flatten() for g in gradient if g is not None]))
         return found
 
-    def cost(self, method: str) -> dict[str, float]:
-        """Seconds of one gradient of four pictures, the median of three, and its peak memory in MB."""
-        return self.measured(f"cost-{method}", lambda: self.measured_cost(method))
+    def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
+        """Seconds of the losses and gradients of one batch, the median of three, and their peak memory in MB."""
+        return self.measured(f"cost-{slug(method)}-{batch_size}", lambda: self.measured_cost(method, batch_size))
 
-    def measured_cost(self, method: str) -> dict[str, float]:
+    def measured_cost(self, method: str, batch_size: int) -> dict[str, float]:
         model = self.model()
         add_lora(model, 8)
         parameters = list(lora_parameters(model).values())
 
         def gradient() -> None:
-            for loss in load_method(method).losses([self.batch(model, 0)]):
-                torch.autograd.grad(loss, parameters, allow_unused=True)
-                del loss
+            for losses in load_method(method).optimizer_steps([self.batch(model, 0, batch_size)]):
+                for loss in losses:
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                    del loss
 
         gradient()
         times = []
@@ -250,3 +250,8 @@ class Lab:
             gradient()
             times.append(time.perf_counter() - start)
         return {"seconds": statistics.median(times), "megabytes": peak_memory(gradient, model.device) / 1e6}
+
+
+def slug(text: str) -> str:
+    """A text as the name of a file."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-")

@@ -15,7 +15,7 @@ from draftune.reproduce.report import Claim, Experiment, Report
 from draftune.rewards import load_reward
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-BETAS = (1.0, 3.0, 10.0)
+BETAS = (1.0, 10.0)
 ORANGE = "color(target=orange)"
 
 
