@@ -11,7 +11,8 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, Method, fresh_noise, register
 from draftune.methods.draft import at_least
-from draftune.methods.policy import mean
+from draftune.methods.policy import mean, wants_noise
+from draftune.schedule import Schedule
 
 
 @register("adjoint-matching")
@@ -21,7 +22,7 @@ class AdjointMatching(Method):
 
     Pictures are drawn by the memoryless ancestral sampler. From a = -scale * dr/dx_0 the lean adjoint is followed
     back along the path, a_t = (d mean_base(x_t) / d x_t)^T a_s, and each step's mean is pulled to mean_base - tau^2 a_s
-    by the squared distance over tau^2. `k` of the random steps, drawn anew for each batch, are trained on; the adjoint
+    by half the squared distance over tau^2. `k` of the random steps, drawn anew for each batch, are trained on; the adjoint
     needs all T calls of the base model, with their gradient by x alone. The optimum is exact where the first step
     leads from pure noise; `scale` is the paper's lambda, whose value for a reward is to be tried.
     """
@@ -33,6 +34,9 @@ class AdjointMatching(Method):
         at_least("k", self.k, 1)
         if not self.scale > 0:
             raise DraftuneError(f"scale must be more than 0, not {self.scale}")
+
+    def check(self, schedule: Schedule) -> None:
+        wants_noise(schedule)
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch in batches:

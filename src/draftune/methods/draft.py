@@ -1,6 +1,6 @@
 """DRaFT, DRaFT-K, DRaFT-LV and ReFL (Clark et al., arXiv 2309.17400, Algorithm 1).
 
-They differ only in where the gradient is cut: before the last T, K, 1 or randint(1, m) calls of the denoiser.
+They differ in where the gradient is cut: before the last T, K, 1 or randint(1, m) calls of the denoiser.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class AlignProp(DrawnCut):
     """AlignProp (Prabhudesai et al., arXiv 2310.03739): DRaFT-K whose k is drawn for each sample, from 1 to m.
 
     Before a sample's cut the network's output carries no gradient, and nothing else depends on the weights there, so
-    the steps before the earliest cut run without a graph. The authors' code draws once for a whole batch.
+    the steps before the earliest cut run without a graph. The paper's m is not confirmed.
     """
 
     m: int = 10

@@ -21,7 +21,7 @@ class KL(Method):
 
     Adds beta * sum_t mean((eps - eps_base)^2) over the calls of the denoiser that carry gradient, both with guidance,
     on the same noisy latents: the KL divergence between the two samplers' steps up to a factor for each t. One call of
-    the base model for each of these. beta is 0.1 to 1 in the literature.
+    the base model for each of these, with a graph where the latent carries one. beta is 0.1 to 1 in the literature.
     """
 
     def __init__(self, method: Method, beta: float = 0.1) -> None:

@@ -18,7 +18,7 @@ from draftune.schedule import Prediction, Schedule, Step
 @register("leapalign")
 @dataclass(frozen=True)
 class LeapAlign(RewardGradient):
-    """LeapAlign: two leaps x_k to x_j to x_0 between steps drawn at random carry the gradient of the whole way.
+    """LeapAlign: two leaps x_k to x_j to x_0 between steps drawn at random carry the gradient, instead of all steps.
 
     The picture is that of all T steps; each leap is made from one call of the denoiser and corrected by a constant to
     end where the sampler did. In the second leap the gradient through the network's input is multiplied by `discount`,

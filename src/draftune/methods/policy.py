@@ -14,7 +14,7 @@ from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, Method, fresh_noise, register
 from draftune.methods.draft import at_least
 from draftune.sampling import advance
-from draftune.schedule import Prediction, Step
+from draftune.schedule import Prediction, Schedule, Step
 
 
 class Trajectory(NamedTuple):
@@ -33,11 +33,11 @@ class DDPO(Method):
 
     Pictures are drawn by the ancestral sampler (DDIM with eta = 1). Each random step is a Gaussian policy; its
     log-probability's gradient is weighted by the advantage, the reward less its prompt's mean and divided by its
-    prompt's standard deviation, over the last `buffer_size` rewards of the prompt, or those of the batch where it has
-    fewer than `min_count`. The same pictures serve `inner_epochs` steps of the optimiser with importance ratios
-    clipped to 1 +- `clip_range`; as in the authors' code a ratio is that of the mean over the latent's numbers.
-    `timestep_fraction` of the steps, drawn at random, is trained on. `beta` > 0 adds DPOK's KL divergence to the base
-    model, summed over the steps.
+    prompt's standard deviation, over the last `buffer_size` rewards of the prompt; while it has fewer than `min_count`,
+    over all rewards of the update. The same pictures serve `inner_epochs` steps of the optimiser, from the second on
+    with importance ratios clipped to 1 +- `clip_range`; as in the authors' code a ratio is that of the mean over the
+    latent's numbers. `timestep_fraction` of the random steps, drawn anew, is trained on. `beta` > 0 adds DPOK's KL
+    divergence to the base model, summed over the steps. A last step that ends at the clean latent is not random.
     """
 
     needs_gradient = False
@@ -60,6 +60,9 @@ class DDPO(Method):
             raise DraftuneError(f"timestep_fraction must be more than 0 and at most 1, not {self.timestep_fraction}")
         if not self.beta >= 0:
             raise DraftuneError(f"beta must be at least 0, not {self.beta}")
+
+    def check(self, schedule: Schedule) -> None:
+        wants_noise(schedule)
 
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         trajectories = self.drawn(batches)
@@ -127,6 +130,12 @@ class DPOK(DDPO):
     """
 
     beta: float = 0.01
+
+
+def wants_noise(schedule: Schedule) -> None:
+    """Raises DraftuneError where the ancestral sampler has no random step."""
+    if not any(step.tau > 0 for step in schedule.steps):
+        raise DraftuneError("this method wants a random step before the last: at least 2 of num_inference_steps")
 
 
 def mean(prediction: Prediction, step: Step) -> Tensor:
