@@ -22,9 +22,9 @@ class AdjointMatching(Method):
 
     Pictures are drawn by the memoryless ancestral sampler. From a = -scale * dr/dx_0 the lean adjoint is followed
     back along the path, a_t = (d mean_base(x_t) / d x_t)^T a_s, and each step's mean is pulled to mean_base - tau^2 a_s
-    by half the squared distance over tau^2. `k` of the random steps, drawn anew for each batch, are trained on; the adjoint
-    needs all T calls of the base model, with their gradient by x alone. The optimum is exact where the first step
-    leads from pure noise; `scale` is the paper's lambda, whose value for a reward is to be tried.
+    by half the squared distance over tau^2. `k` of the random steps, drawn anew for each batch, are trained on; the
+    adjoint needs all T calls of the base model, with their gradient by x alone. The optimum is exact where the first
+    step leads from pure noise; `scale` is the paper's lambda, whose value for a reward is to be tried.
     """
 
     scale: float = 10.0
