@@ -132,3 +132,25 @@ def test_what_was_left_half_written_is_passed_over(pipeline_folder: Path, tmp_pa
     assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4]
     first, second = lora(whole.folder), lora(resumed.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(pipeline_folder: Path, tmp_path: Path) -> None:
+    train(pipeline_folder, tmp_path / "run", steps=4)
+    newest = tmp_path / "run" / "checkpoints" / "step-000004"
+    files = {path.name: path.read_bytes() for path in newest.iterdir()}
+    message = r"step-000004' is damaged: .*remove the folder to go on from step-000002"
+    assert set(files) == {"state.json", "tensors.safetensors", "checksums.json"}
+    for name, whole in files.items():
+        flipped = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]
+        for damaged in (flipped, whole[: len(whole) // 2], b"", None):
+            path = newest / name
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            with pytest.raises(
+                DraftuneError, match=r"step-000004' is damaged: .*remove the folder to go on from step-000002"
+            ):
+                train(pipeline_folder, tmp_path / "run", steps=6)
+            path.write_bytes(whole)
+    (newest / "tensors.safetensors").unlink()
+    newest.rename(newest.with_name("broken"))
+    train(pipeline_folder, tmp_path / "run", steps=3)
+    assert [row["step"] for row in rows(tmp_path / "run", "metrics.jsonl")] == [1, 2, 3]

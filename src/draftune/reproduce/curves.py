@@ -100,10 +100,12 @@ def efficiency(lab: Lab) -> Report:
                 runs = [[row[key] for row in rows if (row["method"], row["seed"]) == (name, s)] for s in seeds]
                 x = averaged(rows, name, unit)
                 band(axes[i, j], x[1:], [run[1:] for run in runs], name.partition("(min")[0], color=color(name))
+            axes[i, j].axhline(rows[0][key], color="black", linestyle=":", linewidth=1, label="base")
             axes[i, j].set(xscale="log", xlabel="reward queries" if j == 0 else "seconds of training", ylabel=label)
     axes[0, 0].legend(fontsize=7)
     ddpo = policy(lab.scale, 0).method
-    table = [summary(rows, name) for name in names]
+    start = [row for row in rows if row["update"] == 0 and row["method"] == LV]
+    table = [summary(start, LV) | {"method": "base"}, *(summary(rows, name) for name in names)]
 
     base = averaged(rows, LV, "reward")[0]
     best, final = max(averaged(rows, ddpo, "reward")), averaged(rows, LV, "reward")[-1]

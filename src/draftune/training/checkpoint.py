@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -13,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftune.errors import DraftuneError
 
-STATE, TENSORS = "state.json", "tensors.safetensors"
+STATE, TENSORS, CHECKSUMS = "state.json", "tensors.safetensors", "checksums.json"
 KEPT = 2
 
 
@@ -32,31 +32,60 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], tensors: 
     temporary.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
     (temporary / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
-    for name in (TENSORS, STATE):
-        with (temporary / name).open("rb") as file:
-            os.fsync(file.fileno())
+    sums = {name: checksum(temporary / name) for name in (STATE, TENSORS)}
+    (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        synced(path)
     temporary.rename(target)
+    synced(folder)
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 
 
+def synced(path: Path) -> None:
+    """On the disk, and not only on its way there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+    return sorted(folder.glob("step-*"))
+
+
+def check(checkpoint: Path) -> None:
+    """Raises DraftuneError that names the file of a checkpoint that is not what was written, and a way on."""
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        damaged = [name for name in (STATE, TENSORS) if checksum(checkpoint / name) != sums.get(name)]
+    except FileNotFoundError as error:
+        damaged = [Path(error.filename).name]
+    except (OSError, ValueError):
+        damaged = [CHECKSUMS]
+    if damaged:
+        older = [path for path in checkpoints(checkpoint.parent) if path < checkpoint]
+        way = f"go on from {older[-1].name}" if older else "begin anew"
+        raise DraftuneError(
+            f"the checkpoint {str(checkpoint)!r} is damaged: {damaged[0]} is not what was written; remove the folder "
+            f"to {way}"
+        )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DraftuneError(f"the checkpoint {str(checkpoint)!r} can't be read: {error}") from error
+    """What `save_checkpoint` was told. Raises DraftuneError for a damaged checkpoint."""
+    check(checkpoint)
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(checkpoint / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise DraftuneError(f"the checkpoint {str(checkpoint)!r} can't be read: {error}") from error
+    return load_file(checkpoint / TENSORS)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

@@ -163,12 +163,12 @@ class Trainer:
             self.normalize(s.normalize_reward)
         self.folder.create(s)
         try:
+            if not self.folder.checkpoint:
+                self.save_checkpoint()
             self.show(0, before)
             base = self.evaluate(0)
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
-            else:
-                self.save_checkpoint()
             try:
                 self.train()
             finally:
