@@ -170,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice += "--gradient-accumulation-steps) and --reward-batch-size"
         print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("draftune: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"draftune: interrupted {error}".rstrip(), file=sys.stderr)
         return 130
 
 

@@ -34,6 +34,7 @@ from draftune.training.checkpoint import (
     read_tensors,
     undisturbed,
 )
+from draftune.training.interrupt import interruptible
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
 
 if TYPE_CHECKING:
@@ -212,17 +213,21 @@ class Trainer:
         progress = tqdm(
             range(self.done + 1, s.steps + 1), desc="training", unit="update", initial=self.done, total=s.steps
         )
-        for step in progress:
-            row = self.update(step)
-            self.done = step
-            self.folder.log(METRICS, row)
-            progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-            if s.sample_every and step % s.sample_every == 0:
-                self.show(step)
-            if s.eval_every and step % s.eval_every == 0 and step < s.steps:
-                self.evaluate(step)
-            if s.save_every and step % s.save_every == 0 and step < s.steps:
-                self.save_checkpoint()
+        with interruptible() as wish:
+            for step in progress:
+                row = self.update(step)
+                self.done = step
+                self.folder.log(METRICS, row)
+                progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
+                if wish:
+                    self.save_checkpoint()
+                    raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
+                if s.sample_every and step % s.sample_every == 0:
+                    self.show(step)
+                if s.eval_every and step % s.eval_every == 0 and step < s.steps:
+                    self.evaluate(step)
+                if s.save_every and step % s.save_every == 0 and step < s.steps:
+                    self.save_checkpoint()
 
     def update(self, step: int) -> dict[str, float]:
         """One update: fresh batches, and the steps of the optimiser that the method makes of them."""

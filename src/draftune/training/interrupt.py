@@ -1,0 +1,48 @@
+"""Ctrl-C and a scheduler's TERM end a run after the update that is being made, with all of it saved."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Wish:
+    """True once somebody wants the run to end."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __bool__(self) -> bool:
+        return self.wanted
+
+
+@contextmanager
+def interruptible() -> Iterator[Wish]:
+    """Inside this block the first signal is a wish for the loop to see, and a second one acts as it always does."""
+    wish = Wish()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish  # signals belong to the main thread
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        wish.wanted = True
+        restore()
+        print("draftune: finishing this update; once more to stop at once", file=sys.stderr)
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield wish
+    finally:
+        restore()
