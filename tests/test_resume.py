@@ -108,7 +108,7 @@ def test_a_signal_ends_a_run_after_its_update(
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         calls.append(1)
-        if len(calls) == 6:  # in the third update
+        if len(calls) == 6:  # in the third update, after which the run is evaluated
             os.kill(os.getpid(), number)
         return noisy_brightness(images, prompts)
 
@@ -123,6 +123,7 @@ def test_a_signal_ends_a_run_after_its_update(
     ]
     train(pipeline_folder, tmp_path / "run", method="draft-k(k=1)", save_every=0)
     whole = train(pipeline_folder, tmp_path / "whole", method="draft-k(k=1)", save_every=0)
+    assert rows(whole.folder, "evaluations.jsonl") == rows(tmp_path / "run", "evaluations.jsonl")
     first, second = lora(whole.folder), lora(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -144,6 +145,8 @@ def test_another_run_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> N
         train(pipeline_folder, tmp_path / "run", learning_rate=0.02)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "note.txt").write_text("mine")
+    with pytest.raises(DraftuneError, match="holds another run: its prompts were not these"):
+        train(pipeline_folder, tmp_path / "run", prompts=["a cat", "a dog", "a bear"], steps=3)
     with pytest.raises(DraftuneError, match="holds other files"):
         train(pipeline_folder, tmp_path / "files")
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["note.txt"]

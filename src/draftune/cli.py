@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     again.add_argument("experiments", nargs="*", metavar="NAME", help="see 'draftune list experiments'; all if none")
     again.add_argument("--output", default="reproduction", metavar="DIR", help="for RESULTS.md (default: reproduction)")
     again.add_argument("--quick", action="store_true", help="minutes, to see that it works; the numbers mean nothing")
-    again.add_argument("--seeds", type=int, metavar="N", help="of every run; unless set 1 to 3, as the experiment says")
+    again.add_argument("--seeds", type=int, metavar="N", help="of the runs that are repeated (default: 2 or 3)")
     again.add_argument("--part", metavar="I/N", help="make only this part of the training runs and write nothing yet")
     again.set_defaults(run=run_reproduce)
 

@@ -50,12 +50,7 @@ class Call:
 
     def apply(self, function: Callable[..., T], kind: str, *given: Any) -> T:
         """`function(*given, **settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
-        try:
-            signature = inspect.signature(function, eval_str=True)
-        except NameError:
-            # Annotations of a user's class may be there for a type checker alone; then its types are not checked.
-            signature = inspect.signature(function)
-        parameters = dict(list(signature.parameters.items())[len(given) :])
+        parameters = dict(list(signature_of(function).parameters.items())[len(given) :])
         settings = dict(self.settings)
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for key, value in self.settings.items():
@@ -179,8 +174,16 @@ class Parser:
 
 def wraps_another(factory: Callable[..., Any], kind: type) -> bool:
     """Whether what a factory makes is made around another of its kind: its first parameter is one."""
-    parameters = list(inspect.signature(factory, eval_str=True).parameters.values())
-    return bool(parameters) and parameters[0].annotation is kind
+    parameters = list(signature_of(factory).parameters.values())
+    return bool(parameters) and parameters[0].annotation in (kind, kind.__name__)
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """With the types where they can be had: a user's annotations may be there for a type checker alone."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except NameError:
+        return inspect.signature(function)
 
 
 def written_sum(terms: Sequence[tuple[float, str]], digits: int = 9) -> str:

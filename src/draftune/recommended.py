@@ -17,6 +17,7 @@ PAPER: dict[str, Any] = {
     "timestep_spacing": "trailing",
     "learning_rate": 4e-4,
     "sample_every": 100,
+    "save_every": 50,
 }
 EMOJI: dict[str, Any] = {
     "reward": "emoji-aesthetic",
@@ -28,6 +29,7 @@ EMOJI: dict[str, Any] = {
     "guidance_scale": 3.0,
     "learning_rate": 1e-3,
     "sample_every": 15,
+    "save_every": 15,
 }
 
 

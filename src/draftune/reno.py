@@ -73,6 +73,8 @@ def optimize_noise(
     are meant to be the authors' for one-step generators: not confirmed, none of the five. Here the noise is moved
     `steps` times and `steps` + 1 pictures are scored; whether theirs counts so is not confirmed either.
     """
+    if model.autocast_dtype is torch.float16:
+        raise DraftuneError("the gradient by the noise vanishes in fp16: use bf16 or no")
     defaults = recommended(model.name)
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale

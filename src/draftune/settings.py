@@ -79,7 +79,7 @@ class Settings:
 
     sample_every: int = setting(None, "updates between grids of sample pictures; 0: only first and last", low=0)
     sample_prompts: int = setting(8, "prompts in a grid of sample pictures", low=1)
-    save_every: int = setting(50, "updates between checkpoints, from which the same command goes on", low=0)
+    save_every: int = setting(None, "updates between checkpoints, from which the same command goes on", low=0)
     eval_prompts: str | None = setting(
         None, "prompts for the comparison of base and tuned at the end: a set or a file; '' for none"
     )

@@ -27,6 +27,8 @@ class AdjointMatching(Method):
     step leads from pure noise; `scale` is the paper's lambda, whose value for a reward is to be tried.
     """
 
+    half_precision = False
+
     scale: float = 10.0
     k: int = 10
 

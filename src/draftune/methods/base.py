@@ -40,6 +40,8 @@ class Method:
 
     needs_gradient: bool = True
     """Whether the reward's gradient is used."""
+    half_precision: bool = True
+    """Whether it works in fp16, where gradients that the trainer's scaler does not see vanish."""
 
     def check(self, schedule: Schedule) -> None:
         """Raises DraftuneError where the method's settings do not fit the schedule."""

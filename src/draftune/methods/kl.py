@@ -28,7 +28,7 @@ class KL(Method):
         if not beta >= 0:
             raise DraftuneError(f"beta must be at least 0, not {beta}")
         self.method, self.beta = method, beta
-        self.needs_gradient = method.needs_gradient
+        self.needs_gradient, self.half_precision = method.needs_gradient, method.half_precision
         self.penalties: list[Tensor] = []
 
     def check(self, schedule: Schedule) -> None:

@@ -34,10 +34,10 @@ EXPERIMENTS: dict[str, Experiment] = {
 HEAD = """# Results
 
 The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)) measured again on the
-embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3, batches of 4, a LoRA of rank 8, AdamW at 1e-3. The
-training reward is `emoji-aesthetic`; the judges are classifiers that nothing was trained against; all scores are means
-over {count} pictures of {names} names that were not trained on, the same seeds every time. It is a small model: a claim
-that is not seen here may hold on a large one, and the other way round.
+embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3; unless said otherwise batches of 4, a LoRA of
+rank 8, AdamW at 1e-3 and `emoji-aesthetic` as the training reward. The judges are classifiers that nothing was trained
+against; all scores are means over {count} pictures of {names} names that were not trained on, the same seeds every
+time. It is a small model: a claim that is not seen here may hold on a large one, and the other way round.
 
     {command}
 
@@ -72,7 +72,9 @@ def reproduce(
     if seeds is not None:
         scale = scale.with_seeds(seeds)
     folder = user_path(output)
-    lab = Lab(folder / "results" / ("runs-quick" if quick else "runs"), scale)
+    # What a quick run writes stands beside the results and is never taken for them.
+    results = folder / ("results-quick" if quick else "results")
+    lab = Lab(results / "runs", scale)
     works = share(chosen, scale, *(part or (1, 1)))
     for i, work in enumerate(works, 1):
         print(f"run {i} of {len(works)}: {work.name}, {work.steps} updates", file=sys.stderr)
@@ -83,13 +85,13 @@ def reproduce(
     for name, experiment in chosen.items():
         print(f"experiment {name}", file=sys.stderr)
         report = experiment.report(lab)
-        write(name, report, folder / "results")
+        write(name, report, results)
         text = section(name, experiment, report, quick, seeds)
-        path = folder / "results" / f"{name}.md"
+        path = results / f"{name}.md"
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         written.append(path)
-    written.append(gathered(folder, scale, quick, seeds))
+    written.append(gathered(results, scale, quick, seeds))
     return written
 
 
@@ -132,8 +134,8 @@ def section(name: str, experiment: Experiment, report: Report, quick: bool, seed
     return "\n\n".join(parts) + "\n"
 
 
-def gathered(folder: Path, scale: Scale, quick: bool, seeds: int | None) -> Path:
-    """RESULTS.md of all the experiments that were written so far."""
+def gathered(results: Path, scale: Scale, quick: bool, seeds: int | None) -> Path:
+    """RESULTS.md, or RESULTS-quick.md, of all the experiments that were written so far."""
     head = HEAD.format(
         steps=scale.num_inference_steps,
         count=scale.eval_prompts * scale.eval_images,
@@ -141,13 +143,13 @@ def gathered(folder: Path, scale: Scale, quick: bool, seeds: int | None) -> Path
         command=command([], quick, seeds),
         quick="**These are of a quick run, which shows that everything works and measures nothing.**" if quick else "",
     )
-    pages = [folder / "results" / f"{name}.md" for name in EXPERIMENTS]
+    pages = [results / f"{name}.md" for name in EXPERIMENTS]
     texts = [head.strip() + "\n"]
     for page in pages:
         if page.is_file():
             text = page.read_text(encoding="utf-8")
-            texts.append(text.replace(f"({page.stem}.", f"(results/{page.stem}."))
-    path = folder / "RESULTS.md"
+            texts.append(text.replace(f"({page.stem}.", f"({results.name}/{page.stem}."))
+    path = results.parent / f"{results.name.replace('results', 'RESULTS')}.md"
     with written_whole(path) as temporary:
         temporary.write_text("\n".join(texts), encoding="utf-8")
     return path

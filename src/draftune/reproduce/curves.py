@@ -9,7 +9,7 @@ import numpy as np
 
 from draftune.reproduce.figures import band, color, figure
 from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, ONE, REWARD, Lab, Record, Scale, Work
-from draftune.reproduce.report import Claim, Experiment, Report
+from draftune.reproduce.report import Claim, Experiment, Report, spread
 
 
 def methods(scale: Scale) -> list[str]:
@@ -107,32 +107,44 @@ def efficiency(lab: Lab) -> Report:
     start = [row for row in rows if row["update"] == 0 and row["method"] == LV]
     table = [summary(start, LV) | {"method": "base"}, *(summary(rows, name) for name in names)]
 
-    base = averaged(rows, LV, "reward")[0]
-    best, final = max(averaged(rows, ddpo, "reward")), averaged(rows, LV, "reward")[-1]
-    level = min(best, max(averaged(rows, LV, "reward")))
-    spent = {name: averaged(rows, name, "reward_queries")[-1] for name in (ddpo, LV)}
-    ratios = {}
-    for unit in ("reward_queries", "seconds"):
-        slow, fast = (reached(averaged(rows, m, unit), averaged(rows, m, "reward"), level) for m in (ddpo, LV))
-        ratios[unit] = slow / fast if slow and fast else 0.0
-    gains = [row["reward"] for row in rows if row["method"] == ddpo and row["update"] == lab.scale.policy_updates]
-    spread = float(np.std(gains))
-    share = (best - base) / (final - base)
+    slow, fast = ([averaged(rows, name, key) for key in ("reward_queries", "seconds", "reward")] for name in (ddpo, LV))
+    base, final, best = fast[2][0], fast[2][-1], max(slow[2])
+    last = [row["reward"] for row in rows if row["method"] == ddpo and row["update"] == lab.scale.policy_updates]
+    noise, share = spread(last), (best - base) / ((final - base) or 1.0)
+    # Between the start and the first evaluation nothing was measured: what lies there is only known to be no later.
+    bound = best <= fast[2][1]
+    level = min(best, final)
+    ratios = []
+    for i in (0, 1):
+        late, early = reached(slow[i], slow[2], level), reached(fast[i], fast[2], level)
+        assert late is not None
+        assert early is not None
+        ratios.append(late / (fast[i][1] if bound else early))
     text = (
-        f"DRaFT-LV went from {base:.3f} to {final:.3f} with {spent[LV]:.0f} scored pictures. DDPO's best in "
-        f"{spent[ddpo]:.0f} was {best:.3f} (its last values have a standard deviation of {spread:.3f} over seeds), "
-        f"{100 * share:.0f} % of that gain. To what DDPO reached, it needed {ratios['reward_queries']:.0f} times the "
-        f"reward queries of DRaFT-LV and {ratios['seconds']:.0f} times the seconds. All are evaluated with the "
-        "deterministic sampler; DDPO learns on pictures of the ancestral one. Seconds are updates times the median of "
-        "one, measured on its own."
+        f"DRaFT-LV went from {base:.3f} to {final:.3f} with {fast[0][-1]:.0f} scored pictures. DDPO's best in "
+        f"{slow[0][-1]:.0f} was {best:.3f}, {100 * share:.0f} % of that gain; over seeds its last values have a "
+        f"standard deviation of {noise:.3f}. "
     )
-    moved = best - base > 2 * spread
-    ratio = ratios["reward_queries"]
-    verdict = "not seen" if not moved else "confirmed" if ratio > 200 else "weaker" if ratio > 1 else "reversed"
-    measured = f"{ratio:.0f} times at DDPO's best, {100 * share:.0f} % of DRaFT-LV's gain"
+    moved = best - base > 2 * noise
     if not moved:
-        measured += ", within the noise of the seeds: no ratio can be read off"
-    claims = [Claim("DRaFT needs more than 200 times fewer reward queries than DDPO", measured, verdict)]
+        text += "That is within the noise, so that no ratio can be read off. "
+        measured = f"DDPO has {100 * share:.0f} % of DRaFT-LV's gain after {slow[0][-1]:.0f} queries, within its noise"
+    else:
+        least = "at least " if bound else ""
+        text += (
+            f"For its best it needed {least}{ratios[0]:.0f} times the reward queries of DRaFT-LV and {least}"
+            f"{ratios[1]:.0f} times the seconds"
+        )
+        text += ": DRaFT-LV is past that at its first evaluation. " if bound else ". "
+        measured = f"{least}{ratios[0]:.0f} times, at {100 * share:.0f} % of DRaFT-LV's gain"
+    text += (
+        "DDPO runs at the learning rate of the others and was not tuned; a budget this small can't show what it does "
+        "with more. All are evaluated with the deterministic sampler; DDPO learns on pictures of the ancestral one. "
+        "Seconds are updates times the median of one, measured on its own, with checkpointing."
+    )
+    verdict = "confirmed" if ratios[0] > 200 else "weaker" if ratios[0] > 1 else "reversed"
+    paper = "DDPO needs more than 200 times the reward queries of DRaFT"
+    claims = [Claim(paper, measured, verdict if moved else "not seen")]
     return Report(rows, table, drawn, text, claims, lab.scale.seeds)
 
 
@@ -143,8 +155,12 @@ def summary(rows: Sequence[dict[str, Any]], method: str) -> dict[str, Any]:
     keys = ("reward", "judge_3d", "judge_name", "diversity", "reward_queries", "seconds")
     means: dict[str, Any] = {key: float(np.mean([row[key] for row in last])) for key in keys}
     means["reward_queries"] = int(means["reward_queries"])
-    spread = float(np.std([row["reward"] for row in last]))
-    return {"method": method, "updates": last[0]["update"], **means, "std of reward": spread}
+    return {
+        "method": method,
+        "updates": last[0]["update"],
+        **means,
+        "std of reward": spread([row["reward"] for row in last]),
+    }
 
 
 def overoptimisation(lab: Lab) -> Report:
@@ -169,6 +185,7 @@ def overoptimisation(lab: Lab) -> Report:
                 "method": work.method,
                 "judge best at update": best["update"],
                 "P(3D) there": best["judge_3d"],
+                "right name there": best["judge_name"],
                 "reward there": best["reward"],
                 "updates": own[-1]["update"],
                 "reward": own[-1]["reward"],
@@ -180,20 +197,25 @@ def overoptimisation(lab: Lab) -> Report:
     axes[0, 0].legend(fontsize=7)
     gradients = [row for row in table if not row["method"].startswith(("ddpo", "adjoint"))]
     start = rows[0]["diversity"]
-    lost = [row for row in gradients if row["diversity"] < 0.8 * start]
-    fell = [row for row in gradients if row["P(3D)"] < row["P(3D) there"] - 0.05 or row["right name"] < 0.95]
+    less = [row for row in gradients if row["diversity"] < 0.8 * start]
+    alike = [row for row in gradients if row["diversity"] < 0.25 * start]
+    gamed = [
+        row
+        for row in gradients
+        if row["reward"] > row["reward there"] and row["right name"] < row["right name there"] - 0.05
+    ]
     kept = next(row for row in table if row["method"].startswith("adjoint"))
     ends = ", ".join(f"{row['method']} {row['diversity']:.3f}" for row in gradients)
     text = (
-        f"Diversity within a prompt is {start:.3f} at the start. After {lab.scale.long} updates: {ends}. Of "
-        f"{len(gradients)} methods, {len(fell)} had lost what the judge saw at its best (P(3D) lower by 0.05, or a "
-        f"right name in fewer than 95 of 100) while the training reward rose on. Adjoint Matching, whose aim is not "
-        f"the reward alone, stood at a reward of {kept['reward']:.3f} with a diversity of {kept['diversity']:.3f}."
+        f"Diversity within a prompt is {start:.3f} at the start. After {lab.scale.long} updates: {ends}. In "
+        f"{len(gamed)} of these {len(gradients)} methods the reward rose on from the judge's best point while the "
+        f"judge read the right name in at least 5 % fewer pictures. Adjoint Matching, whose aim is not the reward alone, stood at a "
+        f"reward of {kept['reward']:.3f} with a diversity of {kept['diversity']:.3f}."
     )
-    verdict = "confirmed" if len(lost) == len(gradients) else "weaker" if lost else "not seen"
-    measured = (
-        f"{len(lost)} of {len(gradients)} methods below 80 % of the base's diversity after {lab.scale.long} updates"
-    )
+    n = len(gradients)
+    verdict = "confirmed" if len(alike) == n else "weaker" if less else "not seen"
+    measured = f"of {n} reward-gradient methods {len(less)} keep less than 80 % and {len(alike)} less than 25 % of the "
+    measured += f"base's diversity after {lab.scale.long} updates"
     claims = [Claim("trained too long, every method collapses to near-identical pictures", measured, verdict)]
     return Report(rows, table, drawn, text, claims, 1)
 

@@ -20,6 +20,7 @@ from draftune.lora import add_lora, load_lora, lora_parameters
 from draftune.memory import peak_memory
 from draftune.methods import Batch, load_method
 from draftune.models import Model, load_model
+from draftune.models.base import default_device
 from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, load_reward
@@ -131,14 +132,21 @@ class Lab:
             return None
         return Record(read_rows(folder / METRICS, work.steps), evaluations, folder)
 
+    def lora(self, work: Work) -> Path:
+        """The LoRA that a run left. It is that of its last update, so the run must not have been made longer."""
+        record = self.run(work)
+        assert len(read_rows(record.folder / METRICS, 10**9)) == work.steps, f"{work.name} is longer than {work.steps}"
+        return record.folder
+
     def run(self, work: Work) -> Record:
         """The run, made or taken up again where it is not finished."""
         if (record := self.record(work)) is not None:
             return record
         scale = self.scale
         texts = self.folder / "eval-prompts.txt"
-        with written_whole(texts) as temporary:
-            temporary.write_text("\n".join(self.eval_prompts) + "\n", encoding="utf-8")
+        if not texts.is_file():
+            with written_whole(texts) as temporary:
+                temporary.write_text("\n".join(self.eval_prompts) + "\n", encoding="utf-8")
         values: dict[str, Any] = {
             "reward": REWARD,
             "prompts": self.prompts,
@@ -175,17 +183,15 @@ class Lab:
 
     @cached_property
     def reward(self) -> Reward:
-        return load_reward(REWARD)
+        return load_reward(REWARD).to(default_device())
 
     @cached_property
     def judges(self) -> Reward:
-        return load_reward("emoji-judge-name + emoji-judge-style(style=3d)")
+        return load_reward("emoji-judge-name + emoji-judge-style(style=3d)").to(default_device())
 
     def model(self) -> Model:
-        """The embedded model on the grid of its training runs."""
-        model = load_model("emoji")
-        model.set_grid("trailing")
-        return model
+        """The embedded model, on the grid that it is trained on."""
+        return load_model("emoji").to(default_device())
 
     def scores(self, model: Model, reward: Reward | None = None) -> dict[str, float]:
         """A model's scores on the held-out prompts, as in a run's evaluations."""
@@ -229,7 +235,10 @@ class Lab:
         return found
 
     def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
-        """Seconds of the losses and gradients of one batch, the median of three, and their peak memory in MB."""
+        """Seconds of the losses and gradients of one batch, the median of three, and their peak memory in MB.
+
+        With checkpointing, which is the default of training, and the memory without it too.
+        """
         return self.measured(f"cost-{slug(method)}-{batch_size}", lambda: self.measured_cost(method, batch_size))
 
     def measured_cost(self, method: str, batch_size: int) -> dict[str, float]:
@@ -248,8 +257,12 @@ class Lab:
         for _ in range(3):
             start = time.perf_counter()
             gradient()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(times), "megabytes": peak_memory(gradient, model.device) / 1e6}
+        found = {"seconds": statistics.median(times), "megabytes": peak_memory(gradient, model.device) / 1e6}
+        model.gradient_checkpointing = False
+        return found | {"megabytes without": peak_memory(gradient, model.device) / 1e6}
 
 
 def slug(text: str) -> str:

@@ -11,7 +11,7 @@ from draftune.lora import set_lora_scales
 from draftune.reproduce.curves import rows_of
 from draftune.reproduce.figures import figure
 from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, REWARD, Lab, Scale, Work
-from draftune.reproduce.report import Claim, Experiment, Report
+from draftune.reproduce.report import Claim, Experiment, Report, compared
 from draftune.rewards import load_reward
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -29,7 +29,7 @@ def tidy(scores: dict[str, float]) -> dict[str, float]:
 
 
 def scale_sweep(lab: Lab) -> list[dict[str, float]]:
-    model = lab.tuned({"lora": lab.run(Work(LV, lab.scale.long)).folder})
+    model = lab.tuned({"lora": lab.lora(Work(LV, lab.scale.long))})
     found = []
     for scale in SCALES:
         set_lora_scales(model, {"lora": scale})
@@ -75,54 +75,35 @@ def lora_scale(lab: Lab) -> Report:
 
     rises = all(a["reward"] < b["reward"] for a, b in pairwise(swept[:5]))
     low, high = swept[0]["reward"], swept[4]["reward"]
-    levels = [low + share * (high - low) for share in (0.3, 0.5, 0.7, 0.85)]
-    wins, compared, told = 0, 0, []
-    for name in ("early stopping", "KL"):
-        points = sorted(dials[name], key=lambda row: row["value"])
-        pairs = [(at_reward(swept, level, "diversity"), at_reward(points, level, "diversity")) for level in levels]
-        known = [(a, b) for a, b in pairs if a is not None and b is not None]
-        compared += len(known)
-        wins += sum(a > b for a, b in known)
-        if known:
-            told.append(f"{np.mean([a - b for a, b in known]):+.3f} against {name}")
     text = (
         f"The LoRA of {lab.scale.long} updates, drawn at scales 0 to 1.5: the reward goes from {low:.3f} to "
         f"{high:.3f} at 1 and {swept[-1]['reward']:.3f} at 1.5, diversity from {swept[0]['diversity']:.3f} to "
-        f"{swept[4]['diversity']:.3f} and {swept[-1]['diversity']:.3f}. At equal reward the scale's diversity is "
-        f"{' and '.join(told) or 'not comparable'} (means over the levels that both reach)."
-    )
-    better = (
-        "not seen"
-        if not compared
-        else "confirmed"
-        if wins >= 0.8 * compared
-        else "weaker"
-        if wins > compared / 2
-        else "reversed"
+        f"{swept[4]['diversity']:.3f} and {swept[-1]['diversity']:.3f}."
     )
     claims = [
         Claim(
             "the scale interpolates smoothly between the base and the tuned model",
-            "the reward rises with every step of the scale from 0 to 1"
-            if rises
-            else "the reward does not rise throughout",
+            f"the reward {'rises' if rises else 'does not rise'} with every step of the scale from 0 to 1",
             "confirmed" if rises else "not seen",
-        ),
-        Claim(
-            "it is a better dial than early stopping or a KL term",
-            f"more diversity at equal reward in {wins} of {compared} comparisons",
-            better,
-        ),
+        )
     ]
+    for name in ("early stopping", "KL"):
+        inside = [row for row in dials[name] if low < row["reward"] < high and row["value"]]
+        pairs = [(at_reward(swept, row["reward"], "diversity"), row["diversity"]) for row in inside]
+        gains = [ours - theirs for ours, theirs in pairs if ours is not None]
+        gain = float(np.mean(gains)) if gains else 0.0
+        told = f"{gain:+.3f} in diversity at equal reward, the mean over {len(gains)} points" if gains else "no point"
+        claims.append(Claim(f"it is a better dial than {name}", told, compared(gain, 0.005)))
     return Report(rows, rows, drawn, text, claims, 1)
 
 
 def mixing_work(scale: Scale) -> list[Work]:
-    return [Work(LV, scale.steps), Work(LV, scale.steps, 0, {"reward": ORANGE})]
+    # Of seeds whose runs no other experiment makes longer: the LoRA is that of the last update.
+    return [Work(LV, scale.steps, 1), Work(LV, scale.steps, 0, {"reward": ORANGE})]
 
 
 def mixture(lab: Lab) -> list[dict[str, float]]:
-    first, second = (lab.run(work).folder for work in mixing_work(lab.scale))
+    first, second = (lab.lora(work) for work in mixing_work(lab.scale))
     model = lab.tuned({"style": first, "orange": second})
     orange, found = load_reward(ORANGE), []
     weights = [float(w) for w in np.linspace(0, 1, lab.scale.grid)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from draftune.reproduce.lab import Lab, Scale, Work
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Rows = list[dict[str, Any]]
 VERDICTS = ("confirmed", "weaker", "not seen", "reversed")
 
 
@@ -64,6 +67,20 @@ def write(name: str, report: Report, folder: Path) -> None:
             save(report.figure, str(temporary), suffix)
 
 
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; that of one seed is not known, and anything may lie within it."""
+    return statistics.stdev(values) if len(values) > 1 else math.inf
+
+
+def compared(difference: float, noise: float, enough: float = 0.0) -> str:
+    """The word for a difference that the paper expects to be positive, and to be `enough` to count in full."""
+    if abs(difference) <= 2 * noise:
+        return "not seen"
+    if difference < 0:
+        return "reversed"
+    return "confirmed" if difference >= enough else "weaker"
+
+
 def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
@@ -71,6 +88,8 @@ def rounded(value: Any) -> Any:
 def shown(value: Any) -> str:
     """A number as a table has it."""
     if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
         return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
     return "" if value is None else str(value)
 
@@ -83,4 +102,6 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 def findings(report: Report) -> str:
     """The claims beside what was measured, as a table."""
+    if not report.claims:
+        return "The paper makes no claim here."
     return markdown([{"the paper": c.paper, "measured": c.measured, "": f"**{c.verdict}**"} for c in report.claims])

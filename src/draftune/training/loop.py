@@ -22,7 +22,7 @@ from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.methods import Batch, Method, load_method
 from draftune.models import Model, load_model
 from draftune.prompts import load_prompts
-from draftune.rewards import Reward, find_reward
+from draftune.rewards import Reward, WeightedSum, find_reward
 from draftune.settings import Settings
 from draftune.training.audit import GradientAudit, probe_reward
 from draftune.training.checkpoint import (
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-Drawn = list[tuple[Tensor, dict[str, Tensor]]]
-"""For each batch the rewards of what it drew and, by label, of their parts."""
+Drawn = dict[int, tuple[Tensor, dict[str, Tensor]]]
+"""For each batch of an update the rewards of what it drew and, by label, of their parts."""
 
 
 @dataclass
@@ -74,10 +74,12 @@ def train(
     values |= {key: describe(value) for key, value in named.items() if value is not None}
     settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
     # What is cheap to check is checked before anything is loaded.
-    folder = RunFolder(settings)
-    method = load_method(settings.method)
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
+    folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []})
+    method = load_method(settings.method)
+    if settings.mixed_precision == "fp16" and not method.half_precision:
+        raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
     judged = held_out or settings.held_out
     # Every reward's weights are found before any network is loaded.
     score, judge = gather(
@@ -219,15 +221,16 @@ class Trainer:
                 self.done = step
                 self.folder.log(METRICS, row)
                 progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-                if wish:
-                    self.save_checkpoint()
-                    raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
                 if s.sample_every and step % s.sample_every == 0:
                     self.show(step)
-                if s.eval_every and step % s.eval_every == 0 and step < s.steps:
+                if step == s.steps:
+                    break  # the end has its own evaluation and checkpoint
+                if s.eval_every and step % s.eval_every == 0:
                     self.evaluate(step)
-                if s.save_every and step % s.save_every == 0 and step < s.steps:
+                if wish or (s.save_every and step % s.save_every == 0):
                     self.save_checkpoint()
+                if wish:
+                    raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
 
     def update(self, step: int) -> dict[str, float]:
         """One update: fresh batches, and the steps of the optimiser that the method makes of them."""
@@ -236,7 +239,7 @@ class Trainer:
         rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        drawn: Drawn = []
+        drawn: Drawn = {}
         for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
             self.optimizer.zero_grad()
             for loss in losses:
@@ -244,8 +247,10 @@ class Trainer:
             grad_norm = self.clipped_norm(step)
             self.optimizer.step()
         self.seconds += time.perf_counter() - start
-        reward = torch.cat([total for total, _ in drawn])
-        parts = {label: torch.cat([scores[label] for _, scores in drawn]) for label in drawn[0][1]}
+        if not drawn:
+            raise DraftuneError(f"the method {s.method!r} scored nothing")
+        reward = torch.cat([total for total, _ in drawn.values()])
+        parts = {label: torch.cat([scores[label] for _, scores in drawn.values()]) for label in drawn[0][1]}
         row = {
             "step": step,
             "reward": float(reward.mean()),
@@ -262,11 +267,11 @@ class Trainer:
     def fresh_batches(self, step: int, drawn: Drawn) -> Iterator[Batch]:
         """The batches of one update; the scores of each one's own pictures are added to `drawn`."""
         s = self.settings
-        for _ in range(s.gradient_accumulation_steps):
+        for i in range(s.gradient_accumulation_steps):
             prompts = [self.prompts[i] for i in self.order.draw(s.batch_size)]
             noise = self.model.noise(self.generator, len(prompts))
             denoise, base = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            reward = partial(self.score, prompts, step, drawn, len(drawn))
+            reward = partial(self.score, prompts, step, drawn, i)
             yield Batch(prompts, noise, self.schedule, denoise, base, reward, self.generator)
 
     def score(self, prompts: Sequence[str], step: int, drawn: Drawn, index: int, clean: Tensor) -> Tensor:
@@ -275,8 +280,7 @@ class Trainer:
         if not total.isfinite().all():
             raise DraftuneError(f"the reward became {total.tolist()} at update {step}; training stopped")
         self.queries += len(prompts)
-        if len(drawn) == index:
-            drawn.append((total.detach(), parts))
+        drawn.setdefault(index, (total.detach(), parts))
         return total
 
     def clipped_norm(self, step: int) -> float:
@@ -285,7 +289,9 @@ class Trainer:
         norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
         if math.isfinite(norm):
             self.overflows = 0
-            self.audit.check()
+            # Where all pictures score the same, a policy has nothing to learn from them yet.
+            if norm > 0 or self.method.needs_gradient:
+                self.audit.check()
             return norm
         # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
         self.overflows += 1
@@ -337,6 +343,7 @@ class Trainer:
             "reward_queries": self.queries,
             "seconds": self.seconds,
             "prompts": self.order.queue,
+            "weights": [weight for weight, _ in self.reward.terms],
             "method": self.method.state_dict(),
             "random": random_numbers,
             "scaler": scaler.state_dict() if scaler else None,
@@ -353,6 +360,9 @@ class Trainer:
         self.generator.set_state(tensors["generator"])
         self.done, self.queries, self.seconds = state["step"], state["reward_queries"], state["seconds"]
         self.order.queue = state["prompts"]
+        if isinstance(self.reward, WeightedSum):
+            # Measured again, a normalised reward's weights may differ in their last digits.
+            self.reward.weights = state["weights"]
         self.method.load_state_dict(state["method"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

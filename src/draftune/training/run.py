@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.paths import user_path, written_whole
+from draftune.prompts import metadata
 from draftune.settings import Settings, read_yaml
 
 if TYPE_CHECKING:
@@ -30,10 +32,11 @@ class RunFolder:
     Raises DraftuneError where the folder can't be written to or holds anything but a run with these settings.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, texts: Mapping[str, Sequence[str]]) -> None:
         self.path = path = user_path(settings.output)
         # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
         self.asked = asdict(settings)
+        self.contents = {name: digest(given) for name, given in texts.items()}
         self.checkpoint: Path | None = None
         self.done = 0
         if path.exists() and not path.is_dir():
@@ -60,6 +63,12 @@ class RunFolder:
                 raise DraftuneError(
                     f"the output folder {str(self.path)!r} holds another run: its {key} is {value!r}, not {now!r}; "
                     "give another (--output)"
+                )
+        for name, content in state["contents"].items():
+            if content != self.contents[name]:
+                raise DraftuneError(
+                    f"the output folder {str(self.path)!r} holds another run: its {name} were not these; give another "
+                    "(--output)"
                 )
         if self.done >= self.asked["steps"]:
             raise DraftuneError(
@@ -101,7 +110,8 @@ class RunFolder:
     def save_checkpoint(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         from draftune.training.checkpoint import save_checkpoint
 
-        save_checkpoint(self.path / "checkpoints", step, {"step": step, "settings": self.asked, **state}, tensors)
+        run = {"step": step, "settings": self.asked, "contents": self.contents}
+        save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors)
 
     def sample_path(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:06d}.png"
@@ -111,6 +121,12 @@ class RunFolder:
 
 
 LOGS = (METRICS, EVALUATIONS)
+
+
+def digest(texts: Sequence[str]) -> str:
+    """The same for the same prompts, with what they carry, in the same order."""
+    known = [[str(text), metadata(text)] for text in texts]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_rows(path: Path, last: int) -> list[dict[str, Any]]:
