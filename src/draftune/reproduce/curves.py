@@ -209,8 +209,8 @@ def overoptimisation(lab: Lab) -> Report:
     text = (
         f"Diversity within a prompt is {start:.3f} at the start. After {lab.scale.long} updates: {ends}. In "
         f"{len(gamed)} of these {len(gradients)} methods the reward rose on from the judge's best point while the "
-        f"judge read the right name in at least 5 % fewer pictures. Adjoint Matching, whose aim is not the reward alone, stood at a "
-        f"reward of {kept['reward']:.3f} with a diversity of {kept['diversity']:.3f}."
+        f"judge read the right name in at least 5 % fewer pictures. Adjoint Matching, whose aim is not the reward "
+        f"alone, stood at a reward of {kept['reward']:.3f} with a diversity of {kept['diversity']:.3f}."
     )
     n = len(gradients)
     verdict = "confirmed" if len(alike) == n else "weaker" if less else "not seen"
