@@ -31,7 +31,7 @@ from draftune.training.run import RunFolder
 def floor(trainer: Trainer, terms: int) -> Callable[[], None]:
     """The bare network calls of one update with `terms` terms of its gradient."""
     model, s = trainer.model, trainer.settings
-    prompts = next(trainer.batches)
+    prompts = trainer.prompts[: s.batch_size]
     with torch.no_grad():
         condition = model.encode(prompts, "", s.guidance_scale > 1)
     x = model.noise(torch.Generator().manual_seed(0), len(prompts))
@@ -72,10 +72,10 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for method, terms in (("draft-k(k=1)", 1), ("draft-lv(n=2)", 3)):
         with TemporaryDirectory() as folder:
-            settings = Settings(model=args.model, reward=args.reward, method=method, output=folder)
+            settings = Settings(model=args.model, reward=args.reward, method=method, output=f"{folder}/run")
             trainer = Trainer(
                 settings,
-                RunFolder(folder),
+                RunFolder(settings, {}),
                 load_method(method),
                 load_model(settings.model),
                 load_reward(settings.reward),

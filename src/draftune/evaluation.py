@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.models import Model
 from draftune.rewards import Reward, WeightedSum
+from draftune.sampling import advance
+from draftune.schedule import Schedule
 
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
@@ -33,9 +36,7 @@ class Comparison:
     tuned: Tensor
 
     @classmethod
-    def of(cls, base: Evaluation | None, tuned: Evaluation | None) -> Comparison | None:
-        if base is None or tuned is None:
-            return None
+    def of(cls, base: Evaluation, tuned: Evaluation) -> Comparison:
         scores = {name: (base.scores[name], tuned.scores[name]) for name in base.scores}
         return cls(scores, base.prompts, base.images, tuned.images)
 
@@ -95,6 +96,24 @@ def diversity(
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
     distances = torch.cdist(groups, groups)
     return float(distances.sum() / (len(groups) * images_per_prompt * (images_per_prompt - 1)))
+
+
+@torch.no_grad()
+def divergence(
+    model: Model, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
+) -> float:
+    """How far the LoRA moves the denoiser: the mean of (eps - eps_base)^2 along the tuned sampler's paths, seed 0 on.
+
+    The KL divergence between the two samplers' steps up to a factor for each step, as in the method `kl`.
+    """
+    denoise, base = model.denoisers(prompts, schedule, guidance_scale, negative_prompt)
+    x = model.noise([torch.Generator().manual_seed(seed) for seed in range(len(prompts))], len(prompts))
+    total = 0.0
+    for step in schedule.steps:
+        prediction = denoise(x, step)
+        total += float((prediction.noise - base(x, step).noise).square().mean())
+        x = advance(prediction, step)
+    return total / len(schedule)
 
 
 def evaluate(

@@ -84,6 +84,10 @@ class Settings:
         None, "prompts for the comparison of base and tuned at the end: a set or a file; '' for none"
     )
     eval_every: int = setting(0, "updates between evaluations on these prompts; 0: only first and last", low=0)
+    best_by: str = setting(
+        "", "columns of the evaluations whose sum picks the best LoRA, such as held-out/hpsv2; unless set --held-out"
+    )
+    patience: int = setting(0, "evaluations without a better one after which the run ends; 0: it goes on", low=0)
     eval_images: int = setting(2, "pictures of each of these prompts", low=1)
     held_out: str | None = setting(
         None, "rewards that are only measured in that comparison, not trained on; '' for none"

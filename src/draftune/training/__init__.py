@@ -1,5 +1,6 @@
 """Training: the loop, its checks, its folder."""
 
-from draftune.training.loop import Run, Trainer, train
+from draftune.training.loop import Run, Trainer
+from draftune.training.start import train
 
 __all__ = ["Run", "Trainer", "train"]

@@ -5,24 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError, gather
-from draftune.evaluation import Comparison, Evaluation, evaluate, normalized, score_batches
-from draftune.images import grid, save_image
+from draftune.errors import DraftuneError
+from draftune.evaluation import Comparison, normalized, score_batches
 from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.methods import Batch, Method, load_method
-from draftune.models import Model, load_model
-from draftune.prompts import load_prompts
-from draftune.rewards import Reward, WeightedSum, find_reward
+from draftune.methods import Batch, Method
+from draftune.models import Model
+from draftune.rewards import Reward, WeightedSum
 from draftune.settings import Settings
 from draftune.training.audit import GradientAudit, probe_reward
 from draftune.training.checkpoint import (
@@ -32,14 +29,12 @@ from draftune.training.checkpoint import (
     random_state,
     read_state,
     read_tensors,
-    undisturbed,
 )
+from draftune.training.device import accelerator
+from draftune.training.guard import weights_of
 from draftune.training.interrupt import interruptible
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+from draftune.training.watch import Watch
 
 Drawn = dict[int, tuple[Tensor, dict[str, Tensor]]]
 """For each batch of an update the rewards of what it drew and, by label, of their parts."""
@@ -53,51 +48,6 @@ class Run:
     metrics: list[dict[str, float]]
     evaluations: list[dict[str, float]]
     comparison: Comparison | None
-
-
-def train(
-    model: Any = None,
-    reward: Any = None,
-    *,
-    settings: Settings | None = None,
-    prompts: str | Sequence[str] | None = None,
-    held_out: Any = None,
-    **values: Any,
-) -> Run:
-    """Fine-tunes a LoRA on a reward through sampling; the model carries it afterwards.
-
-    `model`, `reward` and `prompts` are names, paths and expressions, or ready objects; every other setting is a
-    field of Settings, given by name or all at once as `settings`. Raises DraftuneError before anything is trained
-    if something does not fit.
-    """
-    named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
-    values |= {key: describe(value) for key, value in named.items() if value is not None}
-    settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
-    # What is cheap to check is checked before anything is loaded.
-    texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
-    eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
-    folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []})
-    method = load_method(settings.method)
-    if settings.mixed_precision == "fp16" and not method.half_precision:
-        raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
-    judged = held_out or settings.held_out
-    # Every reward's weights are found before any network is loaded.
-    score, judge = gather(
-        lambda: find_reward(settings.reward if reward is None else reward),
-        lambda: find_reward(judged) if judged else None,
-    )
-    assert score is not None
-    painter = model if isinstance(model, Model) else load_model(settings.model if model is None else model)
-    return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts).run()
-
-
-def describe(value: Any) -> str:
-    """What the saved settings say of an object that was given ready-made."""
-    if isinstance(value, (str, Path)):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return f"{len(value)} prompts given in Python"
-    return str(getattr(value, "name", None) or getattr(value, "label", None) or getattr(value, "__name__", "given"))
 
 
 class Trainer:
@@ -116,16 +66,17 @@ class Trainer:
     ) -> None:
         self.settings = s = settings
         self.folder, self.method, self.model = folder, method, model
-        self.prompts, self.eval_prompts = prompts, eval_prompts
-        shown = eval_prompts or prompts
-        count = min(s.sample_prompts, len(shown))
-        self.shown = [shown[i * len(shown) // count] for i in range(count)]
+        self.prompts = prompts
         s.model = model.name
         self.model.set_size(s.height, s.width)
         self.model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
         self.schedule = model.schedule(s.num_inference_steps)
         self.method.check(self.schedule)
 
+        if s.patience and not (s.eval_every and eval_prompts):
+            raise DraftuneError("patience counts evaluations: it wants --eval-prompts and --eval-every")
+        if s.best_by:
+            weights_of(s.best_by)
         self.accelerator = accelerator(s)
         device = self.accelerator.device
         self.model.to(device, s.mixed_precision).gradient_checkpointing = s.gradient_checkpointing
@@ -146,6 +97,7 @@ class Trainer:
                 weight_decay=s.weight_decay,
             )
         )
+        self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts)
         # One generator for everything that training draws; the grids and the comparison have their own.
         self.generator = torch.Generator().manual_seed(s.seed)
         self.order = PromptOrder(len(prompts), self.generator)
@@ -160,16 +112,14 @@ class Trainer:
         # For rewards that draw random numbers; what training draws has its own generator.
         set_seed(s.seed)
         self.probe()
-        # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
-        before = self.draw(self.shown, range(len(self.shown)))
         if s.normalize_reward:
             self.normalize(s.normalize_reward)
         self.folder.create(s)
         try:
             if not self.folder.checkpoint:
                 self.save_checkpoint()
-            self.show(0, before)
-            base = self.evaluate(0)
+            # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
+            self.look()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
             try:
@@ -177,14 +127,20 @@ class Trainer:
             finally:
                 # Whatever ends the training, what was learned is kept.
                 save_lora(self.model, self.folder.path / "lora")
-            if self.last_shown != s.steps:
-                self.show(s.steps)
-            tuned = self.evaluate(s.steps)
+            self.look()
             self.save_checkpoint()
         finally:
             self.folder.close()
         rows = self.folder.rows
-        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], Comparison.of(base, tuned))
+        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
+
+    def look(self) -> None:
+        """A grid and an evaluation of the model as it is."""
+        self.watch.show(self.done)
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        self.watch.evaluate(self.done, {"reward_queries": self.queries, "seconds": round(self.seconds, 4)})
 
     def probe(self) -> None:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
@@ -192,26 +148,29 @@ class Trainer:
         for reward in (self.reward, self.held_out):
             try:
                 if reward is not None:
-                    reward.check(self.eval_prompts or self.shown)
+                    reward.check(self.watch.eval_prompts or self.watch.shown)
             except DraftuneError as error:
                 raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
         prompts = list(islice(cycle(self.prompts), 2))
-        pictures = self.draw(prompts, range(2))
+        pictures = self.watch.draw(prompts, range(2))
         probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
         if self.held_out is not None:
-            shown = list(islice(cycle(self.eval_prompts or prompts), 2))
+            shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
             score_batches(self.held_out, pictures, shown, self.model.device)
 
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
         s = self.settings
         prompts = list(islice(cycle(self.prompts), count))
-        self.reward = normalized(self.reward, self.draw(prompts, range(count)), prompts, self.model.device)
+        pictures = self.watch.draw(prompts, range(count))
+        self.reward = self.watch.reward = normalized(self.reward, pictures, prompts, self.model.device)
         self.reward.set_chunk_size(s.reward_batch_size)
         s.reward, s.normalize_reward = self.reward.expression or self.reward.label, 0
 
     def train(self) -> None:
         s = self.settings
+        if self.watch.exhausted:
+            return
         progress = tqdm(
             range(self.done + 1, s.steps + 1), desc="training", unit="update", initial=self.done, total=s.steps
         )
@@ -221,12 +180,14 @@ class Trainer:
                 self.done = step
                 self.folder.log(METRICS, row)
                 progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-                if s.sample_every and step % s.sample_every == 0:
-                    self.show(step)
                 if step == s.steps:
-                    break  # the end has its own evaluation and checkpoint
+                    break  # the end has its own grid, evaluation and checkpoint
+                if s.sample_every and step % s.sample_every == 0:
+                    self.watch.show(step)
                 if s.eval_every and step % s.eval_every == 0:
-                    self.evaluate(step)
+                    self.evaluate()
+                if self.watch.exhausted:
+                    break
                 if wish or (s.save_every and step % s.save_every == 0):
                     self.save_checkpoint()
                 if wish:
@@ -299,40 +260,6 @@ class Trainer:
             raise DraftuneError(f"the gradient's norm became {norm} at update {step}; training stopped")
         return norm
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pictures [N, 3, H, W] on the CPU, drawn without touching the random numbers of training."""
-        s = self.settings
-        return self.model.generate(
-            prompts, seeds, self.schedule, s.guidance_scale, s.negative_prompt, s.batch_size, progress=True
-        )
-
-    @undisturbed()
-    def show(self, step: int, pictures: Tensor | None = None) -> None:
-        """The grid of samples at this update: the same prompts and seeds every time."""
-        if pictures is None:
-            pictures = self.draw(self.shown, range(len(self.shown)))
-        scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
-        captions = [f"{score:.3g}" for score in scores]
-        self.last_shown = step
-        if step == 0:
-            self.base_pictures, self.base_captions = pictures, captions
-        save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
-        rows = [self.base_pictures, pictures]
-        sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
-        save_image(sheet, self.folder.path / "before_after.png")
-
-    @undisturbed()
-    def evaluate(self, step: int) -> Evaluation | None:
-        """The scores of the held-out prompts' pictures, where the run has any; a line of evaluations.jsonl."""
-        if not self.eval_prompts:
-            return None
-        evaluation = evaluate(
-            self.draw, self.reward, self.held_out, self.eval_prompts, self.settings.eval_images, self.model.device
-        )
-        counted = {"step": step, "reward_queries": self.queries, "seconds": round(self.seconds, 4)}
-        self.folder.log(EVALUATIONS, counted | evaluation.scores)
-        return evaluation
-
     def save_checkpoint(self) -> None:
         random_numbers, tensors = random_state()
         tensors |= {f"lora/{name}": parameter for name, parameter in self.parameters.items()}
@@ -367,23 +294,6 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         load_random_state(state["random"], tensors)
-
-
-def accelerator(settings: Settings) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # A second run in one process may want another device or precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        chosen = Accelerator(cpu=settings.cpu, mixed_precision=settings.mixed_precision)
-    except ValueError as error:
-        raise DraftuneError(f"mixed_precision={settings.mixed_precision} does not work here: {error}") from error
-    if settings.mixed_precision == "fp16" and chosen.device.type == "cpu":
-        raise DraftuneError("mixed_precision=fp16 does not work on a CPU: use bf16 or no")
-    if chosen.num_processes > 1:
-        raise DraftuneError("training by several processes is not supported: start one, on one device")
-    return chosen
 
 
 class PromptOrder:

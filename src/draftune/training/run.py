@@ -23,7 +23,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 # What may change when a run goes on: how far, and what is only looked at on the way.
-FREE = ("steps", "output", "sample_every", "save_every", "eval_every")
+FREE = ("steps", "output", "sample_every", "save_every", "eval_every", "best_by", "patience")
 
 
 class RunFolder:
@@ -94,10 +94,13 @@ class RunFolder:
             raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
         self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.done + 1)
 
-    def log(self, name: str, row: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl or evaluations.jsonl, on disk at once, and the same numbers for TensorBoard."""
+    def log(self, name: str, row: Mapping[str, float]) -> bool:
+        """One line of metrics.jsonl or evaluations.jsonl, on disk at once, and the same numbers for TensorBoard.
+
+        Whether it is new: a run that goes on measures its start again.
+        """
         if self.rows[name] and row["step"] <= self.rows[name][-1]["step"]:
-            return  # measured again because the run goes on
+            return False
         finite: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self.rows[name].append(finite)
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -106,6 +109,7 @@ class RunFolder:
         for key, value in row.items():
             if key != "step":
                 self.events.add_scalar(prefix + key, value, int(row["step"]))
+        return True
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         from draftune.training.checkpoint import save_checkpoint

@@ -1,0 +1,65 @@
+"""Follows the evaluations of a run: which was the best, whether to go on, and whether the reward is being gamed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from draftune.errors import DraftuneError, unknown
+from draftune.expression import Call, parse
+
+HELD_OUT = "held-out/"
+
+
+def weights_of(rule: str) -> dict[str, float]:
+    """A weighted sum of columns, "held-out/judge + 0.5*held-out/diversity", by column. Raises DraftuneError."""
+    tree = parse(rule)
+    terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
+    if any(call.settings or call.inner for _, call in terms):
+        raise DraftuneError(f"best_by is a sum of columns of the evaluations, not {rule!r}")
+    return {call.name: weight for weight, call in terms}
+
+
+class Guard:
+    """The best evaluation is that with the highest weighted sum of its columns."""
+
+    def __init__(self, weights: Mapping[str, float], patience: int, reward: str) -> None:
+        self.weights, self.patience, self.reward = weights, patience, reward
+        self.rows: list[Mapping[str, float]] = []
+        self.best: Mapping[str, float] | None = None
+
+    def value(self, row: Mapping[str, float]) -> float:
+        """What is to be highest. Raises DraftuneError for a column that is not there."""
+        for column in self.weights:
+            if column not in row:
+                raise unknown("column of the evaluations", column, row)
+        return sum(weight * row[column] for column, weight in self.weights.items())
+
+    def see(self, row: Mapping[str, float]) -> bool:
+        """Takes an evaluation in; whether it is the best so far."""
+        value = self.value(row)
+        self.rows.append(row)
+        better = self.best is None or value > self.value(self.best)
+        if better:
+            self.best = row
+        return better
+
+    def since(self, row: Mapping[str, float]) -> int:
+        """How many evaluations came after this one."""
+        return len(self.rows) - 1 - self.rows.index(row)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many evaluations as patience allows have passed without a better one."""
+        return bool(self.patience) and self.best is not None and self.since(self.best) >= self.patience
+
+    def warning(self) -> str | None:
+        """What to say where the reward rises while a held-out one has been lower at the last two evaluations."""
+        now, fallen = self.rows[-1], []
+        for key in (key for key in now if key.startswith(HELD_OUT)):
+            top = max(self.rows, key=lambda row: row[key])
+            lower = self.since(top) >= 2 and all(row[key] < top[key] for row in self.rows[-2:])
+            if lower and now[self.reward] > top[self.reward]:
+                fallen.append(f"{key} fell from {top[key]:.3f} at update {int(top['step'])} to {now[key]:.3f}")
+        if not fallen:
+            return None
+        return f"over-optimisation: the reward rises to {now[self.reward]:.3f}, but {', '.join(fallen)}"

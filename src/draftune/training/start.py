@@ -1,0 +1,62 @@
+"""From what a user says to a run: everything cheap is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from draftune.errors import DraftuneError, gather
+from draftune.methods import load_method
+from draftune.models import Model, load_model
+from draftune.prompts import load_prompts
+from draftune.rewards import find_reward
+from draftune.settings import Settings
+from draftune.training.loop import Run, Trainer
+from draftune.training.run import RunFolder
+
+
+def train(
+    model: Any = None,
+    reward: Any = None,
+    *,
+    settings: Settings | None = None,
+    prompts: str | Sequence[str] | None = None,
+    held_out: Any = None,
+    **values: Any,
+) -> Run:
+    """Fine-tunes a LoRA on a reward through sampling; the model carries it afterwards.
+
+    `model`, `reward` and `prompts` are names, paths and expressions, or ready objects; every other setting is a
+    field of Settings, given by name or all at once as `settings`. Raises DraftuneError before anything is trained
+    if something does not fit.
+    """
+    named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
+    values |= {key: describe(value) for key, value in named.items() if value is not None}
+    settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
+    # What is cheap to check is checked before anything is loaded.
+    texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
+    eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
+    folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []})
+    method = load_method(settings.method)
+    if settings.mixed_precision == "fp16" and not method.half_precision:
+        raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
+    judged = held_out or settings.held_out
+    # Every reward's weights are found before any network is loaded.
+    score, judge = gather(
+        lambda: find_reward(settings.reward if reward is None else reward),
+        lambda: find_reward(judged) if judged else None,
+    )
+    assert score is not None
+    painter = model if isinstance(model, Model) else load_model(settings.model if model is None else model)
+    return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts).run()
+
+
+def describe(value: Any) -> str:
+    """What the saved settings say of an object that was given ready-made."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} prompts given in Python"
+    return str(getattr(value, "name", None) or getattr(value, "label", None) or getattr(value, "__name__", "given"))

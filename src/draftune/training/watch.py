@@ -1,0 +1,111 @@
+"""What is looked at while a run goes on: the same prompts and seeds every time, beside the base model's pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from draftune.evaluation import Comparison, Evaluation, divergence, evaluate, score_batches
+from draftune.images import grid, save_image
+from draftune.lora import save_lora
+from draftune.models import Model
+from draftune.rewards import Reward
+from draftune.schedule import Schedule
+from draftune.settings import Settings
+from draftune.training.checkpoint import undisturbed
+from draftune.training.guard import HELD_OUT, Guard, weights_of
+from draftune.training.run import EVALUATIONS, RunFolder
+
+
+class Watch:
+    """Grids of samples, evaluations and the best LoRA of one run; training draws the same numbers without it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        model: Model,
+        schedule: Schedule,
+        reward: Reward,
+        held_out: Reward | None,
+        prompts: Sequence[str],
+        eval_prompts: Sequence[str] | None,
+    ) -> None:
+        self.settings, self.folder, self.model, self.schedule = settings, folder, model, schedule
+        self.reward, self.held_out, self.eval_prompts = reward, held_out, eval_prompts
+        shown = eval_prompts or prompts
+        count = min(settings.sample_prompts, len(shown))
+        self.shown = [shown[i * len(shown) // count] for i in range(count)]
+        self.evaluations: dict[int, Evaluation] = {}
+        self.guard: Guard | None = None
+        self.last_shown = -1
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Pictures [N, 3, H, W] on the CPU."""
+        s = self.settings
+        return self.model.generate(
+            prompts, seeds, self.schedule, s.guidance_scale, s.negative_prompt, s.batch_size, progress=True
+        )
+
+    @undisturbed()
+    def show(self, step: int) -> None:
+        """The grid of samples at this update."""
+        if step == self.last_shown:
+            return
+        pictures = self.draw(self.shown, range(len(self.shown)))
+        scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
+        captions = [f"{score:.3g}" for score in scores]
+        self.last_shown = step
+        if step == 0:
+            self.base_pictures, self.base_captions = pictures, captions
+        save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
+        rows = [self.base_pictures, pictures]
+        sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
+        save_image(sheet, self.folder.path / "before_after.png")
+
+    @undisturbed()
+    def evaluate(self, step: int, counted: Mapping[str, float]) -> None:
+        """The scores of the held-out prompts' pictures, where the run has any: a line of evaluations.jsonl."""
+        if not self.eval_prompts or step in self.evaluations:
+            return
+        s, device = self.settings, self.model.device
+        found = evaluate(self.draw, self.reward, self.held_out, self.eval_prompts, s.eval_images, device)
+        # Only the first and the last are compared in the end; pictures take memory.
+        self.evaluations = {0: self.evaluations.get(0, found), step: found}
+        distance = float((found.images - self.evaluations[0].images).abs().mean())
+        few = self.eval_prompts[: s.batch_size]
+        kl = divergence(self.model, few, self.schedule, s.guidance_scale, s.negative_prompt)
+        row = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl}
+        if self.guard is None:
+            self.guard = Guard(self.weights(row), s.patience, self.reward.label)
+            for old in self.folder.rows[EVALUATIONS]:
+                self.guard.see(old)
+        if not self.folder.log(EVALUATIONS, row):
+            return  # measured again because the run goes on
+        if self.guard.see(row):
+            save_lora(self.model, self.folder.path / "best")
+        if warning := self.guard.warning():
+            tqdm.write(f"draftune: {warning}", file=sys.stderr)
+
+    def weights(self, row: Mapping[str, float]) -> dict[str, float]:
+        """By which columns the best evaluation is chosen: as asked, else the held-out rewards as they were weighed."""
+        if self.settings.best_by:
+            return weights_of(self.settings.best_by)
+        if self.held_out is None:
+            return {self.reward.label: 1.0}
+        columns = [key for key in row if key.startswith(HELD_OUT) and key != f"{HELD_OUT}diversity"]
+        return {column: weight for column, (weight, _) in zip(columns, self.held_out.terms, strict=False)}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the evaluations have stopped getting better for as long as patience allows."""
+        return self.guard is not None and self.guard.exhausted
+
+    def comparison(self) -> Comparison | None:
+        """The base model against the last evaluation."""
+        if not self.evaluations:
+            return None
+        return Comparison.of(self.evaluations[0], self.evaluations[max(self.evaluations)])

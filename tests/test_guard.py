@@ -1,0 +1,144 @@
+"""The guard: the best evaluation, the end of patience, the warning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import rows, train
+from torch import Tensor
+
+from draftune.errors import DraftuneError
+from draftune.evaluation import divergence
+from draftune.lora import add_lora, lora_parameters
+from draftune.models import load_model
+from draftune.training.guard import Guard, weights_of
+
+
+def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, float]]:
+    return [
+        {"step": 10.0 * i, "aesthetic": reward, "held-out/judge": judge}
+        for i, (reward, judge) in enumerate(zip(rewards, judged, strict=True))
+    ]
+
+
+def test_the_best_is_that_of_the_rule() -> None:
+    guard = Guard({"held-out/judge": 1.0, "aesthetic": -0.1}, patience=2, reward="aesthetic")
+    seen = [(guard.see(row), guard.exhausted) for row in told([1, 2, 3, 4, 5], [0.2, 0.5, 0.5, 0.58, 0.6])]
+    # 0.1, 0.3, 0.2, 0.18, 0.1
+    assert seen == [(True, False), (True, False), (False, False), (False, True), (False, True)]
+    assert guard.best is not None
+    assert guard.best["step"] == 10
+    with pytest.raises(DraftuneError, match=r"unknown column .*held-out/juge.*did you mean 'held-out/judge'"):
+        Guard({"held-out/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
+    assert weights_of("held-out/judge - 0.5*kl") == {"held-out/judge": 1.0, "kl": -0.5}
+    for rule in ("judge(k=2)", "judge(clip)"):
+        with pytest.raises(DraftuneError, match="a sum of columns"):
+            weights_of(rule)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "judged", "said"),
+    [
+        ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7], "fell from 0.900 at update 10 to 0.700"),
+        ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.95], None),  # it came back
+        ([1, 2, 3], [0.5, 0.9, 0.8], None),  # once may be chance
+        ([1, 5, 3, 4], [0.5, 0.9, 0.8, 0.7], None),  # the reward fell too
+    ],
+)
+def test_the_warning(rewards: list[float], judged: list[float], said: str | None) -> None:
+    guard = Guard({"held-out/judge": 1.0}, 0, "aesthetic")
+    for row in told(rewards, judged):
+        guard.see(row)
+    warning = guard.warning()
+    assert (warning is None) == (said is None)
+    if said:
+        assert warning is not None
+        assert said in warning
+        assert "rises to 4.000" in warning
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+class Peaks:
+    """A judge that likes every evaluation better up to the third one, and then less."""
+
+    __name__ = "judge"
+
+    def __init__(self) -> None:
+        self.told = iter([0.0, 0.1, 0.2, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0])
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.full((len(images),), next(self.told))
+
+
+def test_patience_ends_a_run_and_the_best_is_kept(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values: dict[str, Any] = {"eval_every": 1, "method": "draft-k(k=1)", "learning_rate": 0.02, "steps": 8}
+    # The first number goes to the trial before training.
+    run = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
+    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
+    assert [round(row["held-out/judge"], 3) for row in run.evaluations] == [0.1, 0.2, 0.3, 0.2, 0.1]
+    assert "over-optimisation: the reward rises" in capsys.readouterr().err
+    second = train(pipeline_folder, tmp_path / "second", brightness, **(values | {"steps": 2}))
+    best, same = (
+        load_file(folder / "pytorch_lora_weights.safetensors")
+        for folder in (run.folder / "best", second.folder / "lora")
+    )
+    assert all(torch.equal(best[name], same[name]) for name in same)
+    # The same command has nothing left to do; without patience it goes on.
+    again = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
+    assert [row["step"] for row in again.metrics] == [1, 2, 3, 4]
+    longer = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=0, **values)
+    assert [row["step"] for row in longer.metrics] == list(range(1, 9))
+    assert [row["step"] for row in rows(run.folder, "evaluations.jsonl")] == list(range(9))
+
+
+def test_an_evaluation_says_how_far_the_model_has_gone(pipeline_folder: Path, tmp_path: Path) -> None:
+    run = train(pipeline_folder, tmp_path / "run", brightness, learning_rate=0.02, method="draft-k(k=1)")
+    first, *later = run.evaluations
+    assert first["kl"] == first["distance"] == 0
+    assert all(row["kl"] > 0 and row["distance"] > 0 for row in later)
+    assert later[-1]["kl"] > later[0]["kl"]
+    assert run.comparison is not None
+    moved = (run.comparison.tuned - run.comparison.base).abs().mean()
+    assert later[-1]["distance"] == pytest.approx(float(moved), rel=1e-6)
+
+
+def test_the_divergence_by_hand(pipeline_folder: Path) -> None:
+    model = load_model(pipeline_folder)
+    base = load_model(pipeline_folder)
+    torch.manual_seed(0)
+    add_lora(model, rank=2)
+    for parameter in lora_parameters(model).values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    schedule = model.schedule(3)
+    ours = divergence(model, ["a", "b"], schedule, 3.0)
+    tuned, plain = (m.denoise(["a", "b"], schedule, 3.0) for m in (model, base))
+    x = torch.cat([model.noise(torch.Generator().manual_seed(seed), 1) for seed in (0, 1)])
+    distances = []
+    with torch.no_grad():
+        for step in schedule.steps:
+            clean, noise = tuned(x, step)
+            distances.append(float((noise - plain(x, step).noise).square().mean()))
+            x = step.alpha_next * clean + step.sigma_next * noise
+    assert ours == pytest.approx(sum(distances) / 3, rel=1e-5)
+    assert ours > 1e-6
+
+
+def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
+    for values, message in (
+        ({"patience": 2, "eval_every": 0}, "wants --eval-prompts and --eval-every"),
+        ({"patience": 2, "eval_prompts": ""}, "wants --eval-prompts and --eval-every"),
+        ({"best_by": "held-out/x + "}, "cannot read"),
+        ({"best_by": "held-out/x"}, "unknown column"),
+    ):
+        with pytest.raises(DraftuneError, match=message):
+            train(pipeline_folder, tmp_path / "run", brightness, **values)
