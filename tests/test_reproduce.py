@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_where_a_curve_gets_to_a_level() -> None:
 def test_a_dial_at_a_reward() -> None:
     points = [{"reward": 1.0, "d": 0.8}, {"reward": 3.0, "d": 0.4}, {"reward": 2.0, "d": 0.7}]
     assert at_reward(points, 2.5, "d") == pytest.approx(0.55)  # 0.5 on the way up, 0.55 on the way back
-    assert at_reward(points, 3.5, "d") is None
+    assert math.isnan(at_reward(points, 3.5, "d"))
 
 
 Story = Callable[[Work, int], dict[str, float]]
@@ -161,8 +162,8 @@ def test_dials_are_compared_at_equal_reward(tmp_path: Path) -> None:
 
     report = lora_scale(MadeUp(tmp_path, story, lora_scale=swept))
     assert verdicts(report) == ["confirmed", "confirmed", "reversed"]
-    assert report.claims[1].measured == "+0.020 in diversity at equal reward, the mean over 7 points"
-    assert report.claims[2].measured == "-0.050 in diversity at equal reward, the mean over 2 points"
+    assert report.claims[1].measured == "+0.020 in diversity at equal reward, more by over 0.005 at 7 of 7 points"
+    assert report.claims[2].measured == "-0.050 in diversity at equal reward, more by over 0.005 at 0 of 2 points"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from draftune.reproduce.figures import band, color, figure
+from draftune.reproduce.figures import band, color, figure, legend
 from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, ONE, REWARD, Lab, Record, Scale, Work
 from draftune.reproduce.report import Claim, Experiment, Report, spread
 
@@ -102,7 +102,7 @@ def efficiency(lab: Lab) -> Report:
                 band(axes[i, j], x[1:], [run[1:] for run in runs], name.partition("(min")[0], color=color(name))
             axes[i, j].axhline(rows[0][key], color="black", linestyle=":", linewidth=1, label="base")
             axes[i, j].set(xscale="log", xlabel="reward queries" if j == 0 else "seconds of training", ylabel=label)
-    axes[0, 0].legend(fontsize=7)
+    legend(drawn, axes[0, 0])
     ddpo = policy(lab.scale, 0).method
     start = [row for row in rows if row["update"] == 0 and row["method"] == LV]
     table = [summary(start, LV) | {"method": "base"}, *(summary(rows, name) for name in names)]
@@ -194,7 +194,7 @@ def overoptimisation(lab: Lab) -> Report:
                 "diversity": own[-1]["diversity"],
             }
         )
-    axes[0, 0].legend(fontsize=7)
+    legend(drawn, axes[0, 0])
     gradients = [row for row in table if not row["method"].startswith(("ddpo", "adjoint"))]
     start = rows[0]["diversity"]
     less = [row for row in gradients if row["diversity"] < 0.8 * start]

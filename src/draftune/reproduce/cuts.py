@@ -145,9 +145,9 @@ def copies(lab: Lab) -> Report:
     noisy = [row["gradient's variance / mean squared"] for row in table]
     averages = [row["variance of the average"] for row in table]
     text = (
-        f"n = 2 reaches what DRaFT-1 has after {scale.steps} updates "
-        + (f"after {needed:.1f}" if needed is not None else "not at all")
-        + f", and its updates take {100 * longer:.0f} % longer. The variance of the gradient over "
+        f"What DRaFT-1 has after {scale.steps} updates, n = 2 "
+        + (f"has after {needed:.1f}" if needed is not None else "has not")
+        + f". Its updates take {100 * longer:.0f} % longer. The variance of the gradient over "
         f"{scale.gradient_seeds} draws of the noise for the same prompts, relative to the square of its mean, is "
         f"{noisy[0]:.2f} for DRaFT-1, {noisy[2]:.2f} for n = 2 and {noisy[-1]:.2f} for n = 8; that of the average of "
         f"the 1 + n terms is {averages[2] / averages[0]:.2f} times DRaFT-1's at n = 2 and "

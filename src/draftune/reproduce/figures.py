@@ -54,6 +54,11 @@ def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.2) -> 
         return drawn, drawn.subplots(rows, columns, squeeze=False)
 
 
+def legend(drawn: Figure, axes: Axes) -> None:
+    """What the lines of one of its axes are, beside the figure, where it hides none of them."""
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+
+
 def save(drawn: Figure, path: str, format: str) -> None:
     from matplotlib import rc_context
 

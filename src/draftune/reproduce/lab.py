@@ -235,7 +235,7 @@ class Lab:
         return found
 
     def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
-        """Seconds of the losses and gradients of one batch, the median of three, and their peak memory in MB.
+        """Seconds of the losses and gradients of one batch, the median of five, and their peak memory in MB.
 
         With checkpointing, which is the default of training, and the memory without it too.
         """
@@ -254,7 +254,7 @@ class Lab:
 
         gradient()
         times = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             gradient()
             if model.device.type == "cuda":

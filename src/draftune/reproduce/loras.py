@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,8 @@ from draftune.rewards import load_reward
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 BETAS = (1.0, 10.0)
+MARGIN = 0.005
+"""Of diversity: what is less is taken for chance."""
 ORANGE = "color(target=orange)"
 
 
@@ -37,14 +40,17 @@ def scale_sweep(lab: Lab) -> list[dict[str, float]]:
     return found
 
 
-def at_reward(points: list[dict[str, Any]], reward: float, key: str) -> float | None:
-    """What a dial gives where it has this reward, straight between its points, its best where there are several."""
+def at_reward(points: list[dict[str, Any]], reward: float, key: str) -> float:
+    """What a dial gives where it has this reward, straight between its points, its best where there are several.
+
+    Not a number where none of its points reach it.
+    """
     values = []
     for a, b in pairwise(points):
         low, high = sorted((a["reward"], b["reward"]))
         if low <= reward <= high and high > low:
             values.append(a[key] + (b[key] - a[key]) * (reward - a["reward"]) / (b["reward"] - a["reward"]))
-    return max(values, default=None)
+    return max(values, default=math.nan)
 
 
 def lora_scale(lab: Lab) -> Report:
@@ -89,11 +95,24 @@ def lora_scale(lab: Lab) -> Report:
     ]
     for name in ("early stopping", "KL"):
         inside = [row for row in dials[name] if low < row["reward"] < high and row["value"]]
-        pairs = [(at_reward(swept, row["reward"], "diversity"), row["diversity"]) for row in inside]
-        gains = [ours - theirs for ours, theirs in pairs if ours is not None]
-        gain = float(np.mean(gains)) if gains else 0.0
-        told = f"{gain:+.3f} in diversity at equal reward, the mean over {len(gains)} points" if gains else "no point"
-        claims.append(Claim(f"it is a better dial than {name}", told, compared(gain, 0.005)))
+        gains = {
+            key: [at_reward(swept, row["reward"], key) - row[key] for row in inside]
+            for key in ("diversity", "judge_3d")
+        }
+        mean = {key: float(np.mean(values)) if values else 0.0 for key, values in gains.items()}
+        won = sum(value > MARGIN for value in gains["diversity"])
+        text += (
+            f" At equal reward it differs from {name} by {mean['diversity']:+.3f} in diversity and "
+            f"{mean['judge_3d']:+.3f} in P(3D), the means over {len(inside)} points."
+        )
+        word = compared(mean["diversity"], MARGIN)
+        claims.append(
+            Claim(
+                f"it is a better dial than {name}",
+                f"{mean['diversity']:+.3f} in diversity at equal reward, more by over {MARGIN} at {won} of {len(inside)} points",
+                "weaker" if word == "confirmed" and won < 0.8 * len(inside) else word,
+            )
+        )
     return Report(rows, rows, drawn, text, claims, 1)
 
 
