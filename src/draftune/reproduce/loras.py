@@ -106,13 +106,11 @@ def lora_scale(lab: Lab) -> Report:
             f"{mean['judge_3d']:+.3f} in P(3D), the means over {len(inside)} points."
         )
         word = compared(mean["diversity"], MARGIN)
-        claims.append(
-            Claim(
-                f"it is a better dial than {name}",
-                f"{mean['diversity']:+.3f} in diversity at equal reward, more by over {MARGIN} at {won} of {len(inside)} points",
-                "weaker" if word == "confirmed" and won < 0.8 * len(inside) else word,
-            )
-        )
+        if word == "confirmed" and won < 0.8 * len(inside):
+            word = "weaker"
+        told = f"{mean['diversity']:+.3f} in diversity at equal reward, "
+        told += f"more by over {MARGIN} at {won} of {len(inside)} points"
+        claims.append(Claim(f"it is a better dial than {name}", told, word))
     return Report(rows, rows, drawn, text, claims, 1)
 
 
