@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from memory import PeakMemory
 from PIL import Image
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import normalized
 from draftune.images import from_pil
+from draftune.memory import PeakMemory
 from draftune.rewards import Reward, load_reward
 
 CAT = Image.fromarray(skimage.data.cat()).resize((48, 48))

@@ -293,7 +293,7 @@ class Tilted:
         mean, variance = 0.0, 1.0
         for i, step in enumerate(self.steps):
             p, q, *_ = self.data.coefficients(step)
-            a, b = p * float(self.data.mu) + float(self.shift[i]), q + float(self.slope[i])
+            a, b = p * float(self.data.mu) + self.shift[i].item(), q + self.slope[i].item()
             kept = math.sqrt(max(0.0, step.sigma_next**2 - step.tau**2)) / step.sigma
             gain = step.alpha_next * b + kept * (1 - step.alpha * b)
             mean = (step.alpha_next - kept * step.alpha) * a + gain * mean

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_resume import rows
 
 from draftune.cli import main
 from draftune.errors import DraftuneError
@@ -229,10 +230,11 @@ def test_a_quick_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     first = share(EXPERIMENTS, QUICK, 1, 2)[0]
     cut = results / "runs" / first.name
     shutil.rmtree(cut / "checkpoints" / f"step-{first.steps:06d}")
-    whole = (cut / "evaluations.jsonl").read_text()
-    (cut / "evaluations.jsonl").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    whole = rows(cut, "evaluations.jsonl")
+    lines = (cut / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (cut / "evaluations.jsonl").write_text("".join(lines[:-1]))
     assert main(["reproduce", "--quick", "--output", str(tmp_path)]) == 0
-    assert (cut / "evaluations.jsonl").read_text() == whole
+    assert rows(cut, "evaluations.jsonl") == whole
     text = (tmp_path / "RESULTS-quick.md").read_text(encoding="utf-8")
     assert "measures nothing" in text
     for name, experiment in EXPERIMENTS.items():
@@ -246,8 +248,8 @@ def test_a_quick_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture
         with (results / f"{name}.csv").open() as file:
             assert list(csv.DictReader(file))
     with (results / "efficiency.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    ours = [row for row in rows if row["method"] == "draft-lv(n=2)"]
+        written = list(csv.DictReader(file))
+    ours = [row for row in written if row["method"] == "draft-lv(n=2)"]
     logged = [json.loads(line) for line in (results / "runs" / "draft-lv-n-2-seed-0" / "evaluations.jsonl").open()]
     assert [float(row["reward"]) for row in ours] == pytest.approx([row[REWARD] for row in logged[:3]], rel=1e-4)
     assert [int(row["reward_queries"]) for row in ours] == [0, 12, 24]

@@ -52,6 +52,8 @@ class Scale:
     gradient_seeds: int = 12
     grid: int = 5
     """Values of each weight in the mixture of two LoRAs."""
+    repeats: int = 5
+    """Timed repetitions, of which the median counts."""
     policy_updates: int = 40
     policy_batches: int = 4
     """Batches of 8 pictures for one update of the policy gradient."""
@@ -72,6 +74,7 @@ QUICK = Scale(
     eval_prompts=2,
     gradient_seeds=2,
     grid=2,
+    repeats=1,
     policy_updates=2,
     policy_batches=1,
 )
@@ -235,7 +238,7 @@ class Lab:
         return found
 
     def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
-        """Seconds of the losses and gradients of one batch, the median of five, and their peak memory in MB.
+        """Seconds of the losses and gradients of one batch, the median of several, and their peak memory in MB.
 
         With checkpointing, which is the default of training, and the memory without it too.
         """
@@ -254,7 +257,7 @@ class Lab:
 
         gradient()
         times = []
-        for _ in range(5):
+        for _ in range(self.scale.repeats):
             start = time.perf_counter()
             gradient()
             if model.device.type == "cuda":
