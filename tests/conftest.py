@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -14,6 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from draftune.lora import add_lora, lora_parameters
 
 torch.set_num_threads(2)
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -91,6 +94,17 @@ def build_pipeline(folder: Path, scheduler: str = "PNDM", **scheduler_config: ob
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def add_random_lora(model: Any, rank: int = 2) -> dict[str, torch.nn.Parameter]:
+    """A LoRA that does something already, and its tensors by name."""
+    torch.manual_seed(0)
+    add_lora(model, rank)
+    parameters = lora_parameters(model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return parameters
 
 
 @pytest.fixture

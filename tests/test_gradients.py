@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SD14_SCHEDULER, build_pipeline
+from conftest import SD14_SCHEDULER, add_random_lora, build_pipeline
 from torch import Tensor, nn
 
-from draftune.lora import add_lora, lora_parameters
 from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
 from draftune.models import StableDiffusion
 from draftune.sampling import Denoiser
@@ -393,12 +392,7 @@ def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, che
     pipeline.unet.double()
     pipeline.vae.double()
     model = StableDiffusion(pipeline, "tiny")
-    torch.manual_seed(0)
-    add_lora(model, rank=2)
-    parameters = lora_parameters(model)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    parameters = add_random_lora(model)
     assert all(p.dtype == torch.float64 for p in parameters.values())
     model.gradient_checkpointing = checkpointing
     schedule, prompts, scale, steps = model.schedule(4), ["a cat", "dogs"], 3.0, 4

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import add_random_lora
 from safetensors.torch import load_file
 from test_resume import rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import divergence
-from draftune.lora import add_lora, lora_parameters
 from draftune.models import load_model
 from draftune.training.guard import Guard, weights_of
 
@@ -115,10 +115,7 @@ def test_an_evaluation_says_how_far_the_model_has_gone(pipeline_folder: Path, tm
 def test_the_divergence_by_hand(pipeline_folder: Path) -> None:
     model = load_model(pipeline_folder)
     base = load_model(pipeline_folder)
-    torch.manual_seed(0)
-    add_lora(model, rank=2)
-    for parameter in lora_parameters(model).values():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    add_random_lora(model)
     schedule = model.schedule(3)
     ours = divergence(model, ["a", "b"], schedule, 3.0)
     tuned, plain = (m.denoise(["a", "b"], schedule, 3.0) for m in (model, base))

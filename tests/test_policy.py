@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_pipeline
+from conftest import add_random_lora, build_pipeline
 from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
 from torch import Tensor
 
-from draftune.lora import add_lora, lora_parameters
 from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
 from draftune.models import StableDiffusion
 from draftune.schedule import Prediction, Schedule, Step
@@ -221,12 +220,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
     model = StableDiffusion(build_pipeline(tmp_path), "tiny")
     model.pipeline.unet.double()
     model.dtype = torch.float64
-    torch.manual_seed(0)
-    add_lora(model, rank=2)
-    parameters = lora_parameters(model)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    parameters = add_random_lora(model)
     schedule = model.schedule(3)
     noise = model.noise(torch.Generator().manual_seed(0), 2)
     denoise, base = model.denoisers(["a", "b"], schedule, 3.0)

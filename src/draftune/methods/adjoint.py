@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, Method, fresh_noise, register
+from draftune.methods.ancestral import ancestral, mean, wants_noise
+from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import at_least
-from draftune.methods.policy import mean, wants_noise
 from draftune.schedule import Schedule
 
 
@@ -42,22 +42,21 @@ class AdjointMatching(Method):
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch in batches:
-            states = [batch.noise]
+            path = []
             with torch.no_grad():
-                for step in batch.schedule.steps:
-                    noise = fresh_noise(batch.noise, batch.generator)
-                    states.append(mean(batch.denoise(states[-1], step), step) + step.tau * noise)
-            clean = states.pop().requires_grad_()
+                for step, x, _, following in ancestral(batch):
+                    path.append((step, x))
+                    clean = following
+            clean.requires_grad_()
             (adjoint,) = torch.autograd.grad(-self.scale * batch.reward(clean).sum(), clean)
-            path = list(zip(batch.schedule.steps, states, strict=True))
             random = [i for i, (step, _) in enumerate(path) if step.tau > 0]
             drawn = torch.randperm(len(random), generator=batch.generator)[: self.k].tolist()
             trained = {random[i] for i in drawn}
             for i, (step, x) in reversed(list(enumerate(path))):
                 x = x.requires_grad_()
                 start = mean(batch.base(x, step), step)
-                (following,) = torch.autograd.grad(start, x, adjoint)
+                (before,) = torch.autograd.grad(start, x, adjoint)
                 if i in trained:
                     shift = mean(batch.denoise(x.detach(), step), step) - start.detach()
                     yield (shift / step.tau + step.tau * adjoint).square().flatten(1).sum(1).mean() / 2
-                adjoint = following
+                adjoint = before

@@ -39,7 +39,6 @@ class LeapAlign(RewardGradient):
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps = batch.schedule.steps
         k, j = torch.randperm(len(steps), generator=batch.generator)[:2].sort().values.tolist()
-        x = batch.noise
         with torch.no_grad():
             x = rollout(batch.denoise, steps[:k], batch.noise)
         first = batch.denoise(x, steps[k])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, Method, fresh_noise, register
+from draftune.methods.ancestral import ancestral, mean, wants_noise
+from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import at_least
-from draftune.sampling import advance
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.schedule import Schedule, Step
 
 
 class Trajectory(NamedTuple):
@@ -74,13 +74,11 @@ class DDPO(Method):
         """What the present policy draws, with the advantages that all of it together gives."""
         rollouts = []
         for batch in batches:
-            x, steps = batch.noise, []
-            for step in batch.schedule.steps:
-                policy = mean(batch.denoise(x, step), step)
-                x, start = policy + step.tau * fresh_noise(x, batch.generator), x
+            steps = []
+            for step, x, policy, following in ancestral(batch):
                 if step.tau > 0:
-                    steps.append((step, start, x, log_probability(x, policy, step)))
-            rollouts.append((batch, steps, batch.reward(x)))
+                    steps.append((step, x, following, log_probability(following, policy, step)))
+            rollouts.append((batch, steps, batch.reward(following)))
         prompts = [prompt for batch, *_ in rollouts for prompt in batch.prompts]
         advantages = self.advantages(prompts, torch.cat([reward for *_, reward in rollouts]))
         shares = advantages.split([len(batch.noise) for batch, *_ in rollouts])
@@ -130,17 +128,6 @@ class DPOK(DDPO):
     """
 
     beta: float = 0.01
-
-
-def wants_noise(schedule: Schedule) -> None:
-    """Raises DraftuneError where the ancestral sampler has no random step."""
-    if not any(step.tau > 0 for step in schedule.steps):
-        raise DraftuneError("this method wants a random step before the last: at least 2 of num_inference_steps")
-
-
-def mean(prediction: Prediction, step: Step) -> Tensor:
-    """Where the ancestral sampler's step leads on average."""
-    return advance(prediction, step, step.tau)
 
 
 def log_probability(x: Tensor, mean: Tensor, step: Step) -> Tensor:

@@ -8,8 +8,18 @@ from typing import Any
 import numpy as np
 
 from draftune.reproduce.figures import band, color, figure, legend
-from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, ONE, REWARD, Lab, Record, Scale, Work
+from draftune.reproduce.lab import LV, ONE, Lab, Record, Scale, Work, tidy
 from draftune.reproduce.report import Claim, Experiment, Report, spread
+
+
+def half(scale: Scale) -> str:
+    """DRaFT-10 at 20 steps."""
+    return f"draft-k(k={scale.num_inference_steps // 2})"
+
+
+def deep(scale: Scale) -> str:
+    quarter = max(2, scale.num_inference_steps // 4)
+    return f"drtune(k={quarter}, m={quarter})"
 
 
 def methods(scale: Scale) -> list[str]:
@@ -19,11 +29,11 @@ def methods(scale: Scale) -> list[str]:
     return [
         ONE,
         LV,
-        f"draft-k(k={t // 2})",
+        half(scale),
         "draft",
         f"refl(m={late})",
         f"alignprop(m={t // 2})",
-        f"drtune(k={max(2, t // 4)}, m={max(2, t // 4)})",
+        deep(scale),
         "leapalign",
     ]
 
@@ -59,10 +69,7 @@ def rows_of(work: Work, record: Record) -> list[dict[str, Any]]:
             "seed": work.seed,
             "update": int(row["step"]),
             "reward_queries": int(row["reward_queries"]),
-            "reward": row[REWARD],
-            "judge_3d": row[JUDGE],
-            "judge_name": row[NAMED],
-            "diversity": row[DIVERSITY],
+            **tidy(row),
         }
         for row in record.evaluations
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from draftune.reproduce.curves import averaged, reached, rows_of
+from draftune.reproduce.curves import averaged, deep, half, reached, rows_of
 from draftune.reproduce.figures import color, figure
 from draftune.reproduce.lab import DIVERSITY, NAMED, ONE, REWARD, Lab, Scale, Work
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
@@ -237,9 +237,7 @@ LAYOUT = {"reward": "symmetry", "learning_rate": 2e-3}
 
 
 def layout_work(scale: Scale) -> list[Work]:
-    t = scale.num_inference_steps
-    names = [ONE, f"draft-k(k={t // 2})", f"drtune(k={max(2, t // 4)}, m={max(2, t // 4)})"]
-    return [Work(name, scale.steps, 0, LAYOUT) for name in names]
+    return [Work(name, scale.steps, 0, LAYOUT) for name in (ONE, half(scale), deep(scale))]
 
 
 def layout(lab: Lab) -> Report:

@@ -23,6 +23,7 @@ from draftune.models import Model, load_model
 from draftune.models.base import default_device
 from draftune.paths import written_whole
 from draftune.prompts import load_prompts
+from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
 from draftune.training import train
 from draftune.training.run import EVALUATIONS, METRICS, read_rows
@@ -32,6 +33,7 @@ JUDGE = "held-out/emoji-judge-style"
 NAMED = "held-out/emoji-judge-name"
 DIVERSITY = "held-out/diversity"
 LV, ONE = "draft-lv(n=2)", "draft-k(k=1)"
+GUIDANCE = recommended("emoji")["guidance_scale"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Lab:
     def lora(self, work: Work) -> Path:
         """The LoRA that a run left. It is that of its last update, so the run must not have been made longer."""
         record = self.run(work)
-        assert len(read_rows(record.folder / METRICS, 10**9)) == work.steps, f"{work.name} is longer than {work.steps}"
+        assert len(read_rows(record.folder / METRICS)) == work.steps, f"{work.name} is longer than {work.steps}"
         return record.folder
 
     def run(self, work: Work) -> Record:
@@ -201,7 +203,7 @@ class Lab:
         schedule, images = model.schedule(self.scale.num_inference_steps), self.scale.eval_images
 
         def draw(prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
-            return model.generate(prompts, seeds, schedule, 3.0, batch_size=4)
+            return model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=4)
 
         return evaluate(draw, reward or self.reward, self.judges, self.eval_prompts, images, model.device).scores
 
@@ -216,7 +218,7 @@ class Lab:
         """The first prompts, always the same ones, with the noise of a seed."""
         generator = torch.Generator().manual_seed(seed)
         prompts, schedule = (self.prompts * size)[:size], model.schedule(self.scale.num_inference_steps)
-        denoise, base = model.denoisers(prompts, schedule, 3.0)
+        denoise, base = model.denoisers(prompts, schedule, GUIDANCE)
         noise = model.noise(generator, len(prompts))
 
         def reward(clean: torch.Tensor) -> torch.Tensor:
@@ -266,6 +268,12 @@ class Lab:
         found = {"seconds": statistics.median(times), "megabytes": peak_memory(gradient, model.device) / 1e6}
         model.gradient_checkpointing = False
         return found | {"megabytes without": peak_memory(gradient, model.device) / 1e6}
+
+
+def tidy(scores: Mapping[str, float]) -> dict[str, float]:
+    """What the tables call the columns of an evaluation."""
+    names = {REWARD: "reward", JUDGE: "judge_3d", NAMED: "judge_name", DIVERSITY: "diversity"}
+    return {short: scores[name] for name, short in names.items()}
 
 
 def slug(text: str) -> str:

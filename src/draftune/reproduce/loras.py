@@ -11,7 +11,7 @@ import numpy as np
 from draftune.lora import set_lora_scales
 from draftune.reproduce.curves import rows_of
 from draftune.reproduce.figures import figure
-from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, REWARD, Lab, Scale, Work
+from draftune.reproduce.lab import LV, NAMED, REWARD, Lab, Scale, Work, tidy
 from draftune.reproduce.report import Claim, Experiment, Report, compared
 from draftune.rewards import load_reward
 
@@ -24,11 +24,6 @@ ORANGE = "color(target=orange)"
 
 def scale_work(scale: Scale) -> list[Work]:
     return [Work(LV, scale.long), *(Work(f"kl({LV}, beta={beta})", scale.long) for beta in BETAS)]
-
-
-def tidy(scores: dict[str, float]) -> dict[str, float]:
-    names = {REWARD: "reward", JUDGE: "judge_3d", NAMED: "judge_name", DIVERSITY: "diversity"}
-    return {short: scores[name] for name, short in names.items()}
 
 
 def scale_sweep(lab: Lab) -> list[dict[str, float]]:

@@ -17,7 +17,6 @@ from draftune.reproduce.lab import Lab, Scale, Work
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Rows = list[dict[str, Any]]
 VERDICTS = ("confirmed", "weaker", "not seen", "reversed")
 
 

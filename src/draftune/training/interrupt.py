@@ -12,20 +12,10 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Wish:
-    """True once somebody wants the run to end."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def __bool__(self) -> bool:
-        return self.wanted
-
-
 @contextmanager
-def interruptible() -> Iterator[Wish]:
+def interruptible() -> Iterator[threading.Event]:
     """Inside this block the first signal is a wish for the loop to see, and a second one acts as it always does."""
-    wish = Wish()
+    wish = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield wish  # signals belong to the main thread
         return
@@ -36,7 +26,7 @@ def interruptible() -> Iterator[Wish]:
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        wish.wanted = True
+        wish.set()
         restore()
         print("draftune: finishing this update; once more to stop at once", file=sys.stderr)
 

@@ -188,9 +188,9 @@ class Trainer:
                     self.evaluate()
                 if self.watch.exhausted:
                     break
-                if wish or (s.save_every and step % s.save_every == 0):
+                if wish.is_set() or (s.save_every and step % s.save_every == 0):
                     self.save_checkpoint()
-                if wish:
+                if wish.is_set():
                     raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
 
     def update(self, step: int) -> dict[str, float]:

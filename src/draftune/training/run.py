@@ -133,7 +133,7 @@ def digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_rows(path: Path, last: int) -> list[dict[str, Any]]:
+def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
     """The lines of a log up to an update; what a run that was cut off left of its last line does not count."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
