@@ -22,7 +22,7 @@ from PIL import Image, ImageColor, ImageOps
 from safetensors.torch import load_file, save_file
 
 from draftune.cli import build_parser
-from draftune.commands import train_settings
+from draftune.commands.train import train_settings
 from draftune.images import from_pil, grid, save_image, to_pil
 from draftune.rewards.classify import Classify
 from draftune.training import train
@@ -167,13 +167,14 @@ def run(experiment: Experiment) -> None:
     done = train(settings=train_settings(args))
     both = done.comparison
     assert both is not None
-    saved = to_pil(both.base), to_pil(both.tuned)
+    base, tuned = both.base.images, both.tuned.images
+    saved = to_pil(base), to_pil(tuned)
     rows = [[NAMES.get(name, f"`{name}`"), *values] for name, values in both.scores.items()]
     rows += [[name, *map(measure, saved)] for name, measure in experiment.measures.items()]
     result = {"rows": rows, "pictures": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
     (RUNS / f"{experiment.name}.json").write_text(json.dumps(result, indent=1))
     shown = slice(0, None, len(both.prompts) // 8)
-    before, after = both.base[shown].contiguous(), both.tuned[shown].contiguous()
+    before, after = base[shown].contiguous(), tuned[shown].contiguous()
     save_image(grid([before, after], ["before", "after"], both.prompts[shown]), picture(experiment.name))
     save_file({"before": before, "after": after}, RUNS / f"{experiment.name}.safetensors")
 

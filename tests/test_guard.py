@@ -108,7 +108,7 @@ def test_an_evaluation_says_how_far_the_model_has_gone(pipeline_folder: Path, tm
     assert all(row["kl"] > 0 and row["distance"] > 0 for row in later)
     assert later[-1]["kl"] > later[0]["kl"]
     assert run.comparison is not None
-    moved = (run.comparison.tuned - run.comparison.base).abs().mean()
+    moved = (run.comparison.tuned.images - run.comparison.base.images).abs().mean()
     assert later[-1]["distance"] == pytest.approx(float(moved), rel=1e-6)
 
 

@@ -121,7 +121,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert again.num_inference_steps == 3
     assert again.method == "draft-lv(n=2)"
     assert result.comparison is not None
-    assert len(result.comparison.base) == 64
+    assert len(result.comparison.base.images) == 64
     with pytest.raises(DraftuneError, match="holds another run"):
         run(str(pipeline_folder), tmp_path)
 

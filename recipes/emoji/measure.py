@@ -46,7 +46,7 @@ def main() -> None:
     seeds = [seed for _ in COMMON for seed in range(args.seeds)]
     drawn = model.generate(prompts, seeds, schedule, args.guidance_scale, batch_size=32, progress=True)
     show(f"drawn, {args.seeds} seeds", score_batches(judges, drawn, prompts))
-    print(f"diversity within a name {diversity(judges, drawn, args.seeds):.3f}")
+    print(f"diversity within a name {diversity(judges, drawn, args.seeds).mean():.3f}")
     for style in STYLES:
         styled = [f"{style} {name}" for name in COMMON]
         pictures = model.generate(styled, [0] * len(COMMON), schedule, args.guidance_scale, batch_size=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,30 +20,78 @@ Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 @dataclass
 class Evaluation:
-    """Means over fixed prompts and seeds by name, and the pictures [N, 3, H, W] with their prompts."""
+    """Scores by name, [prompts, pictures of each], and the pictures [N, 3, H, W] with their prompts."""
 
-    scores: dict[str, float]
+    values: dict[str, Tensor]
     prompts: list[str]
     images: Tensor
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The means."""
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The standard errors of the means: pictures of one prompt are alike, so that it is prompts that count."""
+        count = len(next(iter(self.values.values())))
+        return {name: float(v.mean(1).std() / count**0.5) if count > 1 else 0.0 for name, v in self.values.items()}
+
+
+@dataclass
+class Paired:
+    """A score of base and tuned, the mean difference, a 95 % interval of it, and how often tuned wins, 0 to 1."""
+
+    base: float
+    tuned: float
+    difference: float
+    low: float
+    high: float
+    win_rate: float
 
 
 @dataclass
 class Comparison:
-    """Means over the same prompts and seeds: {"aesthetic": (base, tuned), …}, and the pictures [N, 3, H, W]."""
+    """Two evaluations of the same prompts and seeds by the same rewards."""
 
-    scores: dict[str, tuple[float, float]]
-    prompts: list[str]
-    base: Tensor
-    tuned: Tensor
+    base: Evaluation
+    tuned: Evaluation
 
-    @classmethod
-    def of(cls, base: Evaluation, tuned: Evaluation) -> Comparison:
-        scores = {name: (base.scores[name], tuned.scores[name]) for name in base.scores}
-        return cls(scores, base.prompts, base.images, tuned.images)
+    @property
+    def prompts(self) -> list[str]:
+        return self.base.prompts
+
+    @property
+    def scores(self) -> dict[str, tuple[float, float]]:
+        """Means by name: {"aesthetic": (base, tuned), …}."""
+        tuned = self.tuned.scores
+        return {name: (value, tuned[name]) for name, value in self.base.scores.items()}
 
     def table(self) -> str:
         width = max(map(len, self.scores))
         return "\n".join(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}" for name, (base, tuned) in self.scores.items())
+
+    def paired(self, resamples: int = 10_000, seed: int = 0) -> dict[str, Paired]:
+        """What changed from picture to picture of one prompt and seed, by name; a tie is half a win.
+
+        The interval is a percentile bootstrap over the prompts (Efron and Tibshirani 1993, chapter 13), since pictures
+        of one prompt are alike; with one prompt it is that of nothing: -inf to inf.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        found = {}
+        for name, base in self.base.values.items():
+            tuned = self.tuned.values[name]
+            by_prompt = (tuned - base).mean(1).double()
+            low, high = -math.inf, math.inf
+            if len(by_prompt) > 1:
+                drawn = torch.randint(len(by_prompt), (resamples, len(by_prompt)), generator=generator)
+                means = by_prompt[drawn].mean(1)
+                low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+            wins = (tuned > base).float() + 0.5 * (tuned == base).float()
+            found[name] = Paired(
+                float(base.mean()), float(tuned.mean()), float(by_prompt.mean()), low, high, float(wins.mean())
+            )
+        return found
 
 
 @torch.no_grad()
@@ -83,8 +132,8 @@ def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: t
 @torch.no_grad()
 def diversity(
     held_out: Reward, images: Tensor, images_per_prompt: int, device: torch.device | str = "cpu"
-) -> float | None:
-    """Mean distance between the features of pictures of one prompt, 0 to 2; None if no part of the reward has any.
+) -> Tensor | None:
+    """For each prompt the mean distance between its pictures' features, 0 to 2; None if no part of the reward has any.
 
     images: [prompts * images_per_prompt, 3, H, W], those of one prompt beside each other.
     """
@@ -92,10 +141,9 @@ def diversity(
     if not judges or images_per_prompt < 2:
         return None
     features_of: Callable[[Tensor], Tensor] = judges[0].features  # type: ignore[assignment]
-    features = torch.cat([features_of(batch.to(device)) for batch in images.split(16)])
+    features = torch.cat([features_of(batch.to(device)).cpu() for batch in images.split(16)])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
-    distances = torch.cdist(groups, groups)
-    return float(distances.sum() / (len(groups) * images_per_prompt * (images_per_prompt - 1)))
+    return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 
 
 @torch.no_grad()
@@ -132,7 +180,7 @@ def evaluate(
     if held_out is not None:
         _, judged = score_batches(held_out, images, repeated, device)
         scores |= {f"held-out/{name}": values for name, values in judged.items()}
-    means = {name: float(values.mean()) for name, values in scores.items()}
+    values = {name: found.reshape(len(prompts), images_per_prompt) for name, found in scores.items()}
     if held_out is not None and (spread := diversity(held_out, images, images_per_prompt, device)) is not None:
-        means["held-out/diversity"] = spread
-    return Evaluation(means, repeated, images)
+        values["held-out/diversity"] = spread[:, None]
+    return Evaluation(values, repeated, images)

@@ -108,4 +108,4 @@ class Watch:
         """The base model against the last evaluation."""
         if not self.evaluations:
             return None
-        return Comparison.of(self.evaluations[0], self.evaluations[max(self.evaluations)])
+        return Comparison(self.evaluations[0], self.evaluations[max(self.evaluations)])

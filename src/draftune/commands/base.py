@@ -1,0 +1,82 @@
+"""What the commands share: how one is described, flags that several have, and how a source becomes a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from draftune.errors import DraftuneError
+from draftune.paths import user_path
+from draftune.settings import PRECISIONS, Settings
+
+if TYPE_CHECKING:
+    from draftune.models import Model
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line: what its help says, its flags, and what it does (an exit code, or None for 0)."""
+
+    name: str
+    help: str
+    description: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """What `load_source` reads."""
+    parser.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
+    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
+    parser.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
+    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    if precision:
+        parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="of the model (default: no)")
+
+
+def check_numbers(args: argparse.Namespace, **lowest: float) -> None:
+    """Raises DraftuneError for a flag out of range, before anything is loaded."""
+    for name, low in {**lowest, "num_inference_steps": 1, "guidance_scale": 0, "seed": 0}.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value < 2**63:
+            raise DraftuneError(f"--{name.replace('_', '-')} must be at least {low} and finite, not {value}")
+    if not math.isfinite(getattr(args, "lora_scale", 1.0)):
+        raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
+
+
+def picture_output(text: str) -> Path:
+    """A .png file or a folder. Raises DraftuneError for any other file."""
+    output = user_path(text)
+    if output.suffix and output.suffix.lower() != ".png" and not output.is_dir():
+        raise DraftuneError(f"--output takes a .png file or a folder, not {text!r}")
+    return output
+
+
+@contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """Says in one line that a file could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DraftuneError(f"cannot write to {str(output)!r}: {error.strerror}") from error
+
+
+def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
+    """The model of a name, a run or a LoRA on its device, and how to draw with it: as in the run, but for the flags."""
+    from draftune.tuned import open_source
+
+    model, settings = open_source(args.source, args.model, args.lora_scale, args.cpu, args.mixed_precision)
+    flags = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    return model, replace(settings, **{name: value for name, value in flags.items() if value is not None})

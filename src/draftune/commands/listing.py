@@ -1,0 +1,63 @@
+"""What there is."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from draftune.commands.base import Command
+from draftune.errors import unknown
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", help="models, rewards, methods, prompts, experiments, or a name")
+
+
+def run(args: argparse.Namespace) -> None:
+    from draftune.methods import METHODS
+    from draftune.models import MODELS
+    from draftune.prompts import PROMPT_SETS
+    from draftune.reproduce import EXPERIMENTS
+    from draftune.rewards import REWARDS
+
+    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS}
+    tables: dict[str, Mapping[str, str]] = {
+        "models": MODELS,
+        "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
+        "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
+        "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
+        "experiments": {name: experiment.question for name, experiment in EXPERIMENTS.items()},
+    }
+    if args.what in described:
+        print(description(args.what, described[args.what]))
+        return
+    if args.what is not None and args.what not in tables:
+        raise unknown("list or name", args.what, [*tables, *described])
+    for what in [args.what] if args.what else tables:
+        print(what)
+        width = max(map(len, tables[what]))
+        for name, text in tables[what].items():
+            print(f"  {name:{width}}  {text}")
+
+
+def description(name: str, described: Callable[..., Any]) -> str:
+    """All that is said of a reward or a method, and its settings with their defaults."""
+    signature = inspect.signature(described, eval_str=True)
+    settings = ", ".join(str(parameter) for parameter in signature.parameters.values())
+    return f"{name}({settings})\n\n{inspect.getdoc(described)}"
+
+
+def first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+COMMAND = Command(
+    "list",
+    "what there is: models, rewards, methods, prompts, experiments",
+    "Lists what there is, or says everything about one reward or method.",
+    "draftune list rewards; draftune list hpsv2",
+    arguments,
+    run,
+)

@@ -1,0 +1,54 @@
+"""Scoring picture files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from draftune.commands.base import Command, add_device, writing_to
+from draftune.errors import DraftuneError
+from draftune.paths import user_path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, folders of them, or patterns")
+    parser.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", metavar="TEXT", help="what all the pictures should show")
+    prompt.add_argument("--prompts", metavar="FILE", help="a .csv or .jsonl with an image and its prompt in each row")
+    parser.add_argument("--output", metavar="FILE", help="also writes the table there, as .csv or .json")
+    add_device(parser, precision=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    output = user_path(args.output) if args.output else None
+    if output and output.suffix not in (".csv", ".json"):
+        raise DraftuneError(f"--output takes a .csv or a .json file, not {args.output!r}")
+    from draftune.models.base import default_device
+    from draftune.rewards import load_reward
+    from draftune.scores import find_images, prompts_of, score_files
+
+    images = find_images(args.images)
+    prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
+    device = default_device(args.cpu)
+    scores = score_files(load_reward(args.reward).to(device), images, prompts, device)
+    problems = list(scores.broken.values())
+    if not scores.rows:
+        raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")
+    for problem in problems:
+        print(f"draftune: skipped: {problem}", file=sys.stderr)
+    print(scores.table())
+    if output:
+        with writing_to(output):
+            scores.write(output)
+    return 1 if scores.broken else 0
+
+
+COMMAND = Command(
+    "score",
+    "score pictures",
+    "Scores picture files with a reward. Exit code 1: some could not be read and were skipped.",
+    "draftune score out/ 'more/*.jpg' --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt cat",
+    arguments,
+    run,
+)
