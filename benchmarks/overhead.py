@@ -35,7 +35,7 @@ def floor(trainer: Trainer, terms: int) -> Callable[[], None]:
     with torch.no_grad():
         condition = model.encode(prompts, "", s.guidance_scale > 1)
     x = model.noise(torch.Generator().manual_seed(0), len(prompts))
-    parameters = list(trainer.parameters.values())
+    parameters = list(trainer.updates.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
     timesteps = [step.timestep for step in trainer.schedule.steps]
 
@@ -85,8 +85,8 @@ def main() -> None:
             )
             bare, steps = floor(trainer, terms), itertools.count(1)
             bare()
-            trainer.update(next(steps))
-            pairs = [(seconds(lambda: trainer.update(next(steps))), seconds(bare)) for _ in range(args.rounds)]  # noqa: B023
+            trainer.updates.update(next(steps))
+            pairs = [(seconds(lambda: trainer.updates.update(next(steps))), seconds(bare)) for _ in range(args.rounds)]  # noqa: B023
         update, least = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         print(f"{method:14}  update {update:.3f} s  floor {least:.3f} s  ratio {ratio:.3f}")

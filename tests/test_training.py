@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.images import open_image
 from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.memory import peak_memory
 from draftune.methods import METHODS, Batch, DraftK, RewardGradient
@@ -25,7 +27,7 @@ from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.audit import GradientAudit
-from draftune.training.loop import PromptOrder
+from draftune.training.update import PromptOrder
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 
@@ -113,7 +115,20 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
         parts = row["reward/jpeg-compressibility"], row["reward/jpeg-incompressibility"]
         assert row["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
     assert rows[-1]["seconds"] > rows[0]["seconds"] > 0
-    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step-00000{i}.png" for i in (0, 2, 4)]
+    assert sorted(p.name for p in (folder / "samples").glob("*.png")) == [f"step-00000{i}.png" for i in (0, 2, 4)]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [0, 2, 4]
+    reward = load_reward(again_reward := "jpeg-compressibility + 0.5*jpeg-incompressibility(quality=50)")
+    for row in samples:
+        pictures = [open_image(path) for path in sorted((folder / "samples" / f"step-{row['step']:06d}").iterdir())]
+        assert len(pictures) == len(row["prompts"]) == len(row["scores"])
+        assert row["scores"] == pytest.approx(reward(torch.cat(pictures), row["prompts"]).tolist(), rel=0.01)
+    audit = json.loads((folder / "audit.json").read_text())
+    assert list(audit) == ["jpeg-compressibility", "jpeg-incompressibility"]
+    assert 0 <= audit["jpeg-compressibility"]["pixels_without_gradient"] < 0.5
+    known = json.loads((folder / "environment.json").read_text())
+    assert (known["draftune"], known["torch"]) == (draftune.__version__, version("torch"))
+    assert (folder / "config.yaml").read_text().count(again_reward) == 1
     assert (folder / "before_after.png").is_file()
     assert list((folder / "tensorboard").glob("events*"))
     # The resolved settings are enough to start the same run again.

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from draftune.errors import DraftuneError
+    from draftune.export import export_lora
     from draftune.lora import load_lora, save_lora
     from draftune.methods import load_method
+    from draftune.mixing import mix_loras
     from draftune.models import load_model
     from draftune.reno import optimize_noise
     from draftune.rewards import Reward, load_reward
@@ -16,10 +18,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DraftuneError",
     "Reward",
+    "export_lora",
     "load_lora",
     "load_method",
     "load_model",
     "load_reward",
+    "mix_loras",
     "optimize_noise",
     "save_lora",
     "train",
@@ -29,10 +33,12 @@ __all__ = [
 HOMES = {
     "DraftuneError": "errors",
     "Reward": "rewards",
+    "export_lora": "export",
     "load_lora": "lora",
     "load_method": "methods",
     "load_model": "models",
     "load_reward": "rewards",
+    "mix_loras": "mixing",
     "optimize_noise": "reno",
     "save_lora": "lora",
     "train": "training",

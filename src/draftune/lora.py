@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.models.base import Model
 from draftune.paths import user_path, written_whole
 from draftune.quiet import quiet
+from draftune.tensors import save_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+CONFIG = "lora_adapter_metadata"
+"""Where a file's metadata says rank and alpha, as diffusers and peft read them."""
 ADAPTER = "default"
 LAYERS = (nn.Linear, nn.Conv2d)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -64,29 +68,45 @@ def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
 
 
 def save_lora(model: Model, folder: Path | str) -> Path:
-    """Writes the LoRA in diffusers' format, with its alpha and the base model's name; returns the file's path.
-
-    diffusers takes alpha from the metadata alone; without it, another strength is loaded silently.
-    """
-    from diffusers.utils import convert_state_dict_to_diffusers
+    """Writes the LoRA in diffusers' format, with its alpha and the base model's name; returns the file's path."""
     from peft.utils import get_peft_model_state_dict
 
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries no LoRA to save")
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER))
-    tensors = {f"{model.lora_prefix}.{name}": tensor.contiguous().cpu() for name, tensor in state.items()}
+    tensors = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     config = model.denoiser.peft_config[ADAPTER]
-    # No more than what every version of peft understands.
-    said = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
-    said |= {"rank_pattern": {}, "alpha_pattern": {}}  # older versions of diffusers want them
+    targets = sorted(config.target_modules)
+    said = {"base_model": model.name}
+    return write_lora(Path(folder), model.lora_prefix, tensors, config.r, config.lora_alpha, targets, said)
+
+
+def write_lora(
+    folder: Path,
+    prefix: str,
+    tensors: Mapping[str, Tensor],
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    said: Mapping[str, str],
+) -> Path:
+    """Writes tensors by their names in peft, LAYER.lora_A.weight, in diffusers' format; returns the file's path.
+
+    All layers have this rank and alpha; `said` goes into the file's metadata.
+    """
+    # From the first name diffusers takes whether all are peft's, and drops those that are not without a word.
+    names = {name: name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.") for name in tensors}
+    # diffusers takes alpha from the metadata alone; without it, another strength is loaded silently. No more than what
+    # every version of peft understands.
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
+    config |= {"rank_pattern": {}, "alpha_pattern": {}}  # older versions of diffusers want them
     metadata = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"{model.lora_prefix}.{key}": value for key, value in said.items()}),
-        "base_model": model.name,
+        CONFIG: json.dumps({f"{prefix}.{key}": value for key, value in config.items()}),
+        **said,
     }
-    path = Path(folder) / FILE_NAME
+    path = folder / FILE_NAME
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_tensors(temporary, {f"{prefix}.{names[name]}": tensor for name, tensor in tensors.items()}, metadata)
     return path
 
 
@@ -99,14 +119,20 @@ def lora_file(source: Path | str) -> Path:
     raise DraftuneError(f"no LoRA at {str(source)!r}: a run's folder or a {FILE_NAME} is wanted")
 
 
-def base_model(source: Path | str) -> str | None:
-    """The name of the model that a LoRA was trained on, where its file says so. Raises DraftuneError."""
-    path = lora_file(source)
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises DraftuneError if it is none."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("base_model")
+            yield file
     except (OSError, SafetensorError) as error:
         raise DraftuneError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+
+
+def base_model(source: Path | str) -> str | None:
+    """The name of the model that a LoRA was trained on, where its file says so. Raises DraftuneError."""
+    with opened(lora_file(source)) as file:
+        return (file.metadata() or {}).get("base_model")
 
 
 def load_lora(model: Model, source: Path | str, name: str = ADAPTER) -> None:

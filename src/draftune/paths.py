@@ -18,5 +18,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, in whose place it is put at the end: the old one or the new, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -49,6 +49,7 @@ class Settings:
         None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
     )
     output: str = setting("runs/draftune", "the run's folder; it must not hold another run")
+    resume: bool = setting(True, "go on with the run in that folder; --no-resume begins anew in one beside it")
 
     steps: int = setting(None, "updates", low=1)
     batch_size: int = setting(4, "pictures drawn for one backward pass", low=1)
@@ -58,6 +59,11 @@ class Settings:
     adam_beta1: float = setting(0.9, "of AdamW", low=0, high=0.9999)
     adam_beta2: float = setting(0.999, "of AdamW", low=0, high=0.9999)
     weight_decay: float = setting(0.1, "of AdamW", low=0)
+    on_nonfinite: str = setting(
+        "stop",
+        "what an infinite or undefined reward or gradient does: end the run, or leave the update out",
+        choices=("stop", "skip"),
+    )
     max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this; 0 clips nothing", low=0)
     seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0, high=2**63 - 1)
 
@@ -74,6 +80,9 @@ class Settings:
     lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "ends of the names of the layers to adapt")
 
     mixed_precision: str = setting("no", "of the frozen weights and the networks' arithmetic", choices=PRECISIONS)
+    decoder_batch_size: int | None = setting(
+        None, "pictures that are decoded at once; fewer take less memory; all of a batch unless set", low=1
+    )
     gradient_checkpointing: bool = setting(True, "recompute each call of denoiser and decoder in the backward pass")
     cpu: bool = setting(False, "train on the CPU even where there is a GPU")
 

@@ -2,13 +2,70 @@
 
 from __future__ import annotations
 
-from draftune.errors import DraftuneError
-from draftune.lora import base_model, load_lora, lora_file, set_lora_scale
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from draftune.errors import DraftuneError, gather
+from draftune.lora import ADAPTER, base_model, load_lora, lora_file, set_lora_scale
 from draftune.models import MODELS, Model, load_model
 from draftune.models.base import default_device
 from draftune.paths import user_path
 from draftune.settings import Settings
 from draftune.training.run import run_settings
+
+GRID = ("timestep_spacing", "set_alpha_to_one")
+DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", *GRID, "height", "width")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A LoRA: what was pointed at, its file, its base model, and how to draw with it.
+
+    The settings are those of its run, or where it lies in none, `in_run` False, those that its model is recommended.
+    """
+
+    source: str
+    lora: Path
+    base: str
+    settings: Settings
+    in_run: bool
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What its base model's pictures depend on; outside a run the sampler's grid is the model's own."""
+        names = DRAWING if self.in_run else [name for name in DRAWING if name not in GRID]
+        return {"model": self.base, **{name: getattr(self.settings, name) for name in names}}
+
+
+def find_tuned(source: str, base: str | None = None) -> Tuned:
+    """The LoRA of a run's folder, a LoRA file or its folder; nothing is loaded yet.
+
+    `base` is the base model where the LoRA does not say it or it lies elsewhere. Raises DraftuneError.
+    """
+    path = lora_file(source)
+    base = base or base_model(source)
+    if base is None:
+        raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
+    settings = run_settings(path)
+    return Tuned(source, path, base, settings or Settings(model=base), settings is not None)
+
+
+def find_all(sources: Sequence[str], base: str | None = None) -> list[Tuned]:
+    """Each of several LoRAs once; one that lies in no run draws as the first run of its model does.
+
+    Raises one DraftuneError that says all that is wrong.
+    """
+    found = gather(*(partial(find_tuned, source, base) for source in dict.fromkeys(sources)))
+    runs = {tuned.base: tuned for tuned in reversed(found) if tuned.in_run}
+    return [
+        replace(tuned, settings=runs[tuned.base].settings, in_run=True)
+        if tuned.base in runs and not tuned.in_run
+        else tuned
+        for tuned in found
+    ]
 
 
 def open_source(
@@ -19,20 +76,29 @@ def open_source(
     `base` is the base model where the LoRA does not say it or it lies elsewhere; precision "no", "bf16" or "fp16".
     Raises DraftuneError.
     """
-    settings = None
     if source in MODELS or (user_path(source) / "model_index.json").exists():
-        model = load_model(source)
-    else:
-        base = base or base_model(source)
-        if base is None:
-            raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
-        model = load_model(base)
-        load_lora(model, source)
-        set_lora_scale(model, lora_scale)
-        settings = run_settings(lora_file(source))
+        model = load_model(source).to(default_device(cpu), precision)
+        return model, Settings(model=model.name)
+    tuned = find_tuned(source, base)
+    model = open_loras({ADAPTER: tuned}, cpu, precision)
+    set_lora_scale(model, lora_scale)
+    return model, tuned.settings
+
+
+def open_loras(loras: Mapping[str, Tuned], cpu: bool = False, precision: str = "no") -> Model:
+    """The base model that LoRAs share, set to draw as they do, with each of them loaded under its name.
+
+    `lora.set_lora_scales` chooses among them. Raises DraftuneError if one does not fit.
+    """
+    first = next(iter(loras.values()))
+    model = load_model(first.base)
+    for name, tuned in loras.items():
+        load_lora(model, tuned.lora, name)
+    # After the LoRAs, which take the same precision.
     model.to(default_device(cpu), precision)
-    if settings:
+    settings = first.settings
+    if first.in_run:
         model.set_grid(settings.timestep_spacing, settings.set_alpha_to_one)
-    settings = settings or Settings(model=model.name)
+        model.decoder_batch_size = settings.decoder_batch_size
     model.set_size(settings.height, settings.width)
-    return model, settings
+    return model

@@ -1,13 +1,32 @@
 """The commands, one file each. None imports torch before it runs."""
 
-from draftune.commands import listing, reno, reproduce, sample, score, train
+from draftune.commands import (
+    evaluate,
+    export,
+    listing,
+    mix,
+    reno,
+    report,
+    reproduce,
+    sample,
+    score,
+    sweep,
+    train,
+    watch,
+)
 from draftune.commands.base import Command
 
 __all__ = ["COMMANDS", "Command"]
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND,
+    watch.COMMAND,
+    report.COMMAND,
     sample.COMMAND,
+    evaluate.COMMAND,
+    sweep.COMMAND,
+    mix.COMMAND,
+    export.COMMAND,
     reno.COMMAND,
     score.COMMAND,
     reproduce.COMMAND,

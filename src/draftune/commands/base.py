@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.paths import user_path
@@ -30,10 +30,11 @@ class Command:
     run: Callable[[argparse.Namespace], int | None]
 
 
-def add_drawing(parser: argparse.ArgumentParser) -> None:
+def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
     """What `load_source` reads."""
     parser.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
-    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
+    if scale:
+        parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
     parser.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
     parser.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
@@ -78,5 +79,10 @@ def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
     from draftune.tuned import open_source
 
     model, settings = open_source(args.source, args.model, args.lora_scale, args.cpu, args.mixed_precision)
+    return model, replace(settings, **drawing_flags(args))
+
+
+def drawing_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of drawing that the flags of `add_drawing` change."""
     flags = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
-    return model, replace(settings, **{name: value for name, value in flags.items() if value is not None})
+    return {name: value for name, value in flags.items() if value is not None}

@@ -48,6 +48,7 @@ class Model(ABC):
         self.name = name
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
         self.gradient_checkpointing = True
+        self.decoder_batch_size: int | None = None
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             part.eval().requires_grad_(False)
@@ -146,7 +147,8 @@ class Model(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of clean latents."""
-        return clamp_unit(self.checkpointed(self.decode_raw, latents).to(self.dtype))
+        parts = latents.split(self.decoder_batch_size or len(latents))
+        return clamp_unit(torch.cat([self.checkpointed(self.decode_raw, part) for part in parts]).to(self.dtype))
 
     def checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         def run(*args: Any) -> Tensor:

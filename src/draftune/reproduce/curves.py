@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from draftune.reproduce.figures import band, color, figure, legend
+from draftune.figures import band, color, figure, legend
 from draftune.reproduce.lab import LV, ONE, Lab, Record, Scale, Work, tidy
 from draftune.reproduce.report import Claim, Experiment, Report, spread
 

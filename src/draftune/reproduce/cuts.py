@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from draftune.figures import color, figure
 from draftune.reproduce.curves import averaged, deep, half, reached, rows_of
-from draftune.reproduce.figures import color, figure
 from draftune.reproduce.lab import DIVERSITY, NAMED, ONE, REWARD, Lab, Scale, Work
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from draftune.figures import figure
 from draftune.lora import set_lora_scales
 from draftune.reproduce.curves import rows_of
-from draftune.reproduce.figures import figure
 from draftune.reproduce.lab import LV, NAMED, REWARD, Lab, Scale, Work, tidy
 from draftune.reproduce.report import Claim, Experiment, Report, compared
 from draftune.rewards import load_reward

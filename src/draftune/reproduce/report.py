@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draftune.figures import save
 from draftune.paths import written_whole
-from draftune.reproduce.figures import save
 from draftune.reproduce.lab import Lab, Scale, Work
 
 if TYPE_CHECKING:

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.rewards import Reward
 from draftune.rewards.base import checked_score
 
+FEW_PIXELS = 0.5
+"""The share of pixels without a gradient from which on a reward is said to see little of the pictures."""
 
-def probe_reward(reward: Reward, images: Tensor, prompts: Sequence[str], gradient: bool = True) -> None:
+
+def probe_reward(
+    reward: Reward, images: Tensor, prompts: Sequence[str], gradient: bool = True
+) -> dict[str, dict[str, float]]:
     """Tries the reward on pictures [B, 3, H, W] of the base model before anything is trained.
+
+    What it found of each part, by label: the mean score and, where a gradient is wanted, the mean norm of a picture's
+    gradient and the share of pixels that get none, from clamping, hinges or masks.
 
     Raises DraftuneError if any of its parts gives anything but B finite numbers and, where a `gradient` is wanted, a
     finite gradient that is not zero to every picture; the message names the pictures that got none.
     """
+    found = {}
     for _, part in reward.terms:
-        probe_part(part, images.detach().float(), prompts, gradient)
+        found[part.label] = said = probe_part(part, images.detach().float(), prompts, gradient)
+        if (blind := said.get("pixels_without_gradient", 0.0)) > FEW_PIXELS:
+            tell(
+                f"the reward {part.label!r} gives no gradient to {blind:.0%} of the pixels of the base model's pictures"
+            )
+    return found
 
 
-def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> None:
+def tell(message: str) -> None:
+    """A line for the user that does not disturb progress bars."""
+    tqdm.write(f"draftune: {message}", file=sys.stderr)
+
+
+def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> dict[str, float]:
     name = f"the reward {part.label!r}"
     with torch.set_grad_enabled(gradient):
         score = checked_score(part, images.requires_grad_(gradient), prompts)
     if not score.isfinite().all():
         raise DraftuneError(f"{name} gives {score.tolist()} on pictures of the base model")
+    found = {"score": float(score.detach().mean())}
     if gradient:
-        probe_gradient(name, score, images, prompts)
+        slope = probe_gradient(name, score, images, prompts)
+        found["gradient_norm"] = float(slope.flatten(1).norm(dim=1).mean())
+        found["pixels_without_gradient"] = float((slope == 0).all(1).float().mean())
+    return found
 
 
-def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[str]) -> None:
+def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[str]) -> Tensor:
     count = len(images)
     if not score.is_floating_point():
         raise DraftuneError(
@@ -52,15 +77,17 @@ def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[s
             which = ", ".join(f"{i + 1} ({prompts[i]})" for i in bad)
             hint = "; look for rounding, thresholds and clamps" if problem == "no gradient" else ""
             raise DraftuneError(f"{name} gives {problem} to {len(bad)} of {count} pictures: picture {which}{hint}")
+    return gradient
+
+
+AUDITED = 3
+"""Updates after which there is no excuse: a LoRA's A has no gradient at the very first, since its B is zero there."""
 
 
 class GradientAudit:
-    """Follows the first updates until every trainable tensor has had a gradient.
+    """Follows the first updates until every trainable tensor has had a gradient."""
 
-    A LoRA's A has none at the very first, since its B is zero there; after `updates` there is no excuse.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], updates: int = 3) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], updates: int = AUDITED) -> None:
         self.waiting = dict(parameters)
         self.remaining = updates
 

@@ -14,32 +14,48 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.tensors import save_tensors
 
 STATE, TENSORS, CHECKSUMS = "state.json", "tensors.safetensors", "checksums.json"
 KEPT = 2
+FORMAT = 2
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes FOLDER/step-000040 whole or not at all, and lets go of all but the newest."""
+def save_checkpoint(
+    folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], best: int | None = None
+) -> None:
+    """Writes FOLDER/step-000040 whole or not at all, and lets go of all but the newest and the best."""
     target = folder / f"step-{step:06d}"
     temporary = folder / f".{target.name}"
-    for stale in (temporary, target):
+    for stale in folder.glob(".*"):
         shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps(dict(state)), encoding="utf-8")
-    sums = {name: checksum(temporary / name) for name in (STATE, TENSORS)}
-    (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        synced(path)
-    temporary.rename(target)
-    synced(folder)
+    try:
+        temporary.mkdir(parents=True)
+        save_tensors(temporary / TENSORS, tensors)
+        (temporary / STATE).write_text(json.dumps({"format": FORMAT, **state}), encoding="utf-8")
+        sums = {name: checksum(temporary / name) for name in (STATE, TENSORS)}
+        (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            synced(path)
+        remove(target)
+        temporary.rename(target)
+        synced(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        if best is None or old.name != f"step-{best:06d}":
+            remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Takes the checkpoint away in one step, whatever interrupts its deletion."""
+    if checkpoint.exists():
+        gone = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}-old"))
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def synced(path: Path) -> None:
@@ -81,9 +97,12 @@ def check(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told. Raises DraftuneError for a damaged checkpoint."""
+    """What `save_checkpoint` was told. Raises DraftuneError for a damaged checkpoint, or one of another version."""
     check(checkpoint)
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise DraftuneError(f"the checkpoint {str(checkpoint)!r} was written by another version of draftune")
+    return state
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:

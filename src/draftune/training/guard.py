@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftune.errors import DraftuneError, unknown
 from draftune.expression import Call, parse
 
+if TYPE_CHECKING:
+    from draftune.rewards import Reward
+
 HELD_OUT = "held-out/"
+T = TypeVar("T", bound=Any)
 
 
 def weights_of(rule: str) -> dict[str, float]:
@@ -17,6 +22,24 @@ def weights_of(rule: str) -> dict[str, float]:
     if any(call.settings or call.inner for _, call in terms):
         raise DraftuneError(f"best_by is a sum of columns of the evaluations, not {rule!r}")
     return {call.name: weight for weight, call in terms}
+
+
+def rule_of(best_by: str, held_out: Reward | None, columns: Iterable[str]) -> dict[str, float]:
+    """By which columns the best is chosen: as asked, else the held-out rewards as they were weighed; else by none."""
+    if best_by:
+        return weights_of(best_by)
+    judged = (key for key in columns if key.startswith(HELD_OUT) and key != f"{HELD_OUT}diversity")
+    weights = [weight for weight, _ in held_out.terms] if held_out is not None else []
+    return dict(zip(judged, weights, strict=False))
+
+
+def weighed(weights: Mapping[str, float], row: Mapping[str, T]) -> T:
+    """The weighted sum of a row's columns, numbers or tensors. Raises DraftuneError for a column that is not there."""
+    for column in weights:
+        if column not in row:
+            raise unknown("column of the evaluations", column, row)
+    total: Any = sum(weight * row[column] for column, weight in weights.items())
+    return total
 
 
 class Guard:
@@ -29,10 +52,7 @@ class Guard:
 
     def value(self, row: Mapping[str, float]) -> float:
         """What is to be highest. Raises DraftuneError for a column that is not there."""
-        for column in self.weights:
-            if column not in row:
-                raise unknown("column of the evaluations", column, row)
-        return sum(weight * row[column] for column, weight in self.weights.items())
+        return weighed(self.weights, row)
 
     def see(self, row: Mapping[str, float]) -> bool:
         """Takes an evaluation in; whether it is the best so far."""

@@ -1,43 +1,40 @@
-"""The training loop: draw, score, go uphill. It knows no model, method or reward by name."""
+"""A training run, from the checks before it to the comparison after it. It knows no model, method or reward by name."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import Comparison, normalized, score_batches
-from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.methods import Batch, Method
+from draftune.lora import add_lora, save_lora
+from draftune.methods import Method
 from draftune.models import Model
-from draftune.rewards import Reward, WeightedSum
+from draftune.rewards import Reward
 from draftune.settings import Settings
-from draftune.training.audit import GradientAudit, probe_reward
+from draftune.training.audit import AUDITED, probe_reward, tell
 from draftune.training.checkpoint import (
-    load_optimizer,
+    KEPT,
+    checkpoints,
     load_random_state,
-    optimizer_tensors,
     random_state,
     read_state,
     read_tensors,
+    undisturbed,
 )
 from draftune.training.device import accelerator
+from draftune.training.environment import environment
 from draftune.training.guard import weights_of
 from draftune.training.interrupt import interruptible
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
+from draftune.training.update import Updates
 from draftune.training.watch import Watch
-
-Drawn = dict[int, tuple[Tensor, dict[str, Tensor]]]
-"""For each batch of an update the rewards of what it drew and, by label, of their parts."""
 
 
 @dataclass
@@ -45,13 +42,13 @@ class Run:
     """What a training run left: its folder, a row for each update and each evaluation, and base against tuned."""
 
     folder: Path
-    metrics: list[dict[str, float]]
-    evaluations: list[dict[str, float]]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
     comparison: Comparison | None
 
 
 class Trainer:
-    """One run, from the checks before it to the comparison after it."""
+    """One run."""
 
     def __init__(
         self,
@@ -80,6 +77,7 @@ class Trainer:
         self.accelerator = accelerator(s)
         device = self.accelerator.device
         self.model.to(device, s.mixed_precision).gradient_checkpointing = s.gradient_checkpointing
+        self.model.decoder_batch_size = s.decoder_batch_size
         self.reward = reward.ready().to(device)
         self.held_out = held_out.ready().to(device) if held_out is not None else None
         for scored in (self.reward, self.held_out):
@@ -88,22 +86,9 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(s.seed)
             add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
-        self.parameters = lora_parameters(model)
-        self.optimizer = self.accelerator.prepare_optimizer(
-            torch.optim.AdamW(
-                self.parameters.values(),
-                lr=s.learning_rate,
-                betas=(s.adam_beta1, s.adam_beta2),
-                weight_decay=s.weight_decay,
-            )
-        )
+        self.updates = Updates(s, method, model, self.schedule, self.reward, prompts, self.accelerator, folder.path)
         self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts)
-        # One generator for everything that training draws; the grids and the comparison have their own.
-        self.generator = torch.Generator().manual_seed(s.seed)
-        self.order = PromptOrder(len(prompts), self.generator)
-        self.audit = GradientAudit(self.parameters)
-        self.done = self.queries = self.overflows = 0
-        self.seconds = 0.0
+        self.done = 0
 
     def run(self) -> Run:
         from accelerate.utils import set_seed
@@ -111,11 +96,11 @@ class Trainer:
         s = self.settings
         # For rewards that draw random numbers; what training draws has its own generator.
         set_seed(s.seed)
-        self.probe()
+        found = self.probe()
         if s.normalize_reward:
             self.normalize(s.normalize_reward)
-        self.folder.create(s)
         try:
+            self.folder.create(s, self.space(), audit=found, environment=environment(self.accelerator.device))
             if not self.folder.checkpoint:
                 self.save_checkpoint()
             # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
@@ -129,10 +114,21 @@ class Trainer:
                 save_lora(self.model, self.folder.path / "lora")
             self.look()
             self.save_checkpoint()
+        except OSError as error:
+            newest = checkpoints(self.folder.path / "checkpoints")
+            kept = f"{newest[-1].name} is whole, and the same command goes on from it" if newest else "nothing was kept"
+            raise DraftuneError(
+                f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {kept}"
+            ) from error
         finally:
             self.folder.close()
         rows = self.folder.rows
         return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
+
+    def space(self) -> int:
+        """Bytes of the checkpoints and LoRAs that a run always leaves; AdamW keeps two numbers for each of theirs."""
+        lora = sum(parameter.nbytes for parameter in self.updates.parameters.values())
+        return (KEPT + 2) * 3 * lora + 2 * lora
 
     def look(self) -> None:
         """A grid and an evaluation of the model as it is."""
@@ -140,9 +136,10 @@ class Trainer:
         self.evaluate()
 
     def evaluate(self) -> None:
-        self.watch.evaluate(self.done, {"reward_queries": self.queries, "seconds": round(self.seconds, 4)})
+        made = self.updates
+        self.watch.evaluate(self.done, {"reward_queries": made.queries, "seconds": round(made.seconds, 4)})
 
-    def probe(self) -> None:
+    def probe(self) -> dict[str, dict[str, float]]:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
         self.reward.check(self.prompts)
         for reward in (self.reward, self.held_out):
@@ -153,19 +150,30 @@ class Trainer:
                 raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
         prompts = list(islice(cycle(self.prompts), 2))
         pictures = self.watch.draw(prompts, range(2))
-        probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
+        self.first_pictures = pictures
+        found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
         if self.held_out is not None:
             shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
             score_batches(self.held_out, pictures, shown, self.model.device)
+        return found
+
+    @undisturbed()
+    def check_pictures(self) -> None:
+        """Says so where the first updates changed no picture: gradients alone do not show it."""
+        # The same batch of pictures: of another size, they differ in their last digits.
+        prompts = list(islice(cycle(self.prompts), 2))
+        if torch.equal(self.watch.draw(prompts, range(2)), self.first_pictures):
+            tell(f"after {self.done} updates the pictures are exactly those of the base model: raise the learning rate")
 
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
         s = self.settings
         prompts = list(islice(cycle(self.prompts), count))
         pictures = self.watch.draw(prompts, range(count))
-        self.reward = self.watch.reward = normalized(self.reward, pictures, prompts, self.model.device)
-        self.reward.set_chunk_size(s.reward_batch_size)
-        s.reward, s.normalize_reward = self.reward.expression or self.reward.label, 0
+        reward = normalized(self.reward, pictures, prompts, self.model.device)
+        reward.set_chunk_size(s.reward_batch_size)
+        self.reward = self.updates.reward = self.watch.reward = reward
+        s.reward, s.normalize_reward = reward.expression or reward.label, 0
 
     def train(self) -> None:
         s = self.settings
@@ -176,10 +184,12 @@ class Trainer:
         )
         with interruptible() as wish:
             for step in progress:
-                row = self.update(step)
+                row = self.updates.update(step)
                 self.done = step
                 self.folder.log(METRICS, row)
                 progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
+                if step == AUDITED:
+                    self.check_pictures()
                 if step == s.steps:
                     break  # the end has its own grid, evaluation and checkpoint
                 if s.sample_every and step % s.sample_every == 0:
@@ -188,123 +198,21 @@ class Trainer:
                     self.evaluate()
                 if self.watch.exhausted:
                     break
-                if wish.is_set() or (s.save_every and step % s.save_every == 0):
+                if wish.is_set() or (s.save_every and step % s.save_every == 0) or self.watch.best == step:
                     self.save_checkpoint()
                 if wish.is_set():
                     raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
 
-    def update(self, step: int) -> dict[str, float]:
-        """One update: fresh batches, and the steps of the optimiser that the method makes of them."""
-        s = self.settings
-        start = time.perf_counter()
-        rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        drawn: Drawn = {}
-        for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
-            self.optimizer.zero_grad()
-            for loss in losses:
-                self.accelerator.backward(loss / s.gradient_accumulation_steps)
-            grad_norm = self.clipped_norm(step)
-            self.optimizer.step()
-        self.seconds += time.perf_counter() - start
-        if not drawn:
-            raise DraftuneError(f"the method {s.method!r} scored nothing")
-        reward = torch.cat([total for total, _ in drawn.values()])
-        parts = {label: torch.cat([scores[label] for _, scores in drawn.values()]) for label in drawn[0][1]}
-        row = {
-            "step": step,
-            "reward": float(reward.mean()),
-            "reward_std": float(reward.std(unbiased=False)),
-            "reward_queries": self.queries,
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-            "seconds": round(self.seconds, 4),
-        }
-        if len(parts) > 1:
-            row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
-        return row
-
-    def fresh_batches(self, step: int, drawn: Drawn) -> Iterator[Batch]:
-        """The batches of one update; the scores of each one's own pictures are added to `drawn`."""
-        s = self.settings
-        for i in range(s.gradient_accumulation_steps):
-            prompts = [self.prompts[i] for i in self.order.draw(s.batch_size)]
-            noise = self.model.noise(self.generator, len(prompts))
-            denoise, base = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            reward = partial(self.score, prompts, step, drawn, i)
-            yield Batch(prompts, noise, self.schedule, denoise, base, reward, self.generator)
-
-    def score(self, prompts: Sequence[str], step: int, drawn: Drawn, index: int, clean: Tensor) -> Tensor:
-        """The rewards of clean latents; of a batch's first, which are what it drew, `drawn` keeps them."""
-        total, parts = self.reward.parts(self.model.decode(clean), prompts)
-        if not total.isfinite().all():
-            raise DraftuneError(f"the reward became {total.tolist()} at update {step}; training stopped")
-        self.queries += len(prompts)
-        drawn.setdefault(index, (total.detach(), parts))
-        return total
-
-    def clipped_norm(self, step: int) -> float:
-        """The gradient's norm before it was clipped; what is not finite stops the run."""
-        limit = self.settings.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
-        if math.isfinite(norm):
-            self.overflows = 0
-            # Where all pictures score the same, a policy has nothing to learn from them yet.
-            if norm > 0 or self.method.needs_gradient:
-                self.audit.check()
-            return norm
-        # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
-        self.overflows += 1
-        if self.accelerator.scaler is None or self.overflows > 20:
-            raise DraftuneError(f"the gradient's norm became {norm} at update {step}; training stopped")
-        return norm
-
     def save_checkpoint(self) -> None:
-        random_numbers, tensors = random_state()
-        tensors |= {f"lora/{name}": parameter for name, parameter in self.parameters.items()}
-        tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
-        tensors["generator"] = self.generator.get_state()
-        scaler = self.accelerator.scaler
-        state = {
-            "reward_queries": self.queries,
-            "seconds": self.seconds,
-            "prompts": self.order.queue,
-            "weights": [weight for weight, _ in self.reward.terms],
-            "method": self.method.state_dict(),
-            "random": random_numbers,
-            "scaler": scaler.state_dict() if scaler else None,
-        }
-        self.folder.save_checkpoint(self.done, state, tensors)
+        state, tensors = self.updates.state()
+        random_numbers, generators = random_state()
+        self.folder.save_checkpoint(
+            self.done, {**state, "random": random_numbers}, {**tensors, **generators}, self.watch.best
+        )
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Goes back to where the run stood."""
         state, tensors = read_state(checkpoint), read_tensors(checkpoint)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"lora/{name}"])
-        load_optimizer(self.optimizer, list(self.parameters), tensors)
-        self.generator.set_state(tensors["generator"])
-        self.done, self.queries, self.seconds = state["step"], state["reward_queries"], state["seconds"]
-        self.order.queue = state["prompts"]
-        if isinstance(self.reward, WeightedSum):
-            # Measured again, a normalised reward's weights may differ in their last digits.
-            self.reward.weights = state["weights"]
-        self.method.load_state_dict(state["method"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.done = state["step"]
+        self.updates.load(state, tensors)
         load_random_state(state["random"], tensors)
-
-
-class PromptOrder:
-    """Prompts without end: every one once in a random order, then again in another."""
-
-    def __init__(self, count: int, generator: torch.Generator) -> None:
-        self.count, self.generator = count, generator
-        self.queue: list[int] = []
-
-    def draw(self, size: int) -> list[int]:
-        while len(self.queue) < size:
-            self.queue += torch.randperm(self.count, generator=self.generator).tolist()
-        drawn, self.queue = self.queue[:size], self.queue[size:]
-        return drawn

@@ -1,4 +1,4 @@
-"""A run's folder: settings, metrics, evaluations, grids of samples, checkpoints, the LoRA."""
+"""A run's folder: settings, versions, metrics, evaluations, samples, checkpoints, the LoRA."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,17 @@ from draftune.settings import Settings, read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.tensorboard import SummaryWriter
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+SAMPLES = "samples.jsonl"
+LOGS = (METRICS, EVALUATIONS, SAMPLES)
 # What may change when a run goes on: how far, and what is only looked at on the way.
-FREE = ("steps", "output", "sample_every", "save_every", "eval_every", "best_by", "patience")
+FREE = (
+    *("steps", "output", "resume", "on_nonfinite", "sample_every", "save_every", "eval_every", "best_by", "patience"),
+)
 
 
 class RunFolder:
@@ -33,31 +40,65 @@ class RunFolder:
     """
 
     def __init__(self, settings: Settings, texts: Mapping[str, Sequence[str]]) -> None:
+        from filelock import FileLock
+
         self.path = path = user_path(settings.output)
+        if not settings.resume:
+            # From here on it is a run like any other, which its config.yaml goes on with.
+            self.path = path = first_free(path)
+            settings.output, settings.resume = str(path), True
+        self.lock = FileLock(path / ".lock", timeout=0, thread_local=False)
         # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
         self.asked = asdict(settings)
         self.contents = {name: digest(given) for name, given in texts.items()}
         self.checkpoint: Path | None = None
         self.done = 0
-        if path.exists() and not path.is_dir():
-            raise DraftuneError(f"the output {str(path)!r} is a file; give a folder")
-        if path.is_dir() and any(path.iterdir()):
-            self.resume()
-        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        self.evaluations: list[dict[str, Any]] = []
+        self.events: SummaryWriter | None = None
+        try:
+            if path.exists() and not path.is_dir():
+                raise DraftuneError(f"the output {str(path)!r} is a file; give a folder")
+            if path.is_dir() and any(path.iterdir()):
+                self.find()
+            existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        except OSError as error:
+            raise DraftuneError(f"cannot look into the output folder {str(path)!r}: {error.strerror}") from error
         if not os.access(existing, os.W_OK):
             raise DraftuneError(f"cannot write to the output folder {str(path)!r}; give another (--output)")
 
-    def resume(self) -> None:
+    def take(self) -> None:
+        """Keeps every other process out of the folder until `close`, or until this one ends in whatever way.
+
+        Raises DraftuneError where another is at work in it.
+        """
+        from filelock import Timeout
+
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise DraftuneError(
+                f"another process is training in {str(self.path)!r}: wait for it, or give another folder (--output)"
+            ) from error
+        except NotImplementedError:
+            pass  # a file system without locks
+
+    def find(self) -> None:
         """Finds where the run in the folder stands, if it is this one."""
         from draftune.training.checkpoint import checkpoints, read_state
 
+        if (self.path / ".lock").exists():
+            # Said at once, and not after everything was loaded.
+            self.take()
+            self.lock.release()
         found = checkpoints(self.path / "checkpoints")
+        if not found and (self.path / ".lock").exists() and not read_rows(self.path / METRICS):
+            return  # it ended before its first checkpoint: there is nothing to lose
         if not found:
             held = "another run" if (self.path / CONFIG).exists() else "other files"
             raise DraftuneError(f"the output folder {str(self.path)!r} holds {held}; give another (--output)")
         self.checkpoint = found[-1]
         state = read_state(self.checkpoint)
-        self.done = state["step"]
+        self.done, self.evaluations = state["step"], state["evaluations"]
         for key, value in state["settings"].items():
             if key not in FREE and value != (now := self.asked.get(key)):
                 raise DraftuneError(
@@ -76,17 +117,33 @@ class RunFolder:
                 "another folder (--output)"
             )
 
-    def create(self, settings: Settings) -> None:
+    def create(self, settings: Settings, space: int, **known: Mapping[str, Any]) -> None:
         """Makes the folder, or takes it back to the checkpoint, and writes the resolved settings.
 
-        Raises DraftuneError where it can't be written to.
+        `space`: bytes that the run is sure to take. Each of `known` becomes a .json file. Raises DraftuneError where
+        the folder can't be written to, is in use, or has too little space.
         """
         from torch.utils.tensorboard import SummaryWriter
 
+        from draftune.training.checkpoint import checkpoints
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+            self.take()
+            if checkpoints(self.path / "checkpoints")[-1:] != ([self.checkpoint] if self.checkpoint else []):
+                raise DraftuneError(f"another process went on with the run in {str(self.path)!r}: start again")
+            if (free := shutil.disk_usage(self.path).free) < space:
+                raise DraftuneError(
+                    f"the disk of {str(self.path)!r} has {free / 2**20:.0f} MiB left, and the run takes at least "
+                    f"{space / 2**20:.0f}: make room or give another folder (--output)"
+                )
+            texts = {CONFIG: settings.to_yaml()}
+            texts |= {f"{name}.json": json.dumps(value, indent=1) + "\n" for name, value in known.items()}
+            for name, text in texts.items():
+                with written_whole(self.path / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
             self.rows = {name: read_rows(self.path / name, self.done) for name in LOGS}
+            self.rows[EVALUATIONS] = self.evaluations
             for name, rows in self.rows.items():
                 with written_whole(self.path / name) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -94,37 +151,50 @@ class RunFolder:
             raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
         self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.done + 1)
 
-    def log(self, name: str, row: Mapping[str, float]) -> bool:
-        """One line of metrics.jsonl or evaluations.jsonl, on disk at once, and the same numbers for TensorBoard.
+    def log(self, name: str, row: Mapping[str, Any]) -> bool:
+        """One line of one of the logs, on disk at once, and the same numbers for TensorBoard.
 
         Whether it is new: a run that goes on measures its start again.
         """
         if self.rows[name] and row["step"] <= self.rows[name][-1]["step"]:
             return False
-        finite: dict[str, Any] = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows[name].append(finite)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         prefix = "" if name == METRICS else "eval/"
-        for key, value in row.items():
-            if key != "step":
+        for key, value in numbers(row).items():
+            if key != "step" and self.events:
                 self.events.add_scalar(prefix + key, value, int(row["step"]))
         return True
 
-    def save_checkpoint(self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def save_checkpoint(
+        self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], best: int | None
+    ) -> None:
         from draftune.training.checkpoint import save_checkpoint
 
-        run = {"step": step, "settings": self.asked, "contents": self.contents}
-        save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors)
+        run = {"step": step, "settings": self.asked, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
+        save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
 
     def sample_path(self, step: int) -> Path:
+        """The grid of pictures after an update; the single ones are in a folder of that name."""
         return self.path / "samples" / f"step-{step:06d}.png"
 
     def close(self) -> None:
-        self.events.close()
+        if self.events:
+            self.events.close()
+        self.lock.release()
 
 
-LOGS = (METRICS, EVALUATIONS)
+def first_free(path: Path) -> Path:
+    """The folder, or the first of FOLDER-2, FOLDER-3, … where nothing lies."""
+    others = (path.with_name(f"{path.name}-{i}") for i in count(2))
+    return next(f for f in chain([path], others) if not f.exists() or (f.is_dir() and not any(f.iterdir())))
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """What of a row is a number, and no truth value, list or table."""
+    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def digest(texts: Sequence[str]) -> str:
@@ -148,4 +218,5 @@ def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
 def run_settings(lora: Path) -> Settings | None:
     """The settings of the run that wrote a LoRA file, where it still lies in the run's folder."""
     config = lora.parent.parent / CONFIG
-    return Settings.from_mapping(read_yaml(config)) if lora.parent.name == "lora" and config.is_file() else None
+    written = lora.parent.name in ("lora", "best") and config.is_file()
+    return Settings.from_mapping(read_yaml(config)) if written else None

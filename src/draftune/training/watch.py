@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from draftune.evaluation import Comparison, Evaluation, divergence, evaluate, score_batches
-from draftune.images import grid, save_image
+from draftune.images import grid, save_image, to_pil
 from draftune.lora import save_lora
 from draftune.models import Model
 from draftune.rewards import Reward
 from draftune.schedule import Schedule
 from draftune.settings import Settings
+from draftune.training.audit import tell
 from draftune.training.checkpoint import undisturbed
-from draftune.training.guard import HELD_OUT, Guard, weights_of
-from draftune.training.run import EVALUATIONS, RunFolder
+from draftune.training.guard import Guard, rule_of
+from draftune.training.run import EVALUATIONS, SAMPLES, RunFolder, numbers
 
 
 class Watch:
@@ -52,7 +51,7 @@ class Watch:
 
     @undisturbed()
     def show(self, step: int) -> None:
-        """The grid of samples at this update."""
+        """The grid of samples at this update, the single pictures, and a line of samples.jsonl with their scores."""
         if step == self.last_shown:
             return
         pictures = self.draw(self.shown, range(len(self.shown)))
@@ -61,7 +60,11 @@ class Watch:
         self.last_shown = step
         if step == 0:
             self.base_pictures, self.base_captions = pictures, captions
-        save_image(grid([pictures], [], self.shown, [captions]), self.folder.sample_path(step))
+        path = self.folder.sample_path(step)
+        save_image(grid([pictures], [], self.shown, [captions]), path)
+        for i, picture in enumerate(to_pil(pictures)):
+            save_image(picture, path.with_suffix("") / f"{i:02d}.png")
+        self.folder.log(SAMPLES, {"step": step, "prompts": list(map(str, self.shown)), "scores": scores})
         rows = [self.base_pictures, pictures]
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
         save_image(sheet, self.folder.path / "before_after.png")
@@ -80,24 +83,23 @@ class Watch:
         kl = divergence(self.model, few, self.schedule, s.guidance_scale, s.negative_prompt)
         row = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl}
         if self.guard is None:
-            self.guard = Guard(self.weights(row), s.patience, self.reward.label)
+            weights = rule_of(s.best_by, self.held_out, row) or {self.reward.label: 1.0}
+            self.guard = Guard(weights, s.patience, self.reward.label)
             for old in self.folder.rows[EVALUATIONS]:
-                self.guard.see(old)
-        if not self.folder.log(EVALUATIONS, row):
+                self.guard.see(numbers(old))
+        if any(row["step"] == old["step"] for old in self.guard.rows):
             return  # measured again because the run goes on
-        if self.guard.see(row):
+        best = self.guard.see(row)
+        self.folder.log(EVALUATIONS, {**row, "errors": found.errors, "best": best})
+        if best:
             save_lora(self.model, self.folder.path / "best")
         if warning := self.guard.warning():
-            tqdm.write(f"draftune: {warning}", file=sys.stderr)
+            tell(warning)
 
-    def weights(self, row: Mapping[str, float]) -> dict[str, float]:
-        """By which columns the best evaluation is chosen: as asked, else the held-out rewards as they were weighed."""
-        if self.settings.best_by:
-            return weights_of(self.settings.best_by)
-        if self.held_out is None:
-            return {self.reward.label: 1.0}
-        columns = [key for key in row if key.startswith(HELD_OUT) and key != f"{HELD_OUT}diversity"]
-        return {column: weight for column, (weight, _) in zip(columns, self.held_out.terms, strict=False)}
+    @property
+    def best(self) -> int | None:
+        """The update of the best evaluation."""
+        return int(self.guard.best["step"]) if self.guard and self.guard.best else None
 
     @property
     def exhausted(self) -> bool:

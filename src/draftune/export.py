@@ -1,0 +1,169 @@
+"""A trained LoRA as other tools read it: a LoRA for diffusers, a LoRA for kohya's readers, or a whole pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftune.errors import DraftuneError, unknown
+from draftune.layers import Layers, read_layers
+from draftune.lora import FILE_NAME, lora_file
+from draftune.models import Model, load_model
+from draftune.paths import user_path, written_whole
+from draftune.quiet import quiet
+from draftune.settings import Settings
+from draftune.tensors import save_tensors
+from draftune.training.run import run_settings
+from draftune.tuned import GRID, find_tuned
+
+KOHYA_SUFFIX = ".safetensors"
+
+
+def export_lora(
+    source: Path | str,
+    output: Path | str,
+    format: str = "diffusers",
+    lora_scale: float = 1.0,
+    best: bool = False,
+    half: bool = False,
+    model: str | None = None,
+) -> Path:
+    """Writes the LoRA of a run, a LoRA file or its folder as another tool reads it; returns `output`.
+
+    "diffusers": a folder with the LoRA; "kohya": a .safetensors file, for ComfyUI and others; "merged": the folder of
+    the base model's pipeline with the LoRA in its weights and the run's grid in its DDIM scheduler. `best` takes the
+    run's best LoRA, not its last; `half` stores float16; `model` is the base model, where the LoRA does not say it or
+    it lies elsewhere. Raises DraftuneError, also where the output is there already.
+    """
+    target = user_path(output)
+    check(target, format, lora_scale)
+    path = source_file(source, best)
+    lora = read_layers(path, model).scaled(lora_scale)
+    WRITERS[format](lora, path, target, torch.float16 if half else torch.float32)
+    return target
+
+
+def check(target: Path, format: str, lora_scale: float) -> None:
+    """What is wrong before anything is read. Raises DraftuneError."""
+    if format not in WRITERS:
+        raise unknown("format", format, WRITERS)
+    if not math.isfinite(lora_scale):
+        raise DraftuneError(f"--lora-scale must be a number, not {lora_scale}")
+    if (target.suffix == KOHYA_SUFFIX) != (format == "kohya"):
+        wanted = f"a {KOHYA_SUFFIX} file" if format == "kohya" else "a folder"
+        raise DraftuneError(f"--output takes {wanted} with --format {format}, not {str(target)!r}")
+    if target.exists() and not (format != "kohya" and target.is_dir() and not any(target.iterdir())):
+        raise DraftuneError(f"the output {str(target)!r} is there already; give another (--output)")
+
+
+def source_file(source: Path | str, best: bool = False) -> Path:
+    """The LoRA's file, of a run the last or the best. Raises DraftuneError if there is none."""
+    path = user_path(source) / "best" / FILE_NAME
+    if best and not path.is_file():
+        raise DraftuneError(f"{str(source)!r} has no best LoRA: it is no run with evaluations (--eval-prompts)")
+    return path if best else lora_file(source)
+
+
+def grid(source: Path | str, best: bool = False) -> dict[str, Any]:
+    """Where the sampler's steps lay in the run of a LoRA, as far as it said so."""
+    settings = run_settings(source_file(source, best))
+    said = {name: getattr(settings, name, None) for name in GRID}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def write_diffusers(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> None:
+    lora.write(target, dtype)
+
+
+def write_kohya(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> None:
+    """The LoRA by kohya's names, which have no dots: lora_unet_mid_block_attentions_0_proj_in.lora_down.weight.
+
+    diffusers' own conversion takes every alpha to be the rank, whatever it was; here it is so.
+    """
+    named, rank = lora.tensors(dtype)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        layer, _, half = name.rpartition(".lora_")
+        key = f"lora_{lora.prefix}_{layer.replace('.', '_')}"
+        tensors[f"{key}.{'lora_down' if half == 'A.weight' else 'lora_up'}.weight"] = tensor
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    said = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_output_name": target.stem,
+    }
+    if any(max(layer.shape[2:], default=1) > 1 for layer in lora.layers.values()):
+        said["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))})
+    if lora.base_model:
+        said |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
+    if settings := run_settings(path):
+        said |= training_said(settings)
+    with written_whole(target) as temporary:
+        save_tensors(temporary, tensors, said)
+
+
+def training_said(settings: Settings) -> dict[str, str]:
+    """A run's settings by kohya's names where they mean the same, the others in its comment."""
+    s = settings
+    return {
+        "ss_max_train_steps": str(s.steps),
+        "ss_learning_rate": str(s.learning_rate),
+        "ss_lr_warmup_steps": str(s.lr_warmup_steps),
+        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_max_grad_norm": str(s.max_grad_norm),
+        "ss_gradient_accumulation_steps": str(s.gradient_accumulation_steps),
+        "ss_seed": str(s.seed),
+        "ss_training_comment": f"draftune: {s.method} on {s.reward}, prompts {s.prompts}, batches of {s.batch_size}",
+    }
+
+
+def write_merged(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> None:
+    model = load_model(find_tuned(str(path), lora.base_model).base)
+    model.set_grid(**grid(path))
+    merge(model, lora)
+    save_pipeline(model, target, dtype)
+
+
+@torch.no_grad()
+def merge(model: Model, lora: Layers) -> None:
+    """Adds the LoRA to the weights of the model's denoiser, for good. Raises DraftuneError if it does not fit."""
+    modules = dict(model.denoiser.named_modules())
+    for name, layer in lora.layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != layer.shape:
+            raise DraftuneError(f"the LoRA does not fit {model.name!r}: it has no {name} of shape {list(layer.shape)}")
+        weight += layer.change
+
+
+def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
+    """Writes the model's pipeline, whole or not at all, with DDIM on the model's grid: the sampler that draws here."""
+    from diffusers import DDIMScheduler
+
+    unclipped = {"clip_sample": False, "thresholding": False}
+    with quiet():
+        model.pipeline.scheduler = DDIMScheduler.from_config({**model.scheduler_config, **unclipped})
+        model.pipeline.to(dtype=dtype)
+        for part in (model.pipeline, *model.pipeline.components.values()):
+            if hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path="")  # where the base lay is nobody's business
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            model.pipeline.save_pretrained(Path(folder) / "model", safe_serialization=True)
+            os.replace(Path(folder) / "model", target)
+
+
+WRITERS: dict[str, Callable[[Layers, Path, Path, torch.dtype], None]] = {
+    "diffusers": write_diffusers,
+    "kohya": write_kohya,
+    "merged": write_merged,
+}

@@ -1,0 +1,29 @@
+"""One page that shows what a run did: written to a file, or served while the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from draftune.errors import DraftuneError
+from draftune.paths import user_path, written_whole
+from draftune.report.collect import collect
+from draftune.report.page import page
+
+__all__ = ["collect", "page", "write_report"]
+
+
+def write_report(run: Path | str, output: Path | str | None = None) -> Path:
+    """Writes the page of a run's folder, RUN/report.html unless `output` says otherwise; returns its path.
+
+    Raises DraftuneError where there is no run, or the file can't be written.
+    """
+    path = user_path(output) if output is not None else user_path(run) / "report.html"
+    if path.is_dir():
+        raise DraftuneError(f"the output {str(path)!r} is a folder; give a file, such as {str(path / 'report.html')!r}")
+    text = page(collect(run))
+    try:
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DraftuneError(f"cannot write to {str(path)!r}: {error.strerror}") from error
+    return path

@@ -1,0 +1,297 @@
+"""`draftune eval`: the arithmetic of differences and intervals, the leaderboard, what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import add_random_lora, build_pipeline
+from PIL import Image
+from scipy import stats
+
+from draftune.cli import main
+from draftune.evaluation import Comparison, Evaluation, Paired, expanded_tail, interval
+from draftune.images import open_image
+from draftune.leaderboard import Entry, Leaderboard, block, compare
+from draftune.lora import add_lora, lora_parameters, save_lora
+from draftune.models import load_model
+from draftune.rewards import load_reward
+from draftune.settings import Settings
+from draftune.tuned import Tuned, find_all, find_tuned
+from draftune.yardstick import find_yardstick
+
+SMALL: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "timestep_spacing": "trailing"}
+SMALL |= {"reward": "brightness", "held_out": "saturation", "cpu": True}
+
+
+def make_run(folder: Path, model: Path, strength: float = 1.0, names: Sequence[str] = (), **values: Any) -> Path:
+    """A run's folder as training leaves it, with a random LoRA; its second LoRA, in best/, is half as strong."""
+    (folder.parent / "prompts.txt").write_text("a cat\na dog\nfish\n")
+    tuned = load_model(model)
+    if names:
+        add_lora(tuned, 3, targets=names)
+        for parameter in lora_parameters(tuned).values():
+            parameter.data.fill_(0.1)
+    else:
+        add_random_lora(tuned)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(tuned).items():
+            parameter.mul_(strength if "lora_B" in name else 1)
+    save_lora(tuned, folder / "lora")
+    with torch.no_grad():
+        for name, parameter in lora_parameters(tuned).items():
+            parameter.mul_(0.5 if "lora_B" in name else 1)
+    save_lora(tuned, folder / "best")
+    settings = Settings(model=str(model), **(SMALL | {"prompts": str(folder.parent / "prompts.txt")} | values))
+    (folder / "config.yaml").write_text(settings.to_yaml())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs of one model, the second with a LoRA of other layers and another rank."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        make_run(folder / "first", pipeline_folder, 30.0),
+        make_run(folder / "second", pipeline_folder, 30.0, ["to_v", "to_out.0"]),
+    ]
+
+
+def evaluation(values: Sequence[Sequence[float]]) -> Evaluation:
+    count = sum(map(len, values))
+    return Evaluation({"score": torch.tensor(values)}, ["x"] * count, torch.zeros(count, 3, 2, 2))
+
+
+def test_differences_and_wins_by_hand() -> None:
+    base, tuned = [[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]], [[2.0, 2.0], [3.0, 3.0], [6.0, 3.0]]
+    found = Comparison(evaluation(base), evaluation(tuned)).paired()["score"]
+    assert (found.base, found.tuned) == pytest.approx((10 / 6, 19 / 6))
+    # By prompt 0.5, -0.5 and 4.5.
+    assert found.difference == pytest.approx(1.5)
+    assert found.win_rate == pytest.approx((1 + 0.5 + 0.5 + 0 + 1 + 1) / 6)
+    assert (found.low, found.high) == (-0.5, 4.5)  # three values say little: the widest there is
+    # Seeds are pairs: exchanged within a prompt, the mean stays and the wins do not.
+    swapped = Comparison(evaluation(base), evaluation([[2.0, 2.0], [3.0, 3.0], [-1.0, 10.0]])).paired()["score"]
+    assert swapped.difference == pytest.approx(1.5)
+    assert swapped.win_rate == pytest.approx(3 / 6)
+
+
+def test_pictures_of_one_prompt_are_no_more_evidence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, tuned = (torch.randn(10, 2, generator=generator).tolist() for _ in range(2))
+    once, twice = (
+        Comparison(evaluation([row * n for row in base]), evaluation([row * n for row in tuned])).paired()["score"]
+        for n in (1, 2)
+    )
+    assert (twice.low, twice.high) == pytest.approx((once.low, once.high))
+    assert once.low < once.difference < once.high
+
+
+def test_one_prompt_has_no_interval() -> None:
+    found = Comparison(evaluation([[1.0, 2.0]]), evaluation([[2.0, 5.0]])).paired()["score"]
+    assert (found.difference, found.low, found.high) == (2.0, -math.inf, math.inf)
+    assert "unknown" in block("score", [("score", found)])[1]
+
+
+@pytest.mark.parametrize("count", [4, 8, 12, 64])
+def test_the_interval_is_scipys_at_the_expanded_level(count: int) -> None:
+    exact = stats.norm.cdf(-stats.t.ppf(0.975, count - 1) * math.sqrt(count / (count - 1)))
+    assert expanded_tail(count) == pytest.approx(exact, rel=0.05 if count > 4 else 0.2)
+    values = torch.distributions.Exponential(1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(count)
+        drawn = values.sample((count,)).double()
+    theirs = stats.bootstrap(
+        (drawn.numpy(),),
+        np.mean,
+        confidence_level=1 - 2 * exact,
+        method="percentile",
+        n_resamples=20_000,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert interval(drawn) == pytest.approx((theirs.low, theirs.high), abs=0.04 * width)
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
+    generator, held = torch.Generator().manual_seed(0), {"expanded": 0, "plain": 0}
+    for i in range(1000):
+        values = torch.randn(8, generator=generator).double()
+        low, high = interval(values, resamples=1, seed=i)
+        held["expanded"] += low <= 0 <= high
+        means = values[torch.randint(8, (1000, 8), generator=generator)].mean(1)
+        held["plain"] += bool(means.quantile(0.025) <= 0 <= means.quantile(0.975))
+    # Three standard errors of a share of 0.95 in 1000 trials are 0.02.
+    assert 930 <= held["expanded"] <= 970
+    assert held["plain"] < 915
+
+
+def test_thousands_of_prompts_and_scores_that_are_not_numbers() -> None:
+    low, high = interval(torch.randn(5000, generator=torch.Generator().manual_seed(0)).double(), resamples=2)
+    assert -0.06 < low < high < 0.06
+    assert high - low == pytest.approx(2 * 1.96 / 5000**0.5, rel=0.1)
+    assert all(math.isnan(bound) for bound in interval(torch.tensor([1.0, math.nan, 2.0])))
+
+
+def test_base_and_tuned_are_what_sample_draws(runs: list[Path], tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    assert main(["eval", str(runs[0]), "--pictures", str(pictures), "--output", str(tmp_path / "a.json")]) == 0
+    assert len(list((pictures / "base").iterdir())) == len(list((pictures / "tuned").iterdir())) == 6
+    prompts = ["a cat", "a dog", "fish"]
+    command = ["sample", str(runs[0]), "--prompt", *prompts, "--num-images", "2"]
+    for scale, name in (("0", "base"), ("1", "tuned")):
+        assert main([*command, "--lora-scale", scale, "--output", str(tmp_path / name)]) == 0
+        ours, theirs = sorted((pictures / name).iterdir()), sorted((tmp_path / name).iterdir())
+        for a, b in zip(ours, theirs, strict=True):
+            with Image.open(a) as first, Image.open(b) as second:
+                assert first.tobytes() == second.tobytes()
+    reward, means = load_reward("brightness"), {}
+    for name in ("base", "tuned"):
+        means[name] = np.mean([float(reward(open_image(path), [""])) for path in (pictures / name).iterdir()])
+    row = json.loads((tmp_path / "a.json").read_text())["scores"][0]
+    assert row["score"] == "brightness"
+    # Files have 8 bits.
+    assert (row["base"], row["tuned"]) == pytest.approx((means["base"], means["tuned"]), abs=1e-3)
+    assert row["difference"] == pytest.approx(row["tuned"] - row["base"])
+    assert abs(row["difference"]) > 0.001
+    with Image.open(pictures / "before_after.png") as grid:
+        assert grid.width > 3 * 128
+
+
+def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path], tmp_path: Path) -> None:
+    loras = find_all([*map(str, runs), str(runs[0] / "best"), str(runs[0])])
+    assert [tuned.source for tuned in loras] == [str(runs[0]), str(runs[1]), str(runs[0] / "best")]
+    assert loras[2].in_run
+    yardstick = find_yardstick(loras)
+    kept: dict[str, Comparison] = {}
+    board = compare(loras, yardstick, keep=lambda tuned, comparison: kept.update({tuned.source: comparison}))
+    assert len({id(comparison.base) for comparison in kept.values()}) == 1
+    assert {entry.base for entry in board.entries} == {0}
+    for entry in board.entries:
+        alone = compare([entry.tuned], yardstick).entries[0]
+        assert alone.scores == entry.scores
+    assert len({entry.scores["brightness"].tuned for entry in board.entries}) == 3
+    model = load_model(loras[0].base)
+    model.set_grid("trailing")
+    plain = model.generate(["a cat"] * 2, [0, 1], model.schedule(2), 2.0)
+    together = model.generate(["a cat"] * 2 + ["a dog"] * 2 + ["fish"] * 2, [0, 1] * 3, model.schedule(2), 2.0)
+    assert torch.equal(kept[str(runs[1])].base.images, together)
+    assert (plain - together[:2]).abs().max() < 1e-5
+    text = board.table().splitlines()
+    assert text[0] == "base → tuned, 6 pictures of 3 prompts, the same seeds"
+    assert [line.split()[0] for line in text if "95 % interval" in line] == ["brightness", "held-out/saturation"]
+    assert max(map(len, text)) <= 100
+
+
+def test_the_highest_score_is_first() -> None:
+    def entry(name: str, brightness: float, judge: float) -> Entry:
+        tuned = Tuned(name, Path(name), "emoji", Settings(), True)
+        return Entry(tuned, {"a": Paired(0, brightness, 0, 0, 0, 0), "b": Paired(0, judge, 0, 0, 0, 0)}, 0)
+
+    lora = Tuned("x", Path("x"), "emoji", Settings(), False)
+    yardstick = find_yardstick([lora], ["cat"], "brightness")
+    board = Leaderboard([entry("one", 3, 1), entry("two", 2, 2)], yardstick, 1.0, "b")
+    lines = board.table().splitlines()
+    assert [line.split()[0] for line in lines if line] == ["base", "b", "one", "two", "a", "one", "two"]
+
+
+def test_ranked_by_the_reward_or_as_asked(runs: list[Path], tmp_path: Path) -> None:
+    command = ["eval", *map(str, runs), str(runs[0] / "best"), "--num-images", "1"]
+    orders = {}
+    for sort in ("brightness", "held-out/saturation"):
+        path = tmp_path / "scores.csv"
+        assert main([*command, "--sort", sort, "--output", str(path)]) == 0
+        rows = list(csv.DictReader(path.open()))
+        ranked = [row for row in rows if row["score"] == sort]
+        values = [float(row["tuned"]) for row in ranked]
+        assert values == sorted(values, reverse=True)
+        orders[sort] = [row["source"] for row in ranked]
+    header = "source,score,base,tuned,difference,low,high,win_rate,pictures,prompts"
+    assert path.read_text().splitlines()[0] == header
+    assert [(row["pictures"], row["prompts"]) for row in rows] == [("3", "3")] * 6
+    assert main([*command, "--output", str(tmp_path / "scores.json")]) == 0
+    said = json.loads((tmp_path / "scores.json").read_text())
+    by_key = {(row["source"], row["score"]): row for row in said["scores"]}
+    for row in rows:
+        twin = by_key[row["source"], row["score"]]
+        assert {key: str(value) for key, value in twin.items()} == row
+    assert [row["source"] for row in said["scores"]][::2] == orders["brightness"]
+    assert said["settings"]["prompts"] == ["a cat", "a dog", "fish"]
+    assert (said["settings"]["reward"], said["settings"]["held_out"]) == ("brightness", "saturation")
+    assert said["settings"]["sources"][str(runs[1])]["guidance_scale"] == 2.0
+
+
+def test_other_ways_of_drawing_have_their_own_base(
+    runs: list[Path], pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_pipeline(tmp_path / "parts", beta_end=0.02).save_pretrained(tmp_path / "model")
+    other = make_run(tmp_path / "other", tmp_path / "model")
+    finer = make_run(tmp_path / "finer", pipeline_folder, num_inference_steps=3)
+    path = tmp_path / "a.json"
+    assert main(["eval", *map(str, [*runs, other, finer]), "--num-images", "1", "--output", str(path)]) == 0
+    assert "those with the same base pictures are in one line" in capsys.readouterr().out
+    said = json.loads(path.read_text())
+    sets = {source: how["base_pictures"] for source, how in said["settings"]["sources"].items()}
+    assert sets == {str(runs[0]): 0, str(runs[1]): 0, str(other): 1, str(finer): 2}
+    base = {row["source"]: row["base"] for row in said["scores"] if row["score"] == "brightness"}
+    assert base[str(runs[0])] == base[str(runs[1])]
+    assert len(set(base.values())) == 3
+    # One number of steps for all: runs of one model share again.
+    command = ["eval", str(runs[0]), str(finer), "--num-inference-steps", "2", "--num-images", "1"]
+    assert main([*command, "--output", str(path)]) == 0
+    assert {row["base"] for row in json.loads(path.read_text())["scores"]} == {
+        row["base"] for row in said["scores"] if row["source"] == str(runs[0])
+    }
+
+
+def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(runs: list[Path], tmp_path: Path) -> None:
+    plain = tmp_path / "plain.safetensors"
+    plain.write_bytes((runs[1] / "lora" / "pytorch_lora_weights.safetensors").read_bytes())
+    alone = find_tuned(str(plain))
+    assert not alone.in_run
+    assert "timestep_spacing" not in alone.drawing
+    first, second = find_all([str(plain), str(runs[0])])
+    assert first.drawing == second.drawing
+    board = compare(find_all([str(plain), str(runs[1])]), find_yardstick([second], num_images=1))
+    assert board.entries[0].scores == board.entries[1].scores
+
+
+def test_mistakes_get_one_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(runs[0])
+    plain = tmp_path / "plain.safetensors"
+    plain.write_bytes((runs[0] / "lora" / "pytorch_lora_weights.safetensors").read_bytes())
+    gone = tmp_path / "gone"
+    (gone / "lora").mkdir(parents=True)
+    (gone / "lora" / "pytorch_lora_weights.safetensors").write_bytes(plain.read_bytes())
+    settings = Settings(model=find_tuned(run).base, prompts="3 prompts given in Python", reward="my_function")
+    (gone / "config.yaml").write_text(settings.to_yaml())
+    cases = {
+        "no LoRA at": ["eval", str(tmp_path / "missing")],
+        "no prompt file": ["eval", run, "--prompts", str(tmp_path / "missing.txt")],
+        "did you mean 'brightness'": ["eval", run, "--reward", "brightnes"],
+        "unknown score 'held-out/saturatio': did you mean 'held-out/saturation'?": [
+            "eval",
+            run,
+            "--sort",
+            "held-out/saturatio",
+        ],
+        "takes a .csv or a .json file": ["eval", run, "--output", "x.txt"],
+        "--pictures takes a folder": ["eval", run, "--pictures", str(plain)],
+        "lies in no run's folder: say --prompts and --reward": ["eval", str(plain)],
+        "the prompts of the run can't be had again (give --prompts)": ["eval", str(gone)],
+        "the reward of the run can't be had again (give --reward)": ["eval", str(gone), "--prompts", "animals"],
+        "--num-images must be at least 1": ["eval", run, "--num-images", "0"],
+        "required: RUN": ["eval"],
+    }
+    for message, argv in cases.items():
+        code = main(argv)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("draftune: ")]
+        assert (code, len(lines)) == (2, 1), (argv, lines)
+        assert message in lines[0], (message, lines[0])

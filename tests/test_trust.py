@@ -1,0 +1,202 @@
+"""What goes wrong in a long run: it is said, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_resume import lora, noisy_brightness, rows, train
+from torch import Tensor
+
+from draftune.errors import DraftuneError
+from draftune.rewards import load_reward
+from draftune.settings import Settings
+from draftune.training import checkpoint
+from draftune.training.audit import probe_reward
+from draftune.training.run import RunFolder, first_free
+
+
+def failing(at: Sequence[int], gradient: bool) -> Callable[..., Tensor]:
+    """A reward that is not a number, or whose gradient is not, at some of its calls with a gradient."""
+    calls: list[int] = []
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        score = noisy_brightness(images, prompts)
+        if images.requires_grad:
+            calls.append(1)
+            if len(calls) in at and gradient:
+                images.register_hook(lambda slope: slope * torch.nan)
+            elif len(calls) in at:
+                return torch.where(torch.tensor([True, False]), torch.nan, score)
+        return score
+
+    return reward
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+KNOWN: dict[str, Any] = {"method": "draft-k(k=1)", "eval_every": 0, "eval_prompts": ""}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_not_finite_ends_a_run_and_is_kept_to_look_at(
+    pipeline_folder: Path, tmp_path: Path, gradient: bool
+) -> None:
+    """The first call tries the reward, the others are updates 1, 2, 3, …"""
+    said = "the gradient's norm became nan" if gradient else r"the reward became \[nan, 0\..*\]"
+    way = "the last checkpoint is step-000002; --on-nonfinite skip leaves such updates out"
+    with pytest.raises(DraftuneError, match=rf"{said} at update 4; its batch is in '.*step-000004'; {way}"):
+        train(pipeline_folder, tmp_path / "run", failing([5], gradient), **KNOWN)
+    before = train(pipeline_folder, tmp_path / "before", steps=3, **KNOWN)
+    assert all(
+        torch.equal(a, b) for a, b in zip(lora(before.folder).values(), lora(tmp_path / "run").values(), strict=True)
+    )
+    folder = tmp_path / "run" / "nonfinite" / "step-000004"
+    tensors = load_file(folder / "0.safetensors")
+    assert tensors["noise"].shape == (2, 4, 8, 8)
+    assert tensors["pictures"].shape[:2] == (2, 3)
+    assert tensors["reward"].isnan().tolist() == [not gradient, False]
+    with safe_open(folder / "0.safetensors", "pt") as file:
+        assert set(json.loads(file.metadata()["prompts"])) <= {"a cat", "a dog", "a bird"}
+    assert sorted(path.name for path in folder.iterdir()) == ["0-0.png", "0-1.png", "0.safetensors"]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_not_finite_can_be_left_out(pipeline_folder: Path, tmp_path: Path, gradient: bool) -> None:
+    reward = failing([3, 4], gradient)
+    run = train(pipeline_folder, tmp_path / "run", reward, on_nonfinite="skip", **KNOWN)
+    assert [row.get("skipped") for row in run.metrics] == [None, 1, 2, 2, 2, 2]
+    assert [row["grad_norm"] is None for row in run.metrics] == [False, True, True, False, False, False]
+    assert [row["reward"] is None for row in run.metrics] == [not gradient and i in (1, 2) for i in range(6)]
+    assert all(tensor.isfinite().all() for tensor in lora(run.folder).values())
+    # As if these updates had had no say: Adam's averages are of four gradients.
+    tensors = checkpoint.read_tensors(run.folder / "checkpoints" / "step-000006")
+    assert {float(value) for name, value in tensors.items() if name.endswith("/step")} == {4.0}
+
+
+def test_too_much_that_is_not_finite_ends_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
+    reward = failing(range(3, 100), False)
+    with pytest.raises(DraftuneError, match=r"at update 22; .* so were the 20 before it"):
+        train(pipeline_folder, tmp_path / "run", reward, on_nonfinite="skip", steps=50, **KNOWN)
+
+
+def test_one_process_in_a_folder(pipeline_folder: Path, tmp_path: Path) -> None:
+    train(pipeline_folder, tmp_path / "run", steps=2)
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(DraftuneError, match="another process is training in"):
+            train(pipeline_folder, tmp_path / "run")
+        other.kill()
+    assert len(train(pipeline_folder, tmp_path / "run").metrics) == 6
+
+
+def test_a_run_that_another_process_went_on_with_is_not_overwritten(pipeline_folder: Path, tmp_path: Path) -> None:
+    def meanwhile(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if not done:
+            done.append(1)
+            train(pipeline_folder, tmp_path / "run", steps=4)
+        return noisy_brightness(images, prompts)
+
+    train(pipeline_folder, tmp_path / "run", steps=2)
+    done: list[int] = []
+    with pytest.raises(DraftuneError, match="another process went on with the run"):
+        train(pipeline_folder, tmp_path / "run", meanwhile)
+    assert len(rows(tmp_path / "run", "metrics.jsonl")) == 4
+
+
+def test_no_resume_begins_anew_beside_it(pipeline_folder: Path, tmp_path: Path) -> None:
+    first = train(pipeline_folder, tmp_path / "run", steps=2)
+    second = train(pipeline_folder, tmp_path / "run", steps=3, resume=False)
+    assert (first.folder, second.folder) == (tmp_path / "run", tmp_path / "run-2")
+    assert [len(rows(run.folder, "metrics.jsonl")) for run in (first, second)] == [2, 3]
+    assert first_free(tmp_path / "run") == tmp_path / "run-3"
+    assert first_free(tmp_path / "new") == tmp_path / "new"
+    # Its own settings go on with it, and do not begin anew once more.
+    assert "resume: true" in (second.folder / "config.yaml").read_text()
+    assert f"output: {second.folder}" in (second.folder / "config.yaml").read_text()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins(pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "config.yaml").write_text("half of it")
+    assert len(train(pipeline_folder, tmp_path / "run", steps=2).metrics) == 2
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(pipeline_folder, tmp_path / "whole")
+    save, saved = checkpoint.save_tensors, []
+
+    def full(path: Path, *args: Any) -> None:
+        saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, *args)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    message = "No space left on device; step-00000. is whole, and the same command goes on from it"
+    with pytest.raises(DraftuneError, match=message):
+        train(pipeline_folder, tmp_path / "run")
+    monkeypatch.undo()
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    run = train(pipeline_folder, tmp_path / "run")
+    assert rows(whole.folder, "metrics.jsonl") == rows(run.folder, "metrics.jsonl")
+    assert_equal(lora(whole.folder), lora(run.folder))
+
+
+def test_a_disk_that_is_nearly_full_is_noticed_before(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(DraftuneError, match="has 0 MiB left, and the run takes at least"):
+        train(pipeline_folder, tmp_path / "run")
+
+
+def test_the_share_of_pixels_without_a_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    def corner(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 3 * images[:, 0, :4, :4].sum((1, 2))
+
+    images = torch.full((2, 3, 8, 8), 0.5)
+    found = probe_reward(load_reward(corner), images, ["a", "b"])
+    assert found == {"corner": {"score": 24.0, "gradient_norm": 12.0, "pixels_without_gradient": 0.75}}
+    assert "'corner' gives no gradient to 75% of the pixels of the base model's pictures" in capsys.readouterr().err
+    assert probe_reward(load_reward(corner), images, ["a", "b"], gradient=False) == {"corner": {"score": 24.0}}
+
+
+def test_pictures_that_do_not_move_are_noticed(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(pipeline_folder, tmp_path / "still", learning_rate=1e-12)
+    assert "after 3 updates the pictures are exactly those of the base model" in capsys.readouterr().err
+    train(pipeline_folder, tmp_path / "moved")
+    assert "exactly those" not in capsys.readouterr().err
+
+
+def test_the_folder_is_taken_until_it_is_closed(tmp_path: Path) -> None:
+    folder = RunFolder(Settings(output=str(tmp_path / "run")), {})
+    (tmp_path / "run").mkdir()
+    folder.take()
+    with pytest.raises(DraftuneError, match="another process is training"):
+        RunFolder(Settings(output=str(tmp_path / "run")), {})
+    folder.close()
+    RunFolder(Settings(output=str(tmp_path / "run")), {})
