@@ -92,6 +92,23 @@ def test_the_slider_swaps_the_pictures(visit: Visit, report: str) -> None:
     assert visit.page.locator("#sweep img").first.get_attribute("src") != before
 
 
+def test_the_page_in_the_docs(visit: Visit) -> None:
+    """The over-optimised run of docs/guard.md: the judge's names fall from update 70 to 100."""
+    page = Path(__file__).parents[1] / "docs" / "report.html"
+    visit.page.goto(page.as_uri())
+    assert "Over-optimisation: the reward rises to 10.363" in visit.page.locator("main").inner_text()
+    slider, images = visit.page.locator("#at-update"), visit.page.locator("#samples img")
+    assert images.count() == 8
+    seen = {images.first.get_attribute("src")}
+    slider.focus()
+    for _ in range(10):
+        slider.press("ArrowLeft")
+        seen.add(images.first.get_attribute("src"))
+    assert len(seen) == 11
+    assert visit.page.locator("#samples output").inner_text() == "base model"
+    assert {urlsplit(url).scheme for url in visit.requests} <= {"file", "data"}
+
+
 def test_the_wipe_moves_its_edge(visit: Visit, report: str) -> None:
     visit.page.goto(report)
     shown = "element => [getComputedStyle(element).clipPath, element.src]"

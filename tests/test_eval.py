@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import add_random_lora, build_pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from draftune.cli import main
@@ -256,7 +257,12 @@ def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(runs: list[Path], tm
     plain.write_bytes((runs[1] / "lora" / "pytorch_lora_weights.safetensors").read_bytes())
     alone = find_tuned(str(plain))
     assert not alone.in_run
-    assert "timestep_spacing" not in alone.drawing
+    # Not what is recommended for its model, but what its file says: make_run's model was on its own grid.
+    assert alone.settings.timestep_spacing == "trailing"
+    assert alone.drawing["timestep_spacing"] == "leading"
+    foreign = tmp_path / "foreign.safetensors"
+    save_file(load_file(plain), foreign, {"base_model": alone.base})
+    assert "timestep_spacing" not in find_tuned(str(foreign)).drawing
     first, second = find_all([str(plain), str(runs[0])])
     assert first.drawing == second.drawing
     board = compare(find_all([str(plain), str(runs[1])]), find_yardstick([second], num_images=1))

@@ -172,7 +172,7 @@ def test_the_gradient_of_leapalign_has_the_closed_form() -> None:
     """On a flow, v = w_t + u_t x: -j dv(x_j) - (k - j) dv(x_k) + discount j (k - j) u_j dv(x_k)."""
     levels, discount = [1.0, 0.8, 0.55, 0.2, 0.0], 0.3
     steps = tuple(Step(i, 1 - s, s, 1 - n, n) for i, (s, n) in enumerate(pairwise(levels)))
-    schedule = Schedule(steps, "v_prediction")
+    schedule = Schedule(steps, "flow")
     w = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     u = [0.4, -0.7, 1.1, 0.6]
 
@@ -180,11 +180,6 @@ def test_the_gradient_of_leapalign_has_the_closed_form() -> None:
         v = w[step.timestep] + u[step.timestep] * x
         return Prediction(x - step.sigma * v, x + (1 - step.sigma) * v)
 
-    class Flow(Schedule):
-        def read(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
-            return Prediction(x - step.sigma * output, x + (1 - step.sigma) * output)
-
-    schedule = Flow(steps, "v_prediction")
     (clean,) = LeapAlign(discount).samples(batch_of(denoise, schedule, seed=4))
     a, b = sorted(torch.randperm(4, generator=torch.Generator().manual_seed(4))[:2].tolist())
     k, j = levels[a], levels[b]

@@ -62,6 +62,28 @@ def test_the_warning(rewards: list[float], judged: list[float], said: str | None
         assert "rises to 4.000" in warning
 
 
+def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
+    guard = Guard({"held-out/judge": 1.0}, 0, "aesthetic")
+    for row in told([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7]):
+        guard.see({**row, "held-out/diversity": 0.5 - row["step"] / 100, "errors": {"held-out/judge": 0.06}})
+    # The difference of two such means has the error 0.085: 0.1 is no fall, and both of the last two must have fallen.
+    assert guard.warning() is None
+    guard.see({**told([5], [0.72])[0], "step": 40.0, "held-out/diversity": 0.0, "errors": {"held-out/judge": 0.06}})
+    warning = guard.warning()
+    assert warning is not None
+    assert "held-out/judge fell from 0.900 at update 10 to 0.720" in warning
+    assert "diversity" not in warning
+
+
+def test_a_score_that_is_not_finite_is_never_the_best() -> None:
+    guard = Guard({"held-out/judge": 1.0}, 0, "aesthetic")
+    values: list[Any] = [float("nan"), 0.2, None, float("inf"), 0.3]
+    assert [guard.see({**told([1], [0])[0], "held-out/judge": value}) for value in values] == [
+        True, True, False, False, True
+    ]  # fmt: skip
+    assert guard.warning() is None
+
+
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3))
 

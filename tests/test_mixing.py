@@ -15,10 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftune.cli import main
+from draftune.errors import DraftuneError
 from draftune.layers import read_layers
-from draftune.lora import CONFIG, FILE_NAME, add_lora, load_lora, lora_parameters, save_lora, set_lora_scales
+from draftune.lora import (
+    CONFIG,
+    FILE_NAME,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    save_lora,
+    saved_grid,
+    set_lora_scales,
+)
 from draftune.mixing import mix_loras, weighted
 from draftune.models import Model, load_model
+from draftune.tuned import open_source
 
 ATTENTION = ("to_q", "to_out.0")
 CONVOLUTIONS = ("to_q", "conv_in", "conv1", "time_emb_proj", "ff.net.2", "proj_in")
@@ -89,6 +100,46 @@ def test_a_mix_draws_what_both_draw(pipeline_folder: Path, loras: tuple[Path, Pa
     config = json.loads(said[CONFIG])
     assert (config["unet.r"], config["unet.lora_alpha"]) == (5, 5)
     assert len(config["unet.target_modules"]) * 2 == len(load_file(out / FILE_NAME))
+
+
+def test_a_mix_is_drawn_on_the_grid_of_its_loras(pipeline_folder: Path, tmp_path: Path) -> None:
+    for name, spacing in (("a", "trailing"), ("b", "trailing"), ("c", "leading")):
+        model = random_lora(pipeline_folder, 0, 2, 2, ATTENTION)
+        model.set_grid(spacing, True)
+        save_lora(model, tmp_path / name)
+    mix_loras([(tmp_path / "a", 1.0), (tmp_path / "b", 0.5)], tmp_path / "same")
+    mix_loras([(tmp_path / "a", 1.0), (tmp_path / "c", 0.5)], tmp_path / "differ")
+    assert saved_grid(tmp_path / "same") == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    assert saved_grid(tmp_path / "differ") == {}
+    drawn, _ = open_source(str(tmp_path / "same"), cpu=True)
+    own, _ = open_source(str(tmp_path / "differ"), cpu=True)
+    assert drawn.grid == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    assert own.grid == load_model(pipeline_folder).grid == {"timestep_spacing": "leading", "set_alpha_to_one": False}
+    kohya = tmp_path / "same.safetensors"
+    assert main(["export", str(tmp_path / "same"), "--format", "kohya", "--output", str(kohya)]) == 0
+    assert saved_grid(kohya) == saved_grid(tmp_path / "same")
+
+
+def test_a_lora_is_loaded_whole_or_not_at_all(pipeline_folder: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:
+    """diffusers says nothing of layers that the model has not, of a missing half and of ranks that differ."""
+    tensors, path = load_file(loras[0] / FILE_NAME), tmp_path / "lora.safetensors"
+    name = next(key for key in tensors if ".lora.down" in key)
+    more = {key.replace("unet.", "unet.no.such."): tensor.clone() for key, tensor in tensors.items()}
+    cases: list[tuple[dict[str, Tensor], str]] = [
+        (tensors | more, r"of its \d+ matrices only some"),
+        ({key: tensor for key, tensor in tensors.items() if key != name}, "does not fit"),
+        (tensors | {name: tensors[name][:1].clone()}, "does not fit"),
+        (tensors | {name: tensors[name] * float("nan")}, "not finite"),
+    ]
+    for changed, message in cases:
+        save_file(changed, path)
+        with pytest.raises(DraftuneError, match=message):
+            load_lora(load_model(pipeline_folder), path)
+
+
+def test_others_may_read_a_lora(loras: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    assert (loras[0] / FILE_NAME).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_mix_is_mixed_again(pipeline_folder: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:

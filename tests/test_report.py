@@ -156,7 +156,8 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     assert data["verdict"] == (
         "In 40 updates the reward rose from 4 to 8. Held out, judge rose from 0.5 to 0.6 and was highest, 0.9, at "
-        "update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is that of update 20."
+        "update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is that of update 20 "
+        "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
         "Over-optimisation: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600, "

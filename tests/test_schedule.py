@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SD14_SCHEDULER, build_pipeline
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
 from draftune.sampling import advance, rollout
-from draftune.schedule import Schedule, Step, ddim_schedule
+from draftune.schedule import Schedule, Step, ddim_schedule, flow_schedule
 
 
 def leverage(step: Step) -> float:
@@ -108,6 +108,49 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     with pytest.raises(DraftuneError, match="between 1 and 1000"):
         ddim_schedule(SD14_SCHEDULER, 1001)
     with pytest.raises(DraftuneError, match="unsupported prediction_type"):
-        Schedule((), "flow")
+        Schedule((), "score")
     with pytest.raises(DraftuneError, match="zero signal-to-noise"):
         ddim_schedule(SD14_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 10)
+
+
+@pytest.mark.parametrize(
+    ("config", "sigmas", "mu"),
+    [
+        ({"shift": 3.0}, None, None),  # Stable Diffusion 3
+        ({"shift": 3.0, "use_dynamic_shifting": True}, None, 0.7),  # Stable Diffusion 3.5 with a shift of its own
+        ({"shift": 3.0, "use_dynamic_shifting": True}, [1.0, 0.75, 0.5, 0.25], 1.1),  # FLUX.1-dev
+        ({"shift": 1.0}, [1.0, 0.75, 0.5, 0.25], None),  # FLUX.1-schnell
+    ],
+)
+def test_rollout_equals_the_flow_scheduler(
+    config: dict[str, object], sigmas: list[float] | None, mu: float | None
+) -> None:
+    schedule = flow_schedule(config, 4, sigmas, mu)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler.set_timesteps(None if sigmas else 4, sigmas=sigmas, mu=mu)
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+
+    def network(x: torch.Tensor, timestep: float) -> torch.Tensor:
+        return torch.tanh(x * (1 + timestep / 1000))
+
+    ours = rollout(lambda x, step: schedule.read(network(x, step.timestep), x, step), schedule.steps, x)
+    theirs = x
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, float(t)), t, theirs).prev_sample
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert schedule.steps[0].sigma == pytest.approx(1.0)
+    assert schedule.steps[-1][3:] == (1.0, 0.0)
+    assert [step.timestep for step in schedule.steps] == pytest.approx([1000 * step.sigma for step in schedule.steps])
+
+
+def test_flow_reads_the_velocity() -> None:
+    """x = (1 - s) x_0 + s e, and the network says e - x_0."""
+    clean, noise = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = flow_schedule({"shift": 3.0}, 5).steps[2]
+    x = step.alpha * clean + step.sigma * noise
+    prediction = Schedule((step,), "flow").read(noise - clean, x, step)
+    assert torch.allclose(prediction.clean, clean, atol=1e-12)
+    assert torch.allclose(prediction.noise, noise, atol=1e-12)
+    # The ancestral step of a flow is memoryless: its noise is that of adjoint matching's sigma(t)^2 = 2 s / (1 - s).
+    close = Step(500.0, 0.5, 0.5, 0.5001, 0.4999)
+    assert close.tau**2 / 1e-4 == pytest.approx(2 * 0.5 / 0.5, rel=1e-2)

@@ -19,7 +19,7 @@ from draftune.evaluation import Evaluation, divergence
 from draftune.images import to_pil
 from draftune.rewards import load_reward
 from draftune.sweep import Mark, Sweep, recommend, scale_name, sweep
-from draftune.training.guard import rule_of, weighed
+from draftune.training.guard import rule_of, weighed, weights_of
 from draftune.tuned import find_tuned, open_source
 from draftune.yardstick import find_yardstick
 
@@ -66,9 +66,11 @@ def test_one_prompt_recommends_nothing_and_signs_do_not_count() -> None:
 def test_the_rule() -> None:
     held_out = load_reward("brightness - 0.5*saturation")
     columns = ["reward", "held-out/brightness", "held-out/saturation", "held-out/diversity", "distance"]
-    assert rule_of("", held_out, columns) == {"held-out/brightness": 1.0, "held-out/saturation": -0.5}
-    assert rule_of("reward - 2*distance", held_out, columns) == {"reward": 1.0, "distance": -2.0}
-    assert rule_of("", None, columns) == {}
+    assert rule_of("", held_out) == {"held-out/brightness": 1.0, "held-out/saturation": -0.5}
+    assert rule_of("reward - 2*distance", held_out) == {"reward": 1.0, "distance": -2.0}
+    assert rule_of("", None) == {}
+    assert rule_of("", held_out + 2 * held_out) == {"held-out/brightness": 3.0, "held-out/saturation": -1.5}
+    assert weights_of("a + 2*b - 3*a") == {"a": -2.0, "b": 2.0}
     assert weighed({"a": 1.0, "b": -0.5}, {"a": 3.0, "b": 4.0, "c": 9.0}) == 1.0
     with pytest.raises(DraftuneError, match="did you mean 'held-out/brightness'"):
         weighed({"held-out/brightnes": 1.0}, dict.fromkeys(columns, 0.0))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from draftune.mixing import mix_loras
     from draftune.models import load_model
     from draftune.reno import optimize_noise
+    from draftune.report import write_report
     from draftune.rewards import Reward, load_reward
     from draftune.training import train
 
@@ -27,6 +28,7 @@ __all__ = [
     "optimize_noise",
     "save_lora",
     "train",
+    "write_report",
 ]
 
 # Imported when first asked for, so that `draftune --help` need not wait for torch.
@@ -42,6 +44,7 @@ HOMES = {
     "optimize_noise": "reno",
     "save_lora": "lora",
     "train": "training",
+    "write_report": "report",
 }
 
 

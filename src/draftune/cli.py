@@ -6,10 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from draftune.commands import COMMANDS
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError, out_of_memory, unknown
+from draftune.prompts import is_text
+
+EXPRESSIONS = ("--reward", "--held-out", "--best-by", "--scales")
+"""Flags whose values may begin with a minus."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 where it worked, 2 for a mistake of the user's, with one line that says which."""
     argv = expressions_joined(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser()
+    if isinstance(sys.stdout, TextIOWrapper):
+        # An arrow that the terminal doesn't know, or a file's name that is no text, is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        for argument in argv:
+            if not is_text(argument):
+                raise DraftuneError(f"the argument {argument!r} is not text in UTF-8")
         args, extra = parser.parse_known_args(argv)
         if extra:
             raise unrecognized(parser, args, extra[0])
@@ -58,13 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         return args.run(args) or 0
     except DraftuneError as error:
-        print(f"draftune: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"draftune: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not out_of_memory(error):
             raise
-        advice = "try smaller pictures; in training --mixed-precision bf16, and a smaller --batch-size (with "
-        advice += "--gradient-accumulation-steps) and --reward-batch-size"
+        advice = "'draftune preflight' with the flags of training says what fits; elsewhere draw fewer pictures at once"
         print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -76,7 +86,7 @@ def expressions_joined(argv: Sequence[str]) -> list[str]:
     """The arguments with an expression that starts with a minus joined to its flag: argparse would take it for one."""
     joined: list[str] = []
     for argument in argv:
-        if joined and joined[-1] in ("--reward", "--held-out") and argument[:1] == "-" and argument[:2] != "--":
+        if joined and joined[-1] in EXPRESSIONS and argument[:1] == "-" and argument[:2] != "--":
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

@@ -7,10 +7,21 @@ from difflib import get_close_matches
 from typing import TypeVar
 
 T = TypeVar("T")
+LONGEST = 500
+"""Characters of what is said of one problem: a user's text in it may be a whole file."""
 
 
 class DraftuneError(Exception):
     """What is wrong, where, and what to do, in one line. The command line prints it and exits with code 2."""
+
+    def __str__(self) -> str:
+        return "; ".join(map(one_line, self.args))
+
+
+def one_line(text: object) -> str:
+    """The text in one line that moves no cursor; of a long one the beginning and the end."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> DraftuneError:
@@ -21,6 +32,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> DraftuneError:
     return DraftuneError(f"unknown {kind} {name!r}: {hint}")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that there was too little memory, on whatever device."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def gather(*attempts: Callable[[], T]) -> list[T]:
     """The results of all attempts. Raises one DraftuneError that says all that is wrong, not the first of it."""
     results: list[T] = []
@@ -29,7 +47,7 @@ def gather(*attempts: Callable[[], T]) -> list[T]:
         try:
             results.append(attempt())
         except DraftuneError as error:
-            problems[str(error)] = None
+            problems |= dict.fromkeys(map(str, error.args))
     if problems:
-        raise DraftuneError("; ".join(problems))
+        raise DraftuneError(*problems)
     return results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
 from draftune.layers import Layers, read_layers
-from draftune.lora import FILE_NAME, lora_file
+from draftune.lora import FILE_NAME, GRID_SAID, lora_file, opened, saved_grid
 from draftune.models import Model, load_model
-from draftune.paths import user_path, written_whole
+from draftune.models.base import GRID
+from draftune.paths import check_writable, user_path, written_whole
 from draftune.quiet import quiet
 from draftune.settings import Settings
 from draftune.tensors import save_tensors
 from draftune.training.run import run_settings
-from draftune.tuned import GRID, find_tuned
+from draftune.tuned import find_tuned
 
 KOHYA_SUFFIX = ".safetensors"
+UNCONDITIONAL = re.compile(r"attentions\.\d+\.to_")
+"""Names of layers in UNets without a prompt: the others have transformer blocks in between."""
 
 
 def export_lora(
@@ -39,13 +43,14 @@ def export_lora(
     """Writes the LoRA of a run, a LoRA file or its folder as another tool reads it; returns `output`.
 
     "diffusers": a folder with the LoRA; "kohya": a .safetensors file, for ComfyUI and others; "merged": the folder of
-    the base model's pipeline with the LoRA in its weights and the run's grid in its DDIM scheduler. `best` takes the
+    the base model's pipeline with the LoRA in its weights and the run's grid in its scheduler. `best` takes the
     run's best LoRA, not its last; `half` stores float16; `model` is the base model, where the LoRA does not say it or
     it lies elsewhere. Raises DraftuneError, also where the output is there already.
     """
     target = user_path(output)
     check(target, format, lora_scale)
     path = source_file(source, best)
+    grid(path)  # a run that can't be read is said before anything is written
     lora = read_layers(path, model).scaled(lora_scale)
     WRITERS[format](lora, path, target, torch.float16 if half else torch.float32)
     return target
@@ -62,6 +67,7 @@ def check(target: Path, format: str, lora_scale: float) -> None:
         raise DraftuneError(f"--output takes {wanted} with --format {format}, not {str(target)!r}")
     if target.exists() and not (format != "kohya" and target.is_dir() and not any(target.iterdir())):
         raise DraftuneError(f"the output {str(target)!r} is there already; give another (--output)")
+    check_writable(target)
 
 
 def source_file(source: Path | str, best: bool = False) -> Path:
@@ -73,9 +79,13 @@ def source_file(source: Path | str, best: bool = False) -> Path:
 
 
 def grid(source: Path | str, best: bool = False) -> dict[str, Any]:
-    """Where the sampler's steps lay in the run of a LoRA, as far as it said so."""
-    settings = run_settings(source_file(source, best))
-    said = {name: getattr(settings, name, None) for name in GRID}
+    """Where the sampler's steps lay in the training of a LoRA, as far as its run, or else its file, says so."""
+    path = source_file(source, best)
+    settings = run_settings(path)
+    with opened(path) as file:
+        if (file.metadata() or {}).get(GRID_SAID) == "{}":
+            return {}  # that of a flow model, in which the run's settings have no say
+    said = {name: getattr(settings, name) for name in GRID} if settings else saved_grid(path)
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -88,6 +98,12 @@ def write_kohya(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> N
 
     diffusers' own conversion takes every alpha to be the rank, whatever it was; here it is so.
     """
+    if lora.prefix != "unet":
+        raise DraftuneError("kohya's names are known for UNets only: give a transformer's LoRA --format diffusers")
+    if any(UNCONDITIONAL.search(name) for name in lora.layers):
+        raise DraftuneError(
+            "no reader of kohya's names draws with unconditional models: give --format diffusers or merged"
+        )
     named, rank = lora.tensors(dtype)
     tensors: dict[str, Tensor] = {}
     for name, tensor in named.items():
@@ -106,6 +122,8 @@ def write_kohya(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> N
         said["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))})
     if lora.base_model:
         said |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
+    if lora.grid:
+        said[GRID_SAID] = lora.grid
     if settings := run_settings(path):
         said |= training_said(settings)
     with written_whole(target) as temporary:
@@ -146,12 +164,9 @@ def merge(model: Model, lora: Layers) -> None:
 
 
 def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
-    """Writes the model's pipeline, whole or not at all, with DDIM on the model's grid: the sampler that draws here."""
-    from diffusers import DDIMScheduler
-
-    unclipped = {"clip_sample": False, "thresholding": False}
+    """Writes the model's pipeline, whole or not at all, with the sampler that draws here on the model's grid."""
     with quiet():
-        model.pipeline.scheduler = DDIMScheduler.from_config({**model.scheduler_config, **unclipped})
+        model.pipeline.scheduler = model.sampler()
         model.pipeline.to(dtype=dtype)
         for part in (model.pipeline, *model.pipeline.components.values()):
             if hasattr(part, "register_to_config"):
@@ -159,6 +174,9 @@ def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             model.pipeline.save_pretrained(Path(folder) / "model", safe_serialization=True)
+            readable = (Path(folder) / "model" / "model_index.json").stat().st_mode
+            for weights in Path(folder).rglob("*.safetensors"):
+                weights.chmod(readable)  # the library lets nobody but the owner read them
             os.replace(Path(folder) / "model", target)
 
 

@@ -10,6 +10,7 @@ other characters stands in quotes.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,14 +134,19 @@ class Parser:
         return Sum(tuple(terms))
 
     def term(self, sign: float) -> tuple[float, Call]:
-        if (number := self.accept("number")) is not None:
+        if self.tokens[0][0] == "number":
+            weight = sign * self.number()
             self.expect("*")
-            return sign * float(number), self.call()
+            return weight, self.call()
         call = self.call()
         return (sign * self.number() if self.accept("*") else sign), call
 
-    def number(self) -> float:
-        return float(self.expect("number"))
+    def number(self) -> int | float:
+        position = self.tokens[0][2]
+        text = self.expect("number")
+        if not math.isfinite(float(text)):
+            raise self.error(position)
+        return int(text) if text.isdigit() else float(text)
 
     def call(self) -> Call:
         name = self.expect("name", "string").strip("\"'")
@@ -165,9 +171,9 @@ class Parser:
         if (string := self.accept("string")) is not None:
             return string[1:-1]
         if self.accept("-"):
-            return -number(self.expect("number"))
-        if (text := self.accept("number")) is not None:
-            return number(text)
+            return -self.number()
+        if self.tokens[0][0] == "number":
+            return self.number()
         name = self.expect("name")
         return WORDS.get(name.lower(), name)
 
@@ -202,7 +208,3 @@ def written(value: Value) -> str:
         quote = "'" if '"' in value else '"'
         return value if plain else f"{quote}{value}{quote}"
     return str(value).lower()
-
-
-def number(text: str) -> int | float:
-    return int(text) if text.isdigit() else float(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def legend(drawn: Figure, axes: Axes) -> None:
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
-def save(drawn: Figure, path: str, format: str) -> None:
+def save(drawn: Figure, path: str | IO[bytes], format: str) -> None:
     from matplotlib import rc_context
 
     with rc_context(STYLE):

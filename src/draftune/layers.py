@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.loading import first_line
-from draftune.lora import CONFIG, lora_file, opened, write_lora
+from draftune.lora import CONFIG, GRID_SAID, lora_file, opened, write_lora
 from draftune.models import FAMILIES
 
 
@@ -55,6 +55,8 @@ class Layers:
     layers: dict[str, Layer]
     prefix: str
     base_model: str | None
+    grid: str = ""
+    """What its file says of the sampler's grid."""
 
     def scaled(self, scale: float) -> Layers:
         """The LoRA at this strength."""
@@ -80,6 +82,8 @@ class Layers:
         tensors, rank = self.tensors(dtype)
         if self.base_model:
             said["base_model"] = self.base_model
+        if self.grid:
+            said[GRID_SAID] = self.grid
         return write_lora(folder, self.prefix, tensors, rank, rank, sorted(self.layers), said)
 
 
@@ -108,7 +112,7 @@ def read_layers(source: Path | str, base_model: str | None = None) -> Layers:
         name, rank = key.removeprefix(f"{prefix}."), len(down)
         alpha = alphas.get(key, alpha_of(name, config, rank))
         layers[name] = Layer(down, up).scaled(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    return Layers(layers, prefix, base_model or said.get("base_model"))
+    return Layers(layers, prefix, base_model or said.get("base_model"), said.get(GRID_SAID, ""))
 
 
 def peft_names(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -141,7 +145,7 @@ def pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, 
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, half = key.rpartition(".lora_")
-        if half not in ("A.weight", "B.weight") or tensor.ndim not in (2, 4):
+        if half not in ("A.weight", "B.weight") or tensor.ndim not in (2, 4) or not tensor.is_floating_point():
             raise DraftuneError(f"{str(path)!r} is no plain LoRA: it holds {key}")
         halves.setdefault(layer, {})[half] = tensor.float()
     found = {}

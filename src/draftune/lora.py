@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from draftune.errors import DraftuneError
-from draftune.models.base import Model
+from draftune.errors import DraftuneError, out_of_memory
+from draftune.loading import first_line
+from draftune.models.base import GRID, Model
 from draftune.paths import user_path, written_whole
 from draftune.quiet import quiet
 from draftune.tensors import save_tensors
@@ -21,7 +25,12 @@ from draftune.tensors import save_tensors
 FILE_NAME = "pytorch_lora_weights.safetensors"
 CONFIG = "lora_adapter_metadata"
 """Where a file's metadata says rank and alpha, as diffusers and peft read them."""
+GRID_SAID = "sampler_grid"
+"""Where it says the sampler's grid that it was trained on, as JSON of what `Model.set_grid` takes."""
 ADAPTER = "default"
+# As diffusers, peft and kohya name the two matrices of a layer, and what is not the denoiser.
+HALF = re.compile(r"lora[._](linear_layer\.)?(A|B|down|up)\.")
+ENCODERS = ("text_encoder", "lora_te")
 LAYERS = (nn.Linear, nn.Conv2d)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -64,11 +73,14 @@ def set_lora_scale(model: Model, scale: float) -> None:
 
 def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
     """The strength of each LoRA by the name it was loaded under; the weights are W_0 + sum_i scale_i dW_i."""
-    model.denoiser.set_adapters(list(scales), weights=list(scales.values()))
+    from diffusers.utils import set_weights_and_activate_adapters
+
+    # The network's own set_adapters does the same, but in some versions of diffusers not for every network.
+    set_weights_and_activate_adapters(model.denoiser, list(scales), list(scales.values()))
 
 
 def save_lora(model: Model, folder: Path | str) -> Path:
-    """Writes the LoRA in diffusers' format, with its alpha and the base model's name; returns the file's path."""
+    """Writes the LoRA in diffusers' format, with its alpha, the base model's name and grid; returns the file's path."""
     from peft.utils import get_peft_model_state_dict
 
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
@@ -76,7 +88,7 @@ def save_lora(model: Model, folder: Path | str) -> Path:
     tensors = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     config = model.denoiser.peft_config[ADAPTER]
     targets = sorted(config.target_modules)
-    said = {"base_model": model.name}
+    said = {"base_model": model.name, GRID_SAID: json.dumps(model.grid)}
     return write_lora(Path(folder), model.lora_prefix, tensors, config.r, config.lora_alpha, targets, said)
 
 
@@ -132,7 +144,18 @@ def opened(path: Path) -> Iterator[Any]:
 def base_model(source: Path | str) -> str | None:
     """The name of the model that a LoRA was trained on, where its file says so. Raises DraftuneError."""
     with opened(lora_file(source)) as file:
-        return (file.metadata() or {}).get("base_model")
+        return (file.metadata() or {}).get("base_model") or None
+
+
+def saved_grid(source: Path | str) -> dict[str, Any]:
+    """The sampler's grid that a LoRA was trained on, as far as its file says so. Raises DraftuneError."""
+    with opened(lora_file(source)) as file:
+        said = (file.metadata() or {}).get(GRID_SAID, "{}")
+    try:
+        found = json.loads(said)
+        return {name: found[name] for name in GRID if name in found}
+    except (ValueError, TypeError) as error:
+        raise DraftuneError(f"the metadata of {str(source)!r} is no LoRA's: {GRID_SAID} can't be read") from error
 
 
 def load_lora(model: Model, source: Path | str, name: str = ADAPTER) -> None:
@@ -141,12 +164,36 @@ def load_lora(model: Model, source: Path | str, name: str = ADAPTER) -> None:
     Raises DraftuneError if it does not fit the model.
     """
     path = lora_file(source)
-    base_model(path)
+    wanted = sizes(path)
     try:
         with quiet():
-            model.pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise DraftuneError(f"the LoRA {str(path)!r} does not fit {model.name!r}: {str(error)[:200]}") from error
+            options = {"weight_name": path.name, "adapter_name": name}
+            if hasattr(model.pipeline, "load_lora_weights"):
+                model.pipeline.load_lora_weights(str(path.parent), **options)
+            else:
+                model.denoiser.load_lora_adapter(str(path.parent), prefix=model.lora_prefix, **options)
+    except Exception as error:
+        # Of a file that another tool wrote, or that was damaged, nearly every kind of exception can come.
+        if out_of_memory(error):
+            raise
+        raise DraftuneError(f"the LoRA {str(path)!r} does not fit {model.name!r}: {first_line(error)}") from error
     if name not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{str(path)!r} holds no LoRA for the denoiser of {model.name!r}")
     model.denoiser.requires_grad_(False)
+    layers = [layer for layer in model.denoiser.modules() if name in getattr(layer, "lora_A", {})]
+    loaded = [half[name].weight for layer in layers for half in (layer.lora_A, layer.lora_B)]
+    # diffusers drops what it has no place for, and leaves what is not there as it was drawn, without a word.
+    if wanted != Counter(weight.numel() for weight in loaded) or any(p.is_meta for p in model.denoiser.parameters()):
+        raise DraftuneError(
+            f"the LoRA {str(path)!r} does not fit {model.name!r}: of its {wanted.total()} matrices only some have a "
+            f"place in {len(layers)} layers"
+        )
+    if not all(weight.isfinite().all() for weight in loaded):
+        raise DraftuneError(f"the LoRA {str(path)!r} holds weights that are not finite")
+
+
+def sizes(path: Path) -> Counter[int]:
+    """How many numbers each matrix of a LoRA file for a denoiser has. Raises DraftuneError."""
+    with opened(path) as file:
+        keys = [key for key in file.keys() if HALF.search(key) and not key.startswith(ENCODERS)]  # noqa: SIM118
+        return Counter(math.prod(file.get_slice(key).get_shape()) for key in keys)

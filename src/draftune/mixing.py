@@ -11,7 +11,7 @@ import torch
 from draftune.errors import DraftuneError
 from draftune.layers import Layer, Layers, read_layers
 from draftune.lora import FILE_NAME, opened
-from draftune.paths import user_path
+from draftune.paths import check_writable, user_path
 
 
 def mix_loras(sources: Sequence[tuple[Path | str, float]], output: Path | str, model: str | None = None) -> Path:
@@ -31,9 +31,9 @@ def mix_loras(sources: Sequence[tuple[Path | str, float]], output: Path | str, m
 
 def weighted(text: str) -> tuple[str, float]:
     """A source and its weight: "runs/a@0.7", or "runs/a" for 1. What follows the last @ is the weight if a number."""
-    source, at, number = text.rpartition("@")
+    source, _, number = text.rpartition("@")
     try:
-        return (source, float(number)) if at else (text, 1.0)
+        return (source, float(number)) if source else (text, 1.0)
     except ValueError:
         return text, 1.0
 
@@ -63,7 +63,8 @@ def add(terms: Sequence[tuple[str, Layers, float]]) -> Layers:
             layers[at] = joined(layers[at], layer) if at in layers else layer
         if mixed.base_model is None:
             first = name
-        mixed = Layers(layers, mixed.prefix, mixed.base_model or lora.base_model)
+        grid = mixed.grid if mixed.grid == lora.grid else ""
+        mixed = Layers(layers, mixed.prefix, mixed.base_model or lora.base_model, grid)
     return mixed
 
 
@@ -84,6 +85,7 @@ def check_folder(folder: Path, mixed_from: str) -> None:
     """Raises DraftuneError where the folder holds anything but this mix."""
     if folder.exists() and not folder.is_dir():
         raise DraftuneError(f"the output {str(folder)!r} is a file; give a folder")
+    check_writable(folder)
     held = [path.name for path in folder.iterdir()] if folder.exists() else []
     if held == [FILE_NAME]:
         with opened(folder / FILE_NAME) as file:

@@ -50,6 +50,11 @@ def metadata(prompt: str) -> Mapping[str, str]:
     return prompt.metadata if isinstance(prompt, Prompt) else {}
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, which half of a surrogate pair can't."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
     """The prompts of a named set, of a file, or of a list.
 
@@ -88,9 +93,10 @@ def read_prompts(path: Path) -> list[str]:
         rows = TABLES[path.suffix.lower()](text, path)
         for line, row in rows:
             if not isinstance(row.get("prompt"), str):
-                raise DraftuneError(
-                    f"{str(path)!r}, line {line}: no {'column' if path.suffix == '.csv' else 'key'} 'prompt'"
-                )
+                kind = "column" if path.suffix.lower() == ".csv" else "key"
+                raise DraftuneError(f"{str(path)!r}, line {line}: no {kind} 'prompt'")
+            if not is_text(row["prompt"]):
+                raise DraftuneError(f"{str(path)!r}, line {line}: the prompt is not text that can be written")
         return [
             Prompt(
                 row["prompt"].strip(),

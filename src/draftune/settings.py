@@ -7,15 +7,18 @@ import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
 from draftune.expression import NAMES
 from draftune.paths import user_path
+from draftune.prompts import is_text
 from draftune.recommended import recommended
 
 PRECISIONS = ("no", "fp16", "bf16")
+MOST = 2**63 - 1
 SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -65,7 +68,7 @@ class Settings:
         choices=("stop", "skip"),
     )
     max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this; 0 clips nothing", low=0)
-    seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0, high=2**63 - 1)
+    seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0)
 
     num_inference_steps: int = setting(None, "sampling steps T, in training too", low=1)
     guidance_scale: float = setting(None, "classifier-free guidance, in training too; at most 1 means none", low=0)
@@ -130,23 +133,42 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     path = user_path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise DraftuneError(f"cannot read the settings file {str(path)!r}: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         raise DraftuneError(f"{str(path)!r} is not YAML{line}: {getattr(error, 'problem', error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise DraftuneError(f"{str(path)!r} holds a value that can't be read: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise DraftuneError(f"{str(path)!r} must hold 'setting: value' lines")
+    # YAML lets the last one win without a word.
+    names = [key.value for key, _ in getattr(node, "value", ())]
+    for key in names:
+        if names.count(key) > 1:
+            raise DraftuneError(f"{str(path)!r} says {key!r} twice")
     return values
+
+
+def optional(f: Field[Any]) -> bool:
+    """Whether its type allows None, where '' says none too."""
+    return isinstance(hints()[f.name], types.UnionType)
+
+
+@cache
+def hints() -> dict[str, Any]:
+    """The fields' types, which take a while to read."""
+    return typing.get_type_hints(Settings)
 
 
 def kind(f: Field[Any]) -> type:
     """str, int, float or bool: what a field holds where it is not None."""
-    hint = typing.get_type_hints(Settings)[f.name]
+    hint = hints()[f.name]
     if isinstance(hint, types.UnionType):
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     assert isinstance(hint, type)
@@ -164,11 +186,17 @@ def checked(f: Field[Any], value: Any) -> Any:
         value = "no"  # as YAML 1.1 reads it
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as text.
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise DraftuneError(f"{f.name} must be {NAMES[wanted]}, not {value!r}")
+    if isinstance(value, str) and not (value.strip() or f.default == "" or optional(f)):
+        raise DraftuneError(f"{f.name} must not be empty")
+    if isinstance(value, str) and ("\0" in value or not is_text(value)):
+        raise DraftuneError(f"{f.name} must be text that can be written, not {value!r}")
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if high is None and wanted is int:
+        high = MOST
     if low is not None and not value >= low:
         raise DraftuneError(f"{f.name} must be at least {low:g}, not {value!r}")
     if high is not None and not value <= high:

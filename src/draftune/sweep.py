@@ -197,7 +197,7 @@ def sweep(
             kl = divergence(model, few, schedule, settings.guidance_scale, settings.negative_prompt)
             now.values["kl"] = torch.full((len(yardstick.prompts), 1), kl)
         if not marks:
-            weights = rule_of(best_by, yardstick.held_out, now.values)
+            weights = rule_of(best_by, yardstick.held_out)
             weighed(weights, now.scores)  # a column that is not there is said now, not at the end
         pictures, captions = yardstick.show(now)
         # The other pictures would take memory.

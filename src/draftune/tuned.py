@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, gather
-from draftune.lora import ADAPTER, base_model, load_lora, lora_file, set_lora_scale
+from draftune.lora import ADAPTER, base_model, load_lora, lora_file, saved_grid, set_lora_scale
 from draftune.models import MODELS, Model, load_model
-from draftune.models.base import default_device
+from draftune.models.base import GRID, default_device
 from draftune.paths import user_path
 from draftune.settings import Settings
 from draftune.training.run import run_settings
 
-GRID = ("timestep_spacing", "set_alpha_to_one")
-DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", *GRID, "height", "width")
+DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,14 @@ class Tuned:
     in_run: bool
 
     @property
+    def grid(self) -> dict[str, Any]:
+        """The sampler's grid: the run's, outside of a run what the file says, else the model's own, which is empty."""
+        return {name: getattr(self.settings, name) for name in GRID} if self.in_run else saved_grid(self.lora)
+
+    @property
     def drawing(self) -> dict[str, Any]:
-        """What its base model's pictures depend on; outside a run the sampler's grid is the model's own."""
-        names = DRAWING if self.in_run else [name for name in DRAWING if name not in GRID]
-        return {"model": self.base, **{name: getattr(self.settings, name) for name in names}}
+        """What its base model's pictures depend on."""
+        return {"model": self.base, **{name: getattr(self.settings, name) for name in DRAWING}, **self.grid}
 
 
 def find_tuned(source: str, base: str | None = None) -> Tuned:
@@ -97,8 +100,8 @@ def open_loras(loras: Mapping[str, Tuned], cpu: bool = False, precision: str = "
     # After the LoRAs, which take the same precision.
     model.to(default_device(cpu), precision)
     settings = first.settings
+    model.set_grid(**first.grid)
     if first.in_run:
-        model.set_grid(settings.timestep_spacing, settings.set_alpha_to_one)
         model.decoder_batch_size = settings.decoder_batch_size
     model.set_size(settings.height, settings.width)
     return model

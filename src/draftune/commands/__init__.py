@@ -5,6 +5,7 @@ from draftune.commands import (
     export,
     listing,
     mix,
+    preflight,
     reno,
     report,
     reproduce,
@@ -20,6 +21,7 @@ __all__ = ["COMMANDS", "Command"]
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND,
+    preflight.COMMAND,
     watch.COMMAND,
     report.COMMAND,
     sample.COMMAND,

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
-from draftune.settings import PRECISIONS, Settings
+from draftune.paths import check_writable, user_path
+from draftune.settings import MOST, PRECISIONS, Settings
 
 if TYPE_CHECKING:
     from draftune.models import Model
+
+
+MOST_PICTURES = 10**6
+"""Of one prompt: all of them are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,18 @@ class Command:
     run: Callable[[argparse.Namespace], int | None]
 
 
+def filled(text: str) -> str:
+    """An argument that says something; a shell variable that was never set does not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
     """What `load_source` reads."""
-    parser.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
+    parser.add_argument(
+        "--model", type=filled, help="the base model, where the LoRA does not say it or it lies elsewhere"
+    )
     if scale:
         parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
     parser.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
@@ -51,17 +64,38 @@ def check_numbers(args: argparse.Namespace, **lowest: float) -> None:
     """Raises DraftuneError for a flag out of range, before anything is loaded."""
     for name, low in {**lowest, "num_inference_steps": 1, "guidance_scale": 0, "seed": 0}.items():
         value = getattr(args, name, None)
-        if value is not None and not low <= value < 2**63:
-            raise DraftuneError(f"--{name.replace('_', '-')} must be at least {low} and finite, not {value}")
+        flag, most = f"--{name.replace('_', '-')}", MOST_PICTURES if name == "num_images" else MOST
+        if value is not None and not low <= value < math.inf:
+            raise DraftuneError(f"{flag} must be at least {low} and finite, not {value}")
+        if value is not None and value > most:
+            raise DraftuneError(f"{flag} must be at most {most}, not {value}")
     if not math.isfinite(getattr(args, "lora_scale", 1.0)):
         raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
 
 
-def picture_output(text: str) -> Path:
-    """A .png file or a folder. Raises DraftuneError for any other file."""
+def picture_output(text: str) -> tuple[Path, bool]:
+    """A .png file or a folder, and whether it is the file. Raises DraftuneError for any other file."""
     output = user_path(text)
+    if output.exists() and not output.is_dir() and output.suffix.lower() != ".png":
+        raise DraftuneError(f"--output takes a .png file or a folder, and {text!r} is another file")
     if output.suffix and output.suffix.lower() != ".png" and not output.is_dir():
         raise DraftuneError(f"--output takes a .png file or a folder, not {text!r}")
+    check_writable(output)
+    return output, output.suffix.lower() == ".png" and not output.is_dir()
+
+
+def table_output(text: str | None, *read: str | None) -> Path | None:
+    """A .csv or .json file, if one is asked for. Raises DraftuneError for any other, and for one of those `read`."""
+    if text is None:
+        return None
+    output = user_path(text)
+    if output.suffix not in (".csv", ".json"):
+        raise DraftuneError(f"--output takes a .csv or a .json file, not {text!r}")
+    if output.is_dir():
+        raise DraftuneError(f"--output takes a file, and {text!r} is a folder")
+    if output.exists() and any(path and user_path(path).exists() and output.samefile(path) for path in read):
+        raise DraftuneError(f"--output would take the place of {text!r}, which is read; give another")
+    check_writable(output)
     return output
 
 
@@ -71,7 +105,7 @@ def writing_to(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DraftuneError(f"cannot write to {str(output)!r}: {error.strerror}") from error
+        raise DraftuneError(f"cannot write to {str(output)!r}: {error.strerror or error}") from error
 
 
 def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:

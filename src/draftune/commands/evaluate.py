@@ -7,9 +7,17 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from draftune.commands.base import Command, add_drawing, check_numbers, drawing_flags, writing_to
+from draftune.commands.base import (
+    Command,
+    add_drawing,
+    check_numbers,
+    drawing_flags,
+    filled,
+    table_output,
+    writing_to,
+)
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
+from draftune.paths import check_writable, user_path
 
 if TYPE_CHECKING:
     from draftune.evaluation import Comparison
@@ -18,29 +26,35 @@ if TYPE_CHECKING:
 
 def add_yardstick(parser: argparse.ArgumentParser) -> None:
     """What `find_yardstick` wants."""
-    parser.add_argument("--prompts", metavar="FILE_OR_SET", help="as the run was evaluated on unless set")
-    parser.add_argument("--reward", metavar="EXPR", help="as in the run unless set; see 'draftune list rewards'")
+    parser.add_argument("--prompts", type=filled, metavar="FILE_OR_SET", help="as the run was evaluated on unless set")
+    parser.add_argument(
+        "--reward", type=filled, metavar="EXPR", help="as in the run unless set; see 'draftune list rewards'"
+    )
     parser.add_argument("--held-out", metavar="EXPR", help="more rewards, as in the run unless set; '' for none")
     parser.add_argument("--num-images", type=int, default=2, metavar="N", help="pictures of each prompt (default: 2)")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="RUN", help="a run's folder, a LoRA file or its folder")
+    parser.add_argument(
+        "sources", type=filled, nargs="+", metavar="RUN", help="a run's folder, a LoRA file or its folder"
+    )
     add_yardstick(parser)
-    parser.add_argument("--sort", metavar="SCORE", help="by which several are ranked (default: the reward)")
-    parser.add_argument("--output", metavar="FILE", help="also writes the table there, as .csv or .json")
-    parser.add_argument("--pictures", metavar="DIR", help="also writes all pictures there")
+    parser.add_argument(
+        "--sort", type=filled, metavar="SCORE", help="by which several are ranked (default: the reward)"
+    )
+    parser.add_argument("--output", type=filled, metavar="FILE", help="also writes the table there, as .csv or .json")
+    parser.add_argument("--pictures", type=filled, metavar="DIR", help="also writes all pictures there")
     add_drawing(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
-    output = user_path(args.output) if args.output else None
-    if output and output.suffix not in (".csv", ".json"):
-        raise DraftuneError(f"--output takes a .csv or a .json file, not {args.output!r}")
+    output = table_output(args.output, args.prompts)
     pictures = user_path(args.pictures) if args.pictures else None
     if pictures and pictures.exists() and not pictures.is_dir():
         raise DraftuneError(f"--pictures takes a folder, and {args.pictures!r} is a file")
+    if pictures:
+        check_writable(pictures)
     from draftune.leaderboard import compare, save_pictures
     from draftune.tuned import find_all
     from draftune.yardstick import find_yardstick

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, writing_to
+from draftune.commands.base import Command, filled, writing_to
 from draftune.paths import user_path
 
 LOAD = {
@@ -15,7 +15,7 @@ LOAD = {
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder")
+    parser.add_argument("source", type=filled, metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder")
     parser.add_argument(
         "--format",
         required=True,
@@ -23,11 +23,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers: a LoRA's folder; kohya: a LoRA's .safetensors file, as ComfyUI and AUTOMATIC1111 read it; "
         "merged: the folder of a whole pipeline with the LoRA in its weights",
     )
-    parser.add_argument("--output", required=True, metavar="PATH", help="the folder or file; it must not be there yet")
+    parser.add_argument(
+        "--output", type=filled, required=True, metavar="PATH", help="the folder or file; it must not be there yet"
+    )
     parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="the strength that becomes 1")
     parser.add_argument("--best", action="store_true", help="the run's best LoRA by its evaluations, not its last")
     parser.add_argument("--half", action="store_true", help="store float16 (default: float32)")
-    parser.add_argument("--model", help="the base model, where the LoRA does not say it or it lies elsewhere")
+    parser.add_argument(
+        "--model", type=filled, help="the base model, where the LoRA does not say it or it lies elsewhere"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

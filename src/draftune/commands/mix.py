@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, writing_to
+from draftune.commands.base import Command, filled, writing_to
 from draftune.paths import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "loras",
+        type=filled,
         nargs="+",
         metavar="LORA@WEIGHT",
         help="a run's folder, a LoRA file or its folder, and how much of it; any number, 1 unless given",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder of the LoRA that they become")
-    parser.add_argument("--model", metavar="NAME", help="the base model, where the LoRAs name it differently or not")
+    parser.add_argument(
+        "--output", type=filled, required=True, metavar="DIR", help="the folder of the LoRA that they become"
+    )
+    parser.add_argument(
+        "--model", type=filled, metavar="NAME", help="the base model, where the LoRAs name it differently or not"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

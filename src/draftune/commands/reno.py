@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, add_drawing, check_numbers, load_source, picture_output, writing_to
+from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, picture_output, writing_to
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="MODEL_OR_RUN", help="a model, a run's folder, a LoRA file or its folder")
+    parser.add_argument(
+        "source", type=filled, metavar="MODEL_OR_RUN", help="a model, a run's folder, a LoRA file or its folder"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
     parser.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
     parser.add_argument(
         "--output",
+        type=filled,
         required=True,
         metavar="FILE_OR_DIR",
         help="a .png (both pictures, small) or a folder (before.png and after.png)",
@@ -25,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, steps=1, learning_rate=0)
-    output = picture_output(args.output)
+    output, one_file = picture_output(args.output)
     import torch
 
     from draftune.images import grid, save_image, to_pil
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = torch.cat([found.first, found.best])
     names = ["before", "after"]
     with writing_to(output):
-        if output.suffix:
+        if one_file:
             save_image(grid([pictures], [args.prompt], names, [[f"{before:.3g}", f"{after:.3g}"]]), output)
         else:
             for name, picture in zip(names, to_pil(pictures), strict=True):

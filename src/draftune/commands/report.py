@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command
+from draftune.commands.base import Command, filled
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder, finished or not")
-    parser.add_argument("--output", metavar="FILE", help="of the page (default: RUN/report.html)")
+    parser.add_argument("run_folder", type=filled, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("--output", type=filled, metavar="FILE", help="of the page (default: RUN/report.html)")
 
 
 def run(args: argparse.Namespace) -> None:

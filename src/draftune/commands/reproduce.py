@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command
+from draftune.commands.base import Command, filled, writing_to
 from draftune.errors import DraftuneError
+from draftune.paths import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiments", nargs="*", metavar="NAME", help="see 'draftune list experiments'; all if none")
-    parser.add_argument("--output", default="reproduction", metavar="DIR", help="of RESULTS.md (default: reproduction)")
+    parser.add_argument(
+        "--output", type=filled, default="reproduction", metavar="DIR", help="of RESULTS.md (default: reproduction)"
+    )
     parser.add_argument("--quick", action="store_true", help="minutes, to see that it works; the numbers mean nothing")
     parser.add_argument("--seeds", type=int, metavar="N", help="of the runs that are repeated (default: 2 or 3)")
     parser.add_argument("--part", metavar="I/N", help="make only this part of the training runs and write nothing yet")
@@ -20,12 +23,14 @@ def run(args: argparse.Namespace) -> None:
     part = None
     if args.part is not None:
         numbers = args.part.split("/")
-        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise DraftuneError(f"--part takes I/N, such as 1/2, not {args.part!r}")
         part = int(numbers[0]), int(numbers[1])
     from draftune.reproduce import reproduce
 
-    for path in reproduce(args.experiments, output=args.output, quick=args.quick, seeds=args.seeds, part=part):
+    with writing_to(user_path(args.output)):
+        made = reproduce(args.experiments, output=args.output, quick=args.quick, seeds=args.seeds, part=part)
+    for path in made:
         print(path)
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, add_drawing, check_numbers, load_source, picture_output, writing_to
+from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, picture_output, writing_to
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder, or a model")
+    parser.add_argument(
+        "source", type=filled, metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder, or a model"
+    )
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw")
-    parser.add_argument("--output", required=True, metavar="FILE_OR_DIR", help="a .png (a grid if several) or a folder")
+    parser.add_argument(
+        "--output", type=filled, required=True, metavar="FILE_OR_DIR", help="a .png (a grid if several) or a folder"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture of each prompt")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt")
     add_drawing(parser)
@@ -18,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
-    output = picture_output(args.output)
+    output, one_file = picture_output(args.output)
     from draftune.images import grid, save_image, to_pil
 
     model, settings = load_source(args)
@@ -30,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
     )
 
     with writing_to(output):
-        if output.suffix and len(pictures) == 1:
+        if one_file and len(pictures) == 1:
             save_image(to_pil(pictures)[0], output)
-        elif output.suffix:
+        elif one_file:
             rows = list(pictures.split(args.num_images))
             seed_labels = [f"seed {seed}" for seed in seeds[: args.num_images]]
             save_image(grid(rows, args.prompt, seed_labels), output)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 
-from draftune.commands.base import Command, add_device, writing_to
+from draftune.commands.base import Command, add_device, filled, table_output, writing_to
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, folders of them, or patterns")
+    parser.add_argument(
+        "images", type=filled, nargs="+", metavar="IMAGE", help="picture files, folders of them, or patterns"
+    )
     parser.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="what all the pictures should show")
-    prompt.add_argument("--prompts", metavar="FILE", help="a .csv or .jsonl with an image and its prompt in each row")
-    parser.add_argument("--output", metavar="FILE", help="also writes the table there, as .csv or .json")
+    prompt.add_argument(
+        "--prompts", type=filled, metavar="FILE", help="a .csv or .jsonl with an image and its prompt in each row"
+    )
+    parser.add_argument("--output", type=filled, metavar="FILE", help="also writes the table there, as .csv or .json")
     add_device(parser, precision=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    output = user_path(args.output) if args.output else None
-    if output and output.suffix not in (".csv", ".json"):
-        raise DraftuneError(f"--output takes a .csv or a .json file, not {args.output!r}")
+    output = table_output(args.output, args.prompts)
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
     from draftune.scores import find_images, prompts_of, score_files

@@ -7,7 +7,7 @@ import math
 import shlex
 from dataclasses import replace
 
-from draftune.commands.base import Command, add_drawing, check_numbers, drawing_flags, writing_to
+from draftune.commands.base import Command, add_drawing, check_numbers, drawing_flags, filled, writing_to
 from draftune.commands.evaluate import add_yardstick
 from draftune.errors import DraftuneError
 from draftune.paths import user_path
@@ -16,7 +16,7 @@ DEFAULT = "0,0.25,0.5,0.75,1,1.25,1.5"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="RUN", help="a run's folder, a LoRA file or its folder")
+    parser.add_argument("source", type=filled, metavar="RUN", help="a run's folder, a LoRA file or its folder")
     parser.add_argument(
         "--scales", default=DEFAULT, metavar="A,B,…", help=f"0, the base model, is always one (default: {DEFAULT})"
     )
@@ -24,7 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best-by", metavar="RULE", help="what is to be highest, as in the run unless set: a sum of scores"
     )
-    parser.add_argument("--output", metavar="DIR", help="of pictures, curves and tables (default: RUN/sweep)")
+    parser.add_argument(
+        "--output", type=filled, metavar="DIR", help="of pictures, curves and tables (default: RUN/sweep)"
+    )
     add_drawing(parser, scale=False)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command
+from draftune.commands.base import Command, filled
 from draftune.errors import DraftuneError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="a run's folder, while it is trained or after")
+    parser.add_argument("run_folder", type=filled, metavar="RUN", help="a run's folder, while it is trained or after")
     parser.add_argument("--port", type=int, default=8642, metavar="N", help="of 127.0.0.1; 0: any (default: 8642)")
 
 

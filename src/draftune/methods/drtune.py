@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class DRTune(RewardGradient):
                 f"k={self.k} calls with gradient and a stop at one of the last m={self.m} do not fit into "
                 f"{len(schedule)} sampling steps (num_inference_steps): k + m may be one more"
             )
+        wants_attachable(schedule)
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         schedule, generator = batch.schedule, batch.generator
@@ -59,7 +60,16 @@ class DRTune(RewardGradient):
 def attached(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
     """A prediction made from x.detach(), with the gradient that x has in it apart from the network's output.
 
-    Both of its parts are linear in x and in the output: nothing is added to them but the way back to x.
+    Before it is clipped, both of its parts are linear in x and in the output: nothing is added to them but the way
+    back to x, which ends where the clean picture was clipped.
     """
-    way = schedule.read(torch.zeros_like(x), x - x.detach(), step)
-    return Prediction(prediction.clean + way.clean, prediction.noise + way.noise)
+    clean, noise = replace(schedule, clip=None).read(torch.zeros_like(x), x - x.detach(), step)
+    if schedule.clip:
+        clean = clean * schedule.clip.passes(prediction.clean)
+    return Prediction(prediction.clean + clean, prediction.noise + noise)
+
+
+def wants_attachable(schedule: Schedule) -> None:
+    """Raises DraftuneError for dynamic thresholding, whose gradient `attached` can't tell."""
+    if schedule.clip and schedule.clip.quantile is not None:
+        raise DraftuneError("this method does not know dynamic thresholding: switch it off in the scheduler's config")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, RewardGradient, register
-from draftune.methods.drtune import attached
+from draftune.methods.drtune import attached, wants_attachable
 from draftune.sampling import advance, rollout
 from draftune.schedule import Prediction, Schedule, Step
 
@@ -35,6 +35,7 @@ class LeapAlign(RewardGradient):
     def check(self, schedule: Schedule) -> None:
         if len(schedule) < 2:
             raise DraftuneError("leapalign wants at least 2 sampling steps (num_inference_steps)")
+        wants_attachable(schedule)
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps = batch.schedule.steps

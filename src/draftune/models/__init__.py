@@ -14,7 +14,13 @@ from draftune.errors import DraftuneError
 from draftune.hub import fetch, is_hub_id, unreachable
 from draftune.loading import first_line, load_part
 from draftune.models.base import Model
+from draftune.models.dit import DiT
+from draftune.models.flux import Flux
+from draftune.models.pixart import PixArt
+from draftune.models.pixels import Pixels
 from draftune.models.stable_diffusion import StableDiffusion
+from draftune.models.stable_diffusion_3 import StableDiffusion3
+from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.paths import user_path
 from draftune.quiet import quiet
 
@@ -23,7 +29,17 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "MODELS", "Model", "StableDiffusion", "load_model"]
 
-FAMILIES: dict[str, type[Model]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, type[Model]] = {
+    "DDIMPipeline": Pixels,
+    "DDPMPipeline": Pixels,
+    "DiTPipeline": DiT,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArt,
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
+}
 MODELS = {
     "emoji": "emoji at 64x64 from their names, shipped with this package",
     "CompVis/stable-diffusion-v1-4": "Stable Diffusion 1.4, the paper's model (from the hub)",
@@ -68,25 +84,33 @@ def adapter(pipeline_class: str) -> type[Model]:
     return FAMILIES[pipeline_class]
 
 
-def read(source: str, name: str) -> Model:
-    from diffusers import DiffusionPipeline
+def part_folder(source: str, part: str) -> Path:
+    """Where a part of a pipeline lies; the first unconditional ones were published with their UNet beside the index."""
+    folder = Path(source) / part
+    return Path(source) if part == "unet" and not folder.exists() else folder
 
+
+def read(source: str, name: str) -> Model:
     try:
         index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
         family = adapter(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftuneError(f"{name!r} is not a diffusers pipeline: its model_index.json can't be read") from error
     try:
-        # The safety checker would be loaded for nothing: rewards look at the pictures as they are.
+        # What looks at pictures would be loaded for nothing: rewards look at them as they are, and none is a prompt.
         left_out = {"safety_checker": None, "requires_safety_checker": False}
+        left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
+        left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
         networks = {
-            part: load_part(getattr(import_module(entry[0]), entry[1]), Path(source) / part)
+            part: load_part(getattr(import_module(entry[0]), entry[1]), part_folder(source, part))
             for part, entry in index.items()
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
-            if any((Path(source) / part).glob("*.safetensors"))
+            if any(part_folder(source, part).glob("*.safetensors"))
         }
         with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **networks, **left_out)
+            # Asked through their common parent, diffusers would load some of what is left out.
+            kind = getattr(import_module("diffusers"), index["_class_name"])
+            pipeline = kind.from_pretrained(source, use_safetensors=True, **networks, **left_out)
         return family(pipeline, name)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError) as error:
         raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from draftune.clamp import clamp_unit
+from draftune.errors import DraftuneError
 from draftune.quiet import quiet
 from draftune.sampling import Denoiser, rollout
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
+GRID = ("timestep_spacing", "set_alpha_to_one")
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,6 +34,23 @@ def default_device(cpu: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
+def let_adapt(network: nn.Module) -> None:
+    """Gives a network diffusers' methods for adapters, in place, where its class lacks them."""
+    from diffusers.loaders import PeftAdapterMixin
+
+    kind = type(network)
+    if not issubclass(kind, PeftAdapterMixin):
+        # By the same name, which diffusers saves a network under.
+        network.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+
+
+def wants_betas(pipeline: DiffusionPipeline, name: str) -> None:
+    """Raises DraftuneError for a pipeline whose scheduler DDIM can't take the place of."""
+    if "beta_start" not in pipeline.scheduler.config:
+        kind = type(pipeline.scheduler).__name__
+        raise DraftuneError(f"{name!r} is drawn by {kind}, whose noise levels are not made of betas: not supported")
+
+
 class Model(ABC):
     """A frozen diffusers pipeline, of which `denoiser` may carry a LoRA.
 
@@ -42,6 +61,8 @@ class Model(ABC):
 
     lora_prefix: str
     """The part's name in the keys of a LoRA file."""
+    in_pixels = False
+    """Whether the latents are pictures, in [-1, 1], which the sampler clips where the scheduler's config says so."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline = pipeline
@@ -52,13 +73,14 @@ class Model(ABC):
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             part.eval().requires_grad_(False)
+        let_adapt(self.denoiser)
         # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
 
     @property
     @abstractmethod
     def denoiser(self) -> Any:
-        """The network that a LoRA is added to: a diffusers model with PeftAdapterMixin."""
+        """The network that a LoRA is added to: a diffusers model, with PeftAdapterMixin from here on."""
 
     @property
     @abstractmethod
@@ -74,12 +96,15 @@ class Model(ABC):
     def set_size(self, height: int | None, width: int | None) -> None:
         """The size of pictures in pixels; None keeps the model's own. Raises DraftuneError for one it can't draw."""
 
+    def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:  # noqa: B027
+        """Raises DraftuneError for what the model can't be asked to draw; most can be asked everything."""
+
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         """What `predict` wants to know of the prompts; with the negative prompt's part where guided."""
 
     @abstractmethod
-    def predict(self, x: Tensor, timestep: int, condition: Any, guidance_scale: float) -> Tensor:
+    def predict(self, x: Tensor, timestep: float, condition: Any, guidance_scale: float) -> Tensor:
         """The network's guided output for the noisy latents."""
 
     @abstractmethod
@@ -91,8 +116,12 @@ class Model(ABC):
         self.autocast_dtype = DTYPES[precision]
         with quiet():
             for part in self.parts:
-                part.to(device=device, dtype=self.autocast_dtype or self.dtype)
+                part.to(device=device, dtype=self.dtype_of(part))
         return self
+
+    def dtype_of(self, part: nn.Module) -> torch.dtype:
+        """What a part is held in, for a family with one that can't be held in half precision."""
+        return self.autocast_dtype or self.dtype
 
     @property
     def device(self) -> torch.device:
@@ -103,9 +132,21 @@ class Model(ABC):
         given = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": set_alpha_to_one}
         self.scheduler_config |= {key: value for key, value in given.items() if value is not None}
 
+    @property
+    def grid(self) -> dict[str, Any]:
+        """What `set_grid` takes, as it is now."""
+        return {name: self.scheduler_config[name] for name in GRID if name in self.scheduler_config}
+
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The sampler's grid with this many steps."""
-        return ddim_schedule(self.scheduler_config, num_inference_steps)
+        return ddim_schedule(self.scheduler_config, num_inference_steps, self.in_pixels)
+
+    def sampler(self) -> Any:
+        """The scheduler of diffusers that draws as `schedule` does."""
+        from diffusers import DDIMScheduler
+
+        unclipped = {} if self.in_pixels else {"clip_sample": False, "thresholding": False}
+        return DDIMScheduler.from_config({**self.scheduler_config, **unclipped})
 
     def noise(self, generators: torch.Generator | Sequence[torch.Generator], count: int) -> Tensor:
         """N(0, I) [count, C, H, W], from one generator on the CPU or from one for each latent."""
@@ -182,6 +223,7 @@ class Model(ABC):
         Every picture's noise is drawn from its own seed, so it does not depend on the batch it is drawn in, nor on
         any other random number.
         """
+        self.check_prompts(prompts, negative_prompt)
         pictures = []
         bar = tqdm(total=len(prompts), desc="sampling", leave=False, disable=not progress)
         for start in range(0, len(prompts), batch_size):

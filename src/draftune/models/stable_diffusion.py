@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.models.base import Model
+from draftune.models.base import Model, wants_betas
 from draftune.quiet import quiet
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class StableDiffusion(Model):
     """A StableDiffusionPipeline: UNet, CLIP text encoder, autoencoder; epsilon or v prediction."""
 
     lora_prefix = "unet"
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
+        wants_betas(pipeline, name)
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            raise DraftuneError(f"the UNet of {name!r} takes the guidance scale as an input: that is not supported")
+        super().__init__(pipeline, name)
 
     @property
     def denoiser(self) -> Any:
@@ -45,7 +54,7 @@ class StableDiffusion(Model):
                 raise DraftuneError(f"{name} must be a multiple of {multiple} for this model, not {value}")
         self._latent_size = ((height or own) // scale, (width or own) // scale)
 
-    def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Tensor:
+    def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         with quiet():  # a prompt that is cut to what the encoder reads is announced at every call
             positive, negative = self.pipeline.encode_prompt(
                 list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
@@ -53,10 +62,14 @@ class StableDiffusion(Model):
         condition = torch.cat([negative, positive]) if guided else positive
         return condition.to(self.denoiser.dtype)
 
-    def predict(self, x: Tensor, timestep: int, condition: Tensor, guidance_scale: float) -> Tensor:
-        guided = len(condition) > len(x)
+    def predict(self, x: Tensor, timestep: float, condition: Any, guidance_scale: float) -> Tensor:
+        return self.guided(x, timestep, condition, guidance_scale)
+
+    def guided(self, x: Tensor, timestep: float, text: Tensor, guidance_scale: float, **told: Any) -> Tensor:
+        """The UNet's guided output; guided where `text` has the negative prompts too, before the others."""
+        guided = len(text) > len(x)
         t = torch.tensor(timestep, device=x.device)
-        output = self.pipeline.unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=condition).sample
+        output = self.pipeline.unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=text, **told).sample
         if not guided:
             return output
         negative, positive = output.chunk(2)

@@ -20,6 +20,8 @@ def write_report(run: Path | str, output: Path | str | None = None) -> Path:
     path = user_path(output) if output is not None else user_path(run) / "report.html"
     if path.is_dir():
         raise DraftuneError(f"the output {str(path)!r} is a folder; give a file, such as {str(path / 'report.html')!r}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise DraftuneError(f"the page is an .html file, not {str(path)!r} (--output)")
     text = page(collect(run))
     try:
         with written_whole(path) as temporary:

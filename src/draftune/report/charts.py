@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftune.report.pictures import evenly
-from draftune.report.verdict import DIVERSITY
-from draftune.training.guard import HELD_OUT
+from draftune.training.guard import DIVERSITY, HELD_OUT
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = ("step", "reward_queries", "seconds")

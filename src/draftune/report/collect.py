@@ -14,8 +14,7 @@ from draftune.report.asked import command, table
 from draftune.report.charts import charts, reward_column, sweep_charts
 from draftune.report.pictures import SIZES, Pictures, evenly, fitting
 from draftune.report.verdict import best_step, facts, verdict, warning
-from draftune.settings import Settings, read_yaml
-from draftune.training.run import CONFIG, EVALUATIONS, METRICS, SAMPLES, read_rows
+from draftune.training.run import CONFIG, EVALUATIONS, METRICS, SAMPLES, read_rows, read_settings
 
 MOST_FRAMES = 24
 MOST_PROMPTS = 16
@@ -33,8 +32,8 @@ def collect(run: Path | str, pictures: Pictures | None = None) -> dict[str, Any]
     folder, pictures = user_path(run), pictures or Pictures()
     if not (folder / CONFIG).is_file():
         raise DraftuneError(f"no run at {str(folder)!r}: a folder with a {CONFIG} is wanted")
-    settings = Settings.from_mapping(read_yaml(folder / CONFIG))
-    metrics, evaluations, samples = (logged(folder / name) for name in (METRICS, EVALUATIONS, SAMPLES))
+    settings = read_settings(folder / CONFIG)
+    metrics, evaluations, samples = (read_rows(folder / name) for name in (METRICS, EVALUATIONS, SAMPLES))
     environment = read_json(folder / "environment.json")
     reward, best = reward_column(evaluations), best_step(evaluations)
     data = {
@@ -102,14 +101,6 @@ def inside(folder: Path, name: object) -> Path:
     """A file of the folder; a name that leads out of it is that of no file."""
     path = (folder / str(name)).resolve()
     return path if path.is_relative_to(folder.resolve()) else folder / "outside"
-
-
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The rows of one of a run's logs. Raises DraftuneError where the file is not one."""
-    try:
-        return read_rows(path)
-    except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DraftuneError(f"{str(path)!r} is not a log as 'draftune train' writes it") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

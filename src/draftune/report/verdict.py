@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftune.settings import Settings
-from draftune.training.guard import HELD_OUT, Guard
-from draftune.training.run import numbers
+from draftune.training.guard import DIVERSITY, HELD_OUT, Guard, spread
 
 Rows = Sequence[Mapping[str, Any]]
-DIVERSITY = f"{HELD_OUT}diversity"
 ENDS = 10
 """Updates at each end of a run whose mean is told, since one batch's reward says little."""
 
@@ -38,7 +36,7 @@ def verdict(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     if not metrics:
         return "No update has been made yet."
     done, count = metrics[-1]["step"], min(ENDS, (len(metrics) + 1) // 2)
-    first, last = (mean([row["reward"] for row in rows]) for rows in (metrics[:count], metrics[-count:]))
+    first, last = (mean([row.get("reward") for row in rows]) for rows in (metrics[:count], metrics[-count:]))
     start = f"In {done:,} updates" if done >= settings.steps else f"In {done:,} of {settings.steps:,} updates"
     mean_of = "" if count == 1 else f", as means of {count} updates"
     said = [f"{start} the reward of the training pictures {moved(first, last)}{mean_of}."]
@@ -51,10 +49,21 @@ def verdict(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
             said.append(f"Diversity {course(evaluations, DIVERSITY)}.")
     best = best_step(evaluations)
     if best is not None:
-        said.append(f"The LoRA in best/ is that of update {best:,}.")
+        said.append(f"The LoRA in best/ is that of update {best:,}{known_of(evaluations, best, reward)}.")
+        since = sum(row["step"] > best for row in evaluations)
+        if done < settings.steps and settings.patience and since >= settings.patience:
+            said.append(f"The run ended since {since} evaluations after it were no better.")
     if skipped := metrics[-1].get("skipped"):
         said.append(f"{skipped:,} updates were left out, since a reward or a gradient was not finite.")
     return " ".join(said)
+
+
+def known_of(evaluations: Rows, step: int, reward: str | None) -> str:
+    """The scores of one evaluation, in brackets."""
+    row = next(row for row in evaluations if row["step"] == step)
+    columns = [key for key in row if key == reward or key.startswith(HELD_OUT)]
+    told = [f"{key.removeprefix(HELD_OUT)} {number(row[key])}" for key in columns if row[key] is not None]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def course(rows: Rows, key: str) -> str:
@@ -63,9 +72,7 @@ def course(rows: Rows, key: str) -> str:
     if not known:
         return "was never finite"
     first, last, top = known[0], known[-1], max(known, key=lambda row: row[key])
-    # Drawn with the same seeds, the two means differ by less chance than this: it errs on the careful side.
-    error = sum(row.get("errors", {}).get(key, 0.0) ** 2 for row in (first, last)) ** 0.5
-    words = moved(first[key], last[key], error)
+    words = moved(first[key], last[key], spread(key, first, last))
     if top[key] > max(first[key], last[key]):
         words += f" and was highest, {number(top[key])}, at update {top['step']:,}"
     return words
@@ -86,13 +93,11 @@ def warning(evaluations: Rows, reward: str | None) -> str | None:
     """The guard's warning after the last evaluation, and the update at which it was first given."""
     if reward is None:
         return None
-    watched = [reward, *(key for key in evaluations[0] if key.startswith(HELD_OUT))]
     guard, since, said = Guard({}, 0, reward), None, None
     for row in evaluations:
-        if all(row.get(key) is not None for key in watched):
-            guard.see(numbers(row))
-            said = guard.warning()
-            since = (since or row["step"]) if said else None
+        guard.see(row)
+        said = guard.warning()
+        since = (since or row["step"]) if said else None
     return f"{said[0].upper()}{said[1:]}. This was first seen at update {since:,}." if said else None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from draftune.errors import DraftuneError, unknown
-from draftune.paths import user_path, written_whole
+from draftune.paths import check_writable, user_path, written_whole
 from draftune.reproduce.curves import EFFICIENCY, OVEROPTIMISATION
 from draftune.reproduce.cuts import COPIES_OF_LV, DEPTH, GRID, LAYOUT_REWARD
 from draftune.reproduce.lab import FULL, QUICK, Lab, Scale, Work
@@ -72,6 +72,9 @@ def reproduce(
     if seeds is not None:
         scale = scale.with_seeds(seeds)
     folder = user_path(output)
+    if folder.exists() and not folder.is_dir():
+        raise DraftuneError(f"the output {str(folder)!r} is a file; give a folder")
+    check_writable(folder)
     # What a quick run writes stands beside the results and is never taken for them.
     results = folder / ("results-quick" if quick else "results")
     lab = Lab(results / "runs", scale)

@@ -52,6 +52,18 @@ class Reward(nn.Module):
         """The weighted parts that this reward is the sum of; a plain reward is its own single part."""
         return [(1.0, self)]
 
+    @property
+    def columns(self) -> dict[str, tuple[float, Reward]]:
+        """The parts by their names in logs and tables; one that stands there twice has the sum of its weights."""
+        named: dict[str, tuple[float, Reward]] = {}
+        for weight, part in self.terms:
+            label, count = part.label, 2
+            while label in COLUMNS or (label in named and named[label][1] is not part):
+                # Two parts of one kind are logged apart, and none takes the place of what stands beside them.
+                label, count = f"{part.label}-{count}", count + 1
+            named[label] = (named[label][0] if label in named else 0.0) + weight, part
+        return named
+
     def ready(self) -> Reward:
         """This reward with its weights loaded and frozen, in evaluation mode."""
         for _, part in self.terms:
@@ -76,16 +88,12 @@ class Reward(nn.Module):
             given = "one text" if isinstance(prompts, str) else str(len(prompts))
             raise DraftuneError(f"a list of {len(images)} prompts is wanted, one for each picture, not {given}")
         with torch.autocast(images.device.type, enabled=False):
-            scores = [(w, part, in_chunks(part, images.float(), prompts, self.chunk_size)) for w, part in self.terms]
-        total = sum((weight * score for weight, _, score in scores), torch.zeros((), device=images.device))
-        named: dict[str, tuple[Reward, Tensor]] = {}
-        for _, part, score in scores:
-            label, count = part.label, 2
-            while label in COLUMNS or (label in named and named[label][0] is not part):
-                # Two parts of one kind are logged apart, and none takes the place of what stands beside them.
-                label, count = f"{part.label}-{count}", count + 1
-            named[label] = part, score.detach()
-        return total, {label: score for label, (_, score) in named.items()}
+            scores = {
+                label: (weight, in_chunks(part, images.float(), prompts, self.chunk_size))
+                for label, (weight, part) in self.columns.items()
+            }
+        total = sum((weight * score for weight, score in scores.values()), torch.zeros((), device=images.device))
+        return total, {label: score.detach() for label, (_, score) in scores.items()}
 
     def __add__(self, other: Reward) -> Reward:
         return WeightedSum([*self.terms, *other.terms])

@@ -49,7 +49,7 @@ def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: b
         score = checked_score(part, images.requires_grad_(gradient), prompts)
     if not score.isfinite().all():
         raise DraftuneError(f"{name} gives {score.tolist()} on pictures of the base model")
-    found = {"score": float(score.detach().mean())}
+    found = {"score": float(score.detach().float().mean())}
     if gradient:
         slope = probe_gradient(name, score, images, prompts)
         found["gradient_norm"] = float(slope.flatten(1).norm(dim=1).mean())

@@ -82,10 +82,10 @@ def check(checkpoint: Path) -> None:
     """Raises DraftuneError that names the file of a checkpoint that is not what was written, and a way on."""
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-        damaged = [name for name in (STATE, TENSORS) if checksum(checkpoint / name) != sums.get(name)]
+        damaged = [name for name in (STATE, TENSORS) if checksum(checkpoint / name) != sums[name]]
     except FileNotFoundError as error:
         damaged = [Path(error.filename).name]
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         damaged = [CHECKSUMS]
     if damaged:
         older = [path for path in checkpoints(checkpoint.parent) if path < checkpoint]

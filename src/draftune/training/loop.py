@@ -30,11 +30,13 @@ from draftune.training.checkpoint import (
 )
 from draftune.training.device import accelerator
 from draftune.training.environment import environment
-from draftune.training.guard import weights_of
 from draftune.training.interrupt import interruptible
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
 from draftune.training.update import Updates
 from draftune.training.watch import Watch
+
+VISIBLE = 0.5 / 255
+"""The least change of a pixel that eight bits can show."""
 
 
 @dataclass
@@ -65,15 +67,12 @@ class Trainer:
         self.folder, self.method, self.model = folder, method, model
         self.prompts = prompts
         s.model = model.name
+        self.model.check_prompts([*prompts, *(eval_prompts or ())], s.negative_prompt)
         self.model.set_size(s.height, s.width)
         self.model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
         self.schedule = model.schedule(s.num_inference_steps)
         self.method.check(self.schedule)
 
-        if s.patience and not (s.eval_every and eval_prompts):
-            raise DraftuneError("patience counts evaluations: it wants --eval-prompts and --eval-every")
-        if s.best_by:
-            weights_of(s.best_by)
         self.accelerator = accelerator(s)
         device = self.accelerator.device
         self.model.to(device, s.mixed_precision).gradient_checkpointing = s.gradient_checkpointing
@@ -162,8 +161,9 @@ class Trainer:
         """Says so where the first updates changed no picture: gradients alone do not show it."""
         # The same batch of pictures: of another size, they differ in their last digits.
         prompts = list(islice(cycle(self.prompts), 2))
-        if torch.equal(self.watch.draw(prompts, range(2)), self.first_pictures):
-            tell(f"after {self.done} updates the pictures are exactly those of the base model: raise the learning rate")
+        change = (self.watch.draw(prompts, range(2)) - self.first_pictures).abs().max()
+        if change < VISIBLE:
+            tell(f"after {self.done} updates the pictures are still those of the base model: raise the learning rate")
 
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""

@@ -27,10 +27,11 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 LOGS = (METRICS, EVALUATIONS, SAMPLES)
+COUNTERS = {METRICS: ("step", "reward_queries", "seconds"), EVALUATIONS: ("step",), SAMPLES: ("step",)}
+NO_NUMBERS: dict[str, Any] = {"errors": {}, "scores": [], "prompts": []}
+"""Columns of the logs that are tables or lists."""
 # What may change when a run goes on: how far, and what is only looked at on the way.
-FREE = (
-    *("steps", "output", "resume", "on_nonfinite", "sample_every", "save_every", "eval_every", "best_by", "patience"),
-)
+FREE = ("steps", "output", "resume", "on_nonfinite", "sample_every", "save_every", "eval_every", "patience")
 
 
 class RunFolder:
@@ -53,7 +54,7 @@ class RunFolder:
         self.contents = {name: digest(given) for name, given in texts.items()}
         self.checkpoint: Path | None = None
         self.done = 0
-        self.evaluations: list[dict[str, Any]] = []
+        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in LOGS}
         self.events: SummaryWriter | None = None
         try:
             if path.exists() and not path.is_dir():
@@ -98,7 +99,9 @@ class RunFolder:
             raise DraftuneError(f"the output folder {str(self.path)!r} holds {held}; give another (--output)")
         self.checkpoint = found[-1]
         state = read_state(self.checkpoint)
-        self.done, self.evaluations = state["step"], state["evaluations"]
+        self.done = state["step"]
+        self.rows = {name: read_rows(self.path / name, self.done) for name in (METRICS, SAMPLES)}
+        self.rows[EVALUATIONS] = state["evaluations"]
         for key, value in state["settings"].items():
             if key not in FREE and value != (now := self.asked.get(key)):
                 raise DraftuneError(
@@ -142,8 +145,6 @@ class RunFolder:
             for name, text in texts.items():
                 with written_whole(self.path / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")
-            self.rows = {name: read_rows(self.path / name, self.done) for name in LOGS}
-            self.rows[EVALUATIONS] = self.evaluations
             for name, rows in self.rows.items():
                 with written_whole(self.path / name) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -204,19 +205,56 @@ def digest(texts: Sequence[str]) -> str:
 
 
 def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
-    """The lines of a log up to an update; what a run that was cut off left of its last line does not count."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    """The lines of a log up to an update; what a run that was cut off left of its last line does not count.
+
+    Raises DraftuneError for any other line that is not of this log.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DraftuneError(f"cannot read the log {str(path)!r}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if is_row(row, path.name):
+            rows.append(row)
+        elif number < len(lines):
+            raise DraftuneError(
+                f"{str(path)!r} is not a log as 'draftune train' writes it: mend line {number}, or take it out"
+            )
     return [row for row in rows if row["step"] <= last]
+
+
+def is_row(row: Any, log: str) -> bool:
+    """Whether this is a line of the log of that name: a table of numbers, null for what is not finite."""
+    if not isinstance(row, dict) or any(not isinstance(row.get(key), int | float) for key in COUNTERS.get(log, ())):
+        return False
+    apart: dict[str, Any] = {key: row.get(key, default) for key, default in NO_NUMBERS.items()}
+    if log == SAMPLES and not (row.keys() >= {"prompts", "scores"} and isinstance(apart["prompts"], list)):
+        return False
+    if not isinstance(apart["errors"], dict) or not isinstance(apart["scores"], list):
+        return False
+    values = (value for key, value in row.items() if key not in NO_NUMBERS)
+    return all(isinstance(v, int | float | None) for v in (*values, *apart["errors"].values(), *apart["scores"]))
+
+
+def read_settings(config: Path) -> Settings:
+    """The settings of a run. Raises DraftuneError that names the file where it is not what a run wrote."""
+    values = read_yaml(config)
+    try:
+        if not values:
+            raise DraftuneError("it is empty")
+        return Settings.from_mapping(values)
+    except DraftuneError as error:
+        raise DraftuneError(f"{str(config)!r} is not what 'draftune train' wrote: {error}") from error
 
 
 def run_settings(lora: Path) -> Settings | None:
     """The settings of the run that wrote a LoRA file, where it still lies in the run's folder."""
     config = lora.parent.parent / CONFIG
-    written = lora.parent.name in ("lora", "best") and config.is_file()
-    return Settings.from_mapping(read_yaml(config)) if written else None
+    return read_settings(config) if lora.parent.name in ("lora", "best") and config.is_file() else None

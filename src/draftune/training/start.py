@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from draftune.errors import DraftuneError, gather
+from draftune.errors import DraftuneError, gather, unknown
 from draftune.methods import load_method
 from draftune.models import Model, load_model
 from draftune.prompts import load_prompts
 from draftune.rewards import find_reward
 from draftune.settings import Settings
+from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
 from draftune.training.run import RunFolder
 
@@ -32,11 +33,27 @@ def train(
     field of Settings, given by name or all at once as `settings`. Raises DraftuneError before anything is trained
     if something does not fit.
     """
+    return prepare(model, reward, settings=settings, prompts=prompts, held_out=held_out, **values).run()
+
+
+def prepare(
+    model: Any = None,
+    reward: Any = None,
+    *,
+    settings: Settings | None = None,
+    prompts: str | Sequence[str] | None = None,
+    held_out: Any = None,
+    **values: Any,
+) -> Trainer:
+    """All that `train` does before it trains: everything is checked and loaded, and nothing is written."""
     named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
     values |= {key: describe(value) for key, value in named.items() if value is not None}
     settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
     # What is cheap to check is checked before anything is loaded.
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
+    if settings.patience and not (settings.eval_every and settings.eval_prompts):
+        raise DraftuneError("patience counts evaluations: it wants --eval-prompts and --eval-every")
+    weights = weights_of(settings.best_by) if settings.best_by else {}
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
     folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []})
     method = load_method(settings.method)
@@ -49,8 +66,12 @@ def train(
         lambda: find_reward(judged) if judged else None,
     )
     assert score is not None
+    held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
+    for column in weights:
+        if column not in (known := [score.label, *score.columns, *held, DIVERSITY, "distance", "kl"]):
+            raise unknown("column of the evaluations", column, known)
     painter = model if isinstance(model, Model) else load_model(settings.model if model is None else model)
-    return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts).run()
+    return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts)
 
 
 def describe(value: Any) -> str:

@@ -16,7 +16,7 @@ from draftune.settings import Settings
 from draftune.training.audit import tell
 from draftune.training.checkpoint import undisturbed
 from draftune.training.guard import Guard, rule_of
-from draftune.training.run import EVALUATIONS, SAMPLES, RunFolder, numbers
+from draftune.training.run import EVALUATIONS, SAMPLES, RunFolder
 
 
 class Watch:
@@ -81,16 +81,16 @@ class Watch:
         distance = float((found.images - self.evaluations[0].images).abs().mean())
         few = self.eval_prompts[: s.batch_size]
         kl = divergence(self.model, few, self.schedule, s.guidance_scale, s.negative_prompt)
-        row = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl}
+        row = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl, "errors": found.errors}
         if self.guard is None:
-            weights = rule_of(s.best_by, self.held_out, row) or {self.reward.label: 1.0}
+            weights = rule_of(s.best_by, self.held_out) or {self.reward.label: 1.0}
             self.guard = Guard(weights, s.patience, self.reward.label)
             for old in self.folder.rows[EVALUATIONS]:
-                self.guard.see(numbers(old))
+                self.guard.see(old)
         if any(row["step"] == old["step"] for old in self.guard.rows):
             return  # measured again because the run goes on
         best = self.guard.see(row)
-        self.folder.log(EVALUATIONS, {**row, "errors": found.errors, "best": best})
+        self.folder.log(EVALUATIONS, {**row, "best": best})
         if best:
             save_lora(self.model, self.folder.path / "best")
         if warning := self.guard.warning():

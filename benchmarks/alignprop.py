@@ -1,0 +1,219 @@
+"""draftune against TRL's AlignPropTrainer: what an update takes, and the reward that training time buys.
+
+    pip install . torch==2.13.0 transformers==4.57.1 diffusers==0.35.2 peft==0.17.1 accelerate==1.10.1 trl==0.23.1
+    python benchmarks/alignprop.py [--model emoji] [--reward emoji-aesthetic] [--k 1 10] [--rounds 7]
+    python benchmarks/alignprop.py --rounds 0 --minutes 10 [--output race.csv]
+
+In an environment of its own, with releases of TRL's time. Both train in turn in one process, so that the machine's mood
+falls on both, on the same model folder, reward object, prompts, batch, sampling steps and guidance, in float32. TRL's
+code runs as it is, by its own `step`; epoch 0 keeps it from saving a checkpoint after every one.
+
+Updates: the gradient flows through the last k steps, draft-k(k) here, the fixed truncation there, into LoRAs of rank 4,
+as TRL has it, on the same layers. TRL's DDIM takes the spacing of the model's scheduler, with eta = 0 no noise, and
+always ends at the first training level; draftune is told to do so too (set_alpha_to_one=False). Printed first: from the
+same noise and LoRA, how far the pictures are apart, and the two gradients of the LoRA. These differ where the decoder
+overshoots: TRL clamps pictures to [0, 1] and such pixels get no gradient; draftune lets it pass. Then the most memory
+that the tensors of one update take, and of --rounds pairs of updates the medians and the median of the ratios.
+
+The race (--minutes): each by its own defaults, but with draftune's sampling steps, guidance and batch. Its defaults are
+recommended for the model; TRL's are not: learning rate 1e-3, eta = 1 (--eta), every step's gradient cut or not by a
+draw between 0 and T (0 to 50 with TRL's T of 50). Whoever has trained for less time makes the next update. Every so
+often (--every) its LoRA is evaluated outside the clock, by one function for both: the same prompts and seeds, DDIM
+without noise on draftune's grid. In the end: when draftune's evaluations first reach the best of TRL's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import logging
+import random
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
+
+from draftune.assets import EMBEDDED
+from draftune.evaluation import evaluate
+from draftune.lora import lora_parameters
+from draftune.memory import peak_memory
+from draftune.methods import Batch
+from draftune.models import Model, load_model
+from draftune.quiet import quiet
+from draftune.training.loop import Trainer
+from draftune.training.start import prepare
+from overhead import seconds
+
+
+def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer:
+    """draftune's trainer, with the defaults of the model where nothing is said."""
+    settings |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    with TemporaryDirectory() as folder:
+        settings |= {"batch_size": args.batch_size, "output": f"{folder}/run"}
+        return prepare(model, args.reward, prompts=args.prompts, **settings)
+
+
+def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
+    """TRL's trainer on the model, prompts and reward of draftune's, and what it trains as a model to draw with.
+
+    To be made after draftune's: TRL's pipeline can't be loaded before Accelerate is set up.
+    """
+    s = ours.settings
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(EMBEDDED.get(s.model, s.model)))
+    # Here, because it freezes the networks, and TRL's trainer adds the LoRA.
+    model = load_model(pipeline.sd_pipeline)
+    config |= {"sample_num_steps": s.num_inference_steps, "sample_guidance_scale": s.guidance_scale}
+    config |= {"train_batch_size": s.batch_size, "mixed_precision": "no"}
+    trainer = AlignPropTrainer(
+        AlignPropConfig(**config),
+        lambda images, prompts, _: (ours.reward.parts(images, prompts)[0], {}),
+        lambda: (random.choice(ours.prompts), {}),
+        pipeline,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return trainer, model
+
+
+def gradient(model: Model) -> Tensor:
+    """That of the LoRA as one vector, which is taken from it."""
+    parameters = lora_parameters(model).values()
+    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    model.denoiser.zero_grad()
+    return found
+
+
+def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
+    """How far their pictures and gradients are apart before training, from the same noise and LoRA."""
+    s, prompts = ours.settings, ours.prompts[: ours.settings.batch_size]
+    with torch.no_grad():
+        for name, parameter in lora_parameters(ours.model).items():
+            lora_parameters(model)[name].copy_(parameter)
+    generator = torch.Generator().manual_seed(0)
+    noise = ours.model.noise(generator, len(prompts))
+    pictures: list[Tensor] = []
+
+    def reward(clean: Tensor) -> Tensor:
+        pictures.append(ours.model.decode(clean))
+        return ours.reward.parts(pictures[-1], prompts)[0]
+
+    denoise = ours.model.denoise(prompts, ours.schedule, s.guidance_scale)
+    for loss in ours.method.losses([Batch(prompts, noise, ours.schedule, denoise, denoise, reward, generator)]):
+        loss.backward()
+    with patch.object(theirs.sd_pipeline.sd_pipeline, "prepare_latents", return_value=noise):
+        made = theirs._generate_samples(len(prompts), prompts=prompts)
+    theirs.calculate_loss(theirs.compute_rewards(made)).backward()
+    distance = float((pictures[0] - made["images"]).abs().max())
+    here, there = gradient(ours.model), gradient(model)
+    cosine = float(here @ there / (here.norm() * there.norm()))
+    return f"pictures {distance:.1e} apart; gradients {here.norm():.3g}, TRL's {there.norm():.3g}, cosine {cosine:.4f}"
+
+
+def time_updates(args: argparse.Namespace, k: int) -> None:
+    """Prints memory and time of updates whose gradient flows through the last k steps."""
+    model = load_model(args.model)
+    grid = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
+    ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **grid)
+    fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
+    theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
+    print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)
+    count = itertools.count(1)
+    pair: list[Callable[[], object]] = [lambda: ours.updates.update(next(count)), lambda: theirs.step(0, 0)]
+    for update in pair:
+        update()
+    here, there = (peak_memory(update, ours.model.device) / 2**20 for update in pair)
+    print(f"k={k}  memory: draftune {here:.1f} MiB, TRL {there:.1f} MiB, ratio {there / here:.2f}", flush=True)
+    pairs = [[seconds(update) for update in pair] for _ in range(args.rounds)]
+    here, there = (statistics.median(times) for times in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(f"k={k}  update: draftune {here:.3f} s, TRL {there:.3f} s, ratio {ratio:.3f}", flush=True)
+
+
+@dataclass
+class Racer:
+    """One of the two that train against time, and its evaluations."""
+
+    name: str
+    update: Callable[[], object]
+    model: Model
+    seconds: float = 0.0
+    updates: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def evaluate(self, ours: Trainer, pictures: int) -> None:
+        """Adds a row and prints it."""
+        prompts = (ours.watch.eval_prompts or ours.prompts)[:pictures]
+
+        def draw(prompts: Any, seeds: Any) -> Tensor:
+            return self.model.generate(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
+
+        scores = evaluate(draw, ours.reward, ours.held_out, prompts, 1, self.model.device).scores
+        self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
+        said = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {said}", flush=True)
+
+
+def race(args: argparse.Namespace) -> None:
+    """Trains both for as many minutes each, and prints how far they come and when."""
+    ours = draftune(args, load_model(args.model))
+    s, count, limit = ours.settings, itertools.count(1), 60 * args.minutes
+    minmax = (0, s.num_inference_steps)
+    theirs, model = alignprop(ours, sample_eta=args.eta, truncated_rand_backprop_minmax=minmax)
+    here = Racer("draftune", lambda: ours.updates.update(next(count)), ours.model)
+    there = Racer("TRL", lambda: theirs.step(0, 0), model)
+    for racer in (here, there):
+        racer.evaluate(ours, args.pictures)
+    while (racer := min(here, there, key=lambda racer: racer.seconds)).seconds < limit:
+        racer.seconds += seconds(racer.update)
+        racer.updates += 1
+        if racer.seconds >= min(limit, racer.rows[-1]["seconds"] + args.every):
+            racer.evaluate(ours, args.pictures)
+    if args.output:
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(here.rows[0]))
+            writer.writeheader()
+            writer.writerows(here.rows + there.rows)
+    label = ours.reward.label
+    best = max(there.rows, key=lambda row: row[label])
+    reached = next((row for row in here.rows if row[label] >= best[label]), None)
+    when = f"after {reached['seconds']:.1f} s" if reached else "not reached"
+    print(f"TRL's best: {label} {best[label]:.4f} after {best['seconds']:.1f} s; by draftune {when}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji", help="'emoji' or the folder of a StableDiffusionPipeline")
+    parser.add_argument("--reward", help="as for draftune; so the next three: unless set, what is recommended")
+    parser.add_argument("--prompts")
+    parser.add_argument("--steps", type=int, help="sampling steps T")
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 10], help="steps that the gradient flows through")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of updates; 0: only the race")
+    parser.add_argument("--minutes", type=float, default=0, help="that each trains in the race; 0: no race")
+    parser.add_argument("--every", type=float, default=30, help="seconds of training between evaluations")
+    parser.add_argument("--pictures", type=int, default=32, help="in an evaluation, of as many prompts")
+    parser.add_argument("--eta", type=float, default=1.0, help="of TRL's DDIM in the race")
+    parser.add_argument("--output", type=Path, help="CSV file for the race's evaluations")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    print(f"TRL {version('trl')}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    with quiet():
+        for k in args.k if args.rounds else ():
+            time_updates(args, k)
+        if args.minutes:
+            race(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The figure of docs/guard.md, of a finished run: its evaluations, and pictures at the start, at the best and the end.
+
+draftune train --steps 200 --eval-every 10 --patience 3 --sample-every 10 --output runs/guarded
+python benchmarks/guard.py runs/guarded docs/guard.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from draftune.figures import figure, save
+from draftune.images import grid, open_image, save_image
+from draftune.training.guard import HELD_OUT
+from draftune.training.run import EVALUATIONS, SAMPLES, read_rows
+
+
+def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -> Image.Image:
+    drawn, axes = figure(1, len(columns), width=2.9, height=2.4)
+    steps = [row["step"] for row in rows]
+    for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
+        axis.plot(steps, [row[column] for row in rows], "o-", markersize=3)
+        axis.axvline(best, color="#555555", linestyle="--", linewidth=0.9)
+        axis.set(title=title, xlabel="update")
+    file = BytesIO()
+    save(drawn, file, "png")
+    return Image.open(file).convert("RGB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+    rows = read_rows(args.run / EVALUATIONS)
+    best = next(int(row["step"]) for row in reversed(rows) if row["best"])
+    held_out = {key: key.removeprefix(HELD_OUT) for key in rows[0] if key.startswith(HELD_OUT)}
+    reward = list(rows[0])[3]
+    above = curves(rows, {reward: f"{reward}, the training reward"} | held_out, best)
+    samples = {int(row["step"]): row for row in read_rows(args.run / SAMPLES)}
+    shown = {0: "base", best: f"update {best}, best/", int(rows[-1]["step"]): f"update {int(rows[-1]['step'])}"}
+    pictures = [
+        torch.cat([open_image(path) for path in sorted((args.run / "samples" / f"step-{step:06d}").iterdir())])
+        for step in shown
+    ]
+    captions = [[f"{score:.3g}" for score in samples[step]["scores"]] for step in shown]
+    below = grid(pictures, list(shown.values()), samples[0]["prompts"], captions)
+    above = above.resize((below.width, above.height * below.width // above.width), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (below.width, above.height + below.height), "white")
+    sheet.paste(above, (0, 0))
+    sheet.paste(below, (0, above.height))
+    save_image(sheet, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What the families of flow matching share: a transformer, Euler's steps along its velocity, a shifted grid."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from draftune.errors import DraftuneError
+from draftune.models.base import Model
+from draftune.quiet import quiet
+from draftune.schedule import Schedule, flow_schedule
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def keep_wide(t5: nn.Module) -> None:
+    """Keeps in float32 the layers of T5 whose outputs go past half precision, as transformers does too."""
+    with quiet():
+        for name, layer in t5.named_modules():
+            if name.endswith(".wo"):
+                layer.float()
+
+
+class Flow(Model):
+    """A pipeline of transformer, text encoders and autoencoder with a FlowMatchEulerDiscreteScheduler."""
+
+    lora_prefix = "transformer"
+    encoders: tuple[str, ...]
+    """The text encoders without which no prompt can be read."""
+    t5: str
+    """The name of the T5 text encoder."""
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
+        if lacking := [part for part in self.encoders if getattr(pipeline, part) is None]:
+            raise DraftuneError(f"{name!r} lacks its {lacking[0]}, without which no prompt can be read")
+        if "max_image_seq_len" not in pipeline.scheduler.config:
+            kind = type(pipeline.scheduler).__name__
+            raise DraftuneError(f"{name!r} has a {kind}, not a FlowMatchEulerDiscreteScheduler: it is not supported")
+        super().__init__(pipeline, name)
+
+    @property
+    def denoiser(self) -> Any:
+        return self.pipeline.transformer
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        names = dict.fromkeys(("transformer", *self.encoders, self.t5, "vae"))
+        return [part for name in names if (part := getattr(self.pipeline, name)) is not None]
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Of a latent."""
+
+    @property
+    def patch_size(self) -> int:
+        """The side in latents of what the transformer takes for one token."""
+        return 2
+
+    @property
+    def largest(self) -> int | None:
+        """The longest side in latents, where there is one."""
+        return None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.latent_size
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        own = self.pipeline.default_sample_size
+        return getattr(self, "_latent_size", (own, own))
+
+    def set_size(self, height: int | None, width: int | None) -> None:
+        scale, own = self.pipeline.vae_scale_factor, self.pipeline.default_sample_size
+        multiple = scale * self.patch_size
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and (value < multiple or value % multiple):
+                raise DraftuneError(f"{name} must be a multiple of {multiple} for this model, not {value}")
+            if value is not None and self.largest and value > self.largest * scale:
+                raise DraftuneError(f"{name} must be at most {self.largest * scale} for this model, not {value}")
+        self._latent_size = ((height or own * scale) // scale, (width or own * scale) // scale)
+
+    def set_grid(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
+        """Changes nothing: these are DDIM's, and a flow's grid is that of its own scheduler."""
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        return flow_schedule(self.scheduler_config, num_inference_steps, self.sigmas(num_inference_steps), self.mu)
+
+    def sigmas(self, num_inference_steps: int) -> Sequence[float] | None:
+        """The grid before it is shifted; None leaves it to the scheduler."""
+        return None
+
+    @property
+    def mu(self) -> float:
+        """How far the grid is shifted towards noise, by the picture's size, in pipelines that shift it by that."""
+        config = self.scheduler_config
+        few, many = config["base_image_seq_len"], config["max_image_seq_len"]
+        height, width = self.latent_size
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        slope: float = (config["max_shift"] - config["base_shift"]) / (many - few)
+        return config["base_shift"] + slope * (tokens - few)
+
+    def sampler(self) -> Any:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler_config, "stochastic_sampling": False})
+
+    def to(self, device: torch.device | str, precision: str = "no") -> Model:
+        super().to(device, precision)
+        t5 = getattr(self.pipeline, self.t5)
+        if precision == "fp16" and t5 is not None:
+            keep_wide(t5)
+        return self
+
+    def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
+        # Without autocast, which would take every layer of T5 to half precision. A prompt that is cut to what the
+        # encoders read is announced at every call.
+        with quiet(), torch.autocast(self.device.type, enabled=False):
+            return self.encode_prompts(list(prompts), negative_prompt, guided)
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Any:
+        """As `encode`."""
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return vae.decode(latents.to(vae.dtype)).sample / 2 + 0.5

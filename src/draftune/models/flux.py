@@ -1,0 +1,67 @@
+"""FLUX.1: dev and schnell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from draftune.errors import DraftuneError
+from draftune.models.flow import Flow
+
+
+class Condition(NamedTuple):
+    """What the transformer is told of the prompts."""
+
+    text: Tensor
+    """[B, tokens, width], of T5."""
+    pooled: Tensor
+    """[B, width], of CLIP."""
+
+
+class Flux(Flow):
+    """A FluxPipeline: transformer, CLIP and T5 text encoders, autoencoder.
+
+    The guidance scale is an input of the network (dev, which is called once a step whatever it is) or nothing to it
+    (schnell). There is no negative prompt: encoding one raises DraftuneError.
+    """
+
+    encoders = ("text_encoder", "text_encoder_2")
+    t5 = "text_encoder_2"
+
+    @property
+    def channels(self) -> int:
+        packed: int = self.denoiser.config.in_channels
+        return packed // 4
+
+    def sigmas(self, num_inference_steps: int) -> Sequence[float]:
+        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
+
+    def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
+        if negative_prompt:
+            raise DraftuneError(f"{self.name!r} takes no negative prompt, as it is called once a step: leave it out")
+        # As many tokens of T5 as the published models were made for.
+        length = 512 if self.denoiser.config.guidance_embeds else 256
+        text, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=length)
+        return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))
+
+    def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
+        batch, device = len(x), x.device
+        rows, columns = (side // 2 for side in x.shape[2:])
+        # A token's place is (0, row, column); every word is at the origin.
+        axes = (torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+        guidance = torch.full((batch,), guidance_scale, device=device, dtype=torch.float32)
+        output: Tensor = self.denoiser(
+            pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+            # In the network's precision, as the official pipeline has it.
+            timestep=torch.full((batch,), timestep, device=device, dtype=self.denoiser.dtype) / 1000,
+            guidance=guidance if self.denoiser.config.guidance_embeds else None,
+            encoder_hidden_states=condition.text,
+            pooled_projections=condition.pooled,
+            txt_ids=torch.zeros(condition.text.shape[1], 3, device=device),
+            img_ids=torch.cartesian_prod(*axes).to(device),
+        ).sample
+        return pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)

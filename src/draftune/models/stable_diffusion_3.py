@@ -1,0 +1,67 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from draftune.models.flow import Flow
+
+
+class Condition(NamedTuple):
+    """What the transformer is told; where guided, of the negative prompts first."""
+
+    text: Tensor
+    """[B, tokens, width]: both CLIP encoders side by side, then T5, or zeros where the pipeline has none."""
+    pooled: Tensor
+    """[B, width]: the CLIP encoders' whole texts side by side."""
+
+
+class StableDiffusion3(Flow):
+    """A StableDiffusion3Pipeline: transformer, two CLIP text encoders, T5 where it is there, autoencoder."""
+
+    encoders = ("text_encoder", "text_encoder_2")
+    t5 = "text_encoder_3"
+
+    @property
+    def channels(self) -> int:
+        channels: int = self.denoiser.config.in_channels
+        return channels
+
+    @property
+    def patch_size(self) -> int:
+        size: int = self.denoiser.config.patch_size
+        return size
+
+    @property
+    def largest(self) -> int | None:
+        side: int = self.denoiser.config.pos_embed_max_size  # in tokens
+        return side * self.patch_size
+
+    def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
+        text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=guided,
+            negative_prompt=negative_prompt,
+        )
+        if guided:
+            text, pooled = torch.cat([negative_text, text]), torch.cat([negative_pooled, pooled])
+        return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))
+
+    def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
+        guided = len(condition.text) > len(x)
+        output: Tensor = self.denoiser(
+            torch.cat([x, x]) if guided else x,
+            timestep=torch.full((len(condition.text),), timestep, device=x.device),
+            encoder_hidden_states=condition.text,
+            pooled_projections=condition.pooled,
+        ).sample
+        if not guided:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + guidance_scale * (positive - negative)

@@ -1,0 +1,102 @@
+"""Bad inputs that are small programs: rewards, methods, and files of one's own."""
+
+from __future__ import annotations
+
+from bad_inputs import LONG, TRAINING, Bad, Making, bad, quoted
+
+
+def split(table: str, *more: str) -> list[str]:
+    """What stands between the bars of a table, and more."""
+    return [*(cell.strip() for line in table.strip().splitlines() for cell in line.split(" | ")), *more]
+
+
+EXPRESSIONS = split(
+    """
+    brightness + | + | * | 2* | brightness brightness | 2 | 1e400*brightness | brightness*nan | () | (brightness)
+    brightnes | BRIGHTNESS | brightness( | brightness) | brightness(quality=1) | −brightness | brightness(quality)
+    color | color() | color(target=orangy) | color(target=3) | color('a') | jpeg-compressibility(quality=0)
+    jpeg-compressibility(quality=101) | jpeg-compressibility(quality=1.5) | robust | robust()
+    robust(brightness, rho=-1) | robust(brightness, rho=0) | robust(nothing) | robust(brightness, rho=1e999)
+    --brightness | brightness & saturation | brightness; saturation | reference(image=nowhere.png) | reference
+    reference(image=.) | rotation(angle=45) | symmetry(axis=up) | clip(model=nowhere)
+    aesthetic(weights=nowhere.pth) | hpsv2 | pickscore | imagereward + hpsv2 | mine.py:nothing | nowhere.py:f
+    mine.py | mine.py:f( | brightness:f | 'brightness | emoji-judge-style(style=4d) | classify(target=99999)
+    classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness | 0x10*brightness
+    1__0*brightness | brightness(a=1, a=2) | brightness(, )
+    """,
+    "brightness - ",
+    "brightness\x00",
+    "\x1b[31m",
+    "bright\nness",
+    LONG,
+    "robust(" * 500,
+)
+
+
+@bad(*TRAINING, "score", "reno", "eval", "sweep")
+def expression(m: Making) -> Bad:
+    flag = m.any("--reward", "--held-out") if m.command in (*TRAINING, "eval", "sweep") else "--reward"
+    text = m.any(*EXPRESSIONS)
+    first = text.strip(" -()\x00").partition("(")[0].partition("\n")[0].partition(".py")[0][:20]
+    said = [
+        "weights=",
+        "expression",
+        "JPEG quality",
+        "rho",
+        "target",
+        "4d",
+        "angle",
+        "axis",
+        "colour",
+        "class",
+        "picture",
+        "hf download",
+    ]
+    return Bad(m.good(f"{flag}={text}"), [first, *quoted(text), *said, "picture"])
+
+
+OWN_REWARDS: dict[str, str] = {
+    "syntax": "def f(images, prompts)\n    return 1\n",
+    "raises": "raise ValueError('two\\nlines')\n",
+    "exits": "import sys\nsys.exit('bye')\n",
+    "imports": "import no_such_module\n",
+    "one": "def f(images):\n    return images.mean((1, 2, 3))\n",
+    "number": "def f(images, prompts):\n    return 3.0\n",
+    "shape": "def f(images, prompts):\n    return images.mean()\n",
+    "numpy": "def f(images, prompts):\n    return images.detach().numpy().mean((1, 2, 3))\n",
+    "fails": "def f(images, prompts):\n    raise KeyError('x\\ny\\x1b[31m')\n",
+    "constant": "f = 3\n",
+    "other": "def g(images, prompts):\n    return images.mean((1, 2, 3))\n",
+    "class": "class f:\n    def __init__(self, k):\n        pass\n",
+}
+
+
+@bad("train", "score", "reno")
+def own_reward(m: Making) -> Bad:
+    name, text = m.any(*OWN_REWARDS.items())
+    path = m.put(f"{name}_{m.random.randrange(10**12)}.py", text)
+    return Bad(m.good("--reward", f"{path}:f"), [name, "'f'", "reward f"])
+
+
+METHODS = split(
+    """
+    drift | draft-k(k=0) | draft-k(k=-1) | draft-k(k=1.5) | draft-k(k=99) | draft-k(k) | draft-k(n=1)
+    draft + draft-k | 2*draft | draft(draft) | kl | kl() | kl(draft, beta=-1) | kl(draft + refl) | kl(kl
+    draft-lv(n=-1) | refl(m=0) | refl(m=10.5) | leapalign(discount=2) | adjoint-matching(scale=0)
+    ddpo(clip_range=0) | dpok(beta=-1) | alignprop(m=0) | drtune(k=0) | nowhere.py:M | draft-k(k=1e400)
+    draft-lv(n=true) | 🎨 | draft-k(k='1') | draft-k(10)
+    """,
+    "",
+    "draft\n",
+    "\x1b[0m",
+    LONG,
+)
+
+
+@bad(*TRAINING)
+def method(m: Making) -> Bad:
+    text = m.any(*METHODS)
+    if text == "draft\n":
+        text = "draft\nrefl"
+    first = text.partition("(")[0].partition("\n")[0].partition(".py")[0][:20] or "method"
+    return Bad(m.good(f"--method={text}"), [first, *quoted(text), "more than", "at least", "must be", "beta"])

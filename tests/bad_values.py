@@ -1,0 +1,228 @@
+"""More bad inputs: outputs that can't be written, numbers out of range, pictures that are none, unknown names."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from bad_files import source_replaced
+from bad_inputs import HTML, LONG, OF_A_LORA, Bad, Making, bad, odd_path, quoted
+
+from draftune.lora import FILE_NAME
+
+
+@bad("train")
+def output_of_training(m: Making) -> Bad:
+    """A folder that holds something else, or none at all."""
+    if m.random.random() < 0.5:
+        path = m.any(str(m.world.run), str(m.world.run / "lora"), str(m.world.model), str(m.world.prompts.parent))
+        return Bad(m.good("--output", path), [repr(path)])
+    path = bad_output(m)
+    return Bad(m.good("--output", path), quoted(path))
+
+
+def bad_output(m: Making, suffix: str = "") -> str:
+    """A path that nothing can be written to."""
+    # A file takes the place of a link, wherever that leads.
+    kind = m.any(
+        "inside", "long", "under-loop", *([] if suffix else ["loop"]), *(["proc"] if m.command != "score" else [])
+    )
+    loop = m.here / f"ring{suffix}"
+    if "loop" in kind and not loop.is_symlink():
+        loop.symlink_to(loop)
+    inside = Path(m.put("plain", "x")) / f"x{suffix}"
+    found = {"inside": inside, "long": m.here / ("x" * 300 + suffix), "loop": loop, "under-loop": loop / f"x{suffix}"}
+    return str(found.get(kind, Path("/proc/nothing") / f"x{suffix}"))
+
+
+SUFFIXES = {"report": ".html", "sample": ".png", "reno": ".png", "eval": ".csv", "score": ".csv"}
+
+
+@bad("report", "sample", "reno", "eval", "score", "sweep", "mix", "export", "reproduce")
+def output(m: Making) -> Bad:
+    """An output that can't be written, is of another kind, or is what is read."""
+    suffix, w = SUFFIXES.get(m.command, ""), m.world
+    folder = m.here / f"folder{suffix}"
+    folder.mkdir()
+    (folder / "held").write_text("x")
+    kinds = [bad_output(m, suffix), bad_output(m, suffix), ""]
+    if suffix:
+        kinds += [str(w.prompts), str(w.picture.with_suffix(".jpg")), "scores.txt"]
+        kinds += [str(w.run / "config.yaml"), str(w.run / "lora" / FILE_NAME)]
+    else:
+        kinds += [str(w.prompts), str(w.picture)]
+    if m.command not in ("sweep", "reproduce", "sample", "reno"):
+        kinds += [str(folder)]
+    if m.command in ("mix", "export"):
+        kinds += [str(w.run), str(w.model), str(w.run / "lora"), str(w.prompts.parent)]
+    path = m.any(*kinds)
+    argv = m.good("--output", path)
+    if m.command == "sweep" and not path:
+        argv = m.good("--output", bad_output(m))
+    return Bad(argv, [*quoted(path or "--output"), *quoted(argv[-1]), "/proc/nothing"])
+
+
+@bad("eval", "score")
+def table_over_prompts(m: Making) -> Bad:
+    """The table would take the place of the file that the prompts come from."""
+    name = m.random.choice(["p.csv", "sub/../p.csv", "./p.csv"])
+    content = f"image,prompt\n{m.world.picture},a cat\n"
+    (m.here / "sub").mkdir()
+    m.put("p.csv", content)
+    return Bad(m.good("--prompts", str(m.here / "p.csv"), "--output", f"{m.here}/{name}"), ["p.csv"])
+
+
+NUMBERS: dict[str, dict[str, list[str]]] = {
+    "all": {
+        "--num-inference-steps": ["0", "-1", "abc", "1.5", "1001", "9" * 30, "", "nan"],
+        "--guidance-scale": ["-1", "nan", "inf", "abc", "1e400", ""],
+        "--mixed-precision": ["fp8", "", "BF16", "16"],
+    },
+    "scaled": {"--lora-scale": ["nan", "inf", "-inf", "1e400", "x", "0,5", ""]},
+    "sample": {"--seed": ["-1", "x", "9" * 30, str(2**63), "0.5"], "--num-images": ["0", "-2", "x", "9" * 18, "1e3"]},
+    "eval": {
+        "--num-images": ["0", "-2", "x", "9" * 18],
+        "--sort": ["nothing", "", "Brightness"],
+        "--pictures": ["FILE", "INSIDE"],
+    },
+    "sweep": {
+        "--scales": ["", ",", "0,,1", "a", "nan", "0,inf", "1;2", "0 1", "0,1,", "1e400", "½"],
+        "--num-images": ["0", "x"],
+        "--best-by": ["nothing", "brightness +", "2", "brightness(k=1)", "-nothing"],
+    },
+    "reno": {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
+    "watch": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
+    "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
+    "reproduce": {
+        "--part": ["0/2", "3/2", "1/0", "1", "1/2/3", "a/b", "", "²/3", "1/", "-1/2", "1 / 2"],
+        "--seeds": ["0", "-3", "x", "1.5"],
+    },
+    "preflight": {"--memory": ["0", "-1", "nan", "inf", "x", "", "8GB", "1e400"]},
+    "train": {
+        "--best-by": ["brightness +", "x(k=1)", "held-out/x + "],
+        "--patience": ["3"],
+        "--height": ["7", "1"],
+        "--lora-targets": ["nothing", "to_q,", ","],
+    },
+}
+
+
+@bad(*NUMBERS.keys() - {"all", "scaled"})
+def number(m: Making) -> Bad:
+    known = dict(NUMBERS[m.command])
+    if m.command in ("sample", "eval", "sweep", "reno"):
+        known |= NUMBERS["all"]
+    if m.command in ("sample", "eval", "reno", "export"):
+        known |= NUMBERS["scaled"]
+    flag = m.any(*known)
+    value = m.any(*known[flag])
+    if value == "FILE":
+        value = str(m.world.prompts)
+    if value == "INSIDE":
+        value = str(m.world.prompts / "x")
+    name = flag[2:].replace("-", "_")
+    return Bad(
+        m.good(f"{flag}={value}"),
+        [flag, name, repr(value.lstrip("-"))[1:-1] or "''", "best_by", "a part is", "lora_targets"],
+    )
+
+
+@bad("score")
+def pictures(m: Making) -> Bad:
+    """No picture that can be read, or prompts that are not theirs."""
+    whole = m.world.picture.read_bytes()
+    png = b"\x89PNG\r\n\x1a\n"
+    bomb = png + b"\x00\x00\x00\rIHDR\x00\x01\x00\x00\x00\x01\x00\x00\x08\x02\x00\x00\x00"
+    bomb += zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    kinds = {
+        "cut": whole[: len(whole) // 2],
+        "html": HTML,
+        "empty": b"",
+        "head": png,
+        "bomb": bomb,
+        "flipped": whole[:60] + bytes(x ^ 255 for x in whole[60:]),
+        "text": b"a cat",
+        "lora": (m.world.run / "lora" / FILE_NAME).read_bytes()[:999],
+    }
+    name = m.any(*kinds, "folder", "missing", "pattern", "odd", "table")
+    if name in kinds:
+        path = m.put(f"{name}{m.any('.png', '.jpg', '.gif', '')}", kinds[name])
+    elif name == "folder":
+        path = str(m.here / "folder.png")
+        Path(path).mkdir()
+    elif name == "table":
+        suffix, text = m.any(
+            (".csv", "image,prompt\nother.png,x\n"),
+            (".csv", "prompt\nx\n"),
+            (".txt", "x\n"),
+            (".jsonl", '{"image": 3, "prompt": "x"}\n'),
+            (".csv", "image;prompt\na;b\n"),
+            (".csv", "image,prompt\n"),
+            (".jsonl", ""),
+        )
+        path = m.put(f"table{suffix}", text)
+        return Bad(m.good("--prompts", path), ["table."])
+    else:
+        path = {"missing": "nowhere.png", "pattern": str(m.here / "*.png"), "odd": odd_path(m, ".png")}[name]
+    return Bad(source_replaced(m, path), quoted(path))
+
+
+@bad("mix")
+def mixed(m: Making) -> Bad:
+    run = str(m.world.run)
+    source = m.any(
+        f"{run}@",
+        "@0.5",
+        f"{run}@nan",
+        f"{run}@inf",
+        f"{run}@1e400",
+        f"{run}@0.5@",
+        f"{run}@half",
+        f"{run}@0,5",
+        f"{run}@1@x",
+        f"{run}/lora/@-inf",
+        f"{run}/config.yaml",
+        f"{run}/config.yaml@0.3",
+        f"{run} @0.5",
+        f"{run}@ 0.5 0.6",
+    )
+    return Bad(["mix", source, run, "--output", str(m.here / "new")], [*quoted(source), run, "'@'", "''"])
+
+
+@bad("export")
+def exported(m: Making) -> Bad:
+    out = m.here / "new"
+    argv, names = m.any(
+        (["--format", "kohya"], "kohya"),
+        (["--output", f"{out}.safetensors"], "diffusers"),
+        (["--format", "merged", "--output", f"{out}.safetensors"], "merged"),
+        (["--format", "kohya", "--output", f"{out}.ckpt"], "kohya"),
+        (["--half", "--lora-scale", "1e30"], "finite"),
+        (["--lora-scale", "1e60"], "finite"),
+    )
+    if m.random.random() < 0.2:
+        return Bad(m.good("--best", source=m.world.run / "lora"), ["best"])
+    return Bad(m.good(*argv), [names])
+
+
+@bad("list", "reproduce")
+def unknown_names(m: Making) -> Bad:
+    name = m.any(
+        "nothing", "reward", "griddd", "hpsv", "", " ", "\x1b[31m", "draft-lv(n=2)", "Methods", "grid ", "ünknown", LONG
+    )
+    return Bad([m.command, name], [*quoted(name), "word word"])
+
+
+@bad("sample", "reno", "score", "train")
+def not_text(m: Making) -> Bad:
+    """Bytes in a terminal's encoding that are no UTF-8, as Python hands them over."""
+    broken = "caf\udce9"
+    flag = {"train": "--negative-prompt"}.get(m.command, "--prompt")
+    return Bad(m.good(flag, broken), ["caf\\udce9", "UTF-8"])
+
+
+@bad(*OF_A_LORA, "report", "watch", "score", "reproduce")
+def repeated_and_missing(m: Making) -> Bad:
+    """A flag without its value."""
+    flag = {"watch": "--port", "reproduce": "--part"}.get(m.command, "--output")
+    return Bad([*m.good()[:2], flag], [flag, "required"])

@@ -1,0 +1,170 @@
+"""Preflight: what it measures is what a run takes, and what it advises fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draftune.cli import main
+from draftune.commands.preflight import duration, told
+from draftune.errors import DraftuneError
+from draftune.memory import peak_memory
+from draftune.models import load_model
+from draftune.settings import Settings
+from draftune.training import preflight as module
+from draftune.training.preflight import ROOM, Preflight, Trial, free_memory, preflight, smaller_batches
+from draftune.training.start import prepare
+
+FLAGS: dict[str, Any] = {
+    "reward": "jpeg-compressibility",
+    "method": "draft-lv(n=1)",
+    "steps": 10,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.0,
+    "batch_size": 4,
+    "sample_every": 4,
+    "sample_prompts": 3,
+    "eval_every": 5,
+    "eval_images": 2,
+    "cpu": True,
+}
+
+
+@pytest.fixture
+def settings(pipeline_folder: Path, tmp_path: Path) -> Settings:
+    (tmp_path / "prompts.txt").write_text("a fish\na tree\na stone\n")
+    prompts = {"prompts": str(tmp_path / "prompts.txt"), "eval_prompts": str(tmp_path / "prompts.txt")}
+    return Settings(model=str(pipeline_folder), output=str(tmp_path / "run"), **{**FLAGS, **prompts})
+
+
+def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: Path) -> None:
+    found = preflight(settings)
+    assert (len(found.trials), found.fits, found.changes) == (1, True, {})
+    trial = found.best
+    model = load_model(pipeline_folder)
+    networks = sum(tensor.nbytes for part in model.parts for tensor in (*part.parameters(), *part.buffers()))
+    trainer = prepare(settings=settings)
+    lora = sum(parameter.nbytes for parameter in trainer.updates.parameters.values())
+    assert trial.held == pytest.approx(networks + lora, rel=0.02)
+    trainer.probe()
+    assert trial.peak == pytest.approx(peak_memory(lambda: trainer.updates.update(1)), rel=0.02)
+    # Updates; grids of 3 at 0, 4, 8 and 10; evaluations of 6 pictures at 0, 5 and 10, and of the divergence of 2 x 4.
+    assert {name: count for name, (count, _) in trial.run.items()} == {
+        "updates": 10,
+        "sample grids": 4,
+        "evaluations": 3,
+    }
+    seconds = {name: taken for name, (_, taken) in trial.run.items()}
+    assert seconds["updates"] == pytest.approx(10 * trial.update)
+    assert seconds["sample grids"] == pytest.approx(12 * trial.picture)
+    assert seconds["evaluations"] == pytest.approx(3 * (6 + 8) * trial.picture)
+    assert trial.seconds == pytest.approx(sum(seconds.values()))
+    assert min(trial.update, trial.picture) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_what_it_advises_fits(settings: Settings) -> None:
+    settings.gradient_checkpointing = False
+    asked = preflight(settings).best.total
+    found = preflight(settings, int(0.95 * asked / ROOM))
+    assert found.fits
+    assert found.changes == {"gradient_checkpointing": True}
+    least = preflight(settings, 1)
+    assert not least.fits
+    # The batch is halved as long as that helps, with as many pictures in an update.
+    assert (least.best.settings.batch_size, least.best.settings.gradient_accumulation_steps) == (1, 4)
+    assert least.best.total == min(trial.total for trial in least.trials) < 0.6 * asked
+    assert least.best.settings.mixed_precision == "bf16"
+    assert "It does not fit into 0 MiB; the least is" in told(least)
+    assert "--gradient-checkpointing" in told(found)
+
+
+def test_changes_that_keep_the_update() -> None:
+    for size, number, half in ((8, 1, (4, 2)), (6, 2, (3, 4)), (3, 4, (1, 12)), (5, 1, (1, 5))):
+        change = smaller_batches(Settings(batch_size=size, gradient_accumulation_steps=number))
+        assert (change["batch_size"], change["gradient_accumulation_steps"]) == half
+    assert smaller_batches(Settings(batch_size=1)) == {}
+
+
+def test_out_of_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = module.filled
+
+    def too_much(trial: Trial, trainer: Any) -> Trial:
+        if trial.settings.batch_size > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+        return filled(trial, trainer)
+
+    monkeypatch.setattr(module, "filled", too_much)
+    found = preflight(settings)
+    assert [trial.ran for trial in found.trials] == [False] * 4 + [True]
+    assert found.fits
+    assert (found.changes["batch_size"], found.changes["gradient_accumulation_steps"]) == (1, 4)
+    assert told(found).count("out of memory") == 4
+
+    def broken(trial: Trial, trainer: Any) -> Trial:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(module, "filled", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        preflight(settings)
+
+
+def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "note.txt").write_text("what lies in the run's folder does not matter")
+    (tmp_path / "settings.yaml").write_text(settings.to_yaml())
+    command = ["preflight", "--config", str(tmp_path / "settings.yaml")]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "draft-lv(n=1), 4 x 1 pictures an update, on cpu" in text
+    assert "It fits" in text
+    assert "10 updates" in text
+    assert main([*command, "--memory", "0.0001"]) == 1
+    assert "It does not fit into 0 MiB" in capsys.readouterr().out
+    for bad in ("0", "-1", "nan", "inf"):
+        assert main([*command, f"--memory={bad}"]) == 2
+        assert "--memory must be more than 0" in capsys.readouterr().err
+    assert main([*command, "--method", "draft-k(k=9)"]) == 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 59.4, 59.6, 61, 3599, 3600, 3700 * 24)] == [
+        "0 s", "59 s", "1 min 0 s", "1 min 1 s", "59 min 59 s", "1 h 0 min", "24 h 40 min"
+    ]  # fmt: skip
+
+
+def test_the_memory_of_the_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CGROUP", tmp_path)
+    free = free_memory(torch.device("cpu"))
+    assert free > 2**20
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert free_memory(torch.device("cpu")) == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 2**20
+
+
+def test_decoding_in_parts_changes_nothing_but_memory(pipeline_folder: Path) -> None:
+    model = load_model(pipeline_folder)
+    latents = torch.randn(4, *model.latent_shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(model.decode(latents).square().sum(), latents)[0]
+
+    whole, most = gradient(), peak_memory(gradient)
+    model.decoder_batch_size = 1
+    assert torch.allclose(gradient(), whole, atol=1e-5)
+    assert peak_memory(gradient) < 0.5 * most
+
+
+def test_nothing_fits(tmp_path: Path) -> None:
+    failed = Trial(Settings(), {})
+    found = Preflight(torch.device("cuda"), 2**30, [failed], failed)
+    assert not found.fits
+    assert "It does not fit into 1024 MiB: smaller pictures" in told(found)
+    with pytest.raises(DraftuneError, match="no_such_reward"):
+        preflight(Settings(reward="no_such_reward"))
