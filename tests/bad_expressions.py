@@ -63,6 +63,7 @@ OWN_REWARDS: dict[str, str] = {
     "one": "def f(images):\n    return images.mean((1, 2, 3))\n",
     "number": "def f(images, prompts):\n    return 3.0\n",
     "shape": "def f(images, prompts):\n    return images.mean()\n",
+    "whole": "def f(images, prompts):\n    return (images.mean((1, 2, 3)) > 0.5).long()\n",
     "numpy": "def f(images, prompts):\n    return images.detach().numpy().mean((1, 2, 3))\n",
     "fails": "def f(images, prompts):\n    raise KeyError('x\\ny\\x1b[31m')\n",
     "constant": "f = 3\n",
@@ -73,7 +74,8 @@ OWN_REWARDS: dict[str, str] = {
 
 @bad("train", "score", "reno")
 def own_reward(m: Making) -> Bad:
-    name, text = m.any(*OWN_REWARDS.items())
+    # To score alone, whole numbers will do.
+    name, text = m.any(*(item for item in OWN_REWARDS.items() if (m.command, item[0]) != ("score", "whole")))
     path = m.put(f"{name}_{m.random.randrange(10**12)}.py", text)
     return Bad(m.good("--reward", f"{path}:f"), [name, "'f'", "reward f"])
 

@@ -12,6 +12,9 @@ from draftune.quiet import quiet
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+"""One of these holds a tokenizer's words; without any, the library makes one that knows none, without a word."""
+
 
 def load_part(cls: Any, folder: Path, **options: Any) -> Any:
     """A network of diffusers or transformers from a folder's safetensors, as float32.

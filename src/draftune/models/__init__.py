@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import first_line, load_part
+from draftune.loading import TOKENIZER_FILES, first_line, load_part
 from draftune.models.base import Model
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
@@ -107,6 +107,10 @@ def read(source: str, name: str) -> Model:
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
             if any(part_folder(source, part).glob("*.safetensors"))
         }
+        for part, entry in index.items():
+            held = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])
+            if held and not any((part_folder(source, part) / file).is_file() for file in TOKENIZER_FILES):
+                raise DraftuneError(f"{name!r} has no {part}: one of {', '.join(TOKENIZER_FILES)} is wanted in it")
         with quiet():
             # Asked through their common parent, diffusers would load some of what is left out.
             kind = getattr(import_module("diffusers"), index["_class_name"])

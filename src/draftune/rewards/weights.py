@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import first_line
+from draftune.loading import TOKENIZER_FILES, first_line
 from draftune.paths import user_path
 
 FOLDER_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
 def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES) -> Path:
