@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--memory", type=float, metavar="GIB", help="to fit into; what the device has free unless set"
-    )
+    parser.add_argument("--memory", type=float, metavar="GIB", help="to fit into; what the device has free unless set")
     train.arguments(parser)
 
 
