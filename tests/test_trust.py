@@ -97,7 +97,7 @@ def test_too_much_that_is_not_finite_ends_a_run(pipeline_folder: Path, tmp_path:
 def test_one_process_in_a_folder(pipeline_folder: Path, tmp_path: Path) -> None:
     train(pipeline_folder, tmp_path / "run", steps=2)
     code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".draftune.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
@@ -135,7 +135,7 @@ def test_no_resume_begins_anew_beside_it(pipeline_folder: Path, tmp_path: Path) 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins(pipeline_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".draftune.lock").touch()
     (tmp_path / "run" / "config.yaml").write_text("half of it")
     assert len(train(pipeline_folder, tmp_path / "run", steps=2).metrics) == 2
 

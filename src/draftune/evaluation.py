@@ -166,7 +166,7 @@ def diversity(
     if not judges or images_per_prompt < 2:
         return None
     features_of: Callable[[Tensor], Tensor] = judges[0].features  # type: ignore[assignment]
-    features = torch.cat([features_of(batch.to(device)).cpu() for batch in images.split(16)])
+    features = torch.cat([features_of(batch.to(device)).cpu() for batch in images.split(held_out.chunk_size)])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
     return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 
@@ -177,14 +177,15 @@ def divergence(
 ) -> float:
     """How far the LoRA moves the denoiser: the mean of (eps - eps_base)^2 along the tuned sampler's paths, seed 0 on.
 
-    The KL divergence between the two samplers' steps up to a factor for each step, as in the method `kl`.
+    The KL divergence between the two samplers' steps up to a factor for each step, as in the method `kl`, and as there
+    of the velocities for a flow.
     """
     denoise, base = model.denoisers(prompts, schedule, guidance_scale, negative_prompt)
     x = model.noise([torch.Generator().manual_seed(seed) for seed in range(len(prompts))], len(prompts))
     total = 0.0
     for step in schedule.steps:
         prediction = denoise(x, step)
-        total += float((prediction.noise - base(x, step).noise).square().mean())
+        total += float(schedule.difference(prediction, base(x, step)).square().mean())
         x = advance(prediction, step)
     return total / len(schedule)
 

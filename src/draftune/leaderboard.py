@@ -130,6 +130,7 @@ def compare(
                 if keep:
                     keep(loras[i], comparison)
                 progress.update()
+            del model  # before the next group's is loaded beside it
     ranked = sorted(entries.items(), key=lambda item: (-rank(item[1].scores[sort].tuned), item[0]))
     return Leaderboard([entry for _, entry in ranked], yardstick, lora_scale, sort)
 

@@ -195,5 +195,8 @@ def load_lora(model: Model, source: Path | str, name: str = ADAPTER) -> None:
 def sizes(path: Path) -> Counter[int]:
     """How many numbers each matrix of a LoRA file for a denoiser has. Raises DraftuneError."""
     with opened(path) as file:
-        keys = [key for key in file.keys() if HALF.search(key) and not key.startswith(ENCODERS)]  # noqa: SIM118
+        keys = [key for key in file.keys() if HALF.search(key)]  # noqa: SIM118
+        if any(key.startswith(ENCODERS) for key in keys):
+            # Its scale could not be turned with the denoiser's: 0 would not be the base model.
+            raise DraftuneError(f"the LoRA {str(path)!r} adapts a text encoder too, which is not supported")
         return Counter(math.prod(file.get_slice(key).get_shape()) for key in keys)

@@ -86,6 +86,14 @@ class Schedule:
         prediction = self.unclipped(output, x, step)
         return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
 
+    def difference(self, a: Prediction, b: Prediction) -> Tensor:
+        """Between the noises of two predictions; for a flow between their velocities.
+
+        The noise in a flow's latent says less the noisier it is, and nothing of the network where alpha is 0.
+        """
+        noise = a.noise - b.noise
+        return noise - (a.clean - b.clean) if self.prediction_type == "flow" else noise
+
     def unclipped(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
         """The same before it is clipped: linear in `x` and in the output."""
         _, alpha, sigma, *_ = step

@@ -20,8 +20,9 @@ class KL(Method):
     """Any method with a penalty for leaving the base model: kl(draft-k(k=5), beta=0.1) is DRaFT+.
 
     Adds beta * sum_t mean((eps - eps_base)^2) over the calls of the denoiser that carry gradient, both with guidance,
-    on the same noisy latents: the KL divergence between the two samplers' steps up to a factor for each t. One call of
-    the base model for each of these, with a graph where the latent carries one. beta is 0.1 to 1 in the literature.
+    on the same noisy latents: the KL divergence between the two samplers' steps up to a factor for each t; for a flow
+    the velocities take the place of eps. One call of the base model for each of these, with a graph where the latent
+    carries one. beta is 0.1 to 1 in the literature.
     """
 
     def __init__(self, method: Method, beta: float = 0.1) -> None:
@@ -34,13 +35,13 @@ class KL(Method):
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)
 
-    def watched(self, denoise: Denoiser, base: Denoiser) -> Denoiser:
+    def watched(self, batch: Batch) -> Denoiser:
         """The denoiser, which notes how far it is from the base wherever it is called with a graph."""
 
         def call(x: Tensor, step: Step) -> Prediction:
-            prediction = denoise(x, step)
+            prediction = batch.denoise(x, step)
             if torch.is_grad_enabled():
-                self.penalties.append((prediction.noise - base(x, step).noise).square().mean())
+                self.penalties.append(batch.schedule.difference(prediction, batch.base(x, step)).square().mean())
             return prediction
 
         return call
@@ -51,7 +52,7 @@ class KL(Method):
             yield loss + self.beta * penalty
 
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
-        watched = (replace(batch, denoise=self.watched(batch.denoise, batch.base)) for batch in batches)
+        watched = (replace(batch, denoise=self.watched(batch)) for batch in batches)
         for losses in self.method.optimizer_steps(watched):
             yield self.penalized(losses)
 

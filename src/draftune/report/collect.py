@@ -40,7 +40,7 @@ def collect(run: Path | str, pictures: Pictures | None = None) -> dict[str, Any]
         "name": folder.resolve().name,
         "facts": facts(settings, metrics, environment.get("device")),
         "verdict": verdict(settings, metrics, evaluations, reward),
-        "warning": warning(evaluations, reward),
+        "warning": warning(settings, evaluations, reward),
         "best": best,
         "charts": charts(metrics, evaluations, reward),
         "settings": table(settings),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftune.errors import DraftuneError
+from draftune.expression import Call, parse
 from draftune.settings import Settings
 from draftune.training.guard import DIVERSITY, HELD_OUT, Guard, spread
 
@@ -89,16 +91,27 @@ def moved(first: float | None, last: float | None, error: float = 0.0) -> str:
     return f"{'rose' if last > first else 'fell'} from {number(first)} to {number(last)}"
 
 
-def warning(evaluations: Rows, reward: str | None) -> str | None:
+def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | None:
     """The guard's warning after the last evaluation, and the update at which it was first given."""
     if reward is None:
         return None
-    guard, since, said = Guard({}, 0, reward), None, None
+    weights = {key: weight for key, weight in held_out_weights(settings).items() if all(key in r for r in evaluations)}
+    guard, since, said = Guard(weights, 0, reward), None, None
     for row in evaluations:
         guard.see(row)
         said = guard.warning()
         since = (since or row["step"]) if said else None
     return f"{said[0].upper()}{said[1:]}. This was first seen at update {since:,}." if said else None
+
+
+def held_out_weights(settings: Settings) -> dict[str, float]:
+    """The held-out columns by their weights, as far as the settings' words tell them."""
+    try:
+        tree = parse(settings.held_out or "")
+    except DraftuneError:
+        return {}  # rewards that were given in Python
+    terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
+    return {f"{HELD_OUT}{call.name}": weight for weight, call in terms}
 
 
 def best_step(evaluations: Rows) -> int | None:

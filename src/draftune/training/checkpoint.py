@@ -41,9 +41,11 @@ def save_checkpoint(
         (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             synced(path)
-        remove(target)
+        old = target.rename(folder / f".{target.name}-old") if target.exists() else None
         temporary.rename(target)
         synced(folder)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(folder)[:-KEPT]:
@@ -53,9 +55,7 @@ def save_checkpoint(
 
 def remove(checkpoint: Path) -> None:
     """Takes the checkpoint away in one step, whatever interrupts its deletion."""
-    if checkpoint.exists():
-        gone = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}-old"))
-        shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}-old")), ignore_errors=True)
 
 
 def synced(path: Path) -> None:
@@ -75,7 +75,7 @@ def checksum(path: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def check(checkpoint: Path) -> None:
@@ -88,11 +88,11 @@ def check(checkpoint: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         damaged = [CHECKSUMS]
     if damaged:
-        older = [path for path in checkpoints(checkpoint.parent) if path < checkpoint]
-        way = f"go on from {older[-1].name}" if older else "begin anew"
+        found = checkpoints(checkpoint.parent)
+        older = found[: found.index(checkpoint)]
+        way = f"remove the folder to go on from {older[-1].name}" if older else "--no-resume begins anew"
         raise DraftuneError(
-            f"the checkpoint {str(checkpoint)!r} is damaged: {damaged[0]} is not what was written; remove the folder "
-            f"to {way}"
+            f"the checkpoint {str(checkpoint)!r} is damaged: {damaged[0]} is not what was written; {way}"
         )
 
 

@@ -90,10 +90,13 @@ class Guard:
             known = [row for row in self.rows if finite(row, key) and finite(row, self.reward)]
             if not known or known[-1] is not now:
                 continue
-            top = max(known, key=lambda row: row[key])
-            lower = all(top[key] - row[key] > 2 * spread(key, top, row) for row in known[-2:])
+            # Of one that was to be low, the highest is the worst.
+            sign = math.copysign(1.0, self.weights.get(key, 1.0))
+            top = max(known, key=lambda row: sign * row[key])
+            lower = all(sign * (top[key] - row[key]) > 2 * spread(key, top, row) for row in known[-2:])
             if lower and now[self.reward] > top[self.reward]:
-                fallen.append(f"{key} fell from {top[key]:.3f} at update {int(top['step'])} to {now[key]:.3f}")
+                went = "fell" if sign > 0 else "rose"
+                fallen.append(f"{key} {went} from {top[key]:.3f} at update {int(top['step'])} to {now[key]:.3f}")
         if not fallen:
             return None
         return f"over-optimisation: the reward rises to {now[self.reward]:.3f}, but {', '.join(fallen)}"

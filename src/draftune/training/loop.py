@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -106,13 +107,15 @@ class Trainer:
             self.look()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
-            try:
-                self.train()
-            finally:
-                # Whatever ends the training, what was learned is kept.
-                save_lora(self.model, self.folder.path / "lora")
-            self.look()
-            self.save_checkpoint()
+            with interruptible() as wish:
+                try:
+                    self.train(wish)
+                finally:
+                    # Whatever ends the training, what was learned is kept.
+                    save_lora(self.model, self.folder.path / "lora")
+                self.save_checkpoint()  # the last look may take long
+                self.look()
+                self.save_checkpoint(finished=True)
         except OSError as error:
             newest = checkpoints(self.folder.path / "checkpoints")
             kept = f"{newest[-1].name} is whole, and the same command goes on from it" if newest else "nothing was kept"
@@ -127,7 +130,8 @@ class Trainer:
     def space(self) -> int:
         """Bytes of the checkpoints and LoRAs that a run always leaves; AdamW keeps two numbers for each of theirs."""
         lora = sum(parameter.nbytes for parameter in self.updates.parameters.values())
-        return (KEPT + 2) * 3 * lora + 2 * lora
+        coming = max(1, KEPT + 2 - len(checkpoints(self.folder.path / "checkpoints")))
+        return coming * 3 * lora + 2 * lora
 
     def look(self) -> None:
         """A grid and an evaluation of the model as it is."""
@@ -175,36 +179,37 @@ class Trainer:
         self.reward = self.updates.reward = self.watch.reward = reward
         s.reward, s.normalize_reward = reward.expression or reward.label, 0
 
-    def train(self) -> None:
+    def train(self, wish: threading.Event) -> None:
+        """The updates; after the one that is being made where there is a wish to end."""
         s = self.settings
         if self.watch.exhausted:
             return
         progress = tqdm(
             range(self.done + 1, s.steps + 1), desc="training", unit="update", initial=self.done, total=s.steps
         )
-        with interruptible() as wish:
-            for step in progress:
-                row = self.updates.update(step)
-                self.done = step
-                self.folder.log(METRICS, row)
-                progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-                if step == AUDITED:
-                    self.check_pictures()
-                if step == s.steps:
-                    break  # the end has its own grid, evaluation and checkpoint
-                if s.sample_every and step % s.sample_every == 0:
-                    self.watch.show(step)
-                if s.eval_every and step % s.eval_every == 0:
-                    self.evaluate()
-                if self.watch.exhausted:
-                    break
-                if wish.is_set() or (s.save_every and step % s.save_every == 0) or self.watch.best == step:
-                    self.save_checkpoint()
-                if wish.is_set():
-                    raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
+        for step in progress:
+            row = self.updates.update(step)
+            self.done = step
+            self.folder.log(METRICS, row)
+            progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
+            if step == AUDITED + s.lr_warmup_steps and not self.updates.skipped:
+                self.check_pictures()
+            if step == s.steps:
+                break  # the end has its own grid, evaluation and checkpoint
+            if s.sample_every and step % s.sample_every == 0:
+                self.watch.show(step)
+            if s.eval_every and step % s.eval_every == 0:
+                self.evaluate()
+            if self.watch.exhausted:
+                break
+            if wish.is_set() or (s.save_every and step % s.save_every == 0) or self.watch.best == step:
+                self.save_checkpoint()
+            if wish.is_set():
+                raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, finished: bool = False) -> None:
         state, tensors = self.updates.state()
+        state["finished"] = finished
         random_numbers, generators = random_state()
         self.folder.save_checkpoint(
             self.done, {**state, "random": random_numbers}, {**tensors, **generators}, self.watch.best

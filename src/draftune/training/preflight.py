@@ -114,7 +114,7 @@ def fewer_decoded(settings: Settings) -> dict[str, Any]:
 
 
 def smaller_batches(settings: Settings) -> dict[str, Any]:
-    """Half the batch in twice as many: the same update."""
+    """Half the batch in twice as many: as many pictures in an update."""
     size, number = settings.batch_size, settings.gradient_accumulation_steps
     if size == 1:
         return {}
@@ -126,7 +126,7 @@ def half_precision(settings: Settings) -> dict[str, Any]:
     return {"mixed_precision": "bf16"} if settings.mixed_precision == "no" else {}
 
 
-# What costs least first: the first four change no gradient but in its last digits.
+# What costs least first.
 LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
     checkpointing,
     fewer_scored,
@@ -155,6 +155,7 @@ def measured(settings: Settings, change: dict[str, Any]) -> Trial:
 def filled(trial: Trial, trainer: Trainer) -> Trial:
     device, s = trainer.accelerator.device, trainer.settings
     trial.held = held_memory(trainer)
+    trainer.updates.folder = None
     trainer.probe()
     trial.peak = peak_memory(lambda: trainer.updates.update(1), device)
     trial.update = seconds(lambda: [trainer.updates.update(2 + i) for i in range(TIMED)], device) / TIMED

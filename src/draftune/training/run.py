@@ -26,8 +26,13 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
+LOCK = ".draftune.lock"
 LOGS = (METRICS, EVALUATIONS, SAMPLES)
-COUNTERS = {METRICS: ("step", "reward_queries", "seconds"), EVALUATIONS: ("step",), SAMPLES: ("step",)}
+COUNTERS = {
+    METRICS: ("step", "reward_queries", "seconds"),
+    EVALUATIONS: ("step", "reward_queries", "seconds"),
+    SAMPLES: ("step",),
+}
 NO_NUMBERS: dict[str, Any] = {"errors": {}, "scores": [], "prompts": []}
 """Columns of the logs that are tables or lists."""
 # What may change when a run goes on: how far, and what is only looked at on the way.
@@ -48,7 +53,7 @@ class RunFolder:
             # From here on it is a run like any other, which its config.yaml goes on with.
             self.path = path = first_free(path)
             settings.output, settings.resume = str(path), True
-        self.lock = FileLock(path / ".lock", timeout=0, thread_local=False)
+        self.lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
         self.asked = asdict(settings)
         self.contents = {name: digest(given) for name, given in texts.items()}
@@ -87,12 +92,12 @@ class RunFolder:
         """Finds where the run in the folder stands, if it is this one."""
         from draftune.training.checkpoint import checkpoints, read_state
 
-        if (self.path / ".lock").exists():
+        if (self.path / LOCK).exists():
             # Said at once, and not after everything was loaded.
             self.take()
             self.lock.release()
         found = checkpoints(self.path / "checkpoints")
-        if not found and (self.path / ".lock").exists() and not read_rows(self.path / METRICS):
+        if not found and (self.path / LOCK).exists() and not read_rows(self.path / METRICS):
             return  # it ended before its first checkpoint: there is nothing to lose
         if not found:
             held = "another run" if (self.path / CONFIG).exists() else "other files"
@@ -114,7 +119,8 @@ class RunFolder:
                     f"the output folder {str(self.path)!r} holds another run: its {name} were not these; give another "
                     "(--output)"
                 )
-        if self.done >= self.asked["steps"]:
+        # A run that ended in its last look at the pictures has that left to do.
+        if self.done > self.asked["steps"] or (self.done == self.asked["steps"] and state["finished"]):
             raise DraftuneError(
                 f"the run in {str(self.path)!r} has made its {self.done} updates: ask for more (--steps) or give "
                 "another folder (--output)"
@@ -133,6 +139,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take()
+            for stale in self.path.rglob("*.*[0-9].tmp"):
+                stale.unlink()  # of a process that was killed
             if checkpoints(self.path / "checkpoints")[-1:] != ([self.checkpoint] if self.checkpoint else []):
                 raise DraftuneError(f"another process went on with the run in {str(self.path)!r}: start again")
             if (free := shutil.disk_usage(self.path).free) < space:
@@ -164,16 +172,22 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         prefix = "" if name == METRICS else "eval/"
-        for key, value in numbers(row).items():
-            if key != "step" and self.events:
-                self.events.add_scalar(prefix + key, value, int(row["step"]))
+        try:
+            for key, value in numbers(row).items():
+                if key != "step" and self.events:
+                    self.events.add_scalar(prefix + key, value, int(row["step"]))
+        except OSError:
+            self.events = None  # a full disk: what must be written says so itself
         return True
 
     def save_checkpoint(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], best: int | None
     ) -> None:
-        from draftune.training.checkpoint import save_checkpoint
+        from draftune.training.checkpoint import save_checkpoint, synced
 
+        for name in LOGS:
+            if (self.path / name).exists():
+                synced(self.path / name)
         run = {"step": step, "settings": self.asked, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
         save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
 
@@ -182,9 +196,13 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:06d}.png"
 
     def close(self) -> None:
-        if self.events:
-            self.events.close()
-        self.lock.release()
+        try:
+            if self.events:
+                self.events.close()
+        except OSError:
+            pass  # of a full disk its own thread has heard as well, and the logs are whole
+        finally:
+            self.lock.release()
 
 
 def first_free(path: Path) -> Path:

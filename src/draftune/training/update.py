@@ -49,7 +49,7 @@ class Drawn:
 
 
 class Updates:
-    """Makes the updates of a run and counts them; `folder` is the run's, for what went wrong."""
+    """Makes the updates of a run and counts them, and keeps what went wrong in the run's `folder`, or nowhere."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Updates:
         reward: Reward,
         prompts: Sequence[str],
         accelerator: Accelerator,
-        folder: Path,
+        folder: Path | None,
     ) -> None:
         self.settings = s = settings
         self.method, self.model, self.schedule, self.reward = method, model, schedule, reward
@@ -127,6 +127,8 @@ class Updates:
         self.optimizer.zero_grad()
         self.skipped += 1
         self.skipped_in_a_row += 1
+        if self.folder is None:
+            raise DraftuneError(str(error)) from error
         folder = self.folder / "nonfinite" / f"step-{step:06d}"
         for i, batch in enumerate(drawn):
             folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +185,8 @@ class Updates:
         # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
         self.overflows += 1
         if self.accelerator.scaler is None or self.overflows > PATIENCE_WITH_NONFINITE:
+            if self.accelerator.scaler is not None:
+                self.optimizer.step()  # which leaves the weights alone, and the scaler ready for the next gradient
             raise NonFiniteError(f"the gradient's norm became {norm} at update {step}")
         return norm
 
@@ -195,7 +199,7 @@ class Updates:
         return {
             "reward_queries": self.queries,
             "seconds": self.seconds,
-            "skipped": [self.skipped, self.skipped_in_a_row],
+            "skipped": [self.skipped, self.skipped_in_a_row, self.overflows],
             "prompts": self.order.queue,
             "weights": [weight for weight, _ in self.reward.terms],
             "method": self.method.state_dict(),
@@ -210,7 +214,7 @@ class Updates:
         load_optimizer(self.optimizer, list(self.parameters), tensors)
         self.generator.set_state(tensors["generator"])
         self.queries, self.seconds = state["reward_queries"], state["seconds"]
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
         self.order.queue = state["prompts"]
         if isinstance(self.reward, WeightedSum):
             # Measured again, a normalised reward's weights may differ in their last digits.

@@ -64,6 +64,8 @@ class Watch:
         save_image(grid([pictures], [], self.shown, [captions]), path)
         for i, picture in enumerate(to_pil(pictures)):
             save_image(picture, path.with_suffix("") / f"{i:02d}.png")
+        if step == 0 and self.folder.done:
+            return  # a run that goes on has its sheet
         self.folder.log(SAMPLES, {"step": step, "prompts": list(map(str, self.shown)), "scores": scores})
         rows = [self.base_pictures, pictures]
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
