@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from draftune.training.run import read_rows
+
 KILLS = int(os.environ.get("DRAFTUNE_KILLS", "20"))
 IMPORTED = ("accelerate", "draftune.training.start", "peft", "torch.utils.tensorboard")
 IMPORTED += ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip")
@@ -61,11 +63,9 @@ def started(context: Any, settings: dict[str, Any]) -> ForkServerProcess:
     return process
 
 
-def updates(folder: Path) -> list[float]:
-    try:
-        return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
+def updates(folder: Path) -> list[int]:
+    """The updates in the log, without a last line that is half written."""
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl")]
 
 
 def saving(folder: Path) -> bool:
@@ -116,7 +116,7 @@ def test_killed_at_random_moments(context: Any, tmp_path: Path, values: dict[str
         in_time = killed(started(context, {**cut, "steps": 100_000}), tmp_path / "cut", moment, delay)
         assert in_time, f"the run ended before kill {i + 1} of {kills}"
         saves += saving(tmp_path / "cut")
-    steps = int(max(updates(tmp_path / "cut"))) + 3
+    steps = max(updates(tmp_path / "cut")) + 3
     finished(context, {**cut, "steps": steps})
     finished(context, {**settings, "steps": steps, "output": str(tmp_path / "whole")})
     assert saves >= kills // 8, "too few kills were in the middle of a save"
