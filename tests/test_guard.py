@@ -161,3 +161,13 @@ def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DraftuneError, match=message):
             train(pipeline_folder, tmp_path / "run", brightness, **values)
+
+
+def test_a_held_out_reward_that_was_to_be_low() -> None:
+    """A penalty that falls is no warning; one that rises is."""
+    for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "rose from 0.300 at update 0 to 0.900")):
+        guard = Guard({"held-out/judge": -0.5}, patience=0, reward="aesthetic")
+        for row in told([1, 2, 3], judged):
+            guard.see(row)
+        warning = guard.warning()
+        assert warning is None if said is None else said in str(warning)

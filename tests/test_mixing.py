@@ -299,3 +299,15 @@ def test_one_model_under_two_names(pipeline_folder: Path, loras: tuple[Path, Pat
     assert main(["sample", out, "--prompt", "cat", "--num-inference-steps", "2", "--output", f"{out}.png"]) == 0
     expected = drawn_with(pipeline_folder, (a, 1.0), (c, 1.0))
     assert (drawn_with(pipeline_folder, (Path(out), 1.0)) - expected).abs().max() < 1e-5
+
+
+def test_a_lora_for_the_text_encoder_too_is_refused(
+    pipeline_folder: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Scale 0 of it would not be the base model."""
+    tensors = load_file(loras[0] / FILE_NAME)
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer"
+    tensors |= {f"{layer}.down.weight": torch.ones(2, 16), f"{layer}.up.weight": torch.ones(16, 2)}
+    save_file(tensors, tmp_path / "both.safetensors")
+    with pytest.raises(DraftuneError, match="adapts a text encoder too"):
+        load_lora(load_model(pipeline_folder), tmp_path / "both.safetensors")

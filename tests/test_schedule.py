@@ -154,3 +154,15 @@ def test_flow_reads_the_velocity() -> None:
     # The ancestral step of a flow is memoryless: its noise is that of adjoint matching's sigma(t)^2 = 2 s / (1 - s).
     close = Step(500.0, 0.5, 0.5, 0.5001, 0.4999)
     assert close.tau**2 / 1e-4 == pytest.approx(2 * 0.5 / 0.5, rel=1e-2)
+
+
+def test_the_difference_of_two_predictions() -> None:
+    """A flow's noise says nothing of the network at the first step, where alpha is 0; its velocity does."""
+    x, first, second = torch.randn(3, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flow = flow_schedule({"shift": 3.0}, 5)
+    for step in flow.steps:
+        found = flow.difference(flow.read(first, x, step), flow.read(second, x, step))
+        assert torch.allclose(found, first - second, atol=1e-12)
+    noise = ddim_schedule(SD14_SCHEDULER, 5)
+    found = noise.difference(noise.read(first, x, noise.steps[2]), noise.read(second, x, noise.steps[2]))
+    assert torch.allclose(found, first - second, atol=1e-12)

@@ -200,3 +200,68 @@ def test_the_folder_is_taken_until_it_is_closed(tmp_path: Path) -> None:
         RunFolder(Settings(output=str(tmp_path / "run")), {})
     folder.close()
     RunFolder(Settings(output=str(tmp_path / "run")), {})
+
+
+def test_tensorboard_that_fails_ends_nothing(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    assert len(train(pipeline_folder, tmp_path / "run", steps=2).metrics) == 2
+    monkeypatch.undo()
+    folder = RunFolder(Settings(output=str(tmp_path / "other")), {})
+    (tmp_path / "other").mkdir()
+    folder.take()
+    folder.events = SummaryWriter(str(tmp_path / "events"))
+    monkeypatch.setattr(SummaryWriter, "close", full)
+    folder.close()
+    assert not folder.lock.is_locked
+
+
+def test_a_run_that_ended_in_its_last_look_has_only_that_left(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from draftune.training import Trainer
+
+    whole = train(pipeline_folder, tmp_path / "whole", save_every=0)
+    look, looks = Trainer.look, []
+
+    def cut(trainer: Trainer) -> None:
+        looks.append(trainer.done)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        look(trainer)
+
+    monkeypatch.setattr(Trainer, "look", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train(pipeline_folder, tmp_path / "run", save_every=0)
+    monkeypatch.undo()
+    assert looks == [0, 6]
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluations.jsonl")] == [0, 3]
+    train(pipeline_folder, tmp_path / "run", save_every=0)
+    assert_equal(lora(whole.folder), lora(tmp_path / "run"))
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        assert rows(whole.folder, name) == rows(tmp_path / "run", name)
+    with pytest.raises(DraftuneError, match="has made its 6 updates"):
+        train(pipeline_folder, tmp_path / "run", save_every=0)
+
+
+def test_preflight_keeps_nothing_of_what_is_not_finite(pipeline_folder: Path, tmp_path: Path) -> None:
+    from draftune.training.preflight import preflight
+
+    (tmp_path / "mine.py").write_text(
+        "def nan_later(images, prompts, calls=[]):\n"
+        "    calls.append(1)\n"
+        "    return images.mean((1, 2, 3)) * (float('nan') if len(calls) > 1 else 1.0)\n"
+    )
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    said = {"reward": f"{tmp_path}/mine.py:nan_later", "prompts": str(tmp_path / "prompts.txt"), "batch_size": 1}
+    settings = Settings(model=str(pipeline_folder), num_inference_steps=2, output=str(tmp_path / "run"), **said)
+    with pytest.raises(DraftuneError, match=r"the reward became \[nan\] at update 1"):
+        preflight(settings)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["mine.py", "prompts.txt"]
+    assert not (tmp_path / "run").exists()
