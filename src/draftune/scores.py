@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +15,10 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError
 from draftune.evaluation import score_batches
 from draftune.images import open_image
-from draftune.paths import user_path, written_whole
+from draftune.paths import user_path
 from draftune.prompts import metadata, read_prompts
 from draftune.rewards import Reward
+from draftune.tables import write_csv, write_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -47,16 +45,7 @@ class Scores:
     def write(self, path: Path) -> None:
         """Writes the table as .csv or .json, whole or not at all."""
         records = [{"image": str(image), **row} for image, row in self.rows.items()]
-        if path.suffix == ".json":
-            text = json.dumps(records, indent=1) + "\n"
-        else:
-            lines = io.StringIO()
-            writer = csv.DictWriter(lines, self.columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(records)
-            text = lines.getvalue()
-        with written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        (write_json if path.suffix == ".json" else write_csv)(path, records)
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
