@@ -50,6 +50,7 @@ from draftune.memory import peak_memory
 from draftune.methods import Batch
 from draftune.models import Model, load_model
 from draftune.quiet import quiet
+from draftune.sampling import Latents
 from draftune.training.loop import Trainer
 from draftune.training.start import prepare
 from overhead import seconds
@@ -107,7 +108,9 @@ def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
         return ours.reward.parts(pictures[-1], prompts)[0]
 
     denoise = ours.model.denoise(prompts, ours.schedule, s.guidance_scale)
-    for loss in ours.method.losses([Batch(prompts, noise, ours.schedule, denoise, denoise, reward, generator)]):
+    for loss in ours.method.losses(
+        [Batch(prompts, Latents(noise), ours.schedule, denoise, denoise, reward, generator)]
+    ):
         loss.backward()
     with patch.object(theirs.sd_pipeline.sd_pipeline, "prepare_latents", return_value=noise):
         made = theirs._generate_samples(len(prompts), prompts=prompts)
@@ -121,8 +124,10 @@ def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
 def time_updates(args: argparse.Namespace, k: int) -> None:
     """Prints memory and time of updates whose gradient flows through the last k steps."""
     model = load_model(args.model)
-    grid = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
-    ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **grid)
+    same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
+    # As for any model: TRL's trainer recomputes whole calls too, and draws a path for each update.
+    same |= {"gradient_checkpointing": "blocks" if k == 1 else "calls", "prefix_reuse": 1}
+    ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
     print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)

@@ -3,9 +3,10 @@
     python benchmarks/overhead.py [--model emoji] [--reward emoji-aesthetic] [--rounds 7]
 
 Both are timed in turn in one process, so that the machine's mood falls on both; the medians and their ratio are
-printed. The floor does what an update must do and nothing else: T - 1 guided calls without a graph; then, for every
-term of the gradient, one call of denoiser and decoder without a graph, one of each with it (the recomputation that
-checkpointing asks for), the reward, and the backward pass; and the optimiser's step.
+printed. The floor does what an update must do and nothing else: the guided calls without a graph before the cut; then,
+for every term of the gradient, its calls with a graph, one call of decoder and reward and the backward pass; and the
+optimiser's step. What checkpointing computes again is part of the floor: blocks of a single call by the network's own
+checkpointing, or, where a graph spans several calls, one more call without a graph for each.
 """
 
 from __future__ import annotations
@@ -19,17 +20,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from draftune.methods import load_method
-from draftune.models import load_model
-from draftune.prompts import load_prompts
-from draftune.rewards import load_reward
-from draftune.settings import Settings
 from draftune.training.loop import Trainer
-from draftune.training.run import RunFolder
+from draftune.training.start import prepare
 
 
-def floor(trainer: Trainer, terms: int) -> Callable[[], None]:
-    """The bare network calls of one update with `terms` terms of its gradient."""
+def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
+    """The bare network calls of one update whose gradient has `terms` terms of `calls` calls each."""
     model, s = trainer.model, trainer.settings
     prompts = trainer.prompts[: s.batch_size]
     with torch.no_grad():
@@ -39,16 +35,29 @@ def floor(trainer: Trainer, terms: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
     timesteps = [step.timestep for step in trainer.schedule.steps]
 
+    def call(timestep: float) -> torch.Tensor:
+        return model.predict(x, timestep, condition, s.guidance_scale)
+
     def run() -> None:
         with torch.no_grad():
-            for timestep in timesteps[:-1]:
-                model.predict(x, timestep, condition, s.guidance_scale)
+            for timestep in timesteps[:-calls]:
+                call(timestep)
         for _ in range(terms):
-            with torch.no_grad():
-                model.predict(x, timesteps[-1], condition, s.guidance_scale)
-                model.decode_raw(x)
-            latents = model.predict(x, timesteps[-1], condition, s.guidance_scale)
-            trainer.reward(model.decode_raw(latents), prompts).mean().backward()
+            for i in range(calls):
+                if calls > 1:
+                    with torch.no_grad():
+                        call(timesteps[i - calls])
+                predicted = call(timesteps[i - calls])
+                if i < calls - 1:
+                    predicted.mean().backward()
+            for picture, prompt in zip(predicted.split(s.reward_batch_size), prompts, strict=True):
+                # The decoder's graph ends at the latent; what follows is the network's.
+                latent = picture.detach().requires_grad_()
+                if calls > 1:
+                    with torch.no_grad():
+                        model.decode_raw(latent)
+                trainer.reward(model.decode_raw(latent), [prompt]).mean().backward()
+            predicted.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -70,20 +79,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for method, terms in (("draft-k(k=1)", 1), ("draft-lv(n=2)", 3)):
+    for method, calls, terms in (("draft-k(k=1)", 1, 1), ("draft-lv(n=2)", 1, 3), ("draft-k(k=10)", 10, 1)):
         with TemporaryDirectory() as folder:
-            settings = Settings(model=args.model, reward=args.reward, method=method, output=f"{folder}/run")
-            trainer = Trainer(
-                settings,
-                RunFolder(settings, {}),
-                load_method(method),
-                load_model(settings.model),
-                load_reward(settings.reward),
-                None,
-                load_prompts(settings.prompts),
-                None,
-            )
-            bare, steps = floor(trainer, terms), itertools.count(1)
+            settings = {"method": method, "prefix_reuse": 1, "output": f"{folder}/run"}
+            trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
+            bare, steps = floor(trainer, calls, terms), itertools.count(1)
             bare()
             trainer.updates.update(next(steps))
             pairs = [(seconds(lambda: trainer.updates.update(next(steps))), seconds(bare)) for _ in range(args.rounds)]  # noqa: B023

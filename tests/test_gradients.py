@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
 from draftune.models import StableDiffusion
-from draftune.sampling import Denoiser
+from draftune.sampling import Denoiser, Latents
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
 T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
@@ -54,7 +54,7 @@ def batch_of(
     seed: int = 0,
 ) -> Batch:
     prompts, generator = [""] * len(noise), torch.Generator().manual_seed(seed)
-    return Batch(prompts, noise, schedule, denoise, base or denoise, reward, generator)
+    return Batch(prompts, Latents(noise), schedule, denoise, base or denoise, reward, generator)
 
 
 def gradient_of_method(method: Method, schedule: Schedule, network: Network, seed: int = 0) -> Tensor:
@@ -380,8 +380,36 @@ def test_finite_differences(network: Network) -> None:
     assert float(ours[2, 1, 0, 2]) == pytest.approx((above - below) / (2 * step_size), rel=1e-6)
 
 
-@pytest.mark.parametrize(("k", "checkpointing"), [(2, True), (4, True), (4, False)])
-def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("count", "stride", "levels"), [(3, 2, [0, 1]), (3, 1, [0, 1, 2]), (4, 2, [0, 2]), (4, 9, [0])]
+)
+def test_strides_over_the_steps_without_gradient(count: int, stride: int, levels: list[int]) -> None:
+    """They start at the same levels and end where the single steps do."""
+    schedule, network = GRIDS["clean"], Network()
+    calls: list[float] = []
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        calls.append(step.timestep)
+        return schedule.read(network(x, step.timestep), x, step)
+
+    latents = Latents(NOISE, stride=stride)
+    x = latents.after(count, denoise, schedule.steps)
+    assert calls == [schedule.steps[i].timestep for i in levels]
+    assert latents.after(count, denoise, schedule.steps) is x
+    assert len(calls) == len(levels)
+    wanted = NOISE
+    for i, level in enumerate(levels):
+        step, end = schedule.steps[level], schedule.steps[(levels[i + 1] if i + 1 < len(levels) else count) - 1]
+        clean, noise = clean_and_noise(network(wanted, step.timestep), wanted, step, "epsilon")
+        wanted = end.alpha_next * clean + end.sigma_next * noise
+    assert relative(x, wanted) < 1e-12
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("k", "checkpointing"), [(2, "calls"), (4, "calls"), (4, "no"), (1, "blocks"), (4, "blocks"), (4, "both")]
+)
+def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, checkpointing: str) -> None:
     """The whole way: LoRA, UNet, guidance through both branches, checkpoints, decoder; float64."""
     pipeline = build_pipeline(tmp_path)
     pipeline.unet.double()
@@ -389,7 +417,7 @@ def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, che
     model = StableDiffusion(pipeline, "tiny")
     parameters = add_random_lora(model)
     assert all(p.dtype == torch.float64 for p in parameters.values())
-    model.gradient_checkpointing = checkpointing
+    model.set_checkpointing(checkpointing)
     schedule, prompts, scale, steps = model.schedule(4), ["a cat", "dogs"], 3.0, 4
     noise = model.noise(torch.Generator().manual_seed(0), 2)
     weights = torch.linspace(-1, 1, 16, dtype=torch.float64)

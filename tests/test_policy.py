@@ -233,8 +233,8 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
         assert torch.allclose(base(noise, step).noise, wanted, atol=1e-12)
         assert not torch.allclose(denoise(noise, step).noise, wanted, atol=1e-3)
 
-    def ours(checkpointing: bool) -> list[Tensor]:
-        model.gradient_checkpointing = checkpointing
+    def ours(checkpointing: str) -> list[Tensor]:
+        model.set_checkpointing(checkpointing)
         model.denoiser.zero_grad()
         batch = batch_of(denoise, schedule, base, noise, lambda x: 0 * x.mean((1, 2, 3)))
         for losses in KL(DraftK(2), 1.0).optimizer_steps([batch]):
@@ -247,7 +247,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
         for step in schedule.steps[:1]:
             clean, eps = denoise(x, step)
             x = step.alpha_next * clean + step.sigma_next * eps
-    model.gradient_checkpointing = False
+    model.set_checkpointing("no")
     model.denoiser.zero_grad()
     penalty = torch.zeros((), dtype=torch.float64)
     plain.requires_grad_(False)
@@ -260,7 +260,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
     penalty.backward()
     expected = [p.grad.clone() for p in parameters.values() if p.grad is not None]
     assert len(expected) == len(parameters)
-    for checkpointing in (True, False):
+    for checkpointing in ("calls", "blocks", "both", "no"):
         for got, want in zip(ours(checkpointing), expected, strict=True):
             assert relative(got, want) < 1e-9
     assert all(parameter.requires_grad for parameter in parameters.values())

@@ -38,6 +38,7 @@ def train(model: Path, output: Path, reward: Callable[..., Tensor] = noisy_brigh
         "sample_every": 0,
         "sample_prompts": 1,
         "batch_size": 2,
+        "reward_batch_size": 2,
         "prompts": PROMPTS,
         "eval_prompts": str(output.parent / "prompts.txt"),
         "eval_images": 1,
@@ -72,6 +73,7 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
     ("values", "cuts"),
     [
         ({"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
+        ({"method": "leapalign", "prefix_reuse": 3}, (4, 6)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
         ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
     ],

@@ -27,6 +27,7 @@ from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.audit import GradientAudit
+from draftune.training.start import prepare
 from draftune.training.update import PromptOrder
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -152,6 +153,24 @@ def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = weights("c", seed=1)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Three updates with one path: its last call alone is made again, from the same latent, with the new LoRA."""
+    settings = {"method": "draft-k(k=1)", "prefix_reuse": 3, "num_inference_steps": 4, "prompts": PROMPTS}
+    trainer = prepare(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
+    calls: list[tuple[bool, Tensor]] = []
+    outputs: list[Tensor] = []
+    unet = trainer.model.denoiser
+    unet.register_forward_pre_hook(lambda unet, given: calls.append((torch.is_grad_enabled(), given[0].detach())))
+    unet.register_forward_hook(lambda unet, given, output: outputs.append(output.sample.detach()))
+    for step in range(1, 5):
+        trainer.updates.update(step)
+    assert [graph for graph, _ in calls] == [False] * 3 + [True] * 3 + [False] * 3 + [True]
+    assert torch.equal(calls[3][1], calls[4][1])
+    assert torch.equal(calls[3][1], calls[5][1])
+    assert not torch.allclose(outputs[4], outputs[5], rtol=1e-3)
+    assert not torch.allclose(calls[3][1], calls[9][1], rtol=1e-3)
 
 
 def test_accumulated_batches_equal_one_large_batch(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -326,6 +345,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "ddpo(clip_range=0)"}, "clip_range must be more than 0"),
         ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction must be more than 0 and at most 1"),
         ({"method": "ddpo(buffer_size=4)"}, "buffer_size must be a whole number of at least 16"),
+        ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "does not begin without gradient: prefix_reuse"),
+        ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride must be 1"),
         ({"method": "kl(draft-lv, beta=-1)"}, "beta must be at least 0"),
         ({"method": "adjoint-matching(scale=0)"}, "scale must be more than 0"),
         ({"method": "leapalign(discount=2)"}, "discount must be between 0 and 1"),
@@ -406,7 +427,7 @@ def test_peak_memory(tmp_path: Path) -> None:
     peak_of_one_update(model, "draft-k(k=1)", 10)  # makes the gradients' own tensors
     short, long = (peak_of_one_update(model, "draft-k(k=1)", steps) for steps in (10, 50))
     assert long == pytest.approx(short, rel=0.03)
-    assert peak_of_one_update(model, "draft", 50) < 1.6 * long
+    assert peak_of_one_update(model, "draft", 50) < 1.3 * long
     # Without checkpoints, 10 graphs stand beside each other: the measure sees that.
-    model.gradient_checkpointing = False
+    model.set_checkpointing("no")
     assert peak_of_one_update(model, "draft", 10) > 2 * long

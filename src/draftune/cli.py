@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from draftune.commands import COMMANDS
 from draftune.errors import DraftuneError, out_of_memory, unknown
+from draftune.processes import launched, lost, to_say
 from draftune.prompts import is_text
 
 EXPRESSIONS = ("--reward", "--held-out", "--best-by", "--scales")
@@ -64,21 +65,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
+        if launched()[1] > 1 and args.command != "train":
+            raise DraftuneError(f"'draftune {args.command}' is the work of one process: start it without a launcher")
         # Torch's and tokenizers' advice about their own innards is not for the user's screen.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         return args.run(args) or 0
     except DraftuneError as error:
-        print(f"draftune: {error}", file=sys.stderr)
+        if (said := to_say(error)) is not None:
+            print(f"draftune: {said}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if lost(error):
+            print("draftune: another process of this run has ended before it began", file=sys.stderr)
+            return 2
         if not out_of_memory(error):
             raise
         advice = "'draftune preflight' with the flags of training says what fits; elsewhere draw fewer pictures at once"
         print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"draftune: interrupted {error}".rstrip(), file=sys.stderr)
+        if launched()[0] == 0:
+            print(f"draftune: interrupted {error}".rstrip(), file=sys.stderr)
         return 130
 
 

@@ -171,21 +171,34 @@ def diversity(
     return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 
 
-@torch.no_grad()
 def divergence(
     model: Model, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
 ) -> float:
-    """How far the LoRA moves the denoiser: the mean of (eps - eps_base)^2 along the tuned sampler's paths, seed 0 on.
+    """The mean of `divergences`, with the seeds 0, 1, …"""
+    seeds = range(len(prompts))
+    return float(divergences(model, prompts, seeds, schedule, guidance_scale, negative_prompt).mean())
+
+
+@torch.no_grad()
+def divergences(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    schedule: Schedule,
+    guidance_scale: float,
+    negative_prompt: str = "",
+) -> Tensor:
+    """How far the LoRA moves the denoiser: the mean of (eps - eps_base)^2 along the tuned sampler's path [prompts].
 
     The KL divergence between the two samplers' steps up to a factor for each step, as in the method `kl`, and as there
     of the velocities for a flow.
     """
     denoise, base = model.denoisers(prompts, schedule, guidance_scale, negative_prompt)
-    x = model.noise([torch.Generator().manual_seed(seed) for seed in range(len(prompts))], len(prompts))
-    total = 0.0
+    x = model.noise([torch.Generator().manual_seed(seed) for seed in seeds], len(prompts))
+    total = torch.zeros(len(prompts), device=x.device, dtype=x.dtype)
     for step in schedule.steps:
         prediction = denoise(x, step)
-        total += float(schedule.difference(prediction, base(x, step)).square().mean())
+        total += schedule.difference(prediction, base(x, step)).square().flatten(1).mean(1)
         x = advance(prediction, step)
     return total / len(schedule)
 

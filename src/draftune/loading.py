@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.quiet import quiet
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """One of these holds a tokenizer's words; without any, the library makes one that knows none, without a word."""
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+WHOLE = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
+"""As safetensors calls the precisions, and what has none."""
 
 
-def load_part(cls: Any, folder: Path, **options: Any) -> Any:
-    """A network of diffusers or transformers from a folder's safetensors, as float32.
+def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A network of diffusers or transformers from a folder's safetensors, in this precision.
 
     Raises DraftuneError if it can't be loaded, or weights are missing or of another shape: the libraries would draw
     these at random and say so in a warning.
@@ -25,7 +29,9 @@ def load_part(cls: Any, folder: Path, **options: Any) -> Any:
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet():
-            network, found = cls.from_pretrained(folder, **options)
+            # By the name that all versions of both libraries know.
+            network, found = cls.from_pretrained(folder, torch_dtype=dtype, **options)
+            network = network.to(dtype)
     except Exception as error:
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
@@ -34,7 +40,19 @@ def load_part(cls: Any, folder: Path, **options: Any) -> Any:
         # Some versions name the tensors, others give their two shapes as well.
         name = misshapen[0] if isinstance(misshapen[0], str) else misshapen[0][0]
         raise DraftuneError(f"the weights in {str(folder)!r} have another shape than their config says: {name}")
-    return network.float()
+    return network
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The precision of a folder's safetensors: a half one where all of them are of that one, else float32."""
+    try:
+        found = set()
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return torch.float32  # loading them says what is wrong
+    return HALVES.get("".join(found - WHOLE), torch.float32)
 
 
 def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ class PeakMemory(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A view of what was there before, such as a transposed weight, is nothing new.
+        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+        for tensor in tensors(out):
+            if (storage := tensor.untyped_storage())._cdata not in given:
+                self.add(storage)
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
@@ -38,6 +40,11 @@ class PeakMemory(TorchDispatchMode):
     def drop(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.live -= size
+
+
+def tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Those among an operation's arguments or results."""
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:

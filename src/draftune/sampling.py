@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from draftune.schedule import Prediction, Step
@@ -22,6 +23,32 @@ def advance(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
     clean, noise = prediction
     kept = math.sqrt(max(0.0, step.sigma_next**2 - tau**2)) if tau else step.sigma_next
     return step.alpha_next * clean + kept * noise
+
+
+class Latents:
+    """The latents [B, C, H, W] that a batch of noise passes, without a graph, where they were asked for.
+
+    known: by the number of steps made; 0 is the noise. stride: how many steps are made as one.
+    """
+
+    def __init__(self, noise: Tensor, known: Mapping[int, Tensor] | None = None, stride: int = 1) -> None:
+        self.known = {0: noise, **(known or {})}
+        self.stride = stride
+
+    @torch.no_grad()
+    def after(self, count: int, denoise: Denoiser, steps: Sequence[Step]) -> Tensor:
+        """The latent after the first `count` of these steps, from the nearest one that is known."""
+        if count not in self.known:
+            start = max(known for known in self.known if known < count)
+            self.known[count] = rollout(denoise, strides(steps[start:count], self.stride), self.known[start])
+        return self.known[count]
+
+
+def strides(steps: Sequence[Step], stride: int) -> list[Step]:
+    """The same way with `stride` steps made as one; where they don't come out even, the first stride is shorter."""
+    ends = range(len(steps), 0, -stride)
+    parts = [steps[max(0, end - stride) : end] for end in reversed(ends)]
+    return [part[0]._replace(alpha_next=part[-1].alpha_next, sigma_next=part[-1].sigma_next) for part in parts]
 
 
 def rollout(denoise: Denoiser, steps: Iterable[Step], x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from draftune.prompts import is_text
 from draftune.recommended import recommended
 
 PRECISIONS = ("no", "fp16", "bf16")
+CHECKPOINTING = ("no", "blocks", "calls", "both")
 MOST = 2**63 - 1
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -41,7 +42,9 @@ class Settings:
     reward: str = setting(
         None, "expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'"
     )
-    reward_batch_size: int = setting(4, "pictures that the reward scores at once; fewer take less memory", low=1)
+    reward_batch_size: int = setting(
+        1, "pictures that are decoded and scored at once; more take more memory and may be faster", low=1
+    )
     normalize_reward: int = setting(
         0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
     )
@@ -56,6 +59,10 @@ class Settings:
 
     steps: int = setting(None, "updates", low=1)
     batch_size: int = setting(4, "pictures drawn for one backward pass", low=1)
+    prefix_reuse: int = setting(
+        None, "updates in a row that share a batch, whose steps without gradient are made for the first alone", low=1
+    )
+    prefix_stride: int = setting(1, "of the steps without gradient, how many training makes as one", low=1)
     gradient_accumulation_steps: int = setting(1, "batches for one update", low=1)
     learning_rate: float = setting(None, "of AdamW", low=0)
     lr_warmup_steps: int = setting(0, "updates over which the learning rate rises", low=0)
@@ -83,10 +90,17 @@ class Settings:
     lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "ends of the names of the layers to adapt")
 
     mixed_precision: str = setting("no", "of the frozen weights and the networks' arithmetic", choices=PRECISIONS)
-    decoder_batch_size: int | None = setting(
-        None, "pictures that are decoded at once; fewer take less memory; all of a batch unless set", low=1
+    gradient_checkpointing: str | None = setting(
+        None,
+        "what the backward pass computes again: blocks of the networks, for graphs of several calls whole calls, or "
+        "both, for the least memory; as the method needs unless set",
+        choices=CHECKPOINTING,
     )
-    gradient_checkpointing: bool = setting(True, "recompute each call of denoiser and decoder in the backward pass")
+    gradient_decoder: str | None = setting(
+        None,
+        "an AutoencoderTiny of the same latents, a folder or a hub id such as madebyollin/taesd: training decodes and "
+        "scores by it, sample grids and evaluations by the model's own",
+    )
     cpu: bool = setting(False, "train on the CPU even where there is a GPU")
 
     sample_every: int = setting(None, "updates between grids of sample pictures; 0: only first and last", low=0)
@@ -182,7 +196,7 @@ def checked(f: Field[Any], value: Any) -> Any:
             return None
         raise DraftuneError(f"{f.name} must have a value")
     wanted = kind(f)
-    if f.name == "mixed_precision" and value is False:
+    if value is False and "no" in f.metadata["choices"]:
         value = "no"  # as YAML 1.1 reads it
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as text.

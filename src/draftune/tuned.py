@@ -80,7 +80,7 @@ def open_source(
     Raises DraftuneError.
     """
     if source in MODELS or (user_path(source) / "model_index.json").exists():
-        model = load_model(source).to(default_device(cpu), precision)
+        model = load_model(source, precision).to(default_device(cpu), precision)
         return model, Settings(model=model.name)
     tuned = find_tuned(source, base)
     model = open_loras({ADAPTER: tuned}, cpu, precision)
@@ -94,14 +94,11 @@ def open_loras(loras: Mapping[str, Tuned], cpu: bool = False, precision: str = "
     `lora.set_lora_scales` chooses among them. Raises DraftuneError if one does not fit.
     """
     first = next(iter(loras.values()))
-    model = load_model(first.base)
+    model = load_model(first.base, precision)
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name)
     # After the LoRAs, which take the same precision.
     model.to(default_device(cpu), precision)
-    settings = first.settings
     model.set_grid(**first.grid)
-    if first.in_run:
-        model.decoder_batch_size = settings.decoder_batch_size
-    model.set_size(settings.height, settings.width)
+    model.set_size(first.settings.height, first.settings.width)
     return model

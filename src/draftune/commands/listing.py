@@ -12,12 +12,13 @@ from draftune.errors import unknown
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", help="models, rewards, methods, prompts, experiments, or a name")
+    parser.add_argument("what", nargs="?", help="models, rewards, methods, prompts, presets, experiments, or a name")
 
 
 def run(args: argparse.Namespace) -> None:
     from draftune.methods import METHODS
     from draftune.models import MODELS
+    from draftune.presets import PRESETS, said
     from draftune.prompts import PROMPT_SETS
     from draftune.reproduce import EXPERIMENTS
     from draftune.rewards import REWARDS
@@ -28,13 +29,17 @@ def run(args: argparse.Namespace) -> None:
         "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
         "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
         "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
+        "presets": {name: said(preset) for name, preset in PRESETS.items()},
         "experiments": {name: experiment.question for name, experiment in EXPERIMENTS.items()},
     }
     if args.what in described:
         print(description(args.what, described[args.what]))
         return
+    if args.what in PRESETS:
+        print(PRESETS[args.what].read_text(encoding="utf-8"), end="")
+        return
     if args.what is not None and args.what not in tables:
-        raise unknown("list or name", args.what, [*tables, *described])
+        raise unknown("list or name", args.what, [*tables, *described, *PRESETS])
     for what in [args.what] if args.what else tables:
         print(what)
         width = max(map(len, tables[what]))
@@ -55,8 +60,8 @@ def first_sentence(text: str | None) -> str:
 
 COMMAND = Command(
     "list",
-    "what there is: models, rewards, methods, prompts, experiments",
-    "Lists what there is, or says everything about one reward or method.",
+    "what there is: models, rewards, methods, prompts, presets, experiments",
+    "Lists what there is, or says everything about one reward, method or preset.",
     "draftune list rewards; draftune list hpsv2",
     arguments,
     run,

@@ -7,13 +7,17 @@ from dataclasses import fields
 from typing import Any
 
 from draftune.commands.base import Command
+from draftune.presets import config_path
+from draftune.processes import leave
 from draftune.recommended import PAPER
 from draftune.settings import Settings, kind, read_yaml
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Every setting is a flag."""
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of these settings, key: value; flags win over it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file of these settings, or a preset's name; flags win over it"
+    )
     for f in fields(Settings):
         flag = "--" + f.name.replace("_", "-")
         default = f.default if f.default is not None else "as fits the model" if f.name in PAPER else ""
@@ -27,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_settings(args: argparse.Namespace) -> Settings:
     """What `draftune train` was told, by the file and by the flags, which win."""
-    values: dict[str, Any] = read_yaml(args.config) if args.config else {}
+    values: dict[str, Any] = read_yaml(config_path(args.config)) if args.config else {}
     flags = {f.name: getattr(args, f.name) for f in fields(Settings)}
     return Settings.from_mapping(values | {key: value for key, value in flags.items() if value is not None})
 
@@ -37,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     from draftune.training import train
 
     made = train(settings=settings)
+    if leave() != 0:
+        return  # the main process says it
     if made.comparison:
         count = len(made.comparison.prompts)
         print(f"\nbase → tuned, {count} pictures of {len(set(made.comparison.prompts))} prompts, the same seeds")

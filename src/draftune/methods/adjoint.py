@@ -40,6 +40,9 @@ class AdjointMatching(Method):
     def check(self, schedule: Schedule) -> None:
         wants_noise(schedule)
 
+    def spans_calls(self) -> bool:
+        return False
+
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch in batches:
             path = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, fresh_noise
+from draftune.methods.base import Batch
 from draftune.sampling import advance
 from draftune.schedule import Prediction, Schedule, Step
 
@@ -28,6 +28,6 @@ def ancestral(batch: Batch) -> Iterator[tuple[Step, Tensor, Tensor, Tensor]]:
     x = batch.noise
     for step in batch.schedule.steps:
         middle = mean(batch.denoise(x, step), step)
-        following = middle + step.tau * fresh_noise(x, batch.generator)
+        following = middle + step.tau * batch.fresh_noise(x)
         yield step, x, middle, following
         x = following

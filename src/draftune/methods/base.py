@@ -10,17 +10,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from draftune.sampling import Denoiser
+from draftune.processes import ALONE, Processes
+from draftune.sampling import Denoiser, Latents
 from draftune.schedule import Schedule
 
 
 @dataclass
 class Batch:
-    """Prompts with the noise their pictures start from, and what a method may ask about them."""
+    """Prompts with the noise their pictures start from, and what a method may ask about them.
+
+    Where several processes train, it is this one's part of a batch; each draws random numbers for all of it and takes
+    its own, so that a run does not depend on how many they are.
+    """
 
     prompts: Sequence[str]
-    noise: Tensor
-    """[B, C, H, W], N(0, I)."""
+    latents: Latents
+    """From their noise on; several updates may share them."""
     schedule: Schedule
     denoise: Denoiser
     """The guided network with the weights that are trained."""
@@ -29,7 +34,28 @@ class Batch:
     reward: Callable[[Tensor], Tensor]
     """Clean latents [B, C, H, W] to B rewards. Every call is counted; what is logged is the batch's first."""
     generator: torch.Generator
-    """On the CPU, so that a seed means the same on every device."""
+    """On the CPU, so that a seed means the same on every device; in the same state in every process."""
+    processes: Processes = ALONE
+    all_prompts: Sequence[str] = ()
+    """Those of the other processes too."""
+
+    def __post_init__(self) -> None:
+        self.all_prompts = self.all_prompts or self.prompts
+
+    @property
+    def noise(self) -> Tensor:
+        """[B, C, H, W], N(0, I)."""
+        return self.latents.known[0]
+
+    def without_graph(self, count: int) -> Tensor:
+        """The latent after the first `count` steps, as a leaf: these steps keep nothing for the backward pass."""
+        return self.latents.after(count, self.denoise, self.schedule.steps)
+
+    def fresh_noise(self, like: Tensor) -> Tensor:
+        """N(0, I) in the shape of `like`, [B, …]."""
+        shape = (len(like) * self.processes.count, *like.shape[1:])
+        noise = torch.randn(shape, generator=self.generator, dtype=like.dtype)
+        return self.processes.share(noise).to(like.device)
 
 
 class Method:
@@ -45,6 +71,14 @@ class Method:
 
     def check(self, schedule: Schedule) -> None:
         """Raises DraftuneError where the method's settings do not fit the schedule."""
+
+    def has_prefix(self) -> bool:
+        """Whether it begins with `Batch.without_graph`, whose latents several updates can share."""
+        return False
+
+    def spans_calls(self) -> bool:
+        """Whether one loss's graph holds several calls of the denoiser, which are then recomputed one at a time."""
+        return True
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """Scalar losses of fresh batches, which are drawn as they are asked for; each is the mean over one batch.
@@ -90,8 +124,3 @@ def register(name: str) -> Callable[[M], M]:
         return cls
 
     return add
-
-
-def fresh_noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """N(0, I) in the shape of `like`."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, RewardGradient, fresh_noise, register
+from draftune.methods.base import Batch, RewardGradient, register
 from draftune.sampling import advance, rollout
 from draftune.schedule import Schedule
-
-
-def without_graph(batch: Batch, count: int) -> Tensor:
-    """The latent after the first `count` steps, as a leaf: these steps keep nothing for the backward pass."""
-    with torch.no_grad():
-        return rollout(batch.denoise, batch.schedule.steps[:count], batch.noise)
 
 
 def at_most(name: str, value: int, schedule: Schedule) -> None:
@@ -55,9 +49,15 @@ class DraftK(RewardGradient):
     def check(self, schedule: Schedule) -> None:
         at_most("k", self.k, schedule)
 
+    def has_prefix(self) -> bool:
+        return True
+
+    def spans_calls(self) -> bool:
+        return self.k > 1
+
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         prefix = len(batch.schedule) - self.k
-        yield rollout(batch.denoise, batch.schedule.steps[prefix:], without_graph(batch, prefix))
+        yield rollout(batch.denoise, batch.schedule.steps[prefix:], batch.without_graph(prefix))
 
 
 @register("draft-lv")
@@ -75,13 +75,19 @@ class DraftLV(RewardGradient):
     def __post_init__(self) -> None:
         at_least("n", self.n, 0)
 
+    def has_prefix(self) -> bool:
+        return True
+
+    def spans_calls(self) -> bool:
+        return False
+
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         last = batch.schedule.steps[-1]
-        clean = rollout(batch.denoise, [last], without_graph(batch, len(batch.schedule) - 1))
+        clean = rollout(batch.denoise, [last], batch.without_graph(len(batch.schedule) - 1))
         yield clean
         clean = clean.detach()
         for _ in range(self.n):
-            x = last.alpha * clean + last.sigma * fresh_noise(clean, batch.generator)
+            x = last.alpha * clean + last.sigma * batch.fresh_noise(clean)
             yield batch.denoise(x, last).clean
 
 
@@ -97,6 +103,9 @@ class DrawnCut(RewardGradient):
     def check(self, schedule: Schedule) -> None:
         at_most("m", self.m, schedule)
 
+    def has_prefix(self) -> bool:
+        return True
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """How many steps remain after each of `count` cuts."""
         return torch.randint(1, self.m + 1, (count,), generator=generator)
@@ -110,9 +119,12 @@ class ReFL(DrawnCut):
     One step is drawn for the whole batch. With m = 1, on a grid that ends at the clean latent, it is DRaFT-1.
     """
 
+    def spans_calls(self) -> bool:
+        return False
+
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         prefix = len(batch.schedule) - int(self.draw(1, batch.generator))
-        yield batch.denoise(without_graph(batch, prefix), batch.schedule.steps[prefix]).clean
+        yield batch.denoise(batch.without_graph(prefix), batch.schedule.steps[prefix]).clean
 
 
 @register("alignprop")
@@ -126,10 +138,15 @@ class AlignProp(DrawnCut):
 
     m: int = 10
 
+    def spans_calls(self) -> bool:
+        return self.m > 1
+
     def samples(self, batch: Batch) -> Iterator[Tensor]:
-        remaining = self.draw(len(batch.noise), batch.generator).to(batch.noise.device)
-        prefix = len(batch.schedule) - int(remaining.max())
-        x = without_graph(batch, prefix)
+        drawn = self.draw(len(batch.all_prompts), batch.generator)
+        # The earliest of all processes' cuts: they call the network equally often, which a sharded one needs.
+        prefix = len(batch.schedule) - int(drawn.max())
+        remaining = batch.processes.share(drawn).to(batch.noise.device)
+        x = batch.without_graph(prefix)
         for i, step in enumerate(batch.schedule.steps[prefix:], prefix):
             cut = (remaining == len(batch.schedule) - i)[:, None, None, None]
             x = torch.where(cut, x.detach(), x)

@@ -41,6 +41,9 @@ class DRTune(RewardGradient):
             )
         wants_attachable(schedule)
 
+    def spans_calls(self) -> bool:
+        return self.k > 1
+
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         schedule, generator = batch.schedule, batch.generator
         remaining = int(torch.randint(1, self.m + 1, (), generator=generator))

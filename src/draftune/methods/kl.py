@@ -35,6 +35,12 @@ class KL(Method):
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)
 
+    def has_prefix(self) -> bool:
+        return self.method.has_prefix()
+
+    def spans_calls(self) -> bool:
+        return self.method.spans_calls()
+
     def watched(self, batch: Batch) -> Denoiser:
         """The denoiser, which notes how far it is from the base wherever it is called with a graph."""
 

@@ -37,12 +37,13 @@ class LeapAlign(RewardGradient):
             raise DraftuneError("leapalign wants at least 2 sampling steps (num_inference_steps)")
         wants_attachable(schedule)
 
+    def has_prefix(self) -> bool:
+        return True
+
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps = batch.schedule.steps
         k, j = torch.randperm(len(steps), generator=batch.generator)[:2].sort().values.tolist()
-        with torch.no_grad():
-            x = rollout(batch.denoise, steps[:k], batch.noise)
-        first = batch.denoise(x, steps[k])
+        first = batch.denoise(batch.without_graph(k), steps[k])
         with torch.no_grad():
             x = rollout(batch.denoise, steps[k + 1 : j], advance(first, steps[k]))
         x = corrected(leap(first, steps[k], steps[j].alpha, steps[j].sigma), x)

@@ -64,6 +64,9 @@ class DDPO(Method):
     def check(self, schedule: Schedule) -> None:
         wants_noise(schedule)
 
+    def spans_calls(self) -> bool:
+        return False
+
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         trajectories = self.drawn(batches)
         for _ in range(self.inner_epochs):
@@ -79,10 +82,14 @@ class DDPO(Method):
                 if step.tau > 0:
                     steps.append((step, x, following, log_probability(following, policy, step)))
             rollouts.append((batch, steps, batch.reward(following)))
-        prompts = [prompt for batch, *_ in rollouts for prompt in batch.prompts]
-        advantages = self.advantages(prompts, torch.cat([reward for *_, reward in rollouts]))
-        shares = advantages.split([len(batch.noise) for batch, *_ in rollouts])
-        return [Trajectory(batch, steps, share) for (batch, steps, _), share in zip(rollouts, shares, strict=True)]
+        # Of the pictures of all processes: what is remembered of a prompt is the same in each of them.
+        prompts = [prompt for batch, *_ in rollouts for prompt in batch.all_prompts]
+        rewards = torch.cat([batch.processes.gather(reward) for batch, _, reward in rollouts])
+        parts = self.advantages(prompts, rewards).split([len(batch.all_prompts) for batch, *_ in rollouts])
+        return [
+            Trajectory(batch, steps, batch.processes.share(part))
+            for (batch, steps, _), part in zip(rollouts, parts, strict=True)
+        ]
 
     def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
         """How much better than its prompt's average each reward is, in standard deviations [N]."""

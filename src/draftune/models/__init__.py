@@ -7,13 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import TOKENIZER_FILES, first_line, load_part
-from draftune.models.base import Model
+from draftune.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
+from draftune.models.base import DTYPES, Model
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.pixart import PixArt
@@ -46,23 +47,24 @@ MODELS = {
 }
 
 
-def load_model(model: str | Path | DiffusionPipeline) -> Model:
+def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> Model:
     """A model by its name ("emoji"), the folder of a saved pipeline, a hub id, or a ready diffusers pipeline.
 
-    Weights are read from safetensors alone. Raises DraftuneError for a model that is not there or whose pipeline
-    class is not supported.
+    Weights are read from safetensors alone, as float32; with the `precision` that `Model.to` is asked for next, "bf16"
+    or "fp16", the denoiser's in that one and all others as they were saved. Raises DraftuneError for a model that is
+    not there or whose pipeline class is not supported.
     """
     if not isinstance(model, (str, Path)):
         return adapter(type(model).__name__)(model, getattr(model.config, "_name_or_path", None) or "pipeline")
     name = str(model)
     source = EMBEDDED[name] if name == "emoji" else user_path(name)
     if (source / "model_index.json").is_file():
-        return read(str(source), name)
+        return read(str(source), name, precision)
     if source.exists():
         raise DraftuneError(f"{name!r} is not the folder of a diffusers pipeline: it has no model_index.json")
     if not is_hub_id(name):
         raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
-    return read(fetch_pipeline(name), name)
+    return read(fetch_pipeline(name), name, precision)
 
 
 def fetch_pipeline(name: str) -> str:
@@ -90,7 +92,15 @@ def part_folder(source: str, part: str) -> Path:
     return Path(source) if part == "unet" and not folder.exists() else folder
 
 
-def read(source: str, name: str) -> Model:
+def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
+    """What a part is loaded in; `Model.to`, which knows what may not be half as wide, does the rest."""
+    asked = DTYPES[precision]
+    if asked is None:
+        return torch.float32
+    return asked if part in ("unet", "transformer") else saved_dtype(folder)
+
+
+def read(source: str, name: str, precision: str) -> Model:
     try:
         index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
         family = adapter(index["_class_name"])
@@ -102,10 +112,10 @@ def read(source: str, name: str) -> Model:
         left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
         networks = {
-            part: load_part(getattr(import_module(entry[0]), entry[1]), part_folder(source, part))
+            part: load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype_for(part, folder, precision))
             for part, entry in index.items()
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
-            if any(part_folder(source, part).glob("*.safetensors"))
+            if any((folder := part_folder(source, part)).glob("*.safetensors"))
         }
         for part, entry in index.items():
             held = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
+from draftune.models.small_decoder import decode_small
 from draftune.quiet import quiet
 from draftune.sampling import Denoiser, rollout
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 GRID = ("timestep_spacing", "set_alpha_to_one")
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+WHOLE, BLOCKS = ("calls", "both"), ("blocks", "both")
+
+# No network here draws random numbers.
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def default_device(cpu: bool = False) -> torch.device:
@@ -63,17 +69,19 @@ class Model(ABC):
     """The part's name in the keys of a LoRA file."""
     in_pixels = False
     """Whether the latents are pictures, in [-1, 1], which the sampler clips where the scheduler's config says so."""
+    small_decoder: Any = None
+    """An AutoencoderTiny, in training alone, by which latents that carry a gradient are decoded."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline = pipeline
         self.name = name
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
-        self.gradient_checkpointing = True
-        self.decoder_batch_size: int | None = None
+        self.decoder_batch_size = 1
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             part.eval().requires_grad_(False)
         let_adapt(self.denoiser)
+        self.set_checkpointing("calls")
         # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
 
@@ -86,6 +94,11 @@ class Model(ABC):
     @abstractmethod
     def parts(self) -> Sequence[nn.Module]:
         """Every network of the pipeline that takes part in sampling."""
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """The parts, and the small decoder where training has one."""
+        return [*self.parts, *([] if self.small_decoder is None else [self.small_decoder])]
 
     @property
     @abstractmethod
@@ -114,10 +127,28 @@ class Model(ABC):
     def to(self, device: torch.device | str, precision: str = "no") -> Model:
         """Moves the model; "bf16" and "fp16" also hold and run the frozen weights in that precision."""
         self.autocast_dtype = DTYPES[precision]
+        # Convolutions are faster with channels last (benchmarks/growth.py); not tried on MPS.
+        layout = torch.preserve_format if torch.device(device).type == "mps" else torch.channels_last
         with quiet():
-            for part in self.parts:
-                part.to(device=device, dtype=self.dtype_of(part))
+            for part in self.networks:
+                part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
         return self
+
+    def set_checkpointing(self, mode: str) -> None:
+        """What the backward pass computes again: "no", the "blocks" of the networks, whole "calls" of them, or "both".
+
+        Blocks are least for a graph of one call. Whole calls keep their inputs alone, so that memory does not grow with
+        the number of calls in a graph; with both, it is that of a block and of a call's blocks' inputs.
+        """
+        self.checkpointing = mode
+        self.checkpoint_blocks(mode in BLOCKS)
+
+    def checkpoint_blocks(self, wanted: bool) -> None:
+        from diffusers import ModelMixin
+
+        for part in self.networks:
+            if isinstance(part, ModelMixin):
+                part.enable_gradient_checkpointing(recomputed) if wanted else part.disable_gradient_checkpointing()
 
     def dtype_of(self, part: nn.Module) -> torch.dtype:
         """What a part is held in, for a family with one that can't be held in half precision."""
@@ -169,37 +200,42 @@ class Model(ABC):
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
 
-        def through(predict: Callable[..., Tensor]) -> Denoiser:
+        def through(predict: Callable[..., Tensor], *whole: str) -> Denoiser:
             def call(x: Tensor, step: Step) -> Prediction:
-                output = self.checkpointed(predict, x, step.timestep, condition, guidance_scale)
+                output = self.checkpointed(
+                    self.checkpointing in whole, predict, x, step.timestep, condition, guidance_scale
+                )
                 return schedule.read(output.to(x.dtype), x, step)
 
             return call
 
-        return through(self.predict), through(self.predict_base)
+        # Blocks of the base would be computed again with the LoRA; whole calls are computed again without it.
+        return through(self.predict, *WHOLE), through(self.predict_base, "blocks", *WHOLE)
 
     def predict_base(self, *args: Any) -> Tensor:
         """`predict` without the LoRA."""
         self.denoiser.disable_adapters()
+        self.checkpoint_blocks(False)
         try:
             return self.predict(*args)
         finally:
+            self.checkpoint_blocks(self.checkpointing in BLOCKS)
             self.denoiser.enable_adapters()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] of clean latents."""
-        parts = latents.split(self.decoder_batch_size or len(latents))
-        return clamp_unit(torch.cat([self.checkpointed(self.decode_raw, part) for part in parts]).to(self.dtype))
+        """Pictures [B, 3, H, W] in [0, 1] of clean latents; by the small decoder where they carry a gradient."""
+        small = self.small_decoder is not None and torch.is_grad_enabled() and latents.requires_grad
+        raw = partial(decode_small, self.small_decoder) if small else self.decode_raw
+        parts = latents.split(self.decoder_batch_size)
+        pictures = [self.checkpointed(self.checkpointing in WHOLE, raw, part) for part in parts]
+        return clamp_unit(torch.cat(pictures).to(self.dtype))
 
-    def checkpointed(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def checkpointed(self, whole: bool, function: Callable[..., Tensor], *args: Any) -> Tensor:
         def run(*args: Any) -> Tensor:
             with self.autocast():
                 return function(*args)
 
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            result: Tensor = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
-            return result
-        return run(*args)
+        return recomputed(run, *args) if whole and torch.is_grad_enabled() else run(*args)
 
     def autocast(self) -> torch.autocast:
         # Without its cache: inside somebody else's autocast, copies of the LoRA's weights made where there is no graph

@@ -25,6 +25,7 @@ from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
+from draftune.sampling import Latents
 from draftune.training import train
 from draftune.training.run import EVALUATIONS, METRICS, read_rows
 
@@ -163,7 +164,7 @@ class Lab:
             "sample_every": 0,
             "sample_prompts": 1,
             # The graphs of pictures this small fit beside each other: the same gradients, sooner.
-            "gradient_checkpointing": False,
+            "gradient_checkpointing": "no",
         }
         values |= {
             "method": work.method,
@@ -224,7 +225,7 @@ class Lab:
         def reward(clean: torch.Tensor) -> torch.Tensor:
             return self.reward(model.decode(clean), prompts)
 
-        return Batch(prompts, noise, schedule, denoise, base, reward, generator)
+        return Batch(prompts, Latents(noise), schedule, denoise, base, reward, generator)
 
     def gradients(self, method: str, seed: int) -> list[torch.Tensor]:
         """The gradient of each of a method's losses, by the fresh LoRA's weights, for the same prompts."""
@@ -266,7 +267,7 @@ class Lab:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         found = {"seconds": statistics.median(times), "megabytes": peak_memory(gradient, model.device) / 1e6}
-        model.gradient_checkpointing = False
+        model.set_checkpointing("no")
         return found | {"megabytes without": peak_memory(gradient, model.device) / 1e6}
 
 

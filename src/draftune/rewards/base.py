@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from draftune.at_once import at_once
 from draftune.custom import where
 from draftune.errors import DraftuneError
 from draftune.expression import written_sum
@@ -32,7 +32,7 @@ class Reward(nn.Module):
     expression: str = ""
     """What `load_reward` would make it from again; empty for a reward that was written in Python."""
     loaded: bool = False
-    chunk_size: int = 4
+    chunk_size: int = 1
     """How many pictures are scored at once: memory for activations is that of one chunk, whatever the batch."""
 
     def load(self) -> None:
@@ -160,16 +160,15 @@ def explained(reward: Reward) -> Iterator[None]:
 
 
 def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
-    """The scores [B] of `size` pictures at a time.
+    """The scores [B] of `size` pictures at a time, with their gradient where one is wanted."""
 
-    Where a gradient is wanted, that of each chunk is taken at once and its graph is let go: the memory is that of one
-    chunk's graph, and nothing is computed twice.
-    """
-    batches = [slice(start, start + size) for start in range(0, len(images), size)]
-    if torch.is_grad_enabled() and images.requires_grad:
-        score: Tensor = ScoreWithGradient.apply(images, reward, prompts, batches)  # type: ignore[no-untyped-call]
-        return score
-    return torch.cat([checked_score(reward, images[batch], prompts[batch]) for batch in batches])
+    def score(some: Tensor, part: slice) -> Tensor:
+        found = checked_score(reward, some, prompts[part])
+        if some.requires_grad and not found.requires_grad and torch.is_grad_enabled():
+            raise DraftuneError(f"the reward {reward.label!r} has no gradient")
+        return found
+
+    return at_once(score, images, size)
 
 
 def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -185,31 +184,6 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Ten
             f"{name} must return one number for each of {count} pictures, shape ({count},), not {shape}"
         )
     return score
-
-
-class ScoreWithGradient(torch.autograd.Function):
-    """Scores and, since each score depends on its own picture alone, the gradient of each by its picture."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, reward: Reward, prompts: Sequence[str], batches: Sequence[slice]) -> Tensor:
-        scores, gradients = [], []
-        for batch in batches:
-            chunk = images[batch].detach().requires_grad_()
-            with torch.enable_grad():
-                score = checked_score(reward, chunk, prompts[batch])
-                if not score.requires_grad:
-                    raise DraftuneError(f"the reward {reward.label!r} has no gradient")
-                (gradient,) = torch.autograd.grad(score.sum(), chunk, allow_unused=True)
-            scores.append(score.detach())
-            gradients.append(torch.zeros_like(chunk) if gradient is None else gradient)
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(scores)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return gradients * outer[0][:, None, None, None], None, None, None
 
 
 REWARDS: dict[str, Callable[..., Reward]] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
+from draftune.processes import launched
 from draftune.rewards import Reward
 from draftune.rewards.base import checked_score
 
@@ -39,8 +40,9 @@ def probe_reward(
 
 
 def tell(message: str) -> None:
-    """A line for the user that does not disturb progress bars."""
-    tqdm.write(f"draftune: {message}", file=sys.stderr)
+    """A line for the user that does not disturb progress bars, once where several processes would say it."""
+    if launched()[0] == 0:
+        tqdm.write(f"draftune: {message}", file=sys.stderr)
 
 
 def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> dict[str, float]:

@@ -22,7 +22,7 @@ from draftune.tensors import save_tensors
 
 STATE, TENSORS, CHECKSUMS = "state.json", "tensors.safetensors", "checksums.json"
 KEPT = 2
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(
@@ -132,8 +132,9 @@ def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Every global random generator that a reward or a network might draw from."""
     kind, keys, *rest = np.random.get_state()
     tensors = {"random/torch": torch.get_rng_state()}
-    for i in range(torch.cuda.device_count()):
-        tensors[f"random/cuda-{i}"] = torch.cuda.get_rng_state(i)
+    for i in range(count := torch.cuda.device_count()):
+        # From this process's device on: with several, another one goes on with the same numbers on its own.
+        tensors[f"random/cuda-{i}"] = torch.cuda.get_rng_state((torch.cuda.current_device() + i) % count)
     return {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}, tensors
 
 
@@ -143,9 +144,9 @@ def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(tensors["random/torch"])
-    for i in range(torch.cuda.device_count()):
+    for i in range(count := torch.cuda.device_count()):
         if f"random/cuda-{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda-{i}"], i)
+            torch.cuda.set_rng_state(tensors[f"random/cuda-{i}"], (torch.cuda.current_device() + i) % count)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from draftune.processes import launched
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -28,7 +30,8 @@ def interruptible() -> Iterator[threading.Event]:
     def note(number: int, frame: FrameType | None) -> None:
         wish.set()
         restore()
-        print("draftune: finishing this update; once more to stop at once", file=sys.stderr)
+        if launched()[0] == 0:
+            print("draftune: finishing this update; once more to stop at once", file=sys.stderr)
 
     for number in SIGNALS:
         signal.signal(number, note)

@@ -17,6 +17,8 @@ from draftune.evaluation import Comparison, normalized, score_batches
 from draftune.lora import add_lora, save_lora
 from draftune.methods import Method
 from draftune.models import Model
+from draftune.models.small_decoder import check_likeness
+from draftune.processes import lost
 from draftune.rewards import Reward
 from draftune.settings import Settings
 from draftune.training.audit import AUDITED, probe_reward, tell
@@ -33,6 +35,7 @@ from draftune.training.device import accelerator
 from draftune.training.environment import environment
 from draftune.training.interrupt import interruptible
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
+from draftune.training.sharding import shard, wants_shards
 from draftune.training.update import Updates
 from draftune.training.watch import Watch
 
@@ -66,18 +69,32 @@ class Trainer:
     ) -> None:
         self.settings = s = settings
         self.folder, self.method, self.model = folder, method, model
-        self.prompts = prompts
-        s.model = model.name
-        self.model.check_prompts([*prompts, *(eval_prompts or ())], s.negative_prompt)
-        self.model.set_size(s.height, s.width)
-        self.model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
-        self.schedule = model.schedule(s.num_inference_steps)
-        self.method.check(self.schedule)
-
+        self.prompts, self.processes = prompts, folder.processes
         self.accelerator = accelerator(s)
+        with self.processes.together():
+            self.sharded = wants_shards() and self.processes.count > 1
+            self.set_up(reward, held_out, eval_prompts)
+        if self.sharded:
+            shard(model, self.accelerator.device, self.processes.count)
+        self.updates = Updates(
+            s, method, model, self.schedule, self.reward, prompts, self.accelerator, folder.path, self.processes
+        )
+        self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts)
+        self.done = 0
+
+    def set_up(self, reward: Reward, held_out: Reward | None, eval_prompts: Sequence[str] | None) -> None:
+        """The model with a fresh LoRA and the rewards, checked against the settings and on their device."""
+        s, model, method = self.settings, self.model, self.method
+        s.model = model.name
+        model.check_prompts([*self.prompts, *(eval_prompts or ())], s.negative_prompt)
+        model.set_size(s.height, s.width)
+        model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
+        self.schedule = model.schedule(s.num_inference_steps)
+        method.check(self.schedule)
         device = self.accelerator.device
-        self.model.to(device, s.mixed_precision).gradient_checkpointing = s.gradient_checkpointing
-        self.model.decoder_batch_size = s.decoder_batch_size
+        # What is shared out is moved afterwards, block by block: no process need have room for all of it.
+        self.model.to("cpu" if self.sharded else device, s.mixed_precision)
+        self.model.set_checkpointing(s.gradient_checkpointing or ("calls" if method.spans_calls() else "blocks"))
         self.reward = reward.ready().to(device)
         self.held_out = held_out.ready().to(device) if held_out is not None else None
         for scored in (self.reward, self.held_out):
@@ -86,9 +103,6 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(s.seed)
             add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
-        self.updates = Updates(s, method, model, self.schedule, self.reward, prompts, self.accelerator, folder.path)
-        self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts)
-        self.done = 0
 
     def run(self) -> Run:
         from accelerate.utils import set_seed
@@ -100,7 +114,9 @@ class Trainer:
         if s.normalize_reward:
             self.normalize(s.normalize_reward)
         try:
-            self.folder.create(s, self.space(), audit=found, environment=environment(self.accelerator.device))
+            with self.processes.together():
+                if self.processes.main:
+                    self.folder.create(s, self.space(), audit=found, environment=environment(self.accelerator.device))
             if not self.folder.checkpoint:
                 self.save_checkpoint()
             # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
@@ -112,20 +128,30 @@ class Trainer:
                     self.train(wish)
                 finally:
                     # Whatever ends the training, what was learned is kept.
-                    save_lora(self.model, self.folder.path / "lora")
+                    if self.processes.main:
+                        save_lora(self.model, self.folder.path / "lora")
                 self.save_checkpoint()  # the last look may take long
                 self.look()
                 self.save_checkpoint(finished=True)
         except OSError as error:
-            newest = checkpoints(self.folder.path / "checkpoints")
-            kept = f"{newest[-1].name} is whole, and the same command goes on from it" if newest else "nothing was kept"
             raise DraftuneError(
-                f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {kept}"
+                f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {self.kept()}"
             ) from error
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            raise DraftuneError(f"another process of this run has ended; {self.kept()}") from error
         finally:
+            # Whoever goes on with the model wants its own pictures, with a gradient too.
+            self.model.small_decoder = None
             self.folder.close()
         rows = self.folder.rows
         return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
+
+    def kept(self) -> str:
+        """What there is to go on from."""
+        newest = checkpoints(self.folder.path / "checkpoints")
+        return f"{newest[-1].name} is whole, and the same command goes on from it" if newest else "nothing was kept"
 
     def space(self) -> int:
         """Bytes of the checkpoints and LoRAs that a run always leaves; AdamW keeps two numbers for each of theirs."""
@@ -144,20 +170,25 @@ class Trainer:
 
     def probe(self) -> dict[str, dict[str, float]]:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
-        self.reward.check(self.prompts)
-        for reward in (self.reward, self.held_out):
-            try:
-                if reward is not None:
-                    reward.check(self.watch.eval_prompts or self.watch.shown)
-            except DraftuneError as error:
-                raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
+        with self.processes.together():
+            self.reward.check(self.prompts)
+            for reward in (self.reward, self.held_out):
+                try:
+                    if reward is not None:
+                        reward.check(self.watch.eval_prompts or self.watch.shown)
+                except DraftuneError as error:
+                    raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
         prompts = list(islice(cycle(self.prompts), 2))
         pictures = self.watch.draw(prompts, range(2))
         self.first_pictures = pictures
-        found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
-        if self.held_out is not None:
-            shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
-            score_batches(self.held_out, pictures, shown, self.model.device)
+        with self.processes.together():
+            if self.model.small_decoder is not None:
+                s = self.settings
+                check_likeness(self.model, prompts, self.schedule, s.guidance_scale, s.negative_prompt)
+            found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
+            if self.held_out is not None:
+                shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
+                score_batches(self.held_out, pictures, shown, self.model.device)
         return found
 
     @undisturbed()
@@ -174,7 +205,10 @@ class Trainer:
         s = self.settings
         prompts = list(islice(cycle(self.prompts), count))
         pictures = self.watch.draw(prompts, range(count))
-        reward = normalized(self.reward, pictures, prompts, self.model.device)
+        with self.processes.together():
+            reward = normalized(self.reward, pictures, prompts, self.model.device)
+        # The others may have measured something else in the last digits.
+        reward.weights = self.processes.of_main(reward.weights)
         reward.set_chunk_size(s.reward_batch_size)
         self.reward = self.updates.reward = self.watch.reward = reward
         s.reward, s.normalize_reward = reward.expression or reward.label, 0
@@ -185,7 +219,12 @@ class Trainer:
         if self.watch.exhausted:
             return
         progress = tqdm(
-            range(self.done + 1, s.steps + 1), desc="training", unit="update", initial=self.done, total=s.steps
+            range(self.done + 1, s.steps + 1),
+            desc="training",
+            unit="update",
+            initial=self.done,
+            total=s.steps,
+            disable=not self.processes.main,
         )
         for step in progress:
             row = self.updates.update(step)
@@ -202,13 +241,16 @@ class Trainer:
                 self.evaluate()
             if self.watch.exhausted:
                 break
-            if wish.is_set() or (s.save_every and step % s.save_every == 0) or self.watch.best == step:
+            wished = self.processes.any(wish.is_set())
+            if wished or (s.save_every and step % s.save_every == 0) or self.watch.best == step:
                 self.save_checkpoint()
-            if wish.is_set():
+            if wished:
                 raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
 
     def save_checkpoint(self, finished: bool = False) -> None:
         state, tensors = self.updates.state()
+        if not self.processes.main:
+            return
         state["finished"] = finished
         random_numbers, generators = random_state()
         self.folder.save_checkpoint(
@@ -217,7 +259,8 @@ class Trainer:
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Goes back to where the run stood."""
-        state, tensors = read_state(checkpoint), read_tensors(checkpoint)
+        with self.processes.together():
+            state, tensors = read_state(checkpoint), read_tensors(checkpoint)
         self.done = state["step"]
         self.updates.load(state, tensors)
         load_random_state(state["random"], tensors)

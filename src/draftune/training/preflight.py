@@ -16,6 +16,7 @@ import torch
 from draftune.errors import out_of_memory
 from draftune.evaluation import score_batches
 from draftune.memory import peak_memory
+from draftune.methods import load_method
 from draftune.settings import Settings
 from draftune.training.device import accelerator
 from draftune.training.loop import Trainer
@@ -102,15 +103,15 @@ def preflight(settings: Settings, memory: int | None = None) -> Preflight:
 
 
 def checkpointing(settings: Settings) -> dict[str, Any]:
-    return {} if settings.gradient_checkpointing else {"gradient_checkpointing": True}
+    """What takes less memory, by whether a graph of the method's holds several calls of the denoiser."""
+    modes = ["no", "calls", "both"] if load_method(settings.method).spans_calls() else ["no", "blocks"]
+    mode = settings.gradient_checkpointing or modes[1]
+    less = modes[modes.index(mode) + 1 :] if mode in modes else modes[-1:]
+    return {"gradient_checkpointing": less[0]} if less else {}
 
 
 def fewer_scored(settings: Settings) -> dict[str, Any]:
     return {"reward_batch_size": 1} if min(settings.reward_batch_size, settings.batch_size) > 1 else {}
-
-
-def fewer_decoded(settings: Settings) -> dict[str, Any]:
-    return {"decoder_batch_size": 1} if (settings.decoder_batch_size or settings.batch_size) > 1 else {}
 
 
 def smaller_batches(settings: Settings) -> dict[str, Any]:
@@ -130,7 +131,6 @@ def half_precision(settings: Settings) -> dict[str, Any]:
 LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
     checkpointing,
     fewer_scored,
-    fewer_decoded,
     smaller_batches,
     half_precision,
 )
@@ -192,7 +192,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 def held_memory(trainer: Trainer) -> int:
     """Bytes of every network that stays in memory during training, the LoRA's included."""
-    networks = [*trainer.model.parts, trainer.reward, *([trainer.held_out] if trainer.held_out is not None else [])]
+    networks = [*trainer.model.networks, trainer.reward, *([trainer.held_out] if trainer.held_out is not None else [])]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for network in networks

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.paths import user_path, written_whole
+from draftune.processes import ALONE, Processes
 from draftune.prompts import metadata
 from draftune.settings import Settings, read_yaml
 
@@ -40,14 +41,15 @@ FREE = ("steps", "output", "resume", "on_nonfinite", "sample_every", "save_every
 
 
 class RunFolder:
-    """The files of one run. Nothing is written before `create`.
+    """The files of one run, which the main process writes. Nothing is written before `create`.
 
     Raises DraftuneError where the folder can't be written to or holds anything but a run with these settings.
     """
 
-    def __init__(self, settings: Settings, texts: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, settings: Settings, texts: Mapping[str, Sequence[str]], processes: Processes = ALONE) -> None:
         from filelock import FileLock
 
+        self.processes = processes
         self.path = path = user_path(settings.output)
         if not settings.resume:
             # From here on it is a run like any other, which its config.yaml goes on with.
@@ -92,7 +94,7 @@ class RunFolder:
         """Finds where the run in the folder stands, if it is this one."""
         from draftune.training.checkpoint import checkpoints, read_state
 
-        if (self.path / LOCK).exists():
+        if self.processes.main and (self.path / LOCK).exists():
             # Said at once, and not after everything was loaded.
             self.take()
             self.lock.release()
@@ -125,6 +127,17 @@ class RunFolder:
                 f"the run in {str(self.path)!r} has made its {self.done} updates: ask for more (--steps) or give "
                 "another folder (--output)"
             )
+
+    def agree(self) -> None:
+        """Raises DraftuneError where the processes do not see one and the same folder."""
+        here = [str(self.path), self.done]
+        main = self.processes.of_main(here)
+        with self.processes.together():
+            if here != main:
+                raise DraftuneError(
+                    f"the run in {here[0]!r} stands at update {here[1]} here, and where the main process is that in "
+                    f"{main[0]!r} at {main[1]}: all machines must share the output folder"
+                )
 
     def create(self, settings: Settings, space: int, **known: Mapping[str, Any]) -> None:
         """Makes the folder, or takes it back to the checkpoint, and writes the resolved settings.
@@ -169,6 +182,8 @@ class RunFolder:
             return False
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.rows[name].append(finite)
+        if not self.processes.main:
+            return True
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
         prefix = "" if name == METRICS else "eval/"

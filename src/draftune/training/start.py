@@ -10,9 +10,11 @@ from typing import Any
 from draftune.errors import DraftuneError, gather, unknown
 from draftune.methods import load_method
 from draftune.models import Model, load_model
+from draftune.models.small_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.rewards import find_reward
 from draftune.settings import Settings
+from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
 from draftune.training.run import RunFolder
@@ -55,22 +57,35 @@ def prepare(
         raise DraftuneError("patience counts evaluations: it wants --eval-prompts and --eval-every")
     weights = weights_of(settings.best_by) if settings.best_by else {}
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
-    folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []})
     method = load_method(settings.method)
     if settings.mixed_precision == "fp16" and not method.half_precision:
         raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
+    for name in ("prefix_reuse", "prefix_stride"):
+        if getattr(settings, name) > 1 and not method.has_prefix():
+            raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
+    if settings.gradient_decoder and not method.needs_gradient:
+        raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no gradient_decoder")
     judged = held_out or settings.held_out
-    # Every reward's weights are found before any network is loaded.
-    score, judge = gather(
-        lambda: find_reward(settings.reward if reward is None else reward),
-        lambda: find_reward(judged) if judged else None,
-    )
-    assert score is not None
-    held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
-    for column in weights:
-        if column not in (known := [score.label, *score.columns, *held, DIVERSITY, "distance", "kl"]):
-            raise unknown("column of the evaluations", column, known)
-    painter = model if isinstance(model, Model) else load_model(settings.model if model is None else model)
+    # Known to each other from here on: how transformers loads weights depends on it.
+    processes = processes_of(accelerator(settings))
+    tell_unheeded(settings)
+    with processes.together():
+        folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []}, processes)
+        # Every reward's weights are found before any network is loaded.
+        score, judge = gather(
+            lambda: find_reward(settings.reward if reward is None else reward),
+            lambda: find_reward(judged) if judged else None,
+        )
+        assert score is not None
+        held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
+        for column in weights:
+            if column not in (known := [score.label, *score.columns, *held, DIVERSITY, "distance", "kl"]):
+                raise unknown("column of the evaluations", column, known)
+        decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
+        wanted = settings.model if model is None else model
+        painter = model if isinstance(model, Model) else load_model(wanted, settings.mixed_precision)
+        painter.small_decoder = load_small_decoder(decoder, painter) if decoder else None
+    folder.agree()
     return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts)
 
 

@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
+from draftune.at_once import at_once
 from draftune.errors import DraftuneError
 from draftune.images import save_image, to_pil
 from draftune.lora import lora_parameters
 from draftune.methods import Batch, Method
 from draftune.models import Model
+from draftune.processes import ALONE, Processes
 from draftune.rewards import Reward, WeightedSum
+from draftune.sampling import Latents
 from draftune.schedule import Schedule
 from draftune.settings import Settings
 from draftune.tensors import save_tensors
 from draftune.training.audit import GradientAudit, tell
 from draftune.training.checkpoint import checkpoints, load_optimizer, optimizer_tensors
+from draftune.training.sharding import put_back
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,18 +43,34 @@ class NonFiniteError(DraftuneError):
 
 
 @dataclass
+class Start:
+    """What the pictures of a batch start from, of all processes; several updates may share it."""
+
+    prompts: list[int]
+    """Their numbers."""
+    noise: Tensor
+    latents: Latents
+    """This process's part."""
+
+
+@dataclass
 class Drawn:
-    """A batch of an update: its noise, the pictures that it drew, their rewards and, by label, those of the parts."""
+    """A batch of an update, of all processes: its noise, its pictures' rewards and, by label, those of the parts."""
 
     prompts: list[str]
     noise: Tensor
     pictures: Tensor | None = None
+    """Those that this process drew."""
     reward: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Updates:
-    """Makes the updates of a run and counts them, and keeps what went wrong in the run's `folder`, or nowhere."""
+    """Makes the updates of a run and counts them, and keeps what went wrong in the run's `folder`, or nowhere.
+
+    Every process draws the same prompts and noise and takes its part of them; the gradients are averaged before they
+    are clipped, so that each has the same LoRA and makes the same steps.
+    """
 
     def __init__(
         self,
@@ -61,10 +82,11 @@ class Updates:
         prompts: Sequence[str],
         accelerator: Accelerator,
         folder: Path | None,
+        processes: Processes = ALONE,
     ) -> None:
         self.settings = s = settings
         self.method, self.model, self.schedule, self.reward = method, model, schedule, reward
-        self.prompts, self.accelerator, self.folder = prompts, accelerator, folder
+        self.prompts, self.accelerator, self.folder, self.processes = prompts, accelerator, folder, processes
         self.parameters = lora_parameters(model)
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(
@@ -78,6 +100,7 @@ class Updates:
         self.generator = torch.Generator().manual_seed(s.seed)
         self.order = PromptOrder(len(prompts), self.generator)
         self.audit = GradientAudit(self.parameters)
+        self.starts: list[Start] = []
         self.queries = self.overflows = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
 
@@ -95,12 +118,14 @@ class Updates:
                 self.optimizer.zero_grad()
                 for loss in losses:
                     self.accelerator.backward(loss / s.gradient_accumulation_steps)
+                self.processes.mean_(self.parameters.values())
                 grad_norm = self.clipped_norm(step)
                 self.optimizer.step()
             self.skipped_in_a_row = 0
         except NonFiniteError as error:
             grad_norm = math.nan
             self.leave_out(step, drawn, error)
+        put_back(self.model)
         self.seconds += time.perf_counter() - start
         scored = [batch for batch in drawn if batch.reward is not None]
         if not scored:
@@ -125,20 +150,23 @@ class Updates:
     def leave_out(self, step: int, drawn: Sequence[Drawn], error: NonFiniteError) -> None:
         """Keeps the batches of an update that went wrong to look at, and ends the run unless they may be left out."""
         self.optimizer.zero_grad()
+        self.starts = []  # or the next update would meet it again
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.folder is None:
             raise DraftuneError(str(error)) from error
         folder = self.folder / "nonfinite" / f"step-{step:06d}"
         for i, batch in enumerate(drawn):
-            folder.mkdir(parents=True, exist_ok=True)
             tensors = {"noise": batch.noise}
             if batch.pictures is not None:
-                tensors["pictures"] = batch.pictures
-                for j, picture in enumerate(to_pil(batch.pictures.nan_to_num(0))):
-                    save_image(picture, folder / f"{i}-{j}.png")
+                tensors["pictures"] = self.processes.gather(batch.pictures)
             if batch.reward is not None:
                 tensors["reward"] = batch.reward
+            if not self.processes.main:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            for j, picture in enumerate(to_pil(tensors["pictures"].nan_to_num(0)) if "pictures" in tensors else ()):
+                save_image(picture, folder / f"{i}-{j}.png")
             save_tensors(folder / f"{i}.safetensors", tensors, {"prompts": json.dumps(list(map(str, batch.prompts)))})
         if self.settings.on_nonfinite == "skip" and self.skipped_in_a_row <= PATIENCE_WITH_NONFINITE:
             tell(f"{error}; left out, its batch is in {str(folder)!r}")
@@ -148,39 +176,67 @@ class Updates:
         if self.settings.on_nonfinite == "skip":
             way = f"so were the {PATIENCE_WITH_NONFINITE} before it: try a lower learning rate, or --mixed-precision no"
         saved = f"; the last checkpoint is {last[-1].name}" if last else ""
-        raise DraftuneError(f"{error}; its batch is in {str(folder)!r}{saved}; {way}") from error
+        with self.processes.together():
+            raise DraftuneError(f"{error}; its batch is in {str(folder)!r}{saved}; {way}") from error
 
     def fresh_batches(self, step: int, drawn: list[Drawn]) -> Iterator[Batch]:
         """The batches of one update; each one's own pictures and their scores are added to `drawn`."""
-        s = self.settings
-        for _ in range(s.gradient_accumulation_steps):
-            prompts = [self.prompts[i] for i in self.order.draw(s.batch_size)]
-            noise = self.model.noise(self.generator, len(prompts))
-            denoise, base = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            drawn.append(Drawn(prompts, noise))
+        s, share = self.settings, self.processes.share
+        if (step - 1) % s.prefix_reuse == 0:
+            self.starts = []
+        for i in range(s.gradient_accumulation_steps):
+            if i == len(self.starts):
+                chosen = self.order.draw(s.batch_size)
+                noise = self.model.noise(self.generator, s.batch_size)
+                self.starts.append(Start(chosen, noise, Latents(share(noise), stride=s.prefix_stride)))
+            start = self.starts[i]
+            prompts = [self.prompts[j] for j in start.prompts]
+            own = share(prompts)
+            denoise, base = self.model.denoisers(own, self.schedule, s.guidance_scale, s.negative_prompt)
+            drawn.append(Drawn(prompts, start.noise))
             reward = partial(self.score, drawn[-1], step)
-            yield Batch(prompts, noise, self.schedule, denoise, base, reward, self.generator)
+            yield Batch(
+                own, start.latents, self.schedule, denoise, base, reward, self.generator, self.processes, prompts
+            )
 
     def score(self, batch: Drawn, step: int, clean: Tensor) -> Tensor:
         """The rewards of clean latents; of a batch's first, which are what it drew, it keeps pictures and rewards."""
-        pictures = self.model.decode(clean)
-        total, parts = self.reward.parts(pictures, batch.prompts)
+        prompts, scaler = self.processes.share(batch.prompts), self.accelerator.scaler
+        pictures: list[Tensor] = []
+        parts: dict[str, list[Tensor]] = {}
+
+        def scored(latents: Tensor, some: slice) -> Tensor:
+            pictures.append(self.model.decode(latents))
+            score, found = self.reward.parts(pictures[-1], prompts[some])
+            pictures[-1] = pictures[-1].detach()
+            for label, values in found.items():
+                parts.setdefault(label, []).append(values)
+            return score
+
+        with self.processes.together():
+            size, scale = self.settings.reward_batch_size, scaler.get_scale() if scaler else 1.0
+            own = at_once(scored, clean, size, scale)
+        total = self.processes.gather(own.detach())
         self.queries += len(batch.prompts)
         if batch.reward is None or not total.isfinite().all():
-            batch.pictures, batch.reward, batch.parts = pictures.detach(), total.detach(), parts
+            batch.pictures, batch.reward = torch.cat(pictures), total
+            batch.parts = {label: self.processes.gather(torch.cat(scores)) for label, scores in parts.items()}
         if not total.isfinite().all():
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
-        return total
+        return own
 
     def clipped_norm(self, step: int) -> float:
         """The gradient's norm before it was clipped; what is not finite stops the run."""
         limit = self.settings.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), limit))
+        # As accelerate clips, but where it knows FSDP: it would take the scale out twice.
+        self.accelerator.unscale_gradients()
+        norm = float(clip_grad_norm_(self.parameters.values(), limit))
         if math.isfinite(norm):
             self.overflows = 0
             # Where all pictures score the same, a policy has nothing to learn from them yet.
             if norm > 0 or self.method.needs_gradient:
-                self.audit.check()
+                with self.processes.together():
+                    self.audit.check()
             return norm
         # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
         self.overflows += 1
@@ -191,12 +247,16 @@ class Updates:
         return norm
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Where it stands: what JSON can hold, and tensors by name."""
+        """Where it stands: what JSON can hold, and tensors by name. To be asked in every process."""
         scaler = self.accelerator.scaler
         tensors = {f"lora/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
         tensors["generator"] = self.generator.get_state()
+        for i, start in enumerate(self.starts):
+            for count, own in start.latents.known.items():
+                tensors[f"start/{i}/{count}"] = self.processes.gather(own)
         return {
+            "starts": [start.prompts for start in self.starts],
             "reward_queries": self.queries,
             "seconds": self.seconds,
             "skipped": [self.skipped, self.skipped_in_a_row, self.overflows],
@@ -216,6 +276,13 @@ class Updates:
         self.queries, self.seconds = state["reward_queries"], state["seconds"]
         self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
         self.order.queue = state["prompts"]
+        self.starts = []
+        for i, chosen in enumerate(state["starts"]):
+            prefix = f"start/{i}/"
+            known = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
+            known = {count: latents.to(self.model.device) for count, latents in sorted(known.items())}
+            own = {count: self.processes.share(latents) for count, latents in known.items()}
+            self.starts.append(Start(chosen, known[0], Latents(own.pop(0), own, self.settings.prefix_stride)))
         if isinstance(self.reward, WeightedSum):
             # Measured again, a normalised reward's weights may differ in their last digits.
             self.reward.weights = state["weights"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from draftune.evaluation import Comparison, Evaluation, divergence, evaluate, score_batches
+from draftune.evaluation import Comparison, Evaluation, divergences, evaluate, score_batches
 from draftune.images import grid, save_image, to_pil
 from draftune.lora import save_lora
 from draftune.models import Model
@@ -35,6 +35,7 @@ class Watch:
     ) -> None:
         self.settings, self.folder, self.model, self.schedule = settings, folder, model, schedule
         self.reward, self.held_out, self.eval_prompts = reward, held_out, eval_prompts
+        self.processes = folder.processes
         shown = eval_prompts or prompts
         count = min(settings.sample_prompts, len(shown))
         self.shown = [shown[i * len(shown) // count] for i in range(count)]
@@ -43,11 +44,19 @@ class Watch:
         self.last_shown = -1
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Pictures [N, 3, H, W] on the CPU."""
-        s = self.settings
-        return self.model.generate(
-            prompts, seeds, self.schedule, s.guidance_scale, s.negative_prompt, s.batch_size, progress=True
+        """Pictures [N, 3, H, W] on the CPU, of which each process draws as many."""
+        s, processes = self.settings, self.processes
+        own = processes.padded_share(list(zip(prompts, seeds, strict=True)))
+        pictures = self.model.generate(
+            [prompt for prompt, _ in own],
+            [seed for _, seed in own],
+            self.schedule,
+            s.guidance_scale,
+            s.negative_prompt,
+            s.batch_size // processes.count,
+            progress=processes.main,
         )
+        return processes.gather(pictures)[: len(prompts)]
 
     @undisturbed()
     def show(self, step: int) -> None:
@@ -55,9 +64,11 @@ class Watch:
         if step == self.last_shown:
             return
         pictures = self.draw(self.shown, range(len(self.shown)))
+        self.last_shown = step
+        if not self.processes.main:
+            return
         scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
         captions = [f"{score:.3g}" for score in scores]
-        self.last_shown = step
         if step == 0:
             self.base_pictures, self.base_captions = pictures, captions
         path = self.folder.sample_path(step)
@@ -81,9 +92,10 @@ class Watch:
         # Only the first and the last are compared in the end; pictures take memory.
         self.evaluations = {0: self.evaluations.get(0, found), step: found}
         distance = float((found.images - self.evaluations[0].images).abs().mean())
-        few = self.eval_prompts[: s.batch_size]
-        kl = divergence(self.model, few, self.schedule, s.guidance_scale, s.negative_prompt)
-        row = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl, "errors": found.errors}
+        kl = self.divergence(self.eval_prompts[: s.batch_size])
+        measured = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl, "errors": found.errors}
+        # The others may have measured something else in the last digits, and all are to decide alike.
+        row = self.processes.of_main(measured)
         if self.guard is None:
             weights = rule_of(s.best_by, self.held_out) or {self.reward.label: 1.0}
             self.guard = Guard(weights, s.patience, self.reward.label)
@@ -93,10 +105,17 @@ class Watch:
             return  # measured again because the run goes on
         best = self.guard.see(row)
         self.folder.log(EVALUATIONS, {**row, "best": best})
-        if best:
+        if best and self.processes.main:
             save_lora(self.model, self.folder.path / "best")
         if warning := self.guard.warning():
             tell(warning)
+
+    def divergence(self, prompts: Sequence[str]) -> float:
+        """As in `evaluation`, of which each process measures a part."""
+        s, own = self.settings, self.processes.padded_share(list(enumerate(prompts)))
+        texts, seeds = [prompt for _, prompt in own], [seed for seed, _ in own]
+        found = divergences(self.model, texts, seeds, self.schedule, s.guidance_scale, s.negative_prompt)
+        return float(self.processes.gather(found)[: len(prompts)].mean())
 
     @property
     def best(self) -> int | None:

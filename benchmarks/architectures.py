@@ -1,0 +1,177 @@
+"""The published models' architectures with random weights: real ones in seconds, or fake ones that take no memory.
+
+Written from the published configs and held against the published numbers of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from draftune.assets import EMBEDDED
+from draftune.rewards import Reward
+from draftune.rewards.clip import ClipEncoder
+from draftune.rewards.hpsv2 import VIT_H_14, LongestEdge
+
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+SD14_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "attention_head_dim": 8,
+}
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CLIP_L: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_G: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+PUBLISHED = {
+    "SD 1.4 UNet": 859_520_964,
+    "SDXL UNet": 2_567_463_684,
+    "CLIP-L text": 123_060_480,
+    "CLIP bigG text": 694_659_840,
+    "VAE": 83_653_863,
+    "CLIP ViT-H/14": 986_109_441,
+}
+"""Parameters of each network."""
+
+
+def architecture(name: str, make: Callable[[], nn.Module], dtype: torch.dtype, fill: bool) -> Any:
+    """A network by its name in PUBLISHED; raises ValueError where its size is not the published one.
+
+    Without `fill` the weights are never written, and so take no memory on most systems.
+    """
+    with torch.device("meta"):
+        network = make().to(dtype)
+    if (count := sum(p.numel() for p in network.parameters())) != PUBLISHED[name]:
+        raise ValueError(f"{name} has {count:,} parameters, not {PUBLISHED[name]:,}")
+    network = network.to_empty(device="cpu").eval()
+    return filled(network) if fill else network
+
+
+@torch.no_grad()
+def filled(network: nn.Module) -> nn.Module:
+    """The network with weights that keep the size of what goes through: N(0, 1 / inputs), norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    for name, buffer in network.named_buffers():
+        if not name.endswith("position_ids"):
+            raise ValueError(f"what the buffer {name} holds is not known")
+        buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return network
+
+
+def tokenizer() -> CLIPTokenizer:
+    """The embedded model's, which knows fewer words than CLIP's and reads as many tokens."""
+    return CLIPTokenizer.from_pretrained(EMBEDDED["emoji"] / "tokenizer", model_max_length=77)
+
+
+def sd14(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
+    build = partial(architecture, dtype=dtype, fill=fill)
+    return StableDiffusionPipeline(
+        unet=build("SD 1.4 UNet", lambda: UNet2DConditionModel(**SD14_UNET)),
+        vae=build("VAE", lambda: AutoencoderKL(**VAE, sample_size=512, scaling_factor=0.18215)),
+        text_encoder=build("CLIP-L text", lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
+        tokenizer=tokenizer(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
+    build = partial(architecture, dtype=dtype, fill=fill)
+    return StableDiffusionXLPipeline(
+        unet=build("SDXL UNet", lambda: UNet2DConditionModel(**SDXL_UNET)),
+        vae=build("VAE", lambda: AutoencoderKL(**VAE, sample_size=1024, scaling_factor=0.13025, force_upcast=True)),
+        text_encoder=build("CLIP-L text", lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
+        text_encoder_2=build("CLIP bigG text", lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G))),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        add_watermarker=False,
+    )
+
+
+HUB = {"CompVis/stable-diffusion-v1-4": "sd14", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
+PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {"sd14": sd14, "sdxl": sdxl}
+
+
+class ViTH(Reward):
+    """What hpsv2 and pickscore compute, in float32 as there, with random weights."""
+
+    label = "vit-h"
+
+    def __init__(self, fill: bool) -> None:
+        super().__init__()
+        clip = architecture("CLIP ViT-H/14", lambda: CLIPModel(CLIPConfig(**VIT_H_14)), torch.float32, fill)
+        self.clip = ClipEncoder(clip, tokenizer(), LongestEdge(224))
+
+    def score(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        return self.clip.cosine(images, prompts)

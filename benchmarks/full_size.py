@@ -1,0 +1,192 @@
+"""What an update takes at the published sizes: made for real with random weights, or counted without arithmetic.
+
+    python benchmarks/full_size.py real sd14 mixed_precision=bf16 num_inference_steps=2
+    python benchmarks/full_size.py count sdxl method='draft-k(k=5)' batch_size=4
+    python benchmarks/full_size.py table sd14
+    python benchmarks/full_size.py presets
+
+Every setting of `draftune train` can be given. `real` makes updates by draftune's own trainer. `count` gives the same
+trainer fake tensors, which have shapes and no numbers: the same operations are called and their results added up while
+they are alive, but nothing is computed, so that a cell takes seconds. Memory is counted in both as `draftune preflight`
+counts it on a CPU. `table` counts the cells of docs/full-size.md, `presets` those that draftune ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import cycle, islice
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderTiny
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from architectures import HUB, PIPELINES, ViTH
+from draftune.memory import PeakMemory, peak_memory
+from draftune.models.base import DTYPES
+from draftune.presets import PRESETS
+from draftune.settings import read_yaml
+from draftune.training.loop import Trainer
+from draftune.training.preflight import held_memory
+from draftune.training.start import prepare
+
+PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
+# Memory does not grow with the steps without a graph, which come first: one stands for all of them.
+DEFAULTS: dict[str, Any] = {"method": "draft-k(k=1)", "batch_size": 1, "guidance_scale": 7.5, "num_inference_steps": 2}
+SIZES = {"sd14": (512, 768, 1024), "sdxl": (768, 1024)}
+
+
+@contextmanager
+def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Trainer]:
+    """A trainer of a model in PIPELINES, on a ViT-H where no reward is given; without `fill` no weights are set."""
+    with TemporaryDirectory() as folder:
+        values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "cpu": True}
+        if values.get("gradient_decoder"):
+            values["gradient_decoder"] = f"{folder}/small"
+            AutoencoderTiny().save_pretrained(f"{folder}/small")
+        reward = values.pop("reward", None) or ViTH(fill)
+        dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
+        made = prepare(PIPELINES[model](dtype, fill), reward, **values)
+        made.updates.folder = None
+        yield made
+
+
+def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """The first update's peak, the most that the process took, and each update's seconds, of clock and of processor."""
+    with trainer(model, True, settings) as made:
+        found: dict[str, Any] = {"held": held_memory(made), "rss_before": rss()}
+        start = time.perf_counter(), time.process_time()
+        found["peak"] = peak_memory(lambda: made.updates.update(1))
+        times = []
+        for i in range(rounds):
+            if i:
+                made.updates.update(1 + i)
+            now = time.perf_counter(), time.process_time()
+            times.append([round(b - a, 1) for a, b in zip(start, now, strict=True)])
+            start = now
+        return {**found, "rss": rss(), "times": times}
+
+
+def count(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes of the networks, of an update's peak and of that of drawing a batch, and what the optimiser keeps."""
+    with trainer(model, False, settings) as made:
+        held, averages = held_memory(made), 2 * sum(p.nbytes for p in made.updates.parameters.values())
+        peak, drawing = counted(made)
+        return {"held": held, "averages": averages, "peak": peak, "drawing": drawing}
+
+
+def counted(made: Trainer) -> tuple[int, int]:
+    """Bytes that `peak_memory` of the first update would give, and of a batch of the pictures that are only looked at.
+
+    Leaves fake tensors in the place of all weights.
+    """
+    updates, s = made.updates, made.settings
+    with FakeTensorMode(), Numberless() as memory:
+        for network in (*made.model.networks, made.reward):
+            for module in network.modules():
+                for table in (module._parameters, module._buffers):
+                    table.update({name: faked(tensor) for name, tensor in table.items() if tensor is not None})
+        updates.parameters = {n: p for n, p in made.model.denoiser.named_parameters() if p.requires_grad}
+        updates.optimizer.param_groups[0]["params"] = list(updates.parameters.values())
+        updates.order.queue = list(islice(cycle(range(len(made.prompts))), s.batch_size))
+        memory.live = memory.peak = 0
+        updates.update(1)
+        update, before = memory.peak, memory.live
+        memory.peak = before
+        made.watch.draw(list(islice(cycle(made.prompts), s.batch_size)), range(s.batch_size))
+        return update, memory.peak - before
+
+
+class Numberless(PeakMemory):
+    """Counts and, where a number is read, says 1: everything is finite, and no gradient vanishes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def faked(tensor: torch.Tensor) -> torch.Tensor:
+    """Inside a FakeTensorMode: the same without its numbers."""
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def rss() -> int:
+    """The most bytes that this process ever had in memory."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def told(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1) -> dict[str, Any]:
+    """Prints what was found, a line of JSON."""
+    try:
+        found = real(model, settings, rounds) if what == "real" else count(model, settings)
+    except Exception as error:
+        found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    print(json.dumps({"what": what, "model": model, **settings, **found}), flush=True)
+    return found
+
+
+def table(model: str) -> None:
+    """Counts every cell of one model's tables."""
+    for cell in cells(model):
+        told("count", model, {"mixed_precision": "bf16", **cell})
+
+
+def cells(model: str) -> Iterator[dict[str, Any]]:
+    """The settings of a table's cells, with bf16 where no precision is given."""
+    for size, batch in itertools.product(SIZES[model], (1, 4)):
+        yield {"height": size, "width": size, "batch_size": batch}
+        if batch == 1:
+            yield {"height": size, "width": size, "gradient_checkpointing": "no"}
+    yield {"mixed_precision": "no"}
+    yield {"mixed_precision": "no", "batch_size": 4}
+    yield {"batch_size": 4, "reward_batch_size": 4}
+    yield {"batch_size": 4, "gradient_checkpointing": "no"}
+    yield {"gradient_decoder": "small"}
+    for mode in ("no", "blocks", "calls", "both"):
+        yield {"method": "draft-k(k=5)", "num_inference_steps": 6, "gradient_checkpointing": mode}
+    yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "calls"}
+
+
+def presets() -> None:
+    """Counts every preset with a ViT-H, and the part of its own device's memory that it takes."""
+    for name, path in PRESETS.items():
+        values = read_yaml(path)
+        model = HUB[values.pop("model")]
+        left_out = ("reward", "prompts", "num_inference_steps")
+        settings = {key: value for key, value in values.items() if key not in left_out}
+        found = told("count", model, settings)
+        if "peak" in found:
+            total = found["held"] + found["averages"] + max(found["peak"], found["drawing"])
+            room = int(name.rpartition("-")[2].removesuffix("gb")) * 2**30
+            print(f"{name}: {total / 1e9:.2f} GB, {total / room:.0%} of {room / 2**30:.0f} GiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("real", "count", "table", "presets"))
+    parser.add_argument("model", choices=PIPELINES, nargs="?", default="sd14")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
+    parser.add_argument("--rounds", type=int, default=1, help="updates to make for real")
+    args = parser.parse_args()
+    if args.what == "table":
+        table(args.model)
+    elif args.what == "presets":
+        presets()
+    else:
+        given = (setting.partition("=") for setting in args.settings)
+        told(args.what, args.model, {name: yaml.safe_load(value) for name, _, value in given}, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""How an update's time and memory grow with T, K, the batch, the picture's size, the LoRA's rank and checkpointing.
+
+    python benchmarks/growth.py [--model emoji] [--reward emoji-aesthetic] [--rounds 5]
+
+One setting at a time is changed from DRaFT-1 with 20 steps, batches of 4, rank 8 and a path for each update. Every
+update is timed in turn with one of the unchanged settings, and the median ratio of the pairs is told: what else the
+machine does falls on both. Memory is the most that tensors made in an update hold at once, its own gradients included,
+the networks not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from draftune.memory import peak_memory
+from draftune.training.loop import Trainer
+from draftune.training.start import prepare
+from overhead import seconds
+
+BASE: dict[str, Any] = {
+    "method": "draft-k(k=1)",
+    "gradient_checkpointing": "blocks",
+    "num_inference_steps": 20,
+    "prefix_reuse": 1,
+    "batch_size": 4,
+    "lora_rank": 8,
+}
+CHANGES: list[dict[str, Any]] = [
+    *({"num_inference_steps": steps} for steps in (5, 10, 50)),
+    {"method": "draft-lv"},
+    *({"prefix_reuse": updates} for updates in (2, 4, 8)),
+    *({"prefix_stride": steps} for steps in (2, 4)),
+    *(
+        {"method": f"draft-k(k={k})", "gradient_checkpointing": mode}
+        for mode, ks in (("no", (1, 10)), ("blocks", (2, 10)), ("calls", (1, 2, 5, 10, 20)), ("both", (1, 10, 20)))
+        for k in ks
+    ),
+    *({"batch_size": size} for size in (1, 2, 8, 16)),
+    *({"reward_batch_size": size} for size in (2, 4)),
+    *({"height": side, "width": side} for side in (128, 192)),
+    *({"lora_rank": rank} for rank in (1, 32, 128)),
+    {"guidance_scale": 1.0},
+    {"mixed_precision": "bf16"},
+]
+
+
+def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, Callable[[], object]]:
+    """A trainer and its next update."""
+    with TemporaryDirectory() as folder:
+        settings = BASE | change | {"output": f"{folder}/run", "held_out": "", "eval_prompts": ""}
+        made = prepare(args.model, args.reward, **settings)
+    steps = itertools.count(1)
+    return made, lambda: made.updates.update(next(steps))
+
+
+def several(update: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    base, plain = trainer(args, {})
+    device = base.model.device
+    plain()
+    least, usual = peak_memory(plain, device), statistics.median(seconds(plain) for _ in range(args.rounds))
+    print(f"| change | seconds | of {usual:.2f} | MiB | of {least / 2**20:.1f} |\n|---|---|---|---|---|")
+    for change in CHANGES:
+        made, update = trainer(args, change)
+        update()
+        peak = peak_memory(update, device)
+        shared = made.settings.prefix_reuse  # updates with one path are timed together
+        together = partial(several, update, shared)
+        pairs = [(seconds(together) / shared, seconds(plain)) for _ in range(args.rounds)]
+        name = ", ".join(f"{key}={value}" for key, value in change.items())
+        median, ratio = statistics.median(a for a, _ in pairs), statistics.median(a / b for a, b in pairs)
+        print(f"| `{name}` | {median:.2f} | {ratio:.2f} | {peak / 2**20:.1f} | {peak / least:.2f} |", flush=True)
+        del made, update
+
+
+if __name__ == "__main__":
+    main()

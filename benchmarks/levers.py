@@ -1,0 +1,208 @@
+"""What makes a call of the denoiser faster, and what sharing the steps before the cut does to the gradient.
+
+    python benchmarks/levers.py [--model emoji] [--reward emoji-aesthetic] [--rounds 9] [--compile]
+
+The first table times one guided call without a graph, and one with its backward pass, in each way in turn: medians, and
+the median of the ratios to the plain way. The second trains with DRaFT-LV and asks, after j updates more, how far the
+latent before the last step and the gradient that follows from it are from those of a path drawn anew, with the same
+noise and the LoRA as it is then; beside them the cosine of the gradients of two batches, which is what a batch's own
+noise does. The third says how much of a gradient is signal for DRaFT-LV's n and the batch's size, and what a second
+buys of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from draftune.lora import add_lora, lora_parameters
+from draftune.methods import Batch
+from draftune.models import Model, load_model
+from draftune.sampling import Latents
+from draftune.training.loop import Trainer
+from draftune.training.start import prepare
+from overhead import seconds
+
+GUIDANCE = 3.0
+SHARED = (1, 2, 4, 8, 16)
+
+
+def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> Model:
+    """The model with a LoRA, ready to train."""
+    model = load_model(name)
+    add_lora(model, 8)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+    for part in model.parts:
+        part.to(memory_format=layout)  # type: ignore[call-overload]
+    return model
+
+
+def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """Prints what each way takes, and what it is of the plain one, channels last in float32, both halves at once."""
+    models = {
+        "plain": adapted(args.model),
+        "channels first": adapted(args.model, layout=torch.contiguous_format),
+        "bf16": adapted(args.model, "bf16"),
+        "inference mode": adapted(args.model),
+        "guidance in two calls": adapted(args.model),
+    }
+    if args.compile:
+        models["compiled"] = adapted(args.model)
+        models["compiled"].denoiser.compile()
+    free: dict[str, Callable[[], object]] = {}
+    graph: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        with torch.no_grad():
+            condition = model.encode(prompts, "", True)
+        x = model.noise(torch.Generator().manual_seed(0), len(prompts))
+
+        def call(name: str = name, model: Model = model, condition: Tensor = condition, x: Tensor = x) -> Tensor:
+            with model.autocast():
+                if name == "guidance in two calls":
+                    negative, positive = (model.predict(x, 500, half, 1.0) for half in condition.chunk(2))
+                    return negative + GUIDANCE * (positive - negative)
+                return model.predict(x, 500, condition, GUIDANCE)
+
+        def without(name: str = name, call: Callable[[], Tensor] = call) -> Tensor:
+            with torch.inference_mode() if name == "inference mode" else torch.no_grad():
+                return call()
+
+        free[name] = without
+        if name != "inference mode":
+            graph[name] = lambda call=call: call().float().mean().backward()
+    model = models["plain"]
+    with torch.no_grad():
+        free["encoding the prompts"] = lambda: model.encode(prompts, "", True)
+    print(f"| a call for {len(prompts)} prompts | without a graph | of plain | with, and backward | of plain |")
+    print("|---|---|---|---|---|")
+    times = {kind: measured(ways, args.rounds) for kind, ways in (("free", free), ("graph", graph))}
+    for name in free:
+        cells = []
+        for kind in ("free", "graph"):
+            if name in times[kind]:
+                ratio = statistics.median(a / b for a, b in zip(times[kind][name], times[kind]["plain"], strict=True))
+                cells += [f"{statistics.median(times[kind][name]):.4f} s", f"{ratio:.2f}"]
+            else:
+                cells += ["", ""]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def measured(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each way, all of them in turn in each round."""
+    for way in ways.values():
+        for _ in range(2):
+            way()
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            taken[name].append(seconds(way))
+    return taken
+
+
+def gradient(trainer: Trainer, prompts: Sequence[str], latents: Latents) -> Tensor:
+    """That of the method for a batch, as one vector; its random numbers are the same every time."""
+    s, model = trainer.settings, trainer.model
+    denoise, base = model.denoisers(prompts, trainer.schedule, s.guidance_scale)
+
+    def reward(clean: Tensor) -> Tensor:
+        return trainer.reward.parts(model.decode(clean), prompts)[0]
+
+    generator = torch.Generator().manual_seed(0)
+    parameters = list(lora_parameters(model).values())
+    found = torch.zeros(sum(p.numel() for p in parameters))
+    for loss in trainer.method.losses([Batch(prompts, latents, trainer.schedule, denoise, base, reward, generator)]):
+        found += torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    return found
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def bias(args: argparse.Namespace) -> None:
+    """Prints, for paths that are j updates old, how far the latent and the gradient have moved."""
+    with TemporaryDirectory() as folder:
+        trainer = prepare(args.model, args.reward, output=f"{folder}/run", held_out="", eval_prompts="", prefix_reuse=1)
+    model, last = trainer.model, len(trainer.schedule) - 1
+    rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
+    step = 0
+    for start in args.starts:
+        while step < start:
+            trainer.updates.update(step := step + 1)
+        batches = []
+        for i in range(args.batches):
+            prompts = trainer.prompts[4 * i : 4 * i + 4]
+            latents = Latents(model.noise(torch.Generator().manual_seed(i), len(prompts)))
+            gradient(trainer, prompts, latents)  # which draws its path
+            batches.append((prompts, latents))
+        for j in SHARED:
+            while step < start + j:
+                trainer.updates.update(step := step + 1)
+            fresh = [(prompts, Latents(latents.known[0])) for prompts, latents in batches]
+            new = [gradient(trainer, *batch) for batch in fresh]
+            for i, ((prompts, latents), (_, drawn)) in enumerate(zip(batches, fresh, strict=True)):
+                moved = drawn.known[last] - latents.known[last]
+                old = gradient(trainer, prompts, latents)
+                distance = float(moved.norm() / drawn.known[last].norm())
+                other = cosine(new[i], new[(i + 1) % len(new)])
+                rows[j].append((distance, cosine(old, new[i]), float(old.norm() / new[i].norm()), other))
+    print(f"\nAfter updates {args.starts}, {args.batches} batches; medians\n")
+    print("| updates since | latent moved by | cosine of gradients | ratio of norms | cosine of two batches |")
+    print("|---|---|---|---|---|")
+    for j, found in rows.items():
+        distance, along, norms, other = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"| {j} | {distance:.1%} | {along:.3f} | {norms:.2f} | {other:.3f} |", flush=True)
+
+
+def signal(args: argparse.Namespace) -> None:
+    """Prints how much of a gradient is signal, for n of DRaFT-LV and the batch's size, and what a second buys of it."""
+    print("\nSignal: the squared norm of the mean gradient over its variance, of 16 batches, after 5 updates\n")
+    print("| n | batch | signal | seconds, path / terms | signal a second | with the path shared by 4 |")
+    print("|---|---|---|---|---|---|")
+    for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
+        with TemporaryDirectory() as folder:
+            settings = {"method": f"draft-lv(n={n})", "batch_size": size, "prefix_reuse": 1, "output": f"{folder}/run"}
+            trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
+        for step in range(5):
+            trainer.updates.update(step + 1)
+        found: list[Tensor] = []
+        times: list[tuple[float, float]] = []
+        for i in range(16):
+            prompts = [trainer.prompts[(size * i + j) % len(trainer.prompts)] for j in range(size)]
+            latents = Latents(trainer.model.noise(torch.Generator().manual_seed(i), size))
+            denoise = trainer.model.denoise(prompts, trainer.schedule, trainer.settings.guidance_scale)
+            last = len(trainer.schedule) - 1
+            path = seconds(lambda: latents.after(last, denoise, trainer.schedule.steps))  # noqa: B023
+            times.append((path, seconds(lambda: found.append(gradient(trainer, prompts, latents)))))  # noqa: B023
+        gradients = torch.stack(found)
+        spread = float(gradients.var(0).sum())
+        # Of the mean's squared norm, what the spread of 16 puts into it is taken out.
+        share = max(0.0, float(gradients.mean(0).square().sum()) - spread / len(found)) / spread
+        path, terms = (statistics.median(column) for column in zip(*times, strict=True))
+        alone, shared = share / (path + terms), share / (path / 4 + terms)
+        print(f"| {n} | {size} | {share:.3f} | {path:.2f} / {terms:.2f} | {alone:.3f} | {shared:.3f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="time the compiled network too; wants a C++ compiler")
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--starts", type=int, nargs="*", default=[5, 25], help="updates after which paths are drawn")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    time_calls(args, ["cat face", "pizza", "red apple", "rocket"])
+    if args.starts:
+        bias(args)
+        signal(args)
+
+
+if __name__ == "__main__":
+    main()

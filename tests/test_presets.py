@@ -1,0 +1,98 @@
+"""Presets: they are read, they fit what their names say, and memory that is counted is memory that is taken."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from draftune.cli import build_parser, main
+from draftune.commands.train import train_settings
+from draftune.errors import DraftuneError
+from draftune.memory import peak_memory
+from draftune.presets import PRESETS, config_path
+from draftune.settings import Settings, read_yaml
+from draftune.training.start import prepare
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from architectures import HUB
+from full_size import counted
+
+
+def asked(*argv: str) -> Settings:
+    return train_settings(build_parser().parse_args(["train", *argv]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_a_published_model_and_says_that_it_fits(name: str) -> None:
+    settings = asked("--config", name)
+    family, size = re.fullmatch(r"(\w+)-(\d+)gb", name).groups()  # type: ignore[union-attr]
+    assert HUB[settings.model] == family
+    assert settings.batch_size * settings.gradient_accumulation_steps == 4
+    said = PRESETS[name].read_text().partition("\nmodel:")[0]
+    networks, update, share = re.findall(r"(?:networks|update|together) ([\d.]+)", said)
+    total = (float(networks) + float(update)) * 1e9 / (int(size) * 2**30)
+    assert float(share) == pytest.approx(100 * total, abs=0.6)
+    assert total < 0.87
+
+
+def test_flags_win_over_a_preset_and_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = asked("--config", "sdxl-16gb", "--batch-size", "2", "--seed", "3")
+    assert (settings.batch_size, settings.seed, settings.gradient_accumulation_steps) == (2, 3, 4)
+    assert (settings.guidance_scale, settings.mixed_precision) == (5.0, "bf16")
+    assert asked("--config", "sd14-24gb").gradient_checkpointing == "no"
+    monkeypatch.chdir(tmp_path)
+    Path("sdxl-16gb").write_text("seed: 7\n")
+    assert asked("--config", "sdxl-16gb") == Settings(seed=7)
+
+
+def test_what_is_no_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DraftuneError, match="unknown preset or file 'sd14-16g': did you mean 'sd14-16gb'"):
+        config_path("sd14-16g")
+    for path in ("sd14-16gb.yaml", str(tmp_path / "sd14-16gb")):
+        assert main(["train", "--config", path]) == 2
+        assert "cannot read the settings file" in capsys.readouterr().err
+
+
+def test_the_list_of_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "presets"
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
+    assert main(["list", "sdxl-24gb"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == read_yaml(PRESETS["sdxl-24gb"])
+
+
+def test_presets_are_found_without_torch() -> None:
+    code = "import sys, draftune.presets as p; assert len(p.PRESETS) > 3; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "draft-k(k=2)", "gradient_checkpointing": "calls", "mixed_precision": "bf16"},
+        {"method": "draft-lv(n=1)", "gradient_checkpointing": "no", "reward_batch_size": 2},
+    ],
+    ids=lambda settings: settings["method"],
+)
+def test_memory_is_counted_without_arithmetic(
+    pipeline_folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    values = {
+        "prompts": ["a cat", "a dog"],
+        "reward": "saturation",
+        "batch_size": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "cpu": True,
+        "output": str(tmp_path / "run"),
+        **settings,
+    }
+    made, again = (prepare(str(pipeline_folder), **values) for _ in range(2))
+    assert counted(made)[0] == pytest.approx(peak_memory(lambda: again.updates.update(1)), rel=0.01)
