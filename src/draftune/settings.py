@@ -58,7 +58,7 @@ class Settings:
     resume: bool = setting(True, "go on with the run in that folder; --no-resume begins anew in one beside it")
 
     steps: int = setting(None, "updates", low=1)
-    batch_size: int = setting(4, "pictures drawn for one backward pass", low=1)
+    batch_size: int = setting(4, "pictures drawn for one backward pass, of all processes together", low=1)
     prefix_reuse: int = setting(
         None, "updates in a row that share a batch, whose steps without gradient are made for the first alone", low=1
     )

@@ -40,6 +40,14 @@ def default_device(cpu: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
+def checkpoint_blocks(network: nn.Module, wanted: bool) -> None:
+    """Whether the backward pass computes the blocks of a network of diffusers again."""
+    from diffusers import ModelMixin
+
+    if isinstance(network, ModelMixin):
+        network.enable_gradient_checkpointing(recomputed) if wanted else network.disable_gradient_checkpointing()
+
+
 def let_adapt(network: nn.Module) -> None:
     """Gives a network diffusers' methods for adapters, in place, where its class lacks them."""
     from diffusers.loaders import PeftAdapterMixin
@@ -137,18 +145,13 @@ class Model(ABC):
     def set_checkpointing(self, mode: str) -> None:
         """What the backward pass computes again: "no", the "blocks" of the networks, whole "calls" of them, or "both".
 
-        Blocks are least for a graph of one call. Whole calls keep their inputs alone, so that memory does not grow with
-        the number of calls in a graph; with both, it is that of a block and of a call's blocks' inputs.
+        Blocks are least for a graph of one call, as the decoder's always is. Whole calls of the denoiser keep their
+        inputs alone, so that memory does not grow with their number in a graph; with both, it is that of a block and of
+        what goes into the blocks of one call.
         """
         self.checkpointing = mode
-        self.checkpoint_blocks(mode in BLOCKS)
-
-    def checkpoint_blocks(self, wanted: bool) -> None:
-        from diffusers import ModelMixin
-
         for part in self.networks:
-            if isinstance(part, ModelMixin):
-                part.enable_gradient_checkpointing(recomputed) if wanted else part.disable_gradient_checkpointing()
+            checkpoint_blocks(part, mode in BLOCKS or (mode != "no" and part is not self.denoiser))
 
     def dtype_of(self, part: nn.Module) -> torch.dtype:
         """What a part is held in, for a family with one that can't be held in half precision."""
@@ -201,10 +204,13 @@ class Model(ABC):
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
 
         def through(predict: Callable[..., Tensor], *whole: str) -> Denoiser:
+            def predicted(x: Tensor, timestep: float) -> Tensor:
+                with self.autocast():
+                    return predict(x, timestep, condition, guidance_scale)
+
             def call(x: Tensor, step: Step) -> Prediction:
-                output = self.checkpointed(
-                    self.checkpointing in whole, predict, x, step.timestep, condition, guidance_scale
-                )
+                recompute = self.checkpointing in whole and torch.is_grad_enabled()
+                output = recomputed(predicted, x, step.timestep) if recompute else predicted(x, step.timestep)
                 return schedule.read(output.to(x.dtype), x, step)
 
             return call
@@ -215,27 +221,19 @@ class Model(ABC):
     def predict_base(self, *args: Any) -> Tensor:
         """`predict` without the LoRA."""
         self.denoiser.disable_adapters()
-        self.checkpoint_blocks(False)
+        checkpoint_blocks(self.denoiser, False)
         try:
             return self.predict(*args)
         finally:
-            self.checkpoint_blocks(self.checkpointing in BLOCKS)
+            checkpoint_blocks(self.denoiser, self.checkpointing in BLOCKS)
             self.denoiser.enable_adapters()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of clean latents; by the small decoder where they carry a gradient."""
         small = self.small_decoder is not None and torch.is_grad_enabled() and latents.requires_grad
         raw = partial(decode_small, self.small_decoder) if small else self.decode_raw
-        parts = latents.split(self.decoder_batch_size)
-        pictures = [self.checkpointed(self.checkpointing in WHOLE, raw, part) for part in parts]
-        return clamp_unit(torch.cat(pictures).to(self.dtype))
-
-    def checkpointed(self, whole: bool, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        def run(*args: Any) -> Tensor:
-            with self.autocast():
-                return function(*args)
-
-        return recomputed(run, *args) if whole and torch.is_grad_enabled() else run(*args)
+        with self.autocast():
+            return clamp_unit(torch.cat([raw(part) for part in latents.split(self.decoder_batch_size)]).to(self.dtype))
 
     def autocast(self) -> torch.autocast:
         # Without its cache: inside somebody else's autocast, copies of the LoRA's weights made where there is no graph

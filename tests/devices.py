@@ -1,0 +1,130 @@
+"""What the two processes of tests/test_devices.py do together: updates by several methods, alone or sharded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from draftune.errors import DraftuneError
+from draftune.models import load_model
+from draftune.processes import launched, to_say
+from draftune.training.loop import Trainer
+from draftune.training.start import prepare
+
+PROMPTS = ["a cat", "a dog", "a bird"]
+SETTINGS: dict[str, Any] = {
+    "reward": "brightness + 0.5*saturation",
+    "prompts": PROMPTS,
+    "batch_size": 4,
+    "num_inference_steps": 3,
+    "guidance_scale": 3.0,
+    "learning_rate": 0.01,
+    "max_grad_norm": 0.0,
+    "steps": 3,
+    "cpu": True,
+}
+# The networks in float64, where what differs is no rounding; but for one case.
+PARALLEL: dict[str, dict[str, Any]] = {
+    "float32": {"method": "draft-lv(n=1)", "dtype": torch.float32},
+    "draft-lv": {"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2},
+    "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
+}
+SHARDED: dict[str, dict[str, Any]] = {
+    "two calls": {"method": "kl(draft-k(k=2), beta=0.1)"},
+    "earliest cut": {"method": "alignprop(m=3)"},
+    "adjoint": {"method": "adjoint-matching(k=2)"},
+    "blocks": {"method": "kl(draft-k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
+    "both": {"method": "draft-k(k=2)", "gradient_checkpointing": "both"},
+}
+UPDATES = 2
+
+
+def updated(
+    model: str, output: Path, dtype: torch.dtype = torch.float64, **values: Any
+) -> tuple[Trainer, list[dict[str, float]]]:
+    """A trainer after some updates, and their rows."""
+    painter = load_model(StableDiffusionPipeline.from_pretrained(model).to(dtype))
+    trainer = prepare(painter, output=str(output), **(SETTINGS | values))
+    return trainer, [trainer.updates.update(step) for step in range(1, UPDATES + 1)]
+
+
+def learned(trainer: Trainer) -> dict[str, Tensor]:
+    """The LoRA and the last update's gradient."""
+    found = {}
+    for name, parameter in trainer.updates.parameters.items():
+        assert parameter.grad is not None
+        found[name], found[f"gradient/{name}"] = parameter.detach().clone(), parameter.grad.clone()
+    return found
+
+
+def save(folder: Path, name: str, trainer: Trainer, rows: list[dict[str, float]]) -> None:
+    """What this process learned, by its number: all are to have learned the same."""
+    index, _ = launched()
+    save_file(learned(trainer), folder / f"{name}-{index}.safetensors")
+    state = trainer.updates.state()[0]
+    (folder / f"{name}-{index}.json").write_text(json.dumps({"rows": rows, "method": state["method"]}))
+
+
+def sizes(trainer: Trainer) -> dict[str, dict[str, int]]:
+    """Numbers that this process holds, and all of them, of each network."""
+    found = {}
+    for part in trainer.model.parts:
+        frozen = [parameter for parameter in part.parameters() if not parameter.requires_grad]
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+        found[type(part).__name__] = {"held": held, "all": sum(p.numel() for p in frozen)}
+    return found
+
+
+def picky(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that fails in the second process alone, and at training's first pictures alone."""
+    if launched()[0] == 1 and torch.is_grad_enabled() and len(prompts) == 1:
+        raise ValueError("no such picture")
+    return images.mean((1, 2, 3))
+
+
+def undefined(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Not a number in the second process alone."""
+    return images.mean((1, 2, 3)) * (torch.nan if launched()[0] == 1 else 1)
+
+
+def said(model: str, output: Path, **values: Any) -> list[str | None]:
+    """The error of a run, and what this process would print of it."""
+    with pytest.raises(DraftuneError) as found:
+        updated(model, output, **values)
+    return [str(found.value), to_say(found.value)]
+
+
+def main(model: str, folder: Path) -> None:
+    index, count = launched()
+    torch.set_num_threads(1)
+    facts: dict[str, Any] = {"count": count}
+    for name, values in PARALLEL.items():
+        trainer, rows = updated(model, folder / "run", **values)
+        save(folder, f"parallel {name}", trainer, rows)
+    facts["whole"] = sizes(trainer)
+    facts["alone"] = said(model, folder / "run", reward=picky, reward_batch_size=1)
+    facts["undefined"] = said(model, folder / "undefined", reward=undefined, on_nonfinite="stop")
+    facts["uneven"] = said(model, folder / "run", batch_size=3)
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    facts["fsdp1"] = said(model, folder / "run")
+    os.environ |= {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    for name, values in SHARDED.items():
+        trainer, rows = updated(model, folder / "run", **values)
+        save(folder, f"sharded {name}", trainer, rows)
+    facts["sharded"] = sizes(trainer)
+    (folder / f"facts-{index}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

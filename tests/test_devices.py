@@ -1,0 +1,209 @@
+"""Two processes make the run that one makes, with the networks whole in each or shared out by FSDP2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import devices
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import draftune
+from draftune.cli import main
+from draftune.errors import DraftuneError
+from draftune.processes import Processes
+from draftune.training.checkpoint import checkpoints, read_state
+from draftune.training.run import read_rows
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+FSDP2 = ["--use_fsdp", "--fsdp_version", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+
+
+def launched(*command: str, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*launcher, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def together(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes made in one launch."""
+    folder = tmp_path_factory.mktemp("together")
+    made = launched(str(HERE / "devices.py"), str(pipeline_folder), str(folder))
+    assert made.returncode == 0, made.stderr[-5000:]
+    return folder
+
+
+def facts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"facts-{i}.json").read_text()) for i in range(2)]
+
+
+CASES = {f"parallel {name}": values for name, values in devices.PARALLEL.items()}
+CASES |= {f"sharded {name}": values for name, values in devices.SHARDED.items()}
+
+
+@pytest.mark.parametrize(("name", "values"), CASES.items(), ids=CASES)
+def test_updates_equal_those_of_one_process(
+    together: Path, pipeline_folder: Path, tmp_path: Path, name: str, values: dict[str, Any]
+) -> None:
+    trainer, rows = devices.updated(str(pipeline_folder), tmp_path / "run", **values)
+    alone = devices.learned(trainer)
+    first, second = (load_file(together / f"{name}-{i}.safetensors") for i in range(2))
+    assert first.keys() == second.keys() == alone.keys()
+    # The same to the last bit in both, or they would part ways.
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    gradients = {key: alone[key] for key in first if key.startswith("gradient/")}
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    close = 1e-6 if name == "parallel float32" else 1e-9
+    assert largest > 1e-6
+    assert max(float((first[key] - gradient).abs().max()) for key, gradient in gradients.items()) < close * largest
+    assert max(float((first[key] - alone[key]).abs().max()) for key in first) < close
+    for i in range(2):
+        written = json.loads((together / f"{name}-{i}.json").read_text())
+        for row, other in zip(rows, written["rows"], strict=True):
+            assert row["reward_queries"] == other["reward_queries"]
+            assert {**other, "seconds": 0} == pytest.approx({**row, "seconds": 0}, abs=1e-6)
+        assert written["method"].get("rewards", {}).keys() == trainer.method.state_dict().get("rewards", {}).keys()
+
+
+def test_each_process_holds_its_part_of_the_frozen_networks(together: Path) -> None:
+    for found in facts(together):
+        assert found["count"] == 2
+        assert all(size["held"] == size["all"] > 0 for size in found["whole"].values())
+        unet, encoder, decoder = found["sharded"].values()
+        for size in (unet, encoder):
+            assert size["held"] <= 0.51 * size["all"]
+        assert decoder["held"] == decoder["all"]
+    whole, (first, second) = facts(together)[0]["whole"], (found["sharded"] for found in facts(together))
+    for a, b, size in list(zip(first.values(), second.values(), whole.values(), strict=True))[:2]:
+        assert a["held"] + b["held"] == size["all"]
+
+
+def test_a_mistake_ends_all_processes_and_is_said_once(together: Path) -> None:
+    first, second = facts(together)
+    for name, words in (
+        ("alone", "process 1: the reward 'picky' failed: ValueError: no such picture"),
+        ("undefined", "the reward became ["),
+        ("uneven", "batch_size=3 is that of all 2 processes together"),
+        ("fsdp1", "FSDP 1 is not supported"),
+    ):
+        error, printed = first[name]
+        assert error.startswith(words)
+        assert printed == error
+        assert second[name] == [error, None]
+    assert first["undefined"][0].count("nan") == 2  # of four pictures, as the other process scored them
+    kept = load_file(together / "undefined" / "nonfinite" / "step-000001" / "0.safetensors")
+    assert {name: len(tensor) for name, tensor in kept.items()} == {"noise": 4, "pictures": 4, "reward": 4}
+
+
+RUN: dict[str, Any] = {
+    "reward": "brightness",
+    "held_out": "saturation",
+    "method": "draft-lv(n=1)",
+    "batch_size": 2,
+    "num_inference_steps": 3,
+    "guidance_scale": 3.0,
+    "learning_rate": 0.01,
+    "save_every": 1,
+    "sample_every": 2,
+    "sample_prompts": 3,
+    "eval_every": 3,
+    "eval_images": 1,
+    "cpu": True,
+}
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    named = [(f"--{name.replace('_', '-')}", value) for name, value in values.items()]
+    return [word for name, value in named for word in ([name] if value is True else [name, str(value)])]
+
+
+def killed(process: subprocess.Popen[bytes], output: Path) -> float:
+    """Kills the second of the launched processes after two updates; the seconds until the launcher has ended."""
+    while process.poll() is None and len(read_rows(output / "metrics.jsonl")) < 2:
+        time.sleep(0.01)
+    (worker,) = (p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
+    worker.kill()
+    start = time.monotonic()
+    process.wait(120)
+    return time.monotonic() - start
+
+
+def test_a_killed_run_goes_on_by_one_process_and_then_by_two(pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fish\na tree\na cat\n")
+    prompts = str(tmp_path / "prompts.txt")
+    values = {"model": str(pipeline_folder), "prompts": prompts, "eval_prompts": prompts, **RUN}
+    output = tmp_path / "run"
+    train = ["-m", "draftune", "train", *flags(values | {"output": output})]
+
+    with (tmp_path / "error.txt").open("wb") as error:
+        command = [*TORCHRUN, *train, "--steps", "100000"]
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=error, stderr=error)
+        seconds = killed(process, output)
+    assert process.returncode != 0
+    assert seconds < 60
+    text = (tmp_path / "error.txt").read_text(errors="replace")
+    assert text.count("draftune: another process of this run has ended; step-") == 1
+    assert "is whole, and the same command goes on from it" in text
+    state = read_state(checkpoints(output / "checkpoints")[-1])
+    assert state["step"] >= 1
+
+    last = state["step"] + 4
+    half = draftune.train(**values, output=str(output), steps=last - 2)
+    assert [row["step"] for row in half.metrics] == list(range(1, last - 1))
+    assert half.evaluations[-1]["step"] == last - 2
+    made = launched(*train[1:], "--steps", str(last), launcher=[*ACCELERATE, *FSDP2, "-m"])
+    assert made.returncode == 0, made.stderr[-5000:]
+    assert made.stdout.count("LoRA      ") == 1
+
+    whole = draftune.train(**values, output=str(tmp_path / "whole"), steps=last)
+    first, second = (
+        load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (output, whole.folder)
+    )
+    assert first.keys() == second.keys()
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-4
+    assert max(float(tensor.abs().max()) for tensor in first.values()) > 0.01
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        rows, others = (read_rows(folder / name) for folder in (output, whole.folder))
+        seen = {row["step"]: row for row in rows}
+        assert len(seen) == len(rows)
+        assert {row["step"] for row in others} <= seen.keys()
+        for row, other in ((seen[other["step"]], other) for other in others):
+            for key in ("reward", "brightness", "held-out/saturation", "distance", "kl", "scores"):
+                if key in row:
+                    assert row[key] == pytest.approx(other[key], abs=1e-5)
+
+
+def test_a_mistake_under_a_launcher_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--steps", "0"]) == 2
+        assert main(["eval", "runs/a"]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 2 * lines
+        assert all("steps must be at least 1" in line or "start it without a launcher" in line for line in said)
+
+
+def test_shares_are_equal_parts_in_order() -> None:
+    shares = [Processes(i, 3).share(list(range(6))) for i in range(3)]
+    assert shares == [[0, 1], [2, 3], [4, 5]]
+    padded = [Processes(i, 3).padded_share([1, 2, 3, 4]) for i in range(3)]
+    assert padded == [[1, 2], [3, 4], [4, 4]]
+    assert Processes(1, 2).share(torch.arange(4)).tolist() == [2, 3]
+    with pytest.raises(DraftuneError, match="alone"), Processes().together():
+        raise DraftuneError("alone")
