@@ -2,7 +2,7 @@
 
     pip install . torch==2.13.0 transformers==4.57.1 diffusers==0.35.2 peft==0.17.1 accelerate==1.10.1 trl==0.23.1
     python benchmarks/alignprop.py [--model emoji] [--reward emoji-aesthetic] [--k 1 10] [--rounds 7]
-    python benchmarks/alignprop.py --rounds 0 --minutes 10 [--output race.csv]
+    python benchmarks/alignprop.py --rounds 0 --minutes 10 [--own-minutes 4] [--output race.csv]
 
 In an environment of its own, with releases of TRL's time. Both train in turn in one process, so that the machine's mood
 falls on both, on the same model folder, reward object, prompts, batch, sampling steps and guidance, in float32. TRL's
@@ -150,6 +150,8 @@ class Racer:
     name: str
     update: Callable[[], object]
     model: Model
+    limit: float
+    """Seconds that it may train."""
     seconds: float = 0.0
     updates: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -170,17 +172,19 @@ class Racer:
 def race(args: argparse.Namespace) -> None:
     """Trains both for as many minutes each, and prints how far they come and when."""
     ours = draftune(args, load_model(args.model))
-    s, count, limit = ours.settings, itertools.count(1), 60 * args.minutes
+    s, count = ours.settings, itertools.count(1)
     minmax = (0, s.num_inference_steps)
     theirs, model = alignprop(ours, sample_eta=args.eta, truncated_rand_backprop_minmax=minmax)
-    here = Racer("draftune", lambda: ours.updates.update(next(count)), ours.model)
-    there = Racer("TRL", lambda: theirs.step(0, 0), model)
+    own = 60 * (args.own_minutes or args.minutes)
+    here = Racer("draftune", lambda: ours.updates.update(next(count)), ours.model, own)
+    there = Racer("TRL", lambda: theirs.step(0, 0), model, 60 * args.minutes)
     for racer in (here, there):
         racer.evaluate(ours, args.pictures)
-    while (racer := min(here, there, key=lambda racer: racer.seconds)).seconds < limit:
+    while training := [racer for racer in (here, there) if racer.seconds < racer.limit]:
+        racer = min(training, key=lambda racer: racer.seconds)
         racer.seconds += seconds(racer.update)
         racer.updates += 1
-        if racer.seconds >= min(limit, racer.rows[-1]["seconds"] + args.every):
+        if racer.seconds >= min(racer.limit, racer.rows[-1]["seconds"] + args.every):
             racer.evaluate(ours, args.pictures)
     if args.output:
         with args.output.open("w", newline="") as file:
@@ -205,6 +209,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1, 10], help="steps that the gradient flows through")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of updates; 0: only the race")
     parser.add_argument("--minutes", type=float, default=0, help="that each trains in the race; 0: no race")
+    parser.add_argument("--own-minutes", type=float, default=0, help="draftune's part, where that is less")
     parser.add_argument("--every", type=float, default=30, help="seconds of training between evaluations")
     parser.add_argument("--pictures", type=int, default=32, help="in an evaluation, of as many prompts")
     parser.add_argument("--eta", type=float, default=1.0, help="of TRL's DDIM in the race")

@@ -3,7 +3,7 @@
     python benchmarks/levers.py [--model emoji] [--reward emoji-aesthetic] [--rounds 9] [--compile]
 
 The first table times one guided call without a graph, and one with its backward pass, in each way in turn: medians, and
-the median of the ratios to the plain way. The second trains with DRaFT-LV and asks, after j updates more, how far the
+the median of the ratios to the plain way. The second trains with DRaFT-1 and asks, after j updates more, how far the
 latent before the last step and the gradient that follows from it are from those of a path drawn anew, with the same
 noise and the LoRA as it is then; beside them the cosine of the gradients of two batches, which is what a batch's own
 noise does. The third says how much of a gradient is signal for DRaFT-LV's n and the batch's size, and what a second
@@ -127,7 +127,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def bias(args: argparse.Namespace) -> None:
     """Prints, for paths that are j updates old, how far the latent and the gradient have moved."""
     with TemporaryDirectory() as folder:
-        trainer = prepare(args.model, args.reward, output=f"{folder}/run", held_out="", eval_prompts="", prefix_reuse=1)
+        settings = {"method": "draft-k(k=1)", "held_out": "", "eval_prompts": ""}
+        trainer = prepare(args.model, args.reward, output=f"{folder}/run", **settings)
     model, last = trainer.model, len(trainer.schedule) - 1
     rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
     step = 0
@@ -166,7 +167,7 @@ def signal(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
-            settings = {"method": f"draft-lv(n={n})", "batch_size": size, "prefix_reuse": 1, "output": f"{folder}/run"}
+            settings = {"method": f"draft-lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
             trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
         for step in range(5):
             trainer.updates.update(step + 1)

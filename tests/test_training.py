@@ -365,6 +365,13 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
+    assert (Settings().method, Settings().prefix_reuse) == ("draft-k(k=1)", 4)
+    assert Settings(method="ddpo").prefix_reuse == 1
+    assert Settings(method="draft-lv", prefix_reuse=2).prefix_reuse == 2
+    assert (Settings("other/model").method, Settings("other/model").prefix_reuse) == ("draft-lv", 1)
+
+
 def test_every_prompt_comes_once_before_any_comes_again() -> None:
     order = PromptOrder(5, torch.Generator().manual_seed(0))
     flat = [i for _ in range(10) for i in order.draw(2)]

@@ -49,7 +49,7 @@ class Settings:
         0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
     )
     method: str = setting(
-        "draft-lv", "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')"
+        None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')"
     )
     prompts: str = setting(
         None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
@@ -120,7 +120,11 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for name, value in recommended(self.model).items():
+        values = recommended(self.model)
+        if self.method is not None:
+            # What is recommended for one method may be nothing for another.
+            values = values | {"prefix_reuse": 1}
+        for name, value in values.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for f in fields(self):
