@@ -25,7 +25,7 @@ from draftune.training.start import prepare
 ROOM = 0.9
 """The share of the memory that may be used: allocators leave gaps, and a device's own context takes some."""
 TIMED = 2
-"""Updates that are timed at least, after one in which everything is made for the first time and memory is counted."""
+"""Updates that are timed at least, after two in which everything is made for the first time and memory is counted."""
 WORTH = 0.99
 """A change that leaves more than this share of the memory in use is not worth making."""
 CGROUP = Path("/sys/fs/cgroup")
@@ -157,9 +157,10 @@ def filled(trial: Trial, trainer: Trainer) -> Trial:
     trial.held = held_memory(trainer)
     trainer.updates.folder = None
     trainer.probe()
-    trial.peak = peak_memory(lambda: trainer.updates.update(1), device)
+    # In the second of two the optimiser's averages are there.
+    trial.peak = peak_memory(lambda: [trainer.updates.update(1 + i) for i in range(2)], device)
     timed = max(TIMED, s.prefix_reuse)  # as many as share a path, one of which draws it
-    trial.update = seconds(lambda: [trainer.updates.update(2 + i) for i in range(timed)], device) / timed
+    trial.update = seconds(lambda: [trainer.updates.update(3 + i) for i in range(timed)], device) / timed
     prompts = list(islice(cycle(trainer.prompts), s.batch_size))
 
     def look() -> None:
