@@ -193,8 +193,11 @@ def race(args: argparse.Namespace) -> None:
             writer.writerows(here.rows + there.rows)
     label = ours.reward.label
     best = max(there.rows, key=lambda row: row[label])
-    reached = next((row for row in here.rows if row[label] >= best[label]), None)
-    when = f"after {reached['seconds']:.1f} s" if reached else "not reached"
+    reached = next((i for i, row in enumerate(here.rows) if row[label] >= best[label]), None)
+    when = "not reached"
+    if reached is not None:
+        before, after = here.rows[max(0, reached - 1)], here.rows[reached]
+        when = f"between {before['seconds']:.1f} s ({before[label]:.4f}) and {after['seconds']:.1f} s ({after[label]:.4f})"
     print(f"TRL's best: {label} {best[label]:.4f} after {best['seconds']:.1f} s; by draftune {when}")
 
 
