@@ -196,8 +196,8 @@ def race(args: argparse.Namespace) -> None:
     reached = next((i for i, row in enumerate(here.rows) if row[label] >= best[label]), None)
     when = "not reached"
     if reached is not None:
-        before, after = here.rows[max(0, reached - 1)], here.rows[reached]
-        when = f"between {before['seconds']:.1f} s ({before[label]:.4f}) and {after['seconds']:.1f} s ({after[label]:.4f})"
+        around = (here.rows[max(0, reached - 1)], here.rows[reached])
+        when = "between " + " and ".join(f"{row['seconds']:.1f} s ({row[label]:.4f})" for row in around)
     print(f"TRL's best: {label} {best[label]:.4f} after {best['seconds']:.1f} s; by draftune {when}")
 
 
