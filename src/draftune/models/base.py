@@ -16,6 +16,7 @@ from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
 from draftune.models.small_decoder import decode_small
 from draftune.quiet import quiet
+from draftune.recompute import recomputed
 from draftune.sampling import Denoiser, rollout
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
@@ -28,7 +29,7 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHOLE, BLOCKS = ("calls", "both"), ("blocks", "both")
 
 # No network here draws random numbers.
-recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+block_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def default_device(cpu: bool = False) -> torch.device:
@@ -45,7 +46,7 @@ def checkpoint_blocks(network: nn.Module, wanted: bool) -> None:
     from diffusers import ModelMixin
 
     if isinstance(network, ModelMixin):
-        network.enable_gradient_checkpointing(recomputed) if wanted else network.disable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(block_again) if wanted else network.disable_gradient_checkpointing()
 
 
 def let_adapt(network: nn.Module) -> None:
@@ -87,7 +88,8 @@ class Model(ABC):
         self.decoder_batch_size = 1
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
-            part.eval().requires_grad_(False)
+            # Convolutions are faster with channels last (docs/speed.md).
+            part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         let_adapt(self.denoiser)
         self.set_checkpointing("calls")
         # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
@@ -135,8 +137,8 @@ class Model(ABC):
     def to(self, device: torch.device | str, precision: str = "no") -> Model:
         """Moves the model; "bf16" and "fp16" also hold and run the frozen weights in that precision."""
         self.autocast_dtype = DTYPES[precision]
-        # Convolutions are faster with channels last (benchmarks/growth.py); not tried on MPS.
-        layout = torch.preserve_format if torch.device(device).type == "mps" else torch.channels_last
+        # Channels last was not tried on MPS.
+        layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
         with quiet():
             for part in self.networks:
                 part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
@@ -202,21 +204,23 @@ class Model(ABC):
         """The guided network for these prompts, and the same without its LoRA."""
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
+        trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
-        def through(predict: Callable[..., Tensor], *whole: str) -> Denoiser:
+        def through(predict: Callable[..., Tensor], trained: Sequence[Tensor], whole: Sequence[str]) -> Denoiser:
             def predicted(x: Tensor, timestep: float) -> Tensor:
                 with self.autocast():
                     return predict(x, timestep, condition, guidance_scale)
 
             def call(x: Tensor, step: Step) -> Prediction:
                 recompute = self.checkpointing in whole and torch.is_grad_enabled()
-                output = recomputed(predicted, x, step.timestep) if recompute else predicted(x, step.timestep)
+                at_step = partial(predicted, timestep=step.timestep)
+                output = recomputed(at_step, x, trained) if recompute else at_step(x)
                 return schedule.read(output.to(x.dtype), x, step)
 
             return call
 
         # Blocks of the base would be computed again with the LoRA; whole calls are computed again without it.
-        return through(self.predict, *WHOLE), through(self.predict_base, "blocks", *WHOLE)
+        return through(self.predict, trained, WHOLE), through(self.predict_base, (), ("blocks", *WHOLE))
 
     def predict_base(self, *args: Any) -> Tensor:
         """`predict` without the LoRA."""
