@@ -30,13 +30,13 @@ EMOJI: dict[str, Any] = {
     "prompts": "emoji",
     "eval_prompts": "emoji-common",
     "held_out": "emoji-judge-name + emoji-judge-style(style=3d)",
-    "steps": 45,
+    "steps": 40,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
     "gradient_checkpointing": "no",  # graphs of pictures this small fit into any memory
     "learning_rate": 1e-3,
-    "sample_every": 15,
-    "save_every": 15,
+    "sample_every": 20,
+    "save_every": 20,
 }
 
 
