@@ -368,6 +368,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
 def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
     assert (Settings().method, Settings().prefix_reuse) == ("draft-k(k=1)", 4)
     assert Settings(method="ddpo").prefix_reuse == 1
+    assert Settings(method="draft-k(k=1)").prefix_reuse == 4
     assert Settings(method="draft-lv", prefix_reuse=2).prefix_reuse == 2
     assert (Settings("other/model").method, Settings("other/model").prefix_reuse) == ("draft-lv", 1)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftune.errors import DraftuneError
     from draftune.export import export_lora
+    from draftune.guides import sample_guided
     from draftune.lora import load_lora, save_lora
     from draftune.methods import load_method
     from draftune.mixing import mix_loras
@@ -26,6 +27,7 @@ __all__ = [
     "load_reward",
     "mix_loras",
     "optimize_noise",
+    "sample_guided",
     "save_lora",
     "train",
     "write_report",
@@ -42,6 +44,7 @@ HOMES = {
     "load_reward": "rewards",
     "mix_loras": "mixing",
     "optimize_noise": "reno",
+    "sample_guided": "guides",
     "save_lora": "lora",
     "train": "training",
     "write_report": "report",

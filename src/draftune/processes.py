@@ -21,7 +21,8 @@ T = TypeVar("T", bound="Sequence[Any] | Tensor")
 
 def launched() -> tuple[int, int]:
     """Which of the processes that a launcher started this one is, and how many they are: (0, 1) without one."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    return int(os.environ.get("RANK") or 0) if count > 1 else 0, count
 
 
 class SaidByMainError(DraftuneError):
@@ -43,8 +44,9 @@ def to_say(error: DraftuneError) -> str | None:
     if index == 0:
         return str(error)
     distributed = sys.modules.get("torch.distributed")
-    # Until the processes know each other, all have read the same arguments and found the same mistake in them.
-    if distributed is None or not distributed.is_initialized() or isinstance(error, SaidByMainError):
+    # Until the processes know each other, those of one machine have read the same arguments and files.
+    alike = distributed is None or not distributed.is_initialized()
+    if isinstance(error, SaidByMainError) or (alike and os.environ.get("LOCAL_RANK") != "0"):
         return None
     return f"process {index}: {error}"
 

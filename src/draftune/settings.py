@@ -48,9 +48,11 @@ class Settings:
     normalize_reward: int = setting(
         0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
     )
-    method: str = setting(
-        None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')"
+    smoothing: float = setting(
+        0.0, "width of the rewards' smoothed thresholds at the first update, in units of their guards; 0: hard", low=0
     )
+    smoothing_power: float = setting(0.5, "that width falls as update^-power; 0: it stays", low=0)
+    method: str = setting(None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')")
     prompts: str = setting(
         None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
     )
@@ -64,7 +66,11 @@ class Settings:
     )
     prefix_stride: int = setting(1, "of the steps without gradient, how many training makes as one", low=1)
     gradient_accumulation_steps: int = setting(1, "batches for one update", low=1)
-    learning_rate: float = setting(None, "of AdamW", low=0)
+    optimizer: str = setting("adamw", "adamw, sgd(momentum=0.9), … (see 'draftune list optimizers')")
+    gradient_filter: str = setting(
+        "", "applied to the gradients of the LoRA's output channels (see 'draftune list filters'); '' for none"
+    )
+    learning_rate: float = setting(None, "of the optimiser", low=0)
     lr_warmup_steps: int = setting(0, "updates over which the learning rate rises", low=0)
     adam_beta1: float = setting(0.9, "of AdamW", low=0, high=0.9999)
     adam_beta2: float = setting(0.999, "of AdamW", low=0, high=0.9999)
@@ -74,6 +80,7 @@ class Settings:
         "what an infinite or undefined reward or gradient does: end the run, or leave the update out",
         choices=("stop", "skip"),
     )
+    signal_to_noise: bool = setting(False, "measure how much of the gradient is noise, from an update's batches")
     max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this; 0 clips nothing", low=0)
     seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0)
 
@@ -121,7 +128,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         values = recommended(self.model)
-        if self.method is not None:
+        if self.method not in (None, values["method"]):
             # What is recommended for one method may be nothing for another.
             values = values | {"prefix_reuse": 1}
         for name, value in values.items():

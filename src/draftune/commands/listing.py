@@ -12,22 +12,31 @@ from draftune.errors import unknown
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", help="models, rewards, methods, prompts, presets, experiments, or a name")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        help="models, rewards, methods, optimizers, guidance, prompts, presets, experiments, or a name",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    from draftune.guides import GUIDES
     from draftune.methods import METHODS
     from draftune.models import MODELS
+    from draftune.optimizers import FILTERS, OPTIMIZERS
     from draftune.presets import PRESETS, said
     from draftune.prompts import PROMPT_SETS
     from draftune.reproduce import EXPERIMENTS
     from draftune.rewards import REWARDS
 
-    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS}
+    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS, **GUIDES, **OPTIMIZERS, **FILTERS}
     tables: dict[str, Mapping[str, str]] = {
         "models": MODELS,
         "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
         "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
+        "guidance": {name: first_sentence(guide.__doc__) for name, guide in GUIDES.items()},
+        "optimizers": {name: first_sentence(made.__doc__) for name, made in OPTIMIZERS.items()},
+        "filters": {name: first_sentence(made.__doc__) for name, made in FILTERS.items()},
         "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
         "presets": {name: said(preset) for name, preset in PRESETS.items()},
         "experiments": {name: experiment.question for name, experiment in EXPERIMENTS.items()},
@@ -48,9 +57,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def description(name: str, described: Callable[..., Any]) -> str:
-    """All that is said of a reward or a method, and its settings with their defaults."""
+    """All that is said of a reward, a method or the like, and its settings with their defaults."""
     signature = inspect.signature(described, eval_str=True)
-    settings = ", ".join(str(parameter) for parameter in signature.parameters.values())
+    given = ("params", "lr", "gradient")
+    settings = ", ".join(str(parameter) for key, parameter in signature.parameters.items() if key not in given)
     return f"{name}({settings})\n\n{inspect.getdoc(described)}"
 
 
@@ -60,8 +70,8 @@ def first_sentence(text: str | None) -> str:
 
 COMMAND = Command(
     "list",
-    "what there is: models, rewards, methods, prompts, presets, experiments",
-    "Lists what there is, or says everything about one reward, method or preset.",
+    "what there is: models, rewards, methods, optimizers, prompts, presets, experiments",
+    "Lists what there is, or says everything about one reward, method, optimiser or preset.",
     "draftune list rewards; draftune list hpsv2",
     arguments,
     run,

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, picture_output, writing_to
+from draftune.errors import DraftuneError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +23,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture of each prompt")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="pictures of each prompt")
+    parser.add_argument(
+        "--guide",
+        type=filled,
+        metavar="EXPR",
+        help="a reward that leads the drawing, without training; see 'draftune list rewards'",
+    )
+    parser.add_argument(
+        "--guide-method",
+        type=filled,
+        metavar="METHOD",
+        help="how: ratio(strength=0.1), look-ahead(rounds=8), … (default: ratio; see 'draftune list guidance')",
+    )
     add_drawing(parser)
 
 
@@ -25,13 +43,19 @@ def run(args: argparse.Namespace) -> None:
     output, one_file = picture_output(args.output)
     from draftune.images import grid, save_image, to_pil
 
-    model, settings = load_source(args)
-    schedule = model.schedule(settings.num_inference_steps)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.num_images)]
-    pictures = model.generate(
-        prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
-    )
+    said = ""
+    if args.guide is None and args.guide_method is not None:
+        raise DraftuneError("--guide-method says how to follow the reward of --guide, which is not given")
+    if args.guide is None:
+        model, settings = load_source(args)
+        schedule = model.schedule(settings.num_inference_steps)
+        pictures = model.generate(
+            prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
+        )
+    else:
+        pictures, said = guided(args, prompts, seeds)
 
     with writing_to(output):
         if one_file and len(pictures) == 1:
@@ -44,7 +68,32 @@ def run(args: argparse.Namespace) -> None:
             for i, (picture, seed) in enumerate(zip(to_pil(pictures), seeds, strict=True)):
                 words = "".join(c if c.isalnum() else "-" for c in prompts[i])[:60]
                 save_image(picture, output / f"{i:03d}-{words}-seed{seed}.png")
-    print(output)
+    print(f"{said}{output}")
+
+
+def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, str]:
+    """The pictures [B, 3, H, W], and a line about their reward."""
+    from draftune.guides import load_guide, sample_guided
+    from draftune.rewards import find_reward
+
+    # What is missing of the reward or wrong with the method is said before the model is read.
+    method = args.guide_method or "ratio"
+    load_guide(method)
+    reward = find_reward(args.guide)
+    model, settings = load_source(args)
+    found = sample_guided(
+        model,
+        reward,
+        prompts,
+        method,
+        seeds=seeds,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        progress=True,
+    )
+    means = " → ".join(f"{mean:.3f}" for mean in found.rewards.mean(1).tolist())
+    return found.pictures, f"{args.guide}  {means}; {found.queries} scored pictures\n"
 
 
 COMMAND = Command(

@@ -58,6 +58,7 @@ class KL(Method):
             yield loss + self.beta * penalty
 
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+        self.penalties = []  # of an update that went wrong
         watched = (replace(batch, denoise=self.watched(batch)) for batch in batches)
         for losses in self.method.optimizer_steps(watched):
             yield self.penalized(losses)

@@ -45,7 +45,7 @@ def checkpoint_blocks(network: nn.Module, wanted: bool) -> None:
     """Whether the backward pass computes the blocks of a network of diffusers again."""
     from diffusers import ModelMixin
 
-    if isinstance(network, ModelMixin):
+    if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
         network.enable_gradient_checkpointing(block_again) if wanted else network.disable_gradient_checkpointing()
 
 
@@ -85,7 +85,6 @@ class Model(ABC):
         self.pipeline = pipeline
         self.name = name
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
-        self.decoder_batch_size = 1
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             # Convolutions are faster with channels last (docs/speed.md).
@@ -236,8 +235,11 @@ class Model(ABC):
         """Pictures [B, 3, H, W] in [0, 1] of clean latents; by the small decoder where they carry a gradient."""
         small = self.small_decoder is not None and torch.is_grad_enabled() and latents.requires_grad
         raw = partial(decode_small, self.small_decoder) if small else self.decode_raw
+        # Without a graph one picture at a time; with one as many as are asked for, of whom `at_once` gives few.
+        alone = not (torch.is_grad_enabled() and latents.requires_grad)
         with self.autocast():
-            return clamp_unit(torch.cat([raw(part) for part in latents.split(self.decoder_batch_size)]).to(self.dtype))
+            pictures = torch.cat([raw(latent) for latent in latents.split(1)]) if alone else raw(latents)
+        return clamp_unit(pictures.to(self.dtype))
 
     def autocast(self) -> torch.autocast:
         # Without its cache: inside somebody else's autocast, copies of the LoRA's weights made where there is no graph

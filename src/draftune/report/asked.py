@@ -10,8 +10,9 @@ from draftune.settings import Settings
 
 
 def defaults(settings: Settings) -> dict[str, Any]:
-    """What every setting would be had only the model been named."""
-    return asdict(Settings(model=settings.model)) | {"model": Settings.model}
+    """What every setting would be had only the model been named, and what depends on it, the method."""
+    usual = asdict(Settings(model=settings.model)) | {"model": Settings.model}
+    return usual | {"prefix_reuse": Settings(model=settings.model, method=settings.method).prefix_reuse}
 
 
 def changed(settings: Settings) -> list[str]:

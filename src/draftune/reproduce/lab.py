@@ -163,6 +163,7 @@ class Lab:
             "num_inference_steps": scale.num_inference_steps,
             "sample_every": 0,
             "sample_prompts": 1,
+            "prefix_reuse": 1,
             # The graphs of pictures this small fit beside each other: the same gradients, sooner.
             "gradient_checkpointing": "no",
         }

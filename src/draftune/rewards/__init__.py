@@ -11,6 +11,7 @@ from draftune.errors import DraftuneError, gather, unknown
 from draftune.expression import Call, Sum, parse, wraps_another
 from draftune.rewards import (  # noqa: F401 - each registers its rewards
     aesthetic,
+    black_box,
     classify,
     clip,
     hpsv2,
@@ -19,6 +20,7 @@ from draftune.rewards import (  # noqa: F401 - each registers its rewards
     judge,
     layout,
     owlvit,
+    properties,
     robust,
     simple,
 )

@@ -34,6 +34,8 @@ class Reward(nn.Module):
     loaded: bool = False
     chunk_size: int = 1
     """How many pictures are scored at once: memory for activations is that of one chunk, whatever the batch."""
+    extra_queries: int = 0
+    """Pictures that it had to score beyond those it was asked about, so far."""
 
     def load(self) -> None:
         """Reads the weights that the constructor found."""
@@ -46,6 +48,10 @@ class Reward(nn.Module):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
+
+    def carried(self) -> dict[str, Tensor]:
+        """What it learns from one update to the next, by name, in place; a run that goes on takes it up again."""
+        return {}
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:
@@ -144,6 +150,21 @@ class FunctionReward(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.function(images, prompts)
+
+
+def inside(reward: Reward) -> dict[str, Reward]:
+    """The reward and all that it is made of, by their places in it."""
+    return {name: module for name, module in reward.named_modules() if isinstance(module, Reward)}
+
+
+def carried(reward: Reward) -> dict[str, Tensor]:
+    """What the reward and all inside it learn from one update to the next."""
+    learned = ((name, part.carried()) for name, part in inside(reward).items())
+    return {f"reward/{name}/{key}": value for name, tensors in learned for key, value in tensors.items()}
+
+
+def extra_queries(reward: Reward) -> int:
+    return sum(part.extra_queries for part in inside(reward).values())
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[s
     if not score.requires_grad:
         raise DraftuneError(
             f"{name} has no gradient for any of the {count} pictures: look for no_grad, detach, .item(), NumPy, PIL or "
-            "argmax on the way from the pictures to the score"
+            "argmax on the way from the pictures to the score, or estimate one: black-box(…)"
         )
     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
     if gradient is None:

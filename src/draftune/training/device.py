@@ -42,6 +42,8 @@ def accelerator(settings: Settings) -> Accelerator:
         raise DraftuneError(f"mixed_precision={settings.mixed_precision} does not work here: {error}") from error
     # With it transformers would read weights in the first process alone, and leave the others' as they came.
     disable_fsdp_ram_efficient_loading()
+    if count != chosen.num_processes:
+        raise DraftuneError(f"the launcher speaks of {count} processes and accelerate of {chosen.num_processes}")
     with processes_of(chosen).together():
         wants_shards()
         if settings.mixed_precision == "fp16" and chosen.device.type == "cpu":

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import Comparison, normalized, score_batches
+from draftune.loading import first_line
 from draftune.lora import add_lora, save_lora
 from draftune.methods import Method
 from draftune.models import Model
@@ -21,6 +22,7 @@ from draftune.models.small_decoder import check_likeness
 from draftune.processes import lost
 from draftune.rewards import Reward
 from draftune.settings import Settings
+from draftune.smoothing import smoothed
 from draftune.training.audit import AUDITED, probe_reward, tell
 from draftune.training.checkpoint import (
     KEPT,
@@ -140,7 +142,9 @@ class Trainer:
         except RuntimeError as error:
             if not lost(error):
                 raise
-            raise DraftuneError(f"another process of this run has ended; {self.kept()}") from error
+            raise DraftuneError(
+                f"another process of this run has ended; {self.kept()} (what was heard of it: {first_line(error)})"
+            ) from error
         finally:
             # Whoever goes on with the model wants its own pictures, with a gradient too.
             self.model.small_decoder = None
@@ -185,7 +189,8 @@ class Trainer:
             if self.model.small_decoder is not None:
                 s = self.settings
                 check_likeness(self.model, prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
+            with smoothed(self.settings.smoothing):
+                found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
             if self.held_out is not None:
                 shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
                 score_batches(self.held_out, pictures, shown, self.model.device)

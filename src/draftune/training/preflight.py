@@ -35,7 +35,8 @@ CGROUP = Path("/sys/fs/cgroup")
 class Trial:
     """Real updates with some settings; where memory did not suffice, `ran` is false and all else is 0.
 
-    held, peak: bytes of the networks, and the most that an update takes on top, the optimiser's averages included.
+    held, peak: bytes of the networks, and the most that an update takes on top, the optimiser's averages included, or a
+    batch of sample pictures where that is more.
     update, picture: seconds of an update, and of a picture drawn and scored. run: for "updates", "sample grids" and
     "evaluations" of the whole run how many there are and their seconds.
     """
@@ -158,7 +159,7 @@ def filled(trial: Trial, trainer: Trainer) -> Trial:
     trainer.updates.folder = None
     trainer.probe()
     # In the second of two the optimiser's averages are there.
-    trial.peak = peak_memory(lambda: [trainer.updates.update(1 + i) for i in range(2)], device)
+    update = peak_memory(lambda: [trainer.updates.update(1 + i) for i in range(2)], device)
     timed = max(TIMED, s.prefix_reuse)  # as many as share a path, one of which draws it
     trial.update = seconds(lambda: [trainer.updates.update(3 + i) for i in range(timed)], device) / timed
     prompts = list(islice(cycle(trainer.prompts), s.batch_size))
@@ -170,6 +171,8 @@ def filled(trial: Trial, trainer: Trainer) -> Trial:
                 score_batches(reward, pictures, prompts, device)
 
     trial.picture = seconds(look, device) / len(prompts)
+    # Where the gradient goes through a small decoder, the model's own is called here alone.
+    trial.peak = max(update, peak_memory(look, device))
     grids = 2 + ((s.steps - 1) // s.sample_every if s.sample_every else 0)
     trial.run = {
         "updates": (s.steps, s.steps * trial.update),

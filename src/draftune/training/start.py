@@ -17,6 +17,7 @@ from draftune.settings import Settings
 from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
+from draftune.training.optimizer import check_optimizer
 from draftune.training.run import RunFolder
 
 
@@ -50,7 +51,10 @@ def prepare(
     """All that `train` does before it trains: everything is checked and loaded, and nothing is written."""
     named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
     values |= {key: describe(value) for key, value in named.items() if value is not None}
-    settings = Settings.from_mapping((asdict(settings) if settings else {}) | values)
+    given = asdict(settings) if settings else {}
+    if values.get("method", given.get("method")) != given.get("method"):
+        given.pop("prefix_reuse", None)  # which is recommended by the method
+    settings = Settings.from_mapping(given | values)
     # What is cheap to check is checked before anything is loaded.
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
     if settings.patience and not (settings.eval_every and settings.eval_prompts):
@@ -60,11 +64,14 @@ def prepare(
     method = load_method(settings.method)
     if settings.mixed_precision == "fp16" and not method.half_precision:
         raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
+    check_optimizer(settings, method)
     for name in ("prefix_reuse", "prefix_stride"):
         if getattr(settings, name) > 1 and not method.has_prefix():
             raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
     if settings.gradient_decoder and not method.needs_gradient:
         raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no gradient_decoder")
+    if settings.smoothing and not method.needs_gradient:
+        raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no smoothing")
     judged = held_out or settings.held_out
     # Known to each other from here on: how transformers loads weights depends on it.
     processes = processes_of(accelerator(settings))

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,20 @@ from draftune.images import save_image, to_pil
 from draftune.lora import lora_parameters
 from draftune.methods import Batch, Method
 from draftune.models import Model
+from draftune.optimizers import Evaluating
 from draftune.processes import ALONE, Processes
 from draftune.rewards import Reward, WeightedSum
+from draftune.rewards.base import carried, extra_queries
 from draftune.sampling import Latents
 from draftune.schedule import Schedule
 from draftune.settings import Settings
+from draftune.smoothing import smoothed, width_at
 from draftune.tensors import save_tensors
 from draftune.training.audit import GradientAudit, tell
+from draftune.training.batches import Drawn, PromptOrder, Start
 from draftune.training.checkpoint import checkpoints, load_optimizer, optimizer_tensors
+from draftune.training.noise import GradientNoise
+from draftune.training.optimizer import Replay, filter_of, optimizer_of
 from draftune.training.sharding import put_back
 
 if TYPE_CHECKING:
@@ -40,29 +45,6 @@ PATIENCE_WITH_NONFINITE = 20
 
 class NonFiniteError(DraftuneError):
     """A reward or a gradient is infinite or undefined."""
-
-
-@dataclass
-class Start:
-    """What the pictures of a batch start from, of all processes; several updates may share it."""
-
-    prompts: list[int]
-    """Their numbers."""
-    noise: Tensor
-    latents: Latents
-    """This process's part."""
-
-
-@dataclass
-class Drawn:
-    """A batch of an update, of all processes: its noise, its pictures' rewards and, by label, those of the parts."""
-
-    prompts: list[str]
-    noise: Tensor
-    pictures: Tensor | None = None
-    """Those that this process drew."""
-    reward: Tensor | None = None
-    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Updates:
@@ -88,14 +70,9 @@ class Updates:
         self.method, self.model, self.schedule, self.reward = method, model, schedule, reward
         self.prompts, self.accelerator, self.folder, self.processes = prompts, accelerator, folder, processes
         self.parameters = lora_parameters(model)
-        self.optimizer = accelerator.prepare_optimizer(
-            torch.optim.AdamW(
-                self.parameters.values(),
-                lr=s.learning_rate,
-                betas=(s.adam_beta1, s.adam_beta2),
-                weight_decay=s.weight_decay,
-            )
-        )
+        self.optimizer = accelerator.prepare_optimizer(optimizer_of(s, self.parameters.values()))
+        self.filter = filter_of(s, self.parameters)
+        self.noise = GradientNoise(self.parameters, processes) if s.signal_to_noise else None
         # One generator for everything that training draws; the grids and the comparison have their own.
         self.generator = torch.Generator().manual_seed(s.seed)
         self.order = PromptOrder(len(prompts), self.generator)
@@ -111,23 +88,27 @@ class Updates:
         rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.draw_starts(step)
         drawn: list[Drawn] = []
         grad_norm = math.nan
         try:
-            for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
-                self.optimizer.zero_grad()
-                for loss in losses:
-                    self.accelerator.backward(loss / s.gradient_accumulation_steps)
-                self.processes.mean_(self.parameters.values())
-                grad_norm = self.clipped_norm(step)
-                self.optimizer.step()
+            if isinstance(self.optimizer.optimizer, Evaluating):
+                grad_norm = self.optimizer_step(step, drawn)
+            else:
+                for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
+                    grad_norm = self.gradient(step, losses, drawn)
+                    self.optimizer.step()
             self.skipped_in_a_row = 0
         except NonFiniteError as error:
             grad_norm = math.nan
             self.leave_out(step, drawn, error)
         put_back(self.model)
+        for learned in carried(self.reward).values():
+            # Each process asked about pictures of its own.
+            learned.copy_(self.processes.gather(learned[None]).mean(0))
         self.seconds += time.perf_counter() - start
-        scored = [batch for batch in drawn if batch.reward is not None]
+        # Where the optimiser took several gradients, those drawn for the first.
+        scored = [batch for batch in drawn[: s.gradient_accumulation_steps] if batch.reward is not None]
         if not scored:
             raise DraftuneError(f"the method {s.method!r} scored nothing")
         reward = torch.cat([batch.reward for batch in scored if batch.reward is not None])
@@ -141,11 +122,49 @@ class Updates:
             "learning_rate": rate,
             "seconds": round(self.seconds, 4),
         }
+        if self.noise is not None:
+            row["signal_to_noise"] = self.noise.ratio
+        if s.smoothing:
+            row["smoothing"] = width_at(step, s.smoothing, s.smoothing_power)
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:
             row["skipped"] = self.skipped
         return row
+
+    def optimizer_step(self, step: int, drawn: list[Drawn]) -> float:
+        """The step of an optimiser that takes its gradients itself, each on the same batches with the same noise."""
+        before = Replay(self.generator)
+        norms: list[float] = []
+
+        def evaluate() -> None:
+            before.rewind()
+            steps = self.method.optimizer_steps(self.fresh_batches(step, drawn))
+            norms.append(self.gradient(step, next(steps), drawn))
+            if next(steps, None) is not None:
+                raise DraftuneError(f"the method {self.settings.method!r} makes several steps: use adamw or sgd")
+
+        self.optimizer.step(evaluate)
+        return norms[0]
+
+    def gradient(self, step: int, losses: Iterator[Tensor], drawn: Sequence[Drawn]) -> float:
+        """Leaves the mean gradient of the losses with the weights, filtered and clipped; its norm before the latter."""
+        self.optimizer.zero_grad()
+        if self.noise is not None:
+            self.noise.clear()
+        seen = 0
+        for loss in losses:
+            if self.noise is not None and seen and len(drawn) > seen:
+                self.noise.add()
+            seen = len(drawn)
+            self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
+        if self.noise is not None:
+            self.noise.add()
+            self.noise.measure()
+        self.processes.mean_(self.parameters.values())
+        # In the filter's metric this is the gradient; what is clipped is what the optimiser is given.
+        self.filter()
+        return self.clipped_norm(step)
 
     def leave_out(self, step: int, drawn: Sequence[Drawn], error: NonFiniteError) -> None:
         """Keeps the batches of an update that went wrong to look at, and ends the run unless they may be left out."""
@@ -179,17 +198,20 @@ class Updates:
         with self.processes.together():
             raise DraftuneError(f"{error}; its batch is in {str(folder)!r}{saved}; {way}") from error
 
+    def draw_starts(self, step: int) -> None:
+        """What the batches of an update start from, unless it shares that of the update before."""
+        s = self.settings
+        if (step - 1) % s.prefix_reuse == 0:
+            self.starts = []
+        while len(self.starts) < s.gradient_accumulation_steps:
+            chosen = self.order.draw(s.batch_size)
+            noise = self.model.noise(self.generator, s.batch_size)
+            self.starts.append(Start(chosen, noise, Latents(self.processes.share(noise), stride=s.prefix_stride)))
+
     def fresh_batches(self, step: int, drawn: list[Drawn]) -> Iterator[Batch]:
         """The batches of one update; each one's own pictures and their scores are added to `drawn`."""
         s, share = self.settings, self.processes.share
-        if (step - 1) % s.prefix_reuse == 0:
-            self.starts = []
-        for i in range(s.gradient_accumulation_steps):
-            if i == len(self.starts):
-                chosen = self.order.draw(s.batch_size)
-                noise = self.model.noise(self.generator, s.batch_size)
-                self.starts.append(Start(chosen, noise, Latents(share(noise), stride=s.prefix_stride)))
-            start = self.starts[i]
+        for start in self.starts:
             prompts = [self.prompts[j] for j in start.prompts]
             own = share(prompts)
             denoise, base = self.model.denoisers(own, self.schedule, s.guidance_scale, s.negative_prompt)
@@ -201,23 +223,33 @@ class Updates:
 
     def score(self, batch: Drawn, step: int, clean: Tensor) -> Tensor:
         """The rewards of clean latents; of a batch's first, which are what it drew, it keeps pictures and rewards."""
-        prompts, scaler = self.processes.share(batch.prompts), self.accelerator.scaler
+        s, prompts, scaler = self.settings, self.processes.share(batch.prompts), self.accelerator.scaler
         pictures: list[Tensor] = []
+        totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
+        width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(self.reward)
+        # What is logged has hard thresholds.
+        hard = width > 0 and batch.reward is None
 
         def scored(latents: Tensor, some: slice) -> Tensor:
             pictures.append(self.model.decode(latents))
-            score, found = self.reward.parts(pictures[-1], prompts[some])
-            pictures[-1] = pictures[-1].detach()
+            with smoothed(width):
+                score, found = self.reward.parts(pictures[-1], prompts[some])
+            pictures[-1], total = pictures[-1].detach(), score
+            if hard:
+                with torch.no_grad():
+                    total, found = self.reward.parts(pictures[-1], prompts[some])
+            totals.append(total.detach())
             for label, values in found.items():
                 parts.setdefault(label, []).append(values)
             return score
 
         with self.processes.together():
-            size, scale = self.settings.reward_batch_size, scaler.get_scale() if scaler else 1.0
+            size, scale = s.reward_batch_size, scaler.get_scale() if scaler else 1.0
             own = at_once(scored, clean, size, scale)
-        total = self.processes.gather(own.detach())
-        self.queries += len(batch.prompts)
+        total = self.processes.gather(torch.cat(totals))
+        more = self.processes.gather(torch.tensor([extra_queries(self.reward) - before])).sum()
+        self.queries += len(batch.prompts) * (2 if hard else 1) + int(more)
         if batch.reward is None or not total.isfinite().all():
             batch.pictures, batch.reward = torch.cat(pictures), total
             batch.parts = {label: self.processes.gather(torch.cat(scores)) for label, scores in parts.items()}
@@ -251,6 +283,7 @@ class Updates:
         scaler = self.accelerator.scaler
         tensors = {f"lora/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
+        tensors |= carried(self.reward)
         tensors["generator"] = self.generator.get_state()
         for i, start in enumerate(self.starts):
             for count, own in start.latents.known.items():
@@ -272,6 +305,8 @@ class Updates:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"lora/{name}"])
         load_optimizer(self.optimizer, list(self.parameters), tensors)
+        for name, learned in carried(self.reward).items():
+            learned.copy_(tensors[name])
         self.generator.set_state(tensors["generator"])
         self.queries, self.seconds = state["reward_queries"], state["seconds"]
         self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
@@ -289,17 +324,3 @@ class Updates:
         self.method.load_state_dict(state["method"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-class PromptOrder:
-    """Prompts without end: every one once in a random order, then again in another."""
-
-    def __init__(self, count: int, generator: torch.Generator) -> None:
-        self.count, self.generator = count, generator
-        self.queue: list[int] = []
-
-    def draw(self, size: int) -> list[int]:
-        while len(self.queue) < size:
-            self.queue += torch.randperm(self.count, generator=self.generator).tolist()
-        drawn, self.queue = self.queue[:size], self.queue[size:]
-        return drawn

@@ -65,9 +65,10 @@ class Watch:
             return
         pictures = self.draw(self.shown, range(len(self.shown)))
         self.last_shown = step
+        with self.processes.together():
+            scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
         if not self.processes.main:
             return
-        scores = score_batches(self.reward, pictures, self.shown, self.model.device)[0].tolist()
         captions = [f"{score:.3g}" for score in scores]
         if step == 0:
             self.base_pictures, self.base_captions = pictures, captions

@@ -1,0 +1,401 @@
+"""Guidance: known outcomes on small problems with exact denoisers, every family of models, and the command."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import test_dit
+import test_pixart
+import test_pixels
+import test_sdxl
+import torch
+from PIL import Image
+from test_flow import SD3, save_flux, save_sd3
+from torch import Tensor
+
+import draftune
+from draftune.cli import main
+from draftune.errors import DraftuneError
+from draftune.guidance import by_ratio, by_variance, dot, drawn, look_ahead, norm, pulled, rounds_ahead
+from draftune.guides import Slope, load_guide, sample_guided
+from draftune.images import open_image, to_pil
+from draftune.models import load_model
+from draftune.rewards import load_reward
+from draftune.sampling import Denoiser
+from draftune.schedule import Prediction, Step
+
+T, D = 200, 16
+
+
+def steps_of(levels: Sequence[tuple[float, float]]) -> list[Step]:
+    """From the noisiest to clean, told by (alpha, sigma)."""
+    return [Step(0.0, *here, *there) for here, there in pairwise(levels)]
+
+
+def cosine() -> list[Step]:
+    def f(t: int) -> float:
+        return math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    bars = [1.0]
+    for t in range(1, T + 1):
+        bars.append(bars[-1] * max(f(t) / f(t - 1), 0.001))
+    return steps_of([(bar**0.5, (1 - bar) ** 0.5) for bar in reversed(bars)])
+
+
+DIFFUSION = cosine()
+FLOW = steps_of([(t / T, 1 - t / T) for t in range(T + 1)])
+
+
+class Subspace:
+    """x_0 ~ N(0, P) in 4 of 16 dimensions, and a direction theta of which nine tenths lie outside of them."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        basis = torch.linalg.qr(self.normal(D, 4))[0]
+        self.P = basis @ basis.T
+        r = self.normal(D)
+        inside, outside = self.P @ r, r - self.P @ r
+        theta = inside / inside.norm() + 9 * outside / outside.norm()
+        self.theta = theta / theta.norm()
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def fresh(self, count: int) -> Callable[[], Tensor]:
+        return lambda: self.normal(count, D)
+
+    def denoise(self, x: Tensor, step: Step) -> Prediction:
+        clean = step.alpha / (step.alpha**2 + step.sigma**2) * x @ self.P
+        return Prediction(clean, (x - step.alpha * clean) / step.sigma)
+
+    def f(self, x: Tensor) -> Tensor:
+        return 10 - (x @ self.theta - 3) ** 2
+
+    def uphill(self, x: Tensor) -> Tensor:
+        return -2 * (x @ self.theta - 3)[:, None] * self.theta
+
+    def outside(self, x: Tensor) -> float:
+        return float((x - x @ self.P).norm() / (x @ self.P).norm())
+
+
+@pytest.fixture
+def toy() -> Subspace:
+    return Subspace()
+
+
+def naive(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: float) -> Denoiser:
+    """Along the gradient itself instead of what the network makes of it: what look-ahead is better than."""
+
+    def call(x: Tensor, step: Step) -> Prediction:
+        clean, noise = denoise(x, step)
+        spread = sigma**2 + step.sigma**2 * norm(direction).square()
+        push = step.alpha * (target - dot(direction, clean))[:, None] * direction / spread
+        return Prediction(clean + step.sigma**2 / step.alpha * push, noise - step.sigma * push)
+
+    return call
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(DIFFUSION, 1.0), (DIFFUSION, 0.0), (FLOW, 0.0)])
+def test_look_ahead_draws_from_the_posterior(toy: Subspace, steps: list[Step], eta: float) -> None:
+    count, nu, target, sigma = 4000, 1 / 82, 0.3, 0.1
+    fresh, direction = toy.fresh(count), toy.theta.expand(count, D)
+    x = drawn(
+        look_ahead(toy.denoise, direction, torch.full((count,), target).double(), sigma), steps, fresh(), fresh, eta
+    )
+    seen = x @ toy.theta
+    assert float(seen.mean()) == pytest.approx(target * nu / (nu + sigma**2), rel=0.05)  # 0.1648
+    assert float(seen.var()) == pytest.approx(nu * sigma**2 / (nu + sigma**2), rel=0.07)  # 0.0055
+    assert toy.outside(x) < 1e-12
+    if steps is DIFFUSION:
+        y = drawn(naive(toy.denoise, direction, torch.tensor(target), sigma), steps, fresh(), fresh, eta)
+        assert float((y @ toy.theta).mean()) < 0.2 * 0.1648
+        assert toy.outside(y) > 1e-3
+
+
+def test_rounds_settle_at_the_regularised_optimum(toy: Subspace) -> None:
+    fresh = toy.fresh(64)
+    means = [float(toy.f(x).mean()) for x in rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 60, 0.2, 0.1)]
+    assert means[0] == pytest.approx(1.0, abs=0.3)
+    assert means[1] == pytest.approx(1.31, abs=0.3)
+    # At f = 10 - (3 / (1 + 2 c nu))^2 with c = rise / sigma^2 = 20 it would stay: 5.93.
+    assert means[60] == pytest.approx(5.79, abs=0.1)
+
+
+def test_a_larger_rise_settles_higher_and_stays_in_the_subspace(toy: Subspace) -> None:
+    fresh = toy.fresh(64)
+    *_, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 30, 0.9, 0.1, anew=False)
+    assert float(toy.f(x).mean()) == pytest.approx(9.12, abs=0.1)  # c = 90
+    assert toy.outside(x) < 1e-12
+
+
+CENTRES = torch.tensor([[a, b] for a in (-1.0, 1.0) for b in (-1.0, 1.0)], dtype=torch.float64)
+
+
+def denoise_mixture(x: Tensor, step: Step) -> Prediction:
+    """Of four Gaussians of spread 0.1 around the corners of a square."""
+    variance = (0.1 * step.alpha) ** 2 + step.sigma**2
+    away = x[:, None] - step.alpha * CENTRES
+    weights = torch.softmax(-away.square().sum(-1) / (2 * variance), 1)
+    middle = weights @ CENTRES
+    clean = middle + 0.01 * step.alpha / variance * (x - step.alpha * middle)
+    return Prediction(clean, (x - step.alpha * clean) / step.sigma)
+
+
+def pulled_right(pull: Callable[..., Tensor], scale: float = 1.0, count: int = 4000, **options: float) -> Tensor:
+    """Points drawn while the loss scale * (x[0] - 1)^2 of the clean point is made smaller."""
+    generator = torch.Generator().manual_seed(0)
+
+    def fresh() -> Tensor:
+        return torch.randn(count, 2, generator=generator, dtype=torch.float64)
+
+    def uphill(clean: Tensor) -> Tensor:
+        return scale * torch.stack([2 * (1 - clean[:, 0]), 0 * clean[:, 0]], 1)
+
+    return pulled(denoise_mixture, DIFFUSION, fresh(), uphill, pull, fresh, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pull", "right"),
+    [
+        (by_ratio(0.0), 0.51),
+        (by_variance(1.0), 0.99),
+        (by_variance(5.0), 1.0),
+        (by_ratio(0.05), 0.77),
+        (by_ratio(0.1), 0.92),
+        (by_ratio(0.3), 1.0),
+    ],
+)
+def test_a_property_is_met_and_what_it_leaves_free_stays_free(pull: Callable[..., Tensor], right: float) -> None:
+    x = pulled_right(pull)
+    assert float((x[:, 0] > 0).double().mean()) == pytest.approx(right, abs=0.02)
+    assert float((x[:, 1] > 0).double().mean()) == pytest.approx(0.504, abs=0.001)
+    assert float((x[:, None] - CENTRES).norm(dim=-1).amin(1).max()) < 0.5
+
+
+def test_too_much_strength_narrows_what_is_drawn() -> None:
+    spread = [float(x[x[:, 0] > 0, 0].std()) for x in (pulled_right(by_ratio(0.0)), pulled_right(by_ratio(1.0)))]
+    assert 0.08 < spread[0] < 0.1
+    assert spread[1] < 0.035
+
+
+def test_without_the_samplers_noise_the_ratio_does_little() -> None:
+    assert float((pulled_right(by_ratio(0.1), eta=0.0)[:, 0] > 0).double().mean()) < 0.55
+
+
+def test_the_ratio_knows_no_units_and_the_static_scale_does() -> None:
+    few = {"count": 50}
+    assert torch.allclose(pulled_right(by_ratio(0.1), 1000.0, **few), pulled_right(by_ratio(0.1), **few), atol=1e-6)
+    static = pulled_right(by_variance(1.0), **few)
+    assert torch.allclose(pulled_right(by_variance(1e-3), 1000.0, **few), static, atol=1e-12)
+    assert (pulled_right(by_variance(1.0), 1000.0, **few) - static).abs().max() > 0.1
+
+
+def test_the_length_of_a_pull() -> None:
+    generator = torch.Generator().manual_seed(0)
+    move, gradient = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    step = DIFFUSION[100]
+    pull = by_ratio(0.3)(move, gradient, step)
+    assert torch.allclose(norm(pull), 0.3 * norm(move), rtol=1e-12)
+    assert torch.allclose(dot(pull, gradient), 0.3 * (norm(move) * norm(gradient)).flatten(), rtol=1e-12)
+    by_channel = by_ratio(0.3, per_channel=True)(move, gradient, step)
+    assert torch.allclose(by_channel.norm(dim=(2, 3)), 0.3 * move.norm(dim=(2, 3)), rtol=1e-12)
+    gradient[1] = 0
+    assert not by_ratio(0.3)(move, gradient, step)[1].any()
+    assert torch.equal(by_variance(2.0)(move, gradient, step), 2 * step.tau**2 * gradient)
+
+
+def test_the_first_steps_are_made_again_at_the_same_level() -> None:
+    seen: list[float] = []
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        seen.append(step.alpha)
+        return denoise_mixture(x, step)
+
+    steps = DIFFUSION[::20]
+    noise = torch.randn(2, 2, dtype=torch.float64)
+    pulled(denoise, steps, noise, torch.zeros_like, by_ratio(0.1), lambda: noise, repeats=3)
+    assert seen == [step.alpha for i, step in enumerate(steps) for _ in range(3 if i < 3 else 1)]
+
+
+# Pipelines.
+
+FAMILIES = {
+    "stable-diffusion": None,
+    "pixels": lambda folder: test_pixels.build(folder / "model"),
+    "dit": lambda folder: test_dit.build(folder / "model"),
+    "pixart": test_pixart.build,
+    "sdxl": test_sdxl.saved,
+    "sd3": lambda folder: save_sd3(folder, SD3),
+    "flux": lambda folder: save_flux(folder, guidance_embeds=True),
+}
+PROMPTS = ["a cat", "a dog"]
+FEW = {"num_inference_steps": 4, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_guided(family: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    build = FAMILIES[family]
+    model = load_model(build(tmp_path) if build else pipeline_folder)
+    if family == "flux":
+        model.set_size(16, 16)  # its own is 256
+    plain = model.generate(PROMPTS, [0, 1], model.schedule(4), 2.0)
+    still = sample_guided(model, "brightness", PROMPTS, "ratio(strength=0, eta=0)", **FEW)
+    assert torch.equal(still.pictures, plain)
+    assert torch.allclose(still.rewards[0], load_reward("brightness")(plain, PROMPTS), atol=1e-6)
+    assert still.queries == 2 * 4 + 2
+    noisy, bright = (
+        sample_guided(model, "brightness", PROMPTS, f"ratio(strength={strength})", **FEW) for strength in (0, 0.5)
+    )
+    assert (bright.rewards > noisy.rewards).all()
+    ahead = sample_guided(model, "brightness", PROMPTS, "look-ahead(rise=0.02, sigma=0.01, rounds=2)", **FEW)
+    assert torch.allclose(ahead.rewards[0], still.rewards[0], atol=1e-6)
+    assert (ahead.rewards[2] > ahead.rewards[0]).all()
+    assert ahead.queries == 2 * (2 + 3)
+
+
+def test_the_slope_is_that_of_the_decoder_by_hand(pipeline_folder: Path) -> None:
+    model = load_model(pipeline_folder)
+    weights = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    reward = load_reward(lambda images, prompts: (images * weights).sum((1, 2, 3)))
+    latents = model.noise(torch.Generator().manual_seed(1), 2)
+    slope = Slope(model, reward, PROMPTS)
+    leaf = latents.clone().requires_grad_()
+    picture = model.pipeline.vae.decode(leaf / 0.7).sample / 2 + 0.5
+    (expected,) = torch.autograd.grad((picture * weights).sum(), leaf)
+    assert (slope(latents) - expected).norm() < 1e-5 * expected.norm()
+    assert slope.queries == 2
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipeline_folder: Path) -> None:
+    model = load_model(pipeline_folder)
+    for method in ("ratio", "look-ahead(rounds=1, anew=true, eta=1)"):
+        both = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], **FEW).pictures
+        alone = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], batch_size=1, **FEW).pictures
+        assert torch.allclose(both, alone, atol=1e-5)
+        assert (both[0] - both[1]).abs().max() > 0.01
+
+
+# Properties as rewards.
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    to_pil(images)[0].save(tmp_path / "picture.png")
+    half = torch.zeros(1, 3, 8, 8)
+    half[..., 4:] = 1
+    to_pil(half)[0].save(tmp_path / "mask.png")
+    Image.new("L", (8, 8), "white").save(tmp_path / "white.png")
+    return tmp_path / "picture.png"
+
+
+def test_pixels_under_a_mask_are_free(picture: Path) -> None:
+    target = open_image(picture)
+    images = torch.rand(2, 3, 8, 8).requires_grad_()
+    reward = load_reward(f"matches(image={picture}, mask={picture.parent}/mask.png)")
+    score = reward(images, PROMPTS)
+    assert torch.allclose(score, -(images - target)[..., :4].square().mean((1, 2, 3)), atol=1e-6)
+    (gradient,) = torch.autograd.grad(score.sum(), images)
+    assert not gradient[..., 4:].any()
+    assert gradient[..., :4].all()
+    whole = load_reward(f"matches(image={picture})")(images, PROMPTS)
+    assert torch.allclose(whole, load_reward(f"reference(image={picture})")(images, PROMPTS), atol=1e-6)
+
+
+def test_greys_and_colours(picture: Path) -> None:
+    target = open_image(picture)
+    images = torch.rand(2, 3, 8, 8)
+    grey = load_reward(f"matches(image={picture}, property=grey)")
+    assert torch.allclose(grey(images, PROMPTS), -(images - target).mean(1).square().mean((1, 2)), atol=1e-6)
+    swapped = target[:, [1, 2, 0]]
+    assert float(grey(swapped, ["a"])) == pytest.approx(0, abs=1e-7)
+    colors = load_reward(f"matches(image={picture}, property=colors)")
+    shuffled = target.flatten(2)[..., torch.randperm(64)].reshape(target.shape)
+    assert float(colors(shuffled, ["a"])) == pytest.approx(0, abs=1e-7)
+    # Half the mean squared distance to the picture recoloured by AdaIN, which moves means and spreads alone.
+    mean, std = ((f(images, (2, 3)), f(target, (2, 3))) for f in (lambda x, d: x.mean(d), lambda x, d: x.std(d, False)))
+    recoloured = (images - mean[0][..., None, None]) / std[0][..., None, None] * std[1][..., None, None]
+    recoloured = recoloured + mean[1][..., None, None]
+    expected = -(images - recoloured).square().mean((1, 2, 3)) / 2
+    assert torch.allclose(colors(images, PROMPTS), expected, atol=1e-5)
+    flat = torch.full((1, 3, 8, 8), 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(colors(flat, ["a"]).sum(), flat)
+    assert gradient.isfinite().all()
+
+
+def test_a_picture_is_filled_in_where_the_mask_is_white(pipeline_folder: Path, tmp_path: Path) -> None:
+    model = load_model(pipeline_folder)
+    known = model.generate(["a cat"], [3], model.schedule(8), 2.0)
+    size = known.shape[-1]
+    to_pil(known)[0].save(tmp_path / "known.png")
+    mask = torch.zeros(1, 3, size, size)
+    mask[..., size // 2 :] = 1
+    to_pil(mask)[0].save(tmp_path / "mask.png")
+    reward = f"matches(image={tmp_path}/known.png, mask={tmp_path}/mask.png)"
+    options = {"seeds": [0], "num_inference_steps": 8, "guidance_scale": 2.0}
+    free, met = (sample_guided(model, reward, "a cat", f"ratio(strength={s})", **options) for s in (0, 0.3))
+    assert float(met.rewards[-1]) > 0.5 * float(free.rewards[-1])
+
+
+# The command, and what is refused.
+
+
+def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["sample", str(pipeline_folder), "--prompt", "cat", "--num-inference-steps", "3", "--guidance-scale", "1"]
+    guide = ["--guide", "-brightness", "--guide-method", "look-ahead(rise=1, sigma=0.01, rounds=2)"]
+    assert main([*asked, *guide, "--seed", "4", "--output", str(tmp_path / "cat.png")]) == 0
+    said = capsys.readouterr().out
+    values = re.fullmatch(r"-brightness  (\S+) → (\S+) → (\S+); 5 scored pictures\n.*cat.png\n", said)
+    assert values, said
+    assert float(values[3]) > float(values[1])
+    model = load_model(pipeline_folder)
+    found = draftune.sample_guided(
+        model, "-brightness", "cat", guide[-1], seeds=[4], num_inference_steps=3, guidance_scale=1.0
+    )
+    assert (open_image(tmp_path / "cat.png") - found.pictures).abs().max() <= 0.51 / 255
+    assert f"{float(found.rewards[-1]):.3f}" == values[3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guide", "brightnes"], "did you mean 'brightness'?"),
+        (["--guide", "brightness", "--guide-method", "ratios"], "did you mean 'ratio'?"),
+        (["--guide", "brightness", "--guide-method", "ratio(strength=-1)"], "strength of ratio must be at least 0"),
+        (["--guide", "brightness", "--guide-method", "ratio(eta=2)"], "eta of ratio must be between 0 and 1, not 2"),
+        (["--guide", "brightness", "--guide-method", "static"], "static wants strength: static(strength=…)"),
+        (["--guide", "brightness", "--guide-method", "look-ahead(rounds=0)"], "rounds of look-ahead must be between 1"),
+        (["--guide", "brightness", "--guide-method", "ratio + static"], "one name with its settings is wanted"),
+        (["--guide-method", "static(strength=1)"], "--guide-method says how to follow the reward of --guide"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_read(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "nowhere", "--prompt", "cat", "--output", str(tmp_path / "a.png"), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> None:
+    model = load_model(pipeline_folder)
+    for reward, words in (
+        (lambda images, prompts: (images * 255).round().mean((1, 2, 3)), "gives no gradient to guide by"),
+        (lambda images, prompts: images.detach().mean((1, 2, 3)), "has no gradient"),
+        (lambda images, prompts: images.mean((1, 2, 3)) / 0, "while guiding"),
+    ):
+        with pytest.raises(DraftuneError, match=words):
+            sample_guided(model, reward, "cat", **FEW)
+    with pytest.raises(DraftuneError, match="white all over"):
+        load_reward(f"matches(image={picture}, mask={picture.parent}/white.png)")
+    with pytest.raises(DraftuneError, match="did you mean 'grey'"):
+        load_reward(f"matches(image={picture}, property=gray)")
+    model.to("cpu", "fp16")
+    with pytest.raises(DraftuneError, match="vanishes in fp16"):
+        sample_guided(model, "brightness", "cat", **FEW)
+    assert load_guide("ratio").draws == 1
+    assert load_guide("look-ahead(rounds=3)").draws == 4

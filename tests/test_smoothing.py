@@ -1,0 +1,148 @@
+"""Smoothed thresholds: their limits, the ascents whose ends are known, and a trainer that narrows them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import draftune
+from draftune.errors import DraftuneError
+from draftune.rewards import load_reward
+from draftune.smoothing import smooth_round, smooth_step, smooth_where, smoothed, width_at
+
+X = torch.linspace(-2, 2, 81, dtype=torch.float64)
+SEEDS, UPDATES = 5, 5000
+
+
+def test_the_limits_are_the_branches_and_their_mean() -> None:
+    yes, no = X.square(), 3 * X
+    hard = torch.where(X >= 0, yes, no)
+    assert torch.equal(smooth_where(X, yes, no), hard)
+    assert smooth_step(torch.tensor([-1e-9, 0.0])).tolist() == [0, 1]
+    with smoothed(1e-4):
+        off = X != 0
+        assert torch.allclose(smooth_where(X, yes, no)[off], hard[off], atol=1e-9)
+    with smoothed(math.inf):
+        assert torch.allclose(smooth_where(X, yes, no), (yes + no) / 2)
+    with smoothed(0.5):
+        weight = 1 / (1 + torch.exp(-X / 0.5))
+        assert torch.allclose(smooth_where(X, yes, no), weight * yes + (1 - weight) * no)
+        with smoothed(0):
+            assert torch.equal(smooth_where(X, yes, no), hard)
+        assert float(smooth_step(X[60])) == pytest.approx(1 / (1 + math.exp(-2)))
+    assert torch.equal(smooth_where(X, 1.0, 0.0), (X >= 0).double())
+
+
+def test_guards_inside_guards_are_smoothed_too() -> None:
+    a, b = torch.tensor(0.3, requires_grad=True), torch.tensor(-0.2, requires_grad=True)
+    with smoothed(0.7):
+        value = smooth_where(smooth_where(a, 1.0, -1.0) + b, 2.0, 0.5)
+    inner = 2 * torch.sigmoid(a / 0.7) - 1
+    expected = 0.5 + 1.5 * torch.sigmoid((inner + b) / 0.7)
+    assert torch.allclose(value, expected)
+    assert torch.allclose(
+        torch.stack(torch.autograd.grad(value, (a, b))), torch.stack(torch.autograd.grad(expected, (a, b)))
+    )
+
+
+def test_rounding() -> None:
+    assert smooth_round(torch.tensor([-1.5, -0.51, -0.5, 0.49, 0.5, 2.6])).tolist() == [-1, -1, 0, 0, 1, 3]
+    thresholds = torch.arange(-200, 200, dtype=torch.float64) + 0.5
+    for width in (0.01, 0.1, 0.4, 0.99):
+        with smoothed(width):
+            expected = torch.sigmoid((X[:, None] - thresholds) / width).sum(1) - 200
+            assert torch.allclose(smooth_round(X), expected, atol=1e-6)
+            assert torch.autograd.gradcheck(smooth_round, (X[::7] + 0.01).requires_grad_(), atol=1e-5)
+    with smoothed(5):
+        assert torch.equal(smooth_round(X), X)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(DraftuneError, match="width of smoothed thresholds must be at least 0, not -1"), smoothed(-1):
+        pass
+
+
+def ascended(widths: Tensor, power: float) -> Tensor:
+    """Where the ascent of E[−θ²/2 + 1{z ≥ 0}], z ~ N(θ, 1), ends from θ = 1 with the rate 1 / (k + 10), [N, seeds].
+
+    Each guard is divided by its width, so that one loop serves them all.
+    """
+    noise = torch.randn(UPDATES, SEEDS, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = torch.ones(len(widths), SEEDS, dtype=torch.float64)
+    for k, z in enumerate(noise, 1):
+        at = theta.requires_grad_()
+        with smoothed(width_at(k, 1.0, power)):
+            value = -at.square() / 2 + smooth_step((at[..., None] + z) / widths[:, None, None]).mean(-1)
+        (gradient,) = torch.autograd.grad(value.sum(), at)
+        theta = theta.detach() + gradient / (k + 10)
+    return theta.detach()
+
+
+def test_a_fixed_width_ends_beside_the_optimum() -> None:
+    """The reparameterised gradient without smoothing ends at 0: it does not see the threshold."""
+    ends = ascended(torch.tensor([1e-30, 1.0, 0.5, 0.2, 0.1, 0.05], dtype=torch.float64), 0).mean(1)
+    for end, expected in zip(ends.tolist(), [0.001, 0.207, 0.295, 0.355, 0.3677, 0.3711], strict=True):
+        assert end == pytest.approx(expected, abs=0.003)
+
+
+def test_a_width_that_falls_ends_at_the_optimum_unless_it_falls_too_fast() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    falling, too_fast = ascended(one, 0.5)[0], ascended(one, 1.01)[0]
+    assert float(falling.mean()) == pytest.approx(0.3722, abs=0.006)
+    assert float(falling.max() - falling.min()) < 0.02
+    assert float(too_fast.max() - too_fast.min()) > 0.05
+
+
+@pytest.mark.parametrize(("width", "expected"), [(0.2, 0.179), (0.1, 0.483)])
+def test_variance_of_the_smoothed_gradient(width: float, expected: float) -> None:
+    """φ(θ) / (6 width) − φ(θ)² at the optimum, to the order of the width squared."""
+    theta = 0.3722
+    z = theta + torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z.requires_grad_()
+    with smoothed(width):
+        (gradients,) = torch.autograd.grad(smooth_step(z).sum(), z)
+    phi = math.exp(-(theta**2) / 2) / math.sqrt(2 * math.pi)
+    assert phi / (6 * width) - phi**2 == pytest.approx(expected, abs=0.01)
+    assert float(gradients.var()) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_width_falls_from_the_first_update_on() -> None:
+    assert [width_at(step, 0.8, 0.5) for step in (1, 4, 16)] == [0.8, 0.4, 0.2]
+    assert width_at(7, 0.8, 0.0) == 0.8
+    assert width_at(7, 0.0, 0.5) == 0.0
+
+
+def bright(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """How many of the three channels are brighter than a level, plus a little that is smooth."""
+    return smooth_step((images.mean((2, 3)) - 0.5) / 0.1).sum(1)
+
+
+def train(model: Path, output: Path, **values: Any) -> draftune.training.Run:
+    settings = {"steps": 3, "num_inference_steps": 3, "guidance_scale": 1.0, "sample_every": 0, "sample_prompts": 1}
+    settings |= {"batch_size": 2, "learning_rate": 0.01, "prompts": ["a cat", "a dog"]}
+    return draftune.train(str(model), load_reward(bright), output=str(output), **(settings | values))
+
+
+def test_training_takes_the_smooth_gradient_narrows_it_and_logs_the_hard_reward(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DraftuneError, match=r"'bright' .*gradient"):
+        train(pipeline_folder, tmp_path / "hard")
+    run = train(pipeline_folder, tmp_path / "run", smoothing=2, method="draft-lv(n=1)")
+    assert [row["smoothing"] for row in run.metrics] == pytest.approx([2, 2 / 2**0.5, 2 / 3**0.5])
+    assert all(row["grad_norm"] > 0 for row in run.metrics)
+    # Counts of channels: of two pictures, halves are whole.
+    assert all((2 * row["reward"]).is_integer() for row in run.metrics)
+    # The sample twice, its noised copy once.
+    assert [row["reward_queries"] for row in run.metrics] == [6, 12, 18]
+
+
+def test_a_method_without_the_gradient_takes_no_smoothing(tmp_path: Path) -> None:
+    with pytest.raises(DraftuneError, match="'ddpo' takes no gradient of the reward: no smoothing"):
+        train(tmp_path, tmp_path / "run", smoothing=1, method="ddpo")
