@@ -6,8 +6,8 @@ The first table times one guided call without a graph, and one with its backward
 the median of the ratios to the plain way. The second trains with DRaFT-1 and asks, after j updates more, how far the
 latent before the last step and the gradient that follows from it are from those of a path drawn anew, with the same
 noise and the LoRA as it is then; beside them the cosine of the gradients of two batches, which is what a batch's own
-noise does. The third says how much of a gradient is signal for DRaFT-LV's n and the batch's size, and what a second
-buys of it.
+noise does. The third, for LoRAs that had five updates of the same kind each, says how much of a gradient is signal for
+DRaFT-LV's n and the batch's size, and what a second buys of it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ SHARED = (1, 2, 4, 8, 16)
 
 def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> Model:
     """The model with a LoRA, ready to train."""
-    model = load_model(name)
+    model = load_model(name).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     add_lora(model, 8)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     for part in model.parts:
         part.to(memory_format=layout)  # type: ignore[call-overload]
     return model
@@ -76,8 +75,7 @@ def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
         if name != "inference mode":
             graph[name] = lambda call=call: call().float().mean().backward()
     model = models["plain"]
-    with torch.no_grad():
-        free["encoding the prompts"] = lambda: model.encode(prompts, "", True)
+    free["encoding the prompts"] = torch.no_grad()(lambda: model.encode(prompts, "", True))
     print(f"| a call for {len(prompts)} prompts | without a graph | of plain | with, and backward | of plain |")
     print("|---|---|---|---|---|")
     times = {kind: measured(ways, args.rounds) for kind, ways in (("free", free), ("graph", graph))}

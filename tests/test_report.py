@@ -16,6 +16,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -393,7 +394,9 @@ def test_nothing_but_the_page_is_served_and_only_to_this_machine(server: Server,
 
 def test_watch_says_its_address_and_ends_with_the_user(run: Path) -> None:
     command = [sys.executable, "-m", "draftune", "watch", str(run), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Whoever starts the tests in the background of a shell has signals of the keyboard ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stdout is not None
     address = process.stdout.readline().split()[0]
     with urllib.request.urlopen(address, timeout=10) as answer:
