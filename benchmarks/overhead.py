@@ -45,7 +45,7 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
                 call(timestep)
         for _ in range(terms):
             for i in range(calls):
-                if s.gradient_checkpointing == "calls":
+                if s.gradient_checkpointing in ("calls", "both"):
                     with torch.no_grad():
                         call(timesteps[i - calls])
                 predicted = call(timesteps[i - calls], i > 0)
@@ -82,6 +82,7 @@ def main() -> None:
         ("draft-lv(n=2)", "blocks", 1, 3),
         ("draft-lv(n=2)", "no", 1, 3),
         ("draft-k(k=10)", "calls", 10, 1),
+        ("draft-k(k=10)", "both", 10, 1),
     ):
         with TemporaryDirectory() as folder:
             settings = {"method": method, "gradient_checkpointing": mode, "prefix_reuse": 1, "output": f"{folder}/run"}

@@ -99,8 +99,8 @@ class Settings:
     mixed_precision: str = setting("no", "of the frozen weights and the networks' arithmetic", choices=PRECISIONS)
     gradient_checkpointing: str | None = setting(
         None,
-        "what the backward pass computes again: blocks of the networks, for graphs of several calls whole calls, or "
-        "both, for the least memory; as the method needs unless set",
+        "what the backward pass computes again: blocks of the networks, whole calls, or both; unless set, blocks, and "
+        "both where a graph holds several calls",
         choices=CHECKPOINTING,
     )
     gradient_decoder: str | None = setting(

@@ -96,7 +96,7 @@ class Trainer:
         device = self.accelerator.device
         # What is shared out is moved afterwards, block by block: no process need have room for all of it.
         self.model.to("cpu" if self.sharded else device, s.mixed_precision)
-        self.model.set_checkpointing(s.gradient_checkpointing or ("calls" if method.spans_calls() else "blocks"))
+        self.model.set_checkpointing(s.gradient_checkpointing or ("both" if method.spans_calls() else "blocks"))
         self.reward = reward.ready().to(device)
         self.held_out = held_out.ready().to(device) if held_out is not None else None
         for scored in (self.reward, self.held_out):

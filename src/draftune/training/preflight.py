@@ -106,7 +106,7 @@ def preflight(settings: Settings, memory: int | None = None) -> Preflight:
 def checkpointing(settings: Settings) -> dict[str, Any]:
     """What takes less memory, by whether a graph of the method's holds several calls of the denoiser."""
     modes = ["no", "calls", "both"] if load_method(settings.method).spans_calls() else ["no", "blocks"]
-    mode = settings.gradient_checkpointing or modes[1]
+    mode = settings.gradient_checkpointing or modes[-1]
     less = modes[modes.index(mode) + 1 :] if mode in modes else modes[-1:]
     return {"gradient_checkpointing": less[0]} if less else {}
 
