@@ -65,7 +65,7 @@ def row(trial: Trial) -> str:
 
 
 def flag(name: str, value: object) -> str:
-    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    return f"--{name.replace('_', '-')} {value}"
 
 
 def size(bytes: int) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from draftune.custom import defined, is_custom, where
-from draftune.errors import DraftuneError, unknown
-from draftune.expression import Call, parse, wraps_another
+from draftune.errors import DraftuneError
+from draftune.expression import Call, parse
+from draftune.factories import found, inner_call, made
 from draftune.methods.adjoint import AdjointMatching
 from draftune.methods.base import METHODS, Batch, Method, RewardGradient, register
 from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
@@ -46,25 +46,6 @@ def load_method(text: str) -> Method:
 
 
 def build(call: Call) -> Method:
-    if is_custom(call.name):
-        factory = defined(call.name, "method")
-    elif call.name in METHODS:
-        factory = METHODS[call.name]
-    else:
-        raise unknown("method", call.name, METHODS)
-    inner = []
-    if wraps_another(factory, Method):
-        if not isinstance(call.inner, Call):
-            raise DraftuneError(f"{call.name} wants one method inside it: {call.name}(draft-lv)")
-        inner = [build(call.inner)]
-    elif call.inner is not None:
-        raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
-    try:
-        method = call.apply(factory, "method", *inner)
-    except DraftuneError:
-        raise
-    except Exception as error:
-        raise DraftuneError(f"the method {call.name!r} can't be made: {where(error)}") from error
-    if not isinstance(method, Method):
-        raise DraftuneError(f"{call.name!r} makes a {type(method).__name__}, not a Method")
-    return method
+    factory = found(call.name, "method", METHODS)
+    inner = inner_call(call, factory, Method, "method", "draft-lv")
+    return made(call, factory, Method, "method", "Method", *([build(inner)] if inner else []))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from draftune.custom import defined, is_custom, where
-from draftune.errors import DraftuneError, unknown
-from draftune.expression import Call, Value, parse, wraps_another
+from draftune.errors import DraftuneError
+from draftune.expression import Call, Value, parse
+from draftune.factories import found, inner_call, made
 from draftune.optimizers.base import Evaluating
 from draftune.optimizers.channels import channel_mean, channel_sobolev, channel_sobolev_mean
 from draftune.optimizers.extrapolate import Extrapolate
@@ -77,22 +77,9 @@ def make_optimizer(
 def build(call: Call, params: list[nn.Parameter], lr: float, defaults: Mapping[str, Mapping[str, Value]]) -> Optimizer:
     factory = found(call.name, "optimiser", OPTIMIZERS)
     call = Call(call.name, {**defaults.get(call.name, {}), **call.settings}, call.inner)
-    given: tuple[Any, ...] = (params, lr)
-    if wraps_another(factory, Optimizer):
-        if not isinstance(call.inner, Call):
-            raise DraftuneError(f"{call.name} wants one optimiser inside it: {call.name}(adamw)")
-        given = (build(call.inner, params, lr, defaults),)
-    elif call.inner is not None:
-        raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
-    try:
-        made = call.apply(factory, "optimiser", *given)
-    except DraftuneError:
-        raise
-    except Exception as error:
-        raise DraftuneError(f"the optimiser {call.name!r} can't be made: {where(error)}") from error
-    if not isinstance(made, Optimizer):
-        raise DraftuneError(f"{call.name!r} makes a {type(made).__name__}, not a torch.optim.Optimizer")
-    return made
+    inner = inner_call(call, factory, Optimizer, "optimiser", "adamw")
+    given: tuple[Any, ...] = (build(inner, params, lr, defaults),) if inner else (params, lr)
+    return made(call, factory, Optimizer, "optimiser", "torch.optim.Optimizer", *given)
 
 
 def make_filter(text: str) -> Filter:
@@ -114,11 +101,3 @@ def one(text: str, kind: str) -> Call:
     if not isinstance(tree, Call):
         raise DraftuneError(f"{kind}: one name with its settings is wanted, not {text!r}")
     return tree
-
-
-def found(name: str, kind: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    if is_custom(name):
-        return defined(name, kind)
-    if name not in table:
-        raise unknown(kind, name, table)
-    return table[name]

@@ -88,7 +88,7 @@ class Updates:
         rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.draw_starts(step)
+        self.draw_starts()
         drawn: list[Drawn] = []
         grad_norm = math.nan
         try:
@@ -102,6 +102,8 @@ class Updates:
         except NonFiniteError as error:
             grad_norm = math.nan
             self.leave_out(step, drawn, error)
+        if step % s.prefix_reuse == 0:
+            self.starts = []  # no other update shares them
         put_back(self.model)
         for learned in carried(self.reward).values():
             # Each process asked about pictures of its own.
@@ -198,11 +200,9 @@ class Updates:
         with self.processes.together():
             raise DraftuneError(f"{error}; its batch is in {str(folder)!r}{saved}; {way}") from error
 
-    def draw_starts(self, step: int) -> None:
-        """What the batches of an update start from, unless it shares that of the update before."""
+    def draw_starts(self) -> None:
+        """What the batches of an update start from, but for what the update before left."""
         s = self.settings
-        if (step - 1) % s.prefix_reuse == 0:
-            self.starts = []
         while len(self.starts) < s.gradient_accumulation_steps:
             chosen = self.order.draw(s.batch_size)
             noise = self.model.noise(self.generator, s.batch_size)
