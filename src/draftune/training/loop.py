@@ -170,7 +170,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         made = self.updates
-        self.watch.evaluate(self.done, {"reward_queries": made.queries, "seconds": round(made.seconds, 4)})
+        self.watch.evaluate(self.done, {"reward_queries": made.scorer.queries, "seconds": round(made.seconds, 4)})
 
     def probe(self) -> dict[str, dict[str, float]]:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
@@ -215,7 +215,7 @@ class Trainer:
         # The others may have measured something else in the last digits.
         reward.weights = self.processes.of_main(reward.weights)
         reward.set_chunk_size(s.reward_batch_size)
-        self.reward = self.updates.reward = self.watch.reward = reward
+        self.reward = self.updates.scorer.reward = self.watch.reward = reward
         s.reward, s.normalize_reward = reward.expression or reward.label, 0
 
     def train(self, wish: threading.Event) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from draftune.at_once import at_once
 from draftune.errors import DraftuneError
 from draftune.images import save_image, to_pil
 from draftune.lora import lora_parameters
@@ -23,17 +22,18 @@ from draftune.models import Model
 from draftune.optimizers import Evaluating
 from draftune.processes import ALONE, Processes
 from draftune.rewards import Reward, WeightedSum
-from draftune.rewards.base import carried, extra_queries
+from draftune.rewards.base import carried
 from draftune.sampling import Latents
 from draftune.schedule import Schedule
 from draftune.settings import Settings
-from draftune.smoothing import smoothed, width_at
+from draftune.smoothing import width_at
 from draftune.tensors import save_tensors
 from draftune.training.audit import GradientAudit, tell
 from draftune.training.batches import Drawn, PromptOrder, Start
 from draftune.training.checkpoint import checkpoints, load_optimizer, optimizer_tensors
 from draftune.training.noise import GradientNoise
 from draftune.training.optimizer import Replay, filter_of, optimizer_of
+from draftune.training.scoring import NonFiniteError, Scorer
 from draftune.training.sharding import put_back
 
 if TYPE_CHECKING:
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
 
 PATIENCE_WITH_NONFINITE = 20
 """Updates in a row that may be left out before a run has to end."""
-
-
-class NonFiniteError(DraftuneError):
-    """A reward or a gradient is infinite or undefined."""
 
 
 class Updates:
@@ -67,7 +63,7 @@ class Updates:
         processes: Processes = ALONE,
     ) -> None:
         self.settings = s = settings
-        self.method, self.model, self.schedule, self.reward = method, model, schedule, reward
+        self.method, self.model, self.schedule = method, model, schedule
         self.prompts, self.accelerator, self.folder, self.processes = prompts, accelerator, folder, processes
         self.parameters = lora_parameters(model)
         self.optimizer = accelerator.prepare_optimizer(optimizer_of(s, self.parameters.values()))
@@ -77,8 +73,9 @@ class Updates:
         self.generator = torch.Generator().manual_seed(s.seed)
         self.order = PromptOrder(len(prompts), self.generator)
         self.audit = GradientAudit(self.parameters)
+        self.scorer = Scorer(settings, model, reward, accelerator.scaler, processes)
         self.starts: list[Start] = []
-        self.queries = self.overflows = self.skipped = self.skipped_in_a_row = 0
+        self.overflows = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
 
     def update(self, step: int) -> dict[str, float]:
@@ -105,7 +102,7 @@ class Updates:
         if step % s.prefix_reuse == 0:
             self.starts = []  # no other update shares them
         put_back(self.model)
-        for learned in carried(self.reward).values():
+        for learned in carried(self.scorer.reward).values():
             # Each process asked about pictures of its own.
             learned.copy_(self.processes.gather(learned[None]).mean(0))
         self.seconds += time.perf_counter() - start
@@ -119,7 +116,7 @@ class Updates:
             "step": step,
             "reward": float(reward.mean()),
             "reward_std": float(reward.std(unbiased=False)),
-            "reward_queries": self.queries,
+            "reward_queries": self.scorer.queries,
             "grad_norm": grad_norm,
             "learning_rate": rate,
             "seconds": round(self.seconds, 4),
@@ -216,46 +213,10 @@ class Updates:
             own = share(prompts)
             denoise, base = self.model.denoisers(own, self.schedule, s.guidance_scale, s.negative_prompt)
             drawn.append(Drawn(prompts, start.noise))
-            reward = partial(self.score, drawn[-1], step)
+            reward = partial(self.scorer, drawn[-1], step)
             yield Batch(
                 own, start.latents, self.schedule, denoise, base, reward, self.generator, self.processes, prompts
             )
-
-    def score(self, batch: Drawn, step: int, clean: Tensor) -> Tensor:
-        """The rewards of clean latents; of a batch's first, which are what it drew, it keeps pictures and rewards."""
-        s, prompts, scaler = self.settings, self.processes.share(batch.prompts), self.accelerator.scaler
-        pictures: list[Tensor] = []
-        totals: list[Tensor] = []
-        parts: dict[str, list[Tensor]] = {}
-        width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(self.reward)
-        # What is logged has hard thresholds.
-        hard = width > 0 and batch.reward is None
-
-        def scored(latents: Tensor, some: slice) -> Tensor:
-            pictures.append(self.model.decode(latents))
-            with smoothed(width):
-                score, found = self.reward.parts(pictures[-1], prompts[some])
-            pictures[-1], total = pictures[-1].detach(), score
-            if hard:
-                with torch.no_grad():
-                    total, found = self.reward.parts(pictures[-1], prompts[some])
-            totals.append(total.detach())
-            for label, values in found.items():
-                parts.setdefault(label, []).append(values)
-            return score
-
-        with self.processes.together():
-            size, scale = s.reward_batch_size, scaler.get_scale() if scaler else 1.0
-            own = at_once(scored, clean, size, scale)
-        total = self.processes.gather(torch.cat(totals))
-        more = self.processes.gather(torch.tensor([extra_queries(self.reward) - before])).sum()
-        self.queries += len(batch.prompts) * (2 if hard else 1) + int(more)
-        if batch.reward is None or not total.isfinite().all():
-            batch.pictures, batch.reward = torch.cat(pictures), total
-            batch.parts = {label: self.processes.gather(torch.cat(scores)) for label, scores in parts.items()}
-        if not total.isfinite().all():
-            raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
-        return own
 
     def clipped_norm(self, step: int) -> float:
         """The gradient's norm before it was clipped; what is not finite stops the run."""
@@ -283,18 +244,18 @@ class Updates:
         scaler = self.accelerator.scaler
         tensors = {f"lora/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
-        tensors |= carried(self.reward)
+        tensors |= carried(self.scorer.reward)
         tensors["generator"] = self.generator.get_state()
         for i, start in enumerate(self.starts):
             for count, own in start.latents.known.items():
                 tensors[f"start/{i}/{count}"] = self.processes.gather(own)
         return {
             "starts": [start.prompts for start in self.starts],
-            "reward_queries": self.queries,
+            "reward_queries": self.scorer.queries,
             "seconds": self.seconds,
             "skipped": [self.skipped, self.skipped_in_a_row, self.overflows],
             "prompts": self.order.queue,
-            "weights": [weight for weight, _ in self.reward.terms],
+            "weights": [weight for weight, _ in self.scorer.reward.terms],
             "method": self.method.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
         }, tensors
@@ -305,10 +266,10 @@ class Updates:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"lora/{name}"])
         load_optimizer(self.optimizer, list(self.parameters), tensors)
-        for name, learned in carried(self.reward).items():
+        for name, learned in carried(self.scorer.reward).items():
             learned.copy_(tensors[name])
         self.generator.set_state(tensors["generator"])
-        self.queries, self.seconds = state["reward_queries"], state["seconds"]
+        self.scorer.queries, self.seconds = state["reward_queries"], state["seconds"]
         self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
         self.order.queue = state["prompts"]
         self.starts = []
@@ -318,9 +279,9 @@ class Updates:
             known = {count: latents.to(self.model.device) for count, latents in sorted(known.items())}
             own = {count: self.processes.share(latents) for count, latents in known.items()}
             self.starts.append(Start(chosen, known[0], Latents(own.pop(0), own, self.settings.prefix_stride)))
-        if isinstance(self.reward, WeightedSum):
+        if isinstance(self.scorer.reward, WeightedSum):
             # Measured again, a normalised reward's weights may differ in their last digits.
-            self.reward.weights = state["weights"]
+            self.scorer.reward.weights = state["weights"]
         self.method.load_state_dict(state["method"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
