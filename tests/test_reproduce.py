@@ -20,6 +20,7 @@ from draftune.reproduce.curves import efficiency, overoptimisation, reached
 from draftune.reproduce.cuts import COPIES, copies, depth, layout
 from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, REWARD, Lab, Record, Work
 from draftune.reproduce.loras import SCALES, at_reward, lora_scale, mixing
+from draftune.reproduce.optimizers import OWN, RIVALS, optimizers, search
 from draftune.reproduce.report import VERDICTS, Claim, Report, markdown
 
 
@@ -53,7 +54,8 @@ class MadeUp(Lab):
             {"step": float(step), "reward_queries": float(step * queries), **said, **self.story(work, step)}
             for step in range(0, work.steps + 1, 10)
         ]
-        return Record([{"grad_norm": self.story(work, 10).get("norm", 1.0)}], rows, self.folder)
+        update = {"grad_norm": self.story(work, 10).get("norm", 1.0), "reward": 4.0, "reward_queries": float(queries)}
+        return Record([update], rows, self.folder)
 
     def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
         seconds = {"draft-k(k=1)": 1.0, "draft-lv(n=2)": 1.1}.get(method, 3.0)
@@ -188,6 +190,40 @@ def test_a_mixture_keeps_its_share_of_both(tmp_path: Path) -> None:
     report = mixing(MadeUp(tmp_path, line(0.0, 0.0), mixing=[corner(a, b) for a in weights for b in weights]))
     assert report.claims[0].measured == "the sum keeps 67 % and 75 % of each one's gain"
     assert verdicts(report) == ["confirmed"]
+
+
+def test_a_search_goes_on_at_its_ends() -> None:
+    def score(rate: float) -> float:
+        return -abs(math.log(rate / 27)) if rate else -9.0
+
+    assert list(search([1.0, 3.0, 9.0], score)) == pytest.approx([1, 3, 9, 27, 81])
+    assert list(search([9.0, 27.0, 81.0], score)) == [9, 27, 81]
+    assert list(search([OWN, 81.0, 243.0], score)) == pytest.approx([OWN, 81, 243, 27, 9])
+    assert list(search([1.0], score)) == [1]
+    # It does not go on for ever, nor from AdaMEKA's own steps.
+    assert list(search([1.0, 3.0], lambda rate: rate)) == pytest.approx([1, 3, 9, 27, 81])
+    assert list(search([OWN, 3.0], lambda rate: -rate)) == [OWN, 3]
+
+
+@pytest.mark.parametrize(("tuned", "words"), [(6.0, ["not seen"] * 2), (6.5, ["confirmed"] * 2), (5, ["reversed"] * 2)])
+def test_optimizers_are_compared_at_their_best(tmp_path: Path, tuned: float, words: list[str]) -> None:
+    """At any other learning rate than the middle one all are worse."""
+    middle = {rival.optimizer: rival.rates[1] for rival in RIVALS}
+
+    def story(work: Work, step: int) -> dict[str, float]:
+        name, rate = work.settings["optimizer"], work.settings["learning_rate"]
+        best = tuned if name.startswith(("step-tuned", "extrapolate")) else 6.0
+        return {REWARD: best - (rate != middle[name]) + 0.01 * work.seed}
+
+    class WithAdaMEKA(MadeUp):
+        def measured(self, name: str, measure: Callable[[], Any]) -> Any:
+            scores = {"reward": 5.0 if "0.0-" in name else 2.0, "judge_3d": 0.5, "judge_name": 1.0, "diversity": 0.4}
+            return {"training": [4.0], "queries": [4], **scores}
+
+    report = optimizers(WithAdaMEKA(tmp_path, story))
+    assert verdicts(report) == [*words, "weaker"]
+    assert [row["learning rate"] for row in report.table] == ["0.001", "0.1", "1", "0.001", "its own"]
+    assert "AdaMEKA 5.00 at its own, 2.00 at 0.0003" in report.text
 
 
 def test_the_parts_are_all_of_the_work_once() -> None:

@@ -7,7 +7,7 @@ can have of it is the measurement, signal to noise (`draftune.training.noise`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,9 +88,8 @@ class MEKA(Evaluating):
         if losses.dim() != 1 or len(losses) < 2:
             raise DraftuneError(f"MEKA wants the losses [n] of at least 2 samples, not {list(losses.shape)}")
         gradients = derivatives(losses, parameters)
-        done = int(shared.get("step", 0))
-        spread = self.averaged("noise", noise(gradients.detach()), self.decay, done)
-        measured = Belief(gradients.detach().mean(0), spread)
+        done, values = int(shared.get("step", 0)), torch.stack(gradients).detach()
+        measured = Belief(values.mean(0), self.averaged("noise", noise(values), self.decay, done))
         spread = self.averaged("loss_noise", noise(losses.detach()[:, None]), self.decay, done)
         loss = Belief(losses.detach().mean(), spread)
         if done:
@@ -142,21 +141,23 @@ class MEKA(Evaluating):
 
 
 @torch.enable_grad()
-def derivatives(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The gradient of each of n values by all weights, [n, weights], with a graph; 0 where there is none."""
+def derivatives(values: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of each of n values by all weights, [weights], with a graph; 0 where there is none."""
     rows = []
     for value in values:
         found: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         if value.requires_grad:
             found = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
         rows.append(torch.cat([gradient.flatten() for gradient in found]))
-    return torch.stack(rows)
+    return rows
 
 
-@torch.enable_grad()
-def curvature(gradients: Tensor, direction: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def curvature(gradients: Sequence[Tensor], direction: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Each sample's second derivative along a direction, [n, weights]."""
-    return derivatives(gradients @ direction, parameters).detach()
+    with torch.enable_grad():
+        # One by one: stacked, each would lead through the graphs of all.
+        slopes = [gradient @ direction for gradient in gradients]
+    return torch.stack(derivatives(slopes, parameters)).detach()
 
 
 def noise(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from draftune.reproduce.curves import EFFICIENCY, OVEROPTIMISATION
 from draftune.reproduce.cuts import COPIES_OF_LV, DEPTH, GRID, LAYOUT_REWARD
 from draftune.reproduce.lab import FULL, QUICK, Lab, Scale, Work
 from draftune.reproduce.loras import LORA_SCALE, MIXING
+from draftune.reproduce.optimizers import OPTIMIZERS_COMPARED
 from draftune.reproduce.report import Experiment, Report, findings, markdown, write
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "reproduce"]
@@ -30,18 +31,19 @@ EXPERIMENTS: dict[str, Experiment] = {
     "over-optimisation": OVEROPTIMISATION,
     "grid": GRID,
     "layout": LAYOUT_REWARD,
+    "optimizers": OPTIMIZERS_COMPARED,
 }
 HEAD = """# Results
 
-The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)) measured again on the
-embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3; unless said otherwise batches of 4, a LoRA of
+The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)), and after them those of
+its neighbours, measured again on the embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3; unless said otherwise batches of 4, a LoRA of
 rank 8, AdamW at 1e-3 and `emoji-aesthetic` as the training reward. The judges are classifiers that nothing was trained
 against; all scores are means over {count} pictures of {names} names that were not trained on, the same seeds every
 time. It is a small model: a claim that is not seen here may hold on a large one, and the other way round.
 
     {command}
 
-makes all of it again, and goes on where it was interrupted. Four words are used for the paper's claims: confirmed,
+makes all of it again, and goes on where it was interrupted. Four words are used for the papers' claims: confirmed,
 weaker, not seen, reversed. {quick}
 """
 

@@ -57,6 +57,8 @@ class Scale:
     """Values of each weight in the mixture of two LoRAs."""
     repeats: int = 5
     """Timed repetitions, of which the median counts."""
+    rates: int = 3
+    """Learning rates that a search begins with."""
     policy_updates: int = 40
     policy_batches: int = 4
     """Batches of 8 pictures for one update of the policy gradient."""
@@ -78,6 +80,7 @@ QUICK = Scale(
     gradient_seeds=2,
     grid=2,
     repeats=1,
+    rates=1,
     policy_updates=2,
     policy_batches=1,
 )
