@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_resume import rows
 
 from draftune.cli import main
 from draftune.errors import DraftuneError
+from draftune.images import save_image, to_pil
+from draftune.prompts import load_prompts
 from draftune.reproduce import EXPERIMENTS, reproduce, share
 from draftune.reproduce.curves import efficiency, overoptimisation, reached
 from draftune.reproduce.cuts import COPIES, copies, depth, layout
@@ -199,13 +202,13 @@ def test_a_search_goes_on_at_its_ends() -> None:
             "judge_name": 0.0 if rate > ruin else 1.0,
         }
 
-    assert list(search([1.0, 3.0, 9.0], near(27))) == pytest.approx([1, 3, 9, 27, 81, 47, 16])
-    assert list(search([9.0, 27.0, 81.0], near(27))) == [9, 27, 81, 47, 16]
-    assert list(search([OWN, 81.0, 243.0], near(27))) == pytest.approx([OWN, 81, 240, 27, 9, 47, 16], rel=0.02)
+    assert list(search([1.0, 3.0, 9.0], near(27))) == [1, 3, 9, 27, 81, 47]
+    assert list(search([9.0, 27.0, 81.0], near(27))) == [9, 27, 81, 47]
+    assert list(search([OWN, 81.0, 243.0], near(27))) == [OWN, 81, 243, 27, 9, 47]
     assert list(search([1.0], near(27))) == [1]
     # Nor from AdaMEKA's own steps, nor where a higher reward is a ruin.
     assert list(search([OWN, 3.0], lambda rate: {"reward": -rate, "judge_name": 1.0})) == [OWN, 3]
-    assert list(search([1.0, 3.0, 9.0], near(0, ruin=4))) == [1, 3, 9, 5.2, 1.7]
+    assert list(search([1.0, 3.0, 9.0], near(0, ruin=4))) == [1, 3, 9, 5.2]
 
 
 @pytest.mark.parametrize(("tuned", "words"), [(6.0, ["not seen"] * 2), (6.5, ["confirmed"] * 2), (5, ["reversed"] * 2)])
@@ -226,11 +229,8 @@ def test_optimizers_are_compared_at_their_best(tmp_path: Path, tuned: float, wor
     report = optimizers(WithAdaMEKA(tmp_path, story))
     assert verdicts(report) == [*words, "weaker"]
     assert [row["learning rate"] for row in report.table] == ["0.001", "0.1", "1", "0.001", "its own"]
-    assert {row["learning rate"] for row in report.rows if row["optimizer"] == "AdaMEKA"} == {
-        "its own",
-        "0.0003",
-        "0.001",
-    }
+    tried = {row["learning rate"] for row in report.rows if row["optimizer"] == "AdaMEKA"}
+    assert tried == {"its own", "0.001", "0.003"}
 
 
 def test_the_parts_are_all_of_the_work_once() -> None:
@@ -266,8 +266,13 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_quick_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = tmp_path / "real"
+    for name in [*load_prompts("emoji")[:3], *load_prompts("emoji-common")[:2]]:
+        for style in ("a", "b"):
+            save_image(to_pil(torch.rand(1, 3, 64, 64))[0], real / style / f"{name}.png")
+    given = ["--quick", "--output", str(tmp_path), "--examples", str(real)]
     # Two processes would share the runs; one of them was cut off.
-    assert main(["reproduce", "--quick", "--part", "1/2", "--output", str(tmp_path)]) == 0
+    assert main(["reproduce", "--part", "1/2", *given]) == 0
     results = tmp_path / "results-quick"
     assert not (tmp_path / "RESULTS-quick.md").exists()
     first = share(EXPERIMENTS, QUICK, 1, 2)[0]
@@ -276,7 +281,7 @@ def test_a_quick_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture
     whole = rows(cut, "evaluations.jsonl")
     lines = (cut / "evaluations.jsonl").read_text().splitlines(keepends=True)
     (cut / "evaluations.jsonl").write_text("".join(lines[:-1]))
-    assert main(["reproduce", "--quick", "--output", str(tmp_path)]) == 0
+    assert main(["reproduce", *given]) == 0
     assert rows(cut, "evaluations.jsonl") == whole
     text = (tmp_path / "RESULTS-quick.md").read_text(encoding="utf-8")
     assert "measures nothing" in text
@@ -287,7 +292,7 @@ def test_a_quick_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "<svg" in (results / f"{name}.svg").read_text()
         page = (results / f"{name}.md").read_text(encoding="utf-8")
         assert any(f"**{verdict}**" in page for verdict in VERDICTS) or name == "grid"
-        assert f"`draftune reproduce {name} --quick`" in page
+        assert f"`draftune reproduce {name} --quick" in page
         with (results / f"{name}.csv").open() as file:
             assert list(csv.DictReader(file))
     with (results / "efficiency.csv").open() as file:

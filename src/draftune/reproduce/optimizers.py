@@ -55,7 +55,7 @@ RIVALS = (
     Rival("SGD, momentum 0.9", (0.03, 0.1, 0.3), "sgd(momentum=0.9)"),
     Rival("Step-Tuned SGD", (0.3, 1.0, 3.0), "step-tuned-sgd", 2),
     Rival("EXTRAP + AdamW", (3e-4, 1e-3, 3e-3), "extrapolate(adamw, rate=0.1)"),
-    Rival("AdaMEKA", (3e-4, 1e-3, 3e-3)),
+    Rival("AdaMEKA", (1e-3, 3e-3)),
 )
 SIZE = 4
 """Pictures of a batch."""
@@ -130,7 +130,7 @@ def worth(run: Curve) -> float:
 
 
 def search(rates: Sequence[float], run: Callable[[float], Curve]) -> dict[float, Curve]:
-    """The runs of some learning rates, of more where the best is the lowest or the highest, then of its neighbours."""
+    """The runs of some learning rates, of more where the best is the lowest or the highest, then of one above it."""
     found = {rate: run(rate) for rate in rates}
 
     def best() -> float:
@@ -142,9 +142,9 @@ def search(rates: Sequence[float], run: Callable[[float], Curve]) -> dict[float,
             break
         wider = rounded(rate * FACTOR if rate == known[-1] else rate / FACTOR)
         found[wider] = run(wider)
-    rate = best()
-    for factor in (FACTOR**0.5, FACTOR**-0.5) if len(rates) > 1 and rate != OWN else ():
-        found[rounded(rate * factor)] = run(rounded(rate * factor))
+    if len(rates) > 1 and (rate := best()) != OWN:
+        # What is above the best is mostly a ruin; how far it can go is wanted more finely.
+        found[rounded(rate * FACTOR**0.5)] = run(rounded(rate * FACTOR**0.5))
     return found
 
 
@@ -177,7 +177,7 @@ def said(rate: float) -> str:
 def tuned(lab: Lab, rival: Rival) -> Tuned:
     rates = rival.rates[-lab.scale.rates :]
     if not rival.optimizer:
-        rates = (OWN, *rates[: lab.scale.rates - 1])
+        rates = (OWN, *rates)[: lab.scale.rates]
     tried = search(rates, lambda rate: curve(lab, rival, rate, 0))
     best = max(tried, key=lambda rate: worth(tried[rate]))
     return Tuned(rival, tried, best, [curve(lab, rival, best, seed) for seed in range(lab.scale.seeds)])
