@@ -22,7 +22,8 @@ EXPRESSIONS = split(
     aesthetic(weights=nowhere.pth) | hpsv2 | pickscore | imagereward + hpsv2 | mine.py:nothing | nowhere.py:f
     mine.py | mine.py:f( | brightness:f | 'brightness | emoji-judge-style(style=4d) | classify(target=99999)
     classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness | 0x10*brightness
-    1__0*brightness | brightness(a=1, a=2) | brightness(, )
+    1__0*brightness | brightness(a=1, a=2) | brightness(, ) | above(brightness) | above(level=0.5)
+    black-box(brightness, space=latents) | robust(black-box(brightness, space=latent))
     """,
     "brightness - ",
     "brightness\x00",
@@ -33,7 +34,7 @@ EXPRESSIONS = split(
 )
 
 
-@bad(*TRAINING, "score", "reno", "eval", "sweep")
+@bad(*TRAINING, "score", "reno", "eval", "sweep", "knobs")
 def expression(m: Making) -> Bad:
     flag = m.any("--reward", "--held-out") if m.command in (*TRAINING, "eval", "sweep") else "--reward"
     text = m.any(*EXPRESSIONS)
@@ -46,6 +47,8 @@ def expression(m: Making) -> Bad:
         "target",
         "4d",
         "angle",
+        "wants",
+        "space",
         "axis",
         "colour",
         "class",

@@ -61,7 +61,7 @@ def lora_file(m: Making) -> Bad:
     return Bad(m.good(source=m.here if folder else path), [repr(path)])
 
 
-@bad("sample", "eval", "sweep", "reno", "mix", "export")
+@bad("sample", "eval", "sweep", "reno", "mix", "distill", "knobs", "export")
 def lora_tensors(m: Making) -> Bad:
     """A readable file whose tensors are not those of a LoRA of this model."""
     file = m.world.run / "lora" / FILE_NAME

@@ -74,6 +74,8 @@ class Making:
             "eval": [run, *measured, "--output", f"{out}.csv", *drawing],
             "sweep": [run, *measured, "--output", out, "--scales", "1", *drawing],
             "mix": [run, f"{world.run}@0.5", "--output", out],
+            "distill": [run, "--prompts", str(world.prompts), "--rank", "1", "--paths", "1", "--output", out],
+            "knobs": [run, *measured[:4], "--steps", "1", "--batch-size", "1", "--output", out, *drawing],
             "export": [run, "--format", "diffusers", "--output", out],
             "reno": [run, "--prompt", "a", "--reward", "brightness", "--steps", "1", "--output", f"{out}.png"],
             "score": [str(world.picture), "--reward", "brightness", "--output", f"{out}.csv"],
@@ -86,8 +88,8 @@ class Making:
 Maker = Callable[[Making], Bad]
 MAKERS: dict[str, tuple[Maker, tuple[str, ...]]] = {}
 TRAINING = ("train", "preflight")
-OF_A_LORA = ("sample", "eval", "sweep", "mix", "export", "reno")
-OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", "export", "reno")
+OF_A_LORA = ("sample", "eval", "sweep", "mix", "distill", "knobs", "export", "reno")
+OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", "distill", "knobs", "export", "reno")
 
 
 def bad(*commands: str) -> Callable[[Maker], Maker]:
@@ -268,7 +270,7 @@ BROKEN_PROMPTS: dict[str, tuple[str, bytes]] = {
 }
 
 
-@bad(*TRAINING, "eval", "sweep")
+@bad(*TRAINING, "eval", "sweep", "distill", "knobs")
 def prompt_file(m: Making) -> Bad:
     name, (suffix, content) = m.any(*BROKEN_PROMPTS.items())
     flag = m.any("--prompts", "--eval-prompts") if m.command in TRAINING else "--prompts"
@@ -276,7 +278,7 @@ def prompt_file(m: Making) -> Bad:
     return Bad(m.good(flag, m.put(name + suffix, content)), [f"{name}{suffix}'"])
 
 
-@bad(*TRAINING, "eval", "sweep")
+@bad(*TRAINING, "eval", "sweep", "distill", "knobs")
 def prompts_missing(m: Making) -> Bad:
     flag = m.any("--prompts", "--eval-prompts") if m.command in TRAINING else "--prompts"
     path = m.any("animal", "Emoji", "emoji ", "a cat", LONG)

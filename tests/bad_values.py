@@ -38,7 +38,7 @@ def bad_output(m: Making, suffix: str = "") -> str:
 SUFFIXES = {"report": ".html", "sample": ".png", "reno": ".png", "eval": ".csv", "score": ".csv"}
 
 
-@bad("report", "sample", "reno", "eval", "score", "sweep", "mix", "export", "reproduce")
+@bad("report", "sample", "reno", "eval", "score", "sweep", "mix", "distill", "knobs", "export", "reproduce")
 def output(m: Making) -> Bad:
     """An output that can't be written, is of another kind, or is what is read."""
     suffix, w = SUFFIXES.get(m.command, ""), m.world
@@ -53,7 +53,7 @@ def output(m: Making) -> Bad:
         kinds += [str(w.prompts), str(w.picture)]
     if m.command not in ("sweep", "reproduce", "sample", "reno"):
         kinds += [str(folder)]
-    if m.command in ("mix", "export"):
+    if m.command in ("mix", "distill", "knobs", "export"):
         kinds += [str(w.run), str(w.model), str(w.run / "lora"), str(w.prompts.parent)]
     path = m.any(*kinds)
     argv = m.good("--output", path)
@@ -90,6 +90,27 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
         "--num-images": ["0", "x"],
         "--best-by": ["nothing", "brightness +", "2", "brightness(k=1)", "-nothing"],
     },
+    "distill": {
+        "--rank": ["0", "-1", "2", "x", "1.5", "9" * 30],
+        "--beta": ["1", "-0.1", "nan", "x"],
+        "--paths": ["0", "x"],
+        "--calls": ["0", "1.5"],
+        "--batch-size": ["0", "-1"],
+        "--learning-rate": ["nan", "-1", "inf", "x"],
+        "--seed": ["-1", str(2**63)],
+        "--mixed-precision": ["fp16", "fp8"],
+    },
+    "knobs": {
+        "--weight-bounds": ["1", "1,0", "0,nan", "a,b", "", "0,1,2", "0;1", "0,inf", "1,1"],
+        "--guidance-bounds": ["4,1", "0,4", "1", "x,y", "1,1e400"],
+        "--step": ["0", "0.5", "nan", "-1", "x"],
+        "--learning-rate": ["nan", "-1", "inf", "x"],
+        "--steps": ["0", "-1", "x"],
+        "--batch-size": ["0", "1.5"],
+        "--coordinates": ["0", "x"],
+        "--num-images": ["1", "x", "9" * 18],
+        "--seed": ["-1", str(2**63)],
+    },
     "reno": {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
     "watch": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
     "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
@@ -110,7 +131,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
 @bad(*NUMBERS.keys() - {"all", "scaled"})
 def number(m: Making) -> Bad:
     known = dict(NUMBERS[m.command])
-    if m.command in ("sample", "eval", "sweep", "reno"):
+    if m.command in ("sample", "eval", "sweep", "knobs", "reno"):
         known |= NUMBERS["all"]
     if m.command in ("sample", "eval", "reno", "export"):
         known |= NUMBERS["scaled"]

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import add_random_lora
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from draftune.errors import DraftuneError
+from draftune.images import save_image, to_pil
+from draftune.lora import save_lora
 from draftune.models import load_model
 from draftune.processes import launched, to_say
 from draftune.training.loop import Trainer
@@ -39,15 +42,39 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "float32": {"method": "draft-lv(n=1)", "dtype": torch.float32},
     "draft-lv": {"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2},
     "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
+    "kept": {"method": "draft-k(k=1)", "continue_from": "FIRST", "keep": "animals", "prefix_reuse": 2},
+    # A critic and a value network compute in float32.
+    "float32 critic": {
+        "method": "sft-pg(generator_steps=2)",
+        "reward": "examples(folder=EXAMPLES, width=4, size=16)",
+        "gradient_accumulation_steps": 2,
+    },
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "two calls": {"method": "kl(draft-k(k=2), beta=0.1)"},
     "earliest cut": {"method": "alignprop(m=3)"},
     "adjoint": {"method": "adjoint-matching(k=2)"},
+    "kept": {"method": "draft-k(k=2)", "continue_from": "FIRST", "keep": "animals"},
     "blocks": {"method": "kl(draft-k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
     "both": {"method": "draft-k(k=2)", "gradient_checkpointing": "both"},
 }
 UPDATES = 2
+
+
+def examples(folder: Path) -> Path:
+    """A folder of pictures."""
+    pictures = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for i, picture in enumerate(to_pil(pictures)):
+        save_image(picture, folder / f"{i}.png")
+    return folder
+
+
+def first_lora(model: str, folder: Path, dtype: torch.dtype) -> str:
+    """The folder of a LoRA that does something."""
+    painter = load_model(StableDiffusionPipeline.from_pretrained(model).to(dtype))
+    add_random_lora(painter)
+    save_lora(painter, folder)
+    return str(folder)
 
 
 def updated(
@@ -55,7 +82,12 @@ def updated(
 ) -> tuple[Trainer, list[dict[str, float]]]:
     """A trainer after some updates, and their rows."""
     painter = load_model(StableDiffusionPipeline.from_pretrained(model).to(dtype))
-    trainer = prepare(painter, output=str(output), **(SETTINGS | values))
+    values = SETTINGS | values
+    if "EXAMPLES" in str(values["reward"]):
+        values["reward"] = values["reward"].replace("EXAMPLES", f"'{examples(output.parent / 'examples')}'")
+    if "continue_from" in values:
+        values["continue_from"] = first_lora(model, output.parent / "first", dtype)
+    trainer = prepare(painter, output=str(output), **values)
     return trainer, [trainer.updates.update(step) for step in range(1, UPDATES + 1)]
 
 

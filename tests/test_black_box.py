@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,10 +24,7 @@ from draftune.zeroth_order import Estimator, along_coordinates, along_directions
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 IMAGES = 0.3 + 0.4 * torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-SLOPE = torch.cat(
-    [torch.tensor([10.0, -8, 6, 5, 4]), 0.2 * torch.randn(45, generator=torch.Generator().manual_seed(1))]
-)
-SLOPE = SLOPE.double()
+SLOPE = torch.tensor([10, -8, 6, 5, 4, *0.2 * np.random.default_rng(1).standard_normal(45)])
 DRAWS = 20_000
 
 
@@ -45,32 +43,35 @@ def test_bias_and_variance_on_a_line() -> None:
     """Five of fifty coordinates matter, and five queries find them: along directions, coordinates and both."""
     at, value = torch.zeros(50, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     square = float(SLOPE.square().sum())
+    assert square == pytest.approx(242.5, abs=0.1)
     bias, by_directions = spread(lambda g: along_directions(linear, at, 5, 1e-3, value, g))
     assert bias < 0.25
     assert by_directions == pytest.approx(49 / 5 * square, rel=0.03)
-    assert 49 / 5 * square == pytest.approx(2376, rel=0.01)
+    assert by_directions == pytest.approx(2376, rel=0.03)
 
     even = torch.full((50,), 0.1, dtype=torch.float64)
     bias, uniform = spread(lambda g: along_coordinates(linear, at, even, 1e-3, value, g)[0])
     assert bias < 0.25
     assert uniform == pytest.approx(9 * square, rel=0.05)
+    assert uniform == pytest.approx(2182, rel=0.05)
 
     chances = best_chances(SLOPE.abs(), 5)
     known = float((SLOPE.square() * (1 / chances - 1)).sum())
     bias, oracle = spread(lambda g: along_coordinates(linear, at, chances, 1e-3, value, g)[0])
     assert bias < 0.25
-    assert oracle == pytest.approx(known, rel=0.05)
-    assert oracle < uniform / 20
+    assert known == pytest.approx(69.9, abs=0.05)
+    assert oracle == pytest.approx(69.9, rel=0.05)
 
-    both = Estimator(50, directions=5, coordinates=5, floor=0, memory=0)
+    both = Estimator(directions=5, coordinates=5, floor=0, memory=0)
     both.levels = SLOPE.abs()
     share = both.share_of_directions()
     assert share == pytest.approx(known / (known + 49 / 5 * square), rel=1e-6)
+    assert share == pytest.approx(0.029, abs=5e-4)
     both.remember = lambda answers, chosen: None  # type: ignore[method-assign]
-    bias, hybrid = spread(lambda g: both(linear, at, 1e-3, value, g), DRAWS // 8)
+    bias, hybrid = spread(lambda g: both(linear, at, 1e-3, value, g), DRAWS // 4)
     assert bias < 0.25
-    assert hybrid == pytest.approx((1 - share) * known, rel=0.1)
-    assert hybrid < oracle
+    assert (1 - share) * known == pytest.approx(67.9, abs=0.05)
+    assert hybrid == pytest.approx(67.9, rel=0.05)
 
 
 def climbed(estimate: Callable[..., Tensor], rate: float, seed: int) -> float:
@@ -97,14 +98,50 @@ def test_tracked_importance_is_what_helps() -> None:
     def mean(estimator: Callable[[], Callable[..., Tensor]], rate: float) -> float:
         return sum(climbed(estimator(), rate, seed) for seed in range(3)) / 3
 
-    tracked = mean(lambda: Estimator(50, coordinates=6), 0.12)
-    directions = mean(lambda: Estimator(50, directions=4), 0.06)
-    hybrid = mean(lambda: Estimator(50, directions=4, coordinates=6), 0.1)
+    def weighed(share: float, guessed: bool) -> Callable[..., Tensor]:
+        """Both with a fixed weight; the importance tracked, or guessed anew from the directions."""
+        tracked = Estimator(coordinates=6)
+
+        def estimate(f: Any, x: Tensor, step: float, value: Tensor, generator: torch.Generator) -> Tensor:
+            along = along_directions(f, x, 4, step, value, generator)
+            chances = best_chances(along.abs(), 6, 0.02)
+            guess = along_coordinates(f, x, chances, step, value, generator)[0] if guessed else None
+            found = tracked(f, x, step, value, generator) if guess is None else guess
+            return share * along + (1 - share) * found
+
+        return estimate
+
+    tracked = mean(lambda: Estimator(coordinates=6), 0.12)
+    directions = mean(lambda: Estimator(directions=4), 0.06)
+    hybrid = mean(lambda: Estimator(directions=4, coordinates=6), 0.1)
     uniform = mean(lambda: lambda f, x, step, v, g: along_coordinates(f, x, even, step, v, g)[0], 0.02)
+    fixed = mean(lambda: weighed(0.05, guessed=False), 0.05)
+    guessed = mean(lambda: weighed(0.05, guessed=True), 0.03)
+    # Elsewhere: 4.5e-4, 1.4e-2, -, 3.4e-2, 1.4e-1, 3.8e-1, at learning rates that were not noted down; a step less or
+    # more on the grid of ours is a factor of 3 to 8.
     assert tracked < 4.5e-4
-    assert 5 * tracked < directions < hybrid < uniform
+    assert 5 * tracked < directions < hybrid < fixed < guessed
     assert directions < 1.4e-2
-    assert 0.1 < uniform < 0.6
+    assert fixed == pytest.approx(0.08, rel=0.3)
+    assert guessed == pytest.approx(0.24, rel=0.3)
+    assert uniform == pytest.approx(0.2, rel=0.3)
+
+
+def test_what_a_guess_at_the_importance_is_worth() -> None:
+    """Of few directions it is worth less than none: at x = 1, five of the fifty slopes are 10, the others 0.05."""
+    slope = torch.full((50,), 0.05, dtype=torch.float64)
+    slope[:5] = 10
+    generator, at = torch.Generator().manual_seed(0), torch.zeros(50, dtype=torch.float64)
+
+    def variance(chances: Tensor) -> float:
+        return float((slope.square() * (1 / chances - 1)).sum())
+
+    assert variance(torch.full_like(slope, 6 / 50)) == pytest.approx(3670, rel=0.01)
+    assert variance(best_chances(slope, 6)) == pytest.approx(5, rel=0.02)
+    for count, expected in ((4, 6040), (40, 1240), (400, 256)):
+        levels = [along_directions(lambda p: p @ slope, at, count, 1e-3, at.sum(), generator).abs() for _ in range(300)]
+        guessed = sum(variance(best_chances(level, 6, 0.02)) for level in levels) / 300
+        assert guessed == pytest.approx(expected, rel=0.12)
 
 
 def test_chances_are_those_of_least_variance() -> None:
@@ -213,12 +250,16 @@ def test_changed_pictures_keep_to_their_range() -> None:
 
 
 def test_what_answered_strongly_is_asked_again() -> None:
-    estimator = Estimator(50, coordinates=5)
+    estimator = Estimator(coordinates=5)
     for _ in range(60):
         estimator(linear, torch.zeros(50, dtype=torch.float64), 1e-3)
     assert torch.allclose(estimator.levels.double(), SLOPE.abs(), rtol=1e-4)
     assert estimator.chances()[:5].min() > 0.4
     assert estimator.chances()[5:].max() < 0.1
+    # What was known of other points says nothing of these.
+    estimator(lambda points: points.sum(1), torch.zeros(7), 1e-3)
+    assert len(estimator.levels) == 7
+    assert estimator.levels[estimator.levels > 0].tolist() == pytest.approx([1] * int((estimator.levels > 0).sum()))
 
 
 def test_jpeg_bytes_are_those_of_pillow() -> None:

@@ -19,15 +19,18 @@ from test_flow import SD3, save_flux, save_sd3
 from torch import Tensor
 
 import draftune
+from draftune import guidance
 from draftune.cli import main
+from draftune.denoising import LEVELS, Fit
 from draftune.errors import DraftuneError
 from draftune.guidance import by_ratio, by_variance, dot, drawn, look_ahead, norm, pulled, rounds_ahead
-from draftune.guides import Slope, load_guide, sample_guided
+from draftune.guides import Slope, fresh_lora, load_guide, sample_guided
 from draftune.images import open_image, to_pil
+from draftune.lora import load_lora, lora_parameters, save_lora
 from draftune.models import load_model
 from draftune.rewards import load_reward
 from draftune.sampling import Denoiser
-from draftune.schedule import Prediction, Step
+from draftune.schedule import Prediction, Schedule, Step
 
 T, D = 200, 16
 
@@ -56,8 +59,8 @@ class Subspace:
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        basis = torch.linalg.qr(self.normal(D, 4))[0]
-        self.P = basis @ basis.T
+        self.basis = torch.linalg.qr(self.normal(D, 4))[0]
+        self.P = self.basis @ self.basis.T
         r = self.normal(D)
         inside, outside = self.P @ r, r - self.P @ r
         theta = inside / inside.norm() + 9 * outside / outside.norm()
@@ -111,19 +114,95 @@ def test_look_ahead_draws_from_the_posterior(toy: Subspace, steps: list[Step], e
     assert float(seen.mean()) == pytest.approx(target * nu / (nu + sigma**2), rel=0.05)  # 0.1648
     assert float(seen.var()) == pytest.approx(nu * sigma**2 / (nu + sigma**2), rel=0.07)  # 0.0055
     assert toy.outside(x) < 1e-12
-    if steps is DIFFUSION:
-        y = drawn(naive(toy.denoise, direction, torch.tensor(target), sigma), steps, fresh(), fresh, eta)
-        assert float((y @ toy.theta).mean()) < 0.2 * 0.1648
-        assert toy.outside(y) > 1e-3
+
+
+@pytest.mark.parametrize(("eta", "reached"), [(1.0, 0.0231), (0.0, 0.0179)])
+def test_the_naive_gradient_misses_the_posterior_and_leaves_the_subspace(
+    toy: Subspace, eta: float, reached: float
+) -> None:
+    # Every map is affine, so that the mean is what comes of no noise at all.
+    zero = torch.zeros(1, D, dtype=torch.float64)
+    means = {}
+    for guide in (look_ahead, naive):
+        guided = guide(toy.denoise, toy.theta[None], torch.tensor([0.3]).double(), 0.1)
+        means[guide] = float(drawn(guided, DIFFUSION, zero, lambda: zero, eta) @ toy.theta)
+    assert means[look_ahead] == pytest.approx(0.1648, abs=2e-4)
+    # With the ancestral sampler 92 % short of the target, 86 % of the posterior's mean: a share of 91 % was told for
+    # 4,000 samples, whose standard error is 0.5 %, without a word on what it is a share of.
+    assert means[naive] == pytest.approx(reached, abs=2e-4)
+    fresh = toy.fresh(4000)
+    y = drawn(naive(toy.denoise, toy.theta[None], torch.tensor(0.3), 0.1), DIFFUSION, fresh(), fresh, eta)
+    # The last call's push alone, h / (sigma^2 + h) of the gap with h = 2.55e-4: 0.005 was told, for a grid that is not.
+    assert toy.outside(y) == pytest.approx(0.0038, abs=2e-4)
 
 
 def test_rounds_settle_at_the_regularised_optimum(toy: Subspace) -> None:
     fresh = toy.fresh(64)
     means = [float(toy.f(x).mean()) for x in rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 60, 0.2, 0.1)]
-    assert means[0] == pytest.approx(1.0, abs=0.3)
-    assert means[1] == pytest.approx(1.31, abs=0.3)
     # At f = 10 - (3 / (1 + 2 c nu))^2 with c = rise / sigma^2 = 20 it would stay: 5.93.
     assert means[60] == pytest.approx(5.79, abs=0.1)
+
+
+def test_the_first_round(toy: Subspace) -> None:
+    fresh = toy.fresh(4000)
+    means = [float(toy.f(x).mean()) for x in rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 1, 0.2, 0.1)]
+    assert means[0] == pytest.approx(1 - 1 / 82, abs=0.04)
+    # By quadrature over the seen value of the first batch, N(0, 1 / 82). Of 64 samples it has a standard error of 0.1:
+    # 1.31, which was told, is one of them.
+    assert means[1] == pytest.approx(1.181, abs=0.04)
+
+
+def test_the_naive_rounds_stall(toy: Subspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guidance, "look_ahead", naive)
+    *last, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, toy.fresh(64), 30, 0.9, 0.1)
+    assert sum(float(toy.f(y).mean()) for y in last[-10:]) / 10 == pytest.approx(1.9, abs=0.1)
+    assert 0.05 < toy.outside(x) < 0.1
+
+
+class Learned:
+    """The exact denoiser of N(mean, P), the mean in the subspace learned."""
+
+    def __init__(self, toy: Subspace) -> None:
+        self.toy, self.place = toy, torch.zeros(4, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, x: Tensor, step: Step) -> Prediction:
+        mean = self.toy.basis @ self.place
+        clean = mean + step.alpha / (step.alpha**2 + step.sigma**2) * (x - step.alpha * mean) @ self.toy.P
+        return Prediction(clean, (x - step.alpha * clean) / step.sigma)
+
+
+def test_training_on_what_is_drawn_goes_past_the_regularised_optimum(toy: Subspace) -> None:
+    steps = steps_of([(step.alpha, step.sigma) for step in DIFFUSION[::4]] + [(1.0, 0.0)])
+    network, schedule = Learned(toy), Schedule(tuple(steps))
+    fit = Fit([network.place], schedule, 0.3, torch.Generator().manual_seed(0))
+    means = []
+    for drawing, x in enumerate(rounds_ahead(network, steps, toy.uphill, toy.fresh(32), 80, 0.2, 0.1)):
+        means.append(float(toy.f(x).mean()))
+        if drawing >= 20:
+            fit(network, x)
+    assert means[20] < 5  # still on the way to 5.93
+    assert means[80] == pytest.approx(9.8, abs=0.15)  # 10 is the optimum
+    assert toy.outside(x) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_the_loss_of_the_denoiser(toy: Subspace, kind: str) -> None:
+    steps = DIFFUSION if kind == "epsilon" else FLOW[1:]
+    place = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        clean, noise = toy.denoise(x, step)
+        return Prediction(clean, noise + place)
+
+    fit = Fit([place], Schedule(tuple(steps), kind), 0.01, torch.Generator().manual_seed(0))
+    found = fit(denoise, toy.normal(4000, D) @ toy.P)
+    # What an exact denoiser can't know of N(0, P), over the levels that were drawn.
+    seen = torch.randint(len(steps), (LEVELS,), generator=torch.Generator().manual_seed(0)).tolist()
+    weights = [
+        (steps[i].alpha ** 2 if kind == "epsilon" else 1) / (steps[i].alpha ** 2 + steps[i].sigma ** 2) for i in seen
+    ]
+    assert found == pytest.approx(sum(weights) / LEVELS * 4 / D, rel=0.02)
+    assert abs(place.item()) == pytest.approx(0.01, rel=1e-3)  # Adam's first step
 
 
 def test_a_larger_rise_settles_higher_and_stays_in_the_subspace(toy: Subspace) -> None:
@@ -280,6 +359,47 @@ def test_a_picture_depends_on_its_own_seed_alone(pipeline_folder: Path) -> None:
         assert (both[0] - both[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("family", ["stable-diffusion", "sd3"])
+def test_the_lora_that_look_ahead_trains(family: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    build = FAMILIES[family]
+    folder = build(tmp_path) if build else pipeline_folder
+    model = load_model(folder)
+    plain = "look-ahead(rise=0.02, sigma=0.01, rounds=3"
+    free = sample_guided(model, "brightness", PROMPTS, f"{plain})", **FEW)
+    tuned = sample_guided(model, "brightness", PROMPTS, f"{plain}, tune_from=2, learning_rate=0.01)", **FEW)
+    # Rounds 2 and 3 train; the first that shows it is round 3.
+    assert torch.allclose(tuned.rewards[:3], free.rewards[:3], atol=1e-6)
+    assert (tuned.rewards[3] - free.rewards[3]).abs().max() > 1e-5
+    assert tuned.queries == free.queries
+    learned = lora_parameters(model)
+    moved = [p.abs().max().item() for name, p in learned.items() if ".lora_B." in name]
+    assert max(moved) == pytest.approx(0.02, rel=0.3)  # two steps of Adam
+    save_lora(model, tmp_path / "lora")
+    again = load_model(folder)
+    load_lora(again, tmp_path / "lora")
+    drawn_by = [m.generate(PROMPTS, [0, 1], m.schedule(4), 2.0) for m in (model, again, load_model(folder))]
+    assert torch.allclose(drawn_by[0], drawn_by[1], atol=1e-4)
+    assert (drawn_by[0] - drawn_by[2]).abs().max() > 1e-3
+    with pytest.raises(DraftuneError, match="carries a LoRA already"):
+        sample_guided(model, "brightness", PROMPTS, f"{plain}, tune_from=1)", **FEW)
+
+
+def test_what_is_trained_on_becomes_likelier(pipeline_folder: Path) -> None:
+    model = load_model(pipeline_folder)
+    schedule = model.schedule(8)
+    fit = fresh_lora(model, schedule, 0.1)
+    clean = 2 * model.noise(torch.Generator().manual_seed(0), 2)
+
+    def loss() -> float:
+        fit.generator.manual_seed(1)
+        return fit(model.denoise(PROMPTS, schedule, 1), clean)
+
+    losses = [loss() for _ in range(10)]
+    assert losses[-1] < 0.93 * losses[0]  # the same levels and noise every time
+    with pytest.raises(DraftuneError, match="a lower learning_rate may help"):
+        fit(model.denoise(PROMPTS, schedule, 1), clean / 0)
+
+
 # Properties as rewards.
 
 
@@ -370,6 +490,10 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
         (["--guide", "brightness", "--guide-method", "ratio(eta=2)"], "eta of ratio must be between 0 and 1, not 2"),
         (["--guide", "brightness", "--guide-method", "static"], "static wants strength: static(strength=…)"),
         (["--guide", "brightness", "--guide-method", "look-ahead(rounds=0)"], "rounds of look-ahead must be between 1"),
+        (
+            ["--guide", "brightness", "--guide-method", "look-ahead(tune_from=9)"],
+            "tune_from of look-ahead must be between 0",
+        ),
         (["--guide", "brightness", "--guide-method", "ratio + static"], "one name with its settings is wanted"),
         (["--guide-method", "static(strength=1)"], "--guide-method says how to follow the reward of --guide"),
     ],

@@ -59,6 +59,8 @@ SCORED = {
     "ddpo": 4,
     "ddpo(inner_epochs=2)": 4,
     "dpok": 4,
+    "kl(sft-pg(generator_steps=2), beta=0.1)": 4,
+    "sft-pg": 4,
     "kl(ddpo(timestep_fraction=0.5), beta=0.1)": 4,
 }
 

@@ -3,8 +3,8 @@
     python recipes/emoji/data.py --output build/emoji
 
 fetches the three packages with `npm pack`, keeps the names that all three sets draw, and writes
-`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles), the tokenizer and, into the package, the two lists
-of names.
+`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles), the same pictures as `pictures/STYLE/NAME.png`, the
+tokenizer and, into the package, the two lists of names.
 """
 
 from __future__ import annotations
@@ -177,6 +177,10 @@ def build(output: Path) -> Emoji:
     (ASSETS / "names-common.txt").write_text("\n".join(COMMON) + "\n")
     (ASSETS / "names-other.txt").write_text("\n".join(other) + "\n")
     save_tokenizer(build_tokenizer(emoji.names, STYLES), output / "tokenizer")
+    for image, name, style in zip(images, names, styles, strict=True):
+        path = output / "pictures" / style / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
     np.savez_compressed(output / "emoji.npz", images=emoji.images, names=names, styles=styles)
     return emoji
 

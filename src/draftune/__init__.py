@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from draftune.distilling import distill_lora
     from draftune.errors import DraftuneError
     from draftune.export import export_lora
     from draftune.guides import sample_guided
+    from draftune.knobs import tune_knobs
     from draftune.lora import load_lora, save_lora
     from draftune.methods import load_method
     from draftune.mixing import mix_loras
@@ -20,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DraftuneError",
     "Reward",
+    "distill_lora",
     "export_lora",
     "load_lora",
     "load_method",
@@ -30,6 +33,7 @@ __all__ = [
     "sample_guided",
     "save_lora",
     "train",
+    "tune_knobs",
     "write_report",
 ]
 
@@ -37,6 +41,7 @@ __all__ = [
 HOMES = {
     "DraftuneError": "errors",
     "Reward": "rewards",
+    "distill_lora": "distilling",
     "export_lora": "export",
     "load_lora": "lora",
     "load_method": "methods",
@@ -47,6 +52,7 @@ HOMES = {
     "sample_guided": "guides",
     "save_lora": "lora",
     "train": "training",
+    "tune_knobs": "knobs",
     "write_report": "report",
 }
 

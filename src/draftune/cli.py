@@ -14,7 +14,7 @@ from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.processes import launched, lost, to_say
 from draftune.prompts import is_text
 
-EXPRESSIONS = ("--reward", "--guide", "--held-out", "--best-by", "--scales")
+EXPRESSIONS = ("--reward", "--guide", "--held-out", "--best-by", "--scales", "--weight-bounds")
 """Flags whose values may begin with a minus."""
 
 

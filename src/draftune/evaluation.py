@@ -16,6 +16,8 @@ from draftune.rewards import Reward, WeightedSum
 from draftune.sampling import advance
 from draftune.schedule import Schedule
 
+KEPT_COLUMN = "kept/"
+"""Before the names of scores that tell how an earlier training's reward fares."""
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -35,8 +37,7 @@ class Evaluation:
     @property
     def errors(self) -> dict[str, float]:
         """The standard errors of the means: pictures of one prompt are alike, so that it is prompts that count."""
-        count = len(next(iter(self.values.values())))
-        return {name: float(v.mean(1).std() / count**0.5) if count > 1 else 0.0 for name, v in self.values.items()}
+        return {name: float(v.mean(1).std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for name, v in self.values.items()}
 
 
 @dataclass
@@ -69,8 +70,12 @@ class Comparison:
         return {name: (value, tuned[name]) for name, value in self.base.scores.items()}
 
     def table(self) -> str:
-        width = max(map(len, self.scores))
-        return "\n".join(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}" for name, (base, tuned) in self.scores.items())
+        """A line for each score; with the difference where it is one that was to be kept."""
+        width, lines = max(map(len, self.scores)), []
+        for name, (base, tuned) in self.scores.items():
+            lost = f"  ({tuned - base:+.3f})" if name.startswith(KEPT_COLUMN) else ""
+            lines.append(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}{lost}")
+        return "\n".join(lines)
 
     def paired(self) -> dict[str, Paired]:
         """What changed from picture to picture of one prompt and seed, by name; a tie is half a win.

@@ -14,18 +14,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.at_once import at_once
+from draftune.denoising import Fit
 from draftune.errors import DraftuneError, unknown
 from draftune.expression import Call, parse
 from draftune.guidance import Fresh, Uphill, by_ratio, by_variance, pulled, rounds_ahead
+from draftune.lora import add_lora, lora_parameters
 from draftune.models import Model
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
+from draftune.rewards.base import extra_queries
 from draftune.sampling import Denoiser
-from draftune.schedule import Step
+from draftune.schedule import Schedule, Step
 
 
 class Guide(ABC):
     """Draws clean latents along a reward's gradient."""
+
+    tune_from = 0
+    """From which drawing on a LoRA is trained on what was drawn, counted from 0, where it is trained at all."""
+    learning_rate = 0.0
 
     @property
     def draws(self) -> int:
@@ -86,7 +93,9 @@ class LookAhead(Guide):
     how far the pictures go. Their defaults are those of the authors' toy, and the number of rounds that of their
     pictures, which were drawn for a fixed value instead. `anew`: every round starts from fresh noise, as the authors'
     do, and not from the picture's own, where the gradient of one picture is used for another. `eta`: the sampler's
-    noise, 0 (DDIM; Euler for flow models) to 1 (ancestral).
+    noise, 0 (DDIM; Euler for flow models) to 1 (ancestral). `tune_from`: the round from which on every round ends with
+    a step of Adam at `learning_rate` on a fresh LoRA of rank 8, towards denoising what the round drew (Algorithm 2;
+    theirs trains the whole network of a toy, at 1e-6 from round 60 of 1,200); 0 trains nothing.
     """
 
     rise: float = 0.2
@@ -94,10 +103,13 @@ class LookAhead(Guide):
     rounds: int = 8
     anew: bool = False
     eta: float = 0.0
+    tune_from: int = 0
+    learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
         check("look-ahead", rise=(self.rise, 0, math.inf), sigma=(self.sigma, 1e-6, math.inf), eta=(self.eta, 0, 1))
-        check("look-ahead", rounds=(self.rounds, 1, 100_000))
+        check("look-ahead", rounds=(self.rounds, 1, 100_000), tune_from=(self.tune_from, 0, self.rounds))
+        check("look-ahead", learning_rate=(self.learning_rate, 0, math.inf))
 
     @property
     def draws(self) -> int:
@@ -150,10 +162,11 @@ class Slope:
         """The rewards [B]. Raises DraftuneError where one is not finite."""
 
         def scored(some: Tensor, part: slice) -> Tensor:
-            return self.reward(self.model.decode(some), self.prompts[part])
+            return self.reward.parts_of(some, self.model.decode, self.prompts[part])[0]
 
-        self.queries += len(latents)
+        before = extra_queries(self.reward)
         rewards = at_once(scored, latents, self.reward.chunk_size)
+        self.queries += len(latents) + extra_queries(self.reward) - before
         if not rewards.isfinite().all():
             raise DraftuneError(f"the reward became {rewards.tolist()} while guiding: less strength may help")
         return rewards
@@ -169,6 +182,14 @@ class Slope:
         if first and not gradient.any():
             raise DraftuneError(f"the reward {self.reward.label!r} gives no gradient to guide by")
         return gradient
+
+
+def fresh_lora(model: Model, schedule: Schedule, learning_rate: float) -> Fit:
+    """Adds a LoRA to the model, always the same; what trains it. Raises DraftuneError if there is one already."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        add_lora(model, rank=8)
+    return Fit(lora_parameters(model).values(), schedule, learning_rate, torch.Generator().manual_seed(0))
 
 
 def sample_guided(
@@ -188,8 +209,9 @@ def sample_guided(
 
     `method`: "ratio", "static" or "look-ahead" with settings, as in "ratio(strength=0.2)". Seeds are 0, 1, … unless
     given; a picture depends on its own alone. Sampling steps and guidance default to what is recommended for the model.
-    Raises DraftuneError for a method or a reward that is not there, one without a gradient, and numbers that stop being
-    finite.
+    Where the method trains a LoRA (look-ahead's `tune_from`), pictures depend on those before them and beside them, and
+    the LoRA stays on the model: `save_lora` keeps it. Raises DraftuneError for a method or a reward that is not there,
+    one without a gradient, numbers that stop being finite, and a model to train that carries a LoRA.
     """
     guide = load_guide(method)
     if model.autocast_dtype is torch.float16:
@@ -203,6 +225,8 @@ def sample_guided(
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
 
+    # Before the denoisers, which look at once what they carry.
+    fit = fresh_lora(model, schedule, guide.learning_rate) if guide.tune_from else None
     pictures, rewards, queries = [], [], 0
     bar = tqdm(total=guide.draws * len(prompts), desc="guided", unit="picture", leave=False, disable=not progress)
     for start in range(0, len(prompts), batch_size):
@@ -212,8 +236,10 @@ def sample_guided(
         denoise = model.denoise(batch, schedule, scale, negative_prompt)
         slope = Slope(model, score, batch)
         found = []
-        for latents in guide.latents(denoise, schedule.steps, slope, fresh):
+        for drawing, latents in enumerate(guide.latents(denoise, schedule.steps, slope, fresh)):
             found.append(slope.score(latents).cpu())
+            if fit is not None and drawing >= guide.tune_from:
+                fit(model.denoise(batch, schedule, guidance_scale=1), latents)
             bar.update(len(batch))
         pictures.append(model.decode(latents).cpu().float())
         rewards.append(torch.stack(found))

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from draftune.adapters import KEPT
 from draftune.errors import DraftuneError
 from draftune.loading import first_line
-from draftune.lora import CONFIG, GRID_SAID, lora_file, opened, write_lora
-from draftune.models import FAMILIES
+from draftune.lora import CONFIG, GRID_SAID, load_lora, lora_file, opened, write_lora
+from draftune.models import FAMILIES, Model
 
 
 class Layer(NamedTuple):
@@ -47,6 +48,26 @@ class Layer(NamedTuple):
         down = torch.cat([self.down, self.down.new_zeros(more, *self.down.shape[1:])])
         return Layer(down, torch.cat([self.up, self.up.new_zeros(len(self.up), more, *self.up.shape[2:])], 1))
 
+    def joined(self, other: Layer) -> Layer:
+        """The layer that adds what both add."""
+        return Layer(torch.cat([self.down, other.down]), torch.cat([self.up, other.up], 1))
+
+    def truncated(self, rank: int) -> Layer:
+        """The nearest layer of at most this rank, by the squares of the change's numbers: its largest singular values.
+
+        Each is shared out evenly between down and up.
+        """
+        # Of two thin matrices, so that the whole change is never made.
+        outer, up = torch.linalg.qr(self.up.flatten(1))
+        inner, down = torch.linalg.qr(self.down.flatten(1).T)
+        left, values, right = torch.linalg.svd(up @ down.T, full_matrices=False)
+        root = values[:rank].sqrt()
+        kept = len(root)
+        return Layer(
+            (root[:, None] * right[:rank] @ inner.T).reshape(kept, *self.down.shape[1:]),
+            (outer @ left[:, :rank] * root).reshape(len(self.up), kept, *self.up.shape[2:]),
+        )
+
 
 @dataclass
 class Layers:
@@ -62,6 +83,23 @@ class Layers:
         """The LoRA at this strength."""
         return replace(self, layers={name: layer.scaled(scale) for name, layer in self.layers.items()})
 
+    def truncated(self, rank: int) -> Layers:
+        """The nearest LoRA of at most this rank, layer by layer."""
+        return replace(self, layers={name: layer.truncated(rank) for name, layer in self.layers.items()})
+
+    def padded(self, rank: int) -> Layers:
+        """The same with this rank in every layer."""
+        return replace(self, layers={name: layer.padded(rank) for name, layer in self.layers.items()})
+
+    def plus(self, tensors: Mapping[str, Tensor], scale: float) -> Layers:
+        """The sum with another LoRA, given by its names in peft, LAYER.lora_A.weight, which acts at this scale."""
+        layers = dict(self.layers)
+        for name in sorted({key.rpartition(".lora_")[0] for key in tensors}):
+            down, up = (tensors[f"{name}.lora_{half}.weight"].detach().float().cpu() for half in "AB")
+            other = Layer(down, up).scaled(scale)
+            layers[name] = layers[name].joined(other) if name in layers else other
+        return replace(self, layers=layers)
+
     def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], int]:
         """LAYER.lora_A.weight and LAYER.lora_B.weight in this precision, and the rank of all of them, which is alpha.
 
@@ -70,8 +108,8 @@ class Layers:
         """
         rank = max(layer.rank for layer in self.layers.values())
         tensors = {}
-        for name, layer in self.layers.items():
-            for half, tensor in zip("AB", layer.padded(rank), strict=True):
+        for name, layer in self.padded(rank).layers.items():
+            for half, tensor in zip("AB", layer, strict=True):
                 tensors[f"{name}.lora_{half}.weight"] = cast = tensor.to(dtype)
                 if not cast.isfinite().all():
                     raise DraftuneError(f"the LoRA's weights of {name} are not finite in {cast.dtype}")
@@ -85,6 +123,19 @@ class Layers:
         if self.grid:
             said[GRID_SAID] = self.grid
         return write_lora(folder, self.prefix, tensors, rank, rank, sorted(self.layers), said)
+
+
+def keep_lora(model: Model, source: Path | str) -> None:
+    """Makes a LoRA part of the base, before another is added: frozen, active, and saved with that one as their sum.
+
+    It is never added to the weights, whose precision may be too coarse to hold it. Raises DraftuneError if it does not
+    fit the model, or the model carries a LoRA already.
+    """
+    if getattr(model.denoiser, "peft_config", {}):
+        raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to go on from another")
+    layers = read_layers(source)
+    load_lora(model, source, KEPT)
+    model.kept = layers
 
 
 def read_layers(source: Path | str, base_model: str | None = None) -> Layers:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from draftune.adapters import KEPT
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.loading import first_line
 from draftune.models.base import GRID, Model
@@ -46,7 +47,9 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to train another")
     targets = [target.strip() for target in targets]
-    layers = {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, LAYERS)}
+    modules = model.denoiser.named_modules()
+    # A layer that carries another LoRA lies one deeper.
+    layers = {name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)}
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in layers):
             raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
@@ -56,9 +59,12 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         target_modules=targets,
         init_lora_weights="gaussian",
     )
-    model.denoiser.add_adapter(config, adapter_name=ADAPTER)
+    with quiet():
+        model.denoiser.add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if model.kept is not None:
+        set_lora_scale(model, 1.0)  # or the new one would be active alone
 
 
 def lora_parameters(model: Model) -> dict[str, nn.Parameter]:
@@ -68,7 +74,7 @@ def lora_parameters(model: Model) -> dict[str, nn.Parameter]:
 
 def set_lora_scale(model: Model, scale: float) -> None:
     """The LoRA's strength: 0 is the base model, 1 is as trained."""
-    set_lora_scales(model, {ADAPTER: scale})
+    set_lora_scales(model, {ADAPTER: scale} if model.kept is None else {KEPT: 1.0, ADAPTER: scale})
 
 
 def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
@@ -77,10 +83,16 @@ def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
 
     # The network's own set_adapters does the same, but in some versions of diffusers not for every network.
     set_weights_and_activate_adapters(model.denoiser, list(scales), list(scales.values()))
+    for name, parameter in model.denoiser.named_parameters():
+        if f".{KEPT}." in name:
+            parameter.requires_grad_(False)  # peft makes all that is active trainable
 
 
 def save_lora(model: Model, folder: Path | str) -> Path:
-    """Writes the LoRA in diffusers' format, with its alpha, the base model's name and grid; returns the file's path."""
+    """Writes the LoRA in diffusers' format, with its alpha, the base model's name and grid; returns the file's path.
+
+    With a LoRA that belongs to the base it is the sum of both, so that it is one of the model itself.
+    """
     from peft.utils import get_peft_model_state_dict
 
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
@@ -89,6 +101,10 @@ def save_lora(model: Model, folder: Path | str) -> Path:
     config = model.denoiser.peft_config[ADAPTER]
     targets = sorted(config.target_modules)
     said = {"base_model": model.name, GRID_SAID: json.dumps(model.grid)}
+    if model.kept is not None:
+        both = model.kept.plus(tensors, config.lora_alpha / config.r)
+        both.base_model, both.grid = model.name, json.dumps(model.grid)
+        return both.write(Path(folder))
     return write_lora(Path(folder), model.lora_prefix, tensors, config.r, config.lora_alpha, targets, said)
 
 

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from draftune.errors import DraftuneError
-from draftune.layers import Layer, Layers, read_layers
+from draftune.layers import Layers, read_layers
 from draftune.lora import FILE_NAME, opened
 from draftune.paths import check_writable, user_path
 
@@ -24,7 +22,7 @@ def mix_loras(sources: Sequence[tuple[Path | str, float]], output: Path | str, m
     folder = user_path(output)
     mixed_from = " + ".join(f"{source}@{weight}" for source, weight in sources)
     check_weights(sources)
-    check_folder(folder, mixed_from)
+    check_folder(folder, mixed_from=mixed_from)
     mixed = add([(str(source), read_layers(source, model), weight) for source, weight in sources])
     return mixed.write(folder, mixed_from=mixed_from)
 
@@ -60,17 +58,12 @@ def add(terms: Sequence[tuple[str, Layers, float]]) -> Layers:
                     f"{name!r} is of another model than {first!r}: {at} has the shape {list(layer.shape)}, "
                     f"not {list(layers[at].shape)}"
                 )
-            layers[at] = joined(layers[at], layer) if at in layers else layer
+            layers[at] = layers[at].joined(layer) if at in layers else layer
         if mixed.base_model is None:
             first = name
         grid = mixed.grid if mixed.grid == lora.grid else ""
         mixed = Layers(layers, mixed.prefix, mixed.base_model or lora.base_model, grid)
     return mixed
-
-
-def joined(a: Layer, b: Layer) -> Layer:
-    """The layer that adds what both add."""
-    return Layer(torch.cat([a.down, b.down]), torch.cat([a.up, b.up], 1))
 
 
 def check_weights(sources: Sequence[tuple[Path | str, float]]) -> None:
@@ -81,14 +74,14 @@ def check_weights(sources: Sequence[tuple[Path | str, float]]) -> None:
             raise DraftuneError(f"the weight of {str(source)!r} must be finite, not {weight}")
 
 
-def check_folder(folder: Path, mixed_from: str) -> None:
-    """Raises DraftuneError where the folder holds anything but this mix."""
+def check_folder(folder: Path, **said: str) -> None:
+    """Raises DraftuneError where the folder holds anything but a LoRA whose metadata says this."""
     if folder.exists() and not folder.is_dir():
         raise DraftuneError(f"the output {str(folder)!r} is a file; give a folder")
     check_writable(folder)
     held = [path.name for path in folder.iterdir()] if folder.exists() else []
     if held == [FILE_NAME]:
         with opened(folder / FILE_NAME) as file:
-            held = [] if (file.metadata() or {}).get("mixed_from") == mixed_from else held
+            held = [] if said.items() <= (file.metadata() or {}).items() else held
     if held:
         raise DraftuneError(f"the output folder {str(folder)!r} holds other files; give another (--output)")

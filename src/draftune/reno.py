@@ -15,6 +15,7 @@ from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
+from draftune.rewards.base import extra_queries
 from draftune.sampling import rollout
 from draftune.training.audit import probe_reward
 
@@ -30,7 +31,9 @@ class NoiseSearch:
     noise: Tensor
     """What the best picture is drawn from."""
     rewards: list[float]
-    """Of the first picture and of the one after each step; every entry is one scored picture."""
+    """Of the first picture and of the one after each step."""
+    queries: int
+    """Scored pictures: these, and what the reward asked about beyond them."""
 
     @property
     def best_step(self) -> int:
@@ -89,18 +92,20 @@ def optimize_noise(
     for step in bar:
         # Nothing is asked of the last picture but its reward.
         with torch.set_grad_enabled(step < steps):
-            picture = model.decode(rollout(denoise, schedule.steps, noise))
+            clean = rollout(denoise, schedule.steps, noise)
             if step == 0:
-                probe_reward(score, picture, [prompt])
-            value = score(picture, [prompt]).sum()
+                probe_reward(score, model.decode(clean.detach()), [prompt])
+                before = extra_queries(score)
+            scores, _, picture = score.parts_of(clean, model.decode, [prompt])
+            value = scores.sum()
         rewards.append(float(value.detach()))
         bar.set_postfix(reward=f"{rewards[-1]:.3f}")
         if not math.isfinite(rewards[-1]):
             raise DraftuneError(f"the reward became {rewards[-1]} at step {step} of the noise's {steps}")
         if step == 0:
-            first = picture.detach().cpu().float()
+            first = picture.cpu().float()
         if rewards[-1] > max(rewards[:-1], default=-math.inf):
-            best, found = picture.detach().cpu().float(), noise.detach().cpu().clone()
+            best, found = picture.cpu().float(), noise.detach().cpu().clone()
         if step < steps:
             # By the noise alone: a LoRA that is still trainable must not gather gradients.
             (noise.grad,) = torch.autograd.grad(value + regularization * log_likelihood(noise), noise)
@@ -108,4 +113,4 @@ def optimize_noise(
             if not math.isfinite(norm):
                 raise DraftuneError(f"the gradient's norm became {norm} at step {step} of the noise's {steps}")
             optimizer.step()
-    return NoiseSearch(first, best, found, rewards)
+    return NoiseSearch(first, best, found, rewards, len(rewards) + extra_queries(score) - before)

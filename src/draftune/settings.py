@@ -57,6 +57,15 @@ class Settings:
         None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
     )
     output: str = setting("runs/draftune", "the run's folder; it must not hold another run")
+    continue_from: str = setting(
+        "", "a run, a LoRA file or its folder: another LoRA is trained on top of that one, which stays as it is"
+    )
+    keep: str = setting(
+        "", "prompts on which the continued model stays as it was: a named set or a file, best that of its own training"
+    )
+    keep_weight: float = setting(
+        3.0, "how firmly: against a reward of spread 1, as --normalize-reward makes it; 0: not at all", low=0
+    )
     resume: bool = setting(True, "go on with the run in that folder; --no-resume begins anew in one beside it")
 
     steps: int = setting(None, "updates", low=1)

@@ -96,12 +96,10 @@ class Estimator:
     `directions`, `coordinates`: how many of each; 0 for none of them. The coordinates are drawn by how strongly each
     answered so far, in a moving average that keeps `memory` of what it was; none is drawn more seldom than `floor`.
     Weighed by the same average, the two kinds' variances say how much of each is taken (the published choices are not
-    confirmed). Raises DraftuneError for numbers out of range.
+    confirmed). With points of another length than before it begins anew. Raises DraftuneError for numbers out of range.
     """
 
-    def __init__(
-        self, dimensions: int, directions: int = 0, coordinates: int = 0, floor: float = 0.02, memory: float = 0.9
-    ) -> None:
+    def __init__(self, directions: int = 0, coordinates: int = 0, floor: float = 0.02, memory: float = 0.9) -> None:
         if directions < 0 or coordinates < 0 or directions + coordinates == 0:
             raise DraftuneError(
                 f"directions or coordinates must be above 0, and neither below, not {directions} and {coordinates}"
@@ -111,8 +109,8 @@ class Estimator:
         if not 0 <= memory < 1:
             raise DraftuneError(f"memory must be at least 0 and below 1, not {memory}")
         self.directions, self.coordinates, self.floor, self.memory = directions, coordinates, floor, memory
-        self.levels = torch.zeros(dimensions)
-        """How strongly each coordinate answered, on the CPU; 0 where it was never drawn."""
+        self.levels = torch.zeros(0)
+        """How strongly each coordinate answered, on the CPU; 0 where it was never drawn, and none before a call."""
 
     def known(self) -> Tensor:
         """The levels; a coordinate that was never drawn counts as the strongest, so that it soon is."""
@@ -143,6 +141,9 @@ class Estimator:
         It is unbiased for a linear f, since what it remembers is of earlier calls. Without a generator the random
         numbers are torch's own.
         """
+        if len(self.levels) != len(x):
+            # In place, as always: whoever keeps them for a run that goes on has this very tensor.
+            self.levels.resize_(len(x)).zero_()
         share, gradient = self.share_of_directions(), torch.zeros_like(x)
         if share > 0:
             gradient += share * along_directions(f, x, self.directions, step, value, generator)
@@ -157,5 +158,5 @@ class Estimator:
         """The first answer of a coordinate counts in full."""
         kept = torch.where(self.levels > 0, self.memory, 0.0)
         levels = kept * self.levels + (1 - kept) * answers.abs()
-        # In place, since a run that goes on puts back what it had; never 0 again, which would mean never drawn.
+        # Never 0 again, which would mean never drawn.
         self.levels.copy_(torch.where(chosen, levels.clamp(min=torch.finfo(levels.dtype).tiny), self.levels))

@@ -1,8 +1,10 @@
 """The commands, one file each. None imports torch before it runs."""
 
 from draftune.commands import (
+    distill,
     evaluate,
     export,
+    knobs,
     listing,
     mix,
     preflight,
@@ -28,6 +30,8 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.COMMAND,
     sweep.COMMAND,
     mix.COMMAND,
+    knobs.COMMAND,
+    distill.COMMAND,
     export.COMMAND,
     reno.COMMAND,
     score.COMMAND,

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             for name, picture in zip(names, to_pil(pictures), strict=True):
                 save_image(picture, output / f"{name}.png")
-    where = f"at step {found.best_step} of {args.steps}; {len(found.rewards)} scored pictures"
+    where = f"at step {found.best_step} of {args.steps}; {found.queries} scored pictures"
     print(f"{args.reward}  {before:.3f} → {after:.3f}  {where}\n{output}")
 
 

@@ -16,6 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="minutes, to see that it works; the numbers mean nothing")
     parser.add_argument("--seeds", type=int, metavar="N", help="of the runs that are repeated (default: 2 or 3)")
+    parser.add_argument("--examples", type=filled, metavar="DIR", help="real pictures, NAME.png, for what wants them")
     parser.add_argument("--part", metavar="I/N", help="make only this part of the training runs and write nothing yet")
 
 
@@ -29,7 +30,14 @@ def run(args: argparse.Namespace) -> None:
     from draftune.reproduce import reproduce
 
     with writing_to(user_path(args.output)):
-        made = reproduce(args.experiments, output=args.output, quick=args.quick, seeds=args.seeds, part=part)
+        made = reproduce(
+            args.experiments,
+            output=args.output,
+            quick=args.quick,
+            seeds=args.seeds,
+            part=part,
+            examples=args.examples,
+        )
     for path in made:
         print(path)
 

@@ -12,12 +12,14 @@ from draftune.methods.drtune import DRTune
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
 from draftune.methods.policy import DDPO, DPOK
+from draftune.methods.sft_pg import SFTPG
 
 __all__ = [
     "DDPO",
     "DPOK",
     "KL",
     "METHODS",
+    "SFTPG",
     "AdjointMatching",
     "AlignProp",
     "Batch",

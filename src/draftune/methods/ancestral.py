@@ -31,3 +31,8 @@ def ancestral(batch: Batch) -> Iterator[tuple[Step, Tensor, Tensor, Tensor]]:
         following = middle + step.tau * batch.fresh_noise(x)
         yield step, x, middle, following
         x = following
+
+
+def log_probability(x: Tensor, mean: Tensor, step: Step) -> Tensor:
+    """Of x under N(mean, tau^2), the mean over its numbers without the constant [B]."""
+    return -((x - mean) / step.tau).square().flatten(1).mean(1) / 2

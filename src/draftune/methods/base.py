@@ -31,13 +31,18 @@ class Batch:
     """The guided network with the weights that are trained."""
     base: Denoiser
     """The guided network as it was before training."""
-    reward: Callable[[Tensor], Tensor]
-    """Clean latents [B, C, H, W] to B rewards. Every call is counted; what is logged is the batch's first."""
+    reward: Callable[..., Tensor]
+    """Clean latents [B, C, H, W] to B rewards. Every call is counted; what is logged is the batch's first.
+
+    A second argument [B, S], what the method expected of each at each of S steps, is for a reward that learns.
+    """
     generator: torch.Generator
     """On the CPU, so that a seed means the same on every device; in the same state in every process."""
     processes: Processes = ALONE
     all_prompts: Sequence[str] = ()
     """Those of the other processes too."""
+    kept: Batch | None = None
+    """As many of the prompts on which the model is to stay as it was, where there are any."""
 
     def __post_init__(self) -> None:
         self.all_prompts = self.all_prompts or self.prompts
@@ -92,7 +97,7 @@ class Method:
         yield self.losses(batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method carries from one update to the next, as JSON has it."""
+        """What the method carries from one update to the next: what JSON can hold, and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.ancestral import ancestral, mean, wants_noise
+from draftune.methods.ancestral import ancestral, log_probability, mean, wants_noise
 from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import at_least
 from draftune.schedule import Schedule, Step
@@ -135,8 +135,3 @@ class DPOK(DDPO):
     """
 
     beta: float = 0.01
-
-
-def log_probability(x: Tensor, mean: Tensor, step: Step) -> Tensor:
-    """Of x under N(mean, tau^2), the mean over its numbers without the constant [B]."""
-    return -((x - mean) / step.tau).square().flatten(1).mean(1) / 2

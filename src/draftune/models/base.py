@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from draftune.adapters import KEPT, adapted_by
 from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
 from draftune.models.small_decoder import decode_small
@@ -23,6 +24,8 @@ from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+
+    from draftune.layers import Layers
 
 GRID = ("timestep_spacing", "set_alpha_to_one")
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,6 +83,8 @@ class Model(ABC):
     """Whether the latents are pictures, in [-1, 1], which the sampler clips where the scheduler's config says so."""
     small_decoder: Any = None
     """An AutoencoderTiny, in training alone, by which latents that carry a gradient are decoded."""
+    kept: Layers | None = None
+    """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline = pipeline
@@ -200,7 +205,7 @@ class Model(ABC):
     def denoisers(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> tuple[Denoiser, Denoiser]:
-        """The guided network for these prompts, and the same without its LoRA."""
+        """The guided network for these prompts, and the same without the LoRA that is trained."""
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
@@ -222,14 +227,13 @@ class Model(ABC):
         return through(self.predict, trained, WHOLE), through(self.predict_base, (), ("blocks", *WHOLE))
 
     def predict_base(self, *args: Any) -> Tensor:
-        """`predict` without the LoRA."""
-        self.denoiser.disable_adapters()
+        """`predict` without the LoRA that is trained."""
         checkpoint_blocks(self.denoiser, False)
         try:
-            return self.predict(*args)
+            with adapted_by(self.denoiser, KEPT):
+                return self.predict(*args)
         finally:
             checkpoint_blocks(self.denoiser, self.checkpointing in BLOCKS)
-            self.denoiser.enable_adapters()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] of clean latents; by the small decoder where they carry a gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftune.evaluation import KEPT_COLUMN
 from draftune.report.pictures import evenly
 from draftune.training.guard import DIVERSITY, HELD_OUT
 
@@ -41,6 +42,8 @@ def looks(key: str) -> tuple[str, str, str]:
     }
     if key.startswith(HELD_OUT):
         return known.get(key, (key.removeprefix(HELD_OUT), "held out", "held-out"))
+    if key.startswith(KEPT_COLUMN):
+        return key.removeprefix(KEPT_COLUMN), "what was trained before", "held-out"
     return known.get(key, (key, "part of the reward", "reward"))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.evaluation import KEPT_COLUMN
 from draftune.expression import Call, parse
 from draftune.settings import Settings
 from draftune.training.guard import DIVERSITY, HELD_OUT, Guard, spread
@@ -24,6 +25,8 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Method": settings.method,
         "Model": settings.model,
         "Prompts": settings.prompts,
+        "Continued from": settings.continue_from,
+        "Kept on": settings.keep,
         "Compared on": settings.eval_prompts,
         "Updates": f"{last['step']:,} of {settings.steps:,}",
         "Scored pictures": f"{last['reward_queries']:,}",
@@ -47,6 +50,9 @@ def verdict(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
         held_out = [key for key in evaluations[0] if key.startswith(HELD_OUT) and key != DIVERSITY]
         for key in held_out:
             said.append(f"Held out, {key.removeprefix(HELD_OUT)} {course(evaluations, key)}.")
+        for key in evaluations[0]:
+            if key.startswith(KEPT_COLUMN):
+                said.append(f"Of the training before, {key.removeprefix(KEPT_COLUMN)} {course(evaluations, key)}.")
         if DIVERSITY in evaluations[0]:
             said.append(f"Diversity {course(evaluations, DIVERSITY)}.")
     best = best_step(evaluations)

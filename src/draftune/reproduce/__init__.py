@@ -15,10 +15,14 @@ from draftune.errors import DraftuneError, unknown
 from draftune.paths import check_writable, user_path, written_whole
 from draftune.reproduce.curves import EFFICIENCY, OVEROPTIMISATION
 from draftune.reproduce.cuts import COPIES_OF_LV, DEPTH, GRID, LAYOUT_REWARD
+from draftune.reproduce.few_steps import FEW_STEPS
+from draftune.reproduce.guidance import GUIDED
 from draftune.reproduce.lab import FULL, QUICK, Lab, Scale, Work
 from draftune.reproduce.loras import LORA_SCALE, MIXING
+from draftune.reproduce.no_gradient import NO_GRADIENT
 from draftune.reproduce.optimizers import OPTIMIZERS_COMPARED
 from draftune.reproduce.report import Experiment, Report, findings, markdown, write
+from draftune.reproduce.second import SECOND_REWARD
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "reproduce"]
 
@@ -31,15 +35,20 @@ EXPERIMENTS: dict[str, Experiment] = {
     "over-optimisation": OVEROPTIMISATION,
     "grid": GRID,
     "layout": LAYOUT_REWARD,
+    "no-gradient": NO_GRADIENT,
+    "guidance": GUIDED,
     "optimizers": OPTIMIZERS_COMPARED,
+    "second-reward": SECOND_REWARD,
+    "few-steps": FEW_STEPS,
 }
 HEAD = """# Results
 
-The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)), and after them those of
-its neighbours, measured again on the embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3; unless said otherwise batches of 4, a LoRA of
-rank 8, AdamW at 1e-3 and `emoji-aesthetic` as the training reward. The judges are classifiers that nothing was trained
-against; all scores are means over {count} pictures of {names} names that were not trained on, the same seeds every
-time. It is a small model: a claim that is not seen here may hold on a large one, and the other way round.
+The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)), and after them those of its
+neighbours, measured again on the embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3; unless said
+otherwise batches of 4, a LoRA of rank 8, AdamW at 1e-3 and `emoji-aesthetic` as the training reward. The judges are
+classifiers that nothing was trained against; all scores are means over {count} pictures of {names} names that were not
+trained on, the same seeds every time. It is a small model: a claim that is not seen here may hold on a large one, and
+the other way round.
 
     {command}
 
@@ -55,12 +64,14 @@ def reproduce(
     quick: bool = False,
     seeds: int | None = None,
     part: tuple[int, int] | None = None,
+    examples: str | Path | None = None,
 ) -> list[Path]:
     """Runs experiments by name, all of them where none is named, and writes `results/` and RESULTS.md into `output`.
 
     What is there already is used again, so that an interrupted run goes on. With `part` (i, n) only every n-th of the
     training runs is made, from the i-th, and nothing is written about them: n processes share the work, and a last
-    call without it does the rest. Returns the files that were written. Raises DraftuneError for an unknown name.
+    call without it does the rest. `examples`: a folder of real pictures, called NAME.png; experiments that want them
+    are left out without. Returns the files that were written. Raises DraftuneError for an unknown name.
     """
     for name in names:
         if name not in EXPERIMENTS:
@@ -70,6 +81,14 @@ def reproduce(
     if seeds is not None and seeds < 1:
         raise DraftuneError(f"seeds must be at least 1, not {seeds}")
     chosen = {name: EXPERIMENTS[name] for name in names or EXPERIMENTS}
+    if examples is None:
+        for name in [name for name, experiment in chosen.items() if experiment.wants_examples]:
+            if name in names:
+                raise DraftuneError(f"{name} wants a folder of real pictures: --examples DIR")
+            print(f"experiment {name} is left out: it wants real pictures (--examples DIR)", file=sys.stderr)
+            del chosen[name]
+    elif not user_path(examples).is_dir():
+        raise DraftuneError(f"no folder {str(examples)!r} with real pictures (--examples)")
     scale = QUICK if quick else FULL
     if seeds is not None:
         scale = scale.with_seeds(seeds)
@@ -79,7 +98,7 @@ def reproduce(
     check_writable(folder)
     # What a quick run writes stands beside the results and is never taken for them.
     results = folder / ("results-quick" if quick else "results")
-    lab = Lab(results / "runs", scale)
+    lab = Lab(results / "runs", scale, None if examples is None else user_path(examples))
     works = share(chosen, scale, *(part or (1, 1)))
     for i, work in enumerate(works, 1):
         print(f"run {i} of {len(works)}: {work.name}, {work.steps} updates", file=sys.stderr)
@@ -123,8 +142,9 @@ def device() -> str:
 
 def section(name: str, experiment: Experiment, report: Report, quick: bool, seeds: int | None) -> str:
     """An experiment's page: question, claims, figure, table, and how it was made."""
+    called = command([name], quick, seeds) + (" --examples DIR" if experiment.wants_examples else "")
     made = (
-        f"`{command([name], quick, seeds)}`; {device()}; torch {torch.__version__}; {report.seeds} "
+        f"`{called}`; {device()}; torch {torch.__version__}; {report.seeds} "
         f"seed{'s' if report.seeds > 1 else ''}; {datetime.date.today().isoformat()}. All numbers: "
         f"[{name}.csv]({name}.csv), the figure as [svg]({name}.svg)."
     )

@@ -24,6 +24,7 @@ from draftune.models.base import default_device
 from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
+from draftune.reproduce.real import with_examples
 from draftune.rewards import Reward, load_reward
 from draftune.sampling import Latents
 from draftune.training import train
@@ -59,9 +60,16 @@ class Scale:
     """Timed repetitions, of which the median counts."""
     rates: int = 3
     """Learning rates that a search begins with."""
+    weights: int = 2
+    """Weights at which an earlier training is kept."""
     policy_updates: int = 40
     policy_batches: int = 4
     """Batches of 8 pictures for one update of the policy gradient."""
+    few_updates: int = 40
+    few_batches: int = 5
+    few_names: int = 64
+    few_ruler: int = 50
+    """The most steps that pictures are drawn with to compare with."""
 
     def with_seeds(self, seeds: int) -> Scale:
         return replace(self, seeds=seeds, few_seeds=seeds)
@@ -81,8 +89,13 @@ QUICK = Scale(
     grid=2,
     repeats=1,
     rates=1,
+    weights=1,
     policy_updates=2,
     policy_batches=1,
+    few_updates=2,
+    few_batches=1,
+    few_names=2,
+    few_ruler=5,
 )
 
 
@@ -118,8 +131,10 @@ class Record:
 class Lab:
     """Makes runs and measurements of the embedded model in a folder, and finds those that are there again."""
 
-    def __init__(self, folder: Path, scale: Scale) -> None:
+    def __init__(self, folder: Path, scale: Scale, examples: Path | None = None) -> None:
         self.folder, self.scale = folder, scale
+        self.examples = examples
+        """Real pictures, called as what they show is, where there are any."""
 
     @property
     def prompts(self) -> list[str]:
@@ -176,7 +191,9 @@ class Lab:
             "seed": work.seed,
             "output": str(self.folder / work.name),
         }
-        train("emoji", **(values | dict(work.settings)))
+        values |= work.settings
+        values["reward"] = with_examples(values["reward"], self.examples, self.folder)
+        train("emoji", **values)
         record = self.record(work)
         assert record is not None
         return record

@@ -52,6 +52,8 @@ class Experiment:
     question: str
     work: Callable[[Scale], list[Work]]
     report: Callable[[Lab], Report]
+    wants_examples: bool = False
+    """Whether it can't be made without real pictures."""
 
 
 def write(name: str, report: Report, folder: Path) -> None:

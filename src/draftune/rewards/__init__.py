@@ -14,6 +14,7 @@ from draftune.rewards import (  # noqa: F401 - each registers its rewards
     black_box,
     classify,
     clip,
+    critic,
     hpsv2,
     imagereward,
     jpeg,
@@ -23,6 +24,7 @@ from draftune.rewards import (  # noqa: F401 - each registers its rewards
     properties,
     robust,
     simple,
+    threshold,
 )
 from draftune.rewards.base import REWARDS, FunctionReward, Reward, WeightedSum, register
 from draftune.rewards.custom import load_custom

@@ -16,6 +16,8 @@ from draftune.errors import DraftuneError
 from draftune.expression import written_sum
 
 COLUMNS = ("image", "total")
+Decode = Callable[[Tensor], Tensor]
+"""Clean latents [B, C, H, W] to pictures [B, 3, H, W] in [0, 1]."""
 
 
 class Reward(nn.Module):
@@ -36,6 +38,10 @@ class Reward(nn.Module):
     """How many pictures are scored at once: memory for activations is that of one chunk, whatever the batch."""
     extra_queries: int = 0
     """Pictures that it had to score beyond those it was asked about, so far."""
+    past_decoder: bool = False
+    """Whether its gradient is that of `slope`, by the latents and not through the decoder, and it has no other."""
+    learns: bool = False
+    """Whether it is to be told of training's pictures, by `learn`."""
 
     def load(self) -> None:
         """Reads the weights that the constructor found."""
@@ -47,6 +53,16 @@ class Reward(nn.Module):
                 part.check(prompts)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        raise NotImplementedError
+
+    def learn(self, images: Tensor, prompts: Sequence[str], expected: Tensor | None) -> None:
+        """Learns from a batch of training's pictures [B, 3, H, W] of all processes, once they are scored.
+
+        `expected` [B, S]: what the method expected of each picture's score at each of S steps, where it says so.
+        """
+
+    def slope(self, latents: Tensor, decode: Decode, prompts: Sequence[str]) -> Tensor:
+        """Of each score the gradient by clean latents [B, C, H, W], where that is `past_decoder`."""
         raise NotImplementedError
 
     def carried(self) -> dict[str, Tensor]:
@@ -100,6 +116,22 @@ class Reward(nn.Module):
             }
         total = sum((weight * score for weight, score in scores.values()), torch.zeros((), device=images.device))
         return total, {label: score.detach() for label, (_, score) in scores.items()}
+
+    def parts_of(
+        self, latents: Tensor, decode: Decode, prompts: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """`parts` of what clean latents decode to, with the gradient by these, and the pictures without a graph."""
+        asked = torch.is_grad_enabled() and latents.requires_grad
+        past = [(weight, part) for weight, part in self.columns.values() if part.past_decoder]
+        with torch.set_grad_enabled(asked and not all(part.past_decoder for _, part in self.terms)):
+            pictures = decode(latents)
+            total, parts = self.parts(pictures, prompts)
+        for weight, part in past if asked else ():
+            with explained(part):
+                slope = part.slope(latents.detach(), decode, prompts)
+            # Nothing is added to the scores but their gradient.
+            total = total + weight * ((latents - latents.detach()) * slope).flatten(1).sum(1)
+        return total, parts, pictures.detach()
 
     def __add__(self, other: Reward) -> Reward:
         return WeightedSum([*self.terms, *other.terms])
@@ -163,6 +195,11 @@ def carried(reward: Reward) -> dict[str, Tensor]:
     return {f"reward/{name}/{key}": value for name, tensors in learned for key, value in tensors.items()}
 
 
+def learners(reward: Reward) -> list[Reward]:
+    """What of the reward, itself or inside it, learns from training's pictures."""
+    return [part for part in inside(reward).values() if part.learns]
+
+
 def extra_queries(reward: Reward) -> int:
     return sum(part.extra_queries for part in inside(reward).values())
 
@@ -182,6 +219,9 @@ def explained(reward: Reward) -> Iterator[None]:
 
 def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
     """The scores [B] of `size` pictures at a time, with their gradient where one is wanted."""
+
+    if reward.past_decoder:
+        images = images.detach()  # `parts_of` brings its gradient
 
     def score(some: Tensor, part: slice) -> Tensor:
         found = checked_score(reward, some, prompts[part])

@@ -12,10 +12,10 @@ from torch.nn.functional import avg_pool2d
 
 from draftune.errors import DraftuneError, unknown
 from draftune.images import to_pil
-from draftune.rewards.base import Reward, register
+from draftune.rewards.base import Decode, Reward, register
 from draftune.zeroth_order import Estimator
 
-BASES = ("dct", "grid", "detail")
+BASES, SPACES = ("dct", "grid", "detail"), ("image", "latent")
 NEIGHBOURS = 5
 """Pixels across from whose mean a picture's detail is the difference."""
 
@@ -33,13 +33,17 @@ def blocks(count: int, length: int) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
+def in_range(images: Tensor) -> Tensor:
+    return images.clamp(0, 1)
+
+
 class Patterns:
-    """Changes of a picture [3, H, W] as sums of orthonormal patterns: numbers [d] to [3, H, W], and linear."""
+    """Changes of pictures or latents [C, H, W] as sums of orthonormal patterns: numbers [d] to [C, H, W], linear."""
 
     def __init__(self, basis: str, size: int, image: Tensor) -> None:
         rows = waves if basis == "dct" else blocks
         self.vertical, self.horizontal = (rows(size, length).to(image) for length in image.shape[-2:])
-        self.shape, self.detail = (-1, size, size), None
+        self.shape, self.detail = (1 if basis == "detail" else len(image), size, size), None
         if basis == "detail":
             near = avg_pool2d(image, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=False)
             self.detail = image - near
@@ -60,8 +64,9 @@ class BlackBox(Reward):
     """A reward with a gradient that is estimated from its scores of changed pictures, whether it has one or not.
 
     Every picture is asked about by itself, with changes that are sums of patterns; what none shows gets no gradient.
-    The changed pictures keep to [0, 1]. Each is scored alone and from the same state of torch's random numbers, so that
-    a reward that draws some draws the same for all of them. Without a gradient to be taken, it is the wrapped reward.
+    The changed pictures keep to [0, 1]; in the space "latent" it is the clean latents that are changed, and each of
+    them is decoded. Each is scored alone and from the same state of torch's random numbers, so that a reward that draws
+    some draws the same for all of them. Without a gradient to be taken, it is the wrapped reward.
     """
 
     def __init__(
@@ -73,16 +78,18 @@ class BlackBox(Reward):
         basis: str = "dct",
         size: int = 4,
         central: bool = True,
+        space: str = "image",
     ) -> None:
         super().__init__()
-        if basis not in BASES:
-            raise unknown("basis", basis, BASES)
+        for name, given, known in (("basis", basis, BASES), ("space", space, SPACES)):
+            if given not in known:
+                raise unknown(name, given, known)
         for name, value in (("step", step), ("size", size)):
             if not 0 < value < math.inf:
                 raise DraftuneError(f"{name} of reward black-box must be above 0, not {value}")
-        self.dimensions = (1 if basis == "detail" else 3) * size**2
-        self.estimator = Estimator(self.dimensions, directions, coordinates)
+        self.estimator = Estimator(directions, coordinates)
         self.reward, self.step, self.basis, self.size, self.central = reward, step, basis, size, central
+        self.past_decoder = space == "latent"
         self.label = f"black-box({reward.label})"
 
     def load(self) -> None:
@@ -97,32 +104,39 @@ class BlackBox(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if not (torch.is_grad_enabled() and images.requires_grad):
             return self.reward(images, prompts)
-        if self.size > (most := min(images.shape[-2:])):
-            raise DraftuneError(
-                f"size of reward black-box must be at most the pictures' {most} pixels, not {self.size}"
-            )
-        found = [self.estimated(image, prompt) for image, prompt in zip(images.detach(), prompts, strict=True)]
+        given = zip(images.detach(), prompts, strict=True)
+        found = [self.estimated(image, in_range, prompt) for image, prompt in given]
         scores, gradients = (torch.stack(part) for part in zip(*found, strict=True))
         # Nothing is added to the scores but their gradient.
         return scores + ((images - images.detach()) * gradients).sum((1, 2, 3))
 
-    def estimated(self, image: Tensor, prompt: str) -> tuple[Tensor, Tensor]:
-        """The score [] of a picture [3, H, W] and an estimate of the gradient."""
-        change, seed = Patterns(self.basis, self.size, image), int(torch.randint(2**31, ()))
+    def slope(self, latents: Tensor, decode: Decode, prompts: Sequence[str]) -> Tensor:
+        if not self.central:
+            self.extra_queries += len(latents)  # once more, from the same random numbers as what is changed
+        given = zip(latents, prompts, strict=True)
+        return torch.stack([self.estimated(latent, decode, prompt)[1] for latent, prompt in given])
+
+    def estimated(self, at: Tensor, show: Decode, prompt: str) -> tuple[Tensor, Tensor]:
+        """The score [] of what a picture or latent [C, H, W] shows and an estimate of the gradient by it."""
+        if self.size > (most := min(at.shape[-2:])):
+            of = "latents'" if self.past_decoder else "pictures'"
+            raise DraftuneError(f"size of reward black-box must be at most the {of} {most} pixels, not {self.size}")
+        change, seed = Patterns(self.basis, self.size, at), int(torch.randint(2**31, ()))
 
         def value(point: Tensor) -> Tensor:
-            with torch.no_grad(), torch.random.fork_rng([image.device] if image.is_cuda else []):
+            with torch.no_grad(), torch.random.fork_rng([at.device] if at.is_cuda else []):
                 torch.manual_seed(seed)
-                return self.reward((image + change(point)).clamp(0, 1)[None], [prompt])[0]
+                return self.reward(show((at + change(point))[None]), [prompt])[0]
 
         def values(points: Tensor) -> Tensor:
             self.extra_queries += len(points)
             return torch.stack([value(point) for point in points])
 
-        start = image.new_zeros(self.dimensions)
-        score = value(start)
+        start = at.new_zeros(change.shape).flatten()
+        # With central differences nobody asks for the score of latents here.
+        score = start.sum() if self.past_decoder and self.central else value(start)
         # Patterns are orthonormal: a change of this length has the wanted root of its mean square.
-        length = self.step * math.sqrt(image.numel())
+        length = self.step * math.sqrt(at.numel())
         return score, change(self.estimator(values, start, length, None if self.central else score))
 
 
@@ -135,6 +149,7 @@ def black_box(
     basis: str = "dct",
     size: int = 4,
     central: bool = True,
+    space: str = "image",
 ) -> Reward:
     """Any reward, with a gradient that is estimated from scores alone: `black-box(jpeg-bytes, directions=8)`.
 
@@ -145,12 +160,15 @@ def black_box(
     better for some hundreds of patterns or more; both together are the hybrid of ZO-HGD (arXiv 2012.11518; how that
     draws and weighs them is not confirmed).
     `step`: the root mean square of a change of the picture's values in [0, 1]. Two more scored pictures for each, one
-    with `central=false`, all of them counted. Range and weights are those of the wrapped reward, which is
-    over-optimised as it is with its own gradient, though within what the patterns can change.
+    with `central=false`, all of them counted. `space=latent` changes the clean latents instead, where a pattern is a
+    change that the decoder can draw: the gradient goes past the decoder, every changed latent is decoded for its score,
+    and `step` is in the latents' units, whose spread is about 1; it stands alone or in sums, not inside of `robust`.
+    Range and weights are those of the wrapped reward, which is over-optimised as it is with its own gradient, though
+    within what the patterns can change.
     """
     if not (directions or coordinates):
         coordinates = 8
-    return BlackBox(reward, directions, coordinates, step, basis, size, central)
+    return BlackBox(reward, directions, coordinates, step, basis, size, central, space)
 
 
 class JpegBytes(Reward):

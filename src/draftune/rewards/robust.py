@@ -22,6 +22,8 @@ class Robust(Reward):
         super().__init__()
         if not rho > 0:
             raise DraftuneError(f"rho of reward robust must be above 0, not {rho}")
+        if past := [part.label for _, part in reward.terms if part.past_decoder]:
+            raise DraftuneError(f"robust wants a gradient by pictures, and {past[0]!r} has one by latents: space=image")
         self.reward, self.rho = reward, rho
         self.label = f"robust({reward.label})"
 

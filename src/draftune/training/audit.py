@@ -31,7 +31,9 @@ def probe_reward(
     """
     found = {}
     for _, part in reward.terms:
-        found[part.label] = said = probe_part(part, images.detach().float(), prompts, gradient)
+        # One that is past the decoder has none by pictures; that something is learned from it is the audit's to see.
+        wanted = gradient and not part.past_decoder
+        found[part.label] = said = probe_part(part, images.detach().float(), prompts, wanted)
         if (blind := said.get("pixels_without_gradient", 0.0)) > FEW_PIXELS:
             tell(
                 f"the reward {part.label!r} gives no gradient to {blind:.0%} of the pixels of the base model's pictures"

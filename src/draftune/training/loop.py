@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import Comparison, normalized, score_batches
+from draftune.layers import keep_lora
 from draftune.loading import first_line
 from draftune.lora import add_lora, save_lora
 from draftune.methods import Method
@@ -36,6 +37,7 @@ from draftune.training.checkpoint import (
 from draftune.training.device import accelerator
 from draftune.training.environment import environment
 from draftune.training.interrupt import interruptible
+from draftune.training.past import Past
 from draftune.training.run import EVALUATIONS, METRICS, RunFolder
 from draftune.training.sharding import shard, wants_shards
 from draftune.training.update import Updates
@@ -68,27 +70,33 @@ class Trainer:
         held_out: Reward | None,
         prompts: Sequence[str],
         eval_prompts: Sequence[str] | None,
+        past: Past | None = None,
     ) -> None:
         self.settings = s = settings
         self.folder, self.method, self.model = folder, method, model
-        self.prompts, self.processes = prompts, folder.processes
+        self.prompts, self.past, self.processes = prompts, past, folder.processes
         self.accelerator = accelerator(s)
         with self.processes.together():
             self.sharded = wants_shards() and self.processes.count > 1
             self.set_up(reward, held_out, eval_prompts)
         if self.sharded:
             shard(model, self.accelerator.device, self.processes.count)
+        kept, processes = past.kept if past is not None else (), self.processes
         self.updates = Updates(
-            s, method, model, self.schedule, self.reward, prompts, self.accelerator, folder.path, self.processes
+            s, method, model, self.schedule, self.reward, prompts, self.accelerator, folder.path, processes, kept
         )
-        self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts)
+        self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts, past)
         self.done = 0
 
     def set_up(self, reward: Reward, held_out: Reward | None, eval_prompts: Sequence[str] | None) -> None:
         """The model with a fresh LoRA and the rewards, checked against the settings and on their device."""
         s, model, method = self.settings, self.model, self.method
         s.model = model.name
-        model.check_prompts([*self.prompts, *(eval_prompts or ())], s.negative_prompt)
+        asked = [*self.prompts, *(eval_prompts or ())]
+        if self.past is not None:
+            keep_lora(model, self.past.lora)
+            asked += [*self.past.kept, *self.past.prompts]
+        model.check_prompts(asked, s.negative_prompt)
         model.set_size(s.height, s.width)
         model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
         self.schedule = model.schedule(s.num_inference_steps)
@@ -99,7 +107,11 @@ class Trainer:
         self.model.set_checkpointing(s.gradient_checkpointing or ("both" if method.spans_calls() else "blocks"))
         self.reward = reward.ready().to(device)
         self.held_out = held_out.ready().to(device) if held_out is not None else None
-        for scored in (self.reward, self.held_out):
+        first = self.past.reward if self.past is not None else None
+        if self.past is not None and first is not None:
+            first.check(self.past.prompts)
+            first.ready().to(device)
+        for scored in (self.reward, self.held_out, first):
             if scored is not None:
                 scored.set_chunk_size(s.reward_batch_size)
         with torch.random.fork_rng():
@@ -121,7 +133,7 @@ class Trainer:
                     self.folder.create(s, self.space(), audit=found, environment=environment(self.accelerator.device))
             if not self.folder.checkpoint:
                 self.save_checkpoint()
-            # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base model's.
+            # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base's.
             self.look()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)

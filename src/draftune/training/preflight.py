@@ -197,7 +197,9 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 def held_memory(trainer: Trainer) -> int:
     """Bytes of every network that stays in memory during training, the LoRA's included."""
-    networks = [*trainer.model.networks, trainer.reward, *([trainer.held_out] if trainer.held_out is not None else [])]
+    first = trainer.past.reward if trainer.past is not None else None
+    rewards = [reward for reward in (trainer.reward, trainer.held_out, first) if reward is not None]
+    networks = [*trainer.model.networks, *rewards]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for network in networks

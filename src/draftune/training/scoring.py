@@ -12,7 +12,7 @@ from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.processes import ALONE, Processes
 from draftune.rewards import Reward
-from draftune.rewards.base import extra_queries
+from draftune.rewards.base import extra_queries, learners
 from draftune.settings import Settings
 from draftune.smoothing import smoothed, width_at
 from draftune.training.batches import Drawn
@@ -35,24 +35,28 @@ class Scorer:
         self.scaler, self.processes = scaler, processes
         self.queries = 0
 
-    def __call__(self, batch: Drawn, step: int, clean: Tensor) -> Tensor:
-        """The rewards of clean latents; of a batch's first, which are what it drew, it keeps pictures and rewards."""
+    def __call__(self, batch: Drawn, step: int, clean: Tensor, expected: Tensor | None = None) -> Tensor:
+        """The rewards of clean latents; of a batch's first, which are what it drew, it keeps pictures and rewards.
+
+        From these a reward may learn, and from what was expected of each [B, S], once they are scored.
+        """
         s, prompts = self.settings, self.processes.share(batch.prompts)
         pictures: list[Tensor] = []
         totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
         width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(self.reward)
         # What is logged has hard thresholds.
-        hard = width > 0 and batch.reward is None
+        first = batch.reward is None
+        hard = width > 0 and first
 
         def scored(latents: Tensor, some: slice) -> Tensor:
-            pictures.append(self.model.decode(latents))
             with smoothed(width):
-                score, found = self.reward.parts(pictures[-1], prompts[some])
-            pictures[-1], total = pictures[-1].detach(), score
+                score, found, shown = self.reward.parts_of(latents, self.model.decode, prompts[some])
+            total = score
             if hard:
                 with torch.no_grad():
-                    total, found = self.reward.parts(pictures[-1], prompts[some])
+                    total, found = self.reward.parts(shown, prompts[some])
+            pictures.append(shown)
             totals.append(total.detach())
             for label, values in found.items():
                 parts.setdefault(label, []).append(values)
@@ -64,9 +68,19 @@ class Scorer:
         total = self.processes.gather(torch.cat(totals))
         more = self.processes.gather(torch.tensor([extra_queries(self.reward) - before])).sum()
         self.queries += len(batch.prompts) * (2 if hard else 1) + int(more)
-        if batch.reward is None or not total.isfinite().all():
+        if first or not total.isfinite().all():
             batch.pictures, batch.reward = torch.cat(pictures), total
             batch.parts = {label: self.processes.gather(torch.cat(scores)) for label, scores in parts.items()}
         if not total.isfinite().all():
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
+        if first:
+            self.learn(batch, torch.cat(pictures), expected)
         return own
+
+    def learn(self, batch: Drawn, pictures: Tensor, expected: Tensor | None) -> None:
+        """Tells the rewards that learn of what all processes drew, so that each learns the same."""
+        for part in learners(self.reward):
+            images = self.processes.gather(pictures)
+            # What was expected of a sum says nothing of its parts.
+            known = None if expected is None or part is not self.reward else self.processes.gather(expected)
+            part.learn(images, batch.prompts, known)

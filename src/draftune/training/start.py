@@ -9,6 +9,7 @@ from typing import Any
 
 from draftune.errors import DraftuneError, gather, unknown
 from draftune.methods import load_method
+from draftune.methods.keep import Keep
 from draftune.models import Model, load_model
 from draftune.models.small_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
@@ -18,6 +19,7 @@ from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
 from draftune.training.optimizer import check_optimizer
+from draftune.training.past import find_past
 from draftune.training.run import RunFolder
 
 
@@ -65,6 +67,9 @@ def prepare(
     if settings.mixed_precision == "fp16" and not method.half_precision:
         raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
     check_optimizer(settings, method)
+    past = find_past(settings)
+    if past is not None and past.kept:
+        method = Keep(method, settings.keep_weight)
     for name in ("prefix_reuse", "prefix_stride"):
         if getattr(settings, name) > 1 and not method.has_prefix():
             raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
@@ -77,7 +82,10 @@ def prepare(
     processes = processes_of(accelerator(settings))
     tell_unheeded(settings)
     with processes.together():
-        folder = RunFolder(settings, {"prompts": texts, "eval_prompts": eval_texts or []}, processes)
+        contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
+        if past is not None:
+            contents |= {"kept prompts": past.kept, "first LoRA's weights": [past.checksum]}
+        folder = RunFolder(settings, contents, processes)
         # Every reward's weights are found before any network is loaded.
         score, judge = gather(
             lambda: find_reward(settings.reward if reward is None else reward),
@@ -86,14 +94,15 @@ def prepare(
         assert score is not None
         held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
         for column in weights:
-            if column not in (known := [score.label, *score.columns, *held, DIVERSITY, "distance", "kl"]):
+            kept = past.columns if past is not None else []
+            if column not in (known := [score.label, *score.columns, *held, *kept, DIVERSITY, "distance", "kl"]):
                 raise unknown("column of the evaluations", column, known)
         decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
         wanted = settings.model if model is None else model
         painter = model if isinstance(model, Model) else load_model(wanted, settings.mixed_precision)
         painter.small_decoder = load_small_decoder(decoder, painter) if decoder else None
     folder.agree()
-    return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts)
+    return Trainer(settings, folder, method, painter, score, judge, texts, eval_texts, past)
 
 
 def describe(value: Any) -> str:

@@ -29,7 +29,7 @@ from draftune.settings import Settings
 from draftune.smoothing import width_at
 from draftune.tensors import save_tensors
 from draftune.training.audit import GradientAudit, tell
-from draftune.training.batches import Drawn, PromptOrder, Start
+from draftune.training.batches import Drawn, PromptOrder, Start, read_starts, starts_state
 from draftune.training.checkpoint import checkpoints, load_optimizer, optimizer_tensors
 from draftune.training.noise import GradientNoise
 from draftune.training.optimizer import Replay, filter_of, optimizer_of
@@ -61,6 +61,7 @@ class Updates:
         accelerator: Accelerator,
         folder: Path | None,
         processes: Processes = ALONE,
+        kept: Sequence[str] = (),
     ) -> None:
         self.settings = s = settings
         self.method, self.model, self.schedule = method, model, schedule
@@ -72,6 +73,7 @@ class Updates:
         # One generator for everything that training draws; the grids and the comparison have their own.
         self.generator = torch.Generator().manual_seed(s.seed)
         self.order = PromptOrder(len(prompts), self.generator)
+        self.kept, self.kept_order = kept, PromptOrder(len(kept), self.generator)
         self.audit = GradientAudit(self.parameters)
         self.scorer = Scorer(settings, model, reward, accelerator.scaler, processes)
         self.starts: list[Start] = []
@@ -199,24 +201,34 @@ class Updates:
 
     def draw_starts(self) -> None:
         """What the batches of an update start from, but for what the update before left."""
+        while len(self.starts) < self.settings.gradient_accumulation_steps:
+            self.starts.append(self.start(self.order))
+            if self.kept:
+                self.starts[-1].kept = self.start(self.kept_order)
+
+    def start(self, order: PromptOrder) -> Start:
+        """The next prompts, with fresh noise."""
         s = self.settings
-        while len(self.starts) < s.gradient_accumulation_steps:
-            chosen = self.order.draw(s.batch_size)
-            noise = self.model.noise(self.generator, s.batch_size)
-            self.starts.append(Start(chosen, noise, Latents(self.processes.share(noise), stride=s.prefix_stride)))
+        chosen = order.draw(s.batch_size)
+        noise = self.model.noise(self.generator, s.batch_size)
+        return Start(chosen, noise, Latents(self.processes.share(noise), stride=s.prefix_stride))
 
     def fresh_batches(self, step: int, drawn: list[Drawn]) -> Iterator[Batch]:
         """The batches of one update; each one's own pictures and their scores are added to `drawn`."""
-        s, share = self.settings, self.processes.share
         for start in self.starts:
-            prompts = [self.prompts[j] for j in start.prompts]
-            own = share(prompts)
-            denoise, base = self.model.denoisers(own, self.schedule, s.guidance_scale, s.negative_prompt)
-            drawn.append(Drawn(prompts, start.noise))
-            reward = partial(self.scorer, drawn[-1], step)
-            yield Batch(
-                own, start.latents, self.schedule, denoise, base, reward, self.generator, self.processes, prompts
-            )
+            drawn.append(Drawn([self.prompts[j] for j in start.prompts], start.noise))
+            batch = self.batch(step, start, drawn[-1])
+            if start.kept is not None:
+                kept = Drawn([self.kept[j] for j in start.kept.prompts], start.kept.noise)
+                batch.kept = self.batch(step, start.kept, kept)
+            yield batch
+
+    def batch(self, step: int, start: Start, drawn: Drawn) -> Batch:
+        """What a method is given of a start; what is scored goes into `drawn`."""
+        s, own = self.settings, self.processes.share(drawn.prompts)
+        denoise, base = self.model.denoisers(own, self.schedule, s.guidance_scale, s.negative_prompt)
+        reward, processes = partial(self.scorer, drawn, step), self.processes
+        return Batch(own, start.latents, self.schedule, denoise, base, reward, self.generator, processes, drawn.prompts)
 
     def clipped_norm(self, step: int) -> float:
         """The gradient's norm before it was clipped; what is not finite stops the run."""
@@ -241,22 +253,23 @@ class Updates:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Where it stands: what JSON can hold, and tensors by name. To be asked in every process."""
-        scaler = self.accelerator.scaler
+        scaler, method = self.accelerator.scaler, self.method.state_dict()
         tensors = {f"lora/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
         tensors |= carried(self.scorer.reward)
+        tensors |= {f"method/{key}": value for key, value in method.items() if isinstance(value, Tensor)}
         tensors["generator"] = self.generator.get_state()
-        for i, start in enumerate(self.starts):
-            for count, own in start.latents.known.items():
-                tensors[f"start/{i}/{count}"] = self.processes.gather(own)
+        starts, latents = starts_state(self.starts, self.processes)
+        tensors |= latents
         return {
-            "starts": [start.prompts for start in self.starts],
+            **starts,
+            "kept_prompts": self.kept_order.queue,
             "reward_queries": self.scorer.queries,
             "seconds": self.seconds,
             "skipped": [self.skipped, self.skipped_in_a_row, self.overflows],
             "prompts": self.order.queue,
             "weights": [weight for weight, _ in self.scorer.reward.terms],
-            "method": self.method.state_dict(),
+            "method": {key: value for key, value in method.items() if not isinstance(value, Tensor)},
             "scaler": scaler.state_dict() if scaler else None,
         }, tensors
 
@@ -267,21 +280,17 @@ class Updates:
                 parameter.copy_(tensors[f"lora/{name}"])
         load_optimizer(self.optimizer, list(self.parameters), tensors)
         for name, learned in carried(self.scorer.reward).items():
-            learned.copy_(tensors[name])
+            learned.resize_as_(tensors[name]).copy_(tensors[name])
         self.generator.set_state(tensors["generator"])
         self.scorer.queries, self.seconds = state["reward_queries"], state["seconds"]
         self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
         self.order.queue = state["prompts"]
-        self.starts = []
-        for i, chosen in enumerate(state["starts"]):
-            prefix = f"start/{i}/"
-            known = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
-            known = {count: latents.to(self.model.device) for count, latents in sorted(known.items())}
-            own = {count: self.processes.share(latents) for count, latents in known.items()}
-            self.starts.append(Start(chosen, known[0], Latents(own.pop(0), own, self.settings.prefix_stride)))
+        self.kept_order.queue = state.get("kept_prompts", [])
+        self.starts = read_starts(state, tensors, self.processes, self.model.device, self.settings.prefix_stride)
         if isinstance(self.scorer.reward, WeightedSum):
             # Measured again, a normalised reward's weights may differ in their last digits.
             self.scorer.reward.weights = state["weights"]
-        self.method.load_state_dict(state["method"])
+        carried_on = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
+        self.method.load_state_dict(state["method"] | carried_on)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

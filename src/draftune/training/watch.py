@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from draftune.evaluation import Comparison, Evaluation, divergences, evaluate, score_batches
+from draftune.evaluation import KEPT_COLUMN, Comparison, Evaluation, divergences, evaluate, score_batches
 from draftune.images import grid, save_image, to_pil
 from draftune.lora import save_lora
 from draftune.models import Model
@@ -16,6 +16,7 @@ from draftune.settings import Settings
 from draftune.training.audit import tell
 from draftune.training.checkpoint import undisturbed
 from draftune.training.guard import Guard, rule_of
+from draftune.training.past import Past
 from draftune.training.run import EVALUATIONS, SAMPLES, RunFolder
 
 
@@ -32,10 +33,11 @@ class Watch:
         held_out: Reward | None,
         prompts: Sequence[str],
         eval_prompts: Sequence[str] | None,
+        past: Past | None = None,
     ) -> None:
         self.settings, self.folder, self.model, self.schedule = settings, folder, model, schedule
         self.reward, self.held_out, self.eval_prompts = reward, held_out, eval_prompts
-        self.processes = folder.processes
+        self.past, self.processes = past, folder.processes
         shown = eval_prompts or prompts
         count = min(settings.sample_prompts, len(shown))
         self.shown = [shown[i * len(shown) // count] for i in range(count)]
@@ -90,6 +92,7 @@ class Watch:
             return
         s, device = self.settings, self.model.device
         found = evaluate(self.draw, self.reward, self.held_out, self.eval_prompts, s.eval_images, device)
+        found.values |= self.remembered(found)
         # Only the first and the last are compared in the end; pictures take memory.
         self.evaluations = {0: self.evaluations.get(0, found), step: found}
         distance = float((found.images - self.evaluations[0].images).abs().mean())
@@ -110,6 +113,16 @@ class Watch:
             save_lora(self.model, self.folder.path / "best")
         if warning := self.guard.warning():
             tell(warning)
+
+    def remembered(self, found: Evaluation) -> dict[str, Tensor]:
+        """How the reward of an earlier training fares on its own prompts, by column."""
+        if self.past is None or self.past.reward is None:
+            return {}
+        reward, prompts = self.past.reward, self.past.prompts
+        # The pictures of the same prompts are there already.
+        draw = (lambda *_: found.images) if list(prompts) == list(self.eval_prompts or ()) else self.draw
+        kept = evaluate(draw, reward, None, prompts, self.settings.eval_images, self.model.device)
+        return {f"{KEPT_COLUMN}{label}": values for label, values in kept.values.items()}
 
     def divergence(self, prompts: Sequence[str]) -> float:
         """As in `evaluation`, of which each process measures a part."""

@@ -1,0 +1,185 @@
+"""A LoRA made one of a lower rank that draws as it does: FOSTER's second stage (arXiv 2204.04662), for denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from draftune.adapters import KEPT
+from draftune.errors import DraftuneError
+from draftune.layers import Layers, read_layers
+from draftune.lora import ADAPTER, add_lora, lora_parameters
+from draftune.mixing import check_folder
+from draftune.models import Model
+from draftune.paths import user_path
+from draftune.prompts import load_prompts
+from draftune.sampling import Denoiser, advance
+from draftune.schedule import Prediction, Step
+from draftune.settings import Settings
+from draftune.training.batches import PromptOrder
+from draftune.tuned import find_tuned, open_loras
+
+PROBED = 4
+"""Prompts of each group on which the difference is measured."""
+
+
+@dataclass
+class Distilled:
+    """The LoRA's file, and how far the predictions were from the teacher's: mean((eps - eps_teacher)^2) on its paths.
+
+    differences: with "no LoRA", with its singular values "truncated", and as "distilled" from there.
+    """
+
+    file: Path
+    differences: dict[str, float]
+
+
+def balanced_weights(counts: Sequence[int], beta: float = 0.97) -> list[float]:
+    """FOSTER's weights of C groups with n members each, (1 - beta) / (1 - beta^n), so that they sum to C.
+
+    beta in [0, 1): at 0 every member counts alike, near 1 every group does, whatever its size. Raises DraftuneError.
+    """
+    if not 0 <= beta < 1:
+        raise DraftuneError(f"beta must be at least 0 and less than 1, not {beta}")
+    if not counts or min(counts) < 1:
+        raise DraftuneError(f"every group must have a member, and these have {list(counts)}")
+    raw = [1 / (1 - beta**count) for count in counts]
+    return [len(raw) * weight / sum(raw) for weight in raw]
+
+
+def distill_lora(
+    source: str,
+    prompts: Sequence[str | list[str]],
+    output: Path | str,
+    rank: int = 8,
+    *,
+    paths: int = 20,
+    calls: int = 5,
+    batch_size: int = 4,
+    learning_rate: float = 3e-4,
+    beta: float = 0.97,
+    seed: int = 0,
+    model: str | None = None,
+    cpu: bool = False,
+    precision: str = "no",
+) -> Distilled:
+    """Writes a LoRA of this rank into a folder, trained to predict what a run's LoRA, a file or its folder does.
+
+    `prompts`: groups, each a named set, a file or a list; a group of few prompts is weighed up by `balanced_weights`.
+    It starts from the truncated singular value decomposition. `paths` batches of pictures are drawn with the LoRA, and
+    on each path the squared difference is lowered at `calls` random steps, one step of AdamW each, whose rate falls to
+    0 as a cosine; what comes of it is written where it is nearer than the start. Raises DraftuneError.
+    """
+    folder, said = user_path(output), f"{source}, rank {rank}"
+    check_folder(folder, distilled_from=said)
+    groups = [load_prompts(group) for group in prompts]
+    weights = balanced_weights([len(group) for group in groups], beta)
+    if precision == "fp16":
+        raise DraftuneError("distilling does not work in fp16: use bf16 or no")
+    tuned = find_tuned(source, model)
+    whole = read_layers(tuned.lora, tuned.base)
+    if rank < 1 or rank >= (most := max(layer.rank for layer in whole.layers.values())):
+        raise DraftuneError(f"the rank must be at least 1 and lower than that of {source!r}, {most}, not {rank}")
+    painter = open_loras({KEPT: tuned}, cpu, precision)
+    texts = [prompt for group in groups for prompt in group]
+    painter.check_prompts(texts, tuned.settings.negative_prompt)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # From now on it is the only active one: that which is loaded is heard as the base.
+        add_lora(painter, rank, targets=list(whole.layers))
+    painter.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
+    lesson = Lesson(painter, tuned.settings)
+    probes = [lesson.path(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]
+    differences = {"no LoRA": lesson.missed(probes)}
+    short = whole.truncated(rank).padded(rank)
+    fill(painter, short)
+    differences["truncated"] = lesson.missed(probes)
+    weighed = [(prompt, weight) for weight, group in zip(weights, groups, strict=True) for prompt in group]
+    learn(lesson, weighed, paths, calls, batch_size, learning_rate, torch.Generator().manual_seed(seed))
+    differences["distilled"] = lesson.missed(probes)
+    if not differences["distilled"] <= differences["truncated"]:
+        fill(painter, short)
+    tensors = {name.replace(f".{ADAPTER}.", "."): value for name, value in lora_parameters(painter).items()}
+    student = Layers({}, whole.prefix, whole.base_model, whole.grid).plus(tensors, 1.0)
+    return Distilled(student.write(folder, distilled_from=said), differences)
+
+
+@dataclass
+class Taught:
+    """A path of the teacher's: how the student sees its prompts, and at each step the latent and what is to be said."""
+
+    student: Denoiser
+    steps: list[tuple[Step, Tensor, Prediction]]
+
+
+class Lesson:
+    """A student, the LoRA that is active, and its teacher, the one that belongs to the base of the same model."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.schedule = model.schedule(settings.num_inference_steps)
+
+    @torch.no_grad()
+    def path(self, prompts: Sequence[str], generator: torch.Generator) -> Taught:
+        """From fresh noise to the teacher's pictures."""
+        s = self.settings
+        student, teacher = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
+        x, steps = self.model.noise(generator, len(prompts)), []
+        for step in self.schedule.steps:
+            said = teacher(x, step)
+            steps.append((step, x, said))
+            x = advance(said, step)
+        return Taught(student, steps)
+
+    def difference(self, taught: Taught, at: int) -> Tensor:
+        """The mean squared difference of the predictions at a step [B]; for a flow that of the velocities."""
+        step, x, said = taught.steps[at]
+        return self.schedule.difference(taught.student(x, step), said).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def missed(self, paths: Sequence[Taught]) -> float:
+        """The mean difference over all steps of these paths."""
+        found = [self.difference(taught, at).mean() for taught in paths for at in range(len(taught.steps))]
+        return float(torch.stack(found).mean())
+
+
+def fill(model: Model, layers: Layers) -> None:
+    """Puts a LoRA of the same layers and rank into the one that is trained, whose scale is 1."""
+    parameters = lora_parameters(model)
+    with torch.no_grad():
+        for name, layer in layers.layers.items():
+            for half, tensor in zip("AB", layer, strict=True):
+                parameters[f"{name}.lora_{half}.{ADAPTER}.weight"].copy_(tensor)
+
+
+def learn(
+    lesson: Lesson,
+    weighed: Sequence[tuple[str, float]],
+    paths: int,
+    calls: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> None:
+    """Lowers the difference at `calls` random steps of each of `paths`, on prompts that each have a weight."""
+    parameters = list(lora_parameters(lesson.model).values())
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, paths * calls))
+    order = PromptOrder(len(weighed), generator)
+    progress = tqdm(range(paths), desc="distilling", unit="path")
+    for _ in progress:
+        drawn = [weighed[i] for i in order.draw(batch_size)]
+        weights = torch.tensor([weight for _, weight in drawn], device=lesson.model.device)
+        taught = lesson.path([prompt for prompt, _ in drawn], generator)
+        for at in torch.randperm(len(taught.steps), generator=generator)[:calls].tolist():
+            loss = (weights * lesson.difference(taught, at)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            falling.step()
+        progress.set_postfix(difference=f"{float(loss.detach()):.2g}")

@@ -1,0 +1,200 @@
+"""An experiment on rewards without a gradient: estimated, by policy gradients, and smoothed where it is a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from draftune.errors import DraftuneError
+from draftune.figures import band, figure
+from draftune.models.base import default_device
+from draftune.reproduce.lab import DIVERSITY, JUDGE, NAMED, ONE, REWARD, Lab, Record, Scale, Work
+from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
+from draftune.rewards import load_reward
+from draftune.training.audit import probe_reward
+
+BYTES = "jpeg-bytes"
+LEVEL = 6.0
+SPREAD = 2.0
+"""Of `emoji-aesthetic` from picture to picture of the base model."""
+ABOVE = f"above({REWARD}, level={LEVEL:g}, spread={SPREAD:g})"
+JUDGES = "emoji-judge-name + emoji-judge-style(style=3d)"
+SIZE = f"held-out/{BYTES}"
+SHARE, CLIMBED = f"held-out/above({REWARD})", f"held-out/{REWARD}"
+POLICY = "ddpo(min_count=4, timestep_fraction=0.25)"
+RATES = (3e-4, 1e-3, 3e-3)
+"""Learning rates of which the policy has the best."""
+KEPT = {JUDGE: "judge_3d", NAMED: "judge_name", DIVERSITY: "diversity"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train on a reward that gives no gradient."""
+
+    name: str
+    reward: str
+    settings: Mapping[str, Any]
+
+
+SMALLER = (
+    Way("estimated, pictures", f"black-box({BYTES}, coordinates=4, step=0.02, basis=detail, size=2)", {}),
+    Way("estimated, latents", f"black-box({BYTES}, coordinates=8, step=0.1, size=2, space=latent)", {}),
+    Way("differentiable JPEG", "jpeg-compressibility", {}),
+)
+OVER = (
+    Way("width stays at 0.15", ABOVE, {"smoothing": 0.15, "smoothing_power": 0.0}),
+    Way("width falls from 0.6", ABOVE, {"smoothing": 0.6}),
+    Way("without the threshold", REWARD, {}),
+)
+
+
+def run_of(way: Way, seed: int, scale: Scale) -> Work:
+    judges = f"{JUDGES} + {ABOVE} + {REWARD}" if way in OVER else f"{JUDGES} + {BYTES}"
+    return Work(ONE, scale.steps, seed, {"reward": way.reward, "held_out": judges, **way.settings})
+
+
+def policy(rate: float, seed: int, updates: int, scale: Scale) -> Work:
+    settings = {"reward": BYTES, "held_out": f"{JUDGES} + {BYTES}", "learning_rate": rate, "batch_size": 8}
+    settings |= {"eval_every": max(1, scale.policy_updates // 2)}
+    return Work(POLICY, updates, seed, settings | {"gradient_accumulation_steps": scale.policy_batches})
+
+
+def tried(scale: Scale) -> list[Work]:
+    """The search for the policy's learning rate, at half the length."""
+    return [policy(rate, 0, max(1, scale.policy_updates // 2), scale) for rate in RATES[-scale.rates :]]
+
+
+def work(scale: Scale) -> list[Work]:
+    """What is known before the search; the policy's runs come after it."""
+    first, *others = [[run_of(way, seed, scale) for way in (*SMALLER, *OVER)] for seed in range(scale.few_seeds)]
+    return [*first, *tried(scale), *(run for runs in others for run in runs)]
+
+
+def no_gradient(lab: Lab) -> Report:
+    scale = lab.scale
+    found = {
+        way.name: [lab.run(run_of(way, seed, scale)) for seed in range(scale.few_seeds)] for way in (*SMALLER, *OVER)
+    }
+    searched = {work.settings["learning_rate"]: lab.run(work).final[SIZE] for work in tried(scale)}
+    rate = max(searched, key=searched.__getitem__)
+    found["DDPO"] = [lab.run(policy(rate, seed, scale.policy_updates, scale)) for seed in range(scale.few_seeds)]
+    smaller, over = [way.name for way in SMALLER] + ["DDPO"], [way.name for way in OVER]
+
+    rows = [row for name in smaller for row in rows_of(name, found[name], {SIZE: "kB"})]
+    rows += [row for name in over for row in rows_of(name, found[name], {SHARE: "above", CLIMBED: "aesthetic"})]
+    table = [summary(rows, name) for name in (*smaller, *over)]
+    drawn, axes = figure(1, 2)
+    for axis, names, key, label in (
+        (axes[0, 0], smaller, SIZE, "kB of the JPEG file"),
+        (axes[0, 1], over, SHARE, f"share of pictures above {LEVEL:g}"),
+    ):
+        for name in names:
+            sign = -1 if key == SIZE else 1
+            runs = [[sign * row[key] for row in record.evaluations] for record in found[name]]
+            queries = [row["reward_queries"] for row in found[name][0].evaluations]
+            band(axis, queries, runs, name, marker=".")
+        axis.set(xlabel="scored pictures", ylabel=label)
+        axis.set_xscale("symlog", linthresh=100)
+        axis.legend(fontsize=8)
+
+    hard = lab.measured("no-gradient-hard", lambda: refused(lab))
+    half = max(1, scale.policy_updates // 2)
+    search = ", ".join(f"{-1000 * kb:.0f} bytes at {r:g}" for r, kb in searched.items())
+    text = (
+        f"Files: the base model's pictures are {-1000 * found['DDPO'][0].evaluations[0][SIZE]:.0f} bytes each. "
+        + told(found, smaller, lambda record: -1000 * record.final[SIZE], "{:.0f} bytes")
+        + f"DDPO's learning rate is the best of those tried for {half} updates ({search}). The differentiable JPEG is "
+        f"climbed in place of the files' size, as a ruler. Threshold: {hard} Of the base model's pictures "
+        f"{100 * found[over[0]][0].evaluations[0][SHARE]:.0f} % are above {LEVEL:g}. "
+        + told(found, over, lambda record: 100 * record.final[SHARE], "{:.0f} %")
+        + "Where a threshold's score has a gradient, as here, climbing the score is the plain way. All counts include "
+        "the changed pictures, and those that were scored a second time for the log."
+    )
+    return Report(rows, table, drawn, text, claims_of(found), scale.few_seeds)
+
+
+def rows_of(name: str, records: Sequence[Record], keys: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"way": name, "seed": seed, "update": int(row["step"]), "reward_queries": int(row["reward_queries"])}
+        | {short: -row[long] if long == SIZE else row[long] for long, short in {**keys, **KEPT}.items()}
+        for seed, record in enumerate(records)
+        for row in record.evaluations
+    ]
+
+
+def summary(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """A way's last evaluations, the means over its seeds."""
+    own = [row for row in rows if row["way"] == name]
+    last = [row for row in own if row["update"] == own[-1]["update"]]
+    score = "kB" if "kB" in last[0] else "above"
+    means = {key: mean(row[key] for row in last) for key in last[0] if key not in ("way", "seed", "reward_queries")}
+    return {"way": name, "reward_queries": last[0]["reward_queries"], **means, "update": last[0]["update"]} | {
+        "std": spread([row[score] for row in last])
+    }
+
+
+def told(
+    found: Mapping[str, Sequence[Record]], names: Sequence[str], value: Callable[[Record], float], unit: str
+) -> str:
+    """Where each way ended, and what it took."""
+    ends = (
+        f"{name} {unit.format(mean(map(value, found[name])))} with {found[name][0].final['reward_queries']:.0f} scored "
+        "pictures"
+        for name in names
+    )
+    return f"After training: {'; '.join(ends)}. "
+
+
+def refused(lab: Lab) -> str:
+    """What training says of the threshold as it is."""
+    model, reward = lab.model(), load_reward(ABOVE).to(default_device())
+    prompts = lab.prompts[:2]
+    pictures = model.generate(prompts, [0, 1], model.schedule(lab.scale.num_inference_steps), 3.0)
+    try:
+        probe_reward(reward, pictures.to(model.device), prompts)
+    except DraftuneError as error:
+        return f"as it is, without smoothing, it is refused before training (“{error}”)."
+    return "as it is, without smoothing, it is not refused."
+
+
+def gains(records: Sequence[Record], key: str) -> list[float]:
+    return [record.final[key] - record.evaluations[0][key] for record in records]
+
+
+def claims_of(found: Mapping[str, Sequence[Record]]) -> list[Claim]:
+    """What the sources promise of their own ways, in the words of what was measured."""
+    claims = []
+    ruler = mean(gains(found["differentiable JPEG"], SIZE))
+    for name in ("estimated, pictures", "estimated, latents"):
+        gained = gains(found[name], SIZE)
+        claims.append(
+            Claim(
+                f"a reward of which only scores are known can be climbed ({name})",
+                f"{-1000 * mean(gained):+.0f} bytes; {-1000 * ruler:+.0f} by the differentiable JPEG",
+                compared(mean(gained), spread(gained), ruler / 2),
+            )
+        )
+    fixed, falling = (gains(found[way.name], SHARE) for way in OVER[:2])
+    claims.append(
+        Claim(
+            "a smoothed threshold can be trained on",
+            f"{100 * mean(falling):+.0f} % of the pictures above it",
+            compared(mean(falling), spread(falling)),
+        )
+    )
+    difference, noise = mean(falling) - mean(fixed), max(spread(falling), spread(fixed))
+    claims.append(
+        Claim(
+            "a width that falls does better than one that stays",
+            f"{100 * difference:+.0f} % of the pictures; over seeds these vary by {100 * noise:.0f} %",
+            compared(difference, noise),
+        )
+    )
+    return claims
+
+
+NO_GRADIENT = Experiment(
+    "No gradient", "What is to be had from rewards that give scores and no gradient?", work, no_gradient
+)

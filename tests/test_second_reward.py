@@ -1,0 +1,465 @@
+"""A second reward on top of a first: what is kept, what is saved, what is measured, and two LoRAs made one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foster_toy import outcomes
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_gradients import GRIDS, NOISE, Network, batch_of
+from test_resume import PROMPTS, cut_off_after, lora, rows
+from test_resume import train as noisily_trained
+from torch import Tensor
+
+import draftune
+from draftune.adapters import KEPT, adapted_by
+from draftune.cli import main
+from draftune.distilling import balanced_weights
+from draftune.errors import DraftuneError
+from draftune.layers import read_layers
+from draftune.lora import FILE_NAME, add_lora, load_lora, lora_parameters, save_lora, set_lora_scale
+from draftune.methods import DraftK, DraftLV, Method, load_method
+from draftune.methods.keep import Keep
+from draftune.models import load_model
+from draftune.report import collect
+from draftune.reproduce import second as experiment
+from draftune.reproduce.lab import FULL, Lab, Work
+from draftune.sampling import Denoiser, rollout
+from draftune.schedule import Prediction, Step
+from draftune.training import Run
+from draftune.training.loop import Trainer
+from draftune.training.start import prepare
+from draftune.tuned import open_source
+
+
+def test_the_weights_of_groups() -> None:
+    """related.md, section 8."""
+    assert balanced_weights([200] * 10 + [500] * 10, 0.98)[::10] == pytest.approx([1.00885, 0.99115], abs=1e-5)
+    assert balanced_weights([22] * 90 + [500] * 10, 0.94)[::90] == pytest.approx([1.02631, 0.76323], abs=1e-5)
+    assert balanced_weights([3, 500], 0.0) == [1, 1]
+    assert balanced_weights([1, 3], 1 - 1e-9) == pytest.approx([1.5, 0.5])
+    for counts, beta in (([3, 0], 0.9), ([], 0.9), ([3], 1.0), ([3], -0.1)):
+        with pytest.raises(DraftuneError, match="must"):
+            balanced_weights(counts, beta)
+
+
+def test_the_toy_of_ten_classes() -> None:
+    """related.md, section 8: accuracies on old and new classes, four seeds each."""
+    found = outcomes()
+    told = {
+        "fine-tuned": (0.63, 0.97),
+        "boosted": (0.96, 0.88),
+        "compressed": (0.94, 0.79),
+        "compressed plainly": (0.92, 0.87),
+    }
+    for name, pair in told.items():
+        assert found[name] == pytest.approx(pair, abs=0.06), name
+    mean = {name: sum(pair) / 2 for name, pair in found.items()}
+    assert mean["boosted"] >= mean["fine-tuned"] + 0.08
+    assert found["boosted"][0] >= 0.9
+    assert found["compressed"][0] > found["compressed plainly"][0]
+
+
+def train(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Run:
+    return prepared(model, output, reward, **values).run()
+
+
+def prepared(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Trainer:
+    (output.parent / "prompts.txt").write_text("a fish\na tree\n")
+    settings = {
+        "steps": 3,
+        "method": "draft-k(k=1)",
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "sample_every": 0,
+        "sample_prompts": 1,
+        "batch_size": 2,
+        "prompts": PROMPTS,
+        "eval_prompts": str(output.parent / "prompts.txt"),
+        "eval_images": 2,
+        "learning_rate": 0.02,
+        "lora_rank": 2,
+    }
+    return prepare(str(model), reward, output=str(output), **(settings | values))
+
+
+@pytest.fixture(scope="module")
+def first(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose LoRA does something."""
+    return train(pipeline_folder, tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> str:
+    (tmp_path / "kept.txt").write_text("a horse\na house\na cow\n")
+    return str(tmp_path / "kept.txt")
+
+
+def predicted(denoise: Denoiser, x: Tensor, step: Step) -> Tensor:
+    with torch.no_grad():
+        return denoise(x, step).noise
+
+
+def test_a_run_goes_on_where_the_first_one_ended(
+    first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = prepared(
+        pipeline_folder, tmp_path / "second", "symmetry", continue_from=str(first.folder), keep=kept, keep_weight=0.1
+    )
+    before = {n: p.clone() for n, p in trainer.model.denoiser.named_parameters() if f".{KEPT}." in n}
+    second = trainer.run()
+    after = dict(trainer.model.denoiser.named_parameters())
+    assert before
+    assert all(torch.equal(after[name], tensor) and not after[name].requires_grad for name, tensor in before.items())
+    assert all(parameter.grad is None for name, parameter in after.items() if name in before)
+    # The base is the first run's model, whose reward is measured at every evaluation on the prompts of its own.
+    start, end = second.evaluations
+    assert start["kept/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
+    assert start["kl"] == start["distance"] == 0
+    assert end["kl"] > 0
+    assert end["symmetry"] > start["symmetry"]
+    assert second.comparison is not None
+    lost = end["kept/brightness"] - start["kept/brightness"]
+    assert f"({lost:+.3f})" in second.comparison.table()
+    # What is saved is the sum: of the pipeline itself it makes what was trained.
+    saved, _ = open_source(str(second.folder))
+    schedule = trainer.schedule
+    ours, theirs = (m.denoisers(["a dog"], schedule, 3.0) for m in (trainer.model, saved))
+    x = saved.noise(torch.Generator().manual_seed(1), 1)
+    for step in schedule.steps:
+        torch.testing.assert_close(predicted(ours[0], x, step), predicted(theirs[0], x, step), atol=1e-5, rtol=1e-4)
+        difference = (predicted(ours[0], x, step) - predicted(ours[1], x, step)).abs().max()
+        assert difference > 1e-3
+    assert {layer.rank for layer in read_layers(second.folder).layers.values()} == {4}
+    # And the base of the continued model is, bit for bit, the first one's model.
+    alone, _ = open_source(str(first.folder))
+    assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoise(["a dog"], schedule, 3.0), x, step))
+    page = collect(second.folder)
+    assert "Of the training before, brightness" in page["verdict"]
+    assert ["Continued from", str(first.folder)] in page["facts"]
+    assert ["kept/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
+
+
+def test_the_base_leaves_no_trace(pipeline_folder: Path) -> None:
+    """It is the model that never had a LoRA, bit for bit, and what is trained stays trained."""
+    bare, model = load_model(str(pipeline_folder)), load_model(str(pipeline_folder))
+    add_lora(model, 2)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter += 0.1
+    trained = list(lora_parameters(model))
+    schedule = bare.schedule(3)
+    x = bare.noise(torch.Generator().manual_seed(1), 1)
+    denoise, base = model.denoisers(["a dog"], schedule, 3.0)
+    plain, step = bare.denoise(["a dog"], schedule, 3.0), schedule.steps[0]
+    assert torch.equal(predicted(base, x, step), predicted(plain, x, step))
+    assert not torch.equal(predicted(denoise, x, step), predicted(plain, x, step))
+    assert list(lora_parameters(model)) == trained
+    with pytest.raises(ValueError, match="stop"), adapted_by(model.denoiser, KEPT):
+        raise ValueError("stop")
+    assert not torch.equal(predicted(denoise, x, step), predicted(plain, x, step))
+
+
+def test_a_scale_leaves_the_kept_one_alone(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
+    trainer = prepared(pipeline_folder, tmp_path / "second", continue_from=str(first.folder))
+    model = trainer.model
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter += 0.1
+    denoise, base = model.denoisers(["a dog"], trainer.schedule, 3.0)
+    x, step = model.noise(torch.Generator().manual_seed(1), 1), trainer.schedule.steps[0]
+    set_lora_scale(model, 0.0)
+    assert torch.equal(predicted(denoise, x, step), predicted(base, x, step))
+    assert all(f".{KEPT}." not in name for name in lora_parameters(model))
+
+
+class Drift:
+    """A denoiser and its base, on kept prompts that have noise of their own."""
+
+    def __init__(self) -> None:
+        self.schedule = GRIDS["clean"]
+        self.network, self.before = Network(), Network()
+        with torch.no_grad():
+            for parameter in self.network.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator(3)))
+
+    def through(self, network: Network) -> Denoiser:
+        def call(x: Tensor, step: Step) -> Prediction:
+            return self.schedule.read(network(x, step.timestep), x, step)
+
+        return call
+
+    def batch(self, seed: int = 0) -> Any:
+        denoise, base = self.through(self.network), self.through(self.before)
+        batch = batch_of(denoise, self.schedule, base, seed=seed)
+        batch.kept = batch_of(denoise, self.schedule, base, noise=NOISE.flip(0) + 1)
+        return batch
+
+    def gradient(self, method: Method, *batches: Any) -> Tensor:
+        self.network.zero_grad()
+        for losses in method.optimizer_steps(iter(batches)):
+            for loss in losses:
+                loss.backward()
+        return torch.cat([p.grad.flatten() for p in self.network.parameters() if p.grad is not None])
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("method", [DraftK(1), DraftLV(1), load_method("kl(draft-k(k=2), beta=0.3)")])
+def test_what_is_kept_is_added_once_for_each_batch(method: Method) -> None:
+    drift = Drift()
+    ours = drift.gradient(Keep(method, 0.7), drift.batch(0), drift.batch(1))
+    wanted = drift.gradient(method, drift.batch(0), drift.batch(1))
+    # The same random numbers: each batch has a generator of its own, of which DraftLV draws its copies afterwards.
+    if isinstance(method, DraftLV):
+        return
+    for seed in (0, 1):
+        made = int(torch.randint(len(drift.schedule), (1,), generator=generator(seed)))
+        steps = drift.schedule.steps
+        with torch.no_grad():
+            x = rollout(drift.through(drift.before), steps[:made], NOISE.flip(0) + 1)
+            before = drift.before(x, steps[made].timestep)
+        drift.network.zero_grad()
+        (0.7 * (drift.network(x, steps[made].timestep) - before).square().mean()).backward()
+        wanted += torch.cat([p.grad.flatten() for p in drift.network.parameters() if p.grad is not None])
+    torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
+    """On the kept prompts a firm hand leaves the denoiser nearer to where it was, at the cost of the second reward."""
+    ends = {}
+    for weight in (0.0, 30.0):
+        values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": weight, "steps": 4}
+        run = train(pipeline_folder, tmp_path / f"{weight}", eval_images=1, **values)
+        ends[weight] = run.evaluations[-1]
+    assert ends[30.0]["kl"] < 0.5 * ends[0.0]["kl"]
+    assert ends[30.0]["brightness"] < ends[0.0]["brightness"]
+
+
+def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
+    """Cut off between two updates that share the paths of their batches, and of what is kept."""
+    values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 0.1, "steps": 4, "save_every": 1}
+    values |= {"method": "draft-k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
+    values |= {"prefix_reuse": 2, "gradient_accumulation_steps": 2, "signal_to_noise": True}
+    whole = noisily_trained(pipeline_folder, tmp_path / "whole", **values)
+    with pytest.raises(KeyboardInterrupt):
+        noisily_trained(pipeline_folder, tmp_path / "cut", cut_off_after(8), **values)
+    assert len(rows(tmp_path / "cut", "metrics.jsonl")) == 3
+    resumed = noisily_trained(pipeline_folder, tmp_path / "cut", **values)
+    ours, theirs = lora(whole.folder), lora(resumed.folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rows(whole.folder, "metrics.jsonl") == rows(resumed.folder, "metrics.jsonl")
+
+
+def test_a_policy_keeps_too(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
+    """What is kept asks for no reward."""
+    values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 1.0, "eval_prompts": ""}
+    run = train(pipeline_folder, tmp_path / "second", "symmetry", method="ddpo(min_count=2)", steps=2, **values)
+    assert all(row["grad_norm"] > 0 for row in run.metrics)
+    assert [row["reward_queries"] for row in run.metrics] == [2, 4]
+
+
+def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(pipeline_folder))
+    add_lora(model, 2)
+    save_lora(model, tmp_path / "lora")
+    train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=1)
+    assert "kept/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
+    load_lora(again := load_model(str(pipeline_folder)), first.folder)
+    save_lora(again, tmp_path / "lora")
+    with pytest.raises(DraftuneError, match="another run: its first LoRA's weights were not these"):
+        train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=2)
+
+
+def test_mistakes_are_named_before_anything_is_loaded(
+    first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--cpu"]
+    arguments += ["--output", str(tmp_path / "run")]
+    for more, message in (
+        (["--keep", kept], "keep holds on to what an earlier training taught: give its run (--continue-from)"),
+        (["--continue-from", str(tmp_path / "none")], "no LoRA at"),
+        (["--continue-from", str(first.folder), "--keep", "no-set"], "unknown prompt set 'no-set'"),
+        (["--continue-from", str(first.folder), "--keep-weight", "-1"], "keep_weight must be at least 0"),
+        (["--continue-from", str(first.folder), "--model", "emoji"], f"is one of '{pipeline_folder}', and this run"),
+    ):
+        assert main([*arguments, *more]) == 2
+        said = capsys.readouterr().err
+        assert message in said, said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_can_not_be_measured_is_said(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mine(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    made = train(pipeline_folder, tmp_path / "first", mine, steps=1, eval_images=1)
+    capsys.readouterr()
+    prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), keep="animals")
+    assert "was trained on is not measured: unknown reward 'mine'" in capsys.readouterr().err
+
+
+def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
+    values = {"continue_from": str(first.folder), "best_by": "kept/brightness", "eval_images": 1, "eval_every": 1}
+    run = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
+    column = [row["kept/brightness"] for row in run.evaluations]
+    assert [row["best"] for row in run.evaluations][column.index(max(column))]
+    with pytest.raises(DraftuneError, match="did you mean 'kept/brightness'"):
+        train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "kept/brightnes"}))
+
+
+@pytest.fixture
+def thick(first: Run, pipeline_folder: Path, tmp_path: Path) -> Path:
+    """A run's LoRA of rank 4 that does much."""
+    model = load_model(str(pipeline_folder))
+    add_lora(model, 4, alpha=8)
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator(len(parameter))))
+    save_lora(model, tmp_path / "thick" / "lora")
+    shutil.copy(first.folder / "config.yaml", tmp_path / "thick")
+    return tmp_path / "thick"
+
+
+def changes(source: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in read_layers(source).layers.items():
+        yield name, layer.change
+
+
+def test_a_truncated_lora_is_the_nearest(thick: Path) -> None:
+    whole = read_layers(thick)
+    short = whole.truncated(2)
+    for name, layer in short.layers.items():
+        assert layer.rank == 2
+        values = torch.linalg.svdvals(whole.layers[name].change.double())
+        left = (whole.layers[name].change - layer.change).double().norm()
+        assert float(left) == pytest.approx(float(values[2:].norm()), rel=1e-4)
+    same = whole.truncated(4)
+    for name, layer in same.layers.items():
+        torch.testing.assert_close(layer.change, whole.layers[name].change, atol=1e-5, rtol=1e-4)
+
+
+def test_a_distilled_lora(
+    thick: Path, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "small"
+    made = draftune.distill_lora(
+        str(thick), [kept, ["a fish"]], output, 2, paths=8, calls=3, batch_size=2, learning_rate=0.02, cpu=True
+    )
+    left = made.differences
+    assert left["distilled"] < 0.7 * left["truncated"]
+    assert left["truncated"] < left["no LoRA"]
+    assert {layer.rank for layer in read_layers(output).layers.values()} == {2}
+    with safe_open(output / FILE_NAME, "pt") as file:
+        assert file.metadata()["distilled_from"] == f"{thick}, rank 2"
+    # What the file holds is what was measured: the truncated one, found again.
+    load_lora(load_model(str(pipeline_folder)), output)
+    arguments = ["distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu", "--paths", "1", "--calls", "1"]
+    assert main([*arguments, "--learning-rate", "0", "--output", str(tmp_path / "cut")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"mean squared difference of the predictions from those of {thick}"
+    assert said[2].split()[1:] == said[3].split()[1:]
+    short = read_layers(thick).truncated(2).layers
+    for name, change in changes(tmp_path / "cut"):
+        torch.testing.assert_close(change, short[name].change, atol=1e-5, rtol=1e-4)
+    # Into its own folder it may be written again, into no other.
+    assert main([*arguments, "--output", str(tmp_path / "cut")]) == 0
+    for more, message in (
+        (["--output", str(thick)], "holds other files; give another (--output)"),
+        (["--output", str(tmp_path / "new"), "--rank", "4"], "lower than that of"),
+        (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "does not work in fp16"),
+        (["--output", str(tmp_path / "new"), "--beta", "1"], "beta must be at least 0 and less than 1"),
+        (["--output", str(tmp_path / "new"), "--prompts", "no-set"], "unknown prompt set"),
+        (["--output", str(tmp_path / "new"), "--paths", "0"], "--paths must be at least 1"),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_sum_of_different_layers_and_alphas(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
+    """Layers that only one of the two changes, and an alpha that is not the rank."""
+    values = {"continue_from": str(first.folder), "lora_targets": "to_q,conv_in", "lora_alpha": 3.0, "lora_rank": 3}
+    second = train(pipeline_folder, tmp_path / "second", **values, steps=2)
+    both, one = read_layers(second.folder).layers, read_layers(first.folder).layers
+    assert "conv_in" in both
+    assert "conv_in" not in one
+    assert both["conv_in"].change.abs().max() > 0
+    untouched = next(name for name in one if name.endswith("to_v"))
+    torch.testing.assert_close(both[untouched].change, one[untouched].change)
+    assert set(load_file(tmp_path / "second" / "lora" / FILE_NAME)) == set(
+        load_file(tmp_path / "second" / "best" / FILE_NAME)
+    )
+    assert json.loads((first.folder / "audit.json").read_text())  # and the first run's folder is as it was
+
+
+Story = dict[str, tuple[float, float]]
+
+
+class Told(Lab):
+    """Scores as a story tells them: for each way the first reward on faces and the second on things."""
+
+    def __init__(self, folder: Path, story: Story) -> None:
+        super().__init__(folder, FULL)
+        self.story = story
+
+    def lora(self, work: Work) -> Path:
+        assert work.seed > 0  # others make the run of seed 0 longer
+        return self.folder
+
+    def measured(self, name: str, measure: Any) -> Any:
+        (way,) = (way for way in self.story if name.startswith(experiment.called(way, 0).removesuffix("seed-0") + "sc"))
+        first, other = self.story[way]
+        wiggle = 0.01 * name.endswith("1")
+        scores = {experiment.STYLE: first + wiggle, experiment.COLOR: other, "orange of faces": -0.2}
+        return scores | {"names of faces": 1.0, "names of things": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("kept", "small", "words"),
+    [
+        ((7.0, -0.22), (6.9, -0.22), ["confirmed", "confirmed", "confirmed"]),
+        ((6.5, -0.21), (6.0, -0.24), ["confirmed", "weaker", "weaker"]),
+        ((5.5, -0.20), (5.5, -0.20), ["reversed", "reversed", "confirmed"]),
+    ],
+)
+def test_what_the_experiment_says(
+    tmp_path: Path, kept: tuple[float, float], small: tuple[float, float], words: list[str]
+) -> None:
+    """From 5 the first run takes the first reward to 7, and from -0.26 going on takes the second to -0.20."""
+    story = {
+        experiment.BASE: (5.0, -0.26),
+        experiment.FIRST: (7.0, -0.26),
+        experiment.PLAIN: (6.0, -0.20),
+        experiment.HALF: (6.5, -0.23),
+        experiment.kept_at(experiment.WEIGHTS[0]): kept,
+        experiment.kept_at(experiment.WEIGHTS[1]): (7.0, -0.25),
+        experiment.SMALL: small,
+        experiment.ADDED: (6.0, -0.21),
+        experiment.AT_ONCE: (6.2, -0.19),
+    }
+    report = experiment.second(Told(tmp_path, story))
+    assert [claim.verdict for claim in report.claims] == words
+    assert "Plainly: 50% and 100%." in report.text
+    rows = {row["way"]: row for row in report.table}
+    assert rows[experiment.HALF]["first left"] == pytest.approx(0.75, abs=0.01)
+    assert rows[experiment.HALF]["second reached"] == pytest.approx(0.5)
+    assert rows[experiment.FIRST]["second reached"] == 0
+
+
+def test_the_names_of_the_experiment() -> None:
+    found = experiment.groups([f"{i} face" for i in range(9)] + ["clock", "facet", "sun"], 3)
+    assert found == {"faces": ["0 face", "3 face", "6 face"], "things": ["clock", "facet", "sun"]}
