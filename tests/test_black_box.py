@@ -262,6 +262,17 @@ def test_what_answered_strongly_is_asked_again() -> None:
     assert estimator.levels[estimator.levels > 0].tolist() == pytest.approx([1] * int((estimator.levels > 0).sum()))
 
 
+def test_an_answer_that_is_no_number_is_forgotten() -> None:
+    estimator = Estimator(coordinates=5)
+    estimator(lambda points: points.sum(1) * float("nan"), torch.zeros(50), 1e-3)
+    assert not estimator.levels.any()
+    for _ in range(200):
+        found = estimator(lambda points: points.sum(1), torch.zeros(50), 1e-3)
+    assert found.isfinite().all()
+    assert found.any()
+    assert estimator.levels[estimator.levels > 0].numel() > 40
+
+
 def test_jpeg_bytes_are_those_of_pillow() -> None:
     for quality in (10, 75):
         sizes = []

@@ -21,6 +21,7 @@ from draftune.prompts import load_prompts
 from draftune.sampling import Denoiser, advance
 from draftune.schedule import Prediction, Step
 from draftune.settings import Settings
+from draftune.training.audit import tell
 from draftune.training.batches import PromptOrder
 from draftune.tuned import find_tuned, open_loras
 
@@ -75,6 +76,8 @@ def distill_lora(
     on each path the squared difference is lowered at `calls` random steps, one step of AdamW each, whose rate falls to
     0 as a cosine; what comes of it is written where it is nearer than the start. Raises DraftuneError.
     """
+    if paths < 1 or calls < 1 or batch_size < 1 or not 0 <= learning_rate < 1:
+        raise DraftuneError("paths, calls and batch_size must be at least 1, and learning_rate from 0 to below 1")
     folder, said = user_path(output), f"{source}, rank {rank}"
     check_folder(folder, distilled_from=said)
     groups = [load_prompts(group) for group in prompts]
@@ -96,6 +99,8 @@ def distill_lora(
     lesson = Lesson(painter, tuned.settings)
     probes = [lesson.path(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]
     differences = {"no LoRA": lesson.missed(probes)}
+    if not differences["no LoRA"] > 0:
+        raise DraftuneError(f"the LoRA {source!r} changes nothing that the model draws: there is nothing to distil")
     short = whole.truncated(rank).padded(rank)
     fill(painter, short)
     differences["truncated"] = lesson.missed(probes)
@@ -103,6 +108,7 @@ def distill_lora(
     learn(lesson, weighed, paths, calls, batch_size, learning_rate, torch.Generator().manual_seed(seed))
     differences["distilled"] = lesson.missed(probes)
     if not differences["distilled"] <= differences["truncated"]:
+        tell("learning brought it no nearer: the truncated LoRA is written")
         fill(painter, short)
     tensors = {name.replace(f".{ADAPTER}.", "."): value for name, value in lora_parameters(painter).items()}
     student = Layers({}, whole.prefix, whole.base_model, whole.grid).plus(tensors, 1.0)
@@ -169,7 +175,8 @@ def learn(
     """Lowers the difference at `calls` random steps of each of `paths`, on prompts that each have a weight."""
     parameters = list(lora_parameters(lesson.model).values())
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, paths * calls))
+    updates = paths * min(calls, len(lesson.schedule))
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     order = PromptOrder(len(weighed), generator)
     progress = tqdm(range(paths), desc="distilling", unit="path")
     for _ in progress:

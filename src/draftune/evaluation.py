@@ -220,7 +220,8 @@ def evaluate(
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     images = draw(repeated, [seed for _ in prompts for seed in range(images_per_prompt)])
     total, parts = score_batches(reward, images, repeated, device)
-    scores = {reward.label: total} | (parts if len(parts) > 1 else {})
+    # A weight, as a normalised reward has one, makes its own column of the sum.
+    scores = {reward.label: total} | parts
     if held_out is not None:
         _, judged = score_batches(held_out, images, repeated, device)
         scores |= {f"held-out/{name}": values for name, values in judged.items()}

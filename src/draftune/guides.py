@@ -22,7 +22,7 @@ from draftune.lora import add_lora, lora_parameters
 from draftune.models import Model
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import extra_queries
+from draftune.rewards.base import extra_queries, taught
 from draftune.sampling import Denoiser
 from draftune.schedule import Schedule, Step
 
@@ -218,7 +218,7 @@ def sample_guided(
         raise DraftuneError("the gradient that guides vanishes in fp16: use bf16 or no")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = range(len(prompts)) if seeds is None else seeds
-    score = load_reward(reward).to(model.device)
+    score = taught(load_reward(reward)).to(model.device)
     model.check_prompts(prompts, negative_prompt)
     score.check(prompts)
     defaults = recommended(model.name)

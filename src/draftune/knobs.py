@@ -20,6 +20,7 @@ from draftune.models import Model, load_model
 from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
+from draftune.rewards.base import taught
 from draftune.settings import Settings
 from draftune.tables import write_csv, write_json
 from draftune.training.batches import PromptOrder
@@ -132,8 +133,10 @@ def tune_knobs(
     """
     if steps < 1 or batch_size < 1 or checked < 2:
         raise DraftuneError("steps and batch_size must be at least 1, and checked at least 2")
-    if not 0 < step < 0.5:
-        raise DraftuneError(f"step must be above 0 and below 0.5, not {step}")
+    if not (0 < step < 0.5 and 0 < learning_rate < 1):
+        raise DraftuneError(
+            f"step must be above 0 and below 0.5, learning_rate below 1, not {step} and {learning_rate}"
+        )
     check_sources(loras, model, guidance_bounds)
     found = find_all([source for source, _ in loras], model)
     if len(bases := list(dict.fromkeys(tuned.base for tuned in found))) > 1:
@@ -148,7 +151,7 @@ def tune_knobs(
     if guidance_bounds:
         knobs.append(Knob(GUIDANCE, settings.guidance_scale, *guidance_bounds))
     wanted: list[Callable[[], Any]] = [
-        lambda: find_reward(reward),
+        lambda: taught(find_reward(reward)),
         lambda: recalled("prompts", prompts, settings.prompts, load_prompts),
     ]
     score, texts = gather(*wanted)

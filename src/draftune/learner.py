@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-
 
 def missed(expected: Tensor, scores: Tensor) -> Tensor:
     """sum over s of mean over b of (expected[b, s] - scores[b])^2, of what was expected [B, S] of scores [B]."""
@@ -51,13 +48,13 @@ class Learner(nn.Module):
         with torch.enable_grad():
             found = loss(lambda *inputs: functional_call(self.network, weights, inputs))
             gradients = torch.autograd.grad(found, list(weights.values()))
+        own = list(self.network.parameters())
+        moments = zip(self.first.parameters(), self.second.parameters(), strict=True)
+        adam = torch.optim.Adam(own, self.learning_rate)
+        for weight, gradient, (first, second) in zip(own, gradients, moments, strict=True):
+            weight.grad = gradient
+            adam.state[weight] = {"step": self.count.cpu().clone(), "exp_avg": first, "exp_avg_sq": second}
+        adam.step()
+        adam.zero_grad()
         self.count += 1
-        slow, slower = (1 - beta ** int(self.count) for beta in BETAS)
-        with torch.no_grad():
-            for weight, gradient, first, second in zip(
-                weights.values(), gradients, self.first.parameters(), self.second.parameters(), strict=True
-            ):
-                first.lerp_(gradient, 1 - BETAS[0])
-                second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-                weight -= self.learning_rate * (first / slow) / ((second / slower).sqrt() + EPSILON)
         return float(found.detach())

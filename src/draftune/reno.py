@@ -15,7 +15,7 @@ from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import extra_queries
+from draftune.rewards.base import extra_queries, taught
 from draftune.sampling import rollout
 from draftune.training.audit import probe_reward
 
@@ -81,7 +81,7 @@ def optimize_noise(
     defaults = recommended(model.name)
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-    score = load_reward(reward).to(model.device)
+    score = taught(load_reward(reward)).to(model.device)
     score.check([prompt])
     denoise = model.denoise([prompt], schedule, guidance, negative_prompt)
     noise = model.noise(torch.Generator().manual_seed(seed), 1).requires_grad_()

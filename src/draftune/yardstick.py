@@ -14,6 +14,7 @@ from draftune.evaluation import Evaluation, evaluate
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
+from draftune.rewards.base import taught
 from draftune.settings import Settings
 from draftune.tuned import Tuned
 
@@ -82,14 +83,18 @@ def find_yardstick(
     judged = held_out if held_out is not None or run is None else run.held_out
     wanted: list[Callable[[], Any]] = [
         lambda: recalled("prompts", prompts, run and (run.eval_prompts or run.prompts), load_prompts),
-        lambda: recalled("reward", reward, run and run.reward, find_reward),
-        lambda: recalled("held-out", held_out, judged, find_reward) if judged else None,
+        lambda: recalled("reward", reward, run and run.reward, find_taught),
+        lambda: recalled("held-out", held_out, judged, find_taught) if judged else None,
     ]
     texts, score, judge = gather(*wanted)
     yardstick = Yardstick(texts, num_images, score, judge)
     for scored in yardstick.rewards:
         scored.set_chunk_size((run or loras[0].settings).reward_batch_size)
     return yardstick
+
+
+def find_taught(reward: Any) -> Reward:
+    return taught(find_reward(reward))
 
 
 def recalled(flag: str, asked: Any, kept: Any, find: Callable[[Any], T]) -> T:

@@ -155,7 +155,8 @@ class Estimator:
         return gradient
 
     def remember(self, answers: Tensor, chosen: Tensor) -> None:
-        """The first answer of a coordinate counts in full."""
+        """The first answer of a coordinate counts in full; one that is not finite tells nothing."""
+        chosen = chosen & answers.isfinite()
         kept = torch.where(self.levels > 0, self.memory, 0.0)
         levels = kept * self.levels + (1 - kept) * answers.abs()
         # Never 0 again, which would mean never drawn.

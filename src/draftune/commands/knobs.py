@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
     check_numbers(args, steps=1, batch_size=1, coordinates=1, step=0, learning_rate=0, num_images=2)
     weights, guidance = bounds(args, "weight_bounds"), bounds(args, "guidance_bounds")
     folder = user_path(args.output)
+    check_writable(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DraftuneError(f"the output {args.output!r} is there already; give a new folder (--output)")
-    check_writable(folder)
     if args.mix and not args.loras:
         raise DraftuneError("--mix wants LoRAs")
     from draftune.knobs import GUIDANCE, tune_knobs

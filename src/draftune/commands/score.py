@@ -27,12 +27,13 @@ def run(args: argparse.Namespace) -> int:
     output = table_output(args.output, args.prompts)
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
+    from draftune.rewards.base import taught
     from draftune.scores import find_images, prompts_of, score_files
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
     device = default_device(args.cpu)
-    scores = score_files(load_reward(args.reward).to(device), images, prompts, device)
+    scores = score_files(taught(load_reward(args.reward)).to(device), images, prompts, device)
     problems = list(scores.broken.values())
     if not scores.rows:
         raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")

@@ -72,6 +72,8 @@ class SFTPG(Method):
         at_least("generator_steps", self.generator_steps, 1)
         at_least("value_width", self.value_width, 1)
         at_least("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise DraftuneError(f"seed must be less than 2^63, not {self.seed}")
         if not 0 < self.value_learning_rate < 1:
             raise DraftuneError(f"value_learning_rate must be between 0 and 1, not {self.value_learning_rate}")
 

@@ -13,6 +13,7 @@ import torch
 
 from draftune.errors import DraftuneError, unknown
 from draftune.paths import check_writable, user_path, written_whole
+from draftune.prompts import load_prompts
 from draftune.reproduce.curves import EFFICIENCY, OVEROPTIMISATION
 from draftune.reproduce.cuts import COPIES_OF_LV, DEPTH, GRID, LAYOUT_REWARD
 from draftune.reproduce.few_steps import FEW_STEPS
@@ -21,6 +22,7 @@ from draftune.reproduce.lab import FULL, QUICK, Lab, Scale, Work
 from draftune.reproduce.loras import LORA_SCALE, MIXING
 from draftune.reproduce.no_gradient import NO_GRADIENT
 from draftune.reproduce.optimizers import OPTIMIZERS_COMPARED
+from draftune.reproduce.real import real_pictures
 from draftune.reproduce.report import Experiment, Report, findings, markdown, write
 from draftune.reproduce.second import SECOND_REWARD
 
@@ -89,6 +91,9 @@ def reproduce(
             del chosen[name]
     elif not user_path(examples).is_dir():
         raise DraftuneError(f"no folder {str(examples)!r} with real pictures (--examples)")
+    else:
+        for names_of in ("emoji", "emoji-common"):
+            real_pictures(user_path(examples), load_prompts(names_of))
     scale = QUICK if quick else FULL
     if seeds is not None:
         scale = scale.with_seeds(seeds)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from draftune.distance import kernel_distance
 from draftune.figures import figure
-from draftune.images import grid
+from draftune.images import grid, open_image
 from draftune.methods import Batch
 from draftune.methods.ancestral import ancestral
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug
-from draftune.reproduce.real import EXAMPLES, real_pictures
+from draftune.reproduce.real import EXAMPLES, real_files, real_pictures
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
 from draftune.sampling import Latents
@@ -58,7 +58,7 @@ def work(name: str, seed: int, scale: Scale) -> Work:
 
 
 def few_work(scale: Scale) -> list[Work]:
-    return [work(name, seed, scale) for seed in range(scale.seeds) for name in METHODS]
+    return [work(name, seed, scale) for seed in range(scale.few_seeds) for name in METHODS]
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def drawn(model: Model, names: Sequence[str], steps: int, sampler: str = "determ
 
 
 class Ruler:
-    """Measures how far pictures are from real ones of the same names, by networks that nothing was trained against."""
+    """Measures how far pictures are from real ones of the same names, by networks that nothing is trained against."""
 
     def __init__(self, lab: Lab) -> None:
         self.names = load_prompts("emoji-common")[: lab.scale.few_names]
@@ -125,7 +125,10 @@ def tuned_distances(lab: Lab, name: str, seed: int) -> dict[str, Distances]:
 
 def sheet(lab: Lab, count: int = 8) -> Any:
     """Pictures of few steps before and after, of many steps, and real ones."""
+    assert lab.examples is not None
     names = load_prompts("emoji-common")[: lab.scale.few_names]
+    there = {file.stem: file for file in real_files(lab.examples, names)}
+    names = [name for name in names if name in there]
     names = (names[:: max(1, len(names) // count)] * count)[:count]
     many, rows = lab.scale.num_inference_steps, {}
     models = {f"base, {FEW} steps": (lab.model(), FEW)}
@@ -133,8 +136,7 @@ def sheet(lab: Lab, count: int = 8) -> Any:
         models[f"{name}, {FEW} steps"] = lab.tuned({"lora": lab.lora(work(name, 0, lab.scale))}), FEW
     for label, (model, steps) in (models | {f"base, {many} steps": (lab.model(), many)}).items():
         rows[label] = model.generate(names, [0] * count, model.schedule(steps), GUIDANCE, batch_size=count)
-    assert lab.examples is not None
-    rows["real"] = torch.cat([real_pictures(lab.examples, [name])[:1] for name in names])
+    rows["real"] = torch.cat([open_image(there[name]) for name in names])
     return grid(list(rows.values()), list(rows), names)
 
 
@@ -145,10 +147,17 @@ def averaged(found: Sequence[Mapping[str, Distances]], sampler: str) -> Distance
     return means | {f"std {key}": spread(of) for key, of in values.items()}
 
 
+def agreed(first: str, second: str) -> str:
+    """The word for what two networks say: less where only one of them sees it."""
+    if first == second:
+        return first
+    return "not seen" if "reversed" in (first, second) else "weaker"
+
+
 def few_steps(lab: Lab) -> Report:
     scale = lab.scale
     base = lab.measured("few-steps-base", lambda: base_distances(lab))
-    found = {name: [tuned_distances(lab, name, seed) for seed in range(scale.seeds)] for name in METHODS}
+    found = {name: [tuned_distances(lab, name, seed) for seed in range(scale.few_seeds)] for name in METHODS}
     tuned = {(name, sampler): averaged(found[name], sampler) for name in METHODS for sampler in SAMPLERS}
     before = {"deterministic": base[str(FEW)], "ancestral": base["ancestral"]}
     counts = [int(steps) for steps in base if steps.isdecimal()]
@@ -168,41 +177,44 @@ def few_steps(lab: Lab) -> Report:
     axes[0, 1].imshow(sheet(lab))
     axes[0, 1].axis("off")
 
-    key, told = DISTANCES[0], []
-    many = base[str(counts[-1])][key]
+    many, told = base[str(counts[-1])], []
     papers = {
         # Which samples as it trains.
         (POLICY, "ancestral"): "a policy gradient with a learned critic makes samples of few steps more like real ones",
         (PLAIN, "deterministic"): "a reward can be known by examples alone: the same critic, by its gradient",
     }
     claims = []
+    key = DISTANCES[0]
     for (name, sampler), paper in papers.items():
-        start, end, noise = before[sampler][key], tuned[name, sampler][key], tuned[name, sampler][f"std {key}"]
-        measured = f"{name}, {sampler} sampler: {start:.1f} before, {end:.1f} after; the seeds' deviation {noise:.1f}"
-        claims.append(Claim(paper, measured, compared(start - end, noise, (start - many) / 2)))
+        start, end = before[sampler], tuned[name, sampler]
+        measured = "; ".join(
+            f"{k} {start[k]:.1f} before, {end[k]:.1f} after (+- {end[f'std {k}']:.1f})" for k in DISTANCES
+        )
+        words = [compared(start[k] - end[k], end[f"std {k}"], (start[k] - many[k]) / 2) for k in DISTANCES]
+        claims.append(Claim(paper, f"{name}, {sampler} sampler: {measured}", agreed(*words)))
         other = SAMPLERS[1 - SAMPLERS.index(sampler)]
         told.append(f"{name} goes from {before[other][key]:.1f} to {tuned[name, other][key]:.1f}")
         told[-1] += f" by the {other} sampler"
     plain, even = (tuned[name, SAMPLERS[0]] for name in (PLAIN, EVEN))
-    noise = math.hypot(plain[f"std {key}"], even[f"std {key}"])
+    noise = {k: math.hypot(plain[f"std {k}"], even[f"std {k}"]) for k in DISTANCES}
     claims.append(
         Claim(
             "several steps of the critic are wanted for one of the model's",
             f"{PLAIN} ends at {plain[key]:.1f} with {scale.few_batches} for one and at {even[key]:.1f} with one for "
-            f"one, which makes more steps; the difference's noise {noise:.1f}",
-            compared(even[key] - plain[key], noise),
+            f"one, which makes more steps; the difference's noise {noise[key]:.1f}",
+            agreed(*(compared(even[k] - plain[k], noise[k]) for k in DISTANCES)),
         )
     )
     pictures = scale.few_updates * scale.few_batches * SIZE
     text = (
         f"Squared kernel distances x 1,000 of the judge's features, between {EACH} pictures of each of "
-        f"{scale.few_names} names that nothing was trained on and the real ones; critics learned from real pictures of "
+        f"{scale.few_names} names that no run was trained on and the real ones; critics learned from real pictures of "
         f"other names. With {FEW} steps the base model is at {before['deterministic'][key]:.1f}, with 5 at "
-        f"{base['5'][key]:.1f}, with {counts[-1]} at {many:.1f}: there is something to win back at {FEW}, not at 5. "
-        f"Every run scores {pictures:,} pictures, and its critic learns from each of them. "
-        f"Learning rates are {RATE:g} for all and were not searched. On the side: {'; '.join(told)}."
+        f"{base['5'][key]:.1f}, with {counts[-1]} at {many[key]:.1f}: there is something to win back at {FEW}, not at "
+        f"5. Every run scores {pictures:,} pictures, and its critic learns from each of them. "
+        f"Learning rates are {RATE:g} for all, after one try of another. On the side: {'; '.join(told)}."
     )
-    return Report(rows, rows, shown, text, claims, scale.seeds)
+    return Report(rows, rows, shown, text, claims, scale.few_seeds)
 
 
 FEW_STEPS = Experiment(

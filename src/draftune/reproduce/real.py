@@ -11,6 +11,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.images import open_image
+from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.scores import find_images
 
@@ -42,6 +43,8 @@ def with_examples(reward: str, folder: Path | None, here: Path) -> str:
     target = here / "examples"
     for file in real_files(folder, set(load_prompts("emoji"))):
         copied = target / file.relative_to(folder)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copied)
+        # Another part of the same work may be reading it.
+        if not copied.is_file() or copied.stat().st_size != file.stat().st_size:
+            with written_whole(copied) as temporary:
+                shutil.copyfile(file, temporary)
     return reward.replace(EXAMPLES, f"'{target}'")

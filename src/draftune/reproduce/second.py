@@ -18,7 +18,7 @@ from draftune.mixing import mix_loras
 from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.reproduce.lab import GUIDANCE, NAMED, ONE, REWARD, Lab, Scale, Work, slug
-from draftune.reproduce.loras import ORANGE
+from draftune.reproduce.loras import ORANGE, at_reward
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
 from draftune.training import train
@@ -208,8 +208,10 @@ def second(lab: Lab) -> Report:
     def told(way: str) -> str:
         return f"{mean(left(way)):.0%} and {mean(reached(way)):.0%}"
 
+    dial = [{"reward": mean(reached(way)), "left": mean(left(way))} for way in (FIRST, HALF, PLAIN)]
     for row in table:
         row |= {"first left": mean(left(row["way"])), "second reached": mean(reached(row["way"]))}
+        row["beside the dial"] = row["first left"] - at_reward(dial, row["second reached"], "left")
     best = kept_at(WEIGHTS[0])
     both = {way: [(a + b) / 2 for a, b in zip(left(way), reached(way), strict=True)] for way in names}
     count = lab.scale.train_prompts
@@ -225,7 +227,9 @@ def second(lab: Lab) -> Report:
         )
         + f" That at {WEIGHTS[0]:g} distilled to rank {RANK}: {told(SMALL)}. A LoRA of the second reward alone, added "
         f"to the first: {told(ADDED)}. Both rewards in one run of {2 * lab.scale.steps} updates, which asks both of "
-        f"all names: {told(AT_ONCE)}."
+        f"all names: {told(AT_ONCE)}. The last column of the table tells how much more of the first is left than by "
+        "going on plainly and then drawing with less of the second LoRA, so much less that it reaches as much of the "
+        "second reward."
     )
     more = [a - b for a, b in zip(left(best), left(PLAIN), strict=True)]
     average = [a - b for a, b in zip(both[best], both[PLAIN], strict=True)]

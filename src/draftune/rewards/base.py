@@ -42,6 +42,8 @@ class Reward(nn.Module):
     """Whether its gradient is that of `slope`, by the latents and not through the decoder, and it has no other."""
     learns: bool = False
     """Whether it is to be told of training's pictures, by `learn`."""
+    untaught: bool = False
+    """Whether what it scores by is still to be learned."""
 
     def load(self) -> None:
         """Reads the weights that the constructor found."""
@@ -198,6 +200,17 @@ def carried(reward: Reward) -> dict[str, Tensor]:
 def learners(reward: Reward) -> list[Reward]:
     """What of the reward, itself or inside it, learns from training's pictures."""
     return [part for part in inside(reward).values() if part.learns]
+
+
+def taught(reward: Reward) -> Reward:
+    """The reward. Raises DraftuneError where something in it is still to learn what it scores by."""
+    for part in learners(reward):
+        if part.untaught:
+            raise DraftuneError(
+                f"the reward {part.label!r} learns in training and knows nothing yet: give one that a run left, as in "
+                f"{part.label}(…, critic=RUN)"
+            )
+    return reward
 
 
 def extra_queries(reward: Reward) -> int:

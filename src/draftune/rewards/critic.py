@@ -63,6 +63,10 @@ class Examples(Reward):
         self.learner = Learner(lambda: critic_network(width), learning_rate, seed)
         self.examples = read_examples(folder, self.preprocess)
 
+    @property
+    def untaught(self) -> bool:  # type: ignore[override]
+        return self.checkpoint is None and not self.learner.count
+
     def load(self) -> None:
         if self.checkpoint is not None:
             load_critic(self.learner, self.checkpoint)
@@ -96,7 +100,7 @@ def read_examples(folder: str, preprocess: Preprocess) -> Tensor:
     from draftune.scores import find_images
 
     path = user_path(folder)
-    if not path.is_dir():
+    if not folder.strip() or not path.is_dir():
         raise DraftuneError(f"no folder {folder!r}: the reward examples takes a folder of pictures")
     files = find_images([folder])
     if len(files) < FEWEST:

@@ -107,10 +107,7 @@ class Trainer:
         self.model.set_checkpointing(s.gradient_checkpointing or ("both" if method.spans_calls() else "blocks"))
         self.reward = reward.ready().to(device)
         self.held_out = held_out.ready().to(device) if held_out is not None else None
-        first = self.past.reward if self.past is not None else None
-        if self.past is not None and first is not None:
-            first.check(self.past.prompts)
-            first.ready().to(device)
+        first = self.past.ready(device) if self.past is not None else None
         for scored in (self.reward, self.held_out, first):
             if scored is not None:
                 scored.set_chunk_size(s.reward_batch_size)

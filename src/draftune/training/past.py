@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from draftune.errors import DraftuneError
 from draftune.evaluation import KEPT_COLUMN
 from draftune.lora import base_model, lora_file
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
+from draftune.rewards.base import taught
 from draftune.settings import Settings
 from draftune.training.audit import tell
 from draftune.training.checkpoint import checksum
@@ -35,6 +38,17 @@ class Past:
             return []
         return [f"{KEPT_COLUMN}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.columns])]
 
+    def ready(self, device: torch.device) -> Reward | None:
+        """The reward with its weights read, if it can be had: it is only looked at, and ends no run."""
+        try:
+            if self.reward is not None:
+                self.reward.check(self.prompts)
+                self.reward.ready().to(device)
+        except DraftuneError as error:
+            tell(f"the reward of the training before is not measured: {error}")
+            self.reward = None
+        return self.reward
+
 
 def find_past(settings: Settings) -> Past | None:
     """The past of a run, if it has one; no weights are read. Raises DraftuneError for what does not fit."""
@@ -53,8 +67,11 @@ def find_past(settings: Settings) -> Past | None:
     earlier = run_settings(lora)
     if earlier is not None and s.eval_prompts:
         try:
-            past.prompts = load_prompts(earlier.eval_prompts) if earlier.eval_prompts else past.kept
-            past.reward = find_reward(earlier.reward) if past.prompts else None
+            reward, prompts = taught(find_reward(earlier.reward)), past.kept
+            if earlier.eval_prompts:
+                prompts = load_prompts(earlier.eval_prompts)
+            if prompts:
+                past.reward, past.prompts = reward, prompts
         except DraftuneError as error:
             # It is only looked at, and may have been a Python object in that run, or a file that has moved.
             tell(f"what {s.continue_from!r} was trained on is not measured: {error}")

@@ -181,7 +181,10 @@ def filled(trial: Trial, trainer: Trainer) -> Trial:
     if trainer.watch.eval_prompts:
         evaluations = 2 + ((s.steps - 1) // s.eval_every if s.eval_every else 0)
         # The divergence calls the network twice for each step of a batch of pictures.
-        pictures = len(trainer.watch.eval_prompts) * s.eval_images + 2 * s.batch_size
+        drawn = list(trainer.watch.eval_prompts)
+        if trainer.past is not None and trainer.past.reward is not None and list(trainer.past.prompts) != drawn:
+            drawn += trainer.past.prompts
+        pictures = len(drawn) * s.eval_images + 2 * s.batch_size
         trial.run["evaluations"] = evaluations, evaluations * pictures * trial.picture
     trial.ran = True
     return trial

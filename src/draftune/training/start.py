@@ -14,6 +14,7 @@ from draftune.models import Model, load_model
 from draftune.models.small_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.rewards import find_reward
+from draftune.rewards.base import taught
 from draftune.settings import Settings
 from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
@@ -92,9 +93,11 @@ def prepare(
             lambda: find_reward(judged) if judged else None,
         )
         assert score is not None
+        if settings.normalize_reward:
+            taught(score)
         held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
+        kept = past.columns if past is not None else []
         for column in weights:
-            kept = past.columns if past is not None else []
             if column not in (known := [score.label, *score.columns, *held, *kept, DIVERSITY, "distance", "kl"]):
                 raise unknown("column of the evaluations", column, known)
         decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
