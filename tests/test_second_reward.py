@@ -307,6 +307,15 @@ def test_what_can_not_be_measured_is_said(
     assert "was trained on is not measured: unknown reward 'mine'" in capsys.readouterr().err
 
 
+def test_another_grid_is_said(
+    first: Run, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(pipeline_folder, tmp_path / "same", continue_from=str(first.folder))
+    assert "grid" not in capsys.readouterr().err
+    prepared(pipeline_folder, tmp_path / "other", continue_from=str(first.folder), timestep_spacing="linspace")
+    assert "was trained on the grid {'timestep_spacing': 'trailing'" in capsys.readouterr().err
+
+
 def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
     values = {"continue_from": str(first.folder), "best_by": "kept/brightness", "eval_images": 1, "eval_every": 1}
     run = train(pipeline_folder, tmp_path / "second", "symmetry", **values)

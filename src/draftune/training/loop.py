@@ -22,6 +22,7 @@ from draftune.models import Model
 from draftune.models.small_decoder import check_likeness
 from draftune.processes import lost
 from draftune.rewards import Reward
+from draftune.rewards.base import carried
 from draftune.settings import Settings
 from draftune.smoothing import smoothed
 from draftune.training.audit import AUDITED, probe_reward, tell
@@ -99,6 +100,8 @@ class Trainer:
         model.check_prompts(asked, s.negative_prompt)
         model.set_size(s.height, s.width)
         model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
+        if self.past is not None:
+            self.past.compare(model.grid)
         self.schedule = model.schedule(s.num_inference_steps)
         method.check(self.schedule)
         device = self.accelerator.device
@@ -169,8 +172,9 @@ class Trainer:
     def space(self) -> int:
         """Bytes of the checkpoints and LoRAs that a run always leaves; AdamW keeps two numbers for each of theirs."""
         lora = sum(parameter.nbytes for parameter in self.updates.parameters.values())
+        learned = sum(tensor.nbytes for tensor in carried(self.reward).values())
         coming = max(1, KEPT + 2 - len(checkpoints(self.folder.path / "checkpoints")))
-        return coming * 3 * lora + 2 * lora
+        return coming * (3 * lora + learned) + 2 * lora
 
     def look(self) -> None:
         """A grid and an evaluation of the model as it is."""

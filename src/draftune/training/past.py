@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import KEPT_COLUMN
-from draftune.lora import base_model, lora_file
+from draftune.lora import base_model, lora_file, saved_grid
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
 from draftune.rewards.base import taught
@@ -37,6 +38,11 @@ class Past:
         if self.reward is None:
             return []
         return [f"{KEPT_COLUMN}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.columns])]
+
+    def compare(self, grid: Mapping[str, Any]) -> None:
+        """Says so where the LoRA was trained on another grid of the sampler, and so draws otherwise than it did."""
+        if (known := saved_grid(self.lora)) and known != grid:
+            tell(f"{str(self.lora)!r} was trained on the grid {known}, and this run draws on {dict(grid)}")
 
     def ready(self, device: torch.device) -> Reward | None:
         """The reward with its weights read, if it can be had: it is only looked at, and ends no run."""
