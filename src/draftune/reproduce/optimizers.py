@@ -232,7 +232,7 @@ def against(found: Mapping[str, Tuned], name: str, other: str, paper: str, even:
     noise = math.hypot(spread(one.rewards), spread(two.rewards))
     word = compared(difference, noise)
     if even:
-        word = "weaker" if word == "reversed" else "confirmed"
+        word = "confirmed" if difference >= -noise else "weaker"
     return Claim(paper, f"{difference:+.3f} to {other}; the difference's noise {noise:.3f}", word)
 
 
