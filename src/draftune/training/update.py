@@ -286,10 +286,7 @@ class Updates:
         self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
         self.order.queue = state["prompts"]
         self.kept_order.queue = state.get("kept_prompts", [])
-        self.starts = []
-        if state["step"] % self.settings.prefix_reuse:  # else an older version kept what no update shares
-            device, stride = self.model.device, self.settings.prefix_stride
-            self.starts = read_starts(state, tensors, self.processes, device, stride)
+        self.starts = read_starts(state, tensors, self.processes, self.model.device, self.settings.prefix_stride)
         if isinstance(self.scorer.reward, WeightedSum):
             # Measured again, a normalised reward's weights may differ in their last digits.
             self.scorer.reward.weights = state["weights"]
