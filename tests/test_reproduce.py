@@ -20,7 +20,7 @@ from draftune.images import save_image, to_pil
 from draftune.prompts import load_prompts
 from draftune.reproduce import EXPERIMENTS, reproduce, share
 from draftune.reproduce.curves import efficiency, overoptimisation, reached
-from draftune.reproduce.cuts import COPIES, copies, depth, layout
+from draftune.reproduce.cuts import copies, depth, layout
 from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, REWARD, Lab, Record, Work
 from draftune.reproduce.loras import SCALES, at_reward, lora_scale, mixing
 from draftune.reproduce.optimizers import OWN, RIVALS, optimizers, search
@@ -149,7 +149,7 @@ def test_what_copies_bring(tmp_path: Path, gain: float, variance: list[float], w
         slope = 0.05 * (gain if work.method == "draft-lv(n=2)" else 1.0)
         return {REWARD: 4 + slope * step + 0.02 * work.seed * (step > 0)}
 
-    gradients = {"variance": variance, "signal": [float((n + 1) ** 2) for n in COPIES]}
+    gradients = {"variance": variance, "signal": [float((n + 1) ** 2) for n in FULL.copies]}
     report = copies(MadeUp(tmp_path, story, lv_gradients=gradients))
     assert verdicts(report) == words
     assert "10 % longer" in report.text

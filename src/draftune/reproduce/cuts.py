@@ -14,7 +14,6 @@ from draftune.reproduce.lab import DIVERSITY, NAMED, ONE, REWARD, Lab, Scale, Wo
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 
 GRIDS = [("leading", False), ("leading", True), ("trailing", False), ("trailing", True)]
-COPIES = (0, 1, 2, 4, 8)
 
 
 def depths(scale: Scale) -> list[int]:
@@ -88,7 +87,7 @@ def copies_method(n: int) -> str:
 
 
 def copies_work(scale: Scale) -> list[Work]:
-    return [Work(copies_method(n), scale.steps, seed) for n in COPIES for seed in range(scale.few_seeds)]
+    return [Work(copies_method(n), scale.steps, seed) for n in scale.copies for seed in range(scale.few_seeds)]
 
 
 def spread_of_gradients(lab: Lab) -> dict[str, list[float]]:
@@ -97,10 +96,10 @@ def spread_of_gradients(lab: Lab) -> dict[str, list[float]]:
     The gradients of n copies are the first terms of those of the most, so that each seed is drawn once. The square of
     the mean is corrected for the variance that a finite number of seeds leaves in it.
     """
-    most, seeds = COPIES[-1], lab.scale.gradient_seeds
+    most, seeds = lab.scale.copies[-1], lab.scale.gradient_seeds
     terms = [torch.stack(lab.gradients(f"draft-lv(n={most})", seed)) for seed in range(seeds)]
     found: dict[str, list[float]] = {"variance": [], "signal": []}
-    for n in COPIES:
+    for n in lab.scale.copies:
         gradients = torch.stack([t[: n + 1].sum(0) for t in terms]).double()
         variance = float(gradients.var(0).sum())
         found["variance"].append(variance)
@@ -114,10 +113,10 @@ def copies(lab: Lab) -> Report:
     evaluations = [row for work in copies_work(scale) for row in rows_of(work, lab.run(work))]
     drawn, axes = figure(1, 3, width=3.6)
     table, target = [], averaged(evaluations, ONE, "reward")[-1]
-    for i, n in enumerate(COPIES):
+    for i, n in enumerate(lab.scale.copies):
         method = copies_method(n)
         updates, rewards = averaged(evaluations, method, "update"), averaged(evaluations, method, "reward")
-        shade = (0.84, 0.15, 0.16, 0.25 + 0.75 * i / (len(COPIES) - 1))
+        shade = (0.84, 0.15, 0.16, 0.25 + 0.75 * i / (len(lab.scale.copies) - 1))
         axes[0, 0].plot(updates, rewards, label=f"n = {n}", color=shade if n else color(ONE))
         cost, seeds = lab.cost(method), scale.gradient_seeds
         variance, signal = gradients["variance"][i], gradients["signal"][i]
@@ -137,9 +136,10 @@ def copies(lab: Lab) -> Report:
     axes[0, 0].set(xlabel="updates", ylabel="training reward")
     axes[0, 0].legend(fontsize=8)
     for axis, key in zip(axes[0, 1:], ("gradient's variance / mean squared", "seconds an update"), strict=True):
-        axis.plot(COPIES, [row[key] for row in table], marker="o", color=color("draft-lv"))
+        axis.plot(lab.scale.copies, [row[key] for row in table], marker="o", color=color("draft-lv"))
         axis.set(xlabel="n", ylabel=key, ylim=(0, None))
-    zero, two = table[0], table[COPIES.index(2)]
+    at, most = scale.copies.index(2), scale.copies[-1]
+    zero, two = table[0], table[at]
     needed = two["updates to DRaFT-1's last"]
     longer = two["seconds an update"] / zero["seconds an update"] - 1
     noisy = [row["gradient's variance / mean squared"] for row in table]
@@ -149,13 +149,13 @@ def copies(lab: Lab) -> Report:
         + (f"has after {needed:.1f}" if needed is not None else "has not")
         + f". Its updates take {100 * longer:.0f} % longer. The variance of the gradient over "
         f"{scale.gradient_seeds} draws of the noise for the same prompts, relative to the square of its mean, is "
-        f"{noisy[0]:.2f} for DRaFT-1, {noisy[2]:.2f} for n = 2 and {noisy[-1]:.2f} for n = 8; that of the average of "
-        f"the 1 + n terms is {averages[2] / averages[0]:.2f} times DRaFT-1's at n = 2 and "
-        f"{averages[-1] / averages[0]:.2f} times at n = 8."
+        f"{noisy[0]:.2f} for DRaFT-1, {noisy[at]:.2f} for n = 2 and {noisy[-1]:.2f} for n = {most}; that of the average "
+        f"of the 1 + n terms is {averages[at] / averages[0]:.2f} times DRaFT-1's at n = 2 and "
+        f"{averages[-1] / averages[0]:.2f} times at n = {most}."
     )
     better, noise = two["reward"] - zero["reward"], math.hypot(two["std of reward"], zero["std of reward"])
     word = compared(better, noise)
-    ratio = noisy[2] / noisy[0]
+    ratio = noisy[at] / noisy[0]
     claims = [
         Claim(
             "with n = 2, half the updates do what DRaFT-1 does",

@@ -60,6 +60,8 @@ class Scale:
     """Timed repetitions, of which the median counts."""
     rates: int = 3
     """Learning rates that a search begins with."""
+    copies: tuple[int, ...] = (0, 1, 2, 4, 8)
+    """Values of DRaFT-LV's n; 2 is the paper's."""
     weights: int = 2
     """Weights at which an earlier training is kept."""
     policy_updates: int = 40
@@ -89,6 +91,7 @@ QUICK = Scale(
     grid=2,
     repeats=1,
     rates=1,
+    copies=(0, 2),
     weights=1,
     policy_updates=2,
     policy_batches=1,
