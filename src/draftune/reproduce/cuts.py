@@ -149,8 +149,8 @@ def copies(lab: Lab) -> Report:
         + (f"has after {needed:.1f}" if needed is not None else "has not")
         + f". Its updates take {100 * longer:.0f} % longer. The variance of the gradient over "
         f"{scale.gradient_seeds} draws of the noise for the same prompts, relative to the square of its mean, is "
-        f"{noisy[0]:.2f} for DRaFT-1, {noisy[at]:.2f} for n = 2 and {noisy[-1]:.2f} for n = {most}; that of the average "
-        f"of the 1 + n terms is {averages[at] / averages[0]:.2f} times DRaFT-1's at n = 2 and "
+        f"{noisy[0]:.2f} for DRaFT-1, {noisy[at]:.2f} for n = 2 and {noisy[-1]:.2f} for n = {most}; that of the "
+        f"average of the 1 + n terms is {averages[at] / averages[0]:.2f} times DRaFT-1's at n = 2 and "
         f"{averages[-1] / averages[0]:.2f} times at n = {most}."
     )
     better, noise = two["reward"] - zero["reward"], math.hypot(two["std of reward"], zero["std of reward"])
