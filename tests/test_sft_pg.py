@@ -291,7 +291,7 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("wrapped", ["{}", "robust({}, rho=0.1)", "2*{} + brightness"])
 def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, red: Path, wrapped: str) -> None:
-    painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder).to(torch.float64))
+    painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder))
     reward = load_reward(wrapped.format(f"examples(folder='{red}', width=4, size=16, learning_rate=0.01)"))
     (critic,) = learners(reward)
     values = {**SETTINGS, "method": "draft-k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
