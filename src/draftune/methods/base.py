@@ -117,6 +117,29 @@ class RewardGradient(Method, ABC):
                 yield -batch.reward(clean).mean()
 
 
+class Around(Method):
+    """A method that adds to another one's losses, and is in all else what that one is."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.needs_gradient, self.half_precision = method.needs_gradient, method.half_precision
+
+    def check(self, schedule: Schedule) -> None:
+        self.method.check(schedule)
+
+    def has_prefix(self) -> bool:
+        return self.method.has_prefix()
+
+    def spans_calls(self) -> bool:
+        return self.method.spans_calls()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.method.load_state_dict(state)
+
+
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, Method, register
+from draftune.methods.base import Around, Batch, Method, register
 from draftune.sampling import Denoiser
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.schedule import Prediction, Step
 
 
 @register("kl")
-class KL(Method):
+class KL(Around):
     """Any method with a penalty for leaving the base model: kl(draft-k(k=5), beta=0.1) is DRaFT+.
 
     Adds beta * sum_t mean((eps - eps_base)^2) over the calls of the denoiser that carry gradient, both with guidance,
@@ -28,18 +27,9 @@ class KL(Method):
     def __init__(self, method: Method, beta: float = 0.1) -> None:
         if not beta >= 0:
             raise DraftuneError(f"beta must be at least 0, not {beta}")
-        self.method, self.beta = method, beta
-        self.needs_gradient, self.half_precision = method.needs_gradient, method.half_precision
+        super().__init__(method)
+        self.beta = beta
         self.penalties: list[Tensor] = []
-
-    def check(self, schedule: Schedule) -> None:
-        self.method.check(schedule)
-
-    def has_prefix(self) -> bool:
-        return self.method.has_prefix()
-
-    def spans_calls(self) -> bool:
-        return self.method.spans_calls()
 
     def watched(self, batch: Batch) -> Denoiser:
         """The denoiser, which notes how far it is from the base wherever it is called with a graph."""
@@ -62,9 +52,3 @@ class KL(Method):
         watched = (replace(batch, denoise=self.watched(batch)) for batch in batches)
         for losses in self.method.optimizer_steps(watched):
             yield self.penalized(losses)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.method.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.method.load_state_dict(state)
