@@ -23,8 +23,6 @@ from draftune.reproduce.report import Claim, Experiment, Report, compared, sprea
 from draftune.rewards import load_reward
 from draftune.sampling import Latents
 
-FEW = 3
-"""Sampling steps: from five on, the embedded model's pictures are as near to real ones as with twenty."""
 RULERS = (1, 2, 3, 5, 20, 50)
 EACH = 3
 """Pictures of each name, as many as there are real ones: one of each style."""
@@ -32,41 +30,52 @@ AT_ONCE = 32
 SIZE = 8
 CRITIC = f"examples(folder={EXAMPLES}, width=32, learning_rate=0.001)"
 POLICY, PLAIN, EVEN = "SFT-PG", "DRaFT-1", "DRaFT-1, one critic step"
-METHODS = {POLICY: "sft-pg(generator_steps=4, value_learning_rate=0.001)", PLAIN: ONE, EVEN: ONE}
+WAYS = {POLICY: "sft-pg(generator_steps=4, value_learning_rate=0.001)", PLAIN: ONE, EVEN: ONE}
 RATE = 3e-4
 """The learning rate of all; 0.001, the embedded model's own, left DRaFT-1 farther from real pictures than it began."""
 DISTANCES = ("by the judge", "by CLIP")
-SAMPLERS = ("deterministic", "ancestral")
+DETERMINISTIC, ANCESTRAL = "deterministic", "ancestral"
+SAMPLERS = (DETERMINISTIC, ANCESTRAL)
 Distances = dict[str, float]
 """Squared kernel distances to the real pictures, times 1,000, by the features that they are measured with."""
 
 
-def work(name: str, seed: int, scale: Scale) -> Work:
+def ways(scale: Scale) -> list[tuple[str, int]]:
+    """What is trained, and for how many sampling steps; that several critic steps are wanted is asked once."""
+    fewest = min(scale.few)
+    return [(name, steps) for steps in scale.few for name in WAYS if name != EVEN or steps == fewest]
+
+
+def called(name: str, steps: int) -> str:
+    return f"{name}, {steps} steps"
+
+
+def work(name: str, steps: int, seed: int, scale: Scale) -> Work:
     """A run of as many scored pictures as any other; the critic learns from each batch of them."""
     batches = 1 if name == EVEN else scale.few_batches
     settings: dict[str, Any] = {
         "learning_rate": RATE,
         "reward": CRITIC,
-        "num_inference_steps": FEW,
+        "num_inference_steps": steps,
         "batch_size": SIZE,
         "gradient_accumulation_steps": batches,
         "eval_every": 0,
     }
     if name == POLICY:
         settings["max_grad_norm"] = 0.1  # the paper's
-    return Work(METHODS[name], scale.few_updates * scale.few_batches // batches, seed, settings)
+    return Work(WAYS[name], scale.few_updates * scale.few_batches // batches, seed, settings)
 
 
 def few_work(scale: Scale) -> list[Work]:
-    return [work(name, seed, scale) for seed in range(scale.few_seeds) for name in METHODS]
+    return [work(name, steps, seed, scale) for seed in range(scale.seeds) for name, steps in ways(scale)]
 
 
 @torch.no_grad()
-def drawn(model: Model, names: Sequence[str], steps: int, sampler: str = "deterministic") -> Tensor:
+def drawn(model: Model, names: Sequence[str], steps: int, sampler: str = DETERMINISTIC) -> Tensor:
     """EACH pictures of each name."""
     schedule, pictures = model.schedule(steps), []
     prompts, seeds = [name for name in names for _ in range(EACH)], list(range(EACH)) * len(names)
-    if sampler == "deterministic":
+    if sampler == DETERMINISTIC:
         return model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=AT_ONCE)
     for start in range(0, len(prompts), AT_ONCE):
         some, generator = prompts[start : start + AT_ONCE], torch.Generator().manual_seed(start)
@@ -92,7 +101,7 @@ class Ruler:
     def features(self, pictures: Tensor) -> list[Tensor]:
         return [torch.cat([network(some) for some in pictures.split(AT_ONCE)]) for network in self.networks]
 
-    def distances(self, model: Model, steps: int, sampler: str = "deterministic") -> Distances:
+    def distances(self, model: Model, steps: int, sampler: str = DETERMINISTIC) -> Distances:
         found = zip(DISTANCES, self.features(drawn(model, self.names, steps, sampler)), self.real, strict=True)
         return {name: 1000 * kernel_distance(ours, real) for name, ours, real in found}
 
@@ -107,19 +116,22 @@ class Ruler:
 
 
 def base_distances(lab: Lab) -> dict[str, Distances]:
+    """Of the base model by the number of steps, from the ancestral sampler too, and what chance alone makes of it."""
     ruler, model = Ruler(lab), lab.model()
     found = {str(steps): ruler.distances(model, steps) for steps in RULERS if steps <= lab.scale.few_ruler}
-    return found | {"ancestral": ruler.distances(model, FEW, "ancestral"), "halves": ruler.halves()}
+    for steps in lab.scale.few:
+        found[f"{steps} {ANCESTRAL}"] = ruler.distances(model, steps, ANCESTRAL)
+    return found | {"halves": ruler.halves()}
 
 
-def tuned_distances(lab: Lab, name: str, seed: int) -> dict[str, Distances]:
+def tuned_distances(lab: Lab, name: str, steps: int, seed: int) -> dict[str, Distances]:
     """Of a run's pictures, by the sampler that drew them."""
 
     def measure() -> dict[str, Distances]:
-        ruler, model = Ruler(lab), lab.tuned({"lora": lab.lora(work(name, seed, lab.scale))})
-        return {sampler: ruler.distances(model, FEW, sampler) for sampler in SAMPLERS}
+        ruler, model = Ruler(lab), lab.tuned({"lora": lab.lora(work(name, steps, seed, lab.scale))})
+        return {sampler: ruler.distances(model, steps, sampler) for sampler in SAMPLERS}
 
-    found: dict[str, Distances] = lab.measured(slug(f"few-steps {name} {seed}"), measure)
+    found: dict[str, Distances] = lab.measured(slug(f"few-steps {called(name, steps)} {seed}"), measure)
     return found
 
 
@@ -130,12 +142,15 @@ def sheet(lab: Lab, count: int = 8) -> Any:
     there = {file.stem: file for file in real_files(lab.examples, names)}
     names = [name for name in names if name in there]
     names = (names[:: max(1, len(names) // count)] * count)[:count]
-    many, rows = lab.scale.num_inference_steps, {}
-    models = {f"base, {FEW} steps": (lab.model(), FEW)}
-    for name in METHODS:
-        models[f"{name}, {FEW} steps"] = lab.tuned({"lora": lab.lora(work(name, 0, lab.scale))}), FEW
-    for label, (model, steps) in (models | {f"base, {many} steps": (lab.model(), many)}).items():
-        rows[label] = model.generate(names, [0] * count, model.schedule(steps), GUIDANCE, batch_size=count)
+    rows = {}
+    for steps in (*lab.scale.few, lab.scale.num_inference_steps):
+        models = {"base": lab.model()}
+        for name, own in ways(lab.scale):
+            if own == steps:
+                models[name] = lab.tuned({"lora": lab.lora(work(name, steps, 0, lab.scale))})
+        for name, model in models.items():
+            drawn = model.generate(names, [0] * count, model.schedule(steps), GUIDANCE, batch_size=count)
+            rows[called(name, steps)] = drawn
     rows["real"] = torch.cat([open_image(there[name]) for name in names])
     return grid(list(rows.values()), list(rows), names)
 
@@ -157,64 +172,77 @@ def agreed(first: str, second: str) -> str:
 def few_steps(lab: Lab) -> Report:
     scale = lab.scale
     base = lab.measured("few-steps-base", lambda: base_distances(lab))
-    found = {name: [tuned_distances(lab, name, seed) for seed in range(scale.few_seeds)] for name in METHODS}
-    tuned = {(name, sampler): averaged(found[name], sampler) for name in METHODS for sampler in SAMPLERS}
-    before = {"deterministic": base[str(FEW)], "ancestral": base["ancestral"]}
+    tuned: dict[tuple[str, int, str], Distances] = {}
+    for name, steps in ways(scale):
+        found = [tuned_distances(lab, name, steps, seed) for seed in range(scale.seeds)]
+        tuned |= {(name, steps, sampler): averaged(found, sampler) for sampler in SAMPLERS}
+    before = {(steps, DETERMINISTIC): base[str(steps)] for steps in scale.few}
+    before |= {(steps, ANCESTRAL): base[f"{steps} {ANCESTRAL}"] for steps in scale.few}
     counts = [int(steps) for steps in base if steps.isdecimal()]
-    rows = [{"pictures": "base", "steps": steps, "sampler": SAMPLERS[0], **base[str(steps)]} for steps in counts]
-    rows.append({"pictures": "base", "steps": FEW, "sampler": SAMPLERS[1], **base["ancestral"]})
-    rows += [{"pictures": name, "steps": FEW, "sampler": sampler, **row} for (name, sampler), row in tuned.items()]
+    rows = [{"pictures": "base", "steps": steps, "sampler": DETERMINISTIC, **base[str(steps)]} for steps in counts]
+    rows += [{"pictures": "base", "steps": n, "sampler": ANCESTRAL, **before[n, ANCESTRAL]} for n in scale.few]
+    rows += [{"pictures": name, "steps": n, "sampler": sampler, **row} for (name, n, sampler), row in tuned.items()]
     rows.append({"pictures": "half of the real ones: std", **base["halves"]})
 
-    shown, axes = figure(1, 2, width=5.4, height=3.6)
+    shown, axes = figure(1, 2, width=5.4, height=4.4)
     for key, style in zip(DISTANCES, ("-", "--"), strict=True):
         axes[0, 0].plot(counts, [base[str(n)][key] for n in counts], f"o{style}", color="#444444", label=f"base, {key}")
-        for name, mark in zip(METHODS, "sPx", strict=True):
-            axes[0, 0].plot(FEW, tuned[name, SAMPLERS[0]][key], mark, markersize=7, label=f"{name}, {key}")
+        for name, mark in zip(WAYS, "sPx", strict=True):
+            own = [steps for other, steps in ways(scale) if other == name]
+            values = [tuned[name, steps, DETERMINISTIC][key] for steps in own]
+            axes[0, 0].plot(own, values, mark, markersize=7, label=f"{name}, {key}")
     axes[0, 0].set(xscale="log", xlabel="sampling steps", ylabel="distance to real pictures x 1,000")
     axes[0, 0].set_xticks(counts, [str(count) for count in counts])
+    axes[0, 0].set_xticks([], minor=True)
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].imshow(sheet(lab))
     axes[0, 1].axis("off")
 
-    many, told = base[str(counts[-1])], []
+    key, many = DISTANCES[0], base[str(counts[-1])]
     papers = {
         # Which samples as it trains.
-        (POLICY, "ancestral"): "a policy gradient with a learned critic makes samples of few steps more like real ones",
-        (PLAIN, "deterministic"): "a reward can be known by examples alone: the same critic, by its gradient",
+        (POLICY, ANCESTRAL): "a policy gradient with a learned critic makes samples of few steps more like real ones",
+        (PLAIN, DETERMINISTIC): "a reward can be known by examples alone: the same critic, by its gradient",
     }
-    claims = []
-    key = DISTANCES[0]
+    claims, told = [], []
     for (name, sampler), paper in papers.items():
-        start, end = before[sampler], tuned[name, sampler]
-        measured = "; ".join(
-            f"{k} {start[k]:.1f} before, {end[k]:.1f} after (+- {end[f'std {k}']:.1f})" for k in DISTANCES
-        )
-        words = [compared(start[k] - end[k], end[f"std {k}"], (start[k] - many[k]) / 2) for k in DISTANCES]
-        claims.append(Claim(paper, f"{name}, {sampler} sampler: {measured}", agreed(*words)))
         other = SAMPLERS[1 - SAMPLERS.index(sampler)]
-        told.append(f"{name} goes from {before[other][key]:.1f} to {tuned[name, other][key]:.1f}")
-        told[-1] += f" by the {other} sampler"
-    plain, even = (tuned[name, SAMPLERS[0]] for name in (PLAIN, EVEN))
+        for steps in scale.few:
+            start, end = before[steps, sampler], tuned[name, steps, sampler]
+            measured = "; ".join(
+                f"{k} {start[k]:.1f} before, {end[k]:.1f} after (± {end[f'std {k}']:.1f})" for k in DISTANCES
+            )
+            enough = {k: max(0.0, (start[k] - many[k]) / 2) for k in DISTANCES}
+            words = [compared(start[k] - end[k], end[f"std {k}"], enough[k]) for k in DISTANCES]
+            claims.append(Claim(paper, f"{called(name, steps)}, {sampler} sampler: {measured}", agreed(*words)))
+            told.append(f"{called(name, steps)}, from {before[steps, other][key]:.1f} to ")
+            told[-1] += f"{tuned[name, steps, other][key]:.1f} by the {other} sampler"
+    fewest = min(scale.few)
+    plain, even = (tuned[name, fewest, DETERMINISTIC] for name in (PLAIN, EVEN))
     noise = {k: math.hypot(plain[f"std {k}"], even[f"std {k}"]) for k in DISTANCES}
     claims.append(
         Claim(
             "several steps of the critic are wanted for one of the model's",
-            f"{PLAIN} ends at {plain[key]:.1f} with {scale.few_batches} for one and at {even[key]:.1f} with one for "
-            f"one, which makes more steps; the difference's noise {noise[key]:.1f}",
+            f"{called(PLAIN, fewest)}, ends at {plain[key]:.1f} with {scale.few_batches} for one and at "
+            f"{even[key]:.1f} with one for one, which makes more steps; the difference's noise {noise[key]:.1f}",
             agreed(*(compared(even[k] - plain[k], noise[k]) for k in DISTANCES)),
         )
     )
     pictures = scale.few_updates * scale.few_batches * SIZE
+
+    def both(found: Distances) -> str:
+        return " and ".join(f"{found[key]:.1f}" for key in DISTANCES)
+
+    rulers = ", ".join(f"with {steps} {both(base[str(steps)])}" for steps in counts)
     text = (
-        f"Squared kernel distances x 1,000 of the judge's features, between {EACH} pictures of each of "
+        f"Squared kernel distances x 1,000 {' and '.join(DISTANCES)}, between {EACH} pictures of each of "
         f"{scale.few_names} names that no run was trained on and the real ones; critics learned from real pictures of "
-        f"other names. With {FEW} steps the base model is at {before['deterministic'][key]:.1f}, with 5 at "
-        f"{base['5'][key]:.1f}, with {counts[-1]} at {many[key]:.1f}: there is something to win back at {FEW}, not at "
-        f"5. Every run scores {pictures:,} pictures, and its critic learns from each of them. "
-        f"Learning rates are {RATE:g} for all, after one try of another. On the side: {'; '.join(told)}."
+        f"other names. The base model by its sampling steps: {rulers}; between halves of the real pictures it varies "
+        f"by {both(base['halves'])}. Every run scores {pictures:,} pictures, and "
+        f"its critic learns from each of them. Learning rates are {RATE:g} for all, after one try of another. On the "
+        f"side, {key}: {'; '.join(told)}."
     )
-    return Report(rows, rows, shown, text, claims, scale.few_seeds)
+    return Report(rows, rows, shown, text, claims, scale.seeds)
 
 
 FEW_STEPS = Experiment(

@@ -69,6 +69,8 @@ class Scale:
     """Batches of 8 pictures for one update of the policy gradient."""
     few_updates: int = 40
     few_batches: int = 5
+    few: tuple[int, ...] = (3, 5)
+    """Sampling steps to train for, where it is about few."""
     few_names: int = 64
     few_ruler: int = 50
     """The most steps that pictures are drawn with to compare with."""
@@ -97,6 +99,7 @@ QUICK = Scale(
     policy_batches=1,
     few_updates=2,
     few_batches=1,
+    few=(3,),
     few_names=2,
     few_ruler=5,
 )

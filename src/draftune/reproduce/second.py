@@ -50,7 +50,7 @@ def first_work(seed: int, scale: Scale) -> Work:
 
 def second_work(scale: Scale) -> list[Work]:
     """What goes on from these is made with the report."""
-    return [first_work(seed, scale) for seed in range(scale.few_seeds)]
+    return [first_work(seed, scale) for seed in range(scale.seeds)]
 
 
 def groups(names: Sequence[str], count: int) -> dict[str, list[str]]:
@@ -175,7 +175,7 @@ class Ways:
 
 
 def second(lab: Lab) -> Report:
-    seeds = lab.scale.few_seeds
+    seeds = lab.scale.seeds
     rows = [row for seed in range(seeds) for row in Ways(lab, seed).rows()]
     names = list(dict.fromkeys(row["way"] for row in rows))
 
