@@ -68,7 +68,7 @@ def test_bias_and_variance_on_a_line() -> None:
     assert share == pytest.approx(known / (known + 49 / 5 * square), rel=1e-6)
     assert share == pytest.approx(0.029, abs=5e-4)
     both.remember = lambda answers, chosen: None  # type: ignore[method-assign]
-    bias, hybrid = spread(lambda g: both(linear, at, 1e-3, value, g), DRAWS // 4)
+    bias, hybrid = spread(lambda g: both(linear, at, 1e-3, value, g))
     assert bias < 0.25
     assert (1 - share) * known == pytest.approx(67.9, abs=0.05)
     assert hybrid == pytest.approx(67.9, rel=0.05)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from test_resume import rows
 
 from draftune.cli import main
@@ -22,13 +21,10 @@ from draftune.prompts import load_prompts
 from draftune.reproduce import EXPERIMENTS, reproduce, share
 from draftune.reproduce.curves import efficiency, overoptimisation, reached
 from draftune.reproduce.cuts import copies, depth, layout
-from draftune.reproduce.few_steps import ANCESTRAL, DETERMINISTIC, DISTANCES, few_steps
 from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, REWARD, Lab, Record, Work
 from draftune.reproduce.loras import SCALES, at_reward, lora_scale, mixing
-from draftune.reproduce.no_gradient import CLIMBED, SHARE, SIZE, no_gradient
 from draftune.reproduce.optimizers import OWN, RIVALS, optimizers, search
 from draftune.reproduce.report import VERDICTS, Claim, Report, markdown
-from draftune.reproduce.second import second
 
 
 def test_where_a_curve_gets_to_a_level() -> None:
@@ -237,111 +233,6 @@ def test_optimizers_are_compared_at_their_best(tmp_path: Path, tuned: float, wor
     assert [row["learning rate"] for row in report.table] == ["0.001", "0.1", "1", "0.001", "its own"]
     tried = {row["learning rate"] for row in report.rows if row["optimizer"] == "AdaMEKA"}
     assert tried == {"its own", "0.001", "0.003"}
-
-
-def test_what_scores_without_a_gradient_bring(tmp_path: Path) -> None:
-    """Bytes lost an update: by the estimates in pictures and in latents, by the stand-in, by DDPO at each rate."""
-    estimates = {"pictures": 4.0, "latent": 1.0}
-    policies = {0.001: 1.0, 0.003: 5.0, 0.01: 6.0}
-
-    def story(work: Work, step: int) -> dict[str, float]:
-        reward, noise = work.settings["reward"], 0.1 * work.seed
-        if work.method.startswith("ddpo"):
-            slope = policies[work.settings["learning_rate"]]
-        elif reward == "jpeg-compressibility":
-            slope = 3.0
-        else:
-            slope = estimates["latent" if "latent" in reward else "pictures"]
-        named = 0.8 if work.settings.get("learning_rate") == 0.01 else 1.0
-        share = 0.01 if work.settings.get("smoothing") == 0.6 else 0.005
-        size, above = -1.5 + (slope + noise) * step / 1000, 0.1 + (share + noise / 1000) * step
-        return {SIZE: size, SHARE: above, CLIMBED: 4.0, NAMED: named}
-
-    report = no_gradient(MadeUp(tmp_path, story, no_gradient_hard="it is refused."))
-    assert verdicts(report) == ["confirmed", "weaker", "confirmed", "weaker", "confirmed", "confirmed"]
-    assert report.claims[0].measured == "-164 bytes; -124 by the differentiable JPEG"
-    text = report.text
-    assert "base model's pictures are 1500 bytes" in text
-    assert "it is refused." in text
-    assert "(1480 bytes and 100% at 0.001, 1400 bytes and 100% at 0.003, 1380 bytes and 80% at 0.01). " in text
-    # DDPO's 20 updates score 640 pictures; the first evaluation beyond is none of the other ways' 480.
-    assert "after DDPO's 640 scored pictures" in text
-    assert "pictures, DRaFT-1 1336 bytes (480)" in text
-    (row,) = [row for row in report.table if row["way"] == "DDPO"]
-    assert row["kB"] == pytest.approx(1.398)
-    assert row["std"] == pytest.approx(0.002)
-
-
-@pytest.mark.parametrize(
-    ("policy", "words"),
-    [
-        ({3: 0.4, 5: 0.4}, ["confirmed"] * 2),
-        ({3: 0.8, 5: 1.0}, ["weaker", "not seen"]),
-        ({3: 2, 5: 2}, ["reversed"] * 2),
-    ],
-)
-def test_distances_to_real_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: dict[int, float], words: list[str]
-) -> None:
-    """The distance that is left, by the steps, of the policy gradient; DRaFT-1 halves it for one of both networks."""
-    monkeypatch.setattr("draftune.reproduce.few_steps.sheet", lambda lab: Image.new("RGB", (4, 4)))
-
-    class Measured(MadeUp):
-        def measured(self, name: str, measure: Callable[[], Any]) -> Any:
-            judge, clip = DISTANCES
-            if name == "few-steps-base":
-                found = {str(steps): {judge: 60 / steps, clip: 60 / steps} for steps in (1, 2, 3, 5, 20, 50)}
-                found |= {f"{steps} {ANCESTRAL}": {judge: 30.0, clip: 30.0} for steps in (3, 5)}
-                return found | {"halves": {judge: 2.0, clip: 4.0}}
-            steps, noise = 3 if "3-steps" in name else 5, 0.1 * int(name[-1])
-            left = 30.0 * policy[steps] + noise
-            if "SFT-PG" in name:
-                return {DETERMINISTIC: {judge: 1.0, clip: 2.0}, ANCESTRAL: {judge: left, clip: left}}
-            start = 60 / steps * (4.0 if "one-critic" in name else 1.0)
-            return {way: {judge: start / 2 + noise, clip: start + noise} for way in (DETERMINISTIC, ANCESTRAL)}
-
-    report = few_steps(Measured(tmp_path, line(0.0, 0.0)))
-    assert verdicts(report) == [*words, "weaker", "weaker", "confirmed"]
-    assert report.claims[2].measured == (
-        "DRaFT-1, 3 steps, deterministic sampler: by the judge 20.0 before, 10.1 after (± 0.1); by CLIP 20.0 before, "
-        "20.1 after (± 0.1)"
-    )
-    assert "ends at 10.1 with 5 for one and at 40.1 with one for one" in report.claims[4].measured
-    assert "with 50 1.2 and 1.2; between halves of the real pictures it varies by 2.0 and 4.0." in report.text
-
-
-def test_two_rewards_one_after_the_other(tmp_path: Path) -> None:
-    """Of 4 and 0 the first run makes 6 and 0, going on plainly 5 and 10, and so on."""
-    ends = {
-        "no-training": (4, 0),
-        "first-alone": (6, 0),
-        "second-plainly": (5, 10),
-        "half-of-that": (5.5, 5),
-        "kept-at-0.1": (5.8, 8),
-        "kept-at-1": (6, 1),
-        "kept-at-0.1-rank-8": (5.6, 7),
-        "two-added": (5, 9),
-        "both-at-once": (7, 9),
-    }
-
-    class Measured(MadeUp):
-        def lora(self, work: Work) -> Path:
-            return tmp_path
-
-        def measured(self, name: str, measure: Callable[[], Any]) -> Any:
-            way, _, seed = name.removeprefix("second-reward-").partition("-scores-seed-")
-            style, orange = ends[way]
-            scores = {"3D of faces": style + 0.01 * int(seed) * (style > 4), "orange of things": float(orange)}
-            return scores | dict.fromkeys(["orange of faces", "names of faces", "3D of things", "names of things"], 0.5)
-
-    report = second(Measured(tmp_path, line(0.0, 0.0)))
-    assert verdicts(report) == ["confirmed", "confirmed", "weaker"]
-    assert report.claims[0].measured == "90% of the first gain is left on faces, plainly 50%"
-    assert report.claims[1].measured == "the mean of both shares differs by +0.10"
-    at = {row["way"]: row for row in report.table}
-    assert at["two added"]["second reached"] == pytest.approx(0.9)
-    # Plainly going on at 8 of 10 leaves 0.6.
-    assert at["kept at 0.1"]["beside the dial"] == pytest.approx(0.3, abs=0.01)
 
 
 def test_the_parts_are_all_of_the_work_once() -> None:

@@ -58,12 +58,14 @@ def test_the_toy_of_ten_classes() -> None:
         "compressed": (0.94, 0.79),
         "compressed plainly": (0.92, 0.87),
     }
+    # Clusters and initial weights are other random ones: the fine-tuned net keeps most, .68 of the old classes.
     for name, pair in told.items():
-        assert found[name] == pytest.approx(pair, abs=0.06), name
+        assert found[name] == pytest.approx(pair, abs=0.05 if name == "fine-tuned" else 0.03), name
     mean = {name: sum(pair) / 2 for name, pair in found.items()}
     assert mean["boosted"] >= mean["fine-tuned"] + 0.08
     assert found["boosted"][0] >= 0.9
     assert found["compressed"][0] > found["compressed plainly"][0]
+    assert mean["compressed"] < mean["compressed plainly"]
 
 
 def train(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Run:
@@ -274,6 +276,19 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     save_lora(again, tmp_path / "lora")
     with pytest.raises(DraftuneError, match="another run: its first LoRA's weights were not these"):
         train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=2)
+
+
+def test_the_command(
+    first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "--prompts animals --steps 2 --method draft-k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
+    given = ["--model", str(pipeline_folder), "--reward", "symmetry", "--cpu", "--guidance-scale", "3", *few.split()]
+    folder = tmp_path / "second"
+    asked = ["train", "--continue-from", str(first.folder), "--keep", kept, "--eval-prompts", kept, *given]
+    assert main([*asked, "--output", str(folder)]) == 0
+    assert "kept/brightness" in capsys.readouterr().out
+    start = rows(folder, "evaluations.jsonl")[0]["kept/brightness"]
+    assert start == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
 
 
 def test_mistakes_are_named_before_anything_is_loaded(

@@ -55,8 +55,9 @@ class SFTPG(Method):
     paper's critic. Then the update's random steps, in a random order, serve `generator_steps` steps of the optimiser,
     each once: minus the mean of (reward - expected) * log p, without an importance ratio, log p being the mean over the
     latent's numbers. Rewards and what was expected are those of the moment when the batch was scored. The paper's 5
-    critic steps for an update are --gradient-accumulation-steps 5, its clipping is --max-grad-norm 0.1. `value_width`
-    is not confirmed; `value_learning_rate` is that of the paper's larger runs.
+    critic steps for an update are --gradient-accumulation-steps 5, its clipping is --max-grad-norm 0.1. The value
+    network is gated by the step as the paper's is, and of convolutions where that is an MLP; `value_width` is ours,
+    `value_learning_rate` that of the paper's larger runs.
     """
 
     needs_gradient = False

@@ -15,10 +15,10 @@ class Extrapolate(Evaluating):
     """EXTRAP around any optimiser: its gradient is taken at w - rate * h, where h is the gradient of the step before.
 
     Costs no further gradient, and as much memory as two. With `momentum` > 0 the last step, times it, is added to
-    where the gradient is taken: around sgd(momentum=u), with the same u, that is the paper's Nesterov form. On a
-    quadratic of curvature c it shrinks the learning rates that are stable: rate * c < 1 and
-    lr * c < 2 * (1 - rate * c) around plain SGD. `rate` is in units of the weights by the gradient, whatever the
-    optimiser; the paper's rule for it is not confirmed. h is the mean over all processes: the paper's workers have
+    where the gradient is taken: around sgd(momentum=u), with the same u, that is the paper's Nesterov form.
+    Both forms are as recalled from the paper; its rule for the rate is not confirmed. On a quadratic of curvature c
+    the stable learning rates shrink: rate * c < 1 and lr * c < 2 * (1 - rate * c) around plain SGD. `rate` is in units
+    of the weights by the gradient, whatever the optimiser. h is the mean over all processes: the paper's workers have
     each their own.
     """
 
