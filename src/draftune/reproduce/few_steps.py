@@ -32,7 +32,7 @@ CRITIC = f"examples(folder={EXAMPLES}, width=32, learning_rate=0.001)"
 POLICY, PLAIN, EVEN = "SFT-PG", "DRaFT-1", "DRaFT-1, one critic step"
 WAYS = {POLICY: "sft-pg(generator_steps=4, value_learning_rate=0.001)", PLAIN: ONE, EVEN: ONE}
 RATE = 3e-4
-"""The learning rate of all; 0.001, the embedded model's own, left DRaFT-1 farther from real pictures than it began."""
+"""The learning rate of all; 0.001, the embedded model's own, left each farther from real pictures than it began."""
 DISTANCES = ("by the judge", "by CLIP")
 DETERMINISTIC, ANCESTRAL = "deterministic", "ancestral"
 SAMPLERS = (DETERMINISTIC, ANCESTRAL)
@@ -238,9 +238,9 @@ def few_steps(lab: Lab) -> Report:
         f"Squared kernel distances x 1,000 {' and '.join(DISTANCES)}, between {EACH} pictures of each of "
         f"{scale.few_names} names that no run was trained on and the real ones; critics learned from real pictures of "
         f"other names. The base model by its sampling steps: {rulers}; between halves of the real pictures it varies "
-        f"by {both(base['halves'])}. Every run scores {pictures:,} pictures, and "
-        f"its critic learns from each of them. Learning rates are {RATE:g} for all, after one try of another. On the "
-        f"side, {key}: {'; '.join(told)}."
+        f"by {both(base['halves'])}. Every run scores {pictures:,} pictures, and its critic learns from each of them. "
+        f"Learning rates are {RATE:g} for all: at 0.001, tried once for each, pictures of {fewest} steps ended farther "
+        f"away than they began. On the side, {key}: {'; '.join(told)}."
     )
     return Report(rows, rows, shown, text, claims, scale.seeds)
 
