@@ -127,12 +127,11 @@ def test_the_naive_gradient_misses_the_posterior_and_leaves_the_subspace(
         guided = guide(toy.denoise, toy.theta[None], torch.tensor([0.3]).double(), 0.1)
         means[guide] = float(drawn(guided, DIFFUSION, zero, lambda: zero, eta) @ toy.theta)
     assert means[look_ahead] == pytest.approx(0.1648, abs=2e-4)
-    # With the ancestral sampler 92 % short of the target, 86 % of the posterior's mean: a share of 91 % was told for
-    # 4,000 samples, whose standard error is 0.5 %, without a word on what it is a share of.
+    # With the ancestral sampler 92 % short of the target, 86 % of the posterior's mean.
     assert means[naive] == pytest.approx(reached, abs=2e-4)
     fresh = toy.fresh(4000)
     y = drawn(naive(toy.denoise, toy.theta[None], torch.tensor(0.3), 0.1), DIFFUSION, fresh(), fresh, eta)
-    # The last call's push alone, h / (sigma^2 + h) of the gap with h = 2.55e-4: 0.005 was told, for a grid that is not.
+    # The last call's push alone, h / (sigma^2 + h) of the gap; on this grid h = 2.55e-4.
     assert toy.outside(y) == pytest.approx(0.0038, abs=2e-4)
 
 
@@ -169,7 +168,6 @@ def test_the_naive_rounds_stall(toy: Subspace, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(guidance, "look_ahead", naive)
     *last, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, toy.fresh(64), 30, 0.9, 0.1)
     assert sum(float(toy.f(y).mean()) for y in last[-10:]) / 10 == pytest.approx(1.9, abs=0.1)
-    # 0.086 was told, for a grid that is not, as above.
     assert toy.outside(x) == pytest.approx(0.077, abs=0.006)
 
 
@@ -272,7 +270,6 @@ def test_a_property_is_met_and_what_it_leaves_free_stays_free(pull: Callable[...
 
 def test_too_much_strength_narrows_what_is_drawn() -> None:
     spread = [float(x[x[:, 0] > 0, 0].std()) for x in (pulled_right(by_ratio(0.0)), pulled_right(by_ratio(1.0)))]
-    # 0.087 and 0.033 were told, without the sampler's grid.
     assert spread == pytest.approx([0.0926, 0.0223], abs=0.002)
 
 
@@ -501,7 +498,7 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
 def test_the_command_with_a_sum_and_its_prompts(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One prompt's pictures are to be bright, the other's dark, all of them colourful."""
+    """A reward that reads prompts: one prompt's pictures are to be bright, the other's dark."""
     (tmp_path / "named.py").write_text(
         "def named(images, prompts):\n"
         "    signs = images.new_tensor([1 if prompt == 'day' else -1 for prompt in prompts])\n"

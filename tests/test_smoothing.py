@@ -89,7 +89,7 @@ def ascended(widths: Tensor, power: float) -> Tensor:
 def test_a_fixed_width_ends_beside_the_optimum() -> None:
     """The reparameterised gradient without smoothing goes to 0: it does not see the threshold."""
     ends = ascended(torch.tensor([1e-30, 1.0, 0.5, 0.2, 0.1, 0.05], dtype=torch.float64), 0).mean(1)
-    # Of 1 the k-th update leaves the share 1 - 1 / (k + 10); 0.001, which was told, wants twice as many.
+    # Of 1 the k-th update leaves the share 1 - 1 / (k + 10).
     assert float(ends[0]) == pytest.approx(10 / (UPDATES + 10), rel=1e-9)
     for end, expected in zip(ends.tolist()[1:], [0.207, 0.295, 0.355, 0.3677, 0.3711], strict=True):
         assert end == pytest.approx(expected, abs=0.003)
@@ -100,7 +100,7 @@ def test_a_width_that_falls_ends_at_the_optimum_unless_it_falls_too_fast() -> No
     falling, too_fast = ascended(one, 0.5)[0], ascended(one, 1.01)[0]
     assert float(falling.mean()) == pytest.approx(0.3746, abs=0.004)
     assert falling.tolist() == pytest.approx([0.3722] * SEEDS, abs=0.01)
-    assert [float(too_fast.min()), float(too_fast.max())] == pytest.approx([0.31, 0.42], abs=0.02)
+    assert [float(too_fast.min()), float(too_fast.max())] == pytest.approx([0.305, 0.42], abs=0.01)
 
 
 def variance_of_the_gradient(width: float) -> float:
@@ -121,7 +121,7 @@ def test_variance_of_the_smoothed_gradient(width: float, expected: float) -> Non
 
 
 def test_from_which_width_on_the_score_function_estimate_is_quieter() -> None:
-    """In one dimension: 1{z ≥ 0} · (z − θ) has a variance of .368, a smoothed gradient from a width of .12 on."""
+    """In one dimension: 1{z ≥ 0} · (z − θ) has a variance of .368, smoothed gradients a larger one from .12 down."""
     phi = math.exp(-(OPTIMUM**2) / 2) / math.sqrt(2 * math.pi)
     assert phi == pytest.approx(OPTIMUM, abs=1e-4)
     noise = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -130,7 +130,6 @@ def test_from_which_width_on_the_score_function_estimate_is_quieter() -> None:
     assert float(score.var()) == pytest.approx(0.368, rel=0.01)
     wider, narrower = (variance_of_the_gradient(width) for width in (0.13, 0.12))
     assert wider < float(score.var()) < narrower
-    assert phi / (6 * (0.368 + phi**2)) == pytest.approx(0.1225, abs=1e-4)  # to the order of the width squared
 
 
 def test_the_width_falls_from_the_first_update_on() -> None:

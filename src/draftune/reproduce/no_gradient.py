@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from draftune.errors import DraftuneError
 from draftune.figures import band, figure
 from draftune.models.base import default_device
@@ -42,19 +44,22 @@ class Way:
 
 PICTURES = f"black-box({BYTES}, coordinates=4, step=0.02, basis=detail, size=2)"
 LATENTS = f"black-box({BYTES}, coordinates=8, step=0.1, size=2, space=latent)"
-RULER = Way("differentiable JPEG, DRaFT-LV", LV, "jpeg-compressibility")
 ESTIMATED = (
-    Way("pictures, DRaFT-LV", LV, PICTURES),
-    Way("latents, DRaFT-LV", LV, LATENTS),
-    Way("pictures, DRaFT-1", ONE, PICTURES),
-    Way("latents, DRaFT-1", ONE, LATENTS),
+    Way("estimated in pictures, DRaFT-1", ONE, PICTURES),
+    Way("estimated in latents, DRaFT-1", ONE, LATENTS),
+    Way("estimated in pictures, DRaFT-LV", LV, PICTURES),
+    Way("estimated in latents, DRaFT-LV", LV, LATENTS),
+)
+RULERS = (
+    Way("differentiable JPEG, DRaFT-1", ONE, "jpeg-compressibility"),
+    Way("differentiable JPEG, DRaFT-LV", LV, "jpeg-compressibility"),
 )
 OVER = (
     Way("width stays at 0.15", ONE, ABOVE, {"smoothing": 0.15, "smoothing_power": 0.0}),
     Way("width falls from 0.6", ONE, ABOVE, {"smoothing": 0.6}),
     Way("without the threshold", ONE, REWARD),
 )
-WAYS = (*ESTIMATED, RULER, *OVER)
+WAYS = (*ESTIMATED, *RULERS, *OVER)
 DDPO = "DDPO"
 
 
@@ -81,10 +86,10 @@ def no_gradient(lab: Lab) -> Report:
     scale, seeds = lab.scale, range(lab.scale.seeds)
     found = {way.name: [lab.run(run_of(way, seed, scale)) for seed in seeds] for way in WAYS}
     searched = {rate: lab.run(policy(rate, 0, scale, whole=False)) for rate in RATES[-scale.rates :]}
-    whole = [rate for rate in searched if searched[rate].final[NAMED] >= READ] or list(searched)
-    rate = max(whole, key=lambda rate: searched[rate].final[SIZE])
+    readable = [rate for rate in searched if searched[rate].final[NAMED] >= READ]
+    rate = max(readable or searched, key=lambda rate: searched[rate].final[SIZE])
     found[DDPO] = [lab.run(policy(rate, seed, scale)) for seed in seeds]
-    smaller, over = [way.name for way in (*ESTIMATED, RULER)] + [DDPO], [way.name for way in OVER]
+    smaller, over = [way.name for way in (*ESTIMATED, *RULERS)] + [DDPO], [way.name for way in OVER]
 
     rows = [row for name in smaller for row in rows_of(name, found[name], {SIZE: "kB"})]
     rows += [row for name in over for row in rows_of(name, found[name], {SHARE: "above", CLIMBED: "aesthetic"})]
@@ -105,7 +110,8 @@ def no_gradient(lab: Lab) -> Report:
 
     hard = lab.measured("no-gradient-hard", lambda: refused(lab))
     asked = found[DDPO][0].final["reward_queries"]
-    near = "; ".join(f"{way.name} {at_queries(found[way.name], asked)}" for way in ESTIMATED)
+    near = "; ".join(f"{way.name} {at_queries(found[way.name], asked):.0f}" for way in (*ESTIMATED, *RULERS))
+    which = f"the best of those that leave the judge {READ:.0%} of the names" if readable else "one that loses names"
     search = ", ".join(
         f"{-1000 * record.final[SIZE]:.0f} bytes and {record.final[NAMED]:.0%} at {rate:g}"
         for rate, record in searched.items()
@@ -113,12 +119,12 @@ def no_gradient(lab: Lab) -> Report:
     text = (
         f"Files: the base model's pictures are {-1000 * found[DDPO][0].evaluations[0][SIZE]:.0f} bytes each. "
         + told(found, smaller, lambda record: -1000 * record.final[SIZE], "{:.0f} bytes")
-        + f"DDPO's learning rate is the best of those that leave the judge {READ:.0%} of the names, by half a run of "
-        f"its first seed ({search}). At the first evaluation after {asked:.0f} scored pictures, DDPO's, the estimates "
-        f"are at: {near}. The differentiable JPEG is climbed in place of the files' size, as a ruler. Threshold, by "
-        f"{ONE}: {hard} Of the base model's pictures {100 * found[over[0]][0].evaluations[0][SHARE]:.0f} % are above "
+        + f"DDPO's learning rate is {which}, by half a run of its first seed ({search}). At its {asked:.0f} scored "
+        f"pictures, or at their ends before, the others are at, on lines between evaluations: {near} bytes. The "
+        "differentiable JPEG is climbed in place of the files' size, as a ruler. Threshold, by "
+        f"{ONE}: {hard} Of the base model's pictures {found[over[0]][0].evaluations[0][SHARE]:.0%} are above "
         f"{LEVEL:g}. "
-        + told(found, over, lambda record: 100 * record.final[SHARE], "{:.0f} %")
+        + told(found, over, lambda record: record.final[SHARE], "{:.0%}")
         + "Where a threshold's score has a gradient, as here, climbing the score is the plain way. All counts include "
         "the changed pictures, and those that were scored a second time for the log."
     )
@@ -139,31 +145,33 @@ def summary(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     own = [row for row in rows if row["way"] == name]
     last = [row for row in own if row["update"] == own[-1]["update"]]
     score = "kB" if "kB" in last[0] else "above"
-    means = {key: mean(row[key] for row in last) for key in last[0] if key not in ("way", "seed", "reward_queries")}
-    return {"way": name, "reward_queries": last[0]["reward_queries"], **means, "update": last[0]["update"]} | {
-        "std": spread([row[score] for row in last])
-    }
+    means = {key: mean(row[key] for row in last) for key in last[0] if key not in ("way", "seed")}
+    whole = {key: round(means[key]) for key in ("reward_queries", "update")}
+    return {"way": name, **means, **whole, "std": spread([row[score] for row in last])}
 
 
-def at_queries(records: Sequence[Record], queries: float) -> str:
-    """The size at the first evaluation after this many scored pictures."""
-    rows = [
-        next((row for row in record.evaluations if row["reward_queries"] >= queries), record.final)
-        for record in records
-    ]
-    return f"{-1000 * mean(row[SIZE] for row in rows):.0f} bytes ({rows[0]['reward_queries']:.0f})"
+def at_queries(records: Sequence[Record], queries: float) -> float:
+    """The mean size in bytes after this many scored pictures, on lines between evaluations."""
+
+    def size(record: Record) -> float:
+        asked, sizes = ([row[key] for row in record.evaluations] for key in ("reward_queries", SIZE))
+        return float(np.interp(queries, asked, sizes))
+
+    return -1000 * mean(map(size, records))
 
 
 def told(
     found: Mapping[str, Sequence[Record]], names: Sequence[str], value: Callable[[Record], float], unit: str
 ) -> str:
-    """Where each way ended, and what it took."""
-    ends = (
-        f"{name} {unit.format(mean(map(value, found[name])))} with {found[name][0].final['reward_queries']:.0f} scored "
-        "pictures"
-        for name in names
-    )
-    return f"After training: {'; '.join(ends)}. "
+    """Where each way ended, what it took, and what it left of the names."""
+
+    def end(name: str) -> str:
+        records = found[name]
+        queries, named = (mean(record.final[key] for record in records) for key in ("reward_queries", NAMED))
+        reached = unit.format(mean(map(value, records)))
+        return f"{name} {reached} with {queries:.0f} scored pictures, {named:.0%} of the names read"
+
+    return f"After training: {'; '.join(map(end, names))}. "
 
 
 def refused(lab: Lab) -> str:
@@ -185,9 +193,9 @@ def gains(records: Sequence[Record], key: str) -> list[float]:
 def claims_of(found: Mapping[str, Sequence[Record]]) -> list[Claim]:
     """What the sources promise of their own ways, in the words of what was measured."""
     claims = []
-    ruler = mean(gains(found[RULER.name], SIZE))
     for way in ESTIMATED:
-        gained = gains(found[way.name], SIZE)
+        (exact,) = (other for other in RULERS if other.method == way.method)
+        gained, ruler = gains(found[way.name], SIZE), mean(gains(found[exact.name], SIZE))
         claims.append(
             Claim(
                 f"a reward of which only scores are known can be climbed ({way.name})",
@@ -199,7 +207,7 @@ def claims_of(found: Mapping[str, Sequence[Record]]) -> list[Claim]:
     claims.append(
         Claim(
             "a smoothed threshold can be trained on",
-            f"{100 * mean(falling):+.0f} % of the pictures above it",
+            f"{mean(falling):+.0%} of the pictures above it",
             compared(mean(falling), spread(falling)),
         )
     )
@@ -207,7 +215,7 @@ def claims_of(found: Mapping[str, Sequence[Record]]) -> list[Claim]:
     claims.append(
         Claim(
             "a width that falls does better than one that stays",
-            f"{100 * difference:+.0f} % of the pictures; over seeds these vary by {100 * noise:.0f} %",
+            f"{difference:+.0%} of the pictures; over seeds these vary by {noise:.0%}",
             compared(difference, noise),
         )
     )

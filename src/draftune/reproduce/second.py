@@ -212,6 +212,7 @@ def second(lab: Lab) -> Report:
     for row in table:
         row |= {"first left": mean(left(row["way"])), "second reached": mean(reached(row["way"]))}
         row["beside the dial"] = row["first left"] - at_reward(dial, row["second reached"], "left")
+        row["std of first left"] = spread(left(row["way"]))
     best = kept_at(WEIGHTS[0])
     both = {way: [(a + b) / 2 for a, b in zip(left(way), reached(way), strict=True)] for way in names}
     count = lab.scale.train_prompts
