@@ -94,7 +94,7 @@ def no_gradient(lab: Lab) -> Report:
     rows = [row for name in smaller for row in rows_of(name, found[name], {SIZE: "kB"})]
     rows += [row for name in over for row in rows_of(name, found[name], {SHARE: "above", CLIMBED: "aesthetic"})]
     table = [summary(rows, name) for name in (*smaller, *over)]
-    drawn, axes = figure(1, 2)
+    drawn, axes = figure(1, 2, width=5.2, height=4)
     for axis, names, key, label in (
         (axes[0, 0], smaller, SIZE, "kB of the JPEG file"),
         (axes[0, 1], over, SHARE, f"share of pictures above {LEVEL:g}"),
@@ -106,7 +106,7 @@ def no_gradient(lab: Lab) -> Report:
             band(axis, queries, runs, name, marker=".")
         axis.set(xlabel="scored pictures", ylabel=label)
         axis.set_xscale("symlog", linthresh=100)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
     hard = lab.measured("no-gradient-hard", lambda: refused(lab))
     asked = found[DDPO][0].final["reward_queries"]
