@@ -138,6 +138,7 @@ def test_the_command_writes_the_numbers_and_the_mix(
     printed = capsys.readouterr().out
     assert f"draftune sample {out} --guidance-scale {said['knobs'][GUIDANCE]:.3g}" in printed
     assert "16 scored pictures" in printed
+    assert ("nothing was found that chance does not explain" in printed) == (said["interval"][0] <= 0)
     mixed = tmp_path / "mixed"
     draftune.mix_loras([(lora, said["knobs"][lora]) for lora in loras], mixed)
     expected = load_file(mixed / FILE_NAME)

@@ -287,7 +287,9 @@ def test_the_command(
     folder = tmp_path / "second"
     asked = ["train", "--continue-from", str(first.folder), "--keep", kept, "--eval-prompts", kept, *given]
     assert main([*asked, "--output", str(folder)]) == 0
-    assert "kept/brightness" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "kept/brightness" in said.out
+    assert "--keep-weight 3 is weighed against the reward's own scale: --normalize-reward 32" in said.err
     start = rows(folder, "evaluations.jsonl")[0]["kept/brightness"]
     assert start == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
 

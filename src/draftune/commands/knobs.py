@@ -97,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
         f"\n{args.reward}  {float(found.before.mean()):.3f} → {float(found.after.mean()):.3f}: {gained:+.3f}, "
         f"95 % {low:+.3f} to {high:+.3f}, on {args.num_images} other pictures; {found.queries} scored pictures"
     )
+    if low <= 0:
+        print("nothing was found that chance does not explain: --steps, --batch-size and --num-images tell more")
     print(folder)
     drawn = f" --guidance-scale {found.found[GUIDANCE]:.3g}" if guidance else ""
     loras = [shlex.quote(f"{source}@{weight:.3g}") for source, weight in found.weights]

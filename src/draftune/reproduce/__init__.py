@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def reproduce(
             real_pictures(user_path(examples), load_prompts(names_of))
     scale = QUICK if quick else FULL
     if seeds is not None:
-        scale = scale.with_seeds(seeds)
+        scale = replace(scale, seeds=seeds)
     folder = user_path(output)
     if folder.exists() and not folder.is_dir():
         raise DraftuneError(f"the output {str(folder)!r} is a file; give a folder")

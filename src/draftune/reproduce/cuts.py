@@ -25,14 +25,14 @@ def depth_method(k: int, scale: Scale) -> str:
 
 
 def depth_work(scale: Scale) -> list[Work]:
-    return [Work(depth_method(k, scale), scale.steps, seed) for k in depths(scale) for seed in range(scale.few_seeds)]
+    return [Work(depth_method(k, scale), scale.steps, seed) for k in depths(scale) for seed in range(scale.seeds)]
 
 
 def depth(lab: Lab) -> Report:
     scale, rows = lab.scale, []
     for k in depths(scale):
         method = depth_method(k, scale)
-        records = [lab.run(Work(method, scale.steps, seed)) for seed in range(scale.few_seeds)]
+        records = [lab.run(Work(method, scale.steps, seed)) for seed in range(scale.seeds)]
         finals = [record.final[REWARD] for record in records]
         cost = lab.cost(method)
         norms = [row["grad_norm"] for record in records for row in record.metrics]
@@ -79,7 +79,7 @@ def depth(lab: Lab) -> Report:
             "confirmed" if growth > 2 else "weaker" if growth > 1.1 else "not seen" if growth > 0.9 else "reversed",
         ),
     ]
-    return Report(rows, rows, drawn, text, claims, scale.few_seeds)
+    return Report(rows, rows, drawn, text, claims, scale.seeds)
 
 
 def copies_method(n: int) -> str:
@@ -87,7 +87,7 @@ def copies_method(n: int) -> str:
 
 
 def copies_work(scale: Scale) -> list[Work]:
-    return [Work(copies_method(n), scale.steps, seed) for n in scale.copies for seed in range(scale.few_seeds)]
+    return [Work(copies_method(n), scale.steps, seed) for n in scale.copies for seed in range(scale.seeds)]
 
 
 def spread_of_gradients(lab: Lab) -> dict[str, list[float]]:
@@ -179,7 +179,7 @@ def copies(lab: Lab) -> Report:
             else "weaker",
         ),
     ]
-    return Report([*evaluations, *table], table, drawn, text, claims, scale.few_seeds)
+    return Report([*evaluations, *table], table, drawn, text, claims, scale.seeds)
 
 
 def grid_work(scale: Scale) -> list[Work]:

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class Scale:
     """Updates of a run that goes past its best point."""
     eval_every: int = 10
     seeds: int = 3
-    few_seeds: int = 2
     num_inference_steps: int = 20
     train_prompts: int = 45
     eval_prompts: int = 12
@@ -75,9 +74,6 @@ class Scale:
     few_ruler: int = 50
     """The most steps that pictures are drawn with to compare with."""
 
-    def with_seeds(self, seeds: int) -> Scale:
-        return replace(self, seeds=seeds, few_seeds=seeds)
-
 
 FULL = Scale()
 QUICK = Scale(
@@ -85,7 +81,6 @@ QUICK = Scale(
     long=3,
     eval_every=2,
     seeds=1,
-    few_seeds=1,
     num_inference_steps=4,
     train_prompts=4,
     eval_prompts=2,

@@ -16,6 +16,7 @@ from draftune.prompts import load_prompts
 from draftune.rewards import find_reward
 from draftune.rewards.base import taught
 from draftune.settings import Settings
+from draftune.training.audit import tell
 from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
@@ -71,6 +72,11 @@ def prepare(
     past = find_past(settings)
     if past is not None and past.kept:
         method = Keep(method, settings.keep_weight)
+        if not settings.normalize_reward:
+            tell(
+                f"--keep-weight {settings.keep_weight:g} is weighed against the reward's own scale: "
+                "--normalize-reward 32 makes its spread 1"
+            )
     for name in ("prefix_reuse", "prefix_stride"):
         if getattr(settings, name) > 1 and not method.has_prefix():
             raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
