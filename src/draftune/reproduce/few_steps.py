@@ -32,7 +32,7 @@ CRITIC = f"examples(folder={EXAMPLES}, width=32, learning_rate=0.001)"
 POLICY, PLAIN, EVEN = "SFT-PG", "DRaFT-1", "DRaFT-1 (one critic step)"
 WAYS = {POLICY: "sft-pg(generator_steps=4, value_learning_rate=0.001)", PLAIN: ONE, EVEN: ONE}
 RATE = 3e-4
-"""The learning rate of all; 0.001, the embedded model's own, left each farther from real pictures than it began."""
+"""The learning rate of all; 0.001, the embedded model's own, left each with 3 steps farther away than it began."""
 DISTANCES = ("by the judge", "by CLIP")
 DETERMINISTIC, ANCESTRAL = "deterministic", "ancestral"
 SAMPLERS = (DETERMINISTIC, ANCESTRAL)
