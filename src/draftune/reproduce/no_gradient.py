@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -68,24 +68,30 @@ def run_of(way: Way, seed: int, scale: Scale) -> Work:
     return Work(way.method, scale.steps, seed, {"reward": way.reward, "held_out": judges, **way.settings})
 
 
-def policy(rate: float, seed: int, scale: Scale, whole: bool = True) -> Work:
-    """A run of DDPO; the search for its learning rate is made with half as many updates."""
-    half = max(1, scale.policy_updates // 2)
-    settings: dict[str, Any] = {"reward": BYTES, "held_out": f"{JUDGES} + {BYTES}", "eval_every": half}
-    settings |= {"batch_size": 8, "gradient_accumulation_steps": scale.policy_batches}
-    return Work(POLICY, scale.policy_updates if whole else half, seed, settings | {"learning_rate": rate})
+def policy(rate: float, seed: int, scale: Scale) -> Work:
+    settings: dict[str, Any] = {"reward": BYTES, "held_out": f"{JUDGES} + {BYTES}", "learning_rate": rate}
+    settings |= {"batch_size": 8, "gradient_accumulation_steps": scale.policy_batches, "eval_every": half(scale)}
+    return Work(POLICY, scale.policy_updates, seed, settings)
+
+
+def half(scale: Scale) -> int:
+    return max(1, scale.policy_updates // 2)
+
+
+def search(scale: Scale) -> dict[float, Work]:
+    """The first halves of DDPO's runs of one seed, by their learning rates."""
+    return {rate: replace(policy(rate, 0, scale), steps=half(scale)) for rate in RATES[-scale.rates :]}
 
 
 def work(scale: Scale) -> list[Work]:
     """All runs but DDPO's whole ones, whose learning rate is not known before."""
-    searched = [policy(rate, 0, scale, whole=False) for rate in RATES[-scale.rates :]]
-    return [*(run_of(way, seed, scale) for seed in range(scale.seeds) for way in WAYS), *searched]
+    return [*(run_of(way, seed, scale) for seed in range(scale.seeds) for way in WAYS), *search(scale).values()]
 
 
 def no_gradient(lab: Lab) -> Report:
     scale, seeds = lab.scale, range(lab.scale.seeds)
     found = {way.name: [lab.run(run_of(way, seed, scale)) for seed in seeds] for way in WAYS}
-    searched = {rate: lab.run(policy(rate, 0, scale, whole=False)) for rate in RATES[-scale.rates :]}
+    searched = {rate: lab.run(first) for rate, first in search(scale).items()}
     readable = [rate for rate in searched if searched[rate].final[NAMED] >= READ]
     rate = max(readable or searched, key=lambda rate: searched[rate].final[SIZE])
     found[DDPO] = [lab.run(policy(rate, seed, scale)) for seed in seeds]
@@ -112,14 +118,14 @@ def no_gradient(lab: Lab) -> Report:
     asked = found[DDPO][0].final["reward_queries"]
     near = "; ".join(f"{way.name} {at_queries(found[way.name], asked):.0f}" for way in (*ESTIMATED, *RULERS))
     which = f"the best of those that leave the judge {READ:.0%} of the names" if readable else "one that loses names"
-    search = ", ".join(
+    tried = ", ".join(
         f"{-1000 * record.final[SIZE]:.0f} bytes and {record.final[NAMED]:.0%} at {rate:g}"
         for rate, record in searched.items()
     )
     text = (
         f"Files: the base model's pictures are {-1000 * found[DDPO][0].evaluations[0][SIZE]:.0f} bytes each. "
         + told(found, smaller, lambda record: -1000 * record.final[SIZE], "{:.0f} bytes")
-        + f"DDPO's learning rate is {which}, by half a run of its first seed ({search}). At its {asked:.0f} scored "
+        + f"DDPO's learning rate is {which}, by half a run of its first seed ({tried}). At its {asked:.0f} scored "
         f"pictures, or at their ends before, the others are at, on lines between evaluations: {near} bytes. The "
         "differentiable JPEG is climbed in place of the files' size, as a ruler. Threshold, by "
         f"{ONE}: {hard} Of the base model's pictures {found[over[0]][0].evaluations[0][SHARE]:.0%} are above "
