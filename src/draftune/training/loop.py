@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import Comparison, normalized, score_batches
-from draftune.layers import keep_lora
 from draftune.loading import first_line
-from draftune.lora import add_lora, save_lora
+from draftune.lora import add_lora, freeze_lora, save_lora
 from draftune.methods import Method
 from draftune.models import Model
 from draftune.models.small_decoder import check_likeness
@@ -95,7 +94,7 @@ class Trainer:
         s.model = model.name
         asked = [*self.prompts, *(eval_prompts or ())]
         if self.past is not None:
-            keep_lora(model, self.past.lora)
+            freeze_lora(model, self.past.lora, s.skip_text_encoder_lora)
             asked += [*self.past.kept, *self.past.prompts]
         model.check_prompts(asked, s.negative_prompt)
         model.set_size(s.height, s.width)
