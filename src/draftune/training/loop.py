@@ -87,6 +87,7 @@ class Trainer:
         )
         self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts, past)
         self.done = 0
+        self.told_of_gradients = False
 
     def set_up(self, reward: Reward, held_out: Reward | None, eval_prompts: Sequence[str] | None) -> None:
         """The model with a fresh LoRA and the rewards, checked against the settings and on their device."""
@@ -217,6 +218,15 @@ class Trainer:
         if change < VISIBLE:
             tell(f"after {self.done} updates the pictures are still those of the base model: raise the learning rate")
 
+    def check_gradients(self) -> None:
+        """Tell once, where the first or any later updates had no gradient at all, which of its factors was 0."""
+        made = self.updates
+        if self.told_of_gradients or made.without_gradient < min(AUDITED, self.settings.steps):
+            return
+        self.told_of_gradients = True
+        why = made.why_constant or "the losses no longer depend on the LoRA: look for clamps or saturation in the reward"
+        tell(f"the gradient was exactly 0 in the last {made.without_gradient} updates: {why}")
+
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
         s = self.settings
@@ -248,7 +258,10 @@ class Trainer:
             self.done = step
             self.folder.log(METRICS, row)
             progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-            if step == AUDITED + s.lr_warmup_steps and not self.updates.skipped:
+            self.check_gradients()
+            # Without any gradient, the learning rate is not the cause.
+            learned = any(row["grad_norm"] for row in self.folder.rows[METRICS])
+            if step == AUDITED + s.lr_warmup_steps and learned and not self.updates.skipped:
                 self.check_pictures()
             if step == s.steps:
                 break  # the end has its own grid, evaluation and checkpoint
