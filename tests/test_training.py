@@ -352,6 +352,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "ddpo(adv_clip_max=0)"}, "adv_clip_max must be more than 0"),
         ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction must be more than 0 and at most 1"),
         ({"method": "ddpo(buffer_size=4)"}, "buffer_size must be a whole number of at least 16"),
+        ({"method": "alignprop(cut=normel)"}, "did you mean 'normal'"),
         ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "does not begin without gradient: prefix_reuse"),
         ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride must be 1"),
         ({"method": "kl(draft-lv, beta=-1)"}, "beta must be at least 0"),
