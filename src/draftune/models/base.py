@@ -154,9 +154,10 @@ class Model(ABC):
     def set_checkpointing(self, mode: str) -> None:
         """What the backward pass computes again: "no", the "blocks" of the networks, whole "calls" of them, or "both".
 
-        Blocks are least for a graph of one call, as the decoder's always is. Whole calls of the denoiser keep their
-        inputs alone, so that memory does not grow with their number in a graph; with both, it is that of a block and of
-        what goes into the blocks of one call.
+        "blocks" keeps the inputs of each block of every call in a graph. "calls" keeps the input of each call of the
+        denoiser alone, so that memory does not grow with their number in a graph. "both" keeps that too, and while one
+        call is computed again the inputs of its blocks: the least memory, and each call is computed twice more. The
+        decoder's blocks are computed again in every mode but "no".
         """
         self.checkpointing = mode
         for part in self.networks:

@@ -224,7 +224,9 @@ class Trainer:
         if self.told_of_gradients or made.without_gradient < min(AUDITED, self.settings.steps):
             return
         self.told_of_gradients = True
-        why = made.why_constant or "the losses no longer depend on the LoRA: look for clamps or saturation in the reward"
+        why = (
+            made.why_constant or "the losses do not depend on the LoRA now: look for clamps or saturation in the reward"
+        )
         tell(f"the gradient was exactly 0 in the last {made.without_gradient} updates: {why}")
 
     def normalize(self, count: int) -> None:
