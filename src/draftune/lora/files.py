@@ -181,7 +181,7 @@ def adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         else:
             return {}
         for name, value in config.items():
-            if name.rpartition(".")[2] == "lora_alpha":
+            if name.rpartition(".")[2] in ("r", "lora_alpha"):
                 float(value)
             if name.rpartition(".")[2] in ("alpha_pattern", "rank_pattern"):
                 {str(key): float(number) for key, number in (value or {}).items()}
