@@ -13,6 +13,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.rewards import Reward, WeightedSum
+from draftune.rewards.base import checked_features
 from draftune.sampling import advance
 from draftune.schedule import Schedule
 
@@ -170,8 +171,8 @@ def diversity(
     judges = [part for _, part in held_out.terms if hasattr(part, "features")]
     if not judges or images_per_prompt < 2:
         return None
-    features_of: Callable[[Tensor], Tensor] = judges[0].features  # type: ignore[assignment]
-    features = torch.cat([features_of(batch.to(device)).cpu() for batch in images.split(held_out.chunk_size)])
+    chunks = images.split(held_out.chunk_size)
+    features = torch.cat([checked_features(judges[0], chunk.to(device)).cpu() for chunk in chunks])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
     return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 

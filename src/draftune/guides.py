@@ -22,7 +22,7 @@ from draftune.lora import add_lora, lora_parameters
 from draftune.models import Model
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import extra_queries, taught
+from draftune.rewards.base import check_prompts, extra_queries, taught
 from draftune.sampling import Denoiser
 from draftune.schedule import Schedule, Step
 
@@ -220,7 +220,7 @@ def sample_guided(
     seeds = range(len(prompts)) if seeds is None else seeds
     score = taught(load_reward(reward)).to(model.device)
     model.check_prompts(prompts, negative_prompt)
-    score.check(prompts)
+    check_prompts(score, prompts)
     defaults = recommended(model.name)
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale

@@ -20,7 +20,7 @@ from draftune.models import Model, load_model
 from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import taught
+from draftune.rewards.base import check_prompts, taught
 from draftune.settings import Settings
 from draftune.tables import write_csv, write_json
 from draftune.training.batches import PromptOrder
@@ -157,7 +157,7 @@ def tune_knobs(
         lambda: recalled("prompts", prompts, settings.prompts, load_prompts),
     ]
     score, texts = gather(*wanted)
-    score.check(texts)
+    check_prompts(score, texts)
     opened = open_loras({f"knob-{i}": tuned for i, tuned in enumerate(found)}, cpu, mixed_precision) if found else None
     opened = opened or load_model(settings.model, mixed_precision).to(default_device(cpu), mixed_precision)
     opened.check_prompts(texts, settings.negative_prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,6 +84,23 @@ def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -
 def tokenized(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
     """Token ids and mask [B, length] of texts: the shorter padded, the longer cut."""
     return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+
+
+class Truncation(NamedTuple):
+    """How many texts are longer than what a text encoder reads of each; it does not see the rest of them."""
+
+    reader: str
+    """The encoder or the reward, as a message names it."""
+    limit: int
+    """Tokens, the special ones included."""
+    cut: int
+
+
+def truncation(reader: str, tokenizer: Any, texts: Sequence[str], limit: int) -> Truncation:
+    """Count the texts with more tokens than an encoder's limit."""
+    with quiet():  # which warns of the first long text, whatever the encoder reads
+        tokens = tokenizer(list(texts)).input_ids if texts else []
+    return Truncation(reader, limit, sum(len(ids) > limit for ids in tokens))
 
 
 def first_line(error: BaseException) -> str:

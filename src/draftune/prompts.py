@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,14 @@ PROMPT_SETS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "emoji-common": ("the 64 common names of emoji on which the embedded model is judged", lambda: emoji("common")),
 }
 
+FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
+INVISIBLE = {*FILLERS, *map(chr, range(0xFE00, 0xFE10))}
+"""Fillers and variation selectors: they draw nothing, though Unicode counts them as letters, marks or symbols."""
+TEXT_KEYS = ("prompt", "text", "caption")
+"""The column of a prompt's text: the first of these that a file has."""
+Rows = list[tuple[str, Any]]
+"""Where an entry stands in its file ("line 3"), and the entry: text, or a table of columns."""
+
 
 class Prompt(str):
     """A prompt that carries what its file says of it besides: metadata, by the name of the column."""
@@ -50,83 +61,265 @@ def metadata(prompt: str) -> Mapping[str, str]:
     return prompt.metadata if isinstance(prompt, Prompt) else {}
 
 
+def copied(prompts: Sequence[str]) -> list[str]:
+    """Copy prompts with their metadata, for code that may change the list or what it holds."""
+    return [Prompt(prompt, prompt.metadata) if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+
+
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8, which half of a surrogate pair can't."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    """Return whether a text can be written as UTF-8 and moves no cursor: no lone surrogates, no control characters."""
+    return not any("\ud800" <= c <= "\udfff" or (c < " " and c not in "\t\n\v\f\r") for c in text)
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: it is empty, or all of it is spaces and invisible characters."""
+    return all(c.isspace() or c in INVISIBLE or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
-    """The prompts of a named set, of a file, or of a list.
+    """Return the prompts of a named set, of a file, or of a list; blank ones are left out.
 
-    A .csv file has a column "prompt", a .jsonl file an object with a key "prompt" in each line; what else stands there
-    becomes the prompt's metadata. In any other text file each line is a prompt. Empty ones are left out. Raises
-    DraftuneError for an unknown set, and for a file that is empty or can't be read, with the line.
+    The ending of a file's name says how it is read, see `read_prompts`.
+
+    Raises:
+        DraftuneError: for an unknown set, a file that is empty or can't be read, and an entry that is no prompt.
     """
     if not isinstance(source, str):
-        prompts = [prompt if isinstance(prompt, str) else str(prompt) for prompt in source if str(prompt).strip()]
+        prompts = [prompt if isinstance(prompt, str) else str(prompt) for prompt in source]
+        prompts = [prompt for prompt in prompts if not is_blank(prompt)]
         if not prompts:
             raise DraftuneError("the list of prompts is empty")
         return prompts
     if source in PROMPT_SETS:
-        return PROMPT_SETS[source][1]()
+        return list(PROMPT_SETS[source][1]())
     path = user_path(source)
     if not path.is_file():
         if path.suffix or "/" in source:
             raise DraftuneError(f"no prompt file {source!r}")
         raise unknown("prompt set", source, PROMPT_SETS)
-    prompts = [prompt for prompt in read_prompts(path) if prompt.strip()]
+    prompts = [prompt for prompt in read_prompts(path) if not is_blank(prompt)]
     if not prompts:
         raise DraftuneError(f"the prompt file {source!r} is empty")
     return prompts
 
 
 def read_prompts(path: Path) -> list[str]:
+    """Read a file's prompts, the blank ones included.
+
+    .txt, or no ending: one prompt a line. .csv, .tsv: a table with a header. .jsonl: an object a line. .json: an array
+    of texts or objects. .yaml, .yml: a list of texts or mappings. A table's prompt is its column `prompt`, or `text`
+    or `caption` where it has no `prompt`; the other columns become the prompt's metadata. Lines end at newlines alone.
+
+    Raises:
+        DraftuneError: for another ending, a file of another kind than its ending says, and an entry that is no prompt.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(filter(None, READERS))
+        raise DraftuneError(f"the ending of {str(path)!r} is not one of a prompt file: {known}")
+    rows = reader(read_text(path), path)
+    columns = {name for _, row in rows if isinstance(row, dict) for name in row}
+    key = next((name for name in TEXT_KEYS if name in columns), None)
+    kind = "column" if path.suffix.lower() in (".csv", ".tsv") else "key"
+    return [prompt_of(row, key, kind, f"{str(path)!r}, {where}") for where, row in rows]
+
+
+def prompt_of(row: Any, key: str | None, kind: str, where: str) -> str:
+    """Return the prompt that an entry holds: the entry itself, or what is under `key` with the others as metadata."""
+    text = row.get(key) if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        if not isinstance(row, dict):
+            given = type(row).__name__
+            raise DraftuneError(f"{where}: text or an object with a prompt is wanted, not {given}; put text in quotes")
+        more = "" if key else f" (nor {' or '.join(map(repr, TEXT_KEYS[1:]))})"
+        raise DraftuneError(f"{where}: no {kind} {key or TEXT_KEYS[0]!r} that holds text{more}")
+    if not is_text(text):
+        raise DraftuneError(f"{where}: the prompt is not text that can be written")
+    if not isinstance(row, dict):
+        return text.strip()
+    return Prompt(text.strip(), {str(k): str(v) for k, v in row.items() if k != key and v not in (None, "")})
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file. Raises DraftuneError for any other."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DraftuneError(f"cannot read the prompt file {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DraftuneError(f"{str(path)!r} is not a text file in UTF-8: one prompt a line is wanted") from error
-    if any(ord(c) < 32 and c not in "\t\r\n\f" for c in text):
+    if not is_text(text):
         raise DraftuneError(f"{str(path)!r} is a binary file: one prompt a line is wanted")
-    if path.suffix.lower() in TABLES:
-        rows = TABLES[path.suffix.lower()](text, path)
-        for line, row in rows:
-            if not isinstance(row.get("prompt"), str):
-                kind = "column" if path.suffix.lower() == ".csv" else "key"
-                raise DraftuneError(f"{str(path)!r}, line {line}: no {kind} 'prompt'")
-            if not is_text(row["prompt"]):
-                raise DraftuneError(f"{str(path)!r}, line {line}: the prompt is not text that can be written")
-        return [
-            Prompt(
-                row["prompt"].strip(),
-                {k: str(v) for k, v in row.items() if k and k != "prompt" and v not in (None, "")},
-            )
-            for _, row in rows
-        ]
-    return [line.strip() for line in text.splitlines()]
+    return text
 
 
-def read_csv(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+def split_lines(text: str) -> list[str]:
+    r"""Split at \n, \r\n and \r alone: prompts may hold what `str.splitlines` splits at besides, such as U+2028."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def read_lines(text: str, path: Path) -> Rows:
+    if problem := other_kind(text, ""):
+        raise DraftuneError(f"{str(path)!r} is no list of one prompt a line{problem}")
+    return [(f"line {number}", line) for number, line in enumerate(split_lines(text), 1)]
+
+
+def read_table(text: str, path: Path, delimiter: str) -> Rows:
+    """Read a table with a header. Raises DraftuneError for cells that belong to no column, and for open quotes."""
+    ending = path.suffix.lower()
+    # Not strict, it would take an open quote's rows for one prompt, and a quote in the middle of a cell for nothing.
+    options: Any = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}
+    reader = csv.DictReader(io.StringIO(text, newline=""), **options)
+    rows: Rows = []
     try:
-        return [(reader.line_num, row) for row in reader]
+        reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise DraftuneError(f"{str(path)!r} has the column {twice[0]!r} twice")
+        if not set(names).intersection(TEXT_KEYS) and (problem := other_kind(text, ending)):
+            raise DraftuneError(f"{str(path)!r} has no column {TEXT_KEYS[0]!r}{problem}")
+        for row in reader:
+            beyond = row.pop(None, [])
+            if not any(cell and cell.strip() for cell in (*row.values(), *beyond)):
+                continue
+            where = f"line {reader.line_num}"
+            if any(cell.strip() for cell in beyond):
+                count, part = len(names) + len(beyond), "a tab" if delimiter == "\t" else "commas"
+                raise DraftuneError(
+                    f"{str(path)!r}, {where}: {count} cells, and the header has {len(names)}: put a cell with {part} "
+                    "in it in double quotes"
+                )
+            rows.append((where, {name: cell for name, cell in row.items() if name}))
     except csv.Error as error:
         raise DraftuneError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
-
-
-def read_jsonl(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DraftuneError(f"{str(path)!r}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DraftuneError(f'{str(path)!r}, line {number}: an object such as {{"prompt": …}} is wanted')
-            rows.append((number, row))
     return rows
 
 
-TABLES = {".csv": read_csv, ".jsonl": read_jsonl}
+def read_jsonl(text: str, path: Path) -> Rows:
+    rows: Rows = []
+    for number, line in enumerate(split_lines(text), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except (ValueError, RecursionError) as error:
+            problem = other_kind(text, ".jsonl")
+            raise DraftuneError(f"{str(path)!r}, line {number} is not JSON: {error}{problem}") from error
+        if not isinstance(row, dict):
+            problem = other_kind(text, ".jsonl")
+            raise DraftuneError(f'{str(path)!r}, line {number}: an object such as {{"prompt": …}} is wanted{problem}')
+        rows.append((f"line {number}", row))
+    return rows
+
+
+def read_json(text: str, path: Path) -> Rows:
+    try:
+        rows = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        if not text.strip():
+            return []
+        raise DraftuneError(f"{str(path)!r} is not JSON: {error}{other_kind(text, '.json')}") from error
+    return entries(rows, path, 'an array such as ["a cat", "a dog"]')
+
+
+def read_yaml(text: str, path: Path) -> Rows:
+    import yaml
+
+    try:
+        # This loader takes every value for the text that it is: with the others, `- no` is no text but false.
+        rows, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DraftuneError(f"{str(path)!r} is not YAML{line}: {getattr(error, 'problem', error)}") from error
+    except RecursionError as error:
+        raise DraftuneError(f"{str(path)!r} is nested too deeply") from error
+    if not rows or node is None:
+        return []
+    found = entries(rows, path, "a list such as '- a cat'")
+    for (where, row), part in zip(found, node.value, strict=True):
+        if not isinstance(row, dict):
+            continue
+        names = [key.value for key, _ in part.value]
+        # YAML lets the last one win without a word, and a nested value may be endless by its own references.
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DraftuneError(f"{str(path)!r}, {where} says {twice[0]!r} twice")
+        if nested := [name for name, value in row.items() if not isinstance(value, str)]:
+            raise DraftuneError(f"{str(path)!r}, {where}: {nested[0]!r} must be one value, such as text")
+    return found
+
+
+def entries(rows: Any, path: Path, wanted: str) -> Rows:
+    if not isinstance(rows, list):
+        raise DraftuneError(f"{str(path)!r} must hold {wanted}, not one {type(rows).__name__}")
+    return [(f"entry {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError for an object that has a key twice, of which the last would win without a word."""
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=table)
+
+
+def other_kind(text: str, ending: str) -> str:
+    """Say which kind of file a text plainly is, where that is not the one of its ending; else nothing."""
+    kind = plain_kind(text)
+    if kind is None or kind == ending:
+        return ""
+    if kind == ";":
+        return ": its columns are parted by semicolons; write commas (.csv) or tabs (.tsv)"
+    return f": it is {PLAIN[kind]}; let its name end in {kind}"
+
+
+PLAIN = {
+    ".json": "JSON",
+    ".jsonl": "an object of JSON a line",
+    ".yaml": "a list of YAML",
+    ".csv": "a table with commas",
+    ".tsv": "a table with tabs",
+}
+
+
+def plain_kind(text: str) -> str | None:
+    """Return the ending of the kind that a text plainly is, ";" for a table with semicolons, None for mere lines."""
+    lines = [line.rstrip() for line in split_lines(text) if line.strip()]
+    if not lines:
+        return None
+    if all(isinstance(json_of(line), dict) for line in lines):
+        return ".jsonl"
+    # Whole, or broken further below; weights and choices of prompts, such as [dog] and {red|blue}, have no quotes.
+    if isinstance(json_of(text), (list, dict)) or re.match(r'\s*[\[{]\s*("|$)', lines[0]):
+        return ".json"
+    if lines[0].startswith("- ") and all(re.match(r"- |-$|\s|#", line) for line in lines):
+        return ".yaml"
+    for delimiter, ending in ((",", ".csv"), ("\t", ".tsv"), (";", ";")):
+        names = [name.strip().strip('"').lower() for name in lines[0].split(delimiter)]
+        if TEXT_KEYS[0] in names and all(re.fullmatch(r"\w[\w-]*", name) for name in names):
+            return ending
+    return None
+
+
+def json_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+READERS: dict[str, Callable[[str, Path], Rows]] = {
+    "": read_lines,
+    ".txt": read_lines,
+    ".csv": partial(read_table, delimiter=","),
+    ".tsv": partial(read_table, delimiter="\t"),
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".yaml": read_yaml,
+    ".yml": read_yaml,
+}
+"""How a prompt file is read, by the ending of its name."""

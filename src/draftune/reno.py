@@ -15,7 +15,7 @@ from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import extra_queries, taught
+from draftune.rewards.base import check_prompts, extra_queries, taught
 from draftune.sampling import rollout
 from draftune.training.audit import probe_reward
 
@@ -83,7 +83,7 @@ def optimize_noise(
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     score = taught(load_reward(reward)).to(model.device)
-    score.check([prompt])
+    check_prompts(score, [prompt])
     denoise = model.denoise([prompt], schedule, guidance, negative_prompt)
     noise = model.noise(torch.Generator().manual_seed(seed), 1).requires_grad_()
     optimizer = torch.optim.SGD([noise], learning_rate, momentum, nesterov=momentum > 0, maximize=True)

@@ -14,7 +14,7 @@ from draftune.evaluation import Evaluation, evaluate
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import taught
+from draftune.rewards.base import check_prompts, taught
 from draftune.settings import Settings
 from draftune.tuned import Tuned
 
@@ -51,7 +51,7 @@ class Yardstick:
         """With the rewards' weights read. Raises DraftuneError for prompts that they can't score."""
         for reward in self.rewards:
             reward.ready().to(device)
-            reward.check(self.prompts)
+            check_prompts(reward, self.prompts)
         return self
 
     def measure(self, model: Model, settings: Settings) -> Evaluation:

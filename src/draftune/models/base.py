@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
+from draftune.loading import Truncation, truncation
 from draftune.lora import KEPT, LoRADeltas, adapted_by
 from draftune.models.small_decoder import decode_small
 from draftune.quiet import quiet
@@ -128,6 +129,18 @@ class Model(ABC):
 
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:  # noqa: B027
         """Raises DraftuneError for what the model can't be asked to draw; most can be asked everything."""
+
+    def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
+        """For each text encoder: the pipeline's name of its tokenizer, the tokens it reads, and what it is given."""
+        return []
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """Count, for each text encoder, the prompts that are longer than what it reads."""
+        return [
+            truncation(f"the {name.replace('tokenizer', 'text_encoder')} of {self.name!r}", tokenizer, texts, limit)
+            for name, limit, texts in self.text_readers(prompts)
+            if (tokenizer := getattr(self.pipeline, name)) is not None
+        ]
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:

@@ -118,6 +118,16 @@ class Flow(Model):
             keep_wide(t5)
         return self
 
+    @property
+    @abstractmethod
+    def t5_tokens(self) -> int:
+        """How many tokens of a prompt T5 is given."""
+
+    def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
+        names = [name for name in dict.fromkeys((*self.encoders, self.t5)) if getattr(self.pipeline, name) is not None]
+        limits = dict.fromkeys(names, self.pipeline.tokenizer_max_length) | {self.t5: self.t5_tokens}
+        return [(name.replace("text_encoder", "tokenizer"), limits[name], prompts) for name in names]
+
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         # Without autocast, which would take every layer of T5 to half precision. A prompt that is cut to what the
         # encoders read is announced at every call.

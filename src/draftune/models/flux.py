@@ -40,11 +40,15 @@ class Flux(Flow):
     def sigmas(self, num_inference_steps: int) -> Sequence[float]:
         return [1 - i / num_inference_steps for i in range(num_inference_steps)]
 
+    @property
+    def t5_tokens(self) -> int:
+        # As many as the published models were made for.
+        return 512 if self.denoiser.config.guidance_embeds else 256
+
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
         if negative_prompt:
             raise DraftuneError(f"{self.name!r} takes no negative prompt, as it is called once a step: leave it out")
-        # As many tokens of T5 as the published models were made for.
-        length = 512 if self.denoiser.config.guidance_embeds else 256
+        length = self.t5_tokens
         text, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=length)
         return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))
 

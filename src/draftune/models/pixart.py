@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +62,17 @@ class PixArt(Model):
         if precision == "fp16":
             keep_wide(self.pipeline.text_encoder)
         return self
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of a prompt T5 is given: 120 in PixArt-alpha, 300 in PixArt-Sigma, as diffusers has it."""
+        limit: int = inspect.signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
+        return limit
+
+    def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
+        with quiet():
+            texts = self.pipeline._text_preprocessing(list(prompts), clean_caption=True)
+        return [("tokenizer", self.max_tokens, texts)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Condition:
         # Without autocast, which would take every layer of T5 to half precision. A prompt that is cut to what the

@@ -54,6 +54,9 @@ class StableDiffusion(Model):
                 raise DraftuneError(f"{name} must be a multiple of {multiple} for this model, not {value}")
         self._latent_size = ((height or own) // scale, (width or own) // scale)
 
+    def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
+        return [("tokenizer", self.pipeline.tokenizer.model_max_length, prompts)]
+
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         with quiet():  # a prompt that is cut to what the encoder reads is announced at every call
             positive, negative = self.pipeline.encode_prompt(

@@ -40,6 +40,10 @@ class StableDiffusion3(Flow):
         side: int = self.denoiser.config.pos_embed_max_size  # in tokens
         return side * self.patch_size
 
+    @property
+    def t5_tokens(self) -> int:
+        return 256  # diffusers' default
+
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
         text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompts,
@@ -48,6 +52,7 @@ class StableDiffusion3(Flow):
             device=self.device,
             do_classifier_free_guidance=guided,
             negative_prompt=negative_prompt,
+            max_sequence_length=self.t5_tokens,
         )
         if guided:
             text, pooled = torch.cat([negative_text, text]), torch.cat([negative_pooled, pooled])

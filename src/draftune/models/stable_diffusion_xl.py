@@ -50,6 +50,10 @@ class StableDiffusionXL(StableDiffusion):
         overflows = self.pipeline.vae.config.force_upcast and part is self.pipeline.vae
         return torch.float32 if overflows and dtype == torch.float16 else dtype
 
+    def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
+        tokenizers = {name: getattr(self.pipeline, name) for name in ("tokenizer", "tokenizer_2")}
+        return [(name, used.model_max_length, prompts) for name, used in tokenizers.items() if used is not None]
+
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Condition:
         with quiet():  # a prompt that is cut to what the encoders read is announced at every call
             text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(

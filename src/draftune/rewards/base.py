@@ -14,6 +14,8 @@ from draftune.at_once import at_once
 from draftune.custom import where
 from draftune.errors import DraftuneError
 from draftune.expression import written_sum
+from draftune.loading import Truncation
+from draftune.prompts import copied, is_blank
 
 COLUMNS = ("image", "total")
 Decode = Callable[[Tensor], Tensor]
@@ -44,17 +46,21 @@ class Reward(nn.Module):
     """Whether it is to be told of training's pictures, by `learn`."""
     untaught: bool = False
     """Whether what it scores by is still to be learned."""
+    reads_prompts: bool = False
+    """Whether its score depends on the prompt's text, so that there is none without; of itself, not of its parts."""
 
     def load(self) -> None:
         """Reads the weights that the constructor found."""
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises DraftuneError for prompts that it can't score, before anything is drawn."""
-        for _, part in self.terms:
-            if part is not self:
-                part.check(prompts)
+        """Raise DraftuneError for prompts that this reward can't score; `check_prompts` asks its parts as well."""
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """Count the prompts that its text encoder cuts off; empty without one. Its weights must be loaded."""
+        return []
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, 3, H, W]; both arguments are this call's own, to change or to keep."""
         raise NotImplementedError
 
     def learn(self, images: Tensor, prompts: Sequence[str], expected: Tensor | None) -> None:
@@ -130,7 +136,12 @@ class Reward(nn.Module):
             total, parts = self.parts(pictures, prompts)
         for weight, part in past if asked else ():
             with explained(part):
-                slope = part.slope(latents.detach(), decode, prompts)
+                slope = part.slope(latents.detach().clone(), decode, copied(prompts)).detach().clone()
+            if slope.shape != latents.shape:
+                wanted, given = tuple(latents.shape), tuple(slope.shape)
+                raise DraftuneError(
+                    f"the slope of reward {part.label!r} must have the latents' shape {wanted}, not {given}"
+                )
             # Nothing is added to the scores but their gradient.
             total = total + weight * ((latents - latents.detach()) * slope).flatten(1).sum(1)
         return total, parts, pictures.detach()
@@ -224,14 +235,14 @@ def explained(reward: Reward) -> Iterator[None]:
         yield
     except DraftuneError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "memory" in str(error):
             raise
         raise DraftuneError(f"the reward {reward.label!r} failed: {where(error)}") from error
 
 
 def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int) -> Tensor:
-    """The scores [B] of `size` pictures at a time, with their gradient where one is wanted."""
+    """The scores [B] of `size` pictures at a time, at least float32, with their gradient where one is wanted."""
 
     if reward.past_decoder:
         images = images.detach()  # `parts_of` brings its gradient
@@ -240,16 +251,26 @@ def in_chunks(reward: Reward, images: Tensor, prompts: Sequence[str], size: int)
         found = checked_score(reward, some, prompts[part])
         if some.requires_grad and not found.requires_grad and torch.is_grad_enabled():
             raise DraftuneError(f"the reward {reward.label!r} has no gradient")
-        return found
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
-    return at_once(score, images, size)
+    with explained(reward):  # where a gradient is wanted, the backward pass through the reward is made here too
+        return at_once(score, images, size)
 
 
 def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`reward.score(…)`. Raises DraftuneError if that is not one number for each picture."""
-    with explained(reward):
-        score: Any = reward.score(images, prompts)
+    """Call `reward.score` with copies of its own, through which gradient flows, and return a copy of its scores [B].
+
+    Every score is called through here. What a reward changes in place, retains, or returns again is never shared with
+    other rewards, saved images or the caller; and its switches of autograd end with the call.
+
+    Raises:
+        DraftuneError: for an empty prompt that the reward reads, and for anything but one real number for each image.
+    """
+    refuse_blank(reward, prompts)
     name, count = f"the reward {reward.label!r}", len(images)
+    with explained(reward), torch.set_grad_enabled(torch.is_grad_enabled()):
+        # The copy is no leaf, so that changes in place are allowed where a gradient is wanted, and differentiated.
+        score: Any = reward.score(images.clone(), copied(prompts))
     if not isinstance(score, Tensor):
         raise DraftuneError(f"{name} must return a tensor, not {type(score).__name__}")
     if score.shape != (count,):
@@ -257,7 +278,49 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Ten
         raise DraftuneError(
             f"{name} must return one number for each of {count} pictures, shape ({count},), not {shape}"
         )
-    return score
+    if score.is_complex() or score.layout != torch.strided:
+        raise DraftuneError(f"{name} must return real numbers in a dense tensor, not {score.dtype}, {score.layout}")
+    with explained(reward):
+        own = score.to(images.device).clone()
+    return own if images.requires_grad and torch.is_grad_enabled() else own.detach()
+
+
+def checked_features(reward: Reward, images: Tensor) -> Tensor:
+    """Call `reward.features` with a copy of its own; [B, D]. Raises DraftuneError for anything but one row an image."""
+    with explained(reward):
+        features: Any = reward.features(images.clone())  # type: ignore[operator]
+    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(images):
+        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise DraftuneError(f"the features of reward {reward.label!r} must be of shape ({len(images)}, …), not {given}")
+    return features.clone()
+
+
+def check_prompts(reward: Reward, prompts: Sequence[str]) -> None:
+    """Raise DraftuneError for prompts that the reward, or one inside it, can't score, before anything is sampled."""
+    for part in inside(reward).values():
+        refuse_blank(part, prompts)
+        with explained(part):
+            part.check(copied(prompts))
+
+
+def refuse_blank(reward: Reward, prompts: Sequence[str]) -> None:
+    """Raise DraftuneError for a prompt without text where the reward itself reads it."""
+    if reward.reads_prompts and (blank := sum(map(is_blank, prompts))):
+        raise DraftuneError(
+            f"the reward {reward.label!r} compares an image with its prompt, and {blank} of {len(prompts)} are empty: "
+            "give a prompt for each"
+        )
+
+
+def learn_all(reward: Reward, images: Tensor, prompts: Sequence[str], expected: Tensor | None) -> None:
+    """Let each reward inside this one that learns do so, by `learn` with copies of its own.
+
+    `expected` is of this reward's scores and says nothing of its parts' scores, which don't get it.
+    """
+    for part in learners(reward):
+        known = expected.clone() if expected is not None and part is reward else None
+        with explained(part):
+            part.learn(images.clone(), copied(prompts), known)
 
 
 REWARDS: dict[str, Callable[..., Reward]] = {}

@@ -95,9 +95,6 @@ class BlackBox(Reward):
     def load(self) -> None:
         self.reward.ready()
 
-    def check(self, prompts: Sequence[str]) -> None:
-        self.reward.check(prompts)
-
     def carried(self) -> dict[str, Tensor]:
         return {"levels": self.estimator.levels}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
-from draftune.loading import load_part, load_tokenizer, tokenized
+from draftune.loading import Truncation, load_part, load_tokenizer, tokenized, truncation
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
@@ -49,6 +49,11 @@ class ClipEncoder(nn.Module):
         config = self.model.config
         return int(getattr(config, "projection_dim", 0) or config.vision_config.hidden_size)
 
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of a text it reads, the special ones included."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit vectors [B, D]."""
         pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
@@ -57,8 +62,7 @@ class ClipEncoder(nn.Module):
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors [B, D]; prompts longer than the model reads are cut."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = tokenized(self.tokenizer, prompts, length)
+        tokens = tokenized(self.tokenizer, prompts, self.max_tokens)
         # CLIP's text ends at its end token and sees nothing after it; SigLIP was trained to see the padding.
         pooled = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device)).pooler_output
         project = getattr(self.model, "text_projection", nn.Identity())
@@ -82,6 +86,8 @@ def model_type(folder: Path) -> str:
 class ClipScore(Reward):
     """Cosine of picture and prompt in a CLIP model; as the model's logit where `scaled`."""
 
+    reads_prompts = True
+
     def __init__(self, model: str, scaled: bool = False) -> None:
         super().__init__()
         self.folder = find_network(model, "the reward's model=")
@@ -89,6 +95,9 @@ class ClipScore(Reward):
 
     def load(self) -> None:
         self.clip = ClipEncoder.from_folder(self.folder)
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        return [truncation(f"the reward {self.label!r}", self.clip.tokenizer, prompts, self.clip.max_tokens)]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = self.clip.cosine(images, prompts)

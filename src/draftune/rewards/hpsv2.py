@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from draftune.errors import DraftuneError, gather
-from draftune.loading import build_part, load_tokenizer
+from draftune.loading import Truncation, build_part, load_tokenizer, truncation
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalized
@@ -94,6 +94,8 @@ class LongestEdge(Preprocess):
 class HPSv2(Reward):
     """Cosine of picture and prompt. `config`: that of transformers' CLIP; anything but ViT-H/14 is for tests."""
 
+    reads_prompts = True
+
     def __init__(self, weights: str, tokenizer: str, config: dict[str, Any] = VIT_H_14) -> None:
         super().__init__()
         hub = ("xswu/HPSv2", weights) if weights in FILES.values() else None
@@ -114,6 +116,10 @@ class HPSv2(Reward):
         tokenizer = load_tokenizer(CLIPTokenizerFast, self.folder, count, at_least=count)
         preprocess = LongestEdge(config.vision_config.image_size)
         self.clip = ClipEncoder(build_part(CLIPModel, config, state), tokenizer, preprocess)
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        texts = [cleaned(prompt) for prompt in prompts]
+        return [truncation(f"the reward {self.label!r}", self.clip.tokenizer, texts, self.clip.max_tokens)]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.cosine(images, [cleaned(prompt) for prompt in prompts])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from draftune.errors import gather
-from draftune.loading import build_part, load_tokenizer, tokenized
+from draftune.loading import Truncation, build_part, load_tokenizer, tokenized, truncation
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
@@ -60,6 +60,8 @@ UNUSED = r"blip\.(vision_proj|text_proj)\.\w+|blip\.text_encoder\.embeddings\.po
 class ImageReward(Reward):
     """The published score, standardised by its authors. The configs other than the published ones are for tests."""
 
+    reads_prompts = True
+
     def __init__(
         self, weights: str, tokenizer: str, vision: dict[str, Any] = VISION, text: dict[str, Any] = TEXT
     ) -> None:
@@ -91,6 +93,9 @@ class ImageReward(Reward):
         # BLIP's vocabulary has two more tokens than BERT's, which scoring does not use.
         self.tokenizer = load_tokenizer(BertTokenizerFast, self.folder, text.vocab_size, at_least=text.vocab_size - 2)
         self.preprocess = Preprocess(vision.image_size, vision.image_size, center="round")
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        return [truncation(f"the reward {self.label!r}", self.tokenizer, prompts, LONGEST_PROMPT)]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = tokenized(self.tokenizer, prompts, LONGEST_PROMPT).to(images.device)

@@ -44,6 +44,8 @@ class Judge(Reward):
 class NameJudge(Judge):
     """1 where the picture shows the emoji that the prompt names, by the judge, and 0 elsewhere; no gradient."""
 
+    reads_prompts = True
+
     @cached_property
     def common(self) -> list[str]:
         return emoji("common")

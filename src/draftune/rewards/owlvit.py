@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from draftune.loading import load_part, load_tokenizer, tokenized
-from draftune.prompts import metadata
+from draftune.errors import DraftuneError
+from draftune.loading import Truncation, load_part, load_tokenizer, tokenized, truncation
+from draftune.prompts import is_blank, metadata
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
@@ -37,12 +38,28 @@ class OwlViT(Reward):
 
     def queries(self, prompts: Sequence[str]) -> list[str]:
         """What to look for: the setting, or else the prompt file's column "query", or else the prompt itself."""
-        return [self.query or metadata(prompt).get("query") or prompt for prompt in prompts]
+        queries = [self.query or metadata(prompt).get("query") or prompt for prompt in prompts]
+        if any(map(is_blank, queries)):
+            raise DraftuneError(
+                f"{self.label} looks for nothing where the prompt is empty: {self.label}(query=…), a column 'query' of "
+                "the prompt file, or a prompt"
+            )
+        return queries
+
+    def check(self, prompts: Sequence[str]) -> None:
+        self.queries(prompts)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens of a query it reads, the special ones included."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        return [truncation(f"the reward {self.label!r}", self.tokenizer, self.queries(prompts), self.max_tokens)]
 
     def logits(self, images: Tensor, queries: Sequence[str]) -> Tensor:
         """How sure the model is of each box [B, boxes], before the sigmoid."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = tokenized(self.tokenizer, queries, length).to(images.device)
+        tokens = tokenized(self.tokenizer, queries, self.max_tokens).to(images.device)
         found: Tensor = self.model(
             pixel_values=self.preprocess(images), input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).logits

@@ -31,9 +31,6 @@ class Robust(Reward):
     def load(self) -> None:
         self.reward.ready()
 
-    def check(self, prompts: Sequence[str]) -> None:
-        self.reward.check(prompts)
-
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.parts(images, prompts)[0]
 

@@ -25,9 +25,6 @@ class Above(Reward):
     def load(self) -> None:
         self.reward.ready()
 
-    def check(self, prompts: Sequence[str]) -> None:
-        self.reward.check(prompts)
-
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return smooth_step((self.reward(images, prompts) - self.level) / self.spread)
 

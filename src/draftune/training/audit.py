@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,12 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.processes import launched
+from draftune.prompts import copied, metadata
 from draftune.rewards import Reward
-from draftune.rewards.base import checked_score
+from draftune.rewards.base import checked_score, explained, inside
+
+if TYPE_CHECKING:
+    from draftune.models import Model
 
 FEW_PIXELS = 0.5
 """The share of pixels without a gradient from which on a reward is said to see little of the pictures."""
@@ -47,6 +52,23 @@ def tell(message: str) -> None:
         tqdm.write(f"draftune: {message}", file=sys.stderr)
 
 
+def tell_truncated(
+    prompts: Sequence[str], model: Model | None, rewards: Sequence[Reward | None] = (), negative_prompt: str = ""
+) -> None:
+    """Say once, for each text encoder of the model and of the rewards, how many of the prompts it cuts off."""
+    different = list({(str(prompt), *sorted(metadata(prompt).items())): prompt for prompt in prompts}.values())
+    found = list(model.truncated(different)) if model is not None else []
+    for reward in filter(None, rewards):
+        for part in inside(reward).values():
+            with explained(part):
+                found += part.truncated(copied(different))
+    lines = [(f"{t.cut} of {len(different)} prompts are longer", t) for t in found if t.cut]
+    if model is not None and negative_prompt:
+        lines += [("the negative prompt is longer", t) for t in model.truncated([negative_prompt]) if t.cut]
+    for line in dict.fromkeys(f"{what} than the {t.limit} tokens that {t.reader} reads" for what, t in lines):
+        tell(f"{line}: the rest is cut off")
+
+
 def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> dict[str, float]:
     name = f"the reward {part.label!r}"
     with torch.set_grad_enabled(gradient):
@@ -55,7 +77,8 @@ def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: b
         raise DraftuneError(f"{name} gives {score.tolist()} on pictures of the base model")
     found = {"score": float(score.detach().float().mean())}
     if gradient:
-        slope = probe_gradient(name, score, images, prompts)
+        with explained(part):
+            slope = probe_gradient(name, score, images, prompts)
         found["gradient_norm"] = float(slope.flatten(1).norm(dim=1).mean())
         found["pixels_without_gradient"] = float((slope == 0).all(1).float().mean())
     return found

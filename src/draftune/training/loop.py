@@ -21,10 +21,10 @@ from draftune.models import Model
 from draftune.models.small_decoder import check_likeness
 from draftune.processes import lost
 from draftune.rewards import Reward
-from draftune.rewards.base import carried
+from draftune.rewards.base import carried, check_prompts
 from draftune.settings import Settings
 from draftune.smoothing import smoothed
-from draftune.training.audit import AUDITED, probe_reward, tell
+from draftune.training.audit import AUDITED, probe_reward, tell, tell_truncated
 from draftune.training.checkpoint import (
     KEPT,
     checkpoints,
@@ -124,6 +124,8 @@ class Trainer:
         s = self.settings
         # For rewards that draw random numbers; what training draws has its own generator.
         set_seed(s.seed)
+        asked = [*self.prompts, *(self.watch.eval_prompts or ())]
+        tell_truncated(asked, self.model, [self.reward, self.held_out], s.negative_prompt)
         found = self.probe()
         if s.normalize_reward:
             self.normalize(s.normalize_reward)
@@ -188,11 +190,11 @@ class Trainer:
     def probe(self) -> dict[str, dict[str, float]]:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
         with self.processes.together():
-            self.reward.check(self.prompts)
+            check_prompts(self.reward, self.prompts)
             for reward in (self.reward, self.held_out):
                 try:
                     if reward is not None:
-                        reward.check(self.watch.eval_prompts or self.watch.shown)
+                        check_prompts(reward, self.watch.eval_prompts or self.watch.shown)
                 except DraftuneError as error:
                     raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
         prompts = list(islice(cycle(self.prompts), 2))

@@ -14,7 +14,7 @@ from draftune.evaluation import KEPT_COLUMN
 from draftune.lora import base_model, lora_file, saved_grid
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import taught
+from draftune.rewards.base import check_prompts, taught
 from draftune.settings import Settings
 from draftune.training.audit import tell
 from draftune.training.checkpoint import checksum
@@ -48,7 +48,7 @@ class Past:
         """The reward with its weights read, if it can be had: it is only looked at, and ends no run."""
         try:
             if self.reward is not None:
-                self.reward.check(self.prompts)
+                check_prompts(self.reward, self.prompts)
                 self.reward.ready().to(device)
         except DraftuneError as error:
             tell(f"the reward of the training before is not measured: {error}")

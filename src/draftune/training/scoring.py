@@ -12,7 +12,7 @@ from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.processes import ALONE, Processes
 from draftune.rewards import Reward
-from draftune.rewards.base import extra_queries, learners
+from draftune.rewards.base import extra_queries, learn_all, learners
 from draftune.settings import Settings
 from draftune.smoothing import smoothed, width_at
 from draftune.training.batches import Drawn
@@ -79,8 +79,6 @@ class Scorer:
 
     def learn(self, batch: Drawn, pictures: Tensor, expected: Tensor | None) -> None:
         """Tells the rewards that learn of what all processes drew, so that each learns the same."""
-        for part in learners(self.reward):
+        if learners(self.reward):
             images = self.processes.gather(pictures)
-            # What was expected of a sum says nothing of its parts.
-            known = None if expected is None or part is not self.reward else self.processes.gather(expected)
-            part.learn(images, batch.prompts, known)
+            learn_all(self.reward, images, batch.prompts, None if expected is None else self.processes.gather(expected))
