@@ -137,9 +137,13 @@ class Model(ABC):
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
         """Count, for each text encoder, the prompts that are longer than what it reads."""
         return [
-            truncation(f"the {name.replace('tokenizer', 'text_encoder')} of {self.name!r}", tokenizer, texts, limit)
+            truncation(
+                f"the {name.replace('tokenizer', 'text_encoder')} of {self.name!r}",
+                getattr(self.pipeline, name),
+                texts,
+                limit,
+            )
             for name, limit, texts in self.text_readers(prompts)
-            if (tokenizer := getattr(self.pipeline, name)) is not None
         ]
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any
 
 from draftune.custom import is_custom
 from draftune.errors import DraftuneError, gather, unknown
-from draftune.expression import Call, Sum, parse, wraps_another
+from draftune.expression import QUOTES, Call, Sum, parse, wraps_another
 from draftune.rewards import (  # noqa: F401 - each registers its rewards
     aesthetic,
     black_box,
@@ -48,7 +48,12 @@ def find_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     if not isinstance(reward, str):
         return FunctionReward(reward)
     tree = parse(reward)
-    check(tree)
+    try:
+        check(tree)
+    except DraftuneError as error:
+        if ".py:" not in reward:
+            raise
+        raise DraftuneError(f"{error}; {QUOTES}") from error  # a plus sign in a path makes a sum of it
     return build(tree)
 
 
