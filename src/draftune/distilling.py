@@ -19,7 +19,7 @@ from draftune.prompts import load_prompts
 from draftune.sampling import Denoiser, advance
 from draftune.schedule import Prediction, Step
 from draftune.settings import Settings
-from draftune.training.audit import tell
+from draftune.training.audit import tell, tell_truncated
 from draftune.training.batches import PromptOrder
 from draftune.tuned import find_tuned, open_loras, read_deltas
 
@@ -95,6 +95,7 @@ def distill_lora(
     painter = open_loras({KEPT: tuned}, cpu, precision)
     texts = [prompt for group in groups for prompt in group]
     painter.check_prompts(texts, tuned.settings.negative_prompt)
+    tell_truncated(texts, painter, (), tuned.settings.negative_prompt)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # From now on it is the only active one: that which is loaded is heard as the base.

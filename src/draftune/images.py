@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.paths import written_whole
+from draftune.paths import IMAGE_ENDINGS, written_whole
 
+NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}
+"""Endings that Pillow knows of documents, films and tables of numbers."""
 CELL = 128  # pixels of a picture in a grid
 GAP = 6
 TEXT = 16
@@ -39,12 +42,25 @@ def from_pil(image: Image.Image) -> Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
 
 
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings of image files, in lower case: those that Pillow reads here, and those that it does not."""
+    Image.init()
+    return IMAGE_ENDINGS | Image.registered_extensions().keys() - NO_IMAGES
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a path in a folder is hidden: a part of it begins with a dot, or is macOS's folder in archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 def open_image(path: Path) -> Tensor:
     """The picture in a file, [1, 3, H, W]. Raises DraftuneError if there is none."""
     try:
         with Image.open(path) as image:
             return from_pil(image)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Of a damaged file, a plugin may raise nearly anything.
         raise DraftuneError(f"cannot read the picture {str(path)!r}: {error}") from error
 
 

@@ -23,6 +23,7 @@ from draftune.rewards import Reward, find_reward
 from draftune.rewards.base import check_prompts, taught
 from draftune.settings import Settings
 from draftune.tables import write_csv, write_json
+from draftune.training.audit import tell_truncated
 from draftune.training.batches import PromptOrder
 from draftune.tuned import find_all, open_loras
 from draftune.yardstick import recalled
@@ -161,6 +162,7 @@ def tune_knobs(
     opened = open_loras({f"knob-{i}": tuned for i, tuned in enumerate(found)}, cpu, mixed_precision) if found else None
     opened = opened or load_model(settings.model, mixed_precision).to(default_device(cpu), mixed_precision)
     opened.check_prompts(texts, settings.negative_prompt)
+    tell_truncated(texts, opened, [score.ready()], settings.negative_prompt)
     judge = Judge(opened, score.ready().to(opened.device), knobs, texts, settings, seed)
     start = torch.tensor([knob.place for knob in knobs])
 

@@ -16,6 +16,7 @@ from draftune.images import grid, save_image, to_pil
 from draftune.lora import set_lora_scales
 from draftune.models.base import default_device
 from draftune.tables import NAME, shortened, write_csv, write_json
+from draftune.training.audit import tell_truncated
 from draftune.tuned import Tuned, open_loras
 from draftune.yardstick import Yardstick
 
@@ -64,7 +65,7 @@ class Leaderboard:
 
     def write(self, path: Path) -> None:
         """Writes the rows as .csv, or as .json with what they were measured by."""
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             write_csv(path, self.rows())
             return
         y = self.yardstick
@@ -118,6 +119,7 @@ def compare(
         for number, group in enumerate(groups.values()):
             settings = loras[group[0]].settings
             model = open_loras({f"lora{i}": loras[i] for i in group}, cpu, precision)
+            tell_truncated(yardstick.prompts, model, yardstick.rewards if number == 0 else (), settings.negative_prompt)
             set_lora_scales(model, {f"lora{group[0]}": 0.0})
             base = yardstick.measure(model, settings)
             progress.update()

@@ -34,6 +34,49 @@ def check_writable(path: Path) -> None:
         raise DraftuneError(f"cannot write to {str(path)!r}: no permission")
 
 
+IMAGE_ENDINGS = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif",
+    ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".ico", ".icns", ".svg", ".tga", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".qoi", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2",
+})  # fmt: skip
+"""Endings of image files, whether Pillow reads them or not, in lower case."""
+
+
+def folder_output(text: str, flag: str) -> Path:
+    """Return the folder that a flag names; its name may hold a dot.
+
+    Raises:
+        DraftuneError: for a file, for the name of an image file without a slash after it, and where nothing can be
+            written.
+    """
+    output = user_path(text)
+    if output.exists() and not output.is_dir():
+        raise DraftuneError(f"{flag} takes a folder, and {text!r} is a file")
+    if output.suffix.lower() in IMAGE_ENDINGS and not names_folder(text):
+        raise DraftuneError(f"{flag} takes a folder, and {text!r} is the name of an image: end a folder's with a slash")
+    check_writable(output)
+    return output
+
+
+def image_output(text: str, flag: str = "--output") -> tuple[Path, bool]:
+    """Return the .png file or the folder that a flag names, and whether it is the file.
+
+    The name of another image file is refused; anything else is a folder, and so is what ends in a slash.
+    """
+    output = user_path(text)
+    if names_folder(text) or output.suffix.lower() not in IMAGE_ENDINGS:
+        return folder_output(text, flag), False
+    if output.suffix.lower() != ".png":
+        raise DraftuneError(f"{flag} takes a .png file or a folder, not {text!r}: end a folder's name with a slash")
+    check_writable(output)
+    return output, True
+
+
+def names_folder(text: str) -> bool:
+    """Return whether a text names a folder: one that is there, or anything that ends in a slash."""
+    return text.endswith(("/", os.sep)) or user_path(text).is_dir()
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, in whose place it is put at the end: the old one or the new, never half of one."""

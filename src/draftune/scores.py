@@ -14,13 +14,11 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import score_batches
-from draftune.images import open_image
+from draftune.images import image_endings, is_hidden, open_image
 from draftune.paths import user_path
 from draftune.prompts import metadata, read_prompts
 from draftune.rewards import Reward
 from draftune.tables import write_csv, write_json
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -45,19 +43,24 @@ class Scores:
     def write(self, path: Path) -> None:
         """Writes the table as .csv or .json, whole or not at all."""
         records = [{"image": str(image), **row} for image, row in self.rows.items()]
-        (write_json if path.suffix == ".json" else write_csv)(path, records)
+        (write_json if path.suffix.lower() == ".json" else write_csv)(path, records)
 
 
 def find_images(sources: Sequence[str]) -> list[Path]:
-    """The picture files that are named, lie in the named folders or fit the patterns; each once.
+    """Return the files that are named or fit the patterns, and the images in the named folders; each once.
 
-    Raises DraftuneError for a name that is no file, folder or pattern that fits one.
+    A folder's images are those whose ending is one of an image file, whether it can be read or not; hidden files and
+    folders are left out.
+
+    Raises:
+        DraftuneError: for a name that is no file, folder or pattern that fits one.
     """
     found: dict[Path, None] = {}
     for source in sources:
         path = user_path(source)
         if path.is_dir():
-            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            named = (p for p in path.rglob("*") if p.suffix.lower() in image_endings())
+            paths = sorted(p for p in named if not is_hidden(p.relative_to(path)) and p.is_file())
         elif path.exists():
             paths = [path]
         else:
@@ -71,15 +74,20 @@ def find_images(sources: Sequence[str]) -> list[Path]:
 
 
 def prompts_of(images: Sequence[Path], table: str) -> list[str]:
-    """Each picture's prompt from a .csv or .jsonl file with "image" (a name, or a path from the file's folder).
+    """Return each image's prompt from a prompt file with a column "image" (a name, or a path from the file's folder).
 
-    Raises DraftuneError for a picture that the file does not name.
+    Raises:
+        DraftuneError: for an image that the file does not name, or names with two prompts.
     """
     path = user_path(table)
     rows = read_prompts(path)
     if not any("image" in metadata(prompt) for prompt in rows):
-        raise DraftuneError(f"{table!r} does not say which prompt is whose: a .csv or .jsonl with 'image' and 'prompt'")
-    named = {metadata(prompt).get("image", ""): prompt for prompt in rows}
+        raise DraftuneError(f"{table!r} does not say which prompt is whose: give a table with 'image' and 'prompt'")
+    named: dict[str, str] = {}
+    for row in rows:
+        name = metadata(row).get("image", "")
+        if named.setdefault(name, row) != row and name:
+            raise DraftuneError(f"{table!r} has two prompts for {name!r}")
     by_path = {(path.parent / name).resolve(): prompt for name, prompt in named.items()}
     prompts = []
     for image in images:

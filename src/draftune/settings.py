@@ -54,7 +54,8 @@ class Settings:
     smoothing_power: float = setting(0.5, "that width falls as update^-power; 0: it stays", low=0)
     method: str = setting(None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')")
     prompts: str = setting(
-        None, "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .jsonl"
+        None,
+        "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .tsv, .json, .jsonl, .yaml",
     )
     output: str = setting("runs/draftune", "the run's folder; it must not hold another run")
     continue_from: str = setting(

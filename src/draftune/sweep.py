@@ -20,6 +20,7 @@ from draftune.lora import ADAPTER, set_lora_scale
 from draftune.models.base import default_device
 from draftune.paths import written_whole
 from draftune.tables import NAME, shortened, write_csv, write_json
+from draftune.training.audit import tell_truncated
 from draftune.training.guard import rule_of, weighed, weights_of
 from draftune.tuned import Tuned, open_loras
 from draftune.yardstick import Yardstick
@@ -179,6 +180,7 @@ def sweep(
     asked = weights_of(best_by) if best_by else {}
     yardstick.ready(default_device(cpu))
     model = open_loras({ADAPTER: tuned}, cpu, precision)
+    tell_truncated(yardstick.prompts, model, yardstick.rewards, settings.negative_prompt)
     shown = [yardstick.prompts[i] for i in yardstick.shown]
     marks: list[Mark] = []
     weights: dict[str, float] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
-from draftune.paths import check_writable, user_path
+from draftune.paths import check_writable, names_folder, user_path
 from draftune.settings import MOST, PRECISIONS, Settings
 
 if TYPE_CHECKING:
@@ -82,26 +82,15 @@ def check_numbers(args: argparse.Namespace, **lowest: float) -> None:
         raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
 
 
-def picture_output(text: str) -> tuple[Path, bool]:
-    """A .png file or a folder, and whether it is the file. Raises DraftuneError for any other file."""
-    output = user_path(text)
-    if output.exists() and not output.is_dir() and output.suffix.lower() != ".png":
-        raise DraftuneError(f"--output takes a .png file or a folder, and {text!r} is another file")
-    if output.suffix and output.suffix.lower() != ".png" and not output.is_dir():
-        raise DraftuneError(f"--output takes a .png file or a folder, not {text!r}")
-    check_writable(output)
-    return output, output.suffix.lower() == ".png" and not output.is_dir()
-
-
 def table_output(text: str | None, *read: str | None) -> Path | None:
     """A .csv or .json file, if one is asked for. Raises DraftuneError for any other, and for one of those `read`."""
     if text is None:
         return None
     output = user_path(text)
-    if output.suffix not in (".csv", ".json"):
-        raise DraftuneError(f"--output takes a .csv or a .json file, not {text!r}")
-    if output.is_dir():
+    if names_folder(text):
         raise DraftuneError(f"--output takes a file, and {text!r} is a folder")
+    if output.suffix.lower() not in (".csv", ".json"):
+        raise DraftuneError(f"--output takes a .csv or a .json file, not {text!r}")
     if output.exists() and any(path and user_path(path).exists() and output.samefile(path) for path in read):
         raise DraftuneError(f"--output would take the place of {text!r}, which is read; give another")
     check_writable(output)

@@ -16,8 +16,7 @@ from draftune.commands.base import (
     table_output,
     writing_to,
 )
-from draftune.errors import DraftuneError
-from draftune.paths import check_writable, user_path
+from draftune.paths import folder_output
 
 if TYPE_CHECKING:
     from draftune.evaluation import Comparison
@@ -50,11 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
     output = table_output(args.output, args.prompts)
-    pictures = user_path(args.pictures) if args.pictures else None
-    if pictures and pictures.exists() and not pictures.is_dir():
-        raise DraftuneError(f"--pictures takes a folder, and {args.pictures!r} is a file")
-    if pictures:
-        check_writable(pictures)
+    pictures = folder_output(args.pictures, "--pictures") if args.pictures else None
     from draftune.leaderboard import compare, save_pictures
     from draftune.tuned import find_all
     from draftune.yardstick import find_yardstick

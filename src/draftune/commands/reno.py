@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, picture_output, writing_to
+from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, writing_to
+from draftune.paths import image_output
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +29,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, steps=1, learning_rate=0)
-    output, one_file = picture_output(args.output)
+    output, one_file = image_output(args.output)
     import torch
 
     from draftune.images import grid, save_image, to_pil
     from draftune.reno import optimize_noise
     from draftune.rewards import find_reward
+    from draftune.training.audit import tell_truncated
 
     # What is missing of the reward is said before the model is read.
     reward = find_reward(args.reward)
     model, settings = load_source(args)
+    tell_truncated([args.prompt], model, [reward.ready()], settings.negative_prompt)
     found = optimize_noise(
         model,
         reward,

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, picture_output, writing_to
+from draftune.commands.base import Command, add_drawing, check_numbers, filled, load_source, writing_to
 from draftune.errors import DraftuneError
+from draftune.paths import image_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +41,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
-    output, one_file = picture_output(args.output)
+    output, one_file = image_output(args.output)
     from draftune.images import grid, save_image, to_pil
+    from draftune.training.audit import tell_truncated
 
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.num_images)]
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         raise DraftuneError("--guide-method says how to follow the reward of --guide, which is not given")
     if args.guide is None:
         model, settings = load_source(args)
+        tell_truncated(args.prompt, model, (), settings.negative_prompt)
         schedule = model.schedule(settings.num_inference_steps)
         pictures = model.generate(
             prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
@@ -75,12 +78,14 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
     """The pictures [B, 3, H, W], and a line about their reward."""
     from draftune.guides import load_guide, sample_guided
     from draftune.rewards import find_reward
+    from draftune.training.audit import tell_truncated
 
     # What is missing of the reward or wrong with the method is said before the model is read.
     method = args.guide_method or "ratio"
     load_guide(method)
     reward = find_reward(args.guide)
     model, settings = load_source(args)
+    tell_truncated(args.prompt, model, [reward.ready()], settings.negative_prompt)
     found = sample_guided(
         model,
         reward,

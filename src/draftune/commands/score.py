@@ -17,7 +17,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", metavar="TEXT", help="what all the pictures should show")
     prompt.add_argument(
-        "--prompts", type=filled, metavar="FILE", help="a .csv or .jsonl with an image and its prompt in each row"
+        "--prompts",
+        type=filled,
+        metavar="FILE",
+        help="a table (.csv, .jsonl, …) of images and their prompts",
     )
     parser.add_argument("--output", type=filled, metavar="FILE", help="also writes the table there, as .csv or .json")
     add_device(parser, precision=False)
@@ -27,13 +30,17 @@ def run(args: argparse.Namespace) -> int:
     output = table_output(args.output, args.prompts)
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
-    from draftune.rewards.base import taught
+    from draftune.rewards.base import check_prompts, taught
     from draftune.scores import find_images, prompts_of, score_files
+    from draftune.training.audit import tell_truncated
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
     device = default_device(args.cpu)
-    scores = score_files(taught(load_reward(args.reward)).to(device), images, prompts, device)
+    reward = taught(load_reward(args.reward)).to(device)
+    check_prompts(reward, prompts)
+    tell_truncated(prompts, None, [reward])
+    scores = score_files(reward, images, prompts, device)
     problems = list(scores.broken.values())
     if not scores.rows:
         raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")

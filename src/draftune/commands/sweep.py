@@ -10,7 +10,7 @@ from dataclasses import replace
 from draftune.commands.base import Command, add_drawing, check_numbers, drawing_flags, filled, writing_to
 from draftune.commands.evaluate import add_yardstick
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
+from draftune.paths import folder_output, user_path
 
 DEFAULT = "0,0.25,0.5,0.75,1,1.25,1.5"
 
@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> None:
         weights_of(args.best_by)
     tuned = find_tuned(args.source, args.model, args.skip_text_encoder_lora)
     source = user_path(args.source)
-    output = user_path(args.output) if args.output else (source if source.is_dir() else source.parent) / "sweep"
-    if output.exists() and not output.is_dir():
-        raise DraftuneError(f"--output takes a folder, and {str(output)!r} is a file")
+    output = folder_output(args.output or str((source if source.is_dir() else source.parent) / "sweep"), "--output")
     yardstick = find_yardstick([tuned], args.prompts, args.reward, args.held_out, args.num_images)
     tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
     with writing_to(output):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from draftune.errors import DraftuneError
-from draftune.paths import user_path, written_whole
+from draftune.paths import names_folder, user_path, written_whole
 from draftune.report.collect import collect
 from draftune.report.page import page
 
@@ -18,7 +18,7 @@ def write_report(run: Path | str, output: Path | str | None = None) -> Path:
     Raises DraftuneError where there is no run, or the file can't be written.
     """
     path = user_path(output) if output is not None else user_path(run) / "report.html"
-    if path.is_dir():
+    if names_folder(str(path if output is None else output)):
         raise DraftuneError(f"the output {str(path)!r} is a folder; give a file, such as {str(path / 'report.html')!r}")
     if path.suffix.lower() not in (".html", ".htm"):
         raise DraftuneError(f"the page is an .html file, not {str(path)!r} (--output)")
