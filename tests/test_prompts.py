@@ -58,7 +58,7 @@ def test_tables_carry_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "text\na cat\n", "line 2: no column 'prompt'"),
+        ("a.csv", "title\na cat\n", "line 2: no column 'prompt'"),
         ("a.csv", "prompt\n", "is empty"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2: an object"),

@@ -190,7 +190,7 @@ def read_table(text: str, path: Path, delimiter: str) -> Rows:
                 )
             rows.append((where, {name: cell for name, cell in row.items() if name}))
     except csv.Error as error:
-        raise DraftuneError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
+        raise DraftuneError(f"{str(path)!r}, line {reader.reader.line_num}: {error}") from error
     return rows
 
 
@@ -224,6 +224,8 @@ def read_json(text: str, path: Path) -> Rows:
 def read_yaml(text: str, path: Path) -> Rows:
     import yaml
 
+    if isinstance(json_of(text), list):
+        return read_json(text, path)  # every JSON is YAML, but this reader takes no pairs of surrogates
     try:
         # This loader takes every value for the text that it is: with the others, `- no` is no text but false.
         rows, node = yaml.load(text, yaml.BaseLoader), yaml.compose(text, yaml.BaseLoader)
