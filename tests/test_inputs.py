@@ -24,6 +24,7 @@ from draftune.errors import DraftuneError
 from draftune.evaluation import evaluate
 from draftune.guides import sample_guided
 from draftune.images import open_image
+from draftune.knobs import tune_knobs
 from draftune.models import Model, load_model
 from draftune.paths import folder_output, image_output
 from draftune.prompts import Prompt
@@ -374,3 +375,25 @@ def test_weights_under_their_published_name(
     assert "fine" in first
     again = load_reward(load_reward(reward).expression)
     assert f"{float(again(open_image(tmp_path / 'a.png'), [''])[0]):.4f}" in first
+
+
+class Loaded(Reward):
+    """Knows which prompts it can score once its weights are loaded, as a classifier knows its classes."""
+
+    def load(self) -> None:
+        self.names = {"a cat"}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        if unknown := set(prompts) - self.names:
+            raise DraftuneError(f"no class {sorted(unknown)}")
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder: Path) -> None:
+    asked: dict[str, Any] = {"model": str(pipeline_folder), "guidance_bounds": (1.0, 3.0), "num_inference_steps": 1}
+    with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
+        tune_knobs([], Loaded(), ["a cat", "a dog"], **asked)
+    with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
+        check_prompts((0.5 * load_reward("brightness") + BlackBox(load_reward(Loaded()))).ready(), ["a dog"])

@@ -158,11 +158,11 @@ def tune_knobs(
         lambda: recalled("prompts", prompts, settings.prompts, load_prompts),
     ]
     score, texts = gather(*wanted)
-    check_prompts(score, texts)
+    check_prompts(score.ready(), texts)
     opened = open_loras({f"knob-{i}": tuned for i, tuned in enumerate(found)}, cpu, mixed_precision) if found else None
     opened = opened or load_model(settings.model, mixed_precision).to(default_device(cpu), mixed_precision)
     opened.check_prompts(texts, settings.negative_prompt)
-    tell_truncated(texts, opened, [score.ready()], settings.negative_prompt)
+    tell_truncated(texts, opened, [score], settings.negative_prompt)
     judge = Judge(opened, score.ready().to(opened.device), knobs, texts, settings, seed)
     start = torch.tensor([knob.place for knob in knobs])
 

@@ -48,8 +48,7 @@ class Past:
         """The reward with its weights read, if it can be had: it is only looked at, and ends no run."""
         try:
             if self.reward is not None:
-                check_prompts(self.reward, self.prompts)
-                self.reward.ready().to(device)
+                check_prompts(self.reward.ready().to(device), self.prompts)
         except DraftuneError as error:
             tell(f"the reward of the training before is not measured: {error}")
             self.reward = None
