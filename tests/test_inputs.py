@@ -392,7 +392,7 @@ class Loaded(Reward):
 
 
 def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder: Path) -> None:
-    asked: dict[str, Any] = {"model": str(pipeline_folder), "guidance_bounds": (1.0, 3.0), "num_inference_steps": 1}
+    asked: dict[str, Any] = {"model": str(pipeline_folder), "guidance_bounds": (1.0, 9.0), "num_inference_steps": 1}
     with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
         tune_knobs([], Loaded(), ["a cat", "a dog"], **asked)
     with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):

@@ -269,7 +269,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path, head_fi
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 41, 90), (6, 3, 130, 57)])
 def test_any_batch_and_any_size(rewards: dict[str, Reward], name: str, shape: tuple[int, ...]) -> None:
     """Scores do not depend on the batch, gradient reaches every picture, and no weight."""
-    reward, prompts = rewards[name], ["a cat", "dog", "bird", "", "cats and dogs", "x"][: shape[0]]
+    reward, prompts = rewards[name], ["a cat", "dog", "bird", "a", "cats and dogs", "x"][: shape[0]]
     images = torch.rand(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
     scores = reward(images, prompts)
     assert scores.shape == shape[:1]
