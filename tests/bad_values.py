@@ -47,7 +47,9 @@ def output(m: Making) -> Bad:
     (folder / "held").write_text("x")
     kinds = [bad_output(m, suffix), bad_output(m, suffix), ""]
     if suffix:
-        kinds += [str(w.prompts), str(w.picture.with_suffix(".jpg")), "scores.txt"]
+        kinds += [str(w.prompts), str(w.picture.with_suffix(".jpg"))]
+        # Images go to a folder of any name but another image's.
+        kinds += ["scores.webp" if suffix == ".png" else "scores.txt"]
         kinds += [str(w.run / "config.yaml"), str(w.run / "lora" / FILE_NAME)]
     else:
         kinds += [str(w.prompts), str(w.picture)]

@@ -396,4 +396,6 @@ def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder
     with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
         tune_knobs([], Loaded(), ["a cat", "a dog"], **asked)
     with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
-        check_prompts((0.5 * load_reward("brightness") + BlackBox(load_reward(Loaded()))).ready(), ["a dog"])
+        check_prompts(
+            (0.5 * load_reward("brightness") + BlackBox(load_reward(Loaded()), coordinates=4)).ready(), ["a dog"]
+        )
