@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.quiet import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -33,6 +33,8 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
             network, found = cls.from_pretrained(folder, torch_dtype=dtype, **options)
             network = network.to(dtype)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise DraftuneError(f"the weights in {str(folder)!r} lack {len(missing)} tensors, such as {missing[0]}")
