@@ -17,11 +17,11 @@ from draftune.lora import ADAPTER, add_lora, lora_parameters
 from draftune.mixing import check_folder
 from draftune.models import Model
 from draftune.paths import user_path
+from draftune.processes import tell
 from draftune.prompts import load_prompts
 from draftune.sampling import Denoiser, advance
 from draftune.schedule import Prediction, Step
 from draftune.settings import Settings
-from draftune.training.audit import tell
 from draftune.training.batches import PromptOrder
 from draftune.tuned import find_tuned, open_loras
 
@@ -90,6 +90,9 @@ def distill_lora(
         raise DraftuneError(f"the rank must be at least 1 and lower than that of {source!r}, {most}, not {rank}")
     painter = open_loras({KEPT: tuned}, cpu, precision)
     texts = [prompt for group in groups for prompt in group]
+    # add_lora leaves out the others.
+    used = {name: layer for name, layer in whole.layers.items() if name not in painter.unused_layers()}
+    whole.layers = used or whole.layers
     painter.check_prompts(texts, tuned.settings.negative_prompt)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -20,6 +20,7 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.loading import first_line
 from draftune.models.base import GRID, Model
 from draftune.paths import user_path, written_whole
+from draftune.processes import tell
 from draftune.quiet import quiet
 from draftune.tensors import save_tensors
 
@@ -47,12 +48,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to train another")
     targets = [target.strip() for target in targets]
-    modules = model.denoiser.named_modules()
-    # A layer that carries another LoRA lies one deeper.
-    layers = {name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)}
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in layers):
-            raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
+    targets = used_targets(model, targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -65,6 +61,34 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     if model.kept is not None:
         set_lora_scale(model, 1.0)  # or the new one would be active alone
+
+
+def used_targets(model: Model, targets: Sequence[str]) -> list[str]:
+    """Return the targets, or, if some of their layers never reach the image, the full names of the others.
+
+    Raises DraftuneError for a target that ends no layer's name, and where no layer is left.
+    """
+    modules = model.denoiser.named_modules()
+    # A layer that carries another LoRA lies one deeper.
+    layers = [name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        found = [name for name in layers if name == target or name.endswith("." + target)]
+        if not found:
+            raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
+        chosen |= dict.fromkeys(found)
+    unused = sorted(chosen.keys() & model.unused_layers())
+    if not unused:
+        return list(targets)
+    if len(unused) == len(chosen):
+        raise DraftuneError(
+            f"no layer that lora_targets names changes what {model.name!r} draws: the output of {unused[0]} is not used"
+        )
+    tell(
+        f"{len(unused)} of the {len(chosen)} layers that lora_targets names get no LoRA, such as {unused[0]}: their "
+        "output never reaches the image"
+    )
+    return [name for name in chosen if name not in unused]
 
 
 def lora_parameters(model: Model) -> dict[str, nn.Parameter]:

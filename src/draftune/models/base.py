@@ -123,6 +123,10 @@ class Model(ABC):
     def set_size(self, height: int | None, width: int | None) -> None:
         """The size of pictures in pixels; None keeps the model's own. Raises DraftuneError for one it can't draw."""
 
+    def unused_layers(self) -> frozenset[str]:
+        """Return the names of the denoiser's layers whose output never reaches the image, by its structure."""
+        return frozenset()
+
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:  # noqa: B027
         """Raises DraftuneError for what the model can't be asked to draw; most can be asked everything."""
 

@@ -26,6 +26,19 @@ def keep_wide(t5: nn.Module) -> None:
                 layer.float()
 
 
+def unused_context_layers(blocks: Sequence[nn.Module], name: str) -> frozenset[str]:
+    """Return the layers of the last block that make the text tokens of a next block, given that none reads them.
+
+    The text's keys and values are not among them: the image tokens attend to them in the last block too.
+    """
+    last = len(blocks) - 1
+    unused = ("attn.add_q_proj", "attn.to_add_out", "ff_context.")
+    layers = dict(blocks[last].named_modules()) if blocks else {}
+    # A layer that carries a LoRA lies one deeper.
+    found = (layer.removesuffix(".base_layer") for layer, module in layers.items() if isinstance(module, nn.Linear))
+    return frozenset(f"{name}.{last}.{layer}" for layer in found if layer.startswith(unused))
+
+
 class Flow(Model):
     """A pipeline of transformer, text encoders and autoencoder with a FlowMatchEulerDiscreteScheduler."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from draftune.errors import DraftuneError
-from draftune.models.flow import Flow
+from draftune.models.flow import Flow, unused_context_layers
 
 
 class Condition(NamedTuple):
@@ -36,6 +36,12 @@ class Flux(Flow):
     def channels(self) -> int:
         packed: int = self.denoiser.config.in_channels
         return packed // 4
+
+    def unused_layers(self) -> frozenset[str]:
+        # The single blocks read the text tokens that the last of the others leaves.
+        if len(self.denoiser.single_transformer_blocks):
+            return frozenset()
+        return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
 
     def sigmas(self, num_inference_steps: int) -> Sequence[float]:
         return [1 - i / num_inference_steps for i in range(num_inference_steps)]

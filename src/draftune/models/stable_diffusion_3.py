@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from draftune.models.flow import Flow
+from draftune.models.flow import Flow, unused_context_layers
 
 
 class Condition(NamedTuple):
@@ -39,6 +39,9 @@ class StableDiffusion3(Flow):
     def largest(self) -> int | None:
         side: int = self.denoiser.config.pos_embed_max_size  # in tokens
         return side * self.patch_size
+
+    def unused_layers(self) -> frozenset[str]:
+        return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
         text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from draftune.processes import ALONE, Processes
-from draftune.training.audit import tell
+from draftune.processes import ALONE, Processes, tell
 
 WINDOW = 20
 """Updates that a warning is about: a single one's measurement is itself noisy."""

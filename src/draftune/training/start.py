@@ -12,11 +12,11 @@ from draftune.methods import load_method
 from draftune.methods.keep import Keep
 from draftune.models import Model, load_model
 from draftune.models.small_decoder import find_small_decoder, load_small_decoder
+from draftune.processes import tell
 from draftune.prompts import load_prompts
 from draftune.rewards import find_reward
 from draftune.rewards.base import taught
 from draftune.settings import Settings
-from draftune.training.audit import tell
 from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
