@@ -20,12 +20,42 @@ WHOLE = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
 """As safetensors calls the precisions, and what has none."""
 
 
+WEIGHTS = ("diffusion_pytorch_model", "model")
+"""How diffusers and transformers call a part's weights."""
+VARIANTS = ("fp16", "bf16")
+"""What stands in the names of weights that were saved a second time, or only, in half precision."""
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Return the variant to read from a folder that has no plain weights, as "fp16"; None where there are plain ones.
+
+    A variant is one file, diffusion_pytorch_model.fp16.safetensors, or several with an index of that name.
+    """
+    for variant in (None, *VARIANTS):
+        dot = f".{variant}" if variant else ""
+        for stem in WEIGHTS:
+            if (folder / f"{stem}{dot}.safetensors").is_file():
+                return variant
+            if (folder / f"{stem}.safetensors.index{dot}.json").is_file():
+                return variant
+    return None
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the safetensors that are read of a folder: those of its variant, or the plain ones."""
+    found = {path: next((v for v in VARIANTS if f".{v}" in path.name), None) for path in folder.glob("*.safetensors")}
+    variant = weights_variant(folder)
+    return [path for path, its in found.items() if its == variant] or list(found)
+
+
 def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A network of diffusers or transformers from a folder's safetensors, in this precision.
 
     Raises DraftuneError if it can't be loaded, or weights are missing or of another shape: the libraries would draw
-    these at random and say so in a warning.
+    these at random and say so in a warning. Where a folder has only a variant in half precision, that is read.
     """
+    if (variant := weights_variant(folder)) is not None:
+        options["variant"] = variant
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet():
@@ -49,7 +79,7 @@ def saved_dtype(folder: Path) -> torch.dtype:
     """The precision of a folder's safetensors: a half one where all of them are of that one, else float32."""
     try:
         found = set()
-        for path in folder.glob("*.safetensors"):
+        for path in weights_files(folder):
             with safe_open(path, "pt") as file:
                 found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):

@@ -19,6 +19,7 @@ from draftune.adapters import KEPT
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.loading import first_line
 from draftune.models.base import GRID, Model
+from draftune.models.single_file import single_file_error
 from draftune.paths import user_path, written_whole
 from draftune.processes import tell
 from draftune.quiet import quiet
@@ -163,10 +164,15 @@ def write_lora(
 
 
 def lora_file(source: Path | str) -> Path:
-    """The LoRA's file, given itself, its folder or a run's folder. Raises DraftuneError if there is none."""
+    """The LoRA's file, given itself, its folder or a run's folder.
+
+    Raises DraftuneError if there is none, and for a file that holds a whole model.
+    """
     source = user_path(source)
     for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME):
         if path.is_file():
+            if error := single_file_error(path):
+                raise error
             return path
     raise DraftuneError(f"no LoRA at {str(source)!r}: a run's folder or a {FILE_NAME} is wanted")
 

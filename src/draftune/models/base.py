@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from draftune.adapters import KEPT, adapted_by
 from draftune.clamp import clamp_unit
-from draftune.errors import DraftuneError
+from draftune.models.needs import Need, check_diffusion, check_needs, check_parts
 from draftune.models.small_decoder import decode_small
 from draftune.quiet import quiet
 from draftune.recompute import recomputed
@@ -62,13 +62,6 @@ def let_adapt(network: nn.Module) -> None:
         network.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
 
 
-def wants_betas(pipeline: DiffusionPipeline, name: str) -> None:
-    """Raises DraftuneError for a pipeline whose scheduler DDIM can't take the place of."""
-    if "beta_start" not in pipeline.scheduler.config:
-        kind = type(pipeline.scheduler).__name__
-        raise DraftuneError(f"{name!r} is drawn by {kind}, whose noise levels are not made of betas: not supported")
-
-
 class Model(ABC):
     """A frozen diffusers pipeline, of which `denoiser` may carry a LoRA.
 
@@ -86,10 +79,18 @@ class Model(ABC):
     kept: Layers | None = None
     """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
 
+    required: Sequence[str]
+    """The parts of the pipeline without which nothing can be drawn."""
+
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline = pipeline
         self.name = name
+        # What is refused is refused before anything of it is changed.
+        check_parts(pipeline, name, self.required)
+        check_needs(name, self.needs())
+        self.check_scheduler()
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
+        self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             # Convolutions are faster with channels last (docs/speed.md).
@@ -98,6 +99,19 @@ class Model(ABC):
         self.set_checkpointing("calls")
         # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
+
+    @abstractmethod
+    def needs(self) -> Iterator[Need]:
+        """Yield what the family needs of the configs of its parts, of which those in `required` are there."""
+
+    def check_scheduler(self) -> None:
+        """Raise DraftuneError for a pipeline whose scheduler's noise levels the family's sampler can't follow."""
+        check_diffusion(self.pipeline, self.name)
+
+    def check_schedule(self) -> None:
+        """Raise DraftuneError where the sampler can't be laid over the scheduler's config."""
+        self.schedule(1)
+        self.schedule(int(self.scheduler_config["num_train_timesteps"]))
 
     @property
     @abstractmethod
@@ -122,6 +136,9 @@ class Model(ABC):
     @abstractmethod
     def set_size(self, height: int | None, width: int | None) -> None:
         """The size of pictures in pixels; None keeps the model's own. Raises DraftuneError for one it can't draw."""
+
+    def complete_config(self) -> None:  # noqa: B027
+        """Put into the pipeline's config what diffusers reads there but does not save; called before it is saved."""
 
     def unused_layers(self) -> frozenset[str]:
         """Return the names of the denoiser's layers whose output never reaches the image, by its structure."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from draftune.errors import DraftuneError
 from draftune.models.flow import Flow, unused_context_layers
+from draftune.models.needs import Need, equal, reader_needs
 
 
 class Condition(NamedTuple):
@@ -31,6 +32,22 @@ class Flux(Flow):
 
     encoders = ("text_encoder", "text_encoder_2")
     t5 = "text_encoder_2"
+    network = "FluxTransformer2DModel"
+
+    def needs(self) -> Iterator[Need]:
+        yield from super().needs()
+        config, clip = self.denoiser.config, self.pipeline.text_encoder
+        yield equal("transformer.patch_size", config.patch_size, 1)
+        yield from reader_needs("text_encoder", self.pipeline.tokenizer, clip)
+        pooled = clip.config.hidden_size
+        yield equal(
+            "transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "the width of text_encoder"
+        )
+        axes, head = sum(config.axes_dims_rope), config.attention_head_dim
+        yield equal("transformer.axes_dims_rope", axes, head, "in sum its attention_head_dim")
+
+    def read_channels(self, latent_channels: int) -> int:
+        return 4 * latent_channels  # two by two of them side by side
 
     @property
     def channels(self) -> int:
