@@ -55,7 +55,7 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     not there or whose pipeline class is not supported.
     """
     if not isinstance(model, (str, Path)):
-        return adapted(model, getattr(model.config, "_name_or_path", None) or "pipeline")
+        return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
     name = str(model)
     source = EMBEDDED[name] if name == "emoji" else user_path(name)
     if (source / "model_index.json").is_file():

@@ -17,6 +17,7 @@ from draftune.clamp import clamp_unit
 from draftune.models.needs import Need, check_diffusion, check_needs, check_parts
 from draftune.models.small_decoder import decode_small
 from draftune.quiet import quiet
+from draftune.recommended import sampling_of
 from draftune.recompute import recomputed
 from draftune.sampling import Denoiser, rollout
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
@@ -198,6 +199,11 @@ class Model(ABC):
         """What `set_grid` takes, as it is now."""
         return {name: self.scheduler_config[name] for name in GRID if name in self.scheduler_config}
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The `num_inference_steps` and the `guidance_scale` that the model was published with."""
+        return sampling_of(self.pipeline, self.name)
+
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The sampler's grid with this many steps."""
         return ddim_schedule(self.scheduler_config, num_inference_steps, self.in_pixels)
@@ -314,9 +320,8 @@ class Model(ABC):
         Steps and guidance default to what is recommended for the model.
         """
         from draftune.images import to_pil
-        from draftune.recommended import recommended
 
-        defaults = recommended(self.name)
+        defaults = self.recommended
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = self.generate(
             [prompt for prompt in prompts for _ in range(num_images)],
