@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 
 from draftune.adapters import KEPT, adapted_by
 from draftune.clamp import clamp_unit
+from draftune.errors import DraftuneError
 from draftune.models.needs import Need, check_diffusion, check_needs, check_parts
 from draftune.models.small_decoder import decode_small
+from draftune.processes import tell
 from draftune.quiet import quiet
 from draftune.recommended import sampling_of
 from draftune.recompute import recomputed
@@ -77,6 +79,10 @@ class Model(ABC):
     """Whether the latents are pictures, in [-1, 1], which the sampler clips where the scheduler's config says so."""
     small_decoder: Any = None
     """An AutoencoderTiny, in training alone, by which latents that carry a gradient are decoded."""
+    no_negative_prompt = ""
+    """Why the family takes no negative prompt, where it takes none."""
+    told = False
+    """Whether it was said of this model that its negative prompt has no effect."""
     kept: Layers | None = None
     """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
 
@@ -145,8 +151,23 @@ class Model(ABC):
         """Return the names of the denoiser's layers whose output never reaches the image, by its structure."""
         return frozenset()
 
-    def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:  # noqa: B027
+    def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Raises DraftuneError for what the model can't be asked to draw; most can be asked everything."""
+        if negative_prompt and self.no_negative_prompt:
+            raise DraftuneError(f"{self.no_negative_prompt}: leave it empty (--negative-prompt)")
+
+    def without_effect(self, guidance_scale: float) -> str:
+        """Return why a negative prompt changes nothing that is drawn with this guidance; empty where it does."""
+        return (
+            "" if guidance_scale > 1 else f"guidance_scale is {guidance_scale:g}, and there is guidance above 1 alone"
+        )
+
+    def check_negative_prompt(self, negative_prompt: str, guidance_scale: float) -> None:
+        """Say once where a negative prompt has no effect. Raises DraftuneError where the family takes none."""
+        self.check_prompts((), negative_prompt)
+        if negative_prompt and not self.told and (why := self.without_effect(guidance_scale)):
+            self.told = True
+            tell(f"the negative prompt has no effect: {why}")
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
@@ -233,6 +254,7 @@ class Model(ABC):
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> tuple[Denoiser, Denoiser]:
         """The guided network for these prompts, and the same without the LoRA that is trained."""
+        self.check_negative_prompt(negative_prompt, guidance_scale)
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]

@@ -21,6 +21,7 @@ class DiT(Model):
     """
 
     lora_prefix = "transformer"
+    no_negative_prompt = "a model of classes has no negative prompt"
     required = ("transformer", "vae", "scheduler")
 
     def needs(self) -> Iterator[Need]:
@@ -60,8 +61,7 @@ class DiT(Model):
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         for prompt in prompts:
             self.class_of(prompt)
-        if negative_prompt:
-            raise DraftuneError("this model has no negative prompt: leave it empty (--negative-prompt)")
+        super().check_prompts(prompts, negative_prompt)
 
     def class_of(self, prompt: str) -> int:
         """The number of a class. Raises DraftuneError for one that is not known."""

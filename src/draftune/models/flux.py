@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from draftune.errors import DraftuneError
 from draftune.models.flow import Flow, unused_context_layers
 from draftune.models.needs import Need, equal, reader_needs
 
@@ -27,12 +26,13 @@ class Flux(Flow):
     """A FluxPipeline: transformer, CLIP and T5 text encoders, autoencoder.
 
     The guidance scale is an input of the network (dev, which is called once a step whatever it is) or nothing to it
-    (schnell). There is no negative prompt: encoding one raises DraftuneError.
+    (schnell). There is no negative prompt.
     """
 
     encoders = ("text_encoder", "text_encoder_2")
     t5 = "text_encoder_2"
     network = "FluxTransformer2DModel"
+    no_negative_prompt = "FLUX.1 takes no negative prompt, as it is called once a step"
 
     def needs(self) -> Iterator[Need]:
         yield from super().needs()
@@ -64,8 +64,6 @@ class Flux(Flow):
         return [1 - i / num_inference_steps for i in range(num_inference_steps)]
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
-        if negative_prompt:
-            raise DraftuneError(f"{self.name!r} takes no negative prompt, as it is called once a step: leave it out")
         # As many tokens of T5 as the published models were made for.
         length = 512 if self.denoiser.config.guidance_embeds else 256
         text, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=length)

@@ -64,6 +64,9 @@ class Pixels(Model):
                 raise DraftuneError(f"{name} must be a multiple of {multiple} for this model, not {value}")
         self._size = (height or self.own_size[0], width or self.own_size[1])
 
+    def without_effect(self, guidance_scale: float) -> str:
+        return f"{self.name!r} draws without being told what"
+
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> None:
         """Nothing: the network takes no condition."""
 
