@@ -51,8 +51,16 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     """A model by its name ("emoji"), the folder of a saved pipeline, a hub id, or a ready diffusers pipeline.
 
     Weights are read from safetensors alone, as float32; with the `precision` that `Model.to` is asked for next, "bf16"
-    or "fp16", the denoiser's in that one and all others as they were saved. Raises DraftuneError for a model that is
-    not there or whose pipeline class is not supported.
+    or "fp16", the denoiser's in that one and all others as they were saved.
+
+    A ready pipeline is used and not copied, so that its networks change: they are put into evaluation mode, frozen
+    (`requires_grad`), laid out in memory with channels last, and made to compute their blocks again in a backward pass
+    (the denoiser's according to `Model.set_checkpointing`); a denoiser whose class has no methods for adapters gets a
+    class of the same name that has them. `Model.to` moves and casts them, and a LoRA is added to the denoiser. The
+    pipeline's config, its scheduler and the values of its weights stay as they are.
+
+    Raises DraftuneError for a model that is not there, whose pipeline class is not supported, or whose parts do not fit
+    each other; a pipeline that is refused is not changed.
     """
     if not isinstance(model, (str, Path)):
         return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
