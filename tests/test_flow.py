@@ -348,6 +348,21 @@ def test_a_layer_that_is_cut_still_ends_the_run(sd3: Path, tmp_path: Path) -> No
         run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="no")
 
 
+def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> None:
+    """As other tools save one; the layer changes nothing that is drawn."""
+    model = load_model(sd3)
+    model.unused_layers = frozenset  # type: ignore[method-assign]
+    add_lora(model, 4, targets=("to_q", "add_q_proj"))
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    draftune.save_lora(model, tmp_path / "lora")
+    found = draftune.distill_lora(
+        str(tmp_path / "lora"), [["a cat"]], tmp_path / "small", 2, model=str(sd3), paths=1, calls=1, batch_size=1
+    )
+    assert found.differences["truncated"] < found.differences["no LoRA"]
+
+
 def test_targets_that_change_nothing_at_all(sd3: Path) -> None:
     model = load_model(sd3)
     with pytest.raises(DraftuneError, match=r"lora_targets.*transformer_blocks\.1\.attn\.add_q_proj"):

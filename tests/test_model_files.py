@@ -18,7 +18,7 @@ from draftune.cli import main
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME
 from draftune.models import fetch_pipeline, load_model
-from draftune.models.single_file import pipeline_of, single_file_error
+from draftune.single_file import pipeline_of, single_file_error
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -109,6 +109,7 @@ COMMANDS = {
     "sample on it": ["sample", "LORA", "--model", "FILE", "--prompt", "a cat", "--output", "OUT"],
     "eval": ["eval", "FILE", "--prompts", "animals", "--reward", "brightness"],
     "reno": ["reno", "FILE", "--prompt", "a cat", "--reward", "brightness", "--output", "OUT"],
+    "export on it": ["export", "LORA", "--output", "OUT", "--format", "diffusers", "--model", "FILE"],
     "export": ["export", "FILE", "--output", "OUT", "--format", "merged", "--model", "MODEL"],
 }
 

@@ -18,12 +18,12 @@ from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.pixart import PixArt
 from draftune.models.pixels import Pixels
-from draftune.models.single_file import single_file_error
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.paths import user_path
 from draftune.quiet import quiet
+from draftune.single_file import no_pipeline_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -68,10 +68,8 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     source = EMBEDDED[name] if name == "emoji" else user_path(name)
     if (source / "model_index.json").is_file():
         return read(str(source), name, precision)
-    if source.is_file():
-        raise single_file_error(source) or DraftuneError(f"{name!r} is a file, not the folder of a diffusers pipeline")
     if source.exists():
-        raise DraftuneError(f"{name!r} is not the folder of a diffusers pipeline: it has no model_index.json")
+        raise no_pipeline_error(source)
     if not is_hub_id(name):
         raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
     return read(fetch_pipeline(name), name, precision)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from draftune.adapters import KEPT, adapted_by
 from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
+from draftune.lora import KEPT, LoRADeltas, adapted_by
 from draftune.models.needs import Need, check_diffusion, check_needs, check_parts
 from draftune.models.small_decoder import decode_small
 from draftune.processes import tell
@@ -22,15 +22,12 @@ from draftune.quiet import quiet
 from draftune.recommended import sampling_of
 from draftune.recompute import recomputed
 from draftune.sampling import Denoiser, rollout
-from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
+from draftune.schedule import GRID, Prediction, Schedule, Step, ddim_schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from draftune.layers import Layers
-
-GRID = ("timestep_spacing", "set_alpha_to_one")
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHOLE, BLOCKS = ("calls", "both"), ("blocks", "both")
 
@@ -83,7 +80,7 @@ class Model(ABC):
     """Why the family takes no negative prompt, where it takes none."""
     told = False
     """Whether it was said of this model that its negative prompt has no effect."""
-    kept: Layers | None = None
+    kept: LoRADeltas | None = None
     """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
 
     required: Sequence[str]
@@ -129,6 +126,12 @@ class Model(ABC):
     @abstractmethod
     def parts(self) -> Sequence[nn.Module]:
         """Every network of the pipeline that takes part in sampling."""
+
+    @property
+    def lora_networks(self) -> dict[str, Any]:
+        """The networks that a LoRA file may adapt, by their names in its keys: the denoiser, then the text encoders."""
+        encoders = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
+        return {self.lora_prefix: self.denoiser} | {n: part for n, part in sorted(encoders.items()) if part is not None}
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -194,9 +197,10 @@ class Model(ABC):
     def set_checkpointing(self, mode: str) -> None:
         """What the backward pass computes again: "no", the "blocks" of the networks, whole "calls" of them, or "both".
 
-        Blocks are least for a graph of one call, as the decoder's always is. Whole calls of the denoiser keep their
-        inputs alone, so that memory does not grow with their number in a graph; with both, it is that of a block and of
-        what goes into the blocks of one call.
+        "blocks" keeps the inputs of each block of every call in a graph. "calls" keeps the input of each call of the
+        denoiser alone, so that memory does not grow with their number in a graph. "both" keeps that too, and while one
+        call is computed again the inputs of its blocks: the least memory, and each call is computed twice more. The
+        decoder's blocks are computed again in every mode but "no".
         """
         self.checkpointing = mode
         for part in self.networks:

@@ -48,3 +48,11 @@ def single_file_error(path: Path) -> DraftuneError | None:
         f"{str(path)!r} is a checkpoint in one file, not the folder of a diffusers pipeline; diffusers makes it one: "
         f"{kind}.from_single_file({str(path)!r}).save_pretrained(FOLDER); then give FOLDER"
     )
+
+
+def no_pipeline_error(path: Path) -> DraftuneError:
+    """Return the error for a file or a folder that is no pipeline, where one is to be loaded."""
+    if path.is_file():
+        other = DraftuneError(f"{str(path)!r} is a file, not the folder of a diffusers pipeline")
+        return single_file_error(path) or other
+    return DraftuneError(f"{str(path)!r} is not the folder of a diffusers pipeline: it has no model_index.json")
