@@ -40,7 +40,7 @@ from draftune.errors import DraftuneError
 from draftune.export import grid
 from draftune.lora import ATTENTION, add_lora, lora_parameters
 from draftune.methods.ancestral import mean
-from draftune.models import load_model
+from draftune.models import Model, load_model
 from draftune.sampling import advance, rollout
 
 # The scheduler configs published with the models.
@@ -255,6 +255,119 @@ def test_flux_schnell_pictures(schnell: Path) -> None:
 
 def test_flux_training(dev: Path, tmp_path: Path) -> None:
     check_training(dev, tmp_path, drawing(3.5, 16), 3.5, size=16, lora_rank=2, lora_alpha=4.0)
+
+
+BOTH = "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,ff.net.0.proj,ff.net.2"
+RECOMMENDED = {"sd3": BOTH, "dev": f"{BOTH},proj_mlp,proj_out"}
+"""What docs/models.md recommends as LoRA targets, all together."""
+
+
+def brighter(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def run_on(model: Model, output: Path, targets: str, **settings: Any) -> draftune.training.Run:
+    model.set_size(16, 16)
+    given = {"steps": 4, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 3.5, "sample_every": 0}
+    given |= {"sample_prompts": 1, "lora_rank": 2, "learning_rate": 0.02, "height": 16, "width": 16}
+    given |= {"method": "draft-k(k=2)", "prompts": ["a cat"], "lora_targets": targets, "output": str(output)}
+    return draftune.train(model, brighter, **given | settings)
+
+
+@pytest.mark.parametrize("family", RECOMMENDED)
+def test_the_recommended_targets_train(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder: Path = request.getfixturevalue(family)
+    targets = RECOMMENDED[family]
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert all(f"`{target}" in page or f",{target}" in page for target in targets.split(","))
+    model = load_model(folder)
+    run = run_on(model, tmp_path / "run", targets)
+    adapted = {name.split(".lora_")[0] for name in lora_parameters(model)}
+    told = [line for line in capsys.readouterr().err.splitlines() if "get no LoRA" in line]
+    if family == "sd3":
+        (line,) = told
+        assert "1 of the" in line
+        assert "transformer_blocks.1.attn.add_q_proj" in line
+        assert "transformer_blocks.1.attn.add_q_proj" not in adapted
+    else:
+        assert told == []
+    assert {"transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.attn.to_add_out"} <= adapted
+    # What was saved has a place for each of its tensors, here and in diffusers.
+    again = load_model(folder)
+    again.set_size(16, 16)
+    draftune.load_lora(again, run.folder)
+    ours = drawn(model, "a cat", 0, 3.5)
+    assert torch.allclose(ours, drawn(again, "a cat", 0, 3.5), atol=1e-5)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(run.folder / "lora", weight_name="pytorch_lora_weights.safetensors")
+    assert (drawing(3.5, 16)(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
+
+
+def unused_flux(folder: Path) -> Model:
+    """A FLUX without single blocks, whose last block's text tokens nothing reads."""
+    pipeline = FluxPipeline.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = {**pipeline.transformer.config, "num_layers": 2, "num_single_layers": 0}
+    pipeline.transformer = FluxTransformer2DModel.from_config(config)
+    enliven(pipeline.transformer)
+    return load_model(pipeline)
+
+
+@pytest.mark.parametrize("family", ["sd3", "dev", "schnell", "dev without single blocks"])
+def test_unused_layers_are_those_without_a_gradient(family: str, request: pytest.FixtureRequest) -> None:
+    """Of all linear layers of the network, by one backward pass of a LoRA on each that does something already."""
+    folder: Path = request.getfixturevalue(family.split()[0])
+    model = unused_flux(folder) if "without" in family else load_model(folder)
+    model.set_size(16, 16)
+    linear = [name for name, layer in model.denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
+    unused = model.unused_layers()
+    assert unused <= set(linear)
+    model.unused_layers = frozenset  # type: ignore[method-assign]
+    add_lora(model, 2, targets=linear)
+    parameters = lora_parameters(model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    schedule = model.schedule(2)
+    x = model.noise(torch.Generator().manual_seed(0), 2)
+    denoise = model.denoise(["a cat", "a dog"], schedule, 1.5)
+    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
+    silent = {name.split(".lora_")[0] for name, p in parameters.items() if p.grad is None or not p.grad.any()}
+    assert silent == unused
+    assert bool(unused) == (family not in ("dev", "schnell"))
+
+
+def test_a_layer_that_is_cut_still_ends_the_run(sd3: Path, tmp_path: Path) -> None:
+    """Beside the one that is left out by construction."""
+    model = load_model(sd3)
+    cut = model.denoiser.transformer_blocks[0].attn
+    cut.register_forward_hook(lambda _, __, output: tuple(tokens.detach() for tokens in output))
+    with pytest.raises(DraftuneError, match=r"got no gradient .*transformer_blocks\.0\.attn\.to_q"):
+        run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="no")
+
+
+def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> None:
+    """As other tools save one; the layer changes nothing that is drawn."""
+    model = load_model(sd3)
+    model.unused_layers = frozenset  # type: ignore[method-assign]
+    add_lora(model, 4, targets=("to_q", "add_q_proj"))
+    with torch.no_grad():
+        for parameter in lora_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    draftune.save_lora(model, tmp_path / "lora")
+    found = draftune.distill_lora(
+        str(tmp_path / "lora"), [["a cat"]], tmp_path / "small", 2, model=str(sd3), paths=1, calls=1, batch_size=1
+    )
+    assert found.differences["truncated"] < found.differences["no LoRA"]
+
+
+def test_targets_that_change_nothing_at_all(sd3: Path) -> None:
+    model = load_model(sd3)
+    with pytest.raises(DraftuneError, match=r"lora_targets.*transformer_blocks\.1\.attn\.add_q_proj"):
+        add_lora(model, 2, targets=["transformer_blocks.1.attn.add_q_proj"])
+    assert not hasattr(model.denoiser, "peft_config")
 
 
 METHODS = [

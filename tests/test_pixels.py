@@ -263,10 +263,10 @@ def test_grey_pictures_and_other_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_class_embeds": 5}, "draws classes, which its DDPMPipeline can't name"),
-        ({"out_channels": 6}, "reads 3 channels and gives 6"),
-        ({"in_channels": 4, "out_channels": 4}, "reads 4 channels and gives 4"),
-        ({"sample_size": None}, "its UNet lacks sample_size"),
+        ({"num_class_embeds": 5}, r"unet\.num_class_embeds is 5"),
+        ({"out_channels": 6}, r"unet\.out_channels is 6, not 3"),
+        ({"in_channels": 4, "out_channels": 4}, r"unet\.in_channels is 4, not 1 or 3"),
+        ({"sample_size": None}, r"unet\.sample_size is None"),
     ],
 )
 def test_what_can_not_be_drawn_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (said := to_say(error)) is not None:
             print(f"draftune: {said}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if lost(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and lost(error):
             print("draftune: another process of this run has ended before it began", file=sys.stderr)
             return 2
         if not out_of_memory(error):

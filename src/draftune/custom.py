@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.paths import user_path
 
 
@@ -48,6 +48,8 @@ def run_file(path: Path, kind: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
+        if out_of_memory(error):
+            raise
         raise DraftuneError(f"the file {str(path)!r} can't be run: {where(error)}") from error
     return module
 

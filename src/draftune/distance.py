@@ -11,7 +11,8 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     The maximum mean discrepancy with the kernel (x · y + 1)^3, as KID has it (Bińkowski et al., arXiv 1801.01401) with
     x · y / D for features that are no unit vectors. It may be less than 0 where the sets are alike. N and M at least 2.
     """
-    a, b = first.double(), second.double()
+    # On the CPU, since MPS has no float64.
+    a, b = first.cpu().double(), second.cpu().double()
 
     def within(x: Tensor) -> float:
         kernel = (x @ x.T + 1) ** 3

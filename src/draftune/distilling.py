@@ -15,11 +15,12 @@ from draftune.lora import ADAPTER, KEPT, LoRADeltas, add_lora, deltas_of_peft, l
 from draftune.mixing import check_folder
 from draftune.models import Model
 from draftune.paths import user_path
+from draftune.processes import tell
 from draftune.prompts import load_prompts
 from draftune.sampling import Denoiser, advance
 from draftune.schedule import Prediction, Step
 from draftune.settings import Settings
-from draftune.training.audit import tell, tell_truncated
+from draftune.training.audit import tell_truncated
 from draftune.training.batches import PromptOrder
 from draftune.tuned import find_tuned, open_loras, read_deltas
 
@@ -94,6 +95,10 @@ def distill_lora(
         raise DraftuneError(f"the rank must be at least 1 and lower than that of {source!r}, {most}, not {rank}")
     painter = open_loras({KEPT: tuned}, cpu, precision)
     texts = [prompt for group in groups for prompt in group]
+    # add_lora leaves out the others.
+    unused = {f"{painter.lora_prefix}.{name}" for name in painter.unused_layers()}
+    used = {name: layer for name, layer in whole.layers.items() if name not in unused}
+    whole.layers = used or whole.layers
     painter.check_prompts(texts, tuned.settings.negative_prompt)
     tell_truncated(texts, painter, (), tuned.settings.negative_prompt)
     with torch.random.fork_rng():

@@ -32,11 +32,25 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> DraftuneError:
     return DraftuneError(f"unknown {kind} {name!r}: {hint}")
 
 
+ALLOCATORS = (
+    "out of memory",  # CUDA, ROCm, XPU and MPS
+    "DefaultCPUAllocator:",  # "can't allocate memory", on Windows "not enough memory"
+    "Cannot allocate memory",
+    "Invalid buffer size",  # MPS, for one tensor that is larger than any buffer may be
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+)
+"""What the allocators of torch's devices say, all of them by a RuntimeError."""
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that there was too little memory, on whatever device."""
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("out of memory", "can't allocate memory")
-    )
+    """Return whether an error says that there was too little memory, on whatever device.
+
+    The only test for it: user code may say "memory" of its own in any other error.
+    """
+    # By its name, since this module imports no torch.
+    if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS)
 
 
 def gather(*attempts: Callable[[], T]) -> list[T]:

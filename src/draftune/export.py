@@ -172,6 +172,7 @@ def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
     """Writes the model's pipeline, whole or not at all, with the sampler that draws here on the model's grid."""
     with quiet():
         model.pipeline.scheduler = model.sampler()
+        model.complete_config()
         model.pipeline.to(dtype=dtype)
         for part in (model.pipeline, *model.pipeline.components.values()):
             if hasattr(part, "register_to_config"):

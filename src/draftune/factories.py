@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from draftune.custom import defined, is_custom, where
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.expression import Call, wraps_another
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ def made(call: Call, factory: Callable[..., Any], base: type[T], kind: str, want
     except DraftuneError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise DraftuneError(f"the {kind} {call.name!r} can't be made: {where(error)}") from error
     if not isinstance(result, base):
         raise DraftuneError(f"{call.name!r} makes a {type(result).__name__}, not a {wanted}")

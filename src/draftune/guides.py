@@ -20,7 +20,6 @@ from draftune.expression import Call, parse
 from draftune.guidance import Fresh, Uphill, by_ratio, by_variance, pulled, rounds_ahead
 from draftune.lora import add_lora, lora_parameters
 from draftune.models import Model
-from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts, extra_queries, taught
 from draftune.sampling import Denoiser
@@ -221,7 +220,7 @@ def sample_guided(
     score = taught(load_reward(reward)).to(model.device)
     model.check_prompts(prompts, negative_prompt)
     check_prompts(score, prompts)
-    defaults = recommended(model.name)
+    defaults = model.recommended
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
 

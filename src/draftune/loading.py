@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.quiet import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -20,12 +20,42 @@ WHOLE = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
 """As safetensors calls the precisions, and what has none."""
 
 
+WEIGHTS = ("diffusion_pytorch_model", "model")
+"""How diffusers and transformers call a part's weights."""
+VARIANTS = ("fp16", "bf16")
+"""What stands in the names of weights that were saved a second time, or only, in half precision."""
+
+
+def weights_variant(folder: Path) -> str | None:
+    """Return the variant to read from a folder that has no plain weights, as "fp16"; None where there are plain ones.
+
+    A variant is one file, diffusion_pytorch_model.fp16.safetensors, or several with an index of that name.
+    """
+    for variant in (None, *VARIANTS):
+        dot = f".{variant}" if variant else ""
+        for stem in WEIGHTS:
+            if (folder / f"{stem}{dot}.safetensors").is_file():
+                return variant
+            if (folder / f"{stem}.safetensors.index{dot}.json").is_file():
+                return variant
+    return None
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the safetensors that are read of a folder: those of its variant, or the plain ones."""
+    found = {path: next((v for v in VARIANTS if f".{v}" in path.name), None) for path in folder.glob("*.safetensors")}
+    variant = weights_variant(folder)
+    return [path for path, its in found.items() if its == variant] or list(found)
+
+
 def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A network of diffusers or transformers from a folder's safetensors, in this precision.
 
     Raises DraftuneError if it can't be loaded, or weights are missing or of another shape: the libraries would draw
-    these at random and say so in a warning.
+    these at random and say so in a warning. Where a folder has only a variant in half precision, that is read.
     """
+    if (variant := weights_variant(folder)) is not None:
+        options["variant"] = variant
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet():
@@ -33,6 +63,8 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
             network, found = cls.from_pretrained(folder, torch_dtype=dtype, **options)
             network = network.to(dtype)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise DraftuneError(f"the weights in {str(folder)!r} lack {len(missing)} tensors, such as {missing[0]}")
@@ -47,7 +79,7 @@ def saved_dtype(folder: Path) -> torch.dtype:
     """The precision of a folder's safetensors: a half one where all of them are of that one, else float32."""
     try:
         found = set()
-        for path in folder.glob("*.safetensors"):
+        for path in weights_files(folder):
             with safe_open(path, "pt") as file:
                 found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):

@@ -1,8 +1,15 @@
-"""Settings that fit a model; any other model gets those of the paper's small runs. Imports no torch."""
+"""Settings that fit a model: the embedded one's own, else those of the paper's runs, drawn as the model was published.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+from draftune.hub import is_hub_id
+from draftune.processes import tell
+from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
 
 # Clark et al., arXiv 2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, LoRA of rank 8.
 PAPER: dict[str, Any] = {
@@ -12,8 +19,8 @@ PAPER: dict[str, Any] = {
     "eval_prompts": None,
     "held_out": None,
     "steps": 2000,
-    "num_inference_steps": 50,
-    "guidance_scale": 7.5,
+    # Steps and guidance are those of the model's family, in published.py.
+    **PUBLISHED["stable-diffusion"]._asdict(),
     # The paper does not say; see docs/grid.md for the measurement.
     "timestep_spacing": "trailing",
     "prefix_reuse": 1,
@@ -40,6 +47,38 @@ EMOJI: dict[str, Any] = {
 }
 
 
+SAMPLING = ("num_inference_steps", "guidance_scale")
+told: set[str] = set()
+"""Models of which it was said how they are drawn."""
+
+
 def recommended(model: str) -> dict[str, Any]:
-    """The settings for a model by its name."""
-    return EMOJI if model == "emoji" else PAPER
+    """Return the settings for a model by its name, a folder or a hub id."""
+    if model == "emoji":
+        return EMOJI
+    found = variant(model)
+    return PAPER | (PUBLISHED[found]._asdict() if found else {})
+
+
+def sampling_of(pipeline: Any, name: str) -> dict[str, Any]:
+    """Return the sampling steps and the guidance scale for a loaded pipeline."""
+    if name == "emoji":
+        return {key: EMOJI[key] for key in SAMPLING}
+    found = variant_of_pipeline(pipeline, name)
+    return PUBLISHED[found or "stable-diffusion"]._asdict()
+
+
+def tell_sampling(model: str) -> None:
+    """Say once of a model how it is drawn unless set, where that is a guess."""
+    if model in told or model == "emoji":
+        return
+    found = variant(model)
+    steps, scale = PUBLISHED[found or "stable-diffusion"]
+    values = f"{steps} steps and guidance {scale:g} (--num-inference-steps, --guidance-scale)"
+    if found is None and is_hub_id(model):
+        tell(f"the kind of model that {model!r} is can't be known before it is downloaded: unless set, {values}")
+    elif found == "few-step" and not well_known(model):
+        tell(f"{model!r} is taken for a few-step model, by its scheduler: unless set, {values}")
+    else:
+        return
+    told.add(model)

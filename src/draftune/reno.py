@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.models import Model
-from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts, extra_queries, taught
 from draftune.sampling import rollout
@@ -79,7 +78,7 @@ def optimize_noise(
     """
     if model.autocast_dtype is torch.float16:
         raise DraftuneError("the gradient by the noise vanishes in fp16: use bf16 or no")
-    defaults = recommended(model.name)
+    defaults = model.recommended
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     score = taught(load_reward(reward)).to(model.device)

@@ -15,7 +15,7 @@ from draftune.errors import DraftuneError, unknown
 from draftune.expression import NAMES
 from draftune.paths import user_path
 from draftune.prompts import is_text
-from draftune.recommended import recommended
+from draftune.recommended import SAMPLING, recommended, tell_sampling
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("no", "blocks", "calls", "both")
@@ -138,10 +138,13 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
+        self.model = checked(next(f for f in fields(self) if f.name == "model"), self.model)
         values = recommended(self.model)
         if self.method not in (None, values["method"]):
             # What is recommended for one method may be nothing for another.
             values = values | {"prefix_reuse": 1}
+        if any(getattr(self, name) is None for name in SAMPLING):
+            tell_sampling(self.model)
         for name, value in values.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -18,6 +18,7 @@ from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import GRID_SAID, AdapterConfig, write_lora
 from draftune.lora.names import LAYERS, in_network
 from draftune.lora.reader import read_lora
+from draftune.processes import tell
 from draftune.quiet import quiet
 
 if TYPE_CHECKING:
@@ -42,19 +43,14 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         targets: ends of the names of the layers to adapt.
 
     Raises:
-        DraftuneError: no layer has such a name, or the model carries a LoRA already.
+        DraftuneError: no layer has such a name or reaches the image, or the model carries a LoRA already.
     """
     from peft import LoraConfig
 
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to train another")
     targets = [target.strip() for target in targets]
-    modules = model.denoiser.named_modules()
-    # A layer that carries another LoRA lies one deeper.
-    layers = {name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)}
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in layers):
-            raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
+    targets = used_targets(model, targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -67,6 +63,35 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     if model.kept is not None:
         set_lora_scale(model, 1.0)  # or the new one would be active alone
+
+
+def used_targets(model: Model, targets: Sequence[str]) -> list[str]:
+    """Return the targets, or, if some of their layers never reach the image, the full names of the others.
+
+    Raises:
+        DraftuneError: a target ends no layer's name, or no layer is left.
+    """
+    modules = model.denoiser.named_modules()
+    # A layer that carries another LoRA lies one deeper.
+    layers = [name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        found = [name for name in layers if name == target or name.endswith("." + target)]
+        if not found:
+            raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
+        chosen |= dict.fromkeys(found)
+    unused = sorted(chosen.keys() & model.unused_layers())
+    if not unused:
+        return list(targets)
+    if len(unused) == len(chosen):
+        raise DraftuneError(
+            f"no layer that lora_targets names changes what {model.name!r} draws: the output of {unused[0]} is not used"
+        )
+    tell(
+        f"{len(unused)} of the {len(chosen)} layers that lora_targets names get no LoRA, such as {unused[0]}: their "
+        "output never reaches the image"
+    )
+    return [name for name in chosen if name not in unused]
 
 
 def lora_parameters(model: Model) -> dict[str, nn.Parameter]:

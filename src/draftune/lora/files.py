@@ -17,6 +17,7 @@ from draftune.errors import DraftuneError
 from draftune.lora.names import TEXT_ENCODER
 from draftune.paths import user_path, written_whole
 from draftune.schedule import GRID
+from draftune.single_file import single_file_error
 from draftune.tensors import save_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -81,11 +82,13 @@ def lora_file(source: Path | str) -> Path:
     """Find a LoRA's file, given itself, its folder or a run's folder.
 
     Raises:
-        DraftuneError: there is none.
+        DraftuneError: there is none, or the file holds a whole model.
     """
     source = user_path(source)
     for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME, source / PEFT_FILE):
         if path.is_file():
+            if error := single_file_error(path):
+                raise error
             return path
     found = sorted(source.glob("*.safetensors")) if source.is_dir() else []
     if len(found) == 1 and not (source / "config.json").exists():

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from draftune.assets import EMBEDDED
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.hub import fetch, is_hub_id, unreachable
 from draftune.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.models.base import DTYPES, Model
@@ -24,6 +23,7 @@ from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.paths import user_path
 from draftune.quiet import quiet
+from draftune.single_file import no_pipeline_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,17 +51,25 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     """A model by its name ("emoji"), the folder of a saved pipeline, a hub id, or a ready diffusers pipeline.
 
     Weights are read from safetensors alone, as float32; with the `precision` that `Model.to` is asked for next, "bf16"
-    or "fp16", the denoiser's in that one and all others as they were saved. Raises DraftuneError for a model that is
-    not there or whose pipeline class is not supported.
+    or "fp16", the denoiser's in that one and all others as they were saved.
+
+    A ready pipeline is used and not copied, so that its networks change: they are put into evaluation mode, frozen
+    (`requires_grad`), laid out in memory with channels last, and made to compute their blocks again in a backward pass
+    (the denoiser's according to `Model.set_checkpointing`); a denoiser whose class has no methods for adapters gets a
+    class of the same name that has them. `Model.to` moves and casts them, and a LoRA is added to the denoiser. The
+    pipeline's config, its scheduler and the values of its weights stay as they are.
+
+    Raises DraftuneError for a model that is not there, whose pipeline class is not supported, or whose parts do not fit
+    each other; a pipeline that is refused is not changed.
     """
     if not isinstance(model, (str, Path)):
-        return adapter(type(model).__name__)(model, getattr(model.config, "_name_or_path", None) or "pipeline")
+        return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
     name = str(model)
     source = EMBEDDED[name] if name == "emoji" else user_path(name)
     if (source / "model_index.json").is_file():
         return read(str(source), name, precision)
     if source.exists():
-        raise DraftuneError(f"{name!r} is not the folder of a diffusers pipeline: it has no model_index.json")
+        raise no_pipeline_error(source)
     if not is_hub_id(name):
         raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
     return read(fetch_pipeline(name), name, precision)
@@ -72,10 +80,14 @@ def fetch_pipeline(name: str) -> str:
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
 
+    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
     try:
         fetch(hf_hub_download, name, "model_index.json")
-        options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
-        return str(fetch(DiffusionPipeline.download, name, **options))
+        try:
+            return str(fetch(DiffusionPipeline.download, name, **options))
+        except OSError:
+            # Some are published in half precision alone, of which the plain weights are not there.
+            return str(fetch(DiffusionPipeline.download, name, variant="fp16", **options))
     except Exception as error:
         raise unreachable(name, "--model", error=error) from error
 
@@ -84,6 +96,20 @@ def adapter(pipeline_class: str) -> type[Model]:
     if pipeline_class not in FAMILIES:
         raise DraftuneError(f"{pipeline_class} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[pipeline_class]
+
+
+def adapted(pipeline: DiffusionPipeline, name: str) -> Model:
+    """Return the model of a pipeline's family. Raises DraftuneError for a pipeline that it can't draw with."""
+    family = adapter(type(pipeline).__name__)
+    try:
+        return family(pipeline, name)
+    except DraftuneError:
+        raise
+    except Exception as error:
+        # Of a config that was edited or damaged, nearly every kind of exception can come.
+        if out_of_memory(error):
+            raise
+        raise DraftuneError(f"{name!r} can't be used: {type(error).__name__}: {first_line(error)}") from error
 
 
 def part_folder(source: str, part: str) -> Path:
@@ -103,7 +129,7 @@ def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
 def read(source: str, name: str, precision: str) -> Model:
     try:
         index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
-        family = adapter(index["_class_name"])
+        adapter(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftuneError(f"{name!r} is not a diffusers pipeline: its model_index.json can't be read") from error
     try:
@@ -125,6 +151,10 @@ def read(source: str, name: str, precision: str) -> Model:
             # Asked through their common parent, diffusers would load some of what is left out.
             kind = getattr(import_module("diffusers"), index["_class_name"])
             pipeline = kind.from_pretrained(source, use_safetensors=True, **networks, **left_out)
-        return family(pipeline, name)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, SafetensorError) as error:
+    except DraftuneError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error
+    return adapted(pipeline, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
 from draftune.loading import Truncation, truncation
 from draftune.lora import KEPT, LoRADeltas, adapted_by
+from draftune.models.needs import Need, check_diffusion, check_needs, check_parts
 from draftune.models.small_decoder import decode_small
+from draftune.processes import tell
 from draftune.quiet import quiet
+from draftune.recommended import sampling_of
 from draftune.recompute import recomputed
 from draftune.sampling import Denoiser, rollout
 from draftune.schedule import GRID, Prediction, Schedule, Step, ddim_schedule
@@ -60,13 +63,6 @@ def let_adapt(network: nn.Module) -> None:
         network.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
 
 
-def wants_betas(pipeline: DiffusionPipeline, name: str) -> None:
-    """Raises DraftuneError for a pipeline whose scheduler DDIM can't take the place of."""
-    if "beta_start" not in pipeline.scheduler.config:
-        kind = type(pipeline.scheduler).__name__
-        raise DraftuneError(f"{name!r} is drawn by {kind}, whose noise levels are not made of betas: not supported")
-
-
 class Model(ABC):
     """A frozen diffusers pipeline, of which `denoiser` may carry a LoRA.
 
@@ -81,13 +77,25 @@ class Model(ABC):
     """Whether the latents are pictures, in [-1, 1], which the sampler clips where the scheduler's config says so."""
     small_decoder: Any = None
     """An AutoencoderTiny, in training alone, by which latents that carry a gradient are decoded."""
+    no_negative_prompt = ""
+    """Why the family takes no negative prompt, where it takes none."""
+    told = False
+    """Whether it was said of this model that its negative prompt has no effect."""
     kept: LoRADeltas | None = None
     """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
+
+    required: Sequence[str]
+    """The parts of the pipeline without which nothing can be drawn."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         self.pipeline = pipeline
         self.name = name
+        # What is refused is refused before anything of it is changed.
+        check_parts(pipeline, name, self.required)
+        check_needs(name, self.needs())
+        self.check_scheduler()
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
+        self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
             # Convolutions are faster with channels last (docs/speed.md).
@@ -96,6 +104,19 @@ class Model(ABC):
         self.set_checkpointing("calls")
         # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
+
+    @abstractmethod
+    def needs(self) -> Iterator[Need]:
+        """Yield what the family needs of the configs of its parts, of which those in `required` are there."""
+
+    def check_scheduler(self) -> None:
+        """Raise DraftuneError for a pipeline whose scheduler's noise levels the family's sampler can't follow."""
+        check_diffusion(self.pipeline, self.name)
+
+    def check_schedule(self) -> None:
+        """Raise DraftuneError where the sampler can't be laid over the scheduler's config."""
+        self.schedule(1)
+        self.schedule(int(self.scheduler_config["num_train_timesteps"]))
 
     @property
     @abstractmethod
@@ -127,8 +148,30 @@ class Model(ABC):
     def set_size(self, height: int | None, width: int | None) -> None:
         """The size of pictures in pixels; None keeps the model's own. Raises DraftuneError for one it can't draw."""
 
-    def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:  # noqa: B027
+    def complete_config(self) -> None:  # noqa: B027
+        """Put into the pipeline's config what diffusers reads there but does not save; called before it is saved."""
+
+    def unused_layers(self) -> frozenset[str]:
+        """Return the names of the denoiser's layers whose output never reaches the image, by its structure."""
+        return frozenset()
+
+    def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Raises DraftuneError for what the model can't be asked to draw; most can be asked everything."""
+        if negative_prompt and self.no_negative_prompt:
+            raise DraftuneError(f"{self.no_negative_prompt}: leave it empty (--negative-prompt)")
+
+    def without_effect(self, guidance_scale: float) -> str:
+        """Return why a negative prompt changes nothing that is drawn with this guidance; empty where it does."""
+        return (
+            "" if guidance_scale > 1 else f"guidance_scale is {guidance_scale:g}, and there is guidance above 1 alone"
+        )
+
+    def check_negative_prompt(self, negative_prompt: str, guidance_scale: float) -> None:
+        """Say once where a negative prompt has no effect. Raises DraftuneError where the family takes none."""
+        self.check_prompts((), negative_prompt)
+        if negative_prompt and not self.told and (why := self.without_effect(guidance_scale)):
+            self.told = True
+            tell(f"the negative prompt has no effect: {why}")
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         """For each text encoder: the pipeline's name of its tokenizer, the tokens it reads, and what it is given."""
@@ -198,6 +241,11 @@ class Model(ABC):
         """What `set_grid` takes, as it is now."""
         return {name: self.scheduler_config[name] for name in GRID if name in self.scheduler_config}
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The `num_inference_steps` and the `guidance_scale` that the model was published with."""
+        return sampling_of(self.pipeline, self.name)
+
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The sampler's grid with this many steps."""
         return ddim_schedule(self.scheduler_config, num_inference_steps, self.in_pixels)
@@ -227,6 +275,7 @@ class Model(ABC):
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> tuple[Denoiser, Denoiser]:
         """The guided network for these prompts, and the same without the LoRA that is trained."""
+        self.check_negative_prompt(negative_prompt, guidance_scale)
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
@@ -314,9 +363,8 @@ class Model(ABC):
         Steps and guidance default to what is recommended for the model.
         """
         from draftune.images import to_pil
-        from draftune.recommended import recommended
 
-        defaults = recommended(self.name)
+        defaults = self.recommended
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = self.generate(
             [prompt for prompt in prompts for _ in range(num_images)],

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError, unknown
-from draftune.models.base import Model, wants_betas
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from draftune.models.base import Model
+from draftune.models.needs import Need, multiple, patch_needs
 
 
 class DiT(Model):
@@ -23,15 +21,23 @@ class DiT(Model):
     """
 
     lora_prefix = "transformer"
+    no_negative_prompt = "a model of classes has no negative prompt"
+    required = ("transformer", "vae", "scheduler")
 
-    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
-        wants_betas(pipeline, name)
-        super().__init__(pipeline, name)
+    def needs(self) -> Iterator[Need]:
+        yield from patch_needs(self.pipeline, ("DiTTransformer2DModel", "Transformer2DModel"))
+        classes = self.pipeline.transformer.config.num_embeds_ada_norm
+        yield multiple("transformer.num_embeds_ada_norm", classes, 1)
+        highest = max(self.pipeline.labels.values(), default=0)
+        yield Need("id2label", highest, highest < classes, f"below {classes}, the number of classes")
+
+    def complete_config(self) -> None:
         # diffusers reads the classes' names but forgets to save them.
         names: dict[int, list[str]] = {}
-        for label, number in pipeline.labels.items():
+        for label, number in self.pipeline.labels.items():
             names.setdefault(number, []).append(label)
-        pipeline.register_to_config(id2label={number: ", ".join(labels) for number, labels in sorted(names.items())})
+        id2label = {number: ", ".join(labels) for number, labels in sorted(names.items())}
+        self.pipeline.register_to_config(id2label=id2label)
 
     @property
     def denoiser(self) -> Any:
@@ -55,8 +61,7 @@ class DiT(Model):
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         for prompt in prompts:
             self.class_of(prompt)
-        if negative_prompt:
-            raise DraftuneError("this model has no negative prompt: leave it empty (--negative-prompt)")
+        super().check_prompts(prompts, negative_prompt)
 
     def class_of(self, prompt: str) -> int:
         """The number of a class. Raises DraftuneError for one that is not known."""

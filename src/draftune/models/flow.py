@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.models.base import Model
+from draftune.models.needs import (
+    Need,
+    autoencoder_needs,
+    check_flow,
+    check_levels,
+    check_parts,
+    equal,
+    of_class,
+    one_of,
+    reader_needs,
+)
 from draftune.quiet import quiet
 from draftune.schedule import Schedule, flow_schedule
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 def keep_wide(t5: nn.Module) -> None:
@@ -26,6 +34,19 @@ def keep_wide(t5: nn.Module) -> None:
                 layer.float()
 
 
+def unused_context_layers(blocks: Sequence[nn.Module], name: str) -> frozenset[str]:
+    """Return the layers of the last block that make the text tokens of a next block, given that none reads them.
+
+    The text's keys and values are not among them: the image tokens attend to them in the last block too.
+    """
+    last = len(blocks) - 1
+    unused = ("attn.add_q_proj", "attn.to_add_out", "ff_context.")
+    layers = dict(blocks[last].named_modules()) if blocks else {}
+    # A layer that carries a LoRA lies one deeper.
+    found = (layer.removesuffix(".base_layer") for layer, module in layers.items() if isinstance(module, nn.Linear))
+    return frozenset(f"{name}.{last}.{layer}" for layer in found if layer.startswith(unused))
+
+
 class Flow(Model):
     """A pipeline of transformer, text encoders and autoencoder with a FlowMatchEulerDiscreteScheduler."""
 
@@ -34,14 +55,39 @@ class Flow(Model):
     """The text encoders without which no prompt can be read."""
     t5: str
     """The name of the T5 text encoder."""
+    network: str
+    """The class of the transformer."""
 
-    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
-        if lacking := [part for part in self.encoders if getattr(pipeline, part) is None]:
-            raise DraftuneError(f"{name!r} lacks its {lacking[0]}, without which no prompt can be read")
-        if "max_image_seq_len" not in pipeline.scheduler.config:
-            kind = type(pipeline.scheduler).__name__
-            raise DraftuneError(f"{name!r} has a {kind}, not a FlowMatchEulerDiscreteScheduler: it is not supported")
-        super().__init__(pipeline, name)
+    @property
+    def required(self) -> Sequence[str]:  # type: ignore[override]
+        tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in self.encoders]
+        return ("transformer", *self.encoders, *tokenizers, "vae", "scheduler")
+
+    def needs(self) -> Iterator[Need]:
+        transformer, vae = self.denoiser, self.pipeline.vae
+        yield from autoencoder_needs(vae, shifted=True)
+        yield of_class("transformer", transformer, (self.network,))
+        channels, read = vae.config.latent_channels, self.read_channels(vae.config.latent_channels)
+        why = f"what the transformer reads of {channels} latent channels"
+        yield equal("transformer.in_channels", transformer.config.in_channels, read, why)
+        given = transformer.config.out_channels
+        yield one_of("transformer.out_channels", given, (read, None), "it gives what it reads")
+        t5, width = getattr(self.pipeline, self.t5), transformer.config.joint_attention_dim
+        if t5 is not None:
+            part = self.t5.replace("text_encoder", "tokenizer")
+            check_parts(self.pipeline, self.name, [part])
+            yield from reader_needs(self.t5, getattr(self.pipeline, part), t5)
+            yield equal("transformer.joint_attention_dim", width, t5.config.d_model, f"the width of {self.t5}")
+
+    def read_channels(self, latent_channels: int) -> int:
+        """Return how many channels the transformer reads of a latent of this many."""
+        return latent_channels
+
+    def check_scheduler(self) -> None:
+        check_flow(self.pipeline, self.name)
+
+    def check_schedule(self) -> None:
+        check_levels(self.schedule(min(10, int(self.scheduler_config["num_train_timesteps"]))), self.name)
 
     @property
     def denoiser(self) -> Any:
@@ -97,14 +143,17 @@ class Flow(Model):
         return None
 
     @property
-    def mu(self) -> float:
-        """How far the grid is shifted towards noise, by the picture's size, in pipelines that shift it by that."""
+    def mu(self) -> float | None:
+        """How far the grid is shifted towards noise by the image's size; None in pipelines that don't do so."""
         config = self.scheduler_config
+        if not config["use_dynamic_shifting"]:
+            return None
         few, many = config["base_image_seq_len"], config["max_image_seq_len"]
         height, width = self.latent_size
         tokens = (height // self.patch_size) * (width // self.patch_size)
         slope: float = (config["max_shift"] - config["base_shift"]) / (many - few)
-        return config["base_shift"] + slope * (tokens - few)
+        shift: float = config["base_shift"] + slope * (tokens - few)
+        return shift
 
     def sampler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from draftune.errors import DraftuneError
-from draftune.models.flow import Flow
+from draftune.models.flow import Flow, unused_context_layers
+from draftune.models.needs import Need, equal, reader_needs
 
 
 class Condition(NamedTuple):
@@ -26,16 +26,39 @@ class Flux(Flow):
     """A FluxPipeline: transformer, CLIP and T5 text encoders, autoencoder.
 
     The guidance scale is an input of the network (dev, which is called once a step whatever it is) or nothing to it
-    (schnell). There is no negative prompt: encoding one raises DraftuneError.
+    (schnell). There is no negative prompt.
     """
 
     encoders = ("text_encoder", "text_encoder_2")
     t5 = "text_encoder_2"
+    network = "FluxTransformer2DModel"
+    no_negative_prompt = "FLUX.1 takes no negative prompt, as it is called once a step"
+
+    def needs(self) -> Iterator[Need]:
+        yield from super().needs()
+        config, clip = self.denoiser.config, self.pipeline.text_encoder
+        yield equal("transformer.patch_size", config.patch_size, 1)
+        yield from reader_needs("text_encoder", self.pipeline.tokenizer, clip)
+        pooled = clip.config.hidden_size
+        yield equal(
+            "transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "the width of text_encoder"
+        )
+        axes, head = sum(config.axes_dims_rope), config.attention_head_dim
+        yield equal("transformer.axes_dims_rope", axes, head, "in sum its attention_head_dim")
+
+    def read_channels(self, latent_channels: int) -> int:
+        return 4 * latent_channels  # two by two of them side by side
 
     @property
     def channels(self) -> int:
         packed: int = self.denoiser.config.in_channels
         return packed // 4
+
+    def unused_layers(self) -> frozenset[str]:
+        # The single blocks read the text tokens that the last of the others leaves.
+        if len(self.denoiser.single_transformer_blocks):
+            return frozenset()
+        return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
 
     def sigmas(self, num_inference_steps: int) -> Sequence[float]:
         return [1 - i / num_inference_steps for i in range(num_inference_steps)]
@@ -46,8 +69,6 @@ class Flux(Flow):
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
-        if negative_prompt:
-            raise DraftuneError(f"{self.name!r} takes no negative prompt, as it is called once a step: leave it out")
         length = self.t5_tokens
         text, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=length)
         return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))

@@ -16,6 +16,7 @@ from draftune.loading import first_line
 from draftune.models import adapter, part_folder
 from draftune.paths import user_path
 from draftune.quiet import quiet
+from draftune.single_file import no_pipeline_error
 
 
 def load_layout(model: str) -> dict[str, nn.Module]:
@@ -58,7 +59,7 @@ def config_folder(model: str) -> Path:
     if (source / "model_index.json").is_file():
         return source
     if source.exists():
-        raise DraftuneError(f"{model!r} is not the folder of a diffusers pipeline: it has no model_index.json")
+        raise no_pipeline_error(source)
     if not is_hub_id(model):
         raise DraftuneError(f"unknown model {model!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
     try:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.models.base import Model, wants_betas
+from draftune.models.base import Model
 from draftune.models.flow import keep_wide
+from draftune.models.needs import Need, equal, multiple, patch_needs, reader_needs
 from draftune.quiet import quiet
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 class Condition(NamedTuple):
@@ -29,12 +27,17 @@ class PixArt(Model):
     """A PixArtAlphaPipeline or a PixArtSigmaPipeline: transformer, T5 text encoder, autoencoder."""
 
     lora_prefix = "transformer"
+    required = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 
-    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
-        if pipeline.text_encoder is None:
-            raise DraftuneError(f"{name!r} lacks its text_encoder, without which no prompt can be read")
-        wants_betas(pipeline, name)
-        super().__init__(pipeline, name)
+    def needs(self) -> Iterator[Need]:
+        yield from patch_needs(self.pipeline, ("PixArtTransformer2DModel", "Transformer2DModel"))
+        config, t5 = self.pipeline.transformer.config, self.pipeline.text_encoder
+        yield from reader_needs("text_encoder", self.pipeline.tokenizer, t5)
+        inner = config.num_attention_heads * config.attention_head_dim
+        yield equal("transformer.caption_channels", config.caption_channels, t5.config.d_model, "the width of T5")
+        yield equal("transformer.cross_attention_dim", config.cross_attention_dim, inner, "the width of its blocks")
+        if self.pipeline.transformer.use_additional_conditions:
+            yield multiple("transformer.attention_head_dim", inner, 3, "times its heads, as three numbers are embedded")
 
     @property
     def denoiser(self) -> Any:

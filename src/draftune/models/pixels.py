@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.models.base import Model, wants_betas
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from draftune.models.base import Model
+from draftune.models.needs import Need, equal, multiple, one_of, pair, size_need, unet_needs
 
 
 class Pixels(Model):
@@ -24,19 +22,16 @@ class Pixels(Model):
 
     lora_prefix = "unet"
     in_pixels = True
+    required = ("unet", "scheduler")
 
-    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
-        config = pipeline.unet.config
-        if config.class_embed_type is not None or config.num_class_embeds is not None:
-            raise DraftuneError(f"{name!r} draws classes, which its {type(pipeline).__name__} can't name")
-        channels = config.in_channels, config.out_channels
-        if channels not in ((1, 1), (3, 3)):
-            said = f"reads {channels[0]} channels and gives {channels[1]}"
-            raise DraftuneError(f"{name!r} {said}: grey pictures have 1 of both, coloured ones 3")
-        if config.sample_size is None:
-            raise DraftuneError(f"{name!r} does not say how large its pictures are: its UNet lacks sample_size")
-        wants_betas(pipeline, name)
-        super().__init__(pipeline, name)
+    def needs(self) -> Iterator[Need]:
+        config = self.pipeline.unet.config
+        yield from unet_needs(self.pipeline.unet, "UNet2DModel")
+        yield one_of("unet.in_channels", config.in_channels, (1, 3), "of images in grey or in colour")
+        yield equal("unet.out_channels", config.out_channels, config.in_channels, "its in_channels")
+        yield size_need("unet.sample_size", config.sample_size)
+        for side in self.own_size:
+            yield multiple("unet.sample_size", side, self.multiple, "halved at every level but the last")
 
     @property
     def denoiser(self) -> Any:
@@ -52,16 +47,25 @@ class Pixels(Model):
 
     @property
     def own_size(self) -> tuple[int, int]:
-        size = self.pipeline.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+        size = pair(self.pipeline.unet.config.sample_size)
+        assert size is not None  # one of the needs
+        return size
+
+    @property
+    def multiple(self) -> int:
+        """Of what each side must be a multiple: the UNet halves it and must come back to the same size."""
+        levels: int = len(self.pipeline.unet.config.block_out_channels)
+        return 2 ** (levels - 1)
 
     def set_size(self, height: int | None, width: int | None) -> None:
-        # The UNet halves the picture at every level but the last and must come back to the same size.
-        multiple = 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+        multiple = self.multiple
         for name, value in (("height", height), ("width", width)):
             if value is not None and (value < multiple or value % multiple):
                 raise DraftuneError(f"{name} must be a multiple of {multiple} for this model, not {value}")
         self._size = (height or self.own_size[0], width or self.own_size[1])
+
+    def without_effect(self, guidance_scale: float) -> str:
+        return f"{self.name!r} draws without being told what"
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> None:
         """Nothing: the network takes no condition."""

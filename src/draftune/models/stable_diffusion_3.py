@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from draftune.models.flow import Flow
+from draftune.models.flow import Flow, unused_context_layers
+from draftune.models.needs import Need, equal, multiple, of_class, reader_needs
 
 
 class Condition(NamedTuple):
@@ -24,6 +26,32 @@ class StableDiffusion3(Flow):
 
     encoders = ("text_encoder", "text_encoder_2")
     t5 = "text_encoder_3"
+    network = "SD3Transformer2DModel"
+
+    def needs(self) -> Iterator[Need]:
+        yield from super().needs()
+        config, encoders = self.denoiser.config, [getattr(self.pipeline, part) for part in self.encoders]
+        # Both are padded to the first tokenizer's length.
+        length = self.pipeline.tokenizer.model_max_length
+        for part, encoder in zip(self.encoders, encoders, strict=True):
+            yield of_class(part, encoder, ("CLIPTextModelWithProjection",))
+            tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"))
+            yield from reader_needs(part, tokenizer, encoder, length)
+        pooled = sum(encoder.config.projection_dim for encoder in encoders)
+        yield equal("transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "of both CLIP encoders")
+        # diffusers pads the narrower text with zeros, and would cut the wider one.
+        width = sum(encoder.config.hidden_size for encoder in encoders)
+        wide = config.joint_attention_dim
+        yield Need(
+            "transformer.joint_attention_dim", wide, width <= wide, f"at least {width}, that of both CLIP encoders"
+        )
+        inner = config.num_attention_heads * config.attention_head_dim
+        yield equal(
+            "transformer.caption_projection_dim", config.caption_projection_dim, inner, "the width of its blocks"
+        )
+        yield multiple("transformer.sample_size", config.sample_size, config.patch_size, "its patch_size")
+        most = config.pos_embed_max_size * config.patch_size
+        yield Need("transformer.sample_size", config.sample_size, config.sample_size <= most, f"at most {most}")
 
     @property
     def channels(self) -> int:
@@ -43,6 +71,9 @@ class StableDiffusion3(Flow):
     @property
     def t5_tokens(self) -> int:
         return 256  # diffusers' default
+
+    def unused_layers(self) -> frozenset[str]:
+        return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
         text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from draftune.errors import DraftuneError
-from draftune.models.stable_diffusion import StableDiffusion
+from draftune.models.needs import Need, check_parts, equal, moments_needs, of_class, reader_needs
+from draftune.models.stable_diffusion import StableDiffusion, width_needs
 from draftune.quiet import quiet
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 
 class Condition(NamedTuple):
@@ -34,10 +31,26 @@ class StableDiffusionXL(StableDiffusion):
     prompt is none, which is zeros where the pipeline has `force_zeros_for_empty_prompt`.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
-        if pipeline.text_encoder_2 is None:
-            raise DraftuneError(f"{name!r} lacks its text_encoder_2, without which nothing can be drawn")
-        super().__init__(pipeline, name)
+    required = ("unet", "text_encoder_2", "tokenizer_2", "vae", "scheduler")
+
+    def needs(self) -> Iterator[Need]:
+        pipeline, config = self.pipeline, self.pipeline.unet.config
+        yield from self.network_needs(addition_embed_type="text_time")
+        yield from moments_needs(pipeline.vae)
+        pooled = pipeline.text_encoder_2
+        yield of_class("text_encoder_2", pooled, ("CLIPTextModelWithProjection",))
+        readers = [("text_encoder_2", pipeline.tokenizer_2, pooled)]
+        if pipeline.text_encoder is not None:
+            check_parts(pipeline, self.name, ["tokenizer"])
+            readers.insert(0, ("text_encoder", pipeline.tokenizer, pipeline.text_encoder))
+        for reader in readers:
+            yield from reader_needs(*reader)
+        lengths = [tokenizer.model_max_length for _, tokenizer, _ in readers]
+        yield equal("tokenizer_2's model_max_length", lengths[-1], lengths[0], "both texts are read side by side")
+        yield from width_needs(pipeline.unet, sum(encoder.config.hidden_size for *_, encoder in readers))
+        told, sizes = config.projection_class_embeddings_input_dim, 6 * config.addition_time_embed_dim
+        key, why = "unet.projection_class_embeddings_input_dim", "the refiner (2560) is not supported"
+        yield equal(key, told, sizes + pooled.config.projection_dim, why)
 
     @property
     def parts(self) -> Sequence[nn.Module]:

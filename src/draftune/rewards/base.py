@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from draftune.at_once import at_once
 from draftune.custom import where
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.expression import written_sum
 from draftune.loading import Truncation
 from draftune.prompts import copied, is_blank
@@ -236,7 +236,7 @@ def explained(reward: Reward) -> Iterator[None]:
     except DraftuneError:
         raise
     except (Exception, SystemExit) as error:
-        if "memory" in str(error):
+        if out_of_memory(error):
             raise
         raise DraftuneError(f"the reward {reward.label!r} failed: {where(error)}") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.images import open_image
 from draftune.learner import Learner, missed
 from draftune.paths import user_path
@@ -131,6 +131,8 @@ def load_critic(learner: Learner, checkpoint: Path) -> None:
     try:
         learner.load_state_dict({key.removeprefix(start): v for key, v in tensors.items() if key.startswith(start)})
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise DraftuneError(f"the critic in {str(checkpoint)!r} has another width") from error
 
 

@@ -8,7 +8,7 @@ import inspect
 from torch import nn
 
 from draftune.custom import defined, where
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.expression import Call
 from draftune.rewards.base import FunctionReward, Reward
 
@@ -27,6 +27,8 @@ def load_custom(call: Call) -> Reward:
         except DraftuneError:
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise DraftuneError(f"the reward {call.name!r} can't be made: {where(error)}") from error
     elif call.settings:
         parameters = [] if isinstance(found, nn.Module) else list(inspect.signature(found).parameters.values())[2:]

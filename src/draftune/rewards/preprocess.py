@@ -143,7 +143,7 @@ def resize(
         else:
             # PIL sums whole numbers. float64 holds the sums exactly, where the device has it.
             exact = torch.float32 if images.device.type == "mps" else torch.float64
-            weights = pil_weights(images.shape[axis], size, mode, kept.start, kept.stop).to(images.device, exact)
+            weights = pil_weights(images.shape[axis], size, mode, kept.start, kept.stop).to(exact).to(images.device)
             lines = levels(images.to(exact)).transpose(axis, -1) @ weights.T
             images = rounded(lines.transpose(axis, -1)).to(images.dtype)
     return images

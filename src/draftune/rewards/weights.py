@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draftune.assets import EMBEDDED
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.hub import fetch, is_hub_id, unreachable
 from draftune.loading import TOKENIZER_FILES, first_line
 from draftune.paths import user_path
@@ -99,6 +99,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         # Of a damaged pickle, nearly every kind of exception can come.
         kind = "safetensors" if path.suffix == ".safetensors" else "weights"
         raise DraftuneError(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
-from draftune.processes import launched
+from draftune.processes import tell
 from draftune.prompts import copied, metadata
 from draftune.rewards import Reward
 from draftune.rewards.base import checked_score, explained, inside
@@ -44,12 +42,6 @@ def probe_reward(
                 f"the reward {part.label!r} gives no gradient to {blind:.0%} of the pixels of the base model's pictures"
             )
     return found
-
-
-def tell(message: str) -> None:
-    """A line for the user that does not disturb progress bars, once where several processes would say it."""
-    if launched()[0] == 0:
-        tqdm.write(f"draftune: {message}", file=sys.stderr)
 
 
 def tell_truncated(

@@ -6,9 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError
-from draftune.processes import Processes, launched
+from draftune.processes import Processes, launched, tell
 from draftune.settings import Settings
-from draftune.training.audit import tell
 from draftune.training.sharding import wants_shards
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from draftune.lora import add_lora, freeze_lora, save_lora
 from draftune.methods import Method
 from draftune.models import Model
 from draftune.models.small_decoder import check_likeness
-from draftune.processes import lost
+from draftune.processes import lost, tell
 from draftune.rewards import Reward
 from draftune.rewards.base import carried, check_prompts
 from draftune.settings import Settings
 from draftune.smoothing import smoothed
-from draftune.training.audit import AUDITED, probe_reward, tell, tell_truncated
+from draftune.training.audit import AUDITED, probe_reward, tell_truncated
 from draftune.training.checkpoint import (
     KEPT,
     checkpoints,

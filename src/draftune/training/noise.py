@@ -9,11 +9,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from draftune.processes import ALONE, Processes
-from draftune.training.audit import tell
+from draftune.processes import ALONE, Processes, tell
 
 WINDOW = 20
 """Updates that a warning is about: a single one's measurement is itself noisy."""
+
+
+def square_sum(tensor: Tensor) -> float:
+    """Return the sum of a tensor's squares, in float64 and on the CPU: MPS has no float64."""
+    return float(tensor.cpu().double().square().sum())
 
 
 class GradientNoise:
@@ -42,7 +46,7 @@ class GradientNoise:
         total = torch.cat([grad.flatten() for grad in grads])
         own = total if self.sum is None else total - self.sum
         mean = self.processes.gather(own[None]).mean(0) if self.processes.count > 1 else own
-        self.squares += float(mean.double().square().sum())
+        self.squares += square_sum(mean)
         self.sum, self.count = total, self.count + 1
 
     def measure(self) -> None:
@@ -50,7 +54,7 @@ class GradientNoise:
         if self.sum is None or self.count < 2:
             return
         whole = self.processes.gather(self.sum[None]).mean(0) if self.processes.count > 1 else self.sum
-        square = float(whole.double().square().sum())
+        square = square_sum(whole)
         noise = max(0.0, self.count * self.squares - square) / (self.count - 1)
         self.recent.append((square - noise, noise))
         self.ratio = (square - noise) / noise if noise > 0 else math.inf

@@ -12,11 +12,11 @@ import torch
 from draftune.errors import DraftuneError
 from draftune.evaluation import KEPT_COLUMN
 from draftune.lora import base_model, lora_file, saved_grid
+from draftune.processes import tell
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
 from draftune.rewards.base import check_prompts, taught
 from draftune.settings import Settings
-from draftune.training.audit import tell
 from draftune.training.checkpoint import checksum
 from draftune.training.run import run_settings
 

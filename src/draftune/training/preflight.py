@@ -142,7 +142,7 @@ def measured(settings: Settings, change: dict[str, Any]) -> Trial:
     trial = Trial(settings, change)
     try:
         return filled(trial, prepare(settings=settings))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return Trial(settings, change)

@@ -12,11 +12,12 @@ from draftune.methods import load_method
 from draftune.methods.keep import Keep
 from draftune.models import Model, load_model
 from draftune.models.small_decoder import find_small_decoder, load_small_decoder
+from draftune.processes import tell
 from draftune.prompts import load_prompts
+from draftune.recommended import SAMPLING
 from draftune.rewards import find_reward
 from draftune.rewards.base import taught
 from draftune.settings import Settings
-from draftune.training.audit import tell
 from draftune.training.device import accelerator, processes_of, tell_unheeded
 from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
@@ -53,9 +54,14 @@ def prepare(
     **values: Any,
 ) -> Trainer:
     """All that `train` does before it trains: everything is checked and loaded, and nothing is written."""
+    if model is not None and not isinstance(model, (str, Path, Model)):
+        model = load_model(model)  # a pipeline, whose family says what is recommended
     named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
     values |= {key: describe(value) for key, value in named.items() if value is not None}
     given = asdict(settings) if settings else {}
+    if settings is None and isinstance(model, Model):
+        given = model.recommended  # its name may be that of no folder
+    values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
     if values.get("method", given.get("method")) != given.get("method"):
         given.pop("prefix_reuse", None)  # which is recommended by the method
     settings = Settings.from_mapping(given | values)

@@ -20,7 +20,7 @@ from draftune.lora import lora_parameters
 from draftune.methods import Batch, Method
 from draftune.models import Model
 from draftune.optimizers import Evaluating
-from draftune.processes import ALONE, Processes
+from draftune.processes import ALONE, Processes, tell
 from draftune.rewards import Reward, WeightedSum
 from draftune.rewards.base import carried
 from draftune.sampling import Latents
@@ -28,7 +28,7 @@ from draftune.schedule import Schedule
 from draftune.settings import Settings
 from draftune.smoothing import width_at
 from draftune.tensors import save_tensors
-from draftune.training.audit import GradientAudit, tell
+from draftune.training.audit import GradientAudit
 from draftune.training.batches import Drawn, PromptOrder, Start, read_starts, starts_state
 from draftune.training.checkpoint import checkpoints, load_optimizer, optimizer_tensors
 from draftune.training.noise import GradientNoise

@@ -10,10 +10,10 @@ from draftune.evaluation import KEPT_COLUMN, Comparison, Evaluation, divergences
 from draftune.images import grid, save_image, to_pil
 from draftune.lora import save_lora
 from draftune.models import Model
+from draftune.processes import tell
 from draftune.rewards import Reward
 from draftune.schedule import Schedule
 from draftune.settings import Settings
-from draftune.training.audit import tell
 from draftune.training.checkpoint import undisturbed
 from draftune.training.guard import Guard, rule_of
 from draftune.training.past import Past

@@ -1,0 +1,152 @@
+"""How a model's weights lie on disk: variants in half precision, and checkpoints in one file."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import add_random_lora
+from diffusers import DiffusionPipeline
+from odd_models import as_variant
+from safetensors.torch import save_file
+
+import draftune
+from draftune.cli import main
+from draftune.errors import DraftuneError
+from draftune.lora import FILE_NAME
+from draftune.models import fetch_pipeline, load_model
+from draftune.single_file import pipeline_of, single_file_error
+
+PARTS = ("unet", "vae", "text_encoder")
+
+
+def picture(folder: Path, precision: str = "no") -> torch.Tensor:
+    model = load_model(folder, precision)
+    return model.generate(["a cat"], [0], model.schedule(2), 2.0)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("parts", [PARTS, ("unet",), ("text_encoder",)], ids=str)
+def test_a_variant_alone_is_read(pipeline_folder: Path, tmp_path: Path, parts: tuple[str, ...], shards: int) -> None:
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
+    as_variant(*parts, shards=shards)(folder)
+    half, whole = picture(folder), picture(pipeline_folder)
+    assert 0 < (half - whole).abs().max() < 0.02
+
+
+def test_a_variant_beside_the_plain_weights_is_not(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
+    as_variant(*PARTS)(folder)
+    for part in PARTS:
+        for file in (pipeline_folder / part).glob("*.safetensors"):
+            shutil.copy(file, folder / part / file.name)
+    assert torch.equal(picture(folder), picture(pipeline_folder))
+    # Of two precisions beside each other, that of the weights that are read counts.
+    assert {part.dtype for part in load_model(folder, "bf16").parts} == {torch.bfloat16, torch.float32}
+
+
+def test_a_variant_is_held_as_it_was_saved(pipeline_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
+    as_variant(*PARTS)(folder)
+    unet, text_encoder, vae = load_model(folder, "fp16").parts
+    assert unet.dtype == text_encoder.dtype == vae.dtype == torch.float16
+    assert {part.dtype for part in load_model(folder).parts} == {torch.float32}
+
+
+def test_a_model_that_is_published_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def download(name: str, variant: str | None = None, **options: Any) -> str:
+        asked.append(variant)
+        if variant is None:
+            raise OSError("Could not find the necessary `safetensors` weights")
+        return str(tmp_path)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "model_index.json")
+    assert fetch_pipeline("some/one") == str(tmp_path)
+    assert asked == [None, "fp16"]
+
+
+KEYS = {
+    "StableDiffusionPipeline": [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "first_stage_model.encoder.conv_in.weight",
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+    ],
+    "StableDiffusionXLPipeline": [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+    ],
+    "StableDiffusion3Pipeline": [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "first_stage_model.decoder.conv_in.weight",
+    ],
+    "FluxPipeline": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"],
+}
+"""Keys of published checkpoints in one file."""
+
+
+def checkpoint(path: Path, keys: list[str]) -> Path:
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_checkpoint_in_one_file_names_the_way_out(tmp_path: Path, kind: str) -> None:
+    path = checkpoint(tmp_path / "dreamshaper.safetensors", KEYS[kind])
+    with pytest.raises(DraftuneError, match=rf"dreamshaper.*{kind}\.from_single_file\(.*save_pretrained"):
+        load_model(path)
+
+
+COMMANDS = {
+    "train": ["train", "--model", "FILE", "--reward", "brightness", "--prompts", "animals", "--output", "OUT"],
+    "sample": ["sample", "FILE", "--prompt", "a cat", "--output", "OUT"],
+    "sample with a model": ["sample", "FILE", "--model", "MODEL", "--prompt", "a cat", "--output", "OUT"],
+    "sample on it": ["sample", "LORA", "--model", "FILE", "--prompt", "a cat", "--output", "OUT"],
+    "eval": ["eval", "FILE", "--prompts", "animals", "--reward", "brightness"],
+    "reno": ["reno", "FILE", "--prompt", "a cat", "--reward", "brightness", "--output", "OUT"],
+    "export on it": ["export", "LORA", "--output", "OUT", "--format", "diffusers", "--model", "FILE"],
+    "export": ["export", "FILE", "--output", "OUT", "--format", "merged", "--model", "MODEL"],
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_so(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, suffix: str
+) -> None:
+    file = tmp_path / f"dreamshaper{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": {KEYS["StableDiffusionPipeline"][0]: torch.zeros(2)}}, file)
+    else:
+        checkpoint(file, KEYS["StableDiffusionPipeline"])
+    model = load_model(pipeline_folder)
+    add_random_lora(model)
+    draftune.save_lora(model, tmp_path / "lora")
+    places = {"FILE": file, "OUT": tmp_path / "out", "MODEL": pipeline_folder, "LORA": tmp_path / "lora"}
+    assert main([str(places.get(word, word)) for word in COMMANDS[command]]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "from_single_file" in line
+    assert "LoRA" not in line
+
+
+def test_adapters_are_no_checkpoints(pipeline_folder: Path, tmp_path: Path) -> None:
+    model = load_model(pipeline_folder)
+    add_random_lora(model)
+    draftune.save_lora(model, tmp_path / "lora")
+    assert single_file_error(tmp_path / "lora" / FILE_NAME) is None
+    for keys in (
+        ["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"],
+        ["double_blocks.0.processor.qkv_lora1.down.weight"],
+        ["model.diffusion_model.input_blocks.1.1.proj_in.lora_down.weight"],
+        ["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"],
+        ["lycoris_unet_mid_block.lokr_w1"],
+        ["weight"],
+    ):
+        assert pipeline_of(keys) is None
+    with pytest.raises(DraftuneError, match="is a file, not the folder"):
+        load_model(tmp_path / "lora" / FILE_NAME)
