@@ -176,6 +176,34 @@ def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path:
     assert not torch.allclose(calls[3][1], calls[9][1], rtol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["straight_through", "hard"])
+def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: str) -> None:
+    """Where the decoder makes every pixel whiter than white, the hard clamp leaves nothing to learn from."""
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(10.0)
+    model = StableDiffusion(pipeline, "tiny")
+    settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft-k(k=1)", "output": str(tmp_path / "run")}
+    trainer = prepare(model, brightness, **settings, pixel_clamp=mode)
+    row = trainer.updates.update(1)
+    assert row["reward"] == 1
+    assert (row["grad_norm"] > 0) == (mode == "straight_through")
+    with pytest.raises(DraftuneError, match=r"pixel_clamp.*'soft'"):
+        prepare(model, brightness, **settings, pixel_clamp="soft")
+
+
+def test_a_run_leaves_the_model_the_default_clamp(pipeline: Any, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def noted(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(model.pixel_clamp)
+        return brightness(images, prompts)
+
+    model = StableDiffusion(pipeline, "tiny")
+    run(model, tmp_path, noted, steps=1, pixel_clamp="hard")
+    assert set(seen) == {"hard"}
+    assert model.pixel_clamp == "straight_through"
+
+
 SPLIT: dict[str, dict[str, int]] = {
     "one batch scored at once": {"batch_size": 4, "reward_batch_size": 4},
     "four batches": {"batch_size": 1, "gradient_accumulation_steps": 4},

@@ -159,7 +159,7 @@ class Trainer:
                 f"another process of this run has ended; {self.kept()} (what was heard of it: {first_line(error)})"
             ) from error
         finally:
-            # Whoever goes on with the model wants its own pictures, with a gradient too.
+            # Restore the model's own decoder and clamp, which other gradients, such as guidance's, go through.
             self.model.small_decoder, self.model.pixel_clamp = None, type(self.model).pixel_clamp
             self.folder.close()
         rows = self.folder.rows
