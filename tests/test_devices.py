@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_by_one_process_and_then_by_two(pipeline_folder: Pa
         assert len(seen) == len(rows)
         assert {row["step"] for row in others} <= seen.keys()
         for row, other in ((seen[other["step"]], other) for other in others):
-            for key in ("reward", "brightness", "held-out/saturation", "distance", "kl", "scores"):
+            for key in ("reward", "brightness", "held-out/saturation", "distance", "denoiser_mse_from_base", "scores"):
                 if key in row:
                     assert row[key] == pytest.approx(other[key], abs=1e-5)
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SD14_SCHEDULER, add_random_lora, build_pipeline
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from draftune.clamp import clamp_unit
 from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
 from draftune.models import StableDiffusion
+from draftune.models.small_decoder import decode_small
 from draftune.sampling import Denoiser, Latents
 from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
 
@@ -473,17 +476,44 @@ def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, che
         assert relative(ours[name], parameter.grad) < 1e-9, name
 
 
-def test_out_of_range_pixels_are_clamped_but_keep_their_gradient(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "outside"), [("straight_through", 1.0), ("hard", 0.0)])
+def test_the_gradient_of_a_saturated_pixel(mode: str, outside: float) -> None:
+    """1 within the range, its bounds included; beyond it 1 or 0. The values are those of the clamp, to the last bit."""
+    inside = torch.linspace(0, 1, 101)
+    beyond = torch.cat([torch.linspace(-2, -1e-3, 100), 1 + torch.linspace(1e-3, 2, 100)])
+    images = torch.cat([inside, beyond]).requires_grad_()
+    clamped = clamp_unit(images, mode)
+    assert torch.equal(clamped, images.clamp(0, 1))
+    (gradient,) = torch.autograd.grad((3 * clamped).sum(), images)
+    assert torch.equal(gradient, torch.cat([torch.full((101,), 3.0), torch.full((200,), 3 * outside)]))
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["own", "tiny"])
+def test_out_of_range_pixels_are_clamped_as_the_model_says(tmp_path: Path, small: bool) -> None:
+    """Through either decoder; the straight-through gradient is that of the decoder without a clamp."""
     model = StableDiffusion(build_pipeline(tmp_path), "tiny")
+    if small:
+        torch.manual_seed(1)
+        widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+        blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+        model.small_decoder = AutoencoderTiny(**widths, **blocks).eval().requires_grad_(False)
     latents = 40 * model.noise(torch.Generator().manual_seed(0), 1)
     latents.requires_grad_()
-    images = model.decode(latents)
-    raw = model.decode_raw(latents)
+    raw = decode_small(model.small_decoder, latents) if small else model.decode_raw(latents)
     outside = (raw < 0) | (raw > 1)
     assert outside.any()
+    assert not outside.all()
+    assert model.pixel_clamp == "straight_through"
+    images = model.decode(latents)
     assert images.min() >= 0
     assert images.max() <= 1
     (gradient,) = torch.autograd.grad(images[outside].sum(), latents)
-    (expected,) = torch.autograd.grad(raw[outside].sum(), latents)
+    (expected,) = torch.autograd.grad(raw[outside].sum(), latents, retain_graph=True)
     assert torch.allclose(gradient, expected, atol=1e-5)
     assert gradient.abs().max() > 0
+    model.pixel_clamp = "hard"
+    same = model.decode(latents)
+    assert torch.equal(same, images)
+    (gradient,) = torch.autograd.grad(same.sum(), latents)
+    (expected,) = torch.autograd.grad(raw[~outside].sum(), latents)
+    assert torch.allclose(gradient, expected, atol=1e-5)

@@ -14,7 +14,7 @@ from test_resume import rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation import divergence
+from draftune.evaluation import denoiser_mse_from_base
 from draftune.models import load_model
 from draftune.training.guard import Guard, weights_of
 
@@ -35,7 +35,10 @@ def test_the_best_is_that_of_the_rule() -> None:
     assert guard.best["step"] == 10
     with pytest.raises(DraftuneError, match=r"unknown column .*held-out/juge.*did you mean 'held-out/judge'"):
         Guard({"held-out/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
-    assert weights_of("held-out/judge - 0.5*kl") == {"held-out/judge": 1.0, "kl": -0.5}
+    assert weights_of("held-out/judge - 0.5*denoiser_mse_from_base") == {
+        "held-out/judge": 1.0,
+        "denoiser_mse_from_base": -0.5,
+    }
     for rule in ("judge(k=2)", "judge(clip)"):
         with pytest.raises(DraftuneError, match="a sum of columns"):
             weights_of(rule)
@@ -126,20 +129,20 @@ def test_patience_ends_a_run_and_the_best_is_kept(
 def test_an_evaluation_says_how_far_the_model_has_gone(pipeline_folder: Path, tmp_path: Path) -> None:
     run = train(pipeline_folder, tmp_path / "run", brightness, learning_rate=0.02, method="draft-k(k=1)")
     first, *later = run.evaluations
-    assert first["kl"] == first["distance"] == 0
-    assert all(row["kl"] > 0 and row["distance"] > 0 for row in later)
-    assert later[-1]["kl"] > later[0]["kl"]
+    assert first["denoiser_mse_from_base"] == first["distance"] == 0
+    assert all(row["denoiser_mse_from_base"] > 0 and row["distance"] > 0 for row in later)
+    assert later[-1]["denoiser_mse_from_base"] > later[0]["denoiser_mse_from_base"]
     assert run.comparison is not None
     moved = (run.comparison.tuned.images - run.comparison.base.images).abs().mean()
     assert later[-1]["distance"] == pytest.approx(float(moved), rel=1e-6)
 
 
-def test_the_divergence_by_hand(pipeline_folder: Path) -> None:
+def test_the_denoiser_mse_by_hand(pipeline_folder: Path) -> None:
     model = load_model(pipeline_folder)
     base = load_model(pipeline_folder)
     add_random_lora(model)
     schedule = model.schedule(3)
-    ours = divergence(model, ["a", "b"], schedule, 3.0)
+    ours = denoiser_mse_from_base(model, ["a", "b"], schedule, 3.0)
     tuned, plain = (m.denoise(["a", "b"], schedule, 3.0) for m in (model, base))
     x = torch.cat([model.noise(torch.Generator().manual_seed(seed), 1) for seed in (0, 1)])
     distances = []

@@ -53,7 +53,7 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
     trainer.probe()
     # AdamW's two averages are made in the first update and held from then on.
     assert trial.peak == pytest.approx(peak_memory(lambda: trainer.updates.update(1)) + 2 * lora, rel=0.02)
-    # Updates; grids of 3 at 0, 4, 8 and 10; evaluations of 6 pictures at 0, 5 and 10, and of the divergence of 2 x 4.
+    # Updates; grids of 3 at 0, 4, 8 and 10; evaluations of 6 pictures at 0, 5 and 10, and of the denoiser MSE of 2 x 4.
     assert {name: count for name, (count, _) in trial.run.items()} == {
         "updates": 10,
         "sample grids": 4,

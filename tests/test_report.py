@@ -73,8 +73,14 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
             "held-out/judge": score,
             "held-out/diversity": 0.4 - 0.001 * step,
             "distance": 0.01 * step,
-            "kl": 1e-4 * step,
-            "errors": {REWARD: 0.25, "held-out/judge": 0.01, "held-out/diversity": 0.1, "distance": 0.0, "kl": 0.0},
+            "denoiser_mse_from_base": 1e-4 * step,
+            "errors": {
+                REWARD: 0.25,
+                "held-out/judge": 0.01,
+                "held-out/diversity": 0.1,
+                "distance": 0.0,
+                "denoiser_mse_from_base": 0.0,
+            },
             "best": step <= 20,
         }
         for step, score in judged.items()
@@ -194,7 +200,7 @@ def test_words_for_numbers() -> None:
 
 def test_the_curves(run: Path) -> None:
     charts = {chart["key"]: chart for chart in collect(run)["charts"]}
-    keys = ["reward", REWARD, "held-out/judge", "held-out/diversity", "distance", "kl", "grad_norm"]
+    keys = ["reward", REWARD, "held-out/judge", "held-out/diversity", "distance", "denoiser_mse_from_base", "grad_norm"]
     assert list(charts) == keys
     judge = charts["held-out/judge"]
     assert judge["values"] == [0.5, 0.7, 0.9, 0.8, 0.6]
@@ -418,7 +424,7 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
     charts = {chart["key"]: chart["values"] for chart in data["charts"]}
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert charts["held-out/saturation"] == pytest.approx([row["held-out/saturation"] for row in rows], rel=1e-4)
-    assert {"brightness", "saturation", "distance", "kl", "grad_norm"} <= set(charts)
+    assert {"brightness", "saturation", "distance", "denoiser_mse_from_base", "grad_norm"} <= set(charts)
     assert data["best"] in (0, 1, 2)
     assert [frame["at"] for frame in data["samples"]["frames"]] == [0, 1, 2]
     assert data["samples"]["prompts"] == ["cat", "dog", "bird"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
 from draftune.sampling import advance, rollout
-from draftune.schedule import Schedule, Step, ddim_schedule, flow_schedule
+from draftune.schedule import Clip, Schedule, Step, ddim_schedule, flow_schedule
 
 
 def leverage(step: Step) -> float:
@@ -156,13 +158,48 @@ def test_flow_reads_the_velocity() -> None:
     assert close.tau**2 / 1e-4 == pytest.approx(2 * 0.5 / 0.5, rel=1e-2)
 
 
-def test_the_difference_of_two_predictions() -> None:
-    """A flow's noise says nothing of the network at the first step, where alpha is 0; its velocity does."""
-    x, first, second = torch.randn(3, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    flow = flow_schedule({"shift": 3.0}, 5)
-    for step in flow.steps:
-        found = flow.difference(flow.read(first, x, step), flow.read(second, x, step))
-        assert torch.allclose(found, first - second, atol=1e-12)
-    noise = ddim_schedule(SD14_SCHEDULER, 5)
-    found = noise.difference(noise.read(first, x, noise.steps[2]), noise.read(second, x, noise.steps[2]))
-    assert torch.allclose(found, first - second, atol=1e-12)
+# In float64: the levels of the embedded model's kind (zero terminal SNR), of Stable Diffusion, and of a flow.
+ZERO_SNR = SD14_SCHEDULER | {
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+SCHEDULES = {
+    "epsilon": ddim_schedule(SD14_SCHEDULER, 20),
+    "v": ddim_schedule(SD14_SCHEDULER | {"prediction_type": "v_prediction"}, 20),
+    "v, zero SNR": ddim_schedule(ZERO_SNR | {"prediction_type": "v_prediction"}, 20),
+    "sample": ddim_schedule(SD14_SCHEDULER | {"prediction_type": "sample"}, 20),
+    "sample, zero SNR": ddim_schedule(ZERO_SNR | {"prediction_type": "sample"}, 20),
+    # The smallest level of training, whose sigma is 0.03.
+    "sample, all levels": ddim_schedule(SD14_SCHEDULER | {"prediction_type": "sample"}, 1000),
+    "flow": flow_schedule({"shift": 3.0}, 20),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_step_weighs_an_error_of_the_output_alike(name: str) -> None:
+    """|delta|^2 where one output is the other plus delta, and with its sign, at every noise level."""
+    schedule = SCHEDULES[name]
+    x, output, delta = torch.randn(3, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if "zero SNR" in name:
+        assert schedule.steps[0].alpha == 0
+    for step in schedule.steps:
+        error = schedule.prediction_error(schedule.read(output + delta, x, step), schedule.read(output, x, step), step)
+        assert torch.allclose(error, delta, rtol=0, atol=1e-9), step
+        assert float(error.square().mean()) == pytest.approx(float(delta.square().mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["v, zero SNR", "sample, zero SNR"])
+def test_the_error_of_clipped_predictions_is_what_the_sampler_sees(name: str) -> None:
+    """It is 0 only where both x_0 are clipped alike and the noise is the same too, which is so at zero SNR."""
+    schedule = replace(SCHEDULES[name], clip=Clip(1.0))
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for step in schedule.steps:
+        beyond = -3.0 / step.sigma if schedule.prediction_type == "v_prediction" else 3.0
+        outputs = torch.full_like(x, beyond), torch.full_like(x, 1.5 * beyond)
+        a, b = (schedule.read(output, x, step) for output in outputs)
+        assert float(a.clean) == float(b.clean) == 1.0
+        error = float(schedule.prediction_error(a, b, step))
+        assert math.isfinite(error)
+        assert (error == 0) == (float(a.noise) == float(b.noise)) == (step.alpha == 0)

@@ -131,8 +131,8 @@ def test_a_run_goes_on_where_the_first_one_ended(
     # The base is the first run's model, whose reward is measured at every evaluation on the prompts of its own.
     start, end = second.evaluations
     assert start["kept/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
-    assert start["kl"] == start["distance"] == 0
-    assert end["kl"] > 0
+    assert start["denoiser_mse_from_base"] == start["distance"] == 0
+    assert end["denoiser_mse_from_base"] > 0
     assert abs(end["symmetry"] - start["symmetry"]) > 1e-4
     assert second.comparison is not None
     lost = end["kept/brightness"] - start["kept/brightness"]
@@ -247,7 +247,7 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
         values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": weight, "steps": 4}
         run = train(pipeline_folder, tmp_path / f"{weight}", eval_images=1, **values)
         ends[weight] = run.evaluations[-1]
-    assert ends[30.0]["kl"] < 0.5 * ends[0.0]["kl"]
+    assert ends[30.0]["denoiser_mse_from_base"] < 0.5 * ends[0.0]["denoiser_mse_from_base"]
     assert ends[30.0]["brightness"] < ends[0.0]["brightness"]
 
 

@@ -177,6 +177,10 @@ def test_a_learner_makes_the_steps_of_adam() -> None:
     for ours, theirs in zip(learner.network.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
         assert not ours.requires_grad
+    # A step of Adam does not tell the gradient's size, its moments do.
+    for moments, name in ((learner.first, "exp_avg"), (learner.second, "exp_avg_sq")):
+        for ours, theirs in zip(moments.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(ours, adam.state[theirs][name], rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

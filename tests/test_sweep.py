@@ -15,7 +15,7 @@ from test_eval import make_run
 
 from draftune.cli import main
 from draftune.errors import DraftuneError
-from draftune.evaluation import Evaluation, divergence
+from draftune.evaluation import Evaluation, denoiser_mse_from_base
 from draftune.images import to_pil
 from draftune.rewards import load_reward
 from draftune.sweep import Mark, Sweep, recommend, scale_name, sweep
@@ -114,7 +114,9 @@ def test_the_figure_shows_the_numbers() -> None:
 def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
     tuned = find_tuned(str(run))
     yardstick = find_yardstick([tuned], num_images=2)
-    found = sweep(tuned, yardstick, [1.0, 2.0, 0.5], best_by="held-out/saturation - 0.1*kl + distance")
+    found = sweep(
+        tuned, yardstick, [1.0, 2.0, 0.5], best_by="held-out/saturation - 0.1*denoiser_mse_from_base + distance"
+    )
     assert found.scales == [0.0, 0.5, 1.0, 2.0]
     repeated = [prompt for prompt in yardstick.prompts for _ in range(2)]
     for mark in found.marks:
@@ -127,16 +129,16 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
         if mark.scale == 0:
             base = images
         assert scores["distance"] == pytest.approx(float((images - base).abs().mean()), abs=1e-7)
-        kl = divergence(model, yardstick.prompts[: settings.batch_size], schedule, 2.0)
-        assert scores["kl"] == pytest.approx(kl, rel=1e-5, abs=1e-12)
+        mse = denoiser_mse_from_base(model, yardstick.prompts[: settings.batch_size], schedule, 2.0)
+        assert scores["denoiser_mse_from_base"] == pytest.approx(mse, rel=1e-5, abs=1e-12)
         values = found.judged[found.scales.index(mark.scale)].mean()
         assert float(values) == pytest.approx(
-            scores["held-out/saturation"] - 0.1 * scores["kl"] + scores["distance"], abs=1e-6
+            scores["held-out/saturation"] - 0.1 * scores["denoiser_mse_from_base"] + scores["distance"], abs=1e-6
         )
     distances = found.columns["distance"]
     assert distances[0] == 0
     assert min(distances[1:]) > 0.01
-    assert list(found.columns) == ["brightness", "held-out/saturation", "distance", "kl"]
+    assert list(found.columns) == ["brightness", "held-out/saturation", "distance", "denoiser_mse_from_base"]
     assert found.recommended == recommend(found.scales, found.judged)
 
 

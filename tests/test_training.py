@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_pipeline
-from test_gradients import batch_of
+from diffusers import StableDiffusionPipeline
+from test_gradients import batch_of, relative
 from torch import Tensor
 
 import draftune
@@ -177,16 +178,72 @@ def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path:
     assert not torch.allclose(calls[3][1], calls[9][1], rtol=1e-3)
 
 
-def test_accumulated_batches_equal_one_large_batch(pipeline_folder: Path, tmp_path: Path) -> None:
-    def weights(name: str, **values: Any) -> Tensor:
-        model = load_model(pipeline_folder)
-        run(model, tmp_path / name, steps=1, method="draft-k(k=1)", prompts=["a cat"], max_grad_norm=0.0, **values)
-        return torch.cat([p.detach().flatten() for p in lora_parameters(model).values()])
+@pytest.mark.parametrize("mode", ["straight_through", "hard"])
+def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: str) -> None:
+    """Where the decoder makes every pixel whiter than white, the hard clamp leaves nothing to learn from."""
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(10.0)
+    model = StableDiffusion(pipeline, "tiny")
+    settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft-k(k=1)", "output": str(tmp_path / "run")}
+    trainer = prepare(model, brightness, **settings, pixel_clamp=mode)
+    row = trainer.updates.update(1)
+    assert row["reward"] == 1
+    assert (row["grad_norm"] > 0) == (mode == "straight_through")
+    with pytest.raises(DraftuneError, match=r"pixel_clamp.*'soft'"):
+        prepare(model, brightness, **settings, pixel_clamp="soft")
 
-    # AdamW's first step is the gradient's sign; the gradient itself must agree up to rounding.
-    one = weights("one", batch_size=4)
-    four = weights("four", batch_size=1, gradient_accumulation_steps=4)
-    assert (one - four).abs().max() < 1e-6
+
+def test_a_run_leaves_the_model_the_default_clamp(pipeline: Any, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def noted(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(model.pixel_clamp)
+        return brightness(images, prompts)
+
+    model = StableDiffusion(pipeline, "tiny")
+    run(model, tmp_path, noted, steps=1, pixel_clamp="hard")
+    assert set(seen) == {"hard"}
+    assert model.pixel_clamp == "straight_through"
+
+
+SPLIT: dict[str, dict[str, int]] = {
+    "one batch scored at once": {"batch_size": 4, "reward_batch_size": 4},
+    "four batches": {"batch_size": 1, "gradient_accumulation_steps": 4},
+    "two batches scored at once": {"batch_size": 2, "gradient_accumulation_steps": 2, "reward_batch_size": 2},
+}
+
+
+# Methods that draw no random numbers of their own, whose order would differ.
+@pytest.mark.parametrize("method", ["draft-k(k=1)", "kl(draft-k(k=2), beta=10)"])
+def test_an_update_does_not_depend_on_how_its_pictures_are_split(
+    pipeline_folder: Path, tmp_path: Path, method: str
+) -> None:
+    """The gradient and the step of plain SGD are the same, in float64; a step of Adam would hide a wrong factor."""
+
+    def updated(name: str, **values: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+        settings = {"method": method, "num_inference_steps": 3, "guidance_scale": 3.0, "prompts": ["a cat"]}
+        settings |= {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "output": str(tmp_path / name)}
+        painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder).to(torch.float64))
+        made = prepare(painter, brightness, **settings, **values).updates
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in made.parameters.values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        before = [parameter.detach().clone() for parameter in made.parameters.values()]
+        row = made.update(1)
+        pairs = list(zip(before, made.parameters.values(), strict=True))
+        moved = torch.cat([(now.detach() - then).flatten() for then, now in pairs])
+        return torch.cat([now.grad.flatten() for _, now in pairs if now.grad is not None]), moved, row
+
+    gradient, moved, row = updated("whole", batch_size=4)
+    assert gradient.norm() > 1e-7
+    assert relative(moved, -0.5 * gradient) < 1e-6
+    for name, values in SPLIT.items():
+        found, also_moved, other = updated(name, **values)
+        assert relative(found, gradient) < 1e-9, name
+        assert relative(also_moved, moved) < 1e-6, name
+        for key in ("reward", "grad_norm", "reward_queries"):
+            assert other[key] == pytest.approx(row[key], rel=1e-9), name
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -324,6 +381,10 @@ def test_the_scale_of_rewards_by_base_pictures(pipeline_folder: Path, tmp_path: 
     assert [part.label for _, part in terms] == ["brightness", "sharpness"]
     wanted = [1 / float(parts["brightness"].std()), -3 / float(parts["sharpness"].std())]
     assert [weight for weight, _ in terms] == pytest.approx(wanted, rel=1e-3)
+    # The update climbed the sum with these weights.
+    (row,) = result.metrics
+    climbed = wanted[0] * row["reward/brightness"] + wanted[1] * row["reward/sharpness"]
+    assert row["reward"] == pytest.approx(climbed, rel=1e-3)
 
 
 def test_a_reward_that_breaks_later_stops_the_run_and_keeps_the_lora(pipeline: Any, tmp_path: Path) -> None:

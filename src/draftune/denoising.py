@@ -29,9 +29,13 @@ class Fit:
         self.optimizer = torch.optim.Adam(parameters, learning_rate, betas=(0.9, 0.99))
 
     def __call__(self, denoise: Denoiser, clean: Tensor) -> float:
-        """One step on latents [B, …]; how far the noise was from what was added, mean squared, of flows the velocity.
+        """Take one step of Adam on the clean latents [B, …].
 
-        Raises DraftuneError where that is not finite.
+        Returns:
+            The mean squared `Schedule.prediction_error` against the noise that was added.
+
+        Raises:
+            DraftuneError: the loss is not finite.
         """
         self.optimizer.zero_grad()
         total = 0.0
@@ -40,7 +44,8 @@ class Fit:
             noise = torch.randn(clean.shape, generator=self.generator, dtype=clean.dtype).to(clean.device)
             with torch.enable_grad():
                 prediction = denoise(step.alpha * clean + step.sigma * noise, step)
-                loss = self.schedule.difference(prediction, Prediction(clean, noise)).square().mean() / LEVELS
+                error = self.schedule.prediction_error(prediction, Prediction(clean, noise), step)
+                loss = error.square().mean() / LEVELS
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):

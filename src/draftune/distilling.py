@@ -30,7 +30,7 @@ PROBED = 4
 
 @dataclass
 class Distilled:
-    """The LoRA's file, and how far the predictions were from the teacher's: mean((eps - eps_teacher)^2) on its paths.
+    """The LoRA's file, and the mean squared `Schedule.prediction_error` from the teacher along the teacher's paths.
 
     differences: with "no LoRA", with its singular values "truncated", and as "distilled" from there.
     """
@@ -154,9 +154,9 @@ class Lesson:
         return Taught(student, steps)
 
     def difference(self, taught: Taught, at: int) -> Tensor:
-        """The mean squared difference of the predictions at a step [B]; for a flow that of the velocities."""
+        """Return the mean squared `Schedule.prediction_error` from the teacher at a step [B]."""
         step, x, said = taught.steps[at]
-        return self.schedule.difference(taught.student(x, step), said).square().flatten(1).mean(1)
+        return self.schedule.prediction_error(taught.student(x, step), said, step).square().flatten(1).mean(1)
 
     @torch.no_grad()
     def missed(self, paths: Sequence[Taught]) -> float:

@@ -177,16 +177,16 @@ def diversity(
     return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 
 
-def divergence(
+def denoiser_mse_from_base(
     model: Model, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
 ) -> float:
-    """The mean of `divergences`, with the seeds 0, 1, …"""
+    """Return the mean of `denoiser_mse_by_prompt` over the prompts, with the seeds 0, 1, …"""
     seeds = range(len(prompts))
-    return float(divergences(model, prompts, seeds, schedule, guidance_scale, negative_prompt).mean())
+    return float(denoiser_mse_by_prompt(model, prompts, seeds, schedule, guidance_scale, negative_prompt).mean())
 
 
 @torch.no_grad()
-def divergences(
+def denoiser_mse_by_prompt(
     model: Model,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -194,17 +194,24 @@ def divergences(
     guidance_scale: float,
     negative_prompt: str = "",
 ) -> Tensor:
-    """How far the LoRA moves the denoiser: the mean of (eps - eps_base)^2 along the tuned sampler's path [prompts].
+    """Measure how far the LoRA moves the denoiser from the base model's, along the tuned sampler's path.
 
-    The KL divergence between the two samplers' steps up to a factor for each step, as in the method `kl`, and as there
-    of the velocities for a flow.
+    Every step of the path counts alike: the squared `Schedule.prediction_error` of the two denoisers, both with
+    guidance and at the same noisy latent, is averaged over the latent's numbers and over the steps. It is no KL
+    divergence of the two samplers, which weights each step by its noise.
+
+    Args:
+        seeds: of the initial noise, one for each prompt.
+
+    Returns:
+        The mean squared error of each prompt [B].
     """
     denoise, base = model.denoisers(prompts, schedule, guidance_scale, negative_prompt)
     x = model.noise([torch.Generator().manual_seed(seed) for seed in seeds], len(prompts))
     total = torch.zeros(len(prompts), device=x.device, dtype=x.dtype)
     for step in schedule.steps:
         prediction = denoise(x, step)
-        total += schedule.difference(prediction, base(x, step)).square().flatten(1).mean(1)
+        total += schedule.prediction_error(prediction, base(x, step), step).square().flatten(1).mean(1)
         x = advance(prediction, step)
     return total / len(schedule)
 

@@ -89,13 +89,34 @@ class Schedule:
         prediction = self.unclipped(output, x, step)
         return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
 
-    def difference(self, a: Prediction, b: Prediction) -> Tensor:
-        """Between the noises of two predictions; for a flow between their velocities.
+    def prediction_error(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
+        """Subtract prediction `b` from prediction `a`, both of the same noisy latent at `step`.
 
-        The noise in a flow's latent says less the noisier it is, and nothing of the network where alpha is 0.
+        The space is that of the network's own output. With d_noise and d_x_0 the differences of noise and x_0:
+
+        - epsilon: d_noise.
+        - v_prediction: the velocity, alpha * d_noise - sigma * d_x_0.
+        - flow: the velocity, d_noise - d_x_0.
+        - sample: x_0, written as -sigma * (alpha * d_noise - sigma * d_x_0).
+
+        A change of the output by delta is then delta at every noise level. Other spaces scale it by a factor that
+        depends on the level. The noise scales v by alpha and x_0 by alpha / sigma, both 0 at zero terminal SNR. The
+        velocity scales x_0 by 1 / sigma, which grows without bound towards the clean latent.
+
+        The sampler uses x_0 clipped where the schedule has a `clip`, and the noise unclipped. The sum for "sample" is
+        d_x_0 without a clip; with one it also sees what changes the noise alone.
+
+        Returns:
+            A tensor of the latents' shape [B, C, H, W].
         """
         noise = a.noise - b.noise
-        return noise - (a.clean - b.clean) if self.prediction_type == "flow" else noise
+        if self.prediction_type == "epsilon":
+            return noise
+        clean = a.clean - b.clean
+        if self.prediction_type == "flow":
+            return noise - clean
+        velocity = step.alpha * noise - step.sigma * clean
+        return -step.sigma * velocity if self.prediction_type == "sample" else velocity
 
     def unclipped(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
         """The same before it is clipped: linear in `x` and in the output."""

@@ -19,6 +19,7 @@ from draftune.recommended import SAMPLING, recommended, tell_sampling
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("no", "blocks", "calls", "both")
+PIXEL_CLAMPS = ("straight_through", "hard")
 MOST = 2**63 - 1
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -118,6 +119,11 @@ class Settings:
         None,
         "an AutoencoderTiny of the same latents, a folder or a hub id such as madebyollin/taesd: training decodes and "
         "scores by it, sample grids and evaluations by the model's own",
+    )
+    pixel_clamp: str = setting(
+        "straight_through",
+        "the reward's gradient at decoded pixels outside [0, 1]: passed on unchanged, or 0 as a clamp's is",
+        choices=PIXEL_CLAMPS,
     )
     cpu: bool = setting(False, "train on the CPU even where there is a GPU")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from draftune.evaluation import Evaluation, divergence
+from draftune.evaluation import Evaluation, denoiser_mse_from_base
 from draftune.expression import Call, Sum
 from draftune.figures import figure, save
 from draftune.images import grid, save_image, to_pil
@@ -21,7 +21,7 @@ from draftune.models.base import default_device
 from draftune.paths import written_whole
 from draftune.tables import NAME, shortened, write_csv, write_json
 from draftune.training.audit import tell_truncated
-from draftune.training.guard import rule_of, weighed, weights_of
+from draftune.training.guard import DENOISER_MSE, rule_of, weighed, weights_of
 from draftune.tuned import Tuned, open_loras
 from draftune.yardstick import Yardstick
 
@@ -193,11 +193,11 @@ def sweep(
             base = now.images
         distance = (now.images - base).abs().mean((1, 2, 3))
         now.values["distance"] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
-        if "kl" in asked:
+        if DENOISER_MSE in asked:
             few = yardstick.prompts[: settings.batch_size]
             schedule = model.schedule(settings.num_inference_steps)
-            kl = divergence(model, few, schedule, settings.guidance_scale, settings.negative_prompt)
-            now.values["kl"] = torch.full((len(yardstick.prompts), 1), kl)
+            mse = denoiser_mse_from_base(model, few, schedule, settings.guidance_scale, settings.negative_prompt)
+            now.values[DENOISER_MSE] = torch.full((len(yardstick.prompts), 1), mse)
         if not marks:
             weights = rule_of(best_by, yardstick.held_out)
             weighed(weights, now.scores)  # a column that is not there is said now, not at the end

@@ -14,8 +14,8 @@ from draftune.methods.base import Around, Batch, Method
 class Keep(Around):
     """Any method, while on the batch's kept prompts the denoiser is held to what it was before (arXiv 2204.04662).
 
-    Adds weight * mean((eps - eps_base)^2), both with guidance, at a random step of the base's own path, once for each
-    batch and each of the optimiser's steps; for a flow the velocities take the place of eps. It asks for no reward.
+    Adds weight * mean((F - F_base)^2) at a random step of the base's own path, once for each batch and each of the
+    optimiser's steps. F is the guided output of the network, as in `Schedule.prediction_error`. It asks for no reward.
     FOSTER's distillation of a classifier's outputs, with its weight of 1, is this one's model; what it means for
     denoisers, and the weight, are ours.
     """
@@ -58,4 +58,4 @@ def kept_difference(batch: Batch) -> Tensor:
     step = kept.schedule.steps[made]
     with torch.no_grad():
         wanted = kept.base(x, step)
-    return kept.schedule.difference(kept.denoise(x, step), wanted).square().mean()
+    return kept.schedule.prediction_error(kept.denoise(x, step), wanted, step).square().mean()

@@ -18,10 +18,11 @@ from draftune.schedule import Prediction, Step
 class KL(Around):
     """Any method with a penalty for leaving the base model: kl(draft-k(k=5), beta=0.1) is DRaFT+.
 
-    Adds beta * sum_t mean((eps - eps_base)^2) over the calls of the denoiser that carry gradient, both with guidance,
-    on the same noisy latents: the KL divergence between the two samplers' steps up to a factor for each t; for a flow
-    the velocities take the place of eps. One call of the base model for each of these, with a graph where the latent
-    carries one. beta is 0.1 to 1 in the literature.
+    Adds beta * sum_t mean((F - F_base)^2) over the calls of the denoiser that carry gradient. F is the guided output of
+    the network, as in `Schedule.prediction_error`, and F_base that of the base model at the same noisy latent. The KL
+    divergence of the two ancestral samplers is the same sum with a weight for each step; here every step weighs the
+    same. Each of these calls takes one call of the base model, with a graph where the latent carries one. beta is 0.1
+    to 1 in the literature.
     """
 
     def __init__(self, method: Method, beta: float = 0.1) -> None:
@@ -37,7 +38,8 @@ class KL(Around):
         def call(x: Tensor, step: Step) -> Prediction:
             prediction = batch.denoise(x, step)
             if torch.is_grad_enabled():
-                self.penalties.append(batch.schedule.difference(prediction, batch.base(x, step)).square().mean())
+                error = batch.schedule.prediction_error(prediction, batch.base(x, step), step)
+                self.penalties.append(error.square().mean())
             return prediction
 
         return call

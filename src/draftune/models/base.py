@@ -81,6 +81,8 @@ class Model(ABC):
     """Why the family takes no negative prompt, where it takes none."""
     told = False
     """Whether it was said of this model that its negative prompt has no effect."""
+    pixel_clamp = "straight_through"
+    """The gradient of `decode` at pixels outside [0, 1]: "straight_through" or "hard", as in `clamp_unit`."""
     kept: LoRADeltas | None = None
     """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
 
@@ -306,14 +308,17 @@ class Model(ABC):
             checkpoint_blocks(self.denoiser, self.checkpointing in BLOCKS)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1] of clean latents; by the small decoder where they carry a gradient."""
+        """Decode clean latents into images [B, 3, H, W], clamped to [0, 1] as `pixel_clamp` says.
+
+        Where the latents carry a gradient and training has a small decoder, that one decodes them.
+        """
         small = self.small_decoder is not None and torch.is_grad_enabled() and latents.requires_grad
         raw = partial(decode_small, self.small_decoder) if small else self.decode_raw
         # Without a graph one picture at a time; with one as many as are asked for, of whom `at_once` gives few.
         alone = not (torch.is_grad_enabled() and latents.requires_grad)
         with self.autocast():
             pictures = torch.cat([raw(latent) for latent in latents.split(1)]) if alone else raw(latents)
-        return clamp_unit(pictures.to(self.dtype))
+        return clamp_unit(pictures.to(self.dtype), self.pixel_clamp)
 
     def autocast(self) -> torch.autocast:
         # Without its cache: inside somebody else's autocast, copies of the LoRA's weights made where there is no graph

@@ -7,7 +7,7 @@ from typing import Any
 
 from draftune.evaluation import KEPT_COLUMN
 from draftune.report.pictures import evenly
-from draftune.training.guard import DIVERSITY, HELD_OUT
+from draftune.training.guard import DENOISER_MSE, DIVERSITY, HELD_OUT
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = ("step", "reward_queries", "seconds")
@@ -38,7 +38,7 @@ def looks(key: str) -> tuple[str, str, str]:
     known = {
         DIVERSITY: ("Diversity", "within a prompt", "diversity"),
         "distance": ("Distance", "mean change of a pixel from the base model", "plain"),
-        "kl": ("KL", "how far the denoiser has moved", "plain"),
+        DENOISER_MSE: ("Denoiser MSE from base", "how far the denoiser has moved", "plain"),
     }
     if key.startswith(HELD_OUT):
         return known.get(key, (key.removeprefix(HELD_OUT), "held out", "held-out"))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held-out/"
 DIVERSITY = f"{HELD_OUT}diversity"
+DENOISER_MSE = "denoiser_mse_from_base"
+"""The column of `draftune.evaluation.denoiser_mse_from_base`."""
 APART = ("errors", "best")
 Row = Mapping[str, Any]
 """A line of evaluations.jsonl: columns, null for what is not finite, and under "errors" their standard errors."""

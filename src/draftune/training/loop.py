@@ -102,6 +102,7 @@ class Trainer:
         model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
         if self.past is not None:
             self.past.compare(model.grid)
+        model.pixel_clamp = s.pixel_clamp
         self.schedule = model.schedule(s.num_inference_steps)
         method.check(self.schedule)
         device = self.accelerator.device
@@ -160,8 +161,8 @@ class Trainer:
                 f"another process of this run has ended; {self.kept()} (what was heard of it: {first_line(error)})"
             ) from error
         finally:
-            # Whoever goes on with the model wants its own pictures, with a gradient too.
-            self.model.small_decoder = None
+            # Restore the model's own decoder and clamp, which other gradients, such as guidance's, go through.
+            self.model.small_decoder, self.model.pixel_clamp = None, type(self.model).pixel_clamp
             self.folder.close()
         rows = self.folder.rows
         return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())

@@ -180,7 +180,7 @@ def filled(trial: Trial, trainer: Trainer) -> Trial:
     }
     if trainer.watch.eval_prompts:
         evaluations = 2 + ((s.steps - 1) // s.eval_every if s.eval_every else 0)
-        # The divergence calls the network twice for each step of a batch of pictures.
+        # `denoiser_mse_from_base` calls the network twice for each step of a batch of pictures.
         drawn = list(trainer.watch.eval_prompts)
         if trainer.past is not None and trainer.past.reward is not None and list(trainer.past.prompts) != drawn:
             drawn += trainer.past.prompts

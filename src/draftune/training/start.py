@@ -19,7 +19,7 @@ from draftune.rewards import find_reward
 from draftune.rewards.base import taught
 from draftune.settings import Settings
 from draftune.training.device import accelerator, processes_of, tell_unheeded
-from draftune.training.guard import DIVERSITY, HELD_OUT, weights_of
+from draftune.training.guard import DENOISER_MSE, DIVERSITY, HELD_OUT, weights_of
 from draftune.training.loop import Run, Trainer
 from draftune.training.optimizer import check_optimizer
 from draftune.training.past import find_past
@@ -116,7 +116,9 @@ def prepare(
         held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
         kept = past.columns if past is not None else []
         for column in weights:
-            if column not in (known := [score.label, *score.columns, *held, *kept, DIVERSITY, "distance", "kl"]):
+            if column not in (
+                known := [score.label, *score.columns, *held, *kept, DIVERSITY, "distance", DENOISER_MSE]
+            ):
                 raise unknown("column of the evaluations", column, known)
         decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
         wanted = settings.model if model is None else model

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from draftune.evaluation import KEPT_COLUMN, Comparison, Evaluation, divergences, evaluate, score_batches
+from draftune.evaluation import KEPT_COLUMN, Comparison, Evaluation, denoiser_mse_by_prompt, evaluate, score_batches
 from draftune.images import grid, save_image, to_pil
 from draftune.lora import save_lora
 from draftune.models import Model
@@ -15,7 +15,7 @@ from draftune.rewards import Reward
 from draftune.schedule import Schedule
 from draftune.settings import Settings
 from draftune.training.checkpoint import undisturbed
-from draftune.training.guard import Guard, rule_of
+from draftune.training.guard import DENOISER_MSE, Guard, rule_of
 from draftune.training.past import Past
 from draftune.training.run import EVALUATIONS, SAMPLES, RunFolder
 
@@ -96,8 +96,8 @@ class Watch:
         # Only the first and the last are compared in the end; pictures take memory.
         self.evaluations = {0: self.evaluations.get(0, found), step: found}
         distance = float((found.images - self.evaluations[0].images).abs().mean())
-        kl = self.divergence(self.eval_prompts[: s.batch_size])
-        measured = {"step": step, **counted, **found.scores, "distance": distance, "kl": kl, "errors": found.errors}
+        moved = {"distance": distance, DENOISER_MSE: self.denoiser_mse(self.eval_prompts[: s.batch_size])}
+        measured = {"step": step, **counted, **found.scores, **moved, "errors": found.errors}
         # The others may have measured something else in the last digits, and all are to decide alike.
         row = self.processes.of_main(measured)
         if self.guard is None:
@@ -124,11 +124,11 @@ class Watch:
         kept = evaluate(draw, reward, None, prompts, self.settings.eval_images, self.model.device)
         return {f"{KEPT_COLUMN}{label}": values for label, values in kept.values.items()}
 
-    def divergence(self, prompts: Sequence[str]) -> float:
-        """As in `evaluation`, of which each process measures a part."""
+    def denoiser_mse(self, prompts: Sequence[str]) -> float:
+        """Compute `denoiser_mse_from_base` over these prompts; each process measures a part of them."""
         s, own = self.settings, self.processes.padded_share(list(enumerate(prompts)))
         texts, seeds = [prompt for _, prompt in own], [seed for seed, _ in own]
-        found = divergences(self.model, texts, seeds, self.schedule, s.guidance_scale, s.negative_prompt)
+        found = denoiser_mse_by_prompt(self.model, texts, seeds, self.schedule, s.guidance_scale, s.negative_prompt)
         return float(self.processes.gather(found)[: len(prompts)].mean())
 
     @property
