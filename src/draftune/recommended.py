@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from draftune.errors import DraftuneError
+from draftune.expression import Call, Sum, Value, parse
+
 # Clark et al., arXiv 2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, LoRA of rank 8.
 PAPER: dict[str, Any] = {
     "reward": "aesthetic",
@@ -24,7 +27,7 @@ PAPER: dict[str, Any] = {
 EMOJI: dict[str, Any] = {
     "reward": "emoji-aesthetic",
     # LV's copies did not make it learn sooner (RESULTS.md), and updates can share the steps before the last one
-    # (docs/speed.md); whoever names another method has prefix_reuse 1.
+    # (docs/speed.md); another method has prefix_reuse 1.
     "method": "draft-k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",
@@ -38,6 +41,29 @@ EMOJI: dict[str, Any] = {
     "sample_every": 20,
     "save_every": 20,
 }
+
+
+METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft-k": {"k": 1}, "draft-lv": {"n": 2}}
+"""The default settings of the methods that are recommended, as their classes have them; those import torch."""
+
+
+def same_method(first: str, second: str) -> bool:
+    """Return whether two expressions name one method, with the defaults of the recommended ones filled in.
+
+    An expression that cannot be read equals nothing but itself: `load_method` says what is wrong with it.
+    """
+    try:
+        return filled_in(parse(first)) == filled_in(parse(second))
+    except DraftuneError:
+        return first == second
+
+
+def filled_in(tree: Call | Sum) -> Call | Sum:
+    """Return the expression of a method with all settings whose defaults are known here."""
+    if isinstance(tree, Sum):
+        return tree
+    inner = None if tree.inner is None else filled_in(tree.inner)
+    return Call(tree.name, METHOD_DEFAULTS.get(tree.name, {}) | tree.settings, inner)
 
 
 def recommended(model: str) -> dict[str, Any]:

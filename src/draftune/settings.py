@@ -15,7 +15,7 @@ from draftune.errors import DraftuneError, unknown
 from draftune.expression import NAMES
 from draftune.paths import user_path
 from draftune.prompts import is_text
-from draftune.recommended import recommended
+from draftune.recommended import recommended, same_method
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("no", "blocks", "calls", "both")
@@ -137,7 +137,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         values = recommended(self.model)
-        if self.method not in (None, values["method"]):
+        if isinstance(self.method, str) and not same_method(self.method, values["method"]):
             # What is recommended for one method may be nothing for another.
             values = values | {"prefix_reuse": 1}
         for name, value in values.items():

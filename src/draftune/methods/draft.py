@@ -52,6 +52,9 @@ class DraftK(RewardGradient):
     def has_prefix(self) -> bool:
         return True
 
+    def shares_prefix(self) -> bool:
+        return True
+
     def spans_calls(self) -> bool:
         return self.k > 1
 
@@ -76,6 +79,9 @@ class DraftLV(RewardGradient):
         at_least("n", self.n, 0)
 
     def has_prefix(self) -> bool:
+        return True
+
+    def shares_prefix(self) -> bool:
         return True
 
     def spans_calls(self) -> bool:
@@ -105,6 +111,9 @@ class DrawnCut(RewardGradient):
 
     def has_prefix(self) -> bool:
         return True
+
+    def shares_prefix(self) -> bool:
+        return self.m == 1
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """How many steps remain after each of `count` cuts."""

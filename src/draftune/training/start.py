@@ -13,6 +13,7 @@ from draftune.methods.keep import Keep
 from draftune.models import Model, load_model
 from draftune.models.small_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
+from draftune.recommended import same_method
 from draftune.rewards import find_reward
 from draftune.rewards.base import taught
 from draftune.settings import Settings
@@ -56,8 +57,8 @@ def prepare(
     named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out}
     values |= {key: describe(value) for key, value in named.items() if value is not None}
     given = asdict(settings) if settings else {}
-    if values.get("method", given.get("method")) != given.get("method"):
-        given.pop("prefix_reuse", None)  # which is recommended by the method
+    if settings and not same_method(str(values.get("method", settings.method)), settings.method):
+        given.pop("prefix_reuse")  # which is recommended by the method
     settings = Settings.from_mapping(given | values)
     # What is cheap to check is checked before anything is loaded.
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
@@ -80,6 +81,12 @@ def prepare(
     for name in ("prefix_reuse", "prefix_stride"):
         if getattr(settings, name) > 1 and not method.has_prefix():
             raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
+    if settings.prefix_reuse > 1 and not method.shares_prefix():
+        raise DraftuneError(
+            f"prefix_reuse={settings.prefix_reuse} does not work with the method {settings.method!r}: updates can share "
+            "only a prefix without gradient that ends at the same step in each (Method.shares_prefix); prefix_reuse "
+            "must be 1"
+        )
     if settings.gradient_decoder and not method.needs_gradient:
         raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no gradient_decoder")
     if settings.smoothing and not method.needs_gradient:
