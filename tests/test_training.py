@@ -357,7 +357,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "alignprop(m=3)", "prefix_reuse": 3}, "prefix_reuse=3 does not work with the method 'alignprop"),
         (
             {"method": "kl(leapalign)", "prefix_reuse": 2},
-            r"prefix_reuse=2 does not work with the method 'kl\(leapalign",
+            "prefix_reuse=2 does not work with the method 'kl",
         ),
         ({"method": "kl(draft-lv, beta=-1)"}, "beta must be at least 0"),
         ({"method": "adjoint-matching(scale=0)"}, "scale must be more than 0"),
@@ -415,26 +415,24 @@ def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> Non
 
 def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: Path) -> None:
     """Methods that allow it ask for the same number of steps in every update, and those that do not for several."""
-    for name, count in (
-        ("draft-k(k=2)", 1),
-        ("draft-lv(n=1)", 1),
-        ("refl(m=1)", 1),
-        ("refl(m=3)", 3),
-        ("leapalign", 3),
+    for name, shared in (
+        ("draft-k(k=2)", True),
+        ("refl(m=1)", True),
+        ("refl(m=3)", False),
+        ("leapalign", False),
     ):
         method = load_method(name)
         asked: set[int] = set()
         trainer = prepare(
             str(pipeline_folder), brightness, output=str(tmp_path / "run"), method=name, num_inference_steps=4,
-            prompts=PROMPTS, batch_size=1, resume=False,
+            prompts=PROMPTS, batch_size=1, resume=False, seed=1,
         )  # fmt: skip
-        for step in range(1, 13):
+        for step in range(1, 7):
             trainer.updates.draw_starts()
             latents = trainer.updates.starts[0].latents
             trainer.updates.update(step)
-            asked |= latents.known.keys() - {0}
-        asked |= {0} if name == "leapalign" else set()
-        assert method.shares_prefix() == (len(asked) == 1) == (count == 1), (name, asked)
+            asked.add(max(latents.known))
+        assert method.shares_prefix() == (len(asked) == 1) == shared, (name, asked)
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:

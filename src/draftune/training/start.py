@@ -83,9 +83,9 @@ def prepare(
             raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
     if settings.prefix_reuse > 1 and not method.shares_prefix():
         raise DraftuneError(
-            f"prefix_reuse={settings.prefix_reuse} does not work with the method {settings.method!r}: updates can share "
-            "only a prefix without gradient that ends at the same step in each (Method.shares_prefix); prefix_reuse "
-            "must be 1"
+            f"prefix_reuse={settings.prefix_reuse} does not work with the method {settings.method!r}: updates share "
+            "steps without gradient only where these end at the same step in each update (Method.shares_prefix); "
+            "prefix_reuse must be 1"
         )
     if settings.gradient_decoder and not method.needs_gradient:
         raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no gradient_decoder")
