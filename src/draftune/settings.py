@@ -67,6 +67,9 @@ class Settings:
         3.0, "how firmly: against a reward of spread 1, as --normalize-reward makes it; 0: not at all", low=0
     )
     resume: bool = setting(True, "go on with the run in that folder; --no-resume begins anew in one beside it")
+    allow_changes: str = setting(
+        "", "settings such as 'learning_rate,reward' in which a run that goes on may differ from what it was"
+    )
 
     steps: int = setting(None, "updates", low=1)
     batch_size: int = setting(4, "pictures drawn for one backward pass, of all processes together", low=1)

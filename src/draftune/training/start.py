@@ -98,7 +98,7 @@ def prepare(
     with processes.together():
         contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
         if past is not None:
-            contents |= {"kept prompts": past.kept, "first LoRA's weights": [past.checksum]}
+            contents |= {"keep": past.kept, "continue_from": [past.checksum]}
         folder = RunFolder(settings, contents, processes)
         # Every reward's weights are found before any network is loaded.
         score, judge = gather(
@@ -127,4 +127,5 @@ def describe(value: Any) -> str:
         return str(value)
     if isinstance(value, (list, tuple)):
         return f"{len(value)} prompts given in Python"
-    return str(getattr(value, "name", None) or getattr(value, "label", None) or getattr(value, "__name__", "given"))
+    names = (getattr(value, attribute, None) for attribute in ("name", "expression", "label", "__name__"))
+    return str(next(filter(None, names), "given"))
