@@ -83,10 +83,6 @@ def lora_tensors(m: Making) -> Bad:
         "integers": lambda: {k: v.to(torch.int64) for k, v in tensors.items()},
     }
     name = m.any(*kinds)
-    if name == "strange" and m.command in ("mix", "export"):
-        name = "half"  # these do not ask the model
-    if name == "integers" and m.command not in ("mix", "export"):
-        name = "flat"  # the others take them for what they are
     path = m.here / f"{name}.safetensors"
     save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in kinds[name]().items()}, path, said)
     return Bad(m.good(source=path), [str(path), "finite"])

@@ -52,7 +52,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
 }
 SHARDED: dict[str, dict[str, Any]] = {
     "two calls": {"method": "kl(draft-k(k=2), beta=0.1)"},
-    "earliest cut": {"method": "alignprop(m=3)"},
+    "earliest cut": {"method": "alignprop(cut=uniform, m=3)"},
     "adjoint": {"method": "adjoint-matching(k=2)"},
     "kept": {"method": "draft-k(k=2)", "continue_from": "FIRST", "keep": "animals"},
     "blocks": {"method": "kl(draft-k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},

@@ -139,9 +139,34 @@ def test_refl_jumps_to_the_clean_latent_at_its_step(seed: int, network: Network)
 def test_alignprop_is_draft_k_with_a_k_drawn_for_each_sample(seed: int, network: Network) -> None:
     schedule = GRIDS["clean"]
     drawn = torch.randint(1, 5, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
-    ours = gradient_of_method(AlignProp(4), schedule, network, seed)
+    ours = gradient_of_method(AlignProp("uniform", 4), schedule, network, seed)
     each = [gradient_by_hand(schedule, network, T - k, NOISE[i : i + 1]) for i, k in enumerate(drawn)]
     assert relative(ours, sum(each) / 2) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_alignprop_draws_one_k_for_the_batch_by_default(seed: int, network: Network) -> None:
+    schedule, generator = GRIDS["clean"], torch.Generator().manual_seed(seed)
+    cut = 0
+    while not 1 <= cut < T:
+        cut = int(42 / 50 * T + 5 / 50 * T * float(torch.randn((), generator=generator)))
+    ours = gradient_of_method(AlignProp(), schedule, network, seed)
+    assert relative(ours, gradient_by_hand(schedule, network, cut)) < 1e-12
+
+
+def test_the_normal_cuts_are_those_of_the_authors_at_fifty_steps() -> None:
+    """The integer part of N(42, 5), drawn again outside of 1 to 49: its probabilities by the normal's own integral."""
+    generator, count = torch.Generator().manual_seed(0), 4000
+    cuts = torch.stack([50 - AlignProp().draw(3, 50, generator) for _ in range(count)])
+    assert (cuts == cuts[:, :1]).all()
+    drawn = torch.bincount(cuts[:, 0], minlength=51).double() / count
+    edges = torch.distributions.Normal(42.0, 5.0).cdf(torch.arange(1.0, 51.0)).double()
+    expected = edges.diff() / (edges[-1] - edges[0])
+    assert drawn[0] == drawn[50] == 0
+    assert (drawn[1:50] - expected).abs().max() < 4 * (0.08 / count) ** 0.5
+    few = torch.stack([AlignProp(m=4).draw(1, 50, generator) for _ in range(500)])
+    assert sorted(set(few.flatten().tolist())) == [1, 2, 3, 4]
+    assert int(AlignProp().draw(1, 1, generator)) == 1
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -294,6 +319,7 @@ def slopes(method: Method, schedule: Schedule, seed: int) -> list[list[float]]:
     if isinstance(method, ReFL):
         return [[c[T - int(torch.randint(1, method.m + 1, (1,), generator=draw))][0]] * 2]
     if isinstance(method, AlignProp):
+        assert method.m is not None
         return [[last(k) for k in torch.randint(1, method.m + 1, (2,), generator=draw).tolist()]]
     if isinstance(method, LeapAlign):
         k, j = sorted(torch.randperm(T, generator=draw)[:2].tolist())
@@ -315,7 +341,7 @@ def slopes(method: Method, schedule: Schedule, seed: int) -> list[list[float]]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "method",
-    [DraftK(1), DraftK(3), Draft(), DraftLV(2), ReFL(3), AlignProp(4), DRTune(2, 3), LeapAlign(0.3)],
+    [DraftK(1), DraftK(3), Draft(), DraftLV(2), ReFL(3), AlignProp("uniform", 4), DRTune(2, 3), LeapAlign(0.3)],
     ids=lambda method: type(method).__name__,
 )
 def test_closed_form_on_gaussian_data_with_a_quadratic_reward(method: RewardGradient, seed: int) -> None:

@@ -14,6 +14,7 @@ from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_a
 from torch import Tensor
 
 from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
+from draftune.methods.keep import Keep
 from draftune.models import StableDiffusion
 from draftune.schedule import Prediction, Schedule, Step
 
@@ -33,7 +34,10 @@ class RawRewards(DDPO):
 
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
 def test_the_policy_gradient_is_unbiased(fraction: float) -> None:
-    """On Gaussian data with a quadratic reward the derivative of the mean reward by mu is known."""
+    """On Gaussian data with a quadratic reward the derivative of the mean reward by mu is known.
+
+    The policy gradient's mean is that derivative divided by the elements of a latent times the random steps.
+    """
     schedule, target, data = GRIDS["leading"], 0.5, Gaussian()
     mean, slope = 0.0, 0.0
     mu = float(data.mu.detach())
@@ -56,7 +60,7 @@ def test_the_policy_gradient_is_unbiased(fraction: float) -> None:
         for loss in losses:
             (-loss).backward()
         assert data.mu.grad is not None
-        estimates.append(float(data.mu.grad))
+        estimates.append(float(data.mu.grad) * noise[0].numel() * len(schedule))
     values = torch.tensor(estimates, dtype=torch.float64)
     error = float(values.std() / math.sqrt(len(values)))
     assert error < 0.1 * abs(expected)
@@ -103,10 +107,141 @@ def test_dpok_adds_the_divergence_of_every_step(grid: str, networks: tuple[Netwo
         divergence = torch.distributions.kl_divergence(
             torch.distributions.Normal(one, step.tau), torch.distributions.Normal(other.detach(), step.tau)
         )
-        (beta * divergence.sum((1, 2, 3)).mean()).backward()
+        (beta * divergence.mean() / sum(step.tau > 0 for step in schedule.steps)).backward()
         x = (one + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)).detach()
     expected = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     assert relative(ours, expected) < 1e-9
+
+
+def test_the_loss_of_the_authors_by_hand() -> None:
+    """Every part of the formula: means over elements, steps and images, both clips, and the share of clipped ratios.
+
+    -min(A w, A clip(w)) with A clipped to +-adv_clip_max and w of the mean log-probability, written out for a second
+    inner epoch on moved weights, where some ratios are out of their range on either side.
+    """
+    schedule, clip, adv_clip_max = GRIDS["leading"], 1e-3, 0.9
+    noise = torch.randn(6, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    network, rewards = Network(), torch.tensor([3.0, -1.0, 0.5, 0.0, 1.0, -2.0], dtype=torch.float64)
+    method = DDPO(inner_epochs=2, clip_range=clip, adv_clip_max=adv_clip_max)
+
+    def denoise(x: Tensor, step: Step) -> Prediction:
+        return schedule.read(network(x, step.timestep), x, step)
+
+    def mean_of(net: Network, x: Tensor, step: Step) -> Tensor:
+        clean, eps = clean_and_noise(net(x, step.timestep), x, step, "epsilon")
+        return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * eps
+
+    found = []
+    for losses in method.optimizer_steps([batch_of(denoise, schedule, None, noise, lambda x: rewards)]):
+        network.zero_grad()
+        for loss in losses:
+            loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        with torch.no_grad():
+            network.last.weight.mul_(1.01)
+
+    advantages = ((rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-6)).clamp(-adv_clip_max, adv_clip_max)
+    assert (advantages.abs() == adv_clip_max).any()
+    before, after, generator, x = Network(), Network(), torch.Generator().manual_seed(0), noise
+    with torch.no_grad():
+        after.last.weight.mul_(1.01)
+        path = []
+        for step in schedule.steps:
+            middle = mean_of(before, x, step)
+            following = middle + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            path.append((step, x, following, middle))
+            x = following
+    outside = []
+    for net, got in zip((before, after), found, strict=True):
+        for step, x, following, middle in path:
+            old, new = (
+                torch.distributions.Normal(m, step.tau).log_prob(following).mean((1, 2, 3))
+                for m in (middle, mean_of(net, x, step))
+            )
+            ratio = (new - old).exp()
+            losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+            (losses.mean() / len(schedule)).backward()
+            outside.append(((ratio - 1).abs() > clip).double().mean())
+        expected = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        assert relative(got, expected) < 1e-9
+    share = float(sum(outside) / len(outside))
+    assert method.report()["clip_fraction"] == pytest.approx(share)
+    assert 0.05 < share < 0.45  # the first epoch's are all 1
+    assert method.constant_losses() == ""
+
+
+def updated(method: DDPO, rewards: Sequence[float], prompts: Sequence[str], moved: float = 0.0) -> float:
+    """Run one update's optimizer steps with `rewards` [N] and return the last gradient; mu moves before the second."""
+    data, schedule = Gaussian(), GRIDS["leading"]
+    noise = torch.randn(len(rewards), 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = batch_of(data.denoise, schedule, None, noise, lambda x: torch.tensor(rewards))
+    batch.prompts = batch.all_prompts = prompts
+    for losses in method.optimizer_steps([batch]):
+        data.mu.grad = None
+        for loss in losses:
+            loss.backward()
+        last = data.mu.grad
+        data.mu.data += moved
+    assert last is not None
+    return float(last)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6, -7.3])
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_equal_rewards_give_no_gradient_and_are_named(value: float, count: int) -> None:
+    """The mean of equal float32 numbers is not always that number."""
+    method = DDPO()
+    assert updated(method, [value] * count, ["a"] * count) == 0
+    assert f"all {count} rewards of the update are {value:g}" in method.constant_losses()
+
+
+def test_rewards_that_differ_between_prompts_alone_give_no_gradient_and_are_named() -> None:
+    method = DDPO(min_count=2)
+    assert updated(method, [0.1, 0.1, 0.7, 0.7], ["a", "a", "b", "b"]) == 0
+    assert "each prompt's rewards are equal" in method.constant_losses()
+    assert updated(method, [0.1, 0.2, 0.7, 0.7], ["a", "a", "b", "b"]) != 0
+    assert method.constant_losses() == ""
+
+
+def test_ratios_that_are_all_clipped_are_named() -> None:
+    """With one image above and one below the average, a jump of the mean puts every ratio on one side or the other."""
+    # The rewards are the sign of what the jump makes of the ratio: then no ratio may go on.
+    data, schedule = Gaussian(), Schedule((GRIDS["leading"].steps[2],))
+    noise = torch.randn(8, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step, jump = schedule.steps[0], 1e-3
+    method = DDPO(inner_epochs=2, clip_range=1e-9)
+
+    def reward(x: Tensor) -> Tensor:
+        middle = schedule_mean(data, noise, step)
+        return (x - middle).flatten().sign()
+
+    gradients = []
+    for losses in method.optimizer_steps([batch_of(data.denoise, schedule, None, noise, reward)]):
+        data.mu.grad = None
+        for loss in losses:
+            loss.backward()
+        assert data.mu.grad is not None
+        gradients.append(float(data.mu.grad))
+        before = method.constant_losses()
+        data.mu.data += jump * step.tau
+    assert gradients[0] != 0
+    assert gradients[1] == 0
+    assert "clip_range=1e-09" in before
+    assert method.report()["clip_fraction"] == 0.5  # none in the first epoch, all in the second
+
+
+def schedule_mean(data: Gaussian, x: Tensor, step: Step) -> Tensor:
+    clean, eps = data.denoise(x, step)
+    return (step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * eps).detach()
+
+
+def test_wrappers_pass_on_what_the_method_reports() -> None:
+    inner = DDPO()
+    updated(inner, [1.0, 1.0], ["a", "a"])
+    for around in (KL(inner, 0.1), Keep(inner, 1.0)):
+        assert around.report() == {"clip_fraction": 0.0}
+        assert around.constant_losses() == inner.constant_losses() != ""
+        assert around.min_images_per_update == 2
 
 
 def test_a_later_epoch_weighs_by_the_clipped_ratio() -> None:

@@ -18,12 +18,19 @@ from test_resume import train as noisily_trained
 from torch import Tensor
 
 import draftune
-from draftune.adapters import KEPT, adapted_by
 from draftune.cli import main
 from draftune.distilling import balanced_weights
 from draftune.errors import DraftuneError
-from draftune.layers import read_layers
-from draftune.lora import FILE_NAME, add_lora, load_lora, lora_parameters, save_lora, set_lora_scale
+from draftune.lora import (
+    FILE_NAME,
+    KEPT,
+    adapted_by,
+    add_lora,
+    load_lora,
+    lora_parameters,
+    save_lora,
+    set_lora_scale,
+)
 from draftune.methods import DraftK, Method, load_method
 from draftune.methods.keep import Keep
 from draftune.models import load_model
@@ -35,7 +42,7 @@ from draftune.schedule import Prediction, Step
 from draftune.training import Run
 from draftune.training.loop import Trainer
 from draftune.training.start import prepare
-from draftune.tuned import open_source
+from draftune.tuned import open_source, read_deltas
 
 
 def test_the_weights_of_groups() -> None:
@@ -139,7 +146,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
         torch.testing.assert_close(predicted(ours[0], x, step), predicted(theirs[0], x, step), atol=1e-5, rtol=1e-4)
         difference = (predicted(ours[0], x, step) - predicted(ours[1], x, step)).abs().max()
         assert difference > 1e-3
-    assert {layer.rank for layer in read_layers(second.folder).layers.values()} == {4}
+    assert {layer.rank for layer in read_deltas(second.folder).layers.values()} == {4}
     # And the base of the continued model is, bit for bit, the first one's model.
     alone, _ = open_source(str(first.folder))
     assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoise(["a dog"], schedule, 3.0), x, step))
@@ -373,12 +380,12 @@ def thick(first: Run, pipeline_folder: Path, tmp_path: Path) -> Path:
 
 
 def changes(source: Path) -> Iterator[tuple[str, Tensor]]:
-    for name, layer in read_layers(source).layers.items():
+    for name, layer in read_deltas(source).layers.items():
         yield name, layer.change
 
 
 def test_a_truncated_lora_is_the_nearest(thick: Path) -> None:
-    whole = read_layers(thick)
+    whole = read_deltas(thick)
     short = whole.truncated(2)
     for name, layer in short.layers.items():
         assert layer.rank == 2
@@ -400,7 +407,7 @@ def test_a_distilled_lora(
     left = made.differences
     assert left["distilled"] < 0.7 * left["truncated"]
     assert left["truncated"] < left["no LoRA"]
-    assert {layer.rank for layer in read_layers(output).layers.values()} == {2}
+    assert {layer.rank for layer in read_deltas(output).layers.values()} == {2}
     with safe_open(output / FILE_NAME, "pt") as file:
         assert file.metadata()["distilled_from"] == f"{thick}, rank 2"
     # What the file holds is what was measured: the truncated one, found again.
@@ -410,7 +417,7 @@ def test_a_distilled_lora(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"mean squared difference of the predictions from those of {thick}"
     assert said[2].split()[1:] == said[3].split()[1:]
-    short = read_layers(thick).truncated(2).layers
+    short = read_deltas(thick).truncated(2).layers
     for name, change in changes(tmp_path / "cut"):
         torch.testing.assert_close(change, short[name].change, atol=1e-5, rtol=1e-4)
     # Into its own folder it may be written again, into no other.
@@ -433,10 +440,10 @@ def test_the_sum_of_different_layers_and_alphas(first: Run, pipeline_folder: Pat
     """Layers that only one of the two changes, and an alpha that is not the rank."""
     values = {"continue_from": str(first.folder), "lora_targets": "to_q,conv_in", "lora_alpha": 3.0, "lora_rank": 3}
     second = train(pipeline_folder, tmp_path / "second", **values, steps=2)
-    both, one = read_layers(second.folder).layers, read_layers(first.folder).layers
-    assert "conv_in" in both
-    assert "conv_in" not in one
-    assert both["conv_in"].change.abs().max() > 0
+    both, one = read_deltas(second.folder).layers, read_deltas(first.folder).layers
+    assert "unet.conv_in" in both
+    assert "unet.conv_in" not in one
+    assert both["unet.conv_in"].change.abs().max() > 0
     untouched = next(name for name in one if name.endswith("to_v"))
     torch.testing.assert_close(both[untouched].change, one[untouched].change)
     assert set(load_file(tmp_path / "second" / "lora" / FILE_NAME)) == set(

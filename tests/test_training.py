@@ -32,7 +32,7 @@ from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.audit import GradientAudit
 from draftune.training.start import prepare
-from draftune.training.update import PromptOrder
+from draftune.training.update import PromptOrder, Updates, clipped_share
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 
@@ -83,8 +83,9 @@ def test_every_gradient_method_raises_the_reward(pipeline: Any, tmp_path: Path, 
 @pytest.mark.parametrize(("method", "queries"), SCORED.items())
 def test_every_kind_of_method_logs_the_same(pipeline: Any, tmp_path: Path, method: str, queries: int) -> None:
     result = run(pipeline, tmp_path, method=method, steps=2, gradient_accumulation_steps=2, learning_rate=0.02)
-    keys = ["step", "reward", "reward_std", "reward_queries", "grad_norm", "learning_rate", "seconds"]
-    assert [list(row) for row in result.metrics] == [keys] * 2
+    keys = ["step", "reward", "reward_std", "reward_queries", "grad_norm", "grad_clip_fraction", "learning_rate"]
+    own = ["clip_fraction"] if "ddpo" in method or "dpok" in method else []
+    assert [list(row) for row in result.metrics] == [[*keys, "seconds", *own]] * 2
     assert [row["reward_queries"] for row in result.metrics] == [queries, 2 * queries]
     assert all(row["grad_norm"] > 0 for row in result.metrics)
 
@@ -117,7 +118,8 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["reward_queries"] for row in rows] == [12, 24, 36, 48]
     for row in rows:
-        wanted = {"step", "reward", "reward_std", "reward_queries", "grad_norm", "learning_rate", "seconds"}
+        wanted = {"step", "reward", "reward_std", "reward_queries", "grad_norm", "grad_clip_fraction"}
+        wanted |= {"learning_rate", "seconds"}
         assert wanted < row.keys()
         parts = row["reward/jpeg-compressibility"], row["reward/jpeg-incompressibility"]
         assert row["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
@@ -349,8 +351,12 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "ddpo", "num_inference_steps": 1, "set_alpha_to_one": True}, "wants a random step"),
         ({"method": "adjoint-matching", "num_inference_steps": 1, "set_alpha_to_one": True}, "wants a random step"),
         ({"method": "ddpo(clip_range=0)"}, "clip_range must be more than 0"),
+        ({"method": "ddpo", "batch_size": 1}, "gradient_accumulation_steps must be at least 2, not 1"),
+        ({"method": "kl(dpok)", "batch_size": 1}, "gradient_accumulation_steps must be at least 2, not 1"),
+        ({"method": "ddpo(adv_clip_max=0)"}, "adv_clip_max must be more than 0"),
         ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction must be more than 0 and at most 1"),
         ({"method": "ddpo(buffer_size=4)"}, "buffer_size must be a whole number of at least 16"),
+        ({"method": "alignprop(cut=normel)"}, "did you mean 'normal'"),
         ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "does not begin without gradient: prefix_reuse"),
         ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride must be 1"),
         ({"method": "refl(m=2)", "prefix_reuse": 2}, "prefix_reuse=2 does not work with the method 'refl"),
@@ -375,6 +381,65 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         with pytest.raises(DraftuneError, match=message):
             run(pipeline, tmp_path, **values)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("steps", "told"), [(5, 3), (2, 2)])
+def test_a_run_without_a_gradient_says_which_factor_was_0(
+    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, told: int
+) -> None:
+    def never(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.full((len(images),), -7.3)
+
+    result = run(pipeline, tmp_path, never, method="ddpo", steps=steps, batch_size=3)
+    assert [row["grad_norm"] for row in result.metrics] == [0] * steps
+    said = capsys.readouterr().err
+    assert said.count(f"exactly 0 in the last {told} updates: all 3 rewards of the update are -7.3") == 1
+    assert "learning rate" not in said
+
+
+def test_a_gradient_that_vanishes_later_is_told_too(
+    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, made = Updates.update, [0]
+
+    def counted(self: Updates, step: int) -> dict[str, float]:
+        made.append(step)
+        return update(self, step)
+
+    def dies(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return brightness(images, prompts) * (made[-1] < 4)
+
+    monkeypatch.setattr(Updates, "update", counted)
+    result = run(pipeline, tmp_path, dies, steps=8, learning_rate=0.02)
+    assert [row["step"] for row in result.metrics if row["grad_norm"] == 0] == [4, 5, 6, 7, 8]
+    said = capsys.readouterr().err
+    assert said.count("the gradient was exactly 0 in the last 3 updates") == 1
+    assert "learning rate" not in said
+
+
+def test_a_lora_that_takes_no_part_is_named_by_policy_gradients_too(pipeline: Any, tmp_path: Path) -> None:
+    """Rewards differ and no ratio is clipped: that the gradient is 0 is the LoRA's fault."""
+    settings = {"steps": 4, "num_inference_steps": 3, "guidance_scale": 3.0, "sample_every": 0, "batch_size": 2}
+    trainer = prepare(
+        pipeline, brightness, prompts=PROMPTS, output=str(tmp_path / "run"), method="ddpo(min_count=4)", **settings
+    )
+    for module in trainer.model.denoiser.modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            module.scaling = dict.fromkeys(scaling, 0.0)
+    with pytest.raises(DraftuneError, match=r"trainable tensors got no gradient.*lora_targets"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(("limit", "share"), [(1e-9, 1.0), (1e9, 0.0), (0, 0.0)])
+def test_the_share_of_clipped_gradients(pipeline: Any, tmp_path: Path, limit: float, share: float) -> None:
+    result = run(pipeline, tmp_path, method="ddpo(inner_epochs=2)", steps=2, max_grad_norm=limit, learning_rate=0.01)
+    assert [row["grad_clip_fraction"] for row in result.metrics] == [share] * 2
+    assert all(0 < row["clip_fraction"] <= 0.5 for row in result.metrics)
+
+
+def test_the_share_of_clipped_gradients_counts_each_optimizer_step() -> None:
+    assert clipped_share([0.5, 2.0, 3.0, 1.0], 1.0) == 0.5
+    assert math.isnan(clipped_share([0.5, math.inf], 1.0))
 
 
 def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:

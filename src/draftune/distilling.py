@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from draftune.adapters import KEPT
 from draftune.errors import DraftuneError
-from draftune.layers import Layers, read_layers
-from draftune.lora import ADAPTER, add_lora, lora_parameters
+from draftune.lora import ADAPTER, KEPT, LoRADeltas, add_lora, deltas_of_peft, lora_parameters
 from draftune.mixing import check_folder
 from draftune.models import Model
 from draftune.paths import user_path
@@ -23,7 +21,7 @@ from draftune.schedule import Prediction, Step
 from draftune.settings import Settings
 from draftune.training.audit import tell
 from draftune.training.batches import PromptOrder
-from draftune.tuned import find_tuned, open_loras
+from draftune.tuned import find_tuned, open_loras, read_deltas
 
 PROBED = 4
 """Prompts of each group on which the difference is measured."""
@@ -66,6 +64,7 @@ def distill_lora(
     beta: float = 0.97,
     seed: int = 0,
     model: str | None = None,
+    skip_text_encoder: bool = False,
     cpu: bool = False,
     precision: str = "no",
 ) -> Distilled:
@@ -84,8 +83,13 @@ def distill_lora(
     weights = balanced_weights([len(group) for group in groups], beta)
     if precision == "fp16":
         raise DraftuneError("distilling does not work in fp16: use bf16 or no")
-    tuned = find_tuned(source, model)
-    whole = read_layers(tuned.lora, tuned.base)
+    tuned = find_tuned(source, model, skip_text_encoder)
+    whole = read_deltas(source, tuned.base, skip_text_encoder)
+    if len(whole.parts) > 1:
+        raise DraftuneError(
+            f"the LoRA {source!r} adapts a text encoder too, and only a denoiser's is distilled: "
+            "--skip-text-encoder-lora leaves it out"
+        )
     if rank < 1 or rank >= (most := max(layer.rank for layer in whole.layers.values())):
         raise DraftuneError(f"the rank must be at least 1 and lower than that of {source!r}, {most}, not {rank}")
     painter = open_loras({KEPT: tuned}, cpu, precision)
@@ -94,7 +98,7 @@ def distill_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # From now on it is the only active one: that which is loaded is heard as the base.
-        add_lora(painter, rank, targets=list(whole.layers))
+        add_lora(painter, rank, targets=list(whole.of_part(painter.lora_prefix)))
     painter.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
     lesson = Lesson(painter, tuned.settings)
     probes = [lesson.path(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]
@@ -110,8 +114,9 @@ def distill_lora(
     if not differences["distilled"] <= differences["truncated"]:
         tell("learning brought it no nearer: the truncated LoRA is written")
         fill(painter, short)
-    tensors = {name.replace(f".{ADAPTER}.", "."): value for name, value in lora_parameters(painter).items()}
-    student = Layers({}, whole.prefix, whole.base_model, whole.grid).plus(tensors, 1.0)
+    own = {name.replace(f".{ADAPTER}.", "."): value for name, value in lora_parameters(painter).items()}
+    tensors = {f"{painter.lora_prefix}.{name}": value for name, value in own.items()}
+    student = LoRADeltas(deltas_of_peft(tensors, 1.0), whole.base_model, whole.grid)
     return Distilled(student.write(folder, distilled_from=said), differences)
 
 
@@ -154,12 +159,12 @@ class Lesson:
         return float(torch.stack(found).mean())
 
 
-def fill(model: Model, layers: Layers) -> None:
+def fill(model: Model, deltas: LoRADeltas) -> None:
     """Puts a LoRA of the same layers and rank into the one that is trained, whose scale is 1."""
     parameters = lora_parameters(model)
     with torch.no_grad():
-        for name, layer in layers.layers.items():
-            for half, tensor in zip("AB", layer, strict=True):
+        for name, delta in deltas.of_part(model.lora_prefix).items():
+            for half, tensor in (("A", delta.down), ("B", delta.up)):
                 parameters[f"{name}.lora_{half}.{ADAPTER}.weight"].copy_(tensor)
 
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.layers import Layers, read_layers
-from draftune.lora import FILE_NAME, GRID_SAID, lora_file, opened, saved_grid
+from draftune.lora import FILE_NAME, GRID_SAID, LoRADeltas, lora_file, opened, saved_grid
+from draftune.lora.names import in_network
 from draftune.models import Model, load_model
-from draftune.models.base import GRID
+from draftune.models.layout import load_layout
 from draftune.paths import check_writable, user_path, written_whole
 from draftune.quiet import quiet
+from draftune.schedule import GRID
 from draftune.settings import Settings
 from draftune.tensors import save_tensors
 from draftune.training.run import run_settings
-from draftune.tuned import find_tuned
+from draftune.tuned import read_deltas
 
 KOHYA_SUFFIX = ".safetensors"
 UNCONDITIONAL = re.compile(r"attentions\.\d+\.to_")
@@ -39,19 +40,21 @@ def export_lora(
     best: bool = False,
     half: bool = False,
     model: str | None = None,
+    skip_text_encoder: bool = False,
 ) -> Path:
     """Writes the LoRA of a run, a LoRA file or its folder as another tool reads it; returns `output`.
 
     "diffusers": a folder with the LoRA; "kohya": a .safetensors file, for ComfyUI and others; "merged": the folder of
     the base model's pipeline with the LoRA in its weights and the run's grid in its scheduler. `best` takes the
     run's best LoRA, not its last; `half` stores float16; `model` is the base model, where the LoRA does not say it or
-    it lies elsewhere. Raises DraftuneError, also where the output is there already.
+    it lies elsewhere; `skip_text_encoder` leaves out layers of text encoders. Raises DraftuneError, also where the
+    output is there already.
     """
     target = user_path(output)
     check(target, format, lora_scale)
     path = source_file(source, best)
     grid(path)  # a run that can't be read is said before anything is written
-    lora = read_layers(path, model).scaled(lora_scale)
+    lora = read_deltas(path, model, skip_text_encoder).scaled(lora_scale)
     WRITERS[format](lora, path, target, torch.float16 if half else torch.float32)
     return target
 
@@ -89,26 +92,30 @@ def grid(source: Path | str, best: bool = False) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None}
 
 
-def write_diffusers(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> None:
+def write_diffusers(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
     lora.write(target, dtype)
 
 
-def write_kohya(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> None:
+def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
     """The LoRA by kohya's names, which have no dots: lora_unet_mid_block_attentions_0_proj_in.lora_down.weight.
 
     diffusers' own conversion takes every alpha to be the rank, whatever it was; here it is so.
     """
-    if lora.prefix != "unet":
+    if "unet" not in lora.parts:
         raise DraftuneError("kohya's names are known for UNets only: give a transformer's LoRA --format diffusers")
     if any(UNCONDITIONAL.search(name) for name in lora.layers):
         raise DraftuneError(
             "no reader of kohya's names draws with unconditional models: give --format diffusers or merged"
         )
     named, rank = lora.tensors(dtype)
+    # Text encoders are numbered where the pipeline has two, even if one alone is adapted.
+    numbered = len(lora.parts) > 1 and "text_encoder_2" in load_layout(str(lora.base_model))
+    encoders = {"text_encoder": "te1" if numbered else "te", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
     for name, tensor in named.items():
         layer, _, half = name.rpartition(".lora_")
-        key = f"lora_{lora.prefix}_{layer.replace('.', '_')}"
+        part, _, inner = layer.partition(".")
+        key = f"lora_{encoders.get(part, part)}_{inner.replace('.', '_')}"
         tensors[f"{key}.{'lora_down' if half == 'A.weight' else 'lora_up'}.weight"] = tensor
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
     said = {
@@ -137,7 +144,7 @@ def training_said(settings: Settings) -> dict[str, str]:
         "ss_max_train_steps": str(s.steps),
         "ss_learning_rate": str(s.learning_rate),
         "ss_lr_warmup_steps": str(s.lr_warmup_steps),
-        "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_optimizer": "torch.optim.adamw.AdamW" if s.optimizer == "adamw" else s.optimizer,
         "ss_max_grad_norm": str(s.max_grad_norm),
         "ss_gradient_accumulation_steps": str(s.gradient_accumulation_steps),
         "ss_seed": str(s.seed),
@@ -145,22 +152,20 @@ def training_said(settings: Settings) -> dict[str, str]:
     }
 
 
-def write_merged(lora: Layers, path: Path, target: Path, dtype: torch.dtype) -> None:
-    model = load_model(find_tuned(str(path), lora.base_model).base)
+def write_merged(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
+    model = load_model(str(lora.base_model))
     model.set_grid(**grid(path))
     merge(model, lora)
     save_pipeline(model, target, dtype)
 
 
 @torch.no_grad()
-def merge(model: Model, lora: Layers) -> None:
-    """Adds the LoRA to the weights of the model's denoiser, for good. Raises DraftuneError if it does not fit."""
-    modules = dict(model.denoiser.named_modules())
-    for name, layer in lora.layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None or weight.shape != layer.shape:
-            raise DraftuneError(f"the LoRA does not fit {model.name!r}: it has no {name} of shape {list(layer.shape)}")
-        weight += layer.change
+def merge(model: Model, lora: LoRADeltas) -> None:
+    """Add the LoRA to the weights of the model's networks, for good. It was read for this model."""
+    for part, network in model.lora_networks.items():
+        for name, delta in lora.of_part(part).items():
+            weight = network.get_submodule(in_network(part, name, network)).weight
+            weight += delta.change.to(weight)
 
 
 def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
@@ -180,7 +185,7 @@ def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
             os.replace(Path(folder) / "model", target)
 
 
-WRITERS: dict[str, Callable[[Layers, Path, Path, torch.dtype], None]] = {
+WRITERS: dict[str, Callable[[LoRADeltas, Path, Path, torch.dtype], None]] = {
     "diffusers": write_diffusers,
     "kohya": write_kohya,
     "merged": write_merged,

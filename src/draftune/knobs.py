@@ -74,6 +74,7 @@ class KnobSearch:
     queries: int
     """All scored pictures, these among them."""
     model: str | None
+    skip_text_encoder: bool
 
     @property
     def difference(self) -> tuple[float, float, float]:
@@ -88,7 +89,7 @@ class KnobSearch:
 
     def mix(self, output: Path | str) -> Path:
         """Writes the LoRAs, at the weights found, as one; returns the file's path."""
-        return mix_loras(self.weights, output, self.model)
+        return mix_loras(self.weights, output, self.model, self.skip_text_encoder)
 
     def write(self, folder: Path) -> None:
         """FOLDER/knobs.json and FOLDER/steps.csv."""
@@ -120,6 +121,7 @@ def tune_knobs(
     negative_prompt: str | None = None,
     cpu: bool = False,
     mixed_precision: str = "no",
+    skip_text_encoder: bool = False,
     progress: bool = False,
 ) -> KnobSearch:
     """Climbs a reward, with a gradient or without, by weights of LoRAs, ("runs/a", 0.7) to start at 0.7, and guidance.
@@ -138,7 +140,7 @@ def tune_knobs(
             f"step must be above 0 and below 0.5, learning_rate below 1, not {step} and {learning_rate}"
         )
     check_sources(loras, model, guidance_bounds)
-    found = find_all([source for source, _ in loras], model)
+    found = find_all([source for source, _ in loras], model, skip_text_encoder)
     if len(bases := list(dict.fromkeys(tuned.base for tuned in found))) > 1:
         raise DraftuneError(
             f"LoRAs of {bases[0]!r} and of {bases[1]!r}; if these are one model, give its name (--model)"
@@ -178,7 +180,7 @@ def tune_knobs(
         bar.set_postfix(reward=f"{judge.mean:.3f}")
     end = torch.stack(passed[len(passed) // 2 :]).mean(0)
     before, after = judge.rewards(torch.stack([start, end]), *judge.draw(checked))
-    return KnobSearch(knobs, judge.named(end), rows, before, after, judge.queries, model)
+    return KnobSearch(knobs, judge.named(end), rows, before, after, judge.queries, model, skip_text_encoder)
 
 
 def check_sources(

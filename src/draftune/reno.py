@@ -72,9 +72,10 @@ def optimize_noise(
     sampling step and the weights get none. Sampling steps and guidance default to what is recommended for the model.
     Raises DraftuneError for a reward without a gradient, and where reward or gradient stop being finite.
 
-    ReNO (arXiv 2406.04312). The defaults of `steps`, `learning_rate`, `momentum`, `max_grad_norm` and `regularization`
-    are meant to be the authors' for one-step generators: not confirmed, none of the five. Here the noise is moved
-    `steps` times and `steps` + 1 pictures are scored; whether theirs counts so is not confirmed either.
+    ReNO (Eyring et al., arXiv 2406.04312). The defaults of `steps`, `learning_rate`, `momentum`, `max_grad_norm` and
+    `regularization` are those of the authors' code for one-step generators (ExplainableML/ReNO: arguments.py lines
+    23-24, 34-37 and 93, training/optim.py line 10). Here the noise is moved `steps` times and `steps` + 1 images are
+    scored. Their `n_iters` counts the scored images: 50 images and 49 moves (training/trainer.py lines 64 and 126).
     """
     if model.autocast_dtype is torch.float16:
         raise DraftuneError("the gradient by the noise vanishes in fp16: use bf16 or no")

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 
+GRID = ("timestep_spacing", "set_alpha_to_one")
+"""The settings of a sampler's grid, by their names in diffusers."""
+
 
 class Step(NamedTuple):
     """One call of the denoiser, from the level (alpha, sigma) to the level (alpha_next, sigma_next).

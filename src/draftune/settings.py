@@ -60,6 +60,7 @@ class Settings:
     continue_from: str = setting(
         "", "a run, a LoRA file or its folder: another LoRA is trained on top of that one, which stays as it is"
     )
+    skip_text_encoder_lora: bool = setting(False, "leave out the layers of text encoders in the continued LoRA")
     keep: str = setting(
         "", "prompts on which the continued model stays as it was: a named set or a file, best that of its own training"
     )

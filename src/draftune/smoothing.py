@@ -73,6 +73,7 @@ def width_at(step: int, first: float, power: float) -> float:
     """first · step^−power, the width at an update, the first of which is 1.
 
     With a learning rate that falls as 1 / step, the smoothed ascent ends where the hard reward has no slope if the
-    power is below 1 / ℓ, where ℓ is how deeply smoothed guards stand inside others (recalled, not confirmed).
+    power is below 1 / ℓ, where ℓ is how deeply smoothed guards stand inside others (as recalled from the paper; no
+    published code states it).
     """
     return first * step**-power

@@ -9,10 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, gather
-from draftune.lora import ADAPTER, base_model, load_lora, lora_file, saved_grid, set_lora_scale
+from draftune.lora import (
+    ADAPTER,
+    LoRADeltas,
+    base_model,
+    load_lora,
+    lora_file,
+    read_file,
+    saved_grid,
+    set_lora_scale,
+)
+from draftune.lora.reader import fit
 from draftune.models import MODELS, Model, load_model
-from draftune.models.base import GRID, default_device
+from draftune.models.base import default_device
+from draftune.models.layout import load_layout
 from draftune.paths import user_path
+from draftune.schedule import GRID
 from draftune.settings import Settings
 from draftune.training.run import run_settings
 
@@ -31,6 +43,8 @@ class Tuned:
     base: str
     settings: Settings
     in_run: bool
+    skip_text_encoder: bool = False
+    """Whether its layers of text encoders are left out."""
 
     @property
     def grid(self) -> dict[str, Any]:
@@ -43,7 +57,7 @@ class Tuned:
         return {"model": self.base, **{name: getattr(self.settings, name) for name in DRAWING}, **self.grid}
 
 
-def find_tuned(source: str, base: str | None = None) -> Tuned:
+def find_tuned(source: str, base: str | None = None, skip_text_encoder: bool = False) -> Tuned:
     """The LoRA of a run's folder, a LoRA file or its folder; nothing is loaded yet.
 
     `base` is the base model where the LoRA does not say it or it lies elsewhere. Raises DraftuneError.
@@ -53,15 +67,34 @@ def find_tuned(source: str, base: str | None = None) -> Tuned:
     if base is None:
         raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
     settings = run_settings(path)
-    return Tuned(source, path, base, settings or Settings(model=base), settings is not None)
+    return Tuned(source, path, base, settings or Settings(model=base), settings is not None, skip_text_encoder)
 
 
-def find_all(sources: Sequence[str], base: str | None = None) -> list[Tuned]:
+def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: bool = False) -> LoRADeltas:
+    """Read what a LoRA adds to each layer of its base model.
+
+    Only the base's configs are read, but for DoRA, whose change of a weight depends on it.
+
+    Args:
+        source: a run's folder, a LoRA file or its folder.
+        base: the base model, where the LoRA does not say it or it lies elsewhere.
+        skip_text_encoder: whether layers of text encoders are left out.
+
+    Raises:
+        DraftuneError: the file can't be read or does not fit, or the base can't be had.
+    """
+    tuned = find_tuned(str(source), base)
+    file = read_file(tuned.lora)
+    networks = load_model(tuned.base).lora_networks if file.is_dora else load_layout(tuned.base)
+    return fit(file, networks, tuned.base, skip_text_encoder)
+
+
+def find_all(sources: Sequence[str], base: str | None = None, skip_text_encoder: bool = False) -> list[Tuned]:
     """Each of several LoRAs once; one that lies in no run draws as the first run of its model does.
 
     Raises one DraftuneError that says all that is wrong.
     """
-    found = gather(*(partial(find_tuned, source, base) for source in dict.fromkeys(sources)))
+    found = gather(*(partial(find_tuned, source, base, skip_text_encoder) for source in dict.fromkeys(sources)))
     runs = {tuned.base: tuned for tuned in reversed(found) if tuned.in_run}
     return [
         replace(tuned, settings=runs[tuned.base].settings, in_run=True)
@@ -72,7 +105,12 @@ def find_all(sources: Sequence[str], base: str | None = None) -> list[Tuned]:
 
 
 def open_source(
-    source: str, base: str | None = None, lora_scale: float = 1.0, cpu: bool = False, precision: str = "no"
+    source: str,
+    base: str | None = None,
+    lora_scale: float = 1.0,
+    cpu: bool = False,
+    precision: str = "no",
+    skip_text_encoder: bool = False,
 ) -> tuple[Model, Settings]:
     """The model of a run's folder, a LoRA or a model's name, on its device, and the settings to draw with.
 
@@ -82,7 +120,7 @@ def open_source(
     if source in MODELS or (user_path(source) / "model_index.json").exists():
         model = load_model(source, precision).to(default_device(cpu), precision)
         return model, Settings(model=model.name)
-    tuned = find_tuned(source, base)
+    tuned = find_tuned(source, base, skip_text_encoder)
     model = open_loras({ADAPTER: tuned}, cpu, precision)
     set_lora_scale(model, lora_scale)
     return model, tuned.settings
@@ -96,7 +134,7 @@ def open_loras(loras: Mapping[str, Tuned], cpu: bool = False, precision: str = "
     first = next(iter(loras.values()))
     model = load_model(first.base, precision)
     for name, tuned in loras.items():
-        load_lora(model, tuned.lora, name)
+        load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After the LoRAs, which take the same precision.
     model.to(default_device(cpu), precision)
     model.set_grid(**first.grid)

@@ -1,8 +1,8 @@
 """Gradients from values alone: along random directions, along coordinates drawn by their importance, or both.
 
-Written from the definitions in ZO-HGD (Sharma et al., arXiv 2012.11518), of which only the abstract could be read: how
-it draws coordinates and weighs the two is not confirmed. Here both minimise the variance for what is known of the
-gradient.
+Written from the definitions in the abstract of ZO-HGD (Sharma et al., arXiv 2012.11518). No code of its authors was
+found, and the abstract does not say how they draw coordinates and weigh the two kinds. Here both minimise the variance
+for what is known of the gradient.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Estimator:
 
     `directions`, `coordinates`: how many of each; 0 for none of them. The coordinates are drawn by how strongly each
     answered so far, in a moving average that keeps `memory` of what it was; none is drawn more seldom than `floor`.
-    Weighed by the same average, the two kinds' variances say how much of each is taken (the published choices are not
-    confirmed). With points of another length than before it begins anew. Raises DraftuneError for numbers out of range.
+    Weighed by the same average, the two kinds' variances say how much of each is taken (this project's
+    choice). With points of another length than before it begins anew. Raises DraftuneError for numbers out of range.
     """
 
     def __init__(self, directions: int = 0, coordinates: int = 0, floor: float = 0.02, memory: float = 0.9) -> None:

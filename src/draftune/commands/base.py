@@ -48,10 +48,19 @@ def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
     )
     if scale:
         parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
+    add_skip_text_encoder(parser)
     parser.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
     parser.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
     add_device(parser)
+
+
+def add_skip_text_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-text-encoder-lora",
+        action="store_true",
+        help="leave out a LoRA's layers of text encoders (default: they are applied)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
@@ -112,7 +121,9 @@ def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
     """The model of a name, a run or a LoRA on its device, and how to draw with it: as in the run, but for the flags."""
     from draftune.tuned import open_source
 
-    model, settings = open_source(args.source, args.model, args.lora_scale, args.cpu, args.mixed_precision)
+    model, settings = open_source(
+        args.source, args.model, args.lora_scale, args.cpu, args.mixed_precision, args.skip_text_encoder_lora
+    )
     return model, replace(settings, **drawing_flags(args))
 
 

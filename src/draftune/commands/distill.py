@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, add_device, check_numbers, filled, writing_to
+from draftune.commands.base import Command, add_device, add_skip_text_encoder, check_numbers, filled, writing_to
 from draftune.paths import user_path
 
 
@@ -42,6 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the base model, where the LoRA does not say it or it lies elsewhere",
     )
+    add_skip_text_encoder(parser)
     add_device(parser)
 
 
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             beta=args.beta,
             seed=args.seed,
             model=args.model,
+            skip_text_encoder=args.skip_text_encoder_lora,
             cpu=args.cpu,
             precision=args.mixed_precision,
         )

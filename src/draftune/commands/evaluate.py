@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from draftune.tuned import find_all
     from draftune.yardstick import find_yardstick
 
-    loras = find_all(args.sources, args.model)
+    loras = find_all(args.sources, args.model, args.skip_text_encoder_lora)
     yardstick = find_yardstick(loras, args.prompts, args.reward, args.held_out, args.num_images)
     # Flags hold for all alike.
     loras = [replace(tuned, settings=replace(tuned.settings, **drawing_flags(args))) for tuned in loras]

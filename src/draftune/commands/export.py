@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, filled, writing_to
+from draftune.commands.base import Command, add_skip_text_encoder, filled, writing_to
 from draftune.paths import user_path
 
 LOAD = {
@@ -32,13 +32,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=filled, help="the base model, where the LoRA does not say it or it lies elsewhere"
     )
+    add_skip_text_encoder(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from draftune.export import export_lora, grid
 
     with writing_to(user_path(args.output)):
-        path = export_lora(args.source, args.output, args.format, args.lora_scale, args.best, args.half, args.model)
+        path = export_lora(
+            args.source,
+            args.output,
+            args.format,
+            args.lora_scale,
+            args.best,
+            args.half,
+            args.model,
+            args.skip_text_encoder_lora,
+        )
     load = LOAD[args.format].format(path=str(path))
     if args.format == "diffusers" and (trained := grid(args.source, args.best)):
         options = ", ".join(f"{name}={value!r}" for name, value in trained.items())

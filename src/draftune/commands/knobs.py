@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         negative_prompt=args.negative_prompt,
+        skip_text_encoder=args.skip_text_encoder_lora,
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
         progress=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.commands.base import Command, filled, writing_to
+from draftune.commands.base import Command, add_skip_text_encoder, filled, writing_to
 from draftune.paths import user_path
 
 
@@ -22,13 +22,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=filled, metavar="NAME", help="the base model, where the LoRAs name it differently or not"
     )
+    add_skip_text_encoder(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from draftune.mixing import mix_loras, weighted
 
     with writing_to(user_path(args.output)):
-        path = mix_loras([weighted(text) for text in args.loras], args.output, args.model)
+        path = mix_loras([weighted(text) for text in args.loras], args.output, args.model, args.skip_text_encoder_lora)
     print(path.parent)
 
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.best_by:
         weights_of(args.best_by)
-    tuned = find_tuned(args.source, args.model)
+    tuned = find_tuned(args.source, args.model, args.skip_text_encoder_lora)
     source = user_path(args.source)
     output = user_path(args.output) if args.output else (source if source.is_dir() else source.parent) / "sweep"
     if output.exists() and not output.is_dir():

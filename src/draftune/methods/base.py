@@ -73,6 +73,8 @@ class Method:
     """Whether the reward's gradient is used."""
     half_precision: bool = True
     """Whether it works in fp16, where gradients that the trainer's scaler does not see vanish."""
+    min_images_per_update: int = 1
+    """Least number of images of one update: 2 for a method that compares the rewards of an update with each other."""
 
     def check(self, schedule: Schedule) -> None:
         """Raises DraftuneError where the method's settings do not fit the schedule."""
@@ -103,6 +105,17 @@ class Method:
         """For each of the optimiser's steps that one update makes, its losses."""
         yield self.losses(batches)
 
+    def report(self) -> dict[str, float]:
+        """Return numbers about the last update by name, for its row of metrics.jsonl; called in every process."""
+        return {}
+
+    def constant_losses(self) -> str:
+        """Return why the losses of the last optimizer step do not depend on the weights, and what helps.
+
+        Empty where they do. Called in every process after the losses were consumed, where the gradient is exactly 0.
+        """
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """What the method carries from one update to the next: what JSON can hold, and tensors."""
         return {}
@@ -130,6 +143,7 @@ class Around(Method):
     def __init__(self, method: Method) -> None:
         self.method = method
         self.needs_gradient, self.half_precision = method.needs_gradient, method.half_precision
+        self.min_images_per_update = method.min_images_per_update
 
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)
@@ -142,6 +156,12 @@ class Around(Method):
 
     def spans_calls(self) -> bool:
         return self.method.spans_calls()
+
+    def report(self) -> dict[str, float]:
+        return self.method.report()
+
+    def constant_losses(self) -> str:
+        return self.method.constant_losses()
 
     def state_dict(self) -> dict[str, Any]:
         return self.method.state_dict()

@@ -12,22 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from draftune.adapters import KEPT, adapted_by
 from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
+from draftune.lora import KEPT, LoRADeltas, adapted_by
 from draftune.models.small_decoder import decode_small
 from draftune.quiet import quiet
 from draftune.recompute import recomputed
 from draftune.sampling import Denoiser, rollout
-from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
+from draftune.schedule import GRID, Prediction, Schedule, Step, ddim_schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from draftune.layers import Layers
-
-GRID = ("timestep_spacing", "set_alpha_to_one")
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 WHOLE, BLOCKS = ("calls", "both"), ("blocks", "both")
 
@@ -83,7 +80,7 @@ class Model(ABC):
     """Whether the latents are pictures, in [-1, 1], which the sampler clips where the scheduler's config says so."""
     small_decoder: Any = None
     """An AutoencoderTiny, in training alone, by which latents that carry a gradient are decoded."""
-    kept: Layers | None = None
+    kept: LoRADeltas | None = None
     """The frozen LoRA that belongs to the base, which is saved with the one that is trained."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
@@ -108,6 +105,12 @@ class Model(ABC):
     @abstractmethod
     def parts(self) -> Sequence[nn.Module]:
         """Every network of the pipeline that takes part in sampling."""
+
+    @property
+    def lora_networks(self) -> dict[str, Any]:
+        """The networks that a LoRA file may adapt, by their names in its keys: the denoiser, then the text encoders."""
+        encoders = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
+        return {self.lora_prefix: self.denoiser} | {n: part for n, part in sorted(encoders.items()) if part is not None}
 
     @property
     def networks(self) -> Sequence[nn.Module]:
@@ -151,9 +154,10 @@ class Model(ABC):
     def set_checkpointing(self, mode: str) -> None:
         """What the backward pass computes again: "no", the "blocks" of the networks, whole "calls" of them, or "both".
 
-        Blocks are least for a graph of one call, as the decoder's always is. Whole calls of the denoiser keep their
-        inputs alone, so that memory does not grow with their number in a graph; with both, it is that of a block and of
-        what goes into the blocks of one call.
+        "blocks" keeps the inputs of each block of every call in a graph. "calls" keeps the input of each call of the
+        denoiser alone, so that memory does not grow with their number in a graph. "both" keeps that too, and while one
+        call is computed again the inputs of its blocks: the least memory, and each call is computed twice more. The
+        decoder's blocks are computed again in every mode but "no".
         """
         self.checkpointing = mode
         for part in self.networks:

@@ -16,10 +16,10 @@ class Extrapolate(Evaluating):
 
     Costs no further gradient, and as much memory as two. With `momentum` > 0 the last step, times it, is added to
     where the gradient is taken: around sgd(momentum=u), with the same u, that is the paper's Nesterov form.
-    Both forms are as recalled from the paper; its rule for the rate is not confirmed. On a quadratic of curvature c
-    the stable learning rates shrink: rate * c < 1 and lr * c < 2 * (1 - rate * c) around plain SGD. `rate` is in units
-    of the weights by the gradient, whatever the optimiser. h is the mean over all processes: the paper's workers have
-    each their own.
+    Both forms are as recalled from the paper, of which no code was found; its rule for the rate is not part of this.
+    On a quadratic of curvature c the stable learning rates shrink: rate * c < 1 and lr * c < 2 * (1 - rate * c) around
+    plain SGD. `rate` is in units of the weights by the gradient, whatever the optimiser. h is the mean over all
+    processes: the paper's workers have each their own.
     """
 
     def __init__(self, optimizer: Optimizer, rate: float, momentum: float = 0.0) -> None:

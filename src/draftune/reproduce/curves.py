@@ -32,7 +32,7 @@ def methods(scale: Scale) -> list[str]:
         half(scale),
         "draft",
         f"refl(m={late})",
-        f"alignprop(m={t // 2})",
+        f"alignprop(cut=uniform, m={t // 2})",
         deep(scale),
         "leapalign",
     ]

@@ -28,7 +28,10 @@ SIZE = f"held-out/{BYTES}"
 SHARE, CLIMBED = f"held-out/above({REWARD})", f"held-out/{REWARD}"
 POLICY = "ddpo(min_count=4, timestep_fraction=0.25)"
 RATES = (1e-3, 3e-3, 1e-2)
-"""Learning rates of which the policy has the best, by its first seed; 0.01 loses names, and 0.03 all of them."""
+"""Learning rates of which the policy has the best, by its first seed; 0.01 loses names, and 0.03 all of them.
+
+Seen with the loss that was summed over elements and steps.
+"""
 KEPT = {JUDGE: "judge_3d", NAMED: "judge_name", DIVERSITY: "diversity"}
 
 

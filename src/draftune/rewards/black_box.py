@@ -157,8 +157,8 @@ def black_box(
     each (`grid`), or the picture's own detail in such blocks, stronger or weaker (`detail`, as the size of files
     wants); what no pattern shows gets no gradient. `coordinates`: single patterns, drawn the more often the more
     strongly they answered so far, 8 unless anything is given; `directions`: random ones, each of all patterns at once,
-    better for some hundreds of patterns or more; both together are the hybrid of ZO-HGD (arXiv 2012.11518; how that
-    draws and weighs them is not confirmed).
+    better for some hundreds of patterns or more; both together are the hybrid of ZO-HGD (arXiv 2012.11518), with this
+    project's own way to draw and weigh them.
     `step`: the root mean square of a change of the picture's values in [0, 1]. Two more scored pictures for each, one
     with `central=false`, all of them counted. `space=latent` changes the clean latents instead, where a pattern is a
     change that the decoder can draw: the gradient goes past the decoder, every changed latent is decoded for its score,

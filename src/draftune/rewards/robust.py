@@ -14,8 +14,9 @@ from draftune.rewards.base import Reward, register
 class Robust(Reward):
     """r(x - rho * g / ||g||), where g is the gradient of r by the picture x and ||.|| the norm over all its pixels.
 
-    The way to the worse picture is held fixed: the gradient is that of r there. Source: RSA-FT (sharpness-aware reward
-    fine-tuning), whose rho is 1e-2; in which space it is measured there is not confirmed, here it is pixels in [0, 1].
+    The way to the worse picture is held fixed: the gradient is that of r there. Source: RSA-FT (reward
+    sharpness-aware fine-tuning, Kim and Sim, arXiv 2603.21175), whose rho is 1e-2. No code of its authors was found, so
+    that the space of their rho is not known; here it is that of pixels in [0, 1].
     """
 
     def __init__(self, reward: Reward, rho: float = 0.01) -> None:

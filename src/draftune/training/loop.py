@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import Comparison, normalized, score_batches
-from draftune.layers import keep_lora
 from draftune.loading import first_line
-from draftune.lora import add_lora, save_lora
+from draftune.lora import add_lora, freeze_lora, save_lora
 from draftune.methods import Method
 from draftune.models import Model
 from draftune.models.small_decoder import check_likeness
@@ -88,6 +87,7 @@ class Trainer:
         )
         self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts, past)
         self.done = 0
+        self.told_of_gradients = False
 
     def set_up(self, reward: Reward, held_out: Reward | None, eval_prompts: Sequence[str] | None) -> None:
         """The model with a fresh LoRA and the rewards, checked against the settings and on their device."""
@@ -95,7 +95,7 @@ class Trainer:
         s.model = model.name
         asked = [*self.prompts, *(eval_prompts or ())]
         if self.past is not None:
-            keep_lora(model, self.past.lora)
+            freeze_lora(model, self.past.lora, s.skip_text_encoder_lora)
             asked += [*self.past.kept, *self.past.prompts]
         model.check_prompts(asked, s.negative_prompt)
         model.set_size(s.height, s.width)
@@ -218,6 +218,17 @@ class Trainer:
         if change < VISIBLE:
             tell(f"after {self.done} updates the pictures are still those of the base model: raise the learning rate")
 
+    def check_gradients(self) -> None:
+        """Tell once, where the first or any later updates had no gradient at all, which of its factors was 0."""
+        made = self.updates
+        if self.told_of_gradients or made.without_gradient < min(AUDITED, self.settings.steps):
+            return
+        self.told_of_gradients = True
+        why = (
+            made.why_constant or "the losses do not depend on the LoRA now: look for clamps or saturation in the reward"
+        )
+        tell(f"the gradient was exactly 0 in the last {made.without_gradient} updates: {why}")
+
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
         s = self.settings
@@ -249,7 +260,10 @@ class Trainer:
             self.done = step
             self.folder.log(METRICS, row)
             progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-            if step == AUDITED + s.lr_warmup_steps and not self.updates.skipped:
+            self.check_gradients()
+            # Without any gradient, the learning rate is not the cause.
+            learned = any(row["grad_norm"] for row in self.folder.rows[METRICS])
+            if step == AUDITED + s.lr_warmup_steps and learned and not self.updates.skipped:
                 self.check_pictures()
             if step == s.steps:
                 break  # the end has its own grid, evaluation and checkpoint

@@ -70,6 +70,12 @@ def prepare(
     if settings.mixed_precision == "fp16" and not method.half_precision:
         raise DraftuneError(f"the method {settings.method!r} does not work in fp16: use bf16 or no")
     check_optimizer(settings, method)
+    images = settings.batch_size * settings.gradient_accumulation_steps
+    if images < method.min_images_per_update:
+        raise DraftuneError(
+            f"the method {settings.method!r} compares the rewards of an update with each other: batch_size times "
+            f"gradient_accumulation_steps must be at least {method.min_images_per_update}, not {images}"
+        )
     past = find_past(settings)
     if past is not None and past.kept:
         method = Keep(method, settings.keep_weight)

@@ -44,6 +44,13 @@ PATIENCE_WITH_NONFINITE = 20
 """Updates in a row that may be left out before a run has to end."""
 
 
+def clipped_share(norms: Sequence[float], max_grad_norm: float) -> float:
+    """Return the share of the gradients that were scaled down to `max_grad_norm`, 0 for no limit."""
+    if not all(map(math.isfinite, norms)):
+        return math.nan
+    return sum(norm > (max_grad_norm or math.inf) for norm in norms) / len(norms)
+
+
 class Updates:
     """Makes the updates of a run and counts them, and keeps what went wrong in the run's `folder`, or nowhere.
 
@@ -79,6 +86,12 @@ class Updates:
         self.scorer = Scorer(settings, model, reward, accelerator.scaler, processes)
         self.starts: list[Start] = []
         self.overflows = self.skipped = self.skipped_in_a_row = 0
+        self.norms: list[float] = []
+        """Of the gradients of the present update, before they were clipped."""
+        self.without_gradient = 0
+        """Updates in a row whose gradients were all exactly 0."""
+        self.why_constant = ""
+        """Why the last gradient was 0, where the method knows it."""
         self.seconds = 0.0
 
     def update(self, step: int) -> dict[str, float]:
@@ -90,18 +103,20 @@ class Updates:
             group["lr"] = rate
         self.draw_starts()
         drawn: list[Drawn] = []
-        grad_norm = math.nan
+        self.norms = []
         try:
             if isinstance(self.optimizer.optimizer, Evaluating):
-                grad_norm = self.optimizer_step(step, drawn)
+                self.optimizer_step(step, drawn)
             else:
                 for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
-                    grad_norm = self.gradient(step, losses, drawn)
+                    self.gradient(step, losses, drawn)
                     self.optimizer.step()
             self.skipped_in_a_row = 0
         except NonFiniteError as error:
-            grad_norm = math.nan
+            self.norms = [math.nan]
             self.leave_out(step, drawn, error)
+        norms = self.norms or [math.nan]
+        self.without_gradient = 0 if any(norms) else self.without_gradient + 1
         if step % s.prefix_reuse == 0:
             self.starts = []  # no other update shares them
         put_back(self.model)
@@ -120,9 +135,11 @@ class Updates:
             "reward": float(reward.mean()),
             "reward_std": float(reward.std(unbiased=False)),
             "reward_queries": self.scorer.queries,
-            "grad_norm": grad_norm,
+            "grad_norm": norms[0],
+            "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
             "learning_rate": rate,
             "seconds": round(self.seconds, 4),
+            **self.method.report(),
         }
         if self.noise is not None:
             row["signal_to_noise"] = self.noise.ratio
@@ -134,23 +151,21 @@ class Updates:
             row["skipped"] = self.skipped
         return row
 
-    def optimizer_step(self, step: int, drawn: list[Drawn]) -> float:
+    def optimizer_step(self, step: int, drawn: list[Drawn]) -> None:
         """The step of an optimiser that takes its gradients itself, each on the same batches with the same noise."""
         before = Replay(self.generator)
-        norms: list[float] = []
 
         def evaluate() -> None:
             before.rewind()
             steps = self.method.optimizer_steps(self.fresh_batches(step, drawn))
-            norms.append(self.gradient(step, next(steps), drawn))
+            self.gradient(step, next(steps), drawn)
             if next(steps, None) is not None:
                 raise DraftuneError(f"the method {self.settings.method!r} makes several steps: use adamw or sgd")
 
         self.optimizer.step(evaluate)
-        return norms[0]
 
-    def gradient(self, step: int, losses: Iterator[Tensor], drawn: Sequence[Drawn]) -> float:
-        """Leaves the mean gradient of the losses with the weights, filtered and clipped; its norm before the latter."""
+    def gradient(self, step: int, losses: Iterator[Tensor], drawn: Sequence[Drawn]) -> None:
+        """Leaves the mean gradient of the losses with the weights, filtered and clipped."""
         self.optimizer.zero_grad()
         if self.noise is not None:
             self.noise.clear()
@@ -166,7 +181,7 @@ class Updates:
         self.processes.mean_(self.parameters.values())
         # In the filter's metric this is the gradient; what is clipped is what the optimiser is given.
         self.filter()
-        return self.clipped_norm(step)
+        self.clip(step)
 
     def leave_out(self, step: int, drawn: Sequence[Drawn], error: NonFiniteError) -> None:
         """Keeps the batches of an update that went wrong to look at, and ends the run unless they may be left out."""
@@ -231,26 +246,30 @@ class Updates:
         reward, processes = partial(self.scorer, drawn, step), self.processes
         return Batch(own, start.latents, self.schedule, denoise, base, reward, self.generator, processes, drawn.prompts)
 
-    def clipped_norm(self, step: int) -> float:
-        """The gradient's norm before it was clipped; what is not finite stops the run."""
+    def clip(self, step: int) -> None:
+        """Clip the gradient to `max_grad_norm`, and note its norm before that.
+
+        Raises NonFiniteError where the norm is not finite, and DraftuneError for tensors that never had a gradient.
+        """
         limit = self.settings.max_grad_norm or math.inf
         # As accelerate clips, but where it knows FSDP: it would take the scale out twice.
         self.accelerator.unscale_gradients()
         norm = float(clip_grad_norm_(self.parameters.values(), limit))
+        self.norms.append(norm)
         if math.isfinite(norm):
             self.overflows = 0
-            # Where all pictures score the same, a policy has nothing to learn from them yet.
-            if norm > 0 or self.method.needs_gradient:
+            # A method's own reason for a gradient of 0 is not the fault of the LoRA's tensors.
+            self.why_constant = self.method.constant_losses() if norm == 0 else ""
+            if not self.why_constant:
                 with self.processes.together():
                     self.audit.check()
-            return norm
+            return
         # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
         self.overflows += 1
         if self.accelerator.scaler is None or self.overflows > PATIENCE_WITH_NONFINITE:
             if self.accelerator.scaler is not None:
                 self.optimizer.step()  # which leaves the weights alone, and the scaler ready for the next gradient
             raise NonFiniteError(f"the gradient's norm became {norm} at update {step}")
-        return norm
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Where it stands: what JSON can hold, and tensors by name. To be asked in every process."""

@@ -1,0 +1,46 @@
+"""LoRA: adding one to a model, reading and writing files, the algebra of what they add to weights."""
+
+from draftune.lora.adapter import (
+    ADAPTER,
+    ATTENTION,
+    KEPT,
+    adapted_by,
+    add_lora,
+    attach,
+    freeze_lora,
+    load_lora,
+    lora_parameters,
+    save_lora,
+    set_lora_scale,
+    set_lora_scales,
+)
+from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
+from draftune.lora.files import CONFIG, FILE_NAME, GRID_SAID, base_model, lora_file, opened, read_file, saved_grid
+from draftune.lora.reader import read_lora
+
+__all__ = [
+    "ADAPTER",
+    "ATTENTION",
+    "CONFIG",
+    "FILE_NAME",
+    "GRID_SAID",
+    "KEPT",
+    "LoRADelta",
+    "LoRADeltas",
+    "adapted_by",
+    "add_lora",
+    "attach",
+    "base_model",
+    "deltas_of_peft",
+    "freeze_lora",
+    "load_lora",
+    "lora_file",
+    "lora_parameters",
+    "opened",
+    "read_file",
+    "read_lora",
+    "save_lora",
+    "saved_grid",
+    "set_lora_scale",
+    "set_lora_scales",
+]
