@@ -62,8 +62,17 @@ COMPUTED = (
     "gradient_decoder",
 )
 """Settings that are part of what is computed: they change only where `allow_changes` names them."""
-FIXED = ("continue_from", "skip_text_encoder_lora", "seed", "lora_rank", "lora_targets")
-FIXED += ("eval_prompts", "eval_images", "held_out", "best_by")
+FIXED = (
+    "continue_from",
+    "skip_text_encoder_lora",
+    "seed",
+    "lora_rank",
+    "lora_targets",
+    "eval_prompts",
+    "eval_images",
+    "held_out",
+    "best_by",
+)
 """Settings that cannot change while a run goes on: the LoRA's own shape and start, and what its best is chosen by."""
 
 CONTENTS = ("prompts", "eval_prompts", "keep", "continue_from")
