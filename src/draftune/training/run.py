@@ -146,11 +146,14 @@ class RunFolder:
                 ways.append(f"insist (--allow-changes {','.join(refused)})")
             ways.append(f"train another LoRA on top of that run's (--continue-from {self.path})")
             raise DraftuneError(*said, f"{', '.join(ways[:-1])}, or {ways[-1]}")
+        told: dict[str, list[str]] = {}
         for name in self.changed:
             was, value = earlier.settings.get(name), self.asked.get(name)
             how = "the same is computed, with other rounding" if name in ROUNDING else "as --allow-changes says"
-            tell(f"the run goes on with {name} {value!r} in place of {was!r}: {how}")
+            told.setdefault(how, []).append(f"{name} {value!r} in place of {was!r}")
             self.changes.append({"step": self.done, "setting": name, "was": was, "now": value})
+        for how, changes in told.items():
+            tell(f"the run goes on with {', '.join(changes)}: {how}")
 
     def agree(self) -> None:
         """Raises DraftuneError where the processes do not see one and the same folder."""
