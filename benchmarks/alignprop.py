@@ -24,6 +24,8 @@ without noise on draftune's grid. In the end: when draftune's evaluations first 
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import csv
 import itertools

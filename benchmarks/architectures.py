@@ -5,6 +5,8 @@ Written from the published configs and held against the published numbers of par
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -13,6 +13,8 @@ counts it on a CPU. `table` counts the cells of docs/full-size.md, `presets` tho
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import itertools
 import json

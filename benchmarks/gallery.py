@@ -9,6 +9,8 @@ the pictures as they are saved, 8 bits a channel, by code that the reward does n
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import io
 import json

@@ -10,6 +10,8 @@ the networks not.
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import itertools
 import statistics

@@ -6,6 +6,8 @@ python benchmarks/guard.py runs/guarded docs/guard.png
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 from io import BytesIO
 from pathlib import Path

@@ -12,6 +12,8 @@ DRaFT-LV's n and the batch's size, and what a second buys of it.
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import statistics
 from collections.abc import Callable, Sequence

@@ -18,6 +18,8 @@ of a text: not all packages write it alike.
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import functools
 import io

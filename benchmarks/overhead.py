@@ -11,6 +11,8 @@ checkpointing, or, where a graph spans several calls, one more call without a gr
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import itertools
 import statistics

@@ -9,6 +9,8 @@ them with their gradient, and the most memory that the process held, all with th
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import json
 import resource
 import subprocess

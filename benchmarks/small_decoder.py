@@ -11,6 +11,8 @@ latents: a run through the small decoder might lead to where that one alone show
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import itertools
 import json

@@ -99,6 +99,37 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert best < 0.5
 
 
+ENTRY_POINT = "from importlib.metadata import entry_points as e; e(group='console_scripts')['draftune'].load()()"
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [Path(__file__).with_name("conftest.py"), *sorted((ROOT / "benchmarks").glob("*.py"))]
+STARTS = {path.name: [str(path)] for path in SCRIPTS if "import torch" in path.read_text()}
+STARTS |= {"console script": ["-c", ENTRY_POINT, "list", "rewards"], "module": ["-m", "draftune", "list", "rewards"]}
+
+
+def policy_seen_by_torch(folder: Path, arguments: list[str], **environment: str) -> str:
+    """Start Python with a torch that prints the environment's OMP_WAIT_POLICY when it is imported, and ends there."""
+    (folder / "torch").mkdir()
+    code = "import os; os.write(1, os.environ.get('OMP_WAIT_POLICY', 'none').encode()); os._exit(0)"
+    (folder / "torch" / "__init__.py").write_text(code)
+    given = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | environment
+    given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return subprocess.run([sys.executable, *arguments], env=given, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("arguments", STARTS.values(), ids=STARTS)
+def test_waiting_threads_sleep_from_the_import_of_torch_on(arguments: list[str], tmp_path: Path) -> None:
+    assert policy_seen_by_torch(tmp_path, arguments) == "passive"
+
+
+@pytest.mark.parametrize("name", ["module", "conftest.py", "overhead.py"])
+def test_a_users_own_wait_policy_wins(name: str, tmp_path: Path) -> None:
+    assert policy_seen_by_torch(tmp_path, STARTS[name], OMP_WAIT_POLICY="active") == "active"
+
+
+def test_the_library_leaves_the_environment_alone(tmp_path: Path) -> None:
+    assert policy_seen_by_torch(tmp_path, ["-c", "import draftune; draftune.load_model"]) == "none"
+
+
 def test_score_of_folders_patterns_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for i, (name, size) in enumerate(

@@ -73,7 +73,8 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
     ("values", "cuts"),
     [
         ({"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
-        ({"method": "leapalign", "prefix_reuse": 3}, (4, 6)),
+        ({"method": "draft-k(k=2)", "prefix_reuse": 3}, (4, 6)),
+        ({"method": "leapalign"}, (4, 6)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
         ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
     ],

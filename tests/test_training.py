@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.expression import parse
 from draftune.images import open_image
 from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.memory import peak_memory
-from draftune.methods import METHODS, Batch, DraftK, RewardGradient
+from draftune.methods import METHODS, Batch, DraftK, RewardGradient, load_method
 from draftune.models import Model, StableDiffusion, load_model
 from draftune.prompts import metadata
+from draftune.recommended import EMOJI, METHOD_DEFAULTS, PAPER
 from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
@@ -416,6 +420,12 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "alignprop(cut=normel)"}, "did you mean 'normal'"),
         ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "does not begin without gradient: prefix_reuse"),
         ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride must be 1"),
+        ({"method": "refl(m=2)", "prefix_reuse": 2}, "prefix_reuse=2 does not work with the method 'refl"),
+        ({"method": "alignprop(m=3)", "prefix_reuse": 3}, "prefix_reuse=3 does not work with the method 'alignprop"),
+        (
+            {"method": "kl(leapalign)", "prefix_reuse": 2},
+            "prefix_reuse=2 does not work with the method 'kl",
+        ),
         ({"method": "kl(draft-lv, beta=-1)"}, "beta must be at least 0"),
         ({"method": "adjoint-matching(scale=0)"}, "scale must be more than 0"),
         ({"method": "leapalign(discount=2)"}, "discount must be between 0 and 1"),
@@ -499,6 +509,56 @@ def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
     assert Settings(method="draft-k(k=1)").prefix_reuse == 4
     assert Settings(method="draft-lv", prefix_reuse=2).prefix_reuse == 2
     assert (Settings("other/model").method, Settings("other/model").prefix_reuse) == ("draft-lv", 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "reuse"),
+    [
+        ("draft-k", 4),
+        ("draft-k()", 4),
+        (" 'draft-k'( k = 1 ) ", 4),
+        ("draft-k(k=2)", 1),
+        ("kl(draft-k(k=1))", 1),
+        ("draft-k(n=1)", 1),
+        ("draft-k(", 1),
+    ],
+)
+def test_what_is_recommended_depends_on_the_method_and_not_on_its_spelling(method: str, reuse: int) -> None:
+    assert Settings(method=method).prefix_reuse == reuse
+    # A method that is given beside ready settings too.
+    if reuse == 4:
+        own = replace(Settings(), prefix_reuse=3)
+        assert prepare(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse == 3
+
+
+def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> None:
+    named = {str(parse(values["method"])).partition("(")[0] for values in (EMOJI, PAPER)}
+    assert named <= METHOD_DEFAULTS.keys()
+    for name, defaults in METHOD_DEFAULTS.items():
+        parameters = inspect.signature(METHODS[name]).parameters
+        assert defaults == {key: parameter.default for key, parameter in parameters.items()}
+
+
+def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Methods that allow it ask for the same number of steps in every update, and those that do not for several."""
+    for name, shared in (
+        ("draft-k(k=2)", True),
+        ("refl(m=1)", True),
+        ("refl(m=3)", False),
+        ("leapalign", False),
+    ):
+        method = load_method(name)
+        asked: set[int] = set()
+        trainer = prepare(
+            str(pipeline_folder), brightness, output=str(tmp_path / "run"), method=name, num_inference_steps=4,
+            prompts=PROMPTS, batch_size=1, resume=False, seed=1,
+        )  # fmt: skip
+        for step in range(1, 7):
+            trainer.updates.draw_starts()
+            latents = trainer.updates.starts[0].latents
+            trainer.updates.update(step)
+            asked.add(max(latents.known))
+        assert method.shares_prefix() == (len(asked) == 1) == shared, (name, asked)
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:

@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Torch's and tokenizers' advice about their own innards is not for the user's screen.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        # OpenMP reads it when torch is imported. Threads that wait must not spin: on cores that another process uses
+        # too, they take the time that the threads they wait for need.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return args.run(args) or 0
     except DraftuneError as error:
         if (said := to_say(error)) is not None:

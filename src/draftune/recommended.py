@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from draftune.errors import DraftuneError
+from draftune.expression import Call, Sum, Value, parse
 from draftune.hub import is_hub_id
 from draftune.processes import tell
 from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
@@ -31,7 +33,7 @@ PAPER: dict[str, Any] = {
 EMOJI: dict[str, Any] = {
     "reward": "emoji-aesthetic",
     # LV's copies did not make it learn sooner (RESULTS.md), and updates can share the steps before the last one
-    # (docs/speed.md); whoever names another method has prefix_reuse 1.
+    # (docs/speed.md); another method has prefix_reuse 1.
     "method": "draft-k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",
@@ -50,6 +52,27 @@ EMOJI: dict[str, Any] = {
 SAMPLING = ("num_inference_steps", "guidance_scale")
 told: set[str] = set()
 """Models of which it was said how they are drawn."""
+METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft-k": {"k": 1}, "draft-lv": {"n": 2}}
+"""The default settings of the methods that are recommended, as their classes have them; those import torch."""
+
+
+def same_method(first: str, second: str) -> bool:
+    """Return whether two expressions name one method, with the defaults of the recommended ones filled in.
+
+    An expression that cannot be read equals nothing but itself: `load_method` says what is wrong with it.
+    """
+    try:
+        return filled_in(parse(first)) == filled_in(parse(second))
+    except DraftuneError:
+        return first == second
+
+
+def filled_in(tree: Call | Sum) -> Call | Sum:
+    """Return the expression of a method with all settings whose defaults are known here."""
+    if isinstance(tree, Sum):
+        return tree
+    inner = None if tree.inner is None else filled_in(tree.inner)
+    return Call(tree.name, METHOD_DEFAULTS.get(tree.name, {}) | tree.settings, inner)
 
 
 def recommended(model: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from draftune.errors import DraftuneError, unknown
 from draftune.expression import NAMES
 from draftune.paths import user_path
 from draftune.prompts import is_text
-from draftune.recommended import SAMPLING, recommended, tell_sampling
+from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("no", "blocks", "calls", "both")
@@ -70,6 +70,9 @@ class Settings:
         3.0, "how firmly: against a reward of spread 1, as --normalize-reward makes it; 0: not at all", low=0
     )
     resume: bool = setting(True, "go on with the run in that folder; --no-resume begins anew in one beside it")
+    allow_changes: str = setting(
+        "", "settings such as 'learning_rate,reward' in which a run that goes on may differ from what it was"
+    )
 
     steps: int = setting(None, "updates", low=1)
     batch_size: int = setting(4, "pictures drawn for one backward pass, of all processes together", low=1)
@@ -146,7 +149,7 @@ class Settings:
     def __post_init__(self) -> None:
         self.model = checked(next(f for f in fields(self) if f.name == "model"), self.model)
         values = recommended(self.model)
-        if self.method not in (None, values["method"]):
+        if isinstance(self.method, str) and not same_method(self.method, values["method"]):
             # What is recommended for one method may be nothing for another.
             values = values | {"prefix_reuse": 1}
         if any(getattr(self, name) is None for name in SAMPLING):

@@ -80,7 +80,14 @@ class Method:
         """Raises DraftuneError where the method's settings do not fit the schedule."""
 
     def has_prefix(self) -> bool:
-        """Whether it begins with `Batch.without_graph`, whose latents several updates can share."""
+        """Whether it begins with `Batch.without_graph`, whose steps `prefix_stride` can make larger."""
+        return False
+
+    def shares_prefix(self) -> bool:
+        """Return whether that prefix ends at the same step in every update, so that updates can share its latents.
+
+        Where the step is drawn at random, a later update would continue latents that older weights made.
+        """
         return False
 
     def spans_calls(self) -> bool:
@@ -143,6 +150,9 @@ class Around(Method):
 
     def has_prefix(self) -> bool:
         return self.method.has_prefix()
+
+    def shares_prefix(self) -> bool:
+        return self.method.shares_prefix()
 
     def spans_calls(self) -> bool:
         return self.method.spans_calls()

@@ -52,6 +52,9 @@ class DraftK(RewardGradient):
     def has_prefix(self) -> bool:
         return True
 
+    def shares_prefix(self) -> bool:
+        return True
+
     def spans_calls(self) -> bool:
         return self.k > 1
 
@@ -76,6 +79,9 @@ class DraftLV(RewardGradient):
         at_least("n", self.n, 0)
 
     def has_prefix(self) -> bool:
+        return True
+
+    def shares_prefix(self) -> bool:
         return True
 
     def spans_calls(self) -> bool:
@@ -109,6 +115,9 @@ class ReFL(RewardGradient):
 
     def has_prefix(self) -> bool:
         return True
+
+    def shares_prefix(self) -> bool:
+        return self.m == 1
 
     def spans_calls(self) -> bool:
         return False
@@ -150,6 +159,9 @@ class AlignProp(RewardGradient):
 
     def has_prefix(self) -> bool:
         return True
+
+    def shares_prefix(self) -> bool:
+        return self.m == 1
 
     def spans_calls(self) -> bool:
         return self.m != 1

@@ -297,7 +297,7 @@ class Trainer:
         with self.processes.together():
             state, tensors = read_state(checkpoint), read_tensors(checkpoint)
         self.done = state["step"]
-        self.updates.load(state, tensors)
+        self.updates.load(state, tensors, self.folder.changed)
         if self.done % self.settings.prefix_reuse == 0:
             self.updates.starts = []  # older versions kept what no update shares
         load_random_state(state["random"], tensors)

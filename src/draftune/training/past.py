@@ -11,6 +11,7 @@ import torch
 
 from draftune.errors import DraftuneError
 from draftune.evaluation import KEPT_COLUMN
+from draftune.fingerprint import same_source
 from draftune.lora import base_model, lora_file, saved_grid
 from draftune.processes import tell
 from draftune.prompts import load_prompts
@@ -63,7 +64,7 @@ def find_past(settings: Settings) -> Past | None:
             raise DraftuneError("keep holds on to what an earlier training taught: give its run (--continue-from)")
         return None
     lora = lora_file(s.continue_from)
-    if (base := base_model(lora)) not in (None, s.model):
+    if (base := base_model(lora)) is not None and not same_source(base, s.model):
         raise DraftuneError(
             f"the LoRA {s.continue_from!r} is one of {base!r}, and this run trains {s.model!r} (--model); if these "
             f"are one model, 'draftune mix {s.continue_from} --model {s.model}' writes it under this name"

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from draftune.paths import user_path, written_whole
 from draftune.processes import ALONE, Processes
 from draftune.prompts import metadata
 from draftune.settings import Settings, read_yaml
+from draftune.training.resuming import COMPUTED, ROUNDING, Asked, changeable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +38,8 @@ COUNTERS = {
 }
 NO_NUMBERS: dict[str, Any] = {"errors": {}, "scores": [], "prompts": []}
 """Columns of the logs that are tables or lists."""
-# What may change when a run goes on: how far, and what is only looked at on the way.
-FREE = ("steps", "output", "resume", "on_nonfinite", "sample_every", "save_every", "eval_every", "patience")
+CHANGES = "changes"
+"""The file that says what changed while the run went on."""
 
 
 class RunFolder:
@@ -55,10 +57,16 @@ class RunFolder:
             # From here on it is a run like any other, which its config.yaml goes on with.
             self.path = path = first_free(path)
             settings.output, settings.resume = str(path), True
+        self.allowed = changeable(settings.allow_changes)
+        settings.allow_changes = ""
         self.lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
         self.asked = asdict(settings)
         self.contents = {name: digest(given) for name, given in texts.items()}
+        self.earlier: Asked | None = None
+        self.changed: list[str] = []
+        self.changes: list[dict[str, Any]] = []
+        self.sources: list[dict[str, str]] = []
         self.checkpoint: Path | None = None
         self.done = 0
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in LOGS}
@@ -109,24 +117,43 @@ class RunFolder:
         self.done = state["step"]
         self.rows = {name: read_rows(self.path / name, self.done) for name in (METRICS, SAMPLES)}
         self.rows[EVALUATIONS] = state["evaluations"]
-        for key, value in state["settings"].items():
-            if key not in FREE and value != (now := self.asked.get(key)):
-                raise DraftuneError(
-                    f"the output folder {str(self.path)!r} holds another run: its {key} is {value!r}, not {now!r}; "
-                    "give another (--output)"
-                )
-        for name, content in state["contents"].items():
-            if content != self.contents[name]:
-                raise DraftuneError(
-                    f"the output folder {str(self.path)!r} holds another run: its {name} were not these; give another "
-                    "(--output)"
-                )
+        self.earlier = Asked(state["settings"], state["contents"], state.get("sources", ()))
+        self.changed = self.now.differences(self.earlier)
+        self.changes = state.get("changes", [])
+        self.check_changes(self.earlier)
         # A run that ended in its last look at the pictures has that left to do.
         if self.done > self.asked["steps"] or (self.done == self.asked["steps"] and state["finished"]):
             raise DraftuneError(
                 f"the run in {str(self.path)!r} has made its {self.done} updates: ask for more (--steps) or give "
                 "another folder (--output)"
             )
+
+    @cached_property
+    def now(self) -> Asked:
+        """What the run is asked to compute now."""
+        return Asked(self.asked, self.contents)
+
+    def check_changes(self, earlier: Asked) -> None:
+        """Note what differs from the earlier run. Raises DraftuneError for differences that were not allowed."""
+        from draftune.training.audit import tell
+
+        refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
+        if refused:
+            said = [self.now.said(name, earlier) for name in refused]
+            said[0] = f"the output folder {str(self.path)!r} holds another run: {said[0]}"
+            ways = ["give another (--output)"]
+            if set(refused) <= set(COMPUTED):
+                ways.append(f"insist (--allow-changes {','.join(refused)})")
+            ways.append(f"train another LoRA on top of that run's (--continue-from {self.path})")
+            raise DraftuneError(*said, f"{', '.join(ways[:-1])}, or {ways[-1]}")
+        told: dict[str, list[str]] = {}
+        for name in self.changed:
+            was, value = earlier.settings.get(name), self.asked.get(name)
+            how = "the same is computed, with other rounding" if name in ROUNDING else "as --allow-changes says"
+            told.setdefault(how, []).append(f"{name} {value!r} in place of {was!r}")
+            self.changes.append({"step": self.done, "setting": name, "was": was, "now": value})
+        for how, changes in told.items():
+            tell(f"the run goes on with {', '.join(changes)}: {how}")
 
     def agree(self) -> None:
         """Raises DraftuneError where the processes do not see one and the same folder."""
@@ -139,7 +166,7 @@ class RunFolder:
                     f"{main[0]!r} at {main[1]}: all machines must share the output folder"
                 )
 
-    def create(self, settings: Settings, space: int, **known: Mapping[str, Any]) -> None:
+    def create(self, settings: Settings, space: int, **known: Any) -> None:
         """Makes the folder, or takes it back to the checkpoint, and writes the resolved settings.
 
         `space`: bytes that the run is sure to take. Each of `known` becomes a .json file. Raises DraftuneError where
@@ -149,6 +176,8 @@ class RunFolder:
 
         from draftune.training.checkpoint import checkpoints
 
+        self.sources = self.now.saved_sources(self.earlier)
+        known = known if not self.changes else known | {CHANGES: self.changes}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take()
@@ -204,6 +233,7 @@ class RunFolder:
             if (self.path / name).exists():
                 synced(self.path / name)
         run = {"step": step, "settings": self.asked, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
+        run |= {"sources": self.sources, "changes": self.changes}
         save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
 
     def sample_path(self, step: int) -> Path:

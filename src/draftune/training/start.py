@@ -14,7 +14,7 @@ from draftune.models import Model, load_model
 from draftune.models.small_decoder import find_small_decoder, load_small_decoder
 from draftune.processes import tell
 from draftune.prompts import load_prompts
-from draftune.recommended import SAMPLING
+from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import find_reward
 from draftune.rewards.base import taught
 from draftune.settings import Settings
@@ -62,7 +62,7 @@ def prepare(
     if settings is None and isinstance(model, Model):
         given = model.recommended  # its name may be that of no folder
     values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
-    if values.get("method", given.get("method")) != given.get("method"):
+    if given and not same_method(str(values.get("method", given["method"])), str(given["method"])):
         given.pop("prefix_reuse", None)  # which is recommended by the method
     settings = Settings.from_mapping(given | values)
     # What is cheap to check is checked before anything is loaded.
@@ -92,6 +92,12 @@ def prepare(
     for name in ("prefix_reuse", "prefix_stride"):
         if getattr(settings, name) > 1 and not method.has_prefix():
             raise DraftuneError(f"the method {settings.method!r} does not begin without gradient: {name} must be 1")
+    if settings.prefix_reuse > 1 and not method.shares_prefix():
+        raise DraftuneError(
+            f"prefix_reuse={settings.prefix_reuse} does not work with the method {settings.method!r}: updates share "
+            "steps without gradient only where these end at the same step in each update (Method.shares_prefix); "
+            "prefix_reuse must be 1"
+        )
     if settings.gradient_decoder and not method.needs_gradient:
         raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no gradient_decoder")
     if settings.smoothing and not method.needs_gradient:
@@ -103,7 +109,7 @@ def prepare(
     with processes.together():
         contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
         if past is not None:
-            contents |= {"kept prompts": past.kept, "first LoRA's weights": [past.checksum]}
+            contents |= {"keep": past.kept, "continue_from": [past.checksum]}
         folder = RunFolder(settings, contents, processes)
         # Every reward's weights are found before any network is loaded.
         score, judge = gather(
@@ -134,4 +140,5 @@ def describe(value: Any) -> str:
         return str(value)
     if isinstance(value, (list, tuple)):
         return f"{len(value)} prompts given in Python"
-    return str(getattr(value, "name", None) or getattr(value, "label", None) or getattr(value, "__name__", "given"))
+    names = (getattr(value, attribute, None) for attribute in ("name", "expression", "label", "__name__"))
+    return str(next(filter(None, names), "given"))

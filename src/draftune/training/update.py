@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from draftune.training.batches import Drawn, PromptOrder, Start, read_starts, st
 from draftune.training.checkpoint import checkpoints, load_optimizer, optimizer_tensors
 from draftune.training.noise import GradientNoise
 from draftune.training.optimizer import Replay, filter_of, optimizer_of
+from draftune.training.resuming import COMPUTED
 from draftune.training.scoring import NonFiniteError, Scorer
 from draftune.training.sharding import put_back
 
@@ -292,24 +293,42 @@ class Updates:
             "scaler": scaler.state_dict() if scaler else None,
         }, tensors
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Goes back to where it stood."""
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], changed: Collection[str] = ()) -> None:
+        """Restore what `state` gave, except what belongs to settings that are `changed`.
+
+        Raises DraftuneError if the LoRA is one of another network.
+        """
+        saved = {name: tensors.get(f"lora/{name}") for name in self.parameters}
+        for name, parameter in self.parameters.items():
+            if (found := saved[name]) is None or found.shape != parameter.shape:
+                shape = "no such layer" if found is None else f"the shape {tuple(found.shape)} there"
+                raise DraftuneError(
+                    f"the LoRA of the run does not fit {self.model.name!r}: {name} has {shape}; give another folder "
+                    "(--output)"
+                )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"lora/{name}"])
-        load_optimizer(self.optimizer, list(self.parameters), tensors)
-        for name, learned in carried(self.scorer.reward).items():
+        if "optimizer" not in changed:
+            load_optimizer(self.optimizer, list(self.parameters), tensors)
+        same_reward = not {"reward", "normalize_reward"} & set(changed)
+        for name, learned in carried(self.scorer.reward).items() if same_reward else ():
             learned.resize_as_(tensors[name]).copy_(tensors[name])
         self.generator.set_state(tensors["generator"])
         self.scorer.queries, self.seconds = state["reward_queries"], state["seconds"]
         self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
-        self.order.queue = state["prompts"]
-        self.kept_order.queue = state.get("kept_prompts", [])
-        self.starts = read_starts(state, tensors, self.processes, self.model.device, self.settings.prefix_stride)
-        if isinstance(self.scorer.reward, WeightedSum):
+        if "prompts" not in changed:
+            self.order.queue = state["prompts"]
+        if "keep" not in changed:
+            self.kept_order.queue = state.get("kept_prompts", [])
+        if not set(changed) & set(COMPUTED):
+            # Batches that several updates share depend on nearly all settings; where one changed, fresh ones are drawn.
+            self.starts = read_starts(state, tensors, self.processes, self.model.device, self.settings.prefix_stride)
+        if isinstance(self.scorer.reward, WeightedSum) and same_reward:
             # Measured again, a normalised reward's weights may differ in their last digits.
             self.scorer.reward.weights = state["weights"]
-        carried_on = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
-        self.method.load_state_dict(state["method"] | carried_on)
+        if "method" not in changed:
+            carried_on = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
+            self.method.load_state_dict(state["method"] | carried_on)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,405 @@
+"""A run goes on where the same is computed, however it is spelled, and is refused where something else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import build_pipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_resume import PROMPTS, lora, rows, train
+
+from draftune.cli import main
+from draftune.errors import DraftuneError
+from draftune.fingerprint import files_of, find_source, fingerprint
+from draftune.settings import Settings
+from draftune.training.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def asked(**values: Any) -> Asked:
+    """What a run with these settings is asked to compute, by the files as they are now."""
+    return Asked(asdict(Settings(**({"reward": "brightness"} | values))), {})
+
+
+def saved(run: Asked) -> Asked:
+    """The same after it went through a checkpoint."""
+    settings, sources = json.loads(json.dumps([run.settings, run.saved_sources(None)]))
+    return Asked(settings, {}, sources)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path, clip_folder: Path) -> Path:
+    """A working directory with a model, a reward's network, a user's reward and method, and a picture."""
+    folder = tmp_path / "here"
+    shutil.copytree(pipeline_folder, folder / "sd")
+    shutil.copytree(clip_folder, folder / "w" / "clip")
+    code = "def red(images, prompts, k=1):\n    return k * images[:, 0].mean((1, 2))\n"
+    (folder / "mine.py").write_text(code + "from draftune.methods import DraftK as Mine\n")
+    Image.new("RGB", (8, 8), "red").save(folder / "red.png")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_every_setting_is_classified_once() -> None:
+    classified = [*FREE, *ROUNDING, *COMPUTED, *FIXED]
+    assert sorted(classified) == sorted(f.name for f in fields(Settings))
+
+
+def moved(folder: Path) -> Path:
+    """The whole working directory at another place, and nothing left at the old one."""
+    target = folder.with_name("there")
+    shutil.copytree(folder, target)  # with other times
+    shutil.rmtree(folder)
+    os.chdir(target)
+    return target
+
+
+EXPRESSIONS = {
+    "reward": [
+        "mine.py:red",
+        "clip(model=w/clip)",
+        "0.5*mine.py:red(k=2) + robust(clip(model=w/clip), rho=0.01)",
+        "reference(image=red.png) - mine.py:red",
+    ],
+    "held_out": ["clip(model=w/clip)"],
+    "method": ["mine.py:Mine(k=2)", "kl(mine.py:Mine, beta=0.2)"],
+    "model": ["sd"],
+    "gradient_decoder": ["sd"],
+}
+CASES = [(name, value) for name, values in EXPRESSIONS.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_a_path_may_be_spelled_otherwise(here: Path, name: str, value: str) -> None:
+    """Relative, with a dot, absolute, by a link, by a copy, and after all was moved."""
+    before = saved(asked(**{name: value}))
+    shutil.copytree(here, here.with_name("copy"))
+    here.with_name("link").symlink_to(here)
+    for prefix in ("", "./", f"{here}/", "../link/", "../here/", "../copy/"):
+        spelled = re.sub(r"mine\.py|w/clip|red\.png|^sd$", lambda found: prefix + found[0], value)  # noqa: B023
+        assert asked(**{name: spelled}).differences(before) == [], spelled
+    moved(here)
+    assert asked(**{name: value}).differences(before) == []
+
+
+def rewrite(path: Path) -> None:
+    """Change a file without changing its size or time."""
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[-9] ^= 1
+    path.write_bytes(bytes(content))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "file"),
+    [
+        ("model", "sd", "sd/unet/diffusion_pytorch_model.safetensors"),
+        ("model", "sd", "sd/scheduler/scheduler_config.json"),
+        ("model", "sd", "sd/tokenizer/tokenizer.json"),
+        ("reward", "mine.py:red", "mine.py"),
+        ("reward", "brightness + 0.1*clip(model=w/clip)", "w/clip/model.safetensors"),
+        ("held_out", "reference(image=red.png)", "red.png"),
+        ("method", "kl(mine.py:Mine, beta=0.2)", "mine.py"),
+    ],
+)
+def test_other_contents_are_another_run(here: Path, name: str, value: str, file: str) -> None:
+    before = saved(asked(**{name: value}))
+    os.utime(here / file)  # the same contents at another time
+    assert asked(**{name: value}).differences(before) == []
+    rewrite(here / file)
+    os.utime(here / file)
+    now = asked(**{name: value})
+    assert now.differences(before) == [name]
+    assert "the files that it names held something else" in now.said(name, before)
+    rewrite(here / file)  # back again
+    assert asked(**{name: value}).differences(before) == []
+    rewrite(here / file)
+    moved(here)
+    assert asked(**{name: value}).differences(before) == [name]
+
+
+def test_what_a_pipeline_is_not_loaded_from_does_not_matter(here: Path) -> None:
+    before = saved(asked(model="sd"))
+    for name in ("README.md", "unet/diffusion_pytorch_model.bin", "v1.safetensors", ".git/x", "safety_checker/a.json"):
+        (here / "sd" / name).parent.mkdir(exist_ok=True)
+        (here / "sd" / name).write_text("other")
+    assert asked(model="sd").differences(before) == []
+
+
+def test_a_name_of_another_folder_is_another_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved(asked(model="sd"))
+    other = here.with_name("elsewhere")
+    build_pipeline(other / "parts", beta_end=0.013).save_pretrained(other / "sd")
+    monkeypatch.chdir(other)
+    assert asked(model="sd").differences(before) == ["model"]
+
+
+def test_the_hubs_cache_is_the_model_of_its_id(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id and a folder with the same files are one model; large files there have their sum as their name."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub" / "models--some--model"
+    snapshot = cache / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "refs" / "main").write_text(snapshot.name)
+    for name, file in files_of(here / "sd"):
+        blob = cache / "blobs" / fingerprint(file)
+        shutil.copy(file, blob)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = find_source("some/model")
+    assert found is not None
+    assert found.sha256 == fingerprint(here / "sd")
+    assert asked(model="some/model").differences(saved(asked(model="sd"))) == []
+    assert asked(model="sd").differences(saved(asked(model="some/model"))) == []
+    assert asked(model="sd").differences(saved(asked(model="other/model"))) == ["model"]
+
+
+SAME: list[dict[str, tuple[Any, Any]]] = [
+    {"method": ("draft-k", " draft-k( k=1 )")},
+    {"method": ("kl(draft-lv)", "kl('draft-lv'(n=2), beta=0.1)")},
+    {"reward": ("2*brightness", "brightness * 2.0")},
+    {"reward": ("jpeg-compressibility", "jpeg-compressibility(quality=10)")},
+    {"optimizer": ("sgd", "sgd(momentum=0)")},
+    {"gradient_filter": ("channel-mean", "channel-mean(weight=2)")},
+    {"lora_alpha": (None, 8.0)},
+    {"lora_targets": ("to_q,to_k", "to_k, to_q")},
+    {"held_out": ("", None), "model": ("other/model", "other/model")},
+]
+OTHER: list[dict[str, tuple[Any, Any]]] = [
+    {"method": ("draft-k", "draft-k(k=2)"), "prefix_reuse": (1, 1)},
+    {"method": ("kl(draft-lv)", "kl(draft-lv, beta=0.2)")},
+    {"method": ("kl(draft-lv)", "draft-lv")},
+    {"reward": ("brightness", "2*brightness")},
+    {"reward": ("brightness - saturation", "brightness + saturation")},
+    {"reward": ("brightness", "saturation")},
+    {"reward": ("mine.py:red", "mine.py:red(k=2)")},
+    {"reward": ("clip(model=w/clip)", "clip(model=sd)")},
+    {"optimizer": ("adamw", "adamw(weight_decay=0.1)"), "weight_decay": (0.2, 0.2)},
+    {"lora_alpha": (None, 4.0)},
+    {"mixed_precision": ("no", "bf16")},
+    {"batch_size": (4, 2)},
+]
+
+
+@pytest.mark.parametrize(("values", "same"), [*((v, True) for v in SAME), *((v, False) for v in OTHER)])
+def test_what_is_computed_counts(here: Path, values: dict[str, tuple[Any, Any]], same: bool) -> None:
+    (before, now) = ({name: pair[i] for name, pair in values.items()} for i in range(2))
+    for first, second in ((before, now), (now, before)):
+        found = asked(**second).differences(saved(asked(**first)))
+        assert found == ([] if same else [next(iter(values))])
+
+
+def test_a_checkpoint_that_knows_no_sources_is_compared_by_names(here: Path) -> None:
+    before = asked(model="sd")
+    old = Asked(before.settings, {}, ())
+    assert asked(model="sd").differences(old) == []
+    assert asked(model="./sd").differences(old) == ["model"]
+
+
+def test_a_setting_that_is_new_had_its_default(here: Path) -> None:
+    run = asked()
+    run.settings.pop("max_grad_norm")
+    assert asked().differences(saved(run)) == []
+    assert asked(max_grad_norm=0.5).differences(saved(run)) == ["max_grad_norm"]
+    run.settings["unknown_setting"] = 3
+    assert asked().differences(saved(run)) == ["unknown_setting"]
+
+
+def test_changes_can_be_read() -> None:
+    assert changeable("learning-rate, reward,") == {"learning_rate", "reward"}
+    assert changeable("") == set()
+    with pytest.raises(DraftuneError, match="did you mean 'learning_rate'"):
+        changeable("lerning_rate")
+    for name in FIXED:
+        with pytest.raises(DraftuneError, match=f"allow_changes={name}"):
+            changeable(f"reward,{name}")
+
+
+SHORT: dict[str, Any] = {"save_every": 1, "eval_every": 0, "num_inference_steps": 2, "method": "draft-k(k=1)"}
+
+
+def learned(run: Path) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in lora(run).values()])
+
+
+def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
+    """The same model, reward, prompts and method at another place, after the old one was taken away."""
+    (here / "p.txt").write_text("\n".join(PROMPTS))
+    values = SHORT | {"eval_prompts": "p.txt", "prompts": "p.txt"}
+    expression: Any = "mine.py:red + 0.1*reference(image=red.png)"
+
+    def start(reward: str, output: Path, **more: Any) -> Path:
+        settings = values | {"batch_size": 2, "sample_every": 0, "sample_prompts": 1, "learning_rate": 0.01} | more
+        settings |= {"guidance_scale": 3.0, "eval_images": 1, "output": str(output), "reward": reward, "cpu": True}
+        text = yaml.safe_dump({"model": "sd"} | settings)
+        (Path.cwd() / "settings.yaml").write_text(text)
+        assert main(["train", "--config", "settings.yaml"]) == 0
+        return output
+
+    whole = start(expression, here.with_name("whole"), steps=3)
+    cut = start(expression, here.with_name("cut"), steps=2)
+    there = moved(here)
+    (there / "q").mkdir()
+    (there / "p.txt").rename(there / "q" / "p.txt")
+    expression = f"{there}/mine.py:red(k=1) + 0.1*reference(image=./red.png)"
+    more = {"model": "./sd", "method": "draft-k", "prompts": "q/p.txt", "eval_prompts": str(there / "q" / "p.txt")}
+    start(expression, cut, steps=3, **more)
+    assert torch.equal(learned(whole), learned(cut))
+    assert rows(whole, "metrics.jsonl") == rows(cut, "metrics.jsonl")
+    assert rows(whole, "evaluations.jsonl")[-1] == rows(cut, "evaluations.jsonl")[-1]
+    assert not (cut / "changes.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"reward_batch_size": 2}, {"reward_batch_size": 1}),
+        ({"gradient_checkpointing": "no"}, {"gradient_checkpointing": "blocks"}),
+        ({"cpu": False}, {"cpu": True}),
+    ],
+)
+def test_what_concerns_memory_and_device_alone_may_change(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: Any, then: Any
+) -> None:
+    whole = train(pipeline_folder, tmp_path / "whole", **SHORT | {"steps": 2} | first)
+    train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 1} | first)
+    capsys.readouterr()
+    train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 2} | then)
+    (name,) = then
+    said = [line for line in capsys.readouterr().err.splitlines() if "the run goes on with" in line]
+    assert len(said) == 1
+    assert f"{name} {then[name]!r} in place of {first[name]!r}" in said[0]
+    assert torch.allclose(learned(whole.folder), learned(tmp_path / "cut"), atol=1e-6)
+    (change,) = json.loads((tmp_path / "cut" / "changes.json").read_text())
+    assert change == {"step": 1, "setting": name, "was": first[name], "now": then[name]}
+
+
+def test_what_is_only_measured_or_saved_may_change(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = SHORT | {"gradient_accumulation_steps": 2, "eval_every": 1}
+    whole = train(pipeline_folder, tmp_path / "whole", **values | {"steps": 3})
+    train(pipeline_folder, tmp_path / "cut", **values | {"steps": 1})
+    capsys.readouterr()
+    free: dict[str, Any] = {"signal_to_noise": True, "sample_prompts": 2, "sample_every": 1, "eval_every": 0}
+    free |= {"patience": 0, "on_nonfinite": "skip", "save_every": 0, "allow_changes": "learning_rate"}
+    assert set(free) | {"steps", "output", "resume"} == set(FREE)
+    train(pipeline_folder, tmp_path / "cut", **values | {"steps": 3} | free)
+    assert "the run goes on with" not in capsys.readouterr().err
+    assert torch.equal(learned(whole.folder), learned(tmp_path / "cut"))
+
+
+def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(pipeline_folder, output, **SHORT | {"steps": 1})
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        (
+            {"learning_rate": 0.02, "batch_size": 4},
+            (
+                "its learning_rate is 0.01, not 0.02",
+                "its batch_size is 2, not 4",
+                "--allow-changes batch_size,learning",
+            ),
+        ),
+        ({"prompts": ["a bear"]}, ("its prompts were not these", "--allow-changes prompts")),
+        ({"mixed_precision": "bf16"}, ("its mixed_precision is 'no', not 'bf16'", "--allow-changes mixed_precision")),
+        ({"reward": lambda images, prompts: images.mean((1, 2, 3))}, ()),
+    ]
+    for values, said in cases[:3]:
+        with pytest.raises(DraftuneError, match="holds another run") as error:
+            train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
+        for text in (*said, "--output", f"--continue-from {output}"):
+            assert text in str(error.value)
+    for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "distance"}):
+        with pytest.raises(DraftuneError, match=f"its {next(iter(values))} is") as error:
+            train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
+        assert "--allow-changes" not in str(error.value)
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "learning rate": {"learning_rate": 0.02},
+    "fewer prompts": {"prompts": ["a bear"]},
+    "batches": {"batch_size": 1, "gradient_accumulation_steps": 3, "prefix_reuse": 1},
+    "method": {"method": "ddpo(min_count=2)", "prefix_reuse": 1},
+    "optimiser": {"optimizer": "sgd(momentum=0.5)"},
+    "precision": {"mixed_precision": "bf16"},
+    "sampler": {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 24},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_who_insists_goes_on_with_the_change(pipeline_folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    output, values = tmp_path / "run", SHORT | {"prefix_reuse": 2}
+    train(pipeline_folder, output, **values | {"steps": 1})
+    first = learned(output)
+    names = ",".join(change)
+    train(pipeline_folder, output, **values | {"steps": 3, "allow_changes": names} | change)
+    assert [row["step"] for row in rows(output, "metrics.jsonl")] == [1, 2, 3]
+    assert not torch.equal(first, learned(output))
+    changes = json.loads((output / "changes.json").read_text())
+    assert {(row["step"], row["setting"]) for row in changes} == {(1, name) for name in change}
+    config = yaml.safe_load((output / "config.yaml").read_text())
+    assert config["allow_changes"] == ""
+    # From here on it is a run with the new settings, and one with the old ones is another.
+    train(pipeline_folder, output, **values | {"steps": 4} | change)
+    assert json.loads((output / "changes.json").read_text()) == changes
+    with pytest.raises(DraftuneError, match="holds another run"):
+        train(pipeline_folder, output, **values | {"steps": 5})
+
+
+def test_a_change_is_made_from_the_next_update_on(pipeline_folder: Path, tmp_path: Path) -> None:
+    """With a learning rate of 0 nothing more is learned, though the rest of the run's state was taken up."""
+    train(pipeline_folder, tmp_path / "run", **SHORT | {"steps": 2, "weight_decay": 0.0})
+    first = learned(tmp_path / "run")
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "allow_changes": "learning_rate"}
+    train(pipeline_folder, tmp_path / "run", **SHORT | {"steps": 3} | still)
+    assert torch.equal(first, learned(tmp_path / "run"))
+
+
+def test_a_model_of_another_shape_can_not_be_insisted_on(pipeline_folder: Path, tmp_path: Path) -> None:
+    train(pipeline_folder, tmp_path / "run", **SHORT | {"steps": 1})
+    other = build_pipeline(tmp_path / "parts")
+    from diffusers import UNet2DConditionModel
+
+    config = dict(other.unet.config) | {"cross_attention_dim": other.unet.config.cross_attention_dim}
+    config["block_out_channels"] = [2 * width for width in config["block_out_channels"]]
+    other.unet = UNet2DConditionModel.from_config(config)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(DraftuneError, match="its model is"):
+        train(tmp_path / "other", tmp_path / "run", **SHORT | {"steps": 2})
+    with pytest.raises(DraftuneError, match="does not fit"):
+        train(tmp_path / "other", tmp_path / "run", **SHORT | {"steps": 2, "allow_changes": "model"})
+
+
+def test_going_on_from_a_lora_that_lies_elsewhere(here: Path) -> None:
+    """Its weights count, and the model that it names may be named otherwise too."""
+    train(Path("sd"), here / "first", **SHORT | {"steps": 1})
+    values = SHORT | {"continue_from": "first", "eval_prompts": ""}
+    whole = train(Path("sd"), here / "whole", **values | {"steps": 2})
+    train(here / "sd", here / "cut", **values | {"steps": 1})
+    (here / "loras").mkdir()
+    shutil.copy(here / "first" / "lora" / WEIGHTS, here / "loras")
+    train(Path("./sd"), here / "cut", **values | {"steps": 2, "continue_from": "loras"})
+    assert torch.equal(learned(whole.folder), learned(here / "cut"))
+    path = here / "loras" / WEIGHTS
+    tensors = {name: 2 * tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(DraftuneError, match="continue_from"):
+        train(Path("sd"), here / "cut", **values | {"steps": 3, "continue_from": "loras"})
