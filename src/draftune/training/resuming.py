@@ -60,6 +60,7 @@ COMPUTED = (
     "lora_alpha",
     "mixed_precision",
     "gradient_decoder",
+    "pixel_clamp",
 )
 """Settings that are part of what is computed: they change only where `allow_changes` names them."""
 FIXED = (

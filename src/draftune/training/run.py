@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.paths import user_path, written_whole
-from draftune.processes import ALONE, Processes
+from draftune.processes import ALONE, Processes, tell
 from draftune.prompts import metadata
 from draftune.settings import Settings, read_yaml
 from draftune.training.resuming import COMPUTED, ROUNDING, Asked, changeable
@@ -135,8 +135,6 @@ class RunFolder:
 
     def check_changes(self, earlier: Asked) -> None:
         """Note what differs from the earlier run. Raises DraftuneError for differences that were not allowed."""
-        from draftune.training.audit import tell
-
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
         if refused:
             said = [self.now.said(name, earlier) for name in refused]
