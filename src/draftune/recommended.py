@@ -10,6 +10,7 @@ from typing import Any
 from draftune.errors import DraftuneError
 from draftune.expression import Call, Sum, Value, parse
 from draftune.hub import is_hub_id
+from draftune.paths import user_path
 from draftune.processes import tell
 from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
 
@@ -98,7 +99,7 @@ def tell_sampling(model: str) -> None:
     found = variant(model)
     steps, scale = PUBLISHED[found or "stable-diffusion"]
     values = f"{steps} steps and guidance {scale:g} (--num-inference-steps, --guidance-scale)"
-    if found is None and is_hub_id(model):
+    if found is None and is_hub_id(model) and not user_path(model).exists():
         tell(f"the kind of model that {model!r} is can't be known before it is downloaded: unless set, {values}")
     elif found == "few-step" and not well_known(model):
         tell(f"{model!r} is taken for a few-step model, by its scheduler: unless set, {values}")

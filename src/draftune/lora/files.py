@@ -143,14 +143,19 @@ def read_file(source: Path | str) -> LoRAFile:
         else:
             layers[name][kind] = tensor
     if not any("down" in found or "up" in found for found in layers.values()):
-        example = f": it holds {others[0]}; LoHa, LoKr and whole weights are not supported" if others else ""
-        raise DraftuneError(f"{str(path)!r} holds no LoRA{example}")
+        raise no_lora(path, others)
     if others:
         raise DraftuneError(
             f"{str(path)!r} is no plain LoRA: {len(others)} of its {len(tensors)} tensors can't be applied, such as "
             f"{others[0]}"
         )
     return LoRAFile(path, layers, metadata, adapter_config(path, metadata))
+
+
+def no_lora(path: Path, keys: Sequence[str]) -> DraftuneError:
+    """Return the error for a file with these tensors, none of which is a half of a LoRA."""
+    example = f": it holds {keys[0]}; LoHa, LoKr and whole weights are not supported" if keys else ""
+    return DraftuneError(f"{str(path)!r} holds no LoRA{example}")
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -194,10 +199,16 @@ def adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def base_model(source: Path | str) -> str | None:
-    """Return the name of the model that a LoRA was trained on, where its file says so. Raises DraftuneError."""
+    """Return the name of the model that a LoRA was trained on, where its file says so.
+
+    Raises:
+        DraftuneError: there is no such file, or it holds no LoRA.
+    """
     path = lora_file(source)
     with opened(path) as file:
-        metadata = file.metadata() or {}
+        metadata, keys = file.metadata() or {}, list(file.keys())
+    if not any(split_key(key)[1] in ("down", "up") for key in keys):
+        raise no_lora(path, keys)
     return LoRAFile(path, {}, metadata, adapter_config(path, metadata)).base_model
 
 

@@ -232,6 +232,10 @@ class Trainer:
         )
         tell(f"the gradient was exactly 0 in the last {made.without_gradient} updates: {why}")
 
+    def had_gradient(self) -> bool:
+        """Return whether any update so far had a gradient other than 0."""
+        return any(row["grad_norm"] for row in self.folder.rows[METRICS])
+
     def normalize(self, count: int) -> None:
         """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
         s = self.settings
@@ -265,8 +269,7 @@ class Trainer:
             progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
             self.check_gradients()
             # Without any gradient, the learning rate is not the cause.
-            learned = any(row["grad_norm"] for row in self.folder.rows[METRICS])
-            if step == AUDITED + s.lr_warmup_steps and learned and not self.updates.skipped:
+            if step == AUDITED + s.lr_warmup_steps and not self.updates.skipped and self.had_gradient():
                 self.check_pictures()
             if step == s.steps:
                 break  # the end has its own grid, evaluation and checkpoint

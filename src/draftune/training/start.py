@@ -62,8 +62,8 @@ def prepare(
     if settings is None and isinstance(model, Model):
         given = model.recommended  # its name may be that of no folder
     values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
-    if given and not same_method(str(values.get("method", given["method"])), str(given["method"])):
-        given.pop("prefix_reuse", None)  # which is recommended by the method
+    if settings and not same_method(str(values.get("method", settings.method)), settings.method):
+        given.pop("prefix_reuse")  # which is recommended by the method
     settings = Settings.from_mapping(given | values)
     # What is cheap to check is checked before anything is loaded.
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
