@@ -312,9 +312,10 @@ def test_a_prompt_for_each_image_from_every_kind_of_table(tmp_path: Path) -> Non
         prompts = prompts_of([tmp_path / "a.png"], str(tmp_path / name))
         assert prompts == ["a cat, asleep"]
         assert isinstance(prompts[0], Prompt)
-    (tmp_path / "t.csv").write_text("image,prompt\na.png,a cat\na.png,a dog\n")
-    with pytest.raises(DraftuneError, match=r"two prompts for 'a\.png'"):
-        prompts_of([tmp_path / "a.png"], str(tmp_path / "t.csv"))
+    for rows in ("a.png,a cat,1\na.png,a dog,1\n", "a.png,a cat,1\na.png,a cat,2\n"):
+        (tmp_path / "t.csv").write_text(f"image,prompt,target\n{rows}")
+        with pytest.raises(DraftuneError, match=r"two prompts for 'a\.png'"):
+            prompts_of([tmp_path / "a.png"], str(tmp_path / "t.csv"))
 
 
 def test_an_output_is_a_file_by_its_ending_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

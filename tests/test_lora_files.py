@@ -339,6 +339,33 @@ def test_equal_loras_are_equal_files(pipeline_folder: Path, tmp_path: Path) -> N
         assert torch.equal(file.get_tensor("x"), torch.arange(3))
 
 
+def test_a_loaded_lora_is_saved_as_it_is(pipeline_folder: Path, with_text: Path, tmp_path: Path) -> None:
+    """Layers of different ranks and of a text encoder too, whose strengths one rank for all would change."""
+    model = load_model(pipeline_folder)
+    more = {f"unet.{name}": both for name, both in pairs(model.denoiser, 5, ("to_v",)).items()}
+    other = load_file(write(tmp_path / "more.safetensors", more, ("lora_A", "lora_B")))
+    save_file(load_file(with_text) | other, with_text)
+    whole = load_lora(model, with_text).layers
+    set_lora_scale(model, 0.3)
+    save_lora(model, tmp_path / "saved")
+    again = read_deltas(tmp_path / "saved", str(pipeline_folder)).layers
+    assert again.keys() == whole.keys()
+    assert all(torch.allclose(again[name].change, delta.change, atol=1e-6) for name, delta in whole.items())
+    with pytest.raises(DraftuneError, match="carries a LoRA 'default' already"):
+        load_lora(model, with_text)
+
+
+def test_magnitudes_of_swapped_rows_are_swapped_too(tmp_path: Path) -> None:
+    """A DoRA of magnitudes as they are changes nothing where up · down is 0."""
+    networks = load_model(save_flux(tmp_path, True)).lora_networks
+    weight = networks["transformer"].norm_out.linear.weight.detach()
+    own = torch.cat([weight[16:], weight[:16]]).norm(dim=1, keepdim=True)
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    halves = {name: (torch.ones(1, 16), torch.zeros(32, 1))}
+    path = write(tmp_path / "dora.safetensors", halves, KOHYA, **{f"{name}.dora_scale": own})
+    assert read_lora(path, networks, "flux").layers["transformer.norm_out.linear"].change.abs().max() < 1e-6
+
+
 def test_attaching_draws_no_random_numbers(pipeline_folder: Path, with_text: Path) -> None:
     model = load_model(pipeline_folder)
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Iterator[Path]:
 def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
     expected = IMAGES.mean((2, 3)) @ WEIGHT[0] + BIAS
     weights = file.with_name("linear.safetensors")
-    for name in (f"{file}:MeanColor", "mean-color"):
+    for name in (f"{file}:mean_color", f"{file}:MeanColor", "mean-color"):
         reward = load_reward(f"2*{name}(weights={weights}) - brightness")
         images = IMAGES.clone().requires_grad_()
         total, parts = reward.parts(images, PROMPTS)

@@ -23,7 +23,7 @@ from draftune import recommended as module
 from draftune.cli import main
 from draftune.commands.train import train_settings
 from draftune.models import Model, load_model
-from draftune.published import PUBLISHED, variant
+from draftune.published import PUBLISHED, is_turbo, variant
 from draftune.recommended import recommended
 from draftune.settings import Settings
 
@@ -93,6 +93,25 @@ def test_variants_are_told_apart_by_their_configs(saved: dict[str, Path], tmp_pa
     change(folder)
     assert of(Settings(model=str(folder))) == wanted
     assert tuple(load_model(folder).recommended.values()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "turbo"),
+    [
+        ("stabilityai/stable-diffusion-3.5-large-turbo", True),
+        ("hub/models--stabilityai--stable-diffusion-3.5-large-turbo/snapshots/0123abcd", True),
+        ("models/sd35turbo", True),
+        ("turbo/stable-diffusion-3.5-large", False),
+        ("stable-diffusion-3.5-large", False),
+    ],
+)
+def test_turbo_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, turbo: bool) -> None:
+    """No config says it; the name may be that of the folder one is in."""
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_turbo(name) is turbo
+    monkeypatch.chdir(tmp_path / name)
+    assert is_turbo(".") is turbo
 
 
 IDS = {

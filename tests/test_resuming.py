@@ -121,7 +121,7 @@ def test_other_contents_are_another_run(here: Path, name: str, value: str, file:
     os.utime(here / file)
     now = asked(**{name: value})
     assert now.differences(before) == [name]
-    assert "the files that it names held something else" in now.said(name, before)
+    assert f"the files that its {name} {value!r} names have changed" == now.said(name, before)
     rewrite(here / file)  # back again
     assert asked(**{name: value}).differences(before) == []
     rewrite(here / file)
@@ -135,6 +135,22 @@ def test_what_a_pipeline_is_not_loaded_from_does_not_matter(here: Path) -> None:
         (here / "sd" / name).parent.mkdir(exist_ok=True)
         (here / "sd" / name).write_text("other")
     assert asked(model="sd").differences(before) == []
+
+
+def test_what_is_not_read_does_not_matter(here: Path) -> None:
+    """Files that came into a folder later, a variant beside the file that is loaded, a text that is a folder's name."""
+    (here / "dog").mkdir()
+    values = {"model": "sd", "reward": "clip(model=w/clip)", "held_out": "remove(query=dog, model=w/clip)"}
+    before = saved(asked(**values))
+    shutil.copy(here / "w/clip/model.safetensors", here / "w/clip/other.safetensors")
+    unet = here / "sd/unet/diffusion_pytorch_model.safetensors"
+    unet.with_name("diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
+    (here / "dog" / "new.txt").write_text("new")
+    assert asked(**values).differences(before) == []
+    assert "dog" not in asked(**values).sources
+    # Where a half-precision variant alone is there, it is what is loaded.
+    unet.unlink()
+    assert asked(**values).differences(before) == ["model"]
 
 
 def test_a_name_of_another_folder_is_another_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +171,7 @@ def test_the_hubs_cache_is_the_model_of_its_id(here: Path, tmp_path: Path, monke
     (cache / "blobs").mkdir()
     (cache / "refs" / "main").write_text(snapshot.name)
     for name, file in files_of(here / "sd"):
-        blob = cache / "blobs" / fingerprint(file)
+        blob = cache / "blobs" / fingerprint(file)[""]
         shutil.copy(file, blob)
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(blob)
@@ -173,6 +189,7 @@ SAME: list[dict[str, tuple[Any, Any]]] = [
     {"method": ("draft-k", " draft-k( k=1 )")},
     {"method": ("kl(draft-lv)", "kl('draft-lv'(n=2), beta=0.1)")},
     {"reward": ("2*brightness", "brightness * 2.0")},
+    {"reward": ("brightness + 0.5*sharpness", "0.5*sharpness + brightness")},
     {"reward": ("jpeg-compressibility", "jpeg-compressibility(quality=10)")},
     {"optimizer": ("sgd", "sgd(momentum=0)")},
     {"gradient_filter": ("channel-mean", "channel-mean(weight=2)")},
@@ -317,7 +334,7 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
                 "--allow-changes batch_size,learning",
             ),
         ),
-        ({"prompts": ["a bear"]}, ("its prompts were not these", "--allow-changes prompts")),
+        ({"prompts": ["a bear"]}, ("its prompts are", "--allow-changes prompts")),
         ({"mixed_precision": "bf16"}, ("its mixed_precision is 'no', not 'bf16'", "--allow-changes mixed_precision")),
         ({"reward": lambda images, prompts: images.mean((1, 2, 3))}, ()),
     ]

@@ -197,17 +197,31 @@ def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: s
         prepare(model, brightness, **settings, pixel_clamp="soft")
 
 
-def test_a_run_leaves_the_model_the_default_clamp(pipeline: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", ["hard", "straight_through"])
+def test_a_run_leaves_the_model_its_own_clamp(pipeline: Any, tmp_path: Path, own: str) -> None:
+    """Also where the reward is refused before the first update."""
     seen: list[str] = []
 
     def noted(images: Tensor, prompts: Sequence[str]) -> Tensor:
         seen.append(model.pixel_clamp)
         return brightness(images, prompts)
 
+    def broken(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        noted(images, prompts)
+        raise ValueError("broken")
+
     model = StableDiffusion(pipeline, "tiny")
-    run(model, tmp_path, noted, steps=1, pixel_clamp="hard")
-    assert set(seen) == {"hard"}
-    assert model.pixel_clamp == "straight_through"
+    model.pixel_clamp = own
+    other = {"hard": "straight_through", "straight_through": "hard"}[own]
+    with pytest.raises(DraftuneError, match="broken"):
+        run(model, tmp_path, broken, steps=1, pixel_clamp=other)
+    assert (seen.pop(), model.pixel_clamp) == (other, own)
+    fresh = StableDiffusion(build_pipeline(tmp_path / "parts"), "tiny")
+    fresh.pixel_clamp = own
+    model = fresh
+    run(fresh, tmp_path / "second", noted, steps=1, pixel_clamp=other)
+    assert set(seen) == {other}
+    assert fresh.pixel_clamp == own
 
 
 SPLIT: dict[str, dict[str, int]] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
@@ -22,6 +23,8 @@ LOADED = (".json", ".model", ".safetensors", ".txt")
 """Endings of the files that a pipeline's components are loaded from."""
 NOT_READ = (".bin", ".ckpt", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth")
 """Endings of files that are not read where a folder is given: its weights are those in safetensors."""
+VARIANT = re.compile(r"\.(fp16|bf16)(?=[.-])")
+"""In the names of half-precision files: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors."""
 CHUNK = 2**24
 
 
@@ -33,25 +36,32 @@ class Source:
         text: The name in the settings, which may be a hub id.
         path: The absolute path without links.
         stamp: Names, sizes and times of the files: where path and stamp are the same, so are the contents.
-        known: The SHA-256 of the contents, where it was computed before.
+        known: The SHA-256 of each file by its name in the folder, where they were computed before.
     """
 
     text: str
     path: str
     stamp: str
-    known: str = ""
+    known: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def sha256(self) -> str:
-        """The SHA-256 of the contents, which takes seconds for weights of gigabytes."""
-        return self.known or fingerprint(Path(self.path))
+    def sha256(self) -> dict[str, str]:
+        """The SHA-256 of each file, which takes seconds for weights of gigabytes."""
+        return dict(self.known) or fingerprint(Path(self.path))
 
-    def same(self, other: Source) -> bool:
-        """Return whether both have the same contents; they are only read where path or stamp differ."""
-        return (self.path, self.stamp) == (other.path, other.stamp) or self.sha256 == other.sha256
+    def holds(self, earlier: Source) -> bool:
+        """Return whether the contents are those of an earlier source; they are only read where path or stamp differ.
 
-    def saved(self) -> dict[str, str]:
-        """Return what JSON can hold of it, contents included."""
+        Files that came into a folder since then do not count, except in a pipeline's, where they would be loaded.
+        """
+        if (self.path, self.stamp) == (earlier.path, earlier.stamp):
+            return True
+        if INDEX in earlier.sha256:
+            return self.sha256 == earlier.sha256
+        return earlier.sha256.items() <= self.sha256.items()
+
+    def saved(self) -> dict[str, Any]:
+        """Return the source for JSON, with the SHA-256 of its files."""
         return {"text": self.text, "path": self.path, "stamp": self.stamp, "known": self.sha256}
 
 
@@ -73,7 +83,7 @@ def find_source(text: str) -> Source | None:
 def same_source(first: str, second: str) -> bool:
     """Return whether two names or paths stand for the same contents."""
     a, b = find_source(first), find_source(second)
-    return first == second if a is None or b is None else a.same(b)
+    return first == second if a is None or b is None else a.sha256 == b.sha256
 
 
 def cached(name: str) -> Path | None:
@@ -86,22 +96,20 @@ def cached(name: str) -> Path | None:
     return None
 
 
-def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file's contents, or that of the names and contents of a folder's files.
+def fingerprint(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder by its name there, or of a file, whose name is then "".
 
-    Raises DraftuneError where they can't be read.
+    Raises:
+        DraftuneError: a file can't be read.
     """
     try:
-        if path.is_file():
-            return sha256_of(path)
-        sums = [(name, sha256_of(file)) for name, file in files_of(path)]
+        return {name: sha256_of(file) for name, file in files_of(path)}
     except OSError as error:
         raise DraftuneError(f"cannot read {error.filename!r}: {error.strerror}") from error
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
 def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file; the hub's cache has large files under it as their names."""
+    """Return the SHA-256 of a file; in the hub's cache large files are named by it, and are not read."""
     target = file.resolve()
     if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name):
         return target.name
@@ -113,7 +121,7 @@ def sha256_of(file: Path) -> str:
 
 
 def files_of(path: Path) -> list[tuple[str, Path]]:
-    """Return the files that are read of a file, a pipeline, a run or another folder, by their names in it, sorted."""
+    """List (name in the folder, path) of the files to hash of a file, a pipeline, a run or another folder, sorted."""
     if path.is_file():
         return [("", path)]
     files = pipeline_files(path) if (path / INDEX).is_file() else folder_files(path)
@@ -128,7 +136,15 @@ def pipeline_files(path: Path) -> Iterator[Path]:
         if isinstance(entry, list) and entry != [None, None] and part not in NOT_LOADED:
             # The first unconditional pipelines were published with their network beside the index.
             folder = path / part if (path / part).is_dir() else path
-            yield from (file for file in folder.iterdir() if file.suffix in LOADED and file != path / INDEX)
+            files = {file.name: file for file in folder.iterdir() if file.suffix in LOADED and file != path / INDEX}
+            # A half-precision variant is loaded where the plain file is missing.
+            yield from (file for name, file in files.items() if VARIANT.sub("", name) == name or not plain(name, files))
+
+
+def plain(name: str, names: Collection[str]) -> bool:
+    """Return whether the plain form of a variant's file is among these names, as one file or in shards."""
+    whole = VARIANT.sub("", name)
+    return whole in names or f"{whole.partition('.')[0].partition('-0')[0]}.safetensors.index.json" in names
 
 
 def folder_files(path: Path) -> Iterator[Path]:

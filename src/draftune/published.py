@@ -65,7 +65,6 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
 )
 """Ids on the hub, in lower case, whose family is known before anything is downloaded."""
 
-TURBO = re.compile(r"(^|[-_.])turbo([-_.]|$)")
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 ConfigOf = Callable[[str], Mapping[str, Any]]
 """The config of a part of a pipeline by its name, with its `_class_name`; empty where it can't be read."""
@@ -85,6 +84,17 @@ def few_steps(scheduler: Mapping[str, Any]) -> bool:
     return kind in CONSISTENCY or (euler and trailing and noise)
 
 
+def is_turbo(name: str) -> bool:
+    """Return whether a path or a hub id is that of Stable Diffusion 3.5's turbo.
+
+    The last part of its name says so, or a part that names the model too, as in the hub's cache.
+    """
+    path = Path(name).expanduser()
+    parts = (path.resolve() if path.exists() else path).parts
+    lower = [part.lower() for part in parts]
+    return any("turbo" in part and (part == lower[-1] or "3.5" in part or "sd3" in part) for part in lower)
+
+
 def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> str | None:
     """Return the key in PUBLISHED of a pipeline, by its class and what tells its variants apart; None for no known one.
 
@@ -98,7 +108,7 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
     if pipeline_class == "StableDiffusion3Pipeline":
         config = config_of("transformer")
-        if TURBO.search(Path(name).name.lower()):
+        if is_turbo(name):
             return "stable-diffusion-3.5-turbo"
         if not config.get("qk_norm"):
             return "stable-diffusion-3"

@@ -69,7 +69,8 @@ def find_images(sources: Sequence[str]) -> list[Path]:
             raise DraftuneError(
                 f"no picture at {source!r}: a file, a folder or a pattern such as 'out/*.png' is wanted"
             )
-        found |= dict.fromkeys(paths)
+        known = {path.resolve() for path in found}
+        found |= dict.fromkeys(path for path in paths if path.resolve() not in known)
     return list(found)
 
 
@@ -86,7 +87,8 @@ def prompts_of(images: Sequence[Path], table: str) -> list[str]:
     named: dict[str, str] = {}
     for row in rows:
         name = metadata(row).get("image", "")
-        if named.setdefault(name, row) != row and name:
+        first = named.setdefault(name, row)
+        if name and (first, metadata(first)) != (row, metadata(row)):
             raise DraftuneError(f"{table!r} has two prompts for {name!r}")
     by_path = {(path.parent / name).resolve(): prompt for name, prompt in named.items()}
     prompts = []

@@ -16,7 +16,7 @@ from torch import nn
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import GRID_SAID, AdapterConfig, write_lora
-from draftune.lora.names import LAYERS, in_network
+from draftune.lora.names import LAYERS, canonical, in_network
 from draftune.lora.reader import read_lora
 from draftune.processes import tell
 from draftune.quiet import quiet
@@ -166,6 +166,10 @@ def attach(model: Model, deltas: LoRADeltas, name: str = ADAPTER) -> None:
     """Attach a LoRA that was read for this model, at strength 1 and frozen; no random number is drawn."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    if any(name in getattr(network, "peft_config", {}) for network in model.lora_networks.values()):
+        raise DraftuneError(
+            f"{model.name!r} carries a LoRA {name!r} already: give another name, or load the model anew"
+        )
     for part, network in model.lora_networks.items():
         layers = {in_network(part, layer, network): delta for layer, delta in deltas.of_part(part).items()}
         if not layers:
@@ -203,6 +207,20 @@ def fill(network: nn.Module, layers: Mapping[str, LoRADelta], name: str) -> None
             halves[name].weight = nn.Parameter(stored, requires_grad=False)
 
 
+def attached(model: Model, name: str = ADAPTER) -> dict[str, LoRADelta]:
+    """Return the changes that a model's LoRA of this name makes at strength 1, by PART.LAYER."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for part, network in model.lora_networks.items():
+        for layer, module in network.named_modules():
+            if isinstance(module, BaseTunerLayer) and name in module.lora_A:
+                down, up = (half[name].weight.detach().float().cpu() for half in (module.lora_A, module.lora_B))
+                strength = module.lora_alpha[name] / module.r[name]
+                found[f"{part}.{canonical(part, layer)}"] = LoRADelta(down, up).scaled(strength)
+    return found
+
+
 def freeze_lora(model: Model, source: Path | str, skip_text_encoder: bool = False) -> None:
     """Make a LoRA part of the base before another is added: frozen, active, and saved with that one as their sum.
 
@@ -230,6 +248,9 @@ def save_lora(model: Model, folder: Path | str) -> Path:
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries no LoRA to save")
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
+    if isinstance(config.target_modules, str):
+        # It was loaded: its ranks may differ, and it may adapt text encoders.
+        return LoRADeltas(attached(model), model.name, json.dumps(model.grid)).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
     metadata = {"base_model": model.name, GRID_SAID: json.dumps(model.grid)}

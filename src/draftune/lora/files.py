@@ -85,14 +85,13 @@ def lora_file(source: Path | str) -> Path:
         DraftuneError: there is none, or the file holds a whole model.
     """
     source = user_path(source)
-    for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME, source / PEFT_FILE):
+    found = sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    alone = found if len(found) == 1 and not (source / "config.json").exists() else []
+    for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME, source / PEFT_FILE, *alone):
         if path.is_file():
             if error := single_file_error(path):
                 raise error
             return path
-    found = sorted(source.glob("*.safetensors")) if source.is_dir() else []
-    if len(found) == 1 and not (source / "config.json").exists():
-        return found[0]
     pickled = [path.name for path in sorted(source.glob("*")) if path.suffix in PICKLES] if source.is_dir() else []
     if pickled:
         raise not_safetensors(source / pickled[0])

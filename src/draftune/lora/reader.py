@@ -21,7 +21,7 @@ SKIP = "--skip-text-encoder-lora"
 def read_lora(
     source: Path | str, networks: Mapping[str, nn.Module], model_name: str, skip_text_encoder: bool = False
 ) -> LoRADeltas:
-    """Read a LoRA file for these networks: `fit` of what `read_file` reads."""
+    """Read a LoRA file and find the layers of these networks that it changes; see `fit`."""
     return fit(read_file(source), networks, model_name, skip_text_encoder)
 
 
@@ -92,12 +92,13 @@ def changes(
     if len(up) != sum(rows):
         raise misfit(where, down, up, target, weights)
     strength = scale(file, target.layers[0], tensors, len(down), where)
+    magnitude, axis = dora_magnitude(where, tensors, down, up)
     if target.halves_swapped:
         up = torch.cat(up.chunk(2)[::-1])
-    magnitude, axis = dora_magnitude(where, tensors, down, up)
+        magnitude = torch.cat(magnitude.chunk(2)[::-1]) if axis == 0 else magnitude
     magnitudes = magnitude.split(rows) if axis == 0 else [magnitude] * len(rows)
     if axis == 1 and len(rows) > 1:
-        raise DraftuneError(f"{where} is a DoRA of several layers at once by their inputs, which can't be taken apart")
+        raise DraftuneError(f"{where} is a DoRA with one magnitude for each input of a fused layer: not supported")
     result = {}
     for layer, weight, part, size in zip(target.layers, weights, up.split(rows), magnitudes, strict=True):
         shaped = (down.reshape(len(down), *weight.shape[1:]) if fits(down, weight) else None, part)
@@ -203,7 +204,8 @@ def dora_magnitude(where: str, tensors: Mapping[str, Tensor], down: Tensor, up: 
     else:
         return torch.empty(0), None
     if magnitude.numel() != (len(up) if axis == 0 else down.shape[1]):
-        raise DraftuneError(f"{where} has magnitudes of shape {list(magnitude.shape)} for {len(up)} outputs")
+        sizes = f"{len(up)} outputs" if axis == 0 else f"{down.shape[1]} inputs"
+        raise DraftuneError(f"{where} has magnitudes of shape {list(magnitude.shape)} for {sizes}")
     return magnitude.flatten(), axis
 
 

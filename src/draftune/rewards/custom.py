@@ -10,18 +10,21 @@ from torch import nn
 from draftune.custom import defined, where
 from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.expression import Call
-from draftune.rewards.base import FunctionReward, Reward
+from draftune.rewards.base import REWARDS, FunctionReward, Reward
 
 
 def load_custom(call: Call) -> Reward:
     """The function, class or Reward that a call names, with the call's settings.
 
-    A function gets (images, prompts) and the settings; a class gets the settings when it is made. Raises DraftuneError
-    for a file that is not there or fails, a name that it does not define, and settings that do not fit.
+    A function gets (images, prompts) and the settings. A class, or what `register` was put on, gets the settings when
+    the reward is made.
+
+    Raises:
+        DraftuneError: the file is not there or fails, it defines no such name, or a setting does not fit.
     """
     found = defined(call.name, "reward")
     name = call.name.rpartition(":")[2]
-    if isinstance(found, type):
+    if isinstance(found, type) or found in REWARDS.values():
         try:
             found = call.apply(found, "reward")
         except DraftuneError:

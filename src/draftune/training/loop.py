@@ -102,7 +102,7 @@ class Trainer:
         model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
         if self.past is not None:
             self.past.compare(model.grid)
-        model.pixel_clamp = s.pixel_clamp
+        self.own_clamp, model.pixel_clamp = model.pixel_clamp, s.pixel_clamp
         self.schedule = model.schedule(s.num_inference_steps)
         method.check(self.schedule)
         device = self.accelerator.device
@@ -120,6 +120,18 @@ class Trainer:
             add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
 
     def run(self) -> Run:
+        """Train, from the checks before it to the comparison after it.
+
+        Whatever ends it, the model's own decoder and pixel clamp are restored: guidance and others use them later.
+        """
+        try:
+            return self.run_checked()
+        finally:
+            self.model.small_decoder, self.model.pixel_clamp = None, self.own_clamp
+            self.folder.close()
+
+    def run_checked(self) -> Run:
+        """Check the rewards, then train."""
         from accelerate.utils import set_seed
 
         s = self.settings
@@ -160,10 +172,6 @@ class Trainer:
             raise DraftuneError(
                 f"another process of this run has ended; {self.kept()} (what was heard of it: {first_line(error)})"
             ) from error
-        finally:
-            # Restore the model's own decoder and clamp, which other gradients, such as guidance's, go through.
-            self.model.small_decoder, self.model.pixel_clamp = None, type(self.model).pixel_clamp
-            self.folder.close()
         rows = self.folder.rows
         return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from draftune.custom import defined, is_custom
@@ -83,6 +84,8 @@ SOURCES = ("model", "gradient_decoder")
 EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimiser"}
 EXPRESSIONS |= {"gradient_filter": "gradient filter"}
 """Settings that are expressions, and the kind of what these name."""
+PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "file", "path")
+"""Settings inside expressions whose values are files, folders or models."""
 
 
 def changeable(text: str) -> set[str]:
@@ -112,7 +115,7 @@ class Asked:
         self,
         settings: Mapping[str, Any],
         contents: Mapping[str, str],
-        sources: Iterable[Mapping[str, str]] | None = None,
+        sources: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
         self.contents = contents
         self.settings: dict[str, Any] = {f.name: f.default for f in fields(Settings)} | dict(settings)
@@ -127,10 +130,10 @@ class Asked:
             texts += paths_in(self.trees[name], kind)
         return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
 
-    def saved_sources(self, earlier: Asked | None) -> list[dict[str, str]]:
-        """Return the sources for JSON; contents that the earlier run's sources know are not read again."""
+    def saved_sources(self, earlier: Asked | None) -> list[dict[str, Any]]:
+        """Return the sources for JSON; the SHA-256 of unchanged paths and stamps are those of the earlier run."""
         before = {(s.path, s.stamp): s.known for s in earlier.sources.values()} if earlier is not None else {}
-        return [replace(s, known=before.get((s.path, s.stamp), "")).saved() for s in self.sources.values()]
+        return [replace(s, known=before.get((s.path, s.stamp), {})).saved() for s in self.sources.values()]
 
     def differences(self, earlier: Asked) -> list[str]:
         """Return the names of the settings that differ from an earlier run's, except those that are free."""
@@ -157,10 +160,14 @@ class Asked:
     def same_tree(self, now: Tree, was: Tree, earlier: Asked, kind: str) -> bool:
         """Return whether two expressions are the same, up to defaults and to where the files that they name lie."""
         if isinstance(now, Sum) and isinstance(was, Sum):
-            return len(now.terms) == len(was.terms) and all(
-                a == b and self.same_tree(first, second, earlier, kind)
-                for (a, first), (b, second) in zip(now.terms, was.terms, strict=True)
-            )
+            # In whatever order: the sum is the same up to rounding.
+            left = list(was.terms)
+            for weight, call in now.terms:
+                same = (i for i, (w, c) in enumerate(left) if w == weight and self.same_tree(call, c, earlier, kind))
+                if (i := next(same, None)) is None:
+                    return False
+                del left[i]
+            return not left
         if isinstance(now, Call) and isinstance(was, Call):
             (file, _, name), (other, _, second) = now.name.rpartition(":"), was.name.rpartition(":")
             custom = is_custom(now.name) and is_custom(was.name)
@@ -181,16 +188,18 @@ class Asked:
         if isinstance(now, str) and isinstance(was, str):
             first, second = self.sources.get(now), earlier.sources.get(was)
             if first is not None and second is not None:
-                return first.same(second)
+                return first.holds(second)
         return now == was
 
     def said(self, name: str, earlier: Asked) -> str:
         """Say how a setting differs from an earlier run's."""
         now, was = self.settings.get(name), earlier.settings.get(name)
         if name in CONTENTS and name != "continue_from":
-            return f"its {name} were not these"
+            return (
+                f"its {name} are {was!r}, not {now!r}" if now != was else f"the contents of its {name} {was!r} changed"
+            )
         if now == was:
-            return f"its {name} is {was!r} too, but the files that it names held something else"
+            return f"the files that its {name} {was!r} names have changed"
         return f"its {name} is {was!r}, not {now!r}"
 
 
@@ -207,7 +216,7 @@ def parsed(text: Any) -> Tree:
 
 
 def defaults(call: Call, kind: str) -> dict[str, Value]:
-    """Return the default settings of what a call names; none where it can't be had, which loading it will say."""
+    """Return the default settings of what a call names; none where it can't be imported: loading it says why."""
     if (kind, call.name) == ("optimiser", "adamw"):
         return {}  # its defaults are settings of the run
     try:
@@ -235,6 +244,9 @@ def paths_in(tree: Tree, kind: str) -> Iterator[str]:
     elif isinstance(tree, Call):
         if is_custom(tree.name):
             yield tree.name.rpartition(":")[0]
-        values = (defaults(tree, kind) | tree.settings).values()
-        yield from (value for value in values if isinstance(value, str))
+        for key, value in (defaults(tree, kind) | tree.settings).items():
+            # Of a user's own code it is not known which settings name files.
+            named = key in PATHS or (is_custom(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
+            if isinstance(value, str) and named:
+                yield value
         yield from paths_in(tree.inner, kind)

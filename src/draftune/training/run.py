@@ -148,7 +148,8 @@ class RunFolder:
         for name in self.changed:
             was, value = earlier.settings.get(name), self.asked.get(name)
             how = "the same is computed, with other rounding" if name in ROUNDING else "as --allow-changes says"
-            told.setdefault(how, []).append(f"{name} {value!r} in place of {was!r}")
+            new = f"{value!r} in place of {was!r}" if value != was else f"{value!r}, whose contents changed"
+            told.setdefault(how, []).append(f"{name} {new}")
             self.changes.append({"step": self.done, "setting": name, "was": was, "now": value})
         for how, changes in told.items():
             tell(f"the run goes on with {', '.join(changes)}: {how}")
