@@ -81,6 +81,7 @@ class Making:
             "score": [str(world.picture), "--reward", "brightness", "--output", f"{out}.csv"],
             "reproduce": ["grid", "--quick", "--output", out],
             "list": [],
+            "env": [],
         }
         return [self.command, *lines[self.command], *more]
 
@@ -109,7 +110,7 @@ def words(m: Making) -> Bad:
     if flag == "--":
         rest = [] if m.command == "mix" else ["a", "--b", "c", "d"]
         return Bad([m.command, "--", *rest], ["argument", "required", "no ", "flag", "'a'"])
-    if m.random.random() < 0.3 and m.command not in (*TRAINING, "reproduce", "list"):
+    if m.random.random() < 0.3 and m.command not in (*TRAINING, "reproduce", "list", "env"):
         return Bad([m.command], ["required"])
     if m.random.random() < 0.2:
         return Bad([m.any(m.command.upper(), f"{m.command}e", f" {m.command}", "")], ["invalid choice", "COMMAND"])

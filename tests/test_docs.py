@@ -17,7 +17,7 @@ from draftune.expression import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "commands"
-DOCUMENTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PARSER = build_parser()
 NAMES = {command.name for command in COMMANDS}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -2,6 +2,7 @@
 
 from draftune.commands import (
     distill,
+    env,
     evaluate,
     export,
     knobs,
@@ -37,4 +38,5 @@ COMMANDS: tuple[Command, ...] = (
     score.COMMAND,
     reproduce.COMMAND,
     listing.COMMAND,
+    env.COMMAND,
 )

@@ -93,7 +93,7 @@ function settings({ settings, command, environment, audit }) {
       table("Means of the pictures it was tried on", ["part", ...columns.map((name) => name.replaceAll("_", " "))],
         audit.map(([part, found]) => [part, ...columns.map((name) => number(found[name]))]))));
   }
-  if (environment.length) built.push(details("versions", "Versions", table("What it ran with", ["", "version"], environment)));
+  if (environment.length) built.push(details("versions", "Versions and machine", table("What it ran with", ["name", "value"], environment)));
   return built;
 }
 

@@ -1,24 +1,60 @@
-"""What a run was made with, so that it can be made again."""
+"""What a run is made with: written to a run's environment.json, and printed by `draftune env`."""
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import psutil
 import torch
 
 from draftune import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+VARIABLES = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+"""Environment variables that change speed or what can be loaded. None of them holds a path."""
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """The versions of everything that takes part, and the device."""
-    found = {"draftune": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
+    """Return the versions of the software and the properties of the machine.
+
+    The values are meant to be published in a bug report: they hold no path, no user name and no host name.
+
+    Args:
+        device: The device that a run uses, or would use.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {**found, "platform": platform.platform(), "device": f"{device.type} ({name})"}
+    return {
+        "draftune": __version__,
+        "python": platform.python_version(),
+        **{package: installed(package) for package in PACKAGES},
+        "platform": platform.platform(),
+        "device": f"{device.type} ({name})",
+        "cpus": str(os.cpu_count()),
+        "memory": gibibytes(psutil.virtual_memory().total),
+        "gpus": ", ".join(gpus()) or "none",
+        "cuda": torch.version.cuda or "none",
+        "rocm": torch.version.hip or "none",
+        "mps": "yes" if torch.backends.mps.is_available() else "no",
+        **{variable: os.environ.get(variable, "not set") for variable in VARIABLES},
+    }
+
+
+def installed(package: str) -> str:
+    """Return the version of an installed package, "unknown" where it has no metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def gpus() -> list[str]:
+    """Return the name and the memory of each GPU of CUDA or ROCm that torch finds."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return [f"{gpu.name} ({gibibytes(gpu.total_memory)})" for gpu in found]
+
+
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

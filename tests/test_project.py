@@ -1,0 +1,96 @@
+"""The files of an open project: they are read by what they are written for, and agree with the package."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import draftune
+
+ROOT = Path(__file__).parent.parent
+FORM = ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PRE_COMMIT = ROOT / ".pre-commit-config.yaml"
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def project(key: str) -> Any:
+    """Return a value of pyproject.toml that Python reads as TOML does. Python 3.10 has no tomllib."""
+    return ast.literal_eval(re.findall(rf"^{key} = (.+)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0])
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = read(ROOT / "CITATION.cff")
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    assert citation["version"] == draftune.__version__
+    assert citation["license"] == project("license")
+    assert {"authors", "message", "title"} <= citation.keys()
+    for reference in citation["references"]:
+        assert {"authors", "title", "type"} <= reference.keys()
+    assert "arXiv:2309.17400" in [entry["value"] for entry in citation["references"][0]["identifiers"]]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_runs_the_tests_on_each_python(path: Path) -> None:
+    workflow = read(path)
+    assert workflow[True]  # YAML 1.1 reads the key "on" as a truth value; GitHub does not
+    for job in workflow["jobs"].values():
+        versions = job["strategy"]["matrix"]["python"]
+        assert all(isinstance(version, str) for version in versions)  # 3.10 as a number is 3.1
+        assert f">={versions[0]}" == project("requires-python")
+        targets = [step["run"].split() for step in job["steps"] if "run" in step]
+        assert ["make", "test"] in targets
+    assert re.search(r"^test:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_there_is_a_workflow() -> None:
+    assert WORKFLOWS
+
+
+def test_the_issue_form_asks_for_the_environment() -> None:
+    form = read(FORM)
+    assert {"name", "description", "body"} <= form.keys()
+    fields = {field["id"]: field for field in form["body"] if field["type"] != "markdown"}
+    assert len(fields) == len(form["body"])
+    assert all(field["attributes"]["label"] for field in fields.values())
+    assert "`draftune env`" in fields["environment"]["attributes"]["label"]
+    assert fields["environment"]["validations"]["required"] is True
+
+
+def test_pre_commit_runs_the_linter_that_make_runs() -> None:
+    local = {
+        hook["id"]: hook for repo in read(PRE_COMMIT)["repos"] if repo["repo"] == "local" for hook in repo["hooks"]
+    }
+    makefile = (ROOT / "Makefile").read_text()
+    for name, command in (("ruff-check", "ruff check"), ("ruff-format", "ruff format")):
+        assert local[name]["entry"].startswith(f".venv/bin/{command}")
+        assert f"$(BIN)/{command}" in makefile
+    assert re.search(r"^ruff==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+
+
+def test_the_notice_names_files_that_are_there_and_all_weights() -> None:
+    named = re.findall(r"\b(?:src|docs|recipes)/[\w./-]*\w", (ROOT / "NOTICE").read_text(encoding="utf-8"))
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    assets = ROOT / "src" / "draftune" / "assets"
+    folders = {path.relative_to(assets).parts[0] for path in assets.rglob("*.safetensors")}
+    assert {f"src/draftune/assets/{folder}" for folder in folders} <= set(named)
+
+
+def test_distributions_hold_licence_and_notice() -> None:
+    files = project("license-files")
+    assert {"LICENSE", "NOTICE"} <= set(files)
+    assert all((ROOT / name).is_file() for name in files)
+
+
+def test_the_changelog_has_this_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert draftune.__version__ in headings
