@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> None:
 COMMAND = Command(
     "env",
     "versions and machine, for a bug report",
-    "Prints the versions of the software and the properties of the machine. The lines hold no path, no user name and no "
-    "host name, so that they can be pasted into a bug report.",
+    "Prints the versions of the software and the properties of the machine. The lines hold no path, no user name "
+    "and no host name, so that they can be pasted into a bug report.",
     "draftune env",
     arguments,
     run,
