@@ -32,6 +32,15 @@ def test_empty_and_binary_files_are_refused(tmp_path: Path, content: bytes) -> N
         load_prompts(str(path))
 
 
+@pytest.mark.parametrize("ending", [".txt", ".csv", ".json"])
+def test_of_another_encoding_utf_8_is_wanted(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"prompts{ending}"
+    path.write_bytes("prompt\ncafé\n".encode("latin-1"))
+    with pytest.raises(DraftuneError, match="UTF-8") as caught:
+        load_prompts(str(path))
+    assert "line" not in str(caught.value)
+
+
 def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(DraftuneError, match="did you mean 'animals'"):
         load_prompts("animal")
@@ -56,6 +65,30 @@ def test_tables_carry_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "Prompt,target\na cat,281\n"),
+        ("a.tsv", "target\tPROMPT\n281\ta cat\n"),
+        ("a.jsonl", '{"Prompt": "a cat", "target": 281}\n'),
+        ("a.json", '[{"Caption": "a cat", "target": "281"}]'),
+        ("a.yaml", "- Text: a cat\n  target: 281\n"),
+    ],
+)
+def test_the_column_of_the_prompt_may_be_in_capitals(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    (prompt,) = load_prompts(str(tmp_path / name))
+    assert (prompt, metadata(prompt)) == ("a cat", {"target": "281"})
+
+
+def test_a_list_that_is_told_its_ending_is_read_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("Prompt\na cat\n")
+    with pytest.raises(DraftuneError, match=r"\.csv"):
+        load_prompts(str(path))
+    assert load_prompts(str(path.rename(path.with_suffix(".csv")))) == ["a cat"]
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.csv", "title\na cat\n", "line 2: no column 'prompt'"),
@@ -63,6 +96,8 @@ def test_tables_carry_metadata(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2: an object"),
         ("a.jsonl", '{"prompt": 3}\n', "line 1: no key 'prompt'"),
+        ("a.csv", "Prompt,prompt\na,b\n", "line 2.*'Prompt' and 'prompt'"),
+        ("a.json", '["a\\u001b b"]', "entry 1.*control character"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -40,13 +40,13 @@ FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uf
 INVISIBLE = {*FILLERS, *map(chr, range(0xFE00, 0xFE10))}
 """Fillers and variation selectors: they draw nothing, though Unicode counts them as letters, marks or symbols."""
 TEXT_KEYS = ("prompt", "text", "caption")
-"""The column of a prompt's text: the first of these that a file has."""
+"""The column of a prompt's text, in any case: the first of these that a file has."""
 Rows = list[tuple[str, Any]]
 """Where an entry stands in its file ("line 3"), and the entry: text, or a table of columns."""
 
 
 class Prompt(str):
-    """A prompt that carries what its file says of it besides: metadata, by the name of the column."""
+    """A prompt with metadata: the other columns of its row in the prompt file, by their names."""
 
     metadata: dict[str, str]
 
@@ -57,7 +57,7 @@ class Prompt(str):
 
 
 def metadata(prompt: str) -> Mapping[str, str]:
-    """What the prompt's file says of it besides; nothing for plain text."""
+    """Return the other columns of the prompt's row in the prompt file; nothing for plain text."""
     return prompt.metadata if isinstance(prompt, Prompt) else {}
 
 
@@ -108,7 +108,8 @@ def read_prompts(path: Path) -> list[str]:
 
     .txt, or no ending: one prompt a line. .csv, .tsv: a table with a header. .jsonl: an object a line. .json: an array
     of texts or objects. .yaml, .yml: a list of texts or mappings. A table's prompt is its column `prompt`, or `text`
-    or `caption` where it has no `prompt`; the other columns become the prompt's metadata. Lines end at newlines alone.
+    or `caption` where it has no `prompt`, in capitals or not; the other columns become the prompt's metadata. Lines end
+    at newlines alone.
 
     Raises:
         DraftuneError: for another ending, a file of another kind than its ending says, and an entry that is no prompt.
@@ -118,15 +119,18 @@ def read_prompts(path: Path) -> list[str]:
         known = ", ".join(filter(None, READERS))
         raise DraftuneError(f"the ending of {str(path)!r} is not one of a prompt file: {known}")
     rows = reader(read_text(path), path)
-    columns = {name for _, row in rows if isinstance(row, dict) for name in row}
+    columns = {name.lower() for _, row in rows if isinstance(row, dict) for name in row}
     key = next((name for name in TEXT_KEYS if name in columns), None)
     kind = "column" if path.suffix.lower() in (".csv", ".tsv") else "key"
     return [prompt_of(row, key, kind, f"{str(path)!r}, {where}") for where, row in rows]
 
 
 def prompt_of(row: Any, key: str | None, kind: str, where: str) -> str:
-    """Return the prompt that an entry holds: the entry itself, or what is under `key` with the others as metadata."""
-    text = row.get(key) if isinstance(row, dict) else row
+    """Return an entry's prompt: the entry itself, or the value of `key` in any case, with the rest as metadata."""
+    names = [name for name in row if name.lower() == key] if isinstance(row, dict) else []
+    if len(names) > 1:
+        raise DraftuneError(f"{where}: the {kind} {key!r} is there twice, as {' and '.join(map(repr, names))}")
+    text = (row[names[0]] if names else None) if isinstance(row, dict) else row
     if not isinstance(text, str):
         if not isinstance(row, dict):
             given = type(row).__name__
@@ -134,10 +138,10 @@ def prompt_of(row: Any, key: str | None, kind: str, where: str) -> str:
         more = "" if key else f" (nor {' or '.join(map(repr, TEXT_KEYS[1:]))})"
         raise DraftuneError(f"{where}: no {kind} {key or TEXT_KEYS[0]!r} that holds text{more}")
     if not is_text(text):
-        raise DraftuneError(f"{where}: the prompt is not text that can be written")
+        raise DraftuneError(f"{where}: the prompt contains a control character or a lone surrogate; remove it")
     if not isinstance(row, dict):
         return text.strip()
-    return Prompt(text.strip(), {str(k): str(v) for k, v in row.items() if k != key and v not in (None, "")})
+    return Prompt(text.strip(), {str(k): str(v) for k, v in row.items() if k not in names and v not in (None, "")})
 
 
 def read_text(path: Path) -> str:
@@ -147,9 +151,9 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DraftuneError(f"cannot read the prompt file {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DraftuneError(f"{str(path)!r} is not a text file in UTF-8: one prompt a line is wanted") from error
+        raise DraftuneError(f"{str(path)!r} is not a text file in UTF-8: save it as UTF-8") from error
     if not is_text(text):
-        raise DraftuneError(f"{str(path)!r} is a binary file: one prompt a line is wanted")
+        raise DraftuneError(f"{str(path)!r} is a binary file: it contains control characters; a text file is needed")
     return text
 
 
@@ -167,7 +171,7 @@ def read_lines(text: str, path: Path) -> Rows:
 def read_table(text: str, path: Path, delimiter: str) -> Rows:
     """Read a table with a header. Raises DraftuneError for cells that belong to no column, and for open quotes."""
     ending = path.suffix.lower()
-    # Not strict, it would take an open quote's rows for one prompt, and a quote in the middle of a cell for nothing.
+    # Without strict=True, csv reads all rows after an unclosed quote as one cell, and misreads quotes inside a cell.
     options: Any = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t", "strict": True}
     reader = csv.DictReader(io.StringIO(text, newline=""), **options)
     rows: Rows = []
@@ -175,7 +179,7 @@ def read_table(text: str, path: Path, delimiter: str) -> Rows:
         reader.fieldnames = names = [name.strip() for name in reader.fieldnames or ()]
         if twice := [name for name in names if name and names.count(name) > 1]:
             raise DraftuneError(f"{str(path)!r} has the column {twice[0]!r} twice")
-        if not set(names).intersection(TEXT_KEYS) and (problem := other_kind(text, ending)):
+        if not {name.lower() for name in names}.intersection(TEXT_KEYS) and (problem := other_kind(text, ending)):
             raise DraftuneError(f"{str(path)!r} has no column {TEXT_KEYS[0]!r}{problem}")
         for row in reader:
             beyond = row.pop(None, [])
@@ -270,7 +274,7 @@ def parse_json(text: str) -> Any:
 
 
 def other_kind(text: str, ending: str) -> str:
-    """Say which kind of file a text plainly is, where that is not the one of its ending; else nothing."""
+    """Return a hint if the content has another format than the file's ending says; else ""."""
     kind = plain_kind(text)
     if kind is None or kind == ending:
         return ""
@@ -289,7 +293,7 @@ PLAIN = {
 
 
 def plain_kind(text: str) -> str | None:
-    """Return the ending of the kind that a text plainly is, ";" for a table with semicolons, None for mere lines."""
+    """Return the ending that fits the format of a text; ";" for a table with semicolons, None for plain lines."""
     lines = [line.rstrip() for line in split_lines(text) if line.strip()]
     if not lines:
         return None

@@ -33,7 +33,7 @@ def pipeline_of(keys: Collection[str]) -> str | None:
 def single_file_error(path: Path) -> DraftuneError | None:
     """Return the error for a file that holds a whole model, with the way out; None for a file that holds none.
 
-    A pickle is not looked into, as that would run it; of these a .ckpt is taken for a model.
+    Pickle files are not opened, since that could run code. A .ckpt is assumed to be a model.
     """
     kind = "StableDiffusionPipeline" if path.suffix == ".ckpt" else None
     if path.suffix not in PICKLES:
@@ -45,8 +45,8 @@ def single_file_error(path: Path) -> DraftuneError | None:
     if kind is None:
         return None
     return DraftuneError(
-        f"{str(path)!r} is a checkpoint in one file, not the folder of a diffusers pipeline; diffusers makes it one: "
-        f"{kind}.from_single_file({str(path)!r}).save_pretrained(FOLDER); then give FOLDER"
+        f"{str(path)!r} is a single-file checkpoint; the folder of a diffusers pipeline is needed. Convert it: "
+        f"{kind}.from_single_file({str(path)!r}).save_pretrained(FOLDER). Then give FOLDER"
     )
 
 

@@ -103,9 +103,13 @@ def moments_needs(vae: Any) -> Iterator[Need]:
 
 
 def reader_needs(part: str, tokenizer: Any, encoder: Any, length: int | None = None) -> Iterator[Need]:
-    """Yield what a text encoder needs of its tokenizer: no token and no position that it has no embedding of.
+    """Yield the needs of a tokenizer: its vocabulary and its length must not exceed the encoder's embeddings.
 
-    `length`: the tokens of a prompt; those of the tokenizer unless given, None for an encoder of any length.
+    Args:
+        part: The encoder's name in the pipeline.
+        tokenizer: The tokenizer.
+        encoder: The text encoder.
+        length: The number of tokens of a prompt; None for the tokenizer's own `model_max_length`.
     """
     name = part.replace("text_encoder", "tokenizer")
     rows, found = encoder.get_input_embeddings().num_embeddings, len(tokenizer)
@@ -177,8 +181,8 @@ def check_diffusion(pipeline: DiffusionPipeline, name: str) -> None:
         )
     if levels.shape != read.shape or not torch.allclose(levels, read, rtol=0, atol=SAME):
         raise DraftuneError(
-            f"DDIM reads other noise levels from the config of {name!r} than its {kind} has, such as from "
-            "rescale_betas_zero_snr: give the pipeline the scheduler that its model was trained with"
+            f"{name!r} can't be used: alphas_cumprod of its {kind} differ from DDIMScheduler's for the same config "
+            "(often rescale_betas_zero_snr); use the scheduler that the model was trained with"
         )
     count, predicted = ddim.config.num_train_timesteps, ddim.config.prediction_type
     if len(read) != count:
@@ -189,8 +193,8 @@ def check_diffusion(pipeline: DiffusionPipeline, name: str) -> None:
         )
     if predicted == "epsilon" and read[-1] == 0:
         raise DraftuneError(
-            f"{name!r} predicts the noise (prediction_type 'epsilon') down to zero signal-to-noise ratio "
-            "(rescale_betas_zero_snr), where that says nothing of the image: its model was not trained with both"
+            f"{name!r} can't be used: prediction_type='epsilon' can't be combined with rescale_betas_zero_snr=True, "
+            "since at zero signal-to-noise ratio the noise does not determine x_0; correct the scheduler's config"
         )
 
 
@@ -205,7 +209,8 @@ def check_flow(pipeline: DiffusionPipeline, name: str) -> None:
         check_needs(name, (number(f"scheduler.{key}", config[key], zero=True) for key in keys))
         if config[keys[0]] == config[keys[1]]:
             raise DraftuneError(
-                f"{name!r} can't be used: {keys[0]} and {keys[1]} of its scheduler are {config[keys[0]]}"
+                f"{name!r} can't be used: {keys[0]} and {keys[1]} of its scheduler are both {config[keys[0]]}; they "
+                "must differ"
             )
 
 
