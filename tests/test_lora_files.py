@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from draftune.cli import main
 from draftune.errors import DraftuneError
-from draftune.lora import FILE_NAME, lora_file, read_lora, save_lora, set_lora_scale
+from draftune.lora import FILE_NAME, lora_file, read_lora, save_lora, set_lora_scale, set_lora_scales
 from draftune.lora.adapter import attach, load_lora
 from draftune.models import Model, load_model
 from draftune.models.layout import load_layout
 from draftune.tensors import save_tensors
-from draftune.tuned import read_deltas
+from draftune.tuned import find_tuned, read_deltas
 
 CASES = 120
 PROMPT = ["--prompt", "cat", "--num-inference-steps", "2", "--cpu"]
@@ -364,6 +364,52 @@ def test_magnitudes_of_swapped_rows_are_swapped_too(tmp_path: Path) -> None:
     halves = {name: (torch.ones(1, 16), torch.zeros(32, 1))}
     path = write(tmp_path / "dora.safetensors", halves, KOHYA, **{f"{name}.dora_scale": own})
     assert read_lora(path, networks, "flux").layers["transformer.norm_out.linear"].change.abs().max() < 1e-6
+
+
+def test_a_dora_of_a_row_of_zeros_stays_finite(pipeline_folder: Path, tmp_path: Path) -> None:
+    networks = load_model(pipeline_folder).lora_networks
+    weight = networks["unet"].conv_in.weight
+    with torch.no_grad():
+        weight[0] = 0
+    out, size = len(weight), weight.shape[1]
+    halves = {"unet.conv_in": (torch.zeros(1, size, 3, 3), torch.zeros(out, 1, 1, 1))}
+    more = {"unet.conv_in.dora_scale": torch.ones(out, 1, 1, 1)}
+    path = write(tmp_path / "dora.safetensors", halves, ("lora_A", "lora_B"), **more)
+    change = read_lora(path, networks, "tiny").layers["unet.conv_in"].change
+    assert change.isfinite().all()
+    assert (change[0] == 0).all()
+
+
+@pytest.mark.parametrize("wrapper", ["", "base_model.model.", "lycoris_"])
+def test_wrapped_text_encoders_are_skipped_too(model: Model, tmp_path: Path, wrapper: str) -> None:
+    text = encoder(f"{wrapper}text_encoder.text_model.encoder.layers.0.mlp.fc1")
+    halves = {f"unet.{name}": both for name, both in pairs(model.denoiser, 2, ("to_q",)).items()}
+    path = write(tmp_path / "lora.safetensors", halves, KOHYA, **text)
+    assert read_lora(path, model.lora_networks, "tiny").parts == ["unet", "text_encoder"]
+    assert read_lora(path, model.lora_networks, "tiny", skip_text_encoder=True).parts == ["unet"]
+    # Names of text encoders that are not known are left out too.
+    path = write(tmp_path / "other.safetensors", halves, KOHYA, **encoder("clip_l.transformer.text_model.x.fc1"))
+    assert read_lora(path, model.lora_networks, "tiny", skip_text_encoder=True).parts == ["unet"]
+
+
+def test_loaded_loras_stay_frozen_and_are_known_by_name(pipeline_folder: Path, with_text: Path) -> None:
+    model = load_model(pipeline_folder)
+    for name in ("a", "b"):
+        load_lora(model, with_text, name)
+    set_lora_scales(model, {"a": 0.5, "b": 1.0})
+    networks = model.lora_networks.values()
+    assert not any(parameter.requires_grad for network in networks for parameter in network.parameters())
+    with pytest.raises(DraftuneError, match="no LoRA 'c'"):
+        set_lora_scales(model, {"a": 1.0, "c": 1.0})
+
+
+def test_a_folder_of_another_tools_run(with_text: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+    """A config.yaml beside a folder lora/ is not always that of a run of draftune."""
+    folder = tmp_path / "project" / "lora"
+    folder.mkdir(parents=True)
+    with_text.rename(folder / "style.safetensors")
+    (folder.parent / "config.yaml").write_text("job: extension\n")
+    assert not find_tuned(str(folder / "style.safetensors"), str(pipeline_folder)).in_run
 
 
 def test_attaching_draws_no_random_numbers(pipeline_folder: Path, with_text: Path) -> None:

@@ -23,6 +23,7 @@ from draftune.errors import DraftuneError
 from draftune.fingerprint import files_of, find_source, fingerprint
 from draftune.settings import Settings
 from draftune.training.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
+from draftune.training.start import prepare
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -189,7 +190,6 @@ SAME: list[dict[str, tuple[Any, Any]]] = [
     {"method": ("draft-k", " draft-k( k=1 )")},
     {"method": ("kl(draft-lv)", "kl('draft-lv'(n=2), beta=0.1)")},
     {"reward": ("2*brightness", "brightness * 2.0")},
-    {"reward": ("brightness + 0.5*sharpness", "0.5*sharpness + brightness")},
     {"reward": ("jpeg-compressibility", "jpeg-compressibility(quality=10)")},
     {"optimizer": ("sgd", "sgd(momentum=0)")},
     {"gradient_filter": ("channel-mean", "channel-mean(weight=2)")},
@@ -420,3 +420,35 @@ def test_going_on_from_a_lora_that_lies_elsewhere(here: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(DraftuneError, match="continue_from"):
         train(Path("sd"), here / "cut", **values | {"steps": 3, "continue_from": "loras"})
+
+
+def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Rewards of another scale are not held against those before, neither by the method nor by the best LoRA."""
+    output = str(tmp_path / "run")
+    values = SHORT | {"method": "ddpo(min_count=2)", "batch_size": 2, "eval_prompts": "animals", "eval_images": 1}
+    values |= {"model": str(pipeline_folder), "prompts": "animals", "guidance_scale": 2.0, "num_inference_steps": 3}
+    prepare(**values, reward="brightness", steps=1, output=output).run()
+    trainer = prepare(**values, reward="1000*brightness", allow_changes="reward", steps=2, output=output)
+    trainer.run()
+    seen = [reward for rewards in trainer.method.rewards.values() for reward in rewards]
+    assert min(seen) > 100
+    assert trainer.watch.guard is not None
+    assert {"1000*brightness"} <= set(trainer.watch.guard.rows[-1])
+
+
+def test_state_of_other_steps_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:
+    """The value network of sft-pg has an output for each sampling step."""
+    values = SHORT | {"method": "sft-pg", "guidance_scale": 1.0, "num_inference_steps": 3}
+    train(pipeline_folder, tmp_path / "run", **values | {"steps": 1})
+    changed = {"steps": 2, "num_inference_steps": 4, "allow_changes": "num_inference_steps"}
+    run = train(pipeline_folder, tmp_path / "run", **values | changed)
+    assert len(run.metrics) == 2
+
+
+def test_folders_of_nothing_that_is_read_are_told_apart_by_their_path(here: Path) -> None:
+    for name in ("a", "b"):
+        (here / name).mkdir()
+        (here / name / "w.pt").write_text(name)
+    before = saved(asked(reward="mine.py:red(folder=a)"))
+    assert asked(reward="mine.py:red(folder=a)").differences(before) == []
+    assert asked(reward="mine.py:red(folder=b)").differences(before) == ["reward"]

@@ -20,6 +20,7 @@ from draftune.lora.names import in_network
 from draftune.models import Model, load_model
 from draftune.models.layout import load_layout
 from draftune.paths import check_writable, user_path, written_whole
+from draftune.processes import tell
 from draftune.quiet import quiet
 from draftune.schedule import GRID
 from draftune.settings import Settings
@@ -93,6 +94,8 @@ def grid(source: Path | str, best: bool = False) -> dict[str, Any]:
 
 
 def write_diffusers(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
+    if t5 := [name for name in lora.layers if ".encoder.block." in name]:
+        tell(f"diffusers' load_lora_weights leaves out the LoRA's {len(t5)} layers of T5; --format merged holds them")
     lora.write(target, dtype)
 
 

@@ -56,6 +56,8 @@ class Source:
         """
         if (self.path, self.stamp) == (earlier.path, earlier.stamp):
             return True
+        if not earlier.sha256:
+            return self.path == earlier.path  # a folder of nothing that is known to be read
         if INDEX in earlier.sha256:
             return self.sha256 == earlier.sha256
         return earlier.sha256.items() <= self.sha256.items()
@@ -83,7 +85,7 @@ def find_source(text: str) -> Source | None:
 def same_source(first: str, second: str) -> bool:
     """Return whether two names or paths stand for the same contents."""
     a, b = find_source(first), find_source(second)
-    return first == second if a is None or b is None else a.sha256 == b.sha256
+    return first == second if a is None or b is None else a.holds(b)
 
 
 def cached(name: str) -> Path | None:

@@ -36,6 +36,7 @@ def mix_loras(
     """
     folder = user_path(output)
     mixed_from = " + ".join(f"{source}@{weight}" for source, weight in sources)
+    mixed_from += " without text encoders" if skip_text_encoder else ""
     check_weights(sources)
     check_folder(folder, mixed_from=mixed_from)
     base = model or common_base([str(source) for source, _ in sources])

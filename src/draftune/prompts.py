@@ -141,7 +141,12 @@ def prompt_of(row: Any, key: str | None, kind: str, where: str) -> str:
         raise DraftuneError(f"{where}: the prompt contains a control character or a lone surrogate; remove it")
     if not isinstance(row, dict):
         return text.strip()
-    return Prompt(text.strip(), {str(k): str(v) for k, v in row.items() if k not in names and v not in (None, "")})
+    return Prompt(text.strip(), {str(k): as_text(v) for k, v in row.items() if k not in names and v not in (None, "")})
+
+
+def as_text(value: Any) -> str:
+    """Write a value of a row as text; lists and objects as JSON."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
 
 
 def read_text(path: Path) -> str:

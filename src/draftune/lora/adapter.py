@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -111,6 +111,9 @@ def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
     """
     from diffusers.utils import set_weights_and_activate_adapters
 
+    known = {name for network in model.lora_networks.values() for name in getattr(network, "peft_config", {})}
+    if missing := set(scales) - known:
+        raise DraftuneError(f"{model.name!r} carries no LoRA {min(missing)!r}, only {sorted(known)}")
     for network in model.lora_networks.values():
         # The network's own set_adapters does the same, but in some versions of diffusers not for every network.
         set_weights_and_activate_adapters(network, list(scales), list(scales.values()))
@@ -119,10 +122,17 @@ def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
 
 def freeze_loaded(model: Model) -> None:
     """Freeze all LoRAs but the denoiser's that is trained: peft makes all that is active trainable."""
-    for part, network in model.lora_networks.items():
+    for network in model.lora_networks.values():
+        configs = getattr(network, "peft_config", {})
+        loaded = [f".{name}." for name, config in configs.items() if is_loaded(config)]
         for name, parameter in network.named_parameters():
-            if part != model.lora_prefix or f".{KEPT}." in name:
+            if any(adapter in name for adapter in loaded):
                 parameter.requires_grad_(False)
+
+
+def is_loaded(config: Any) -> bool:
+    """Return whether an adapter's config is one of `attach`, which names its layers by an expression."""
+    return isinstance(config.target_modules, str)
 
 
 @contextmanager
@@ -248,7 +258,7 @@ def save_lora(model: Model, folder: Path | str) -> Path:
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} carries no LoRA to save")
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
-    if isinstance(config.target_modules, str):
+    if is_loaded(config):
         # It was loaded: its ranks may differ, and it may adapt text encoders.
         return LoRADeltas(attached(model), model.name, json.dumps(model.grid)).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)

@@ -15,8 +15,8 @@ from torch import nn
 
 LAYERS = (nn.Linear, nn.Conv2d)
 TEXT_ENCODER = "text_encoder"
-TEXT_NAME = re.compile(r"(?:lora_te\d?_|text_encoders?(?:_\d)?[._])")
-"""How the names of layers of text encoders begin."""
+TEXT_NAME = re.compile(r"lora_te\d?_|text_encoders?_|te\d?_|clip_[lg]_|t5(?:xxl)?_")
+"""How the names of layers of text encoders begin, with underscores."""
 WRAPPERS = (
     *("base_model_model_", "module_", "_orig_mod_", "model_diffusion_model_", "diffusion_model_"),
     *("lora_unet_", "lora_transformer_", "lycoris_", "unet_", "transformer_"),
@@ -72,12 +72,21 @@ class NameTable:
 
     def find(self, name: str) -> Target | None:
         """Return the layers that a file's name means, None where there are none or it is not clear which."""
-        flat = name.replace(".", "_")
-        found = {flat}
-        while more := {n.removeprefix(w) for n in found for w in WRAPPERS if n.startswith(w)} - found:
-            found |= more
-        targets = {self.targets.get(n) for n in found} - {None}
+        targets = {self.targets.get(n) for n in unwrapped(name)} - {None}
         return targets.pop() if len(targets) == 1 else None
+
+
+def unwrapped(name: str) -> set[str]:
+    """Return a name with underscores, and what is left of it without what tools put before it."""
+    found = {name.replace(".", "_")}
+    while more := {n.removeprefix(w) for n in found for w in WRAPPERS if n.startswith(w)} - found:
+        found |= more
+    return found
+
+
+def is_text(name: str) -> bool:
+    """Return whether a name is that of a text encoder's layer."""
+    return any(TEXT_NAME.match(n) for n in unwrapped(name))
 
 
 def adaptable_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas
 from draftune.lora.files import GRID_SAID, LoRAFile, read_file
-from draftune.lora.names import TEXT_ENCODER, TEXT_NAME, NameTable, Target
+from draftune.lora.names import TEXT_ENCODER, NameTable, Target, is_text
 
 SKIP = "--skip-text-encoder-lora"
 
@@ -48,7 +48,7 @@ def fit(
     """
     layers = file.layers
     if skip_text_encoder:
-        layers = {name: tensors for name, tensors in layers.items() if not TEXT_NAME.match(name)}
+        layers = {name: tensors for name, tensors in layers.items() if not is_text(name)}
     table = NameTable(networks)
     found: dict[str, LoRADelta] = {}
     unknown = []
@@ -70,7 +70,7 @@ def fit(
 
 def no_place(file: LoRAFile, unknown: list[str], count: int, model_name: str) -> DraftuneError:
     """Say which layers of a file the model does not have."""
-    if texts := [name for name in unknown if TEXT_NAME.match(name)]:
+    if texts := [name for name in unknown if is_text(name)]:
         return DraftuneError(
             f"the LoRA {str(file.path)!r} adapts a text encoder that {model_name!r} does not have, in {len(texts)} "
             f"layers such as {texts[0]}: {SKIP} leaves them out"
@@ -220,4 +220,6 @@ def decomposed(where: str, weight: Tensor, delta: LoRADelta, magnitude: Tensor, 
     value = base + delta.change
     others = [i for i in range(value.ndim) if i != axis]
     norms = torch.linalg.vector_norm(value, dim=others, keepdim=True)
-    return LoRADelta.from_change(magnitude.reshape(norms.shape) * value / norms - base)
+    # A row of zeros has no direction: it stays 0, whatever its magnitude.
+    direction = value / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    return LoRADelta.from_change(magnitude.reshape(norms.shape) * direction - base)

@@ -47,7 +47,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
                 else:
                     networks[part] = kind(kind.config_class.from_pretrained(folder))
         return networks
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise DraftuneError(f"cannot read the configs of the pipeline {model!r}: {first_line(error)}") from error
 
 

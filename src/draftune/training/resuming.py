@@ -160,14 +160,11 @@ class Asked:
     def same_tree(self, now: Tree, was: Tree, earlier: Asked, kind: str) -> bool:
         """Return whether two expressions are the same, up to defaults and to where the files that they name lie."""
         if isinstance(now, Sum) and isinstance(was, Sum):
-            # In whatever order: the sum is the same up to rounding.
-            left = list(was.terms)
-            for weight, call in now.terms:
-                same = (i for i, (w, c) in enumerate(left) if w == weight and self.same_tree(call, c, earlier, kind))
-                if (i := next(same, None)) is None:
-                    return False
-                del left[i]
-            return not left
+            # In the same order: a checkpoint holds the weights and the state of the parts by their places.
+            return len(now.terms) == len(was.terms) and all(
+                a == b and self.same_tree(first, second, earlier, kind)
+                for (a, first), (b, second) in zip(now.terms, was.terms, strict=True)
+            )
         if isinstance(now, Call) and isinstance(was, Call):
             (file, _, name), (other, _, second) = now.name.rpartition(":"), was.name.rpartition(":")
             custom = is_custom(now.name) and is_custom(was.name)

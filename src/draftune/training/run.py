@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
+from draftune.lora.files import FILE_NAME
 from draftune.paths import user_path, written_whole
 from draftune.processes import ALONE, Processes, tell
 from draftune.prompts import metadata
@@ -319,4 +320,5 @@ def read_settings(config: Path) -> Settings:
 def run_settings(lora: Path) -> Settings | None:
     """The settings of the run that wrote a LoRA file, where it still lies in the run's folder."""
     config = lora.parent.parent / CONFIG
-    return read_settings(config) if lora.parent.name in ("lora", "best") and config.is_file() else None
+    in_run = lora.name == FILE_NAME and lora.parent.name in ("lora", "best") and config.is_file()
+    return read_settings(config) if in_run else None

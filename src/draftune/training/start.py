@@ -31,7 +31,7 @@ def train(
     reward: Any = None,
     *,
     settings: Settings | None = None,
-    prompts: str | Sequence[str] | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
     held_out: Any = None,
     **values: Any,
 ) -> Run:
@@ -49,7 +49,7 @@ def prepare(
     reward: Any = None,
     *,
     settings: Settings | None = None,
-    prompts: str | Sequence[str] | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
     held_out: Any = None,
     **values: Any,
 ) -> Trainer:
@@ -66,7 +66,7 @@ def prepare(
         given.pop("prefix_reuse")  # which is recommended by the method
     settings = Settings.from_mapping(given | values)
     # What is cheap to check is checked before anything is loaded.
-    texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, str) else list(prompts))
+    texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts))
     if settings.patience and not (settings.eval_every and settings.eval_prompts):
         raise DraftuneError("patience counts evaluations: it wants --eval-prompts and --eval-every")
     weights = weights_of(settings.best_by) if settings.best_by else {}

@@ -40,6 +40,9 @@ from draftune.training.sharding import put_back
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+METHOD_STATE = {"model", "reward", "normalize_reward", "smoothing", "smoothing_power", "method", "height", "width"}
+METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
+"""Settings that a method's state depends on: statistics of the reward, networks for the steps of the sampler."""
 PATIENCE_WITH_NONFINITE = 20
 """Updates in a row that may be left out before a run has to end."""
 
@@ -327,7 +330,7 @@ class Updates:
         if isinstance(self.scorer.reward, WeightedSum) and same_reward:
             # Measured again, a normalised reward's weights may differ in their last digits.
             self.scorer.reward.weights = state["weights"]
-        if "method" not in changed:
+        if not METHOD_STATE & set(changed):
             carried_on = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
             self.method.load_state_dict(state["method"] | carried_on)
         if self.accelerator.scaler and state["scaler"]:

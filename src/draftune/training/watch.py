@@ -101,10 +101,12 @@ class Watch:
         # The others may have measured something else in the last digits, and all are to decide alike.
         row = self.processes.of_main(measured)
         if self.guard is None:
-            weights = rule_of(s.best_by, self.held_out) or {self.reward.label: 1.0}
-            self.guard = Guard(weights, s.patience, self.reward.label)
+            rule = rule_of(s.best_by, self.held_out)
+            self.guard = Guard(rule or {self.reward.label: 1.0}, s.patience, self.reward.label)
             for old in self.folder.rows[EVALUATIONS]:
-                self.guard.see(old)
+                # Evaluations before a change of the reward (`allow_changes`) do not compare with those after it.
+                if rule or self.reward.label in old:
+                    self.guard.see(old)
         if any(row["step"] == old["step"] for old in self.guard.rows):
             return  # measured again because the run goes on
         best = self.guard.see(row)
