@@ -46,15 +46,15 @@ from torch import Tensor
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
 from draftune.assets import EMBEDDED
-from draftune.evaluation import evaluate
+from draftune.evaluation.metrics import evaluate
 from draftune.lora import lora_parameters
-from draftune.memory import peak_memory
 from draftune.methods import Batch
 from draftune.models import Model, load_model
-from draftune.quiet import quiet
-from draftune.sampling import Latents
-from draftune.training.loop import Trainer
-from draftune.training.start import prepare
+from draftune.sampling.sampler import Latents
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
+from draftune.utils.memory import peak_memory
+from draftune.utils.quiet import quiet
 from overhead import seconds
 
 

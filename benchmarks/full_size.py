@@ -33,13 +33,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import HUB, PIPELINES, ViTH
-from draftune.memory import PeakMemory, peak_memory
 from draftune.models.base import DTYPES
 from draftune.presets import PRESETS
 from draftune.settings import read_yaml
-from draftune.training.loop import Trainer
-from draftune.training.preflight import held_memory
-from draftune.training.start import prepare
+from draftune.training.memory_check import held_memory
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
+from draftune.utils.memory import PeakMemory, peak_memory
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
 # Memory does not grow with the steps without a graph, which come first: one stands for all of them.

@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 from safetensors.torch import load_file, save_file
 
-from draftune.cli import build_parser
-from draftune.commands.train import train_settings
-from draftune.images import from_pil, grid, save_image, to_pil
+from draftune.cli.main import build_parser
+from draftune.cli.train import train_settings
 from draftune.rewards.classify import Classify
 from draftune.training import train
+from draftune.utils.images import from_pil, grid, save_image, to_pil
 
 DOCS = Path(__file__).parent.parent / "docs"
 RUNS = Path("runs/gallery")

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from draftune.memory import peak_memory
-from draftune.training.loop import Trainer
-from draftune.training.start import prepare
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
+from draftune.utils.memory import peak_memory
 from overhead import seconds
 
 BASE: dict[str, Any] = {

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from draftune.figures import figure, save
-from draftune.images import grid, open_image, save_image
-from draftune.training.guard import HELD_OUT
-from draftune.training.run import EVALUATIONS, SAMPLES, read_rows
+from draftune.runs.run_dir import EVALUATIONS, SAMPLES, read_rows
+from draftune.training.early_stopping import HELD_OUT
+from draftune.utils.images import grid, open_image, save_image
 
 
 def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -> Image.Image:

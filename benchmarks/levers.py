@@ -25,9 +25,9 @@ from torch import Tensor
 from draftune.lora import add_lora, lora_parameters
 from draftune.methods import Batch
 from draftune.models import Model, load_model
-from draftune.sampling import Latents
-from draftune.training.loop import Trainer
-from draftune.training.start import prepare
+from draftune.sampling.sampler import Latents
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from overhead import seconds
 
 GUIDANCE = 3.0

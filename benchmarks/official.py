@@ -44,17 +44,17 @@ from torch.nn.functional import logsigmoid
 from draftune import load_model
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
-from draftune.images import from_pil
-from draftune.quiet import quiet
 from draftune.rewards import Reward
 from draftune.rewards.aesthetic import HEAD, Aesthetic
 from draftune.rewards.classify import LITE0, Classify
 from draftune.rewards.clip import ClipScore
+from draftune.rewards.detection import OwlViT
 from draftune.rewards.efficientnet import find_weights
 from draftune.rewards.hpsv2 import FILES, OPEN_CLIP, VIT_H_14, HPSv2
 from draftune.rewards.imagereward import FILE, TEXT, VISION, ImageReward
-from draftune.rewards.owlvit import OwlViT
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from draftune.utils.images import from_pil
+from draftune.utils.quiet import quiet
 
 # Our reward, the official score of a picture and its prompt, and the packages that give the latter.
 Pair = tuple[Reward, Callable[[Image.Image, str], Any], str]

@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from draftune.training.loop import Trainer
-from draftune.training.start import prepare
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 
 
 def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:

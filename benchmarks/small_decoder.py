@@ -30,11 +30,11 @@ from torch.nn.functional import cosine_similarity
 
 import draftune
 from draftune.models import Model, load_model
-from draftune.models.small_decoder import decode_small, load_small_decoder
+from draftune.models.tiny_decoder import decode_small, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
-from draftune.sampling import rollout
-from draftune.training.start import prepare
+from draftune.sampling.sampler import rollout
+from draftune.training.train import prepare
 
 REWARD = "emoji-aesthetic"
 WIDTH, BLOCKS = 32, (3, 1, 0)

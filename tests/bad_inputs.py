@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from draftune.commands import COMMANDS
+from draftune.cli import COMMANDS
 from draftune.settings import Settings, kind
 
 SMALL = ["--steps", "1", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from draftune.errors import DraftuneError
-from draftune.images import save_image, to_pil
 from draftune.lora import save_lora
 from draftune.models import load_model
-from draftune.processes import launched, to_say
-from draftune.training.loop import Trainer
-from draftune.training.start import prepare
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
+from draftune.utils.images import save_image, to_pil
+from draftune.utils.processes import launched, to_say
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 SETTINGS: dict[str, Any] = {

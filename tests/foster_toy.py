@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from draftune.distilling import balanced_weights
+from draftune.experimental.distill import balanced_weights
 
 SEEDS, SIZE, HIDDEN, OLD, CLASSES = 4, 20, 24, 5, 10
 EXEMPLARS, FRESH, TESTED, EPOCHS, BATCH, RATE = 20, 300, 200, 30, 32, 0.05

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftune.at_once import at_once
-from draftune.memory import PeakMemory
+from draftune.rewards.chunked import at_once
+from draftune.utils.memory import PeakMemory
 
 WEIGHTS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -25,14 +25,14 @@ from conftest import build_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from draftune.cli import build_parser, expressions_joined, main
-from draftune.commands import COMMANDS
+from draftune.cli import COMMANDS
+from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, save_lora
 from draftune.models import load_model
 from draftune.prompts import load_prompts
+from draftune.runs.run_dir import read_rows
 from draftune.settings import Settings, read_yaml
-from draftune.training.run import read_rows
 
 COUNT = int(os.environ.get("DRAFTUNE_BAD_INPUTS", "300"))
 SEED = int(os.environ.get("DRAFTUNE_BAD_SEED", "0"))

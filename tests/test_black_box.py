@@ -15,12 +15,12 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.images import to_pil
+from draftune.experimental.zeroth_order import Estimator, along_coordinates, along_directions, best_chances
 from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries
 from draftune.rewards.black_box import BlackBox, Patterns, blocks, waves
-from draftune.training.audit import probe_reward
-from draftune.zeroth_order import Estimator, along_coordinates, along_directions, best_chances
+from draftune.training.checks import probe_reward
+from draftune.utils.images import to_pil
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 IMAGES = 0.3 + 0.4 * torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -15,9 +15,9 @@ import torch
 import yaml
 from PIL import Image
 
-from draftune.cli import main
-from draftune.images import open_image
+from draftune.cli.main import main
 from draftune.models import load_model
+from draftune.utils.images import open_image
 
 SMALL = ["--steps", "2", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]
 SMALL += ["--reward", "jpeg-compressibility", "--guidance-scale", "2", "--sample-prompts", "2"]
@@ -89,7 +89,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
-    code = "import sys, draftune.cli; draftune.cli.build_parser().format_help(); assert 'torch' not in sys.modules"
+    code = "import sys, draftune.cli.main as c; c.build_parser().format_help(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     best = 9.0
     for _ in range(5):

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 import draftune
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.processes import Processes
-from draftune.training.checkpoint import checkpoints, read_state
-from draftune.training.run import read_rows
+from draftune.runs.checkpoint import checkpoints, read_state
+from draftune.runs.run_dir import read_rows
+from draftune.utils.processes import Processes
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

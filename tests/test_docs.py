@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import draftune
-from draftune.cli import build_parser, expressions_joined
-from draftune.commands import COMMANDS, Command, train
+from draftune.cli import COMMANDS, Command, train
+from draftune.cli.main import build_parser, expressions_joined
 from draftune.errors import DraftuneError
-from draftune.expression import parse
+from draftune.registry.expression import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "commands"

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 import draftune
 from draftune.assets import ROOT
 from draftune.errors import DraftuneError
-from draftune.evaluation import score_batches
-from draftune.images import to_pil
+from draftune.evaluation.metrics import score_batches
 from draftune.models import Model, load_model
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import load_reward
+from draftune.utils.images import to_pil
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS, GUIDANCE = recommended("emoji")["num_inference_steps"], recommended("emoji")["guidance_scale"]

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import draftune
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.models.base import default_device
-from draftune.training.environment import environment
+from draftune.runs.environment import environment
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ host = ("Linux", "{secret}", "6.1.0", "#1 SMP", "x86_64")
 os.uname = lambda: os.uname_result(host)
 socket.gethostname = lambda: "{secret}"
 import torch
-from draftune.training.environment import environment
+from draftune.runs.environment import environment
 assert platform.node() == "{secret}"
 print(json.dumps(environment(torch.device("cpu"))))
 """

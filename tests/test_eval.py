@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from draftune.cli import main
-from draftune.evaluation import Comparison, Evaluation, Paired, expanded_tail, interval
-from draftune.images import open_image
-from draftune.leaderboard import Entry, Leaderboard, block, compare
+from draftune.cli.main import main
+from draftune.evaluation.compare import Entry, Leaderboard, block, compare
+from draftune.evaluation.eval_spec import find_yardstick
+from draftune.evaluation.metrics import Comparison, Evaluation, Paired, expanded_tail, interval
 from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.models import load_model
 from draftune.rewards import load_reward
+from draftune.runs.load import Tuned, find_all, find_tuned
 from draftune.settings import Settings
-from draftune.tuned import Tuned, find_all, find_tuned
-from draftune.yardstick import find_yardstick
+from draftune.utils.images import open_image
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "timestep_spacing": "trailing"}
 SMALL |= {"reward": "brightness", "held_out": "saturation", "cpu": True}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from test_mixing import draw, drawn_with, saved_lora
 from torch import Tensor
 
-from draftune.cli import main
-from draftune.export import export_lora, write_kohya
+from draftune.cli.main import main
 from draftune.lora import FILE_NAME, LoRADelta, LoRADeltas, load_lora, read_lora, set_lora_scale
 from draftune.models import load_model
+from draftune.runs.export import export_lora, write_kohya
+from draftune.runs.load import read_deltas
 from draftune.settings import Settings
-from draftune.tuned import read_deltas
 
 # All that every supported version of diffusers reads back from kohya's names.
 LAYERS = (

@@ -7,8 +7,8 @@ from random import Random
 import pytest
 
 from draftune.errors import DraftuneError
-from draftune.expression import Call, Sum, parse
 from draftune.methods import DraftK, DraftLV, load_method
+from draftune.registry.expression import Call, Sum, parse
 from draftune.rewards import load_reward
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from draftune.distance import kernel_distance
-from draftune.training.noise import GradientNoise
+from draftune.evaluation.kid import kernel_distance
+from draftune.training.gradient_noise import GradientNoise
 
 
 class OnDevice(Tensor):

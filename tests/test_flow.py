@@ -37,11 +37,11 @@ from transformers import (
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.export import grid
 from draftune.lora import ATTENTION, add_lora, lora_parameters
-from draftune.methods.ancestral import mean
 from draftune.models import Model, load_model
-from draftune.sampling import advance, rollout
+from draftune.runs.export import grid
+from draftune.sampling.ancestral import mean
+from draftune.sampling.sampler import advance, rollout
 
 # The scheduler configs published with the models.
 SD3 = {"shift": 3.0}

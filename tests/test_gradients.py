@@ -12,12 +12,12 @@ from conftest import SD14_SCHEDULER, add_random_lora, build_pipeline
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from draftune.clamp import clamp_unit
 from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
 from draftune.models import StableDiffusion
-from draftune.models.small_decoder import decode_small
-from draftune.sampling import Denoiser, Latents
-from draftune.schedule import Prediction, Schedule, Step, ddim_schedule
+from draftune.models.clamp import clamp_unit
+from draftune.models.tiny_decoder import decode_small
+from draftune.sampling.sampler import Denoiser, Latents
+from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
 
 T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
 CLEAN = SD14_SCHEDULER | {"timestep_spacing": "trailing", "set_alpha_to_one": True}

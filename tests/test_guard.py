@@ -14,9 +14,9 @@ from test_resume import rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation import denoiser_mse_from_base
+from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.models import load_model
-from draftune.training.guard import Guard, weights_of
+from draftune.training.early_stopping import Guard, weights_of
 
 
 def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, float]]:

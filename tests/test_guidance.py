@@ -19,18 +19,18 @@ from test_flow import SD3, save_flux, save_sd3
 from torch import Tensor
 
 import draftune
-from draftune import guidance
-from draftune.cli import main
-from draftune.denoising import LEVELS, Fit
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.guidance import by_ratio, by_variance, dot, drawn, look_ahead, norm, pulled, rounds_ahead
-from draftune.guides import Slope, fresh_lora, load_guide, sample_guided
-from draftune.images import open_image, to_pil
+from draftune.experimental.denoising_loss import LEVELS, Fit
+from draftune.guidance import sampler
+from draftune.guidance.methods import Slope, fresh_lora, load_guide, sample_guided
+from draftune.guidance.sampler import by_ratio, by_variance, dot, drawn, look_ahead, norm, pulled, rounds_ahead
 from draftune.lora import load_lora, lora_parameters, save_lora
 from draftune.models import load_model
 from draftune.rewards import load_reward
-from draftune.sampling import Denoiser
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.sampling.sampler import Denoiser
+from draftune.sampling.schedule import Prediction, Schedule, Step
+from draftune.utils.images import open_image, to_pil
 
 T, D = 200, 16
 
@@ -165,7 +165,7 @@ def test_the_first_round(toy: Subspace) -> None:
 
 
 def test_the_naive_rounds_stall(toy: Subspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guidance, "look_ahead", naive)
+    monkeypatch.setattr(sampler, "look_ahead", naive)
     *last, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, toy.fresh(64), 30, 0.9, 0.1)
     assert sum(float(toy.f(y).mean()) for y in last[-10:]) / 10 == pytest.approx(1.9, abs=0.1)
     assert toy.outside(x) == pytest.approx(0.077, abs=0.006)

@@ -19,20 +19,20 @@ from test_sdxl import saved as save_sdxl
 from torch import Tensor
 
 import draftune
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation import evaluate
-from draftune.guides import sample_guided
-from draftune.images import open_image
-from draftune.knobs import tune_knobs
+from draftune.evaluation.image_files import find_images, prompts_of
+from draftune.evaluation.metrics import evaluate
+from draftune.experimental.tune_weights import tune_knobs
+from draftune.guidance.methods import sample_guided
+from draftune.guidance.noise_optimization import optimize_noise
 from draftune.models import Model, load_model
-from draftune.paths import folder_output, image_output
 from draftune.prompts import Prompt
-from draftune.reno import optimize_noise
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.black_box import BlackBox
-from draftune.scores import find_images, prompts_of
+from draftune.utils.images import open_image
+from draftune.utils.paths import folder_output, image_output
 
 LONG = "a photo of a cat"  # sixteen tokens of the small tokenizer, with its two special ones, of which twelve are read
 

@@ -13,9 +13,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.images import from_pil, to_pil
 from draftune.rewards import load_reward
 from draftune.rewards.jpeg import CHROMINANCE, LUMINANCE, Jpeg, quantization_table, soft_round
+from draftune.utils.images import from_pil, to_pil
 
 
 def photographs() -> list[Image.Image]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftune.training.run import read_rows
+from draftune.runs.run_dir import read_rows
 
 KILLS = int(os.environ.get("DRAFTUNE_KILLS", "20"))
-IMPORTED = ("accelerate", "draftune.training.start", "peft", "torch.utils.tensorboard")
+IMPORTED = ("accelerate", "draftune.training.train", "peft", "torch.utils.tensorboard")
 IMPORTED += ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip")
 SETTINGS: dict[str, Any] = {
     "method": "draft-lv(n=1)",

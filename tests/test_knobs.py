@@ -16,10 +16,10 @@ from test_mixing import ATTENTION, CONVOLUTIONS, drawn_with, saved_lora
 from torch import Tensor
 
 import draftune
-from draftune import knobs
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.knobs import GUIDANCE, Judge, Knob, tune_knobs
+from draftune.experimental import tune_weights
+from draftune.experimental.tune_weights import GUIDANCE, Judge, Knob, tune_knobs
 from draftune.lora import FILE_NAME
 
 FAST: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "prompts": ["a cat", "a dog", "a bird"]}
@@ -107,7 +107,7 @@ def test_pictures_are_those_of_the_weights_and_one_seed_decides_all(
     assert (found.after - found.before).abs().max() < 0.2
     assert len(seen) == 2 * found.queries == 2 * (2 * 2 * 2 * 2 + 2 * 3)
 
-    model = knobs.load_model(pipeline_folder)
+    model = tune_weights.load_model(pipeline_folder)
     for i, (source, _) in enumerate(sources):
         draftune.load_lora(model, source, f"knob-{i}")
     drawn: list[Tensor] = []

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_flow import save_flux
 from torch import Tensor, nn
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, lora_file, read_lora, save_lora, set_lora_scale, set_lora_scales
 from draftune.lora.adapter import attach, load_lora
 from draftune.models import Model, load_model
 from draftune.models.layout import load_layout
-from draftune.tensors import save_tensors
-from draftune.tuned import find_tuned, read_deltas
+from draftune.runs.load import find_tuned, read_deltas
+from draftune.utils.tensors import save_tensors
 
 CASES = 120
 PROMPT = ["--prompt", "cat", "--num-inference-steps", "2", "--cpu"]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.lora import (
     CONFIG,
@@ -27,9 +27,9 @@ from draftune.lora import (
     saved_grid,
     set_lora_scales,
 )
-from draftune.mixing import mix_loras, weighted
 from draftune.models import Model, load_model
-from draftune.tuned import open_source, read_deltas
+from draftune.runs.load import open_source, read_deltas
+from draftune.runs.merge import mix_loras, weighted
 
 ATTENTION = ("to_q", "to_out.0")
 CONVOLUTIONS = ("to_q", "conv_in", "conv1", "time_emb_proj", "ff.net.2", "proj_in")

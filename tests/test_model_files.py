@@ -14,11 +14,11 @@ from odd_models import as_variant
 from safetensors.torch import save_file
 
 import draftune
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME
 from draftune.models import fetch_pipeline, load_model
-from draftune.single_file import pipeline_of, single_file_error
+from draftune.utils.single_file import pipeline_of, single_file_error
 
 PARTS = ("unet", "vae", "text_encoder")
 

@@ -13,7 +13,7 @@ from odd_models import families
 from torch import Tensor
 
 import draftune
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.models import Model, load_model
 

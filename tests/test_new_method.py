@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_gradients import GRIDS, NOISE, Network, T, batch_of, clean_and_noise, gradient_of_method, relative, reward
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.methods import DraftK, load_method
-from draftune.schedule import Prediction, Step
+from draftune.sampling.schedule import Prediction, Step
 
 PAGE = Path(__file__).parent.parent / "docs" / "new-method.md"
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_resume import PROMPTS, cut_off_after, lora, noisy_brightness, rows, train
 from torch import Tensor, nn
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.optimizers import (
+from draftune.experimental.optimizers import (
     FILTERS,
     MEKA,
     OPTIMIZERS,
@@ -29,14 +29,14 @@ from draftune.optimizers import (
     make_filter,
     make_optimizer,
 )
-from draftune.optimizers.meka import Belief, filtered, step_size
-from draftune.processes import Processes
-from draftune.tensors import save_tensors
-from draftune.training import noise as noise_file
-from draftune.training.checkpoint import load_random_state, random_state
-from draftune.training.noise import GradientNoise
-from draftune.training.start import prepare
-from draftune.training.update import Updates
+from draftune.experimental.optimizers.meka import Belief, filtered, step_size
+from draftune.runs.checkpoint import load_random_state, random_state
+from draftune.training import gradient_noise as noise_file
+from draftune.training.gradient_noise import GradientNoise
+from draftune.training.step import Updates
+from draftune.training.train import prepare
+from draftune.utils.processes import Processes
+from draftune.utils.tensors import save_tensors
 
 WIDTH = 2.0
 

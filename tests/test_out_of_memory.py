@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.rewards import load_reward
 

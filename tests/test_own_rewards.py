@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.images import from_pil, to_pil
 from draftune.prompts import Prompt, metadata
 from draftune.rewards import Reward, load_reward
-from draftune.training.audit import probe_reward
+from draftune.training.checks import probe_reward
+from draftune.utils.images import from_pil, to_pil
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -47,7 +47,7 @@ def breaks(images, prompts):
     return images[:, 7]
 
 def round_trip(images, prompts):
-    from draftune.images import from_pil, to_pil
+    from draftune.utils.images import from_pil, to_pil
     return torch.cat([from_pil(p) for p in to_pil(images)]).mean((1, 2, 3))
 
 def half(images, prompts):

@@ -24,10 +24,10 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.export import export_lora
 from draftune.lora import FILE_NAME
-from draftune.mixing import mix_loras
 from draftune.models import load_model
+from draftune.runs.export import export_lora
+from draftune.runs.merge import mix_loras
 
 
 class AdaptablePixArt(PixArtTransformer2DModel, PeftAdapterMixin):

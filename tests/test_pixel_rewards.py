@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.evaluation import normalized
-from draftune.images import from_pil
-from draftune.memory import PeakMemory
+from draftune.evaluation.metrics import normalized
 from draftune.rewards import Reward, load_reward
+from draftune.utils.images import from_pil
+from draftune.utils.memory import PeakMemory
 
 CAT = Image.fromarray(skimage.data.cat()).resize((48, 48))
 

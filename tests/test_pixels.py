@@ -28,14 +28,14 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.export import export_lora
 from draftune.lora import FILE_NAME, set_lora_scale
 from draftune.methods import load_method
 from draftune.methods.drtune import attached
-from draftune.mixing import mix_loras
 from draftune.models import load_model
-from draftune.sampling import rollout
-from draftune.schedule import Clip, Prediction, Schedule, Step, ddim_schedule
+from draftune.runs.export import export_lora
+from draftune.runs.merge import mix_loras
+from draftune.sampling.sampler import rollout
+from draftune.sampling.schedule import Clip, Prediction, Schedule, Step, ddim_schedule
 
 
 class AdaptableUNet(UNet2DModel, PeftAdapterMixin):

@@ -14,9 +14,9 @@ from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_a
 from torch import Tensor
 
 from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
-from draftune.methods.keep import Keep
+from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.sampling.schedule import Prediction, Schedule, Step
 
 FLOW_LEVELS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
 

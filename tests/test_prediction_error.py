@@ -12,14 +12,14 @@ from test_gradients import Network, batch_of
 from test_schedule import SCHEDULES, ZERO_SNR
 from torch import Tensor
 
-from draftune.denoising import Fit
-from draftune.distilling import Lesson, Taught
-from draftune.evaluation import denoiser_mse_from_base
+from draftune.evaluation.metrics import denoiser_mse_from_base
+from draftune.experimental.denoising_loss import Fit
+from draftune.experimental.distill import Lesson, Taught
 from draftune.methods import KL, Draft
-from draftune.methods.keep import Keep
+from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
-from draftune.sampling import Denoiser
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.sampling.sampler import Denoiser
+from draftune.sampling.schedule import Prediction, Schedule, Step
 
 NOISE = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Measure = Callable[[Denoiser, Denoiser, Schedule], Tensor]

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from draftune.cli import main
-from draftune.commands.preflight import duration, told
+from draftune.cli.main import main
+from draftune.cli.preflight import duration, told
 from draftune.errors import DraftuneError
-from draftune.memory import peak_memory
 from draftune.models import load_model
 from draftune.settings import Settings
-from draftune.training import preflight as module
-from draftune.training.preflight import ROOM, Preflight, Trial, free_memory, preflight, smaller_batches
-from draftune.training.start import prepare
-from draftune.training.update import Updates
+from draftune.training import memory_check as module
+from draftune.training.memory_check import ROOM, Preflight, Trial, free_memory, preflight, smaller_batches
+from draftune.training.step import Updates
+from draftune.training.train import prepare
+from draftune.utils.memory import peak_memory
 
 FLAGS: dict[str, Any] = {
     "reward": "jpeg-compressibility",

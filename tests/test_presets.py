@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from draftune.cli import build_parser, main
-from draftune.commands.train import train_settings
+from draftune.cli.main import build_parser, main
+from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
-from draftune.memory import peak_memory
 from draftune.presets import PRESETS, config_path
 from draftune.settings import Settings, read_yaml
-from draftune.training.start import prepare
+from draftune.training.train import prepare
+from draftune.utils.memory import peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -43,7 +43,6 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from draftune.errors import DraftuneError
-from draftune.images import from_pil
 from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.aesthetic import Head
@@ -52,6 +51,7 @@ from draftune.rewards.hpsv2 import OPEN_CLIP, VIT_H_14, HPSv2, cleaned
 from draftune.rewards.imagereward import BLIP, TEXT, UNUSED, VISION, ImageReward
 from draftune.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize
 from draftune.rewards.weights import load_tensors
+from draftune.utils.images import from_pil
 
 LAYOUTS = Path(__file__).parent / "layouts"
 Layout = dict[str, tuple[int, ...]]

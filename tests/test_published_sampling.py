@@ -20,8 +20,8 @@ from torch import Tensor
 
 import draftune
 from draftune import recommended as module
-from draftune.cli import main
-from draftune.commands.train import train_settings
+from draftune.cli.main import main
+from draftune.cli.train import train_settings
 from draftune.models import Model, load_model
 from draftune.published import PUBLISHED, is_turbo, variant
 from draftune.recommended import recommended
@@ -178,7 +178,7 @@ def test_a_guess_by_the_scheduler_is_said(
 
 
 def parsed(*words: str) -> Settings:
-    from draftune.cli import build_parser
+    from draftune.cli.main import build_parser
 
     return train_settings(build_parser().parse_args(["train", *words]))
 
@@ -221,7 +221,7 @@ def test_a_run_s_config_holds_what_it_was_drawn_with(saved: dict[str, Path], tmp
     said = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert (said["num_inference_steps"], said["guidance_scale"]) == (4, 0.0)
     # What is drawn with it later is read from there, whatever is recommended by then.
-    again = draftune.tuned.find_tuned(str(run.folder)).settings
+    again = draftune.runs.load.find_tuned(str(run.folder)).settings
     assert of(again) == (4, 0.0)
 
 

@@ -12,13 +12,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.images import open_image
+from draftune.guidance.noise_optimization import log_likelihood, optimize_noise
 from draftune.lora import add_lora, lora_parameters
 from draftune.models import StableDiffusion
-from draftune.reno import log_likelihood, optimize_noise
 from draftune.rewards import load_reward
+from draftune.utils.images import open_image
 
 T, GUIDANCE, SEED = 2, 2.0, 4
 DRAWN = {"seed": SEED, "num_inference_steps": T, "guidance_scale": GUIDANCE, "negative_prompt": "dog"}

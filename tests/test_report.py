@@ -26,8 +26,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from draftune.cli import build_parser, expressions_joined, main
-from draftune.commands.train import train_settings
+from draftune.cli.main import build_parser, expressions_joined, main
+from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
 from draftune.report import collect, write_report
 from draftune.report.asked import changed, command

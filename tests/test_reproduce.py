@@ -14,9 +14,8 @@ import pytest
 import torch
 from test_resume import rows
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.images import save_image, to_pil
 from draftune.prompts import load_prompts
 from draftune.reproduce import EXPERIMENTS, reproduce, share
 from draftune.reproduce.curves import efficiency, overoptimisation, reached
@@ -25,6 +24,7 @@ from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, REWARD,
 from draftune.reproduce.loras import SCALES, at_reward, lora_scale, mixing
 from draftune.reproduce.optimizers import OWN, RIVALS, optimizers, search
 from draftune.reproduce.report import VERDICTS, Claim, Report, markdown
+from draftune.utils.images import save_image, to_pil
 
 
 def test_where_a_curve_gets_to_a_level() -> None:

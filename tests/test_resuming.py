@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_resume import PROMPTS, lora, rows, train
 
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.fingerprint import files_of, find_source, fingerprint
+from draftune.runs.fingerprint import files_of, find_source, fingerprint
+from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
 from draftune.settings import Settings
-from draftune.training.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
-from draftune.training.start import prepare
+from draftune.training.train import prepare
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

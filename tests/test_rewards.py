@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.images import from_pil, open_image
-from draftune.memory import PeakMemory
 from draftune.rewards import REWARDS, Reward, load_reward
 from draftune.rewards.preprocess import CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from draftune.utils.images import from_pil, open_image
+from draftune.utils.memory import PeakMemory
 
 PHOTOGRAPHS = [
     Image.fromarray(skimage.data.astronaut()),

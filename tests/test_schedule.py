@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
-from draftune.sampling import advance, rollout
-from draftune.schedule import Clip, Schedule, Step, ddim_schedule, flow_schedule
+from draftune.sampling.sampler import advance, rollout
+from draftune.sampling.schedule import Clip, Schedule, Step, ddim_schedule, flow_schedule
 
 
 def leverage(step: Step) -> float:

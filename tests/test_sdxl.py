@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from draftune.errors import DraftuneError
-from draftune.export import export_lora
 from draftune.lora import FILE_NAME, save_lora
 from draftune.models import Model, load_model
-from draftune.schedule import ddim_schedule
-from draftune.tuned import read_deltas
+from draftune.runs.export import export_lora
+from draftune.runs.load import read_deltas
+from draftune.sampling.schedule import ddim_schedule
 
 # The scheduler config published with Stable Diffusion XL 1.0, an Euler scheduler's, which keeps what is not its own.
 SDXL_SCHEDULER = SD14_SCHEDULER | {

@@ -18,9 +18,9 @@ from test_resume import train as noisily_trained
 from torch import Tensor
 
 import draftune
-from draftune.cli import main
-from draftune.distilling import balanced_weights
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.experimental.distill import balanced_weights
 from draftune.lora import (
     FILE_NAME,
     KEPT,
@@ -32,17 +32,17 @@ from draftune.lora import (
     set_lora_scale,
 )
 from draftune.methods import DraftK, Method, load_method
-from draftune.methods.keep import Keep
+from draftune.methods.retention import Keep
 from draftune.models import load_model
 from draftune.report import collect
 from draftune.reproduce import second as experiment
 from draftune.reproduce.lab import FULL, Lab, Work
-from draftune.sampling import Denoiser, rollout
-from draftune.schedule import Prediction, Step
+from draftune.runs.load import open_source, read_deltas
+from draftune.sampling.sampler import Denoiser, rollout
+from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
-from draftune.training.loop import Trainer
-from draftune.training.start import prepare
-from draftune.tuned import open_source, read_deltas
+from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 
 
 def test_the_weights_of_groups() -> None:

@@ -15,11 +15,10 @@ from test_resume import lora, rows
 from torch import Tensor, nn
 
 import draftune
-from draftune.cli import main
-from draftune.distance import kernel_distance
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.images import save_image, to_pil
-from draftune.learner import Learner, missed
+from draftune.evaluation.kid import kernel_distance
+from draftune.experimental.learner import Learner, missed
 from draftune.methods import SFTPG, Batch
 from draftune.models import load_model
 from draftune.reproduce import few_steps
@@ -27,9 +26,10 @@ from draftune.reproduce.lab import FULL, Lab, slug
 from draftune.reproduce.real import real_pictures, with_examples
 from draftune.rewards import Reward, find_reward, load_reward
 from draftune.rewards.base import learners
-from draftune.rewards.critic import critic_loss
-from draftune.schedule import Prediction, Schedule, Step
-from draftune.training.start import prepare
+from draftune.rewards.discriminator import critic_loss
+from draftune.sampling.schedule import Prediction, Schedule, Step
+from draftune.training.train import prepare
+from draftune.utils.images import save_image, to_pil
 
 T = 5
 NOISY = Schedule(tuple(Step(t, 0.0, 1.0, 1.0, 0.5) for t in range(T)), "v_prediction")

@@ -17,14 +17,14 @@ from test_pixels import build as build_pixels
 from torch import Tensor
 
 import draftune
-from draftune.cli import main
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.methods import DraftK
 from draftune.models import Model, StableDiffusion, load_model
-from draftune.models.small_decoder import check_likeness, find_small_decoder, load_small_decoder
-from draftune.sampling import rollout
-from draftune.training.preflight import held_memory
-from draftune.training.start import prepare
+from draftune.models.tiny_decoder import check_likeness, find_small_decoder, load_small_decoder
+from draftune.sampling.sampler import rollout
+from draftune.training.memory_check import held_memory
+from draftune.training.train import prepare
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 SETTINGS: dict[str, Any] = {

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.experimental.threshold_smoothing import smooth_round, smooth_step, smooth_where, smoothed, width_at
 from draftune.rewards import load_reward
-from draftune.smoothing import smooth_round, smooth_step, smooth_where, smoothed, width_at
 
 X = torch.linspace(-2, 2, 81, dtype=torch.float64)
 SEEDS, UPDATES = 5, 5000

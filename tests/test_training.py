@@ -20,20 +20,20 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.expression import parse
-from draftune.images import open_image
 from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.memory import peak_memory
 from draftune.methods import METHODS, Batch, DraftK, RewardGradient, load_method
 from draftune.models import Model, StableDiffusion, load_model
 from draftune.prompts import metadata
 from draftune.recommended import EMOJI, METHOD_DEFAULTS, PAPER
+from draftune.registry.expression import parse
 from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
-from draftune.training.audit import GradientAudit
-from draftune.training.start import prepare
-from draftune.training.update import PromptOrder, Updates, clipped_share
+from draftune.training.checks import GradientAudit
+from draftune.training.step import PromptOrder, Updates, clipped_share
+from draftune.training.train import prepare
+from draftune.utils.images import open_image
+from draftune.utils.memory import peak_memory
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 

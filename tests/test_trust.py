@@ -21,10 +21,10 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.rewards import load_reward
+from draftune.runs import checkpoint
+from draftune.runs.run_dir import RunFolder, first_free
 from draftune.settings import Settings
-from draftune.training import checkpoint
-from draftune.training.audit import probe_reward
-from draftune.training.run import RunFolder, first_free
+from draftune.training.checks import probe_reward
 
 
 def failing(at: Sequence[int], gradient: bool) -> Callable[..., Tensor]:
@@ -251,7 +251,7 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
 
 
 def test_preflight_keeps_nothing_of_what_is_not_finite(pipeline_folder: Path, tmp_path: Path) -> None:
-    from draftune.training.preflight import preflight
+    from draftune.training.memory_check import preflight
 
     (tmp_path / "mine.py").write_text(
         "def nan_later(images, prompts, calls=[]):\n"

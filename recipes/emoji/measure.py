@@ -12,11 +12,11 @@ import torch
 
 from common import to_float
 from data import COMMON, STYLES, Emoji
-from draftune.evaluation import diversity, score_batches
-from draftune.images import grid, save_image
+from draftune.evaluation.metrics import diversity, score_batches
 from draftune.models import load_model
 from draftune.recommended import recommended
 from draftune.rewards import load_reward
+from draftune.utils.images import grid, save_image
 
 JUDGES = "emoji-judge-name + emoji-judge-style(style=3d) + emoji-aesthetic + emoji-clip"
 

@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftune.distilling import distill_lora
     from draftune.errors import DraftuneError
-    from draftune.export import export_lora
-    from draftune.guides import sample_guided
-    from draftune.knobs import tune_knobs
+    from draftune.experimental.distill import distill_lora
+    from draftune.experimental.tune_weights import tune_knobs
+    from draftune.guidance.methods import sample_guided
+    from draftune.guidance.noise_optimization import optimize_noise
     from draftune.lora import load_lora, save_lora
     from draftune.methods import load_method
-    from draftune.mixing import mix_loras
     from draftune.models import load_model
-    from draftune.reno import optimize_noise
     from draftune.report import write_report
     from draftune.rewards import Reward, load_reward
+    from draftune.runs.export import export_lora
+    from draftune.runs.merge import mix_loras
     from draftune.training import train
 
 __version__ = "0.1.0"
@@ -41,18 +41,18 @@ __all__ = [
 HOMES = {
     "DraftuneError": "errors",
     "Reward": "rewards",
-    "distill_lora": "distilling",
-    "export_lora": "export",
+    "distill_lora": "experimental.distill",
+    "export_lora": "runs.export",
     "load_lora": "lora",
     "load_method": "methods",
     "load_model": "models",
     "load_reward": "rewards",
-    "mix_loras": "mixing",
-    "optimize_noise": "reno",
-    "sample_guided": "guides",
+    "mix_loras": "runs.merge",
+    "optimize_noise": "guidance.noise_optimization",
+    "sample_guided": "guidance.methods",
     "save_lora": "lora",
     "train": "training",
-    "tune_knobs": "knobs",
+    "tune_knobs": "experimental.tune_weights",
     "write_report": "report",
 }
 

@@ -1,6 +1,6 @@
 """python -m draftune"""
 
-from draftune.cli import main
+from draftune.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.paths import user_path
+from draftune.utils.paths import user_path
 
 # The 45 common animals of DDPO (Black et al., arXiv 2305.13301) that the paper's small runs use.
 ANIMALS = [

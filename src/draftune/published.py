@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from draftune.errors import DraftuneError
-from draftune.hub import is_hub_id
-from draftune.paths import user_path
+from draftune.utils.hub import is_hub_id
+from draftune.utils.paths import user_path
 
 
 class Sampling(NamedTuple):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.expression import Call, Sum, Value, parse
-from draftune.hub import is_hub_id
-from draftune.paths import user_path
-from draftune.processes import tell
 from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
+from draftune.registry.expression import Call, Sum, Value, parse
+from draftune.utils.hub import is_hub_id
+from draftune.utils.paths import user_path
+from draftune.utils.processes import tell
 
 # Clark et al., arXiv 2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, LoRA of rank 8.
 PAPER: dict[str, Any] = {

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.expression import NAMES
-from draftune.paths import user_path
 from draftune.prompts import is_text
 from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
+from draftune.registry.expression import NAMES
+from draftune.utils.paths import user_path
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("no", "blocks", "calls", "both")

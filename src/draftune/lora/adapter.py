@@ -18,8 +18,8 @@ from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import GRID_SAID, AdapterConfig, write_lora
 from draftune.lora.names import LAYERS, canonical, in_network
 from draftune.lora.reader import read_lora
-from draftune.processes import tell
-from draftune.quiet import quiet
+from draftune.utils.processes import tell
+from draftune.utils.quiet import quiet
 
 if TYPE_CHECKING:
     from draftune.models import Model

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.lora.names import TEXT_ENCODER
-from draftune.paths import user_path, written_whole
-from draftune.schedule import GRID
-from draftune.single_file import single_file_error
-from draftune.tensors import save_tensors
+from draftune.sampling.schedule import GRID
+from draftune.utils.paths import user_path, written_whole
+from draftune.utils.single_file import single_file_error
+from draftune.utils.tensors import save_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from draftune.errors import DraftuneError
-from draftune.expression import Call, parse
-from draftune.factories import found, inner_call, made
-from draftune.methods.adjoint import AdjointMatching
+from draftune.methods.adjoint_matching import AdjointMatching
 from draftune.methods.base import METHODS, Batch, Method, RewardGradient, register
+from draftune.methods.ddpo import DDPO, DPOK
 from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
-from draftune.methods.policy import DDPO, DPOK
 from draftune.methods.sft_pg import SFTPG
+from draftune.registry.expression import Call, parse
+from draftune.registry.factories import found, inner_call, made
 
 __all__ = [
     "DDPO",

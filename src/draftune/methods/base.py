@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from draftune.processes import ALONE, Processes
-from draftune.sampling import Denoiser, Latents
-from draftune.schedule import Schedule
+from draftune.sampling.sampler import Denoiser, Latents
+from draftune.sampling.schedule import Schedule
+from draftune.utils.processes import ALONE, Processes
 
 
 @dataclass

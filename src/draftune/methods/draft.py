@@ -13,8 +13,8 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
 from draftune.methods.base import Batch, RewardGradient, register
-from draftune.sampling import advance, rollout
-from draftune.schedule import Schedule
+from draftune.sampling.sampler import advance, rollout
+from draftune.sampling.schedule import Schedule
 
 
 def at_most(name: str, value: int, schedule: Schedule) -> None:

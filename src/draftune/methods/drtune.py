@@ -11,8 +11,8 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, RewardGradient, register
 from draftune.methods.draft import at_least
-from draftune.sampling import advance
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.sampling.sampler import advance
+from draftune.sampling.schedule import Prediction, Schedule, Step
 
 
 @register("drtune")

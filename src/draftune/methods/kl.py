@@ -10,8 +10,8 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.methods.base import Around, Batch, Method, register
-from draftune.sampling import Denoiser
-from draftune.schedule import Prediction, Step
+from draftune.sampling.sampler import Denoiser
+from draftune.sampling.schedule import Prediction, Step
 
 
 @register("kl")

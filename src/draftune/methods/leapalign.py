@@ -11,8 +11,8 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, RewardGradient, register
 from draftune.methods.drtune import attached, wants_attachable
-from draftune.sampling import advance, rollout
-from draftune.schedule import Prediction, Schedule, Step
+from draftune.sampling.sampler import advance, rollout
+from draftune.sampling.schedule import Prediction, Schedule, Step
 
 
 @register("leapalign")

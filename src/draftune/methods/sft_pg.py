@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from draftune.errors import DraftuneError
-from draftune.learner import Learner, missed
-from draftune.methods.ancestral import ancestral, log_probability, mean, wants_noise
+from draftune.experimental.learner import Learner, missed
 from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import at_least
-from draftune.schedule import Schedule, Step
+from draftune.sampling.ancestral import ancestral, log_probability, mean, wants_noise
+from draftune.sampling.schedule import Schedule, Step
 
 
 class Transition(NamedTuple):

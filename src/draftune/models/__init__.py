@@ -11,19 +11,19 @@ import torch
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.models.base import DTYPES, Model
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.pixart import PixArt
-from draftune.models.pixels import Pixels
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
-from draftune.paths import user_path
-from draftune.quiet import quiet
-from draftune.single_file import no_pipeline_error
+from draftune.models.unconditional import Pixels
+from draftune.utils.hub import fetch, is_hub_id, unreachable
+from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
+from draftune.utils.paths import user_path
+from draftune.utils.quiet import quiet
+from draftune.utils.single_file import no_pipeline_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from draftune.clamp import clamp_unit
 from draftune.errors import DraftuneError
-from draftune.loading import Truncation, truncation
 from draftune.lora import KEPT, LoRADeltas, adapted_by
+from draftune.models.clamp import clamp_unit
 from draftune.models.needs import Need, check_diffusion, check_needs, check_parts
-from draftune.models.small_decoder import decode_small
-from draftune.processes import tell
-from draftune.quiet import quiet
+from draftune.models.tiny_decoder import decode_small
 from draftune.recommended import sampling_of
-from draftune.recompute import recomputed
-from draftune.sampling import Denoiser, rollout
-from draftune.schedule import GRID, Prediction, Schedule, Step, ddim_schedule
+from draftune.sampling.checkpointing import recomputed
+from draftune.sampling.sampler import Denoiser, rollout
+from draftune.sampling.schedule import GRID, Prediction, Schedule, Step, ddim_schedule
+from draftune.utils.loading import Truncation, truncation
+from draftune.utils.processes import tell
+from draftune.utils.quiet import quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -367,7 +367,7 @@ class Model(ABC):
 
         Steps and guidance default to what is recommended for the model.
         """
-        from draftune.images import to_pil
+        from draftune.utils.images import to_pil
 
         defaults = self.recommended
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -22,8 +22,8 @@ from draftune.models.needs import (
     one_of,
     reader_needs,
 )
-from draftune.quiet import quiet
-from draftune.schedule import Schedule, flow_schedule
+from draftune.sampling.schedule import Schedule, flow_schedule
+from draftune.utils.quiet import quiet
 
 
 def keep_wide(t5: nn.Module) -> None:

@@ -11,12 +11,12 @@ from torch import nn
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
-from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import first_line
 from draftune.models import adapter, part_folder
-from draftune.paths import user_path
-from draftune.quiet import quiet
-from draftune.single_file import no_pipeline_error
+from draftune.utils.hub import fetch, is_hub_id, unreachable
+from draftune.utils.loading import first_line
+from draftune.utils.paths import user_path
+from draftune.utils.quiet import quiet
+from draftune.utils.single_file import no_pipeline_error
 
 
 def load_layout(model: str) -> dict[str, nn.Module]:

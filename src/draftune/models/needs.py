@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.loading import first_line
+from draftune.utils.loading import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from diffusers import DiffusionPipeline
 
-    from draftune.schedule import Schedule
+    from draftune.sampling.schedule import Schedule
 
 SAME = 1e-4
 """How far two schedulers' alphas_cumprod may be apart: some write 2^-24 for the 0 of zero terminal SNR."""

@@ -13,7 +13,7 @@ from draftune.errors import DraftuneError
 from draftune.models.base import Model
 from draftune.models.flow import keep_wide
 from draftune.models.needs import Need, equal, multiple, patch_needs, reader_needs
-from draftune.quiet import quiet
+from draftune.utils.quiet import quiet
 
 
 class Condition(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError
 from draftune.models.base import Model
 from draftune.models.needs import Need, autoencoder_needs, equal, pair, reader_needs, size_need, unet_needs
-from draftune.quiet import quiet
+from draftune.utils.quiet import quiet
 
 OTHER_PIPELINES = (
     "the autoencoder's latent_channels; UNets for inpainting (9) and InstructPix2Pix (8) belong to other pipelines"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from draftune.models.needs import Need, check_parts, equal, moments_needs, of_class, reader_needs
 from draftune.models.stable_diffusion import StableDiffusion, width_needs
-from draftune.quiet import quiet
+from draftune.utils.quiet import quiet
 
 
 class Condition(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from draftune.errors import unknown
-from draftune.paths import user_path
+from draftune.utils.paths import user_path
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from draftune.errors import DraftuneError
-from draftune.paths import names_folder, user_path, written_whole
 from draftune.report.collect import collect
 from draftune.report.page import page
+from draftune.utils.paths import names_folder, user_path, written_whole
 
 __all__ = ["collect", "page", "write_report"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftune.evaluation import KEPT_COLUMN
+from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.report.pictures import evenly
-from draftune.training.guard import DENOISER_MSE, DIVERSITY, HELD_OUT
+from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = ("step", "reward_queries", "seconds")

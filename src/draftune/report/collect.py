@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
 from draftune.report.asked import command, table
 from draftune.report.charts import charts, reward_column, sweep_charts
 from draftune.report.pictures import SIZES, Pictures, evenly, fitting
 from draftune.report.verdict import best_step, facts, verdict, warning
-from draftune.training.run import CONFIG, EVALUATIONS, METRICS, SAMPLES, read_rows, read_settings
+from draftune.runs.run_dir import CONFIG, EVALUATIONS, METRICS, SAMPLES, read_rows, read_settings
+from draftune.utils.paths import user_path
 
 MOST_FRAMES = 24
 MOST_PROMPTS = 16

@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from draftune.errors import DraftuneError
-from draftune.paths import user_path
 from draftune.report.collect import FILES, collect
 from draftune.report.page import page
 from draftune.report.pictures import Pictures
+from draftune.utils.paths import user_path
 
 ADDRESS = "127.0.0.1"
 LOOPBACK = (ADDRESS, "localhost", "::1")

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from draftune.errors import DraftuneError, unknown
-from draftune.paths import check_writable, user_path, written_whole
 from draftune.prompts import load_prompts
 from draftune.reproduce.curves import EFFICIENCY, OVEROPTIMISATION
 from draftune.reproduce.cuts import COPIES_OF_LV, DEPTH, GRID, LAYOUT_REWARD
@@ -26,6 +25,7 @@ from draftune.reproduce.optimizers import OPTIMIZERS_COMPARED
 from draftune.reproduce.real import real_pictures
 from draftune.reproduce.report import Experiment, Report, findings, markdown, write
 from draftune.reproduce.second import SECOND_REWARD
+from draftune.utils.paths import check_writable, user_path, written_whole
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "reproduce"]
 

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftune.distance import kernel_distance
+from draftune.evaluation.kid import kernel_distance
 from draftune.figures import figure
-from draftune.images import grid, open_image
 from draftune.methods import Batch
-from draftune.methods.ancestral import ancestral
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug
 from draftune.reproduce.real import EXAMPLES, real_files, real_pictures
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
-from draftune.sampling import Latents
+from draftune.sampling.ancestral import ancestral
+from draftune.sampling.sampler import Latents
+from draftune.utils.images import grid, open_image
 
 RULERS = (1, 2, 3, 5, 20, 50)
 EACH = 3

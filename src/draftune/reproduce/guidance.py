@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from draftune.figures import figure
-from draftune.images import grid
 from draftune.reproduce.guided import (
     AHEAD,
     ALONE,
@@ -31,6 +30,7 @@ from draftune.reproduce.guided import (
 from draftune.reproduce.lab import ONE, Lab
 from draftune.reproduce.loras import at_reward
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
+from draftune.utils.images import grid
 
 
 def averages(rows: Sequence[Row]) -> list[Row]:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftune.denoising import LEVELS
-from draftune.evaluation import evaluate, score_batches
-from draftune.guides import load_guide, sample_guided
-from draftune.images import open_image, save_image, to_pil
+from draftune.evaluation.metrics import evaluate, score_batches
+from draftune.experimental.denoising_loss import LEVELS
+from draftune.guidance.methods import load_guide, sample_guided
 from draftune.models import Model
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug, tidy
 from draftune.rewards.properties import Matches
+from draftune.utils.images import open_image, save_image, to_pil
 
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.5)
 STILL = "ratio(strength=0.2, eta=0)"

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from draftune.evaluation import evaluate
+from draftune.evaluation.metrics import evaluate
 from draftune.lora import add_lora, load_lora, lora_parameters
-from draftune.memory import peak_memory
 from draftune.methods import Batch, load_method
 from draftune.models import Model, load_model
 from draftune.models.base import default_device
-from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.reproduce.real import with_examples
 from draftune.rewards import Reward, load_reward
-from draftune.sampling import Latents
+from draftune.runs.run_dir import EVALUATIONS, METRICS, read_rows
+from draftune.sampling.sampler import Latents
 from draftune.training import train
-from draftune.training.run import EVALUATIONS, METRICS, read_rows
+from draftune.utils.memory import peak_memory
+from draftune.utils.paths import written_whole
 
 REWARD = "emoji-aesthetic"
 JUDGE = "held-out/emoji-judge-style"

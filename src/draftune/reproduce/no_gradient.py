@@ -16,7 +16,7 @@ from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, ONE, REWARD, Lab
 from draftune.reproduce.optimizers import READ
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
-from draftune.training.audit import probe_reward
+from draftune.training.checks import probe_reward
 
 BYTES = "jpeg-bytes"
 LEVEL = 6.0

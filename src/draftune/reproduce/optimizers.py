@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from draftune.experimental.optimizers import MEKA
 from draftune.figures import band, figure
 from draftune.lora import add_lora, lora_parameters
 from draftune.models import Model
-from draftune.optimizers import MEKA
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug, tidy
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
-from draftune.sampling import rollout
-from draftune.schedule import Schedule
-from draftune.training.batches import PromptOrder
+from draftune.sampling.sampler import rollout
+from draftune.sampling.schedule import Schedule
+from draftune.training.data import PromptOrder
 
 FACTOR = 3.0
 """Between two learning rates that are tried."""

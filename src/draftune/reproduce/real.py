@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.images import open_image
-from draftune.paths import written_whole
+from draftune.evaluation.image_files import find_images
 from draftune.prompts import load_prompts
-from draftune.scores import find_images
+from draftune.utils.images import open_image
+from draftune.utils.paths import written_whole
 
 EXAMPLES = "EXAMPLES"
 """In a run's reward, the folder of real pictures of the names that it is trained on."""

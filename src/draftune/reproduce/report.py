@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.figures import save
-from draftune.paths import written_whole
 from draftune.reproduce.lab import Lab, Scale, Work
+from draftune.utils.paths import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

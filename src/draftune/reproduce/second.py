@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from draftune.distilling import distill_lora
-from draftune.evaluation import evaluate
+from draftune.evaluation.metrics import evaluate
+from draftune.experimental.distill import distill_lora
 from draftune.figures import figure, legend
 from draftune.lora import FILE_NAME
-from draftune.mixing import mix_loras
-from draftune.paths import written_whole
 from draftune.prompts import load_prompts
 from draftune.reproduce.lab import GUIDANCE, NAMED, ONE, REWARD, Lab, Scale, Work, slug
 from draftune.reproduce.loras import ORANGE, at_reward
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
+from draftune.runs.merge import mix_loras
+from draftune.runs.run_dir import METRICS, read_rows
 from draftune.training import train
-from draftune.training.run import METRICS, read_rows
+from draftune.utils.paths import written_whole
 
 FACE = "face"
 """In the names on which the first reward is to be kept; the second is asked of all the others."""

@@ -6,24 +6,24 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from draftune.custom import is_custom
 from draftune.errors import DraftuneError, gather, unknown
-from draftune.expression import QUOTES, Call, Sum, parse, wraps_another
+from draftune.registry.custom import is_custom
+from draftune.registry.expression import QUOTES, Call, Sum, parse, wraps_another
 from draftune.rewards import (  # noqa: F401 - each registers its rewards
     aesthetic,
     black_box,
     classify,
     clip,
-    critic,
+    detection,
+    discriminator,
+    emoji,
     hpsv2,
     imagereward,
     jpeg,
-    judge,
-    layout,
-    owlvit,
     properties,
     robust,
     simple,
+    symmetry,
     threshold,
 )
 from draftune.rewards.base import REWARDS, FunctionReward, Reward, WeightedSum, register

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from draftune.at_once import at_once
-from draftune.custom import where
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.expression import written_sum
-from draftune.loading import Truncation
 from draftune.prompts import copied, is_blank
+from draftune.registry.custom import where
+from draftune.registry.expression import written_sum
+from draftune.rewards.chunked import at_once
+from draftune.utils.loading import Truncation
 
 COLUMNS = ("image", "total")
 Decode = Callable[[Tensor], Tensor]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from draftune.errors import DraftuneError, unknown
-from draftune.images import to_pil
+from draftune.experimental.zeroth_order import Estimator
 from draftune.rewards.base import Decode, Reward, register
-from draftune.zeroth_order import Estimator
+from draftune.utils.images import to_pil
 
 BASES, SPACES = ("dct", "grid", "detail"), ("image", "latent")
 NEIGHBOURS = 5

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.loading import load_part
 from draftune.prompts import metadata
 from draftune.rewards.base import Reward, register
 from draftune.rewards.efficientnet import PREPROCESS, find_weights, load_efficientnet
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
+from draftune.utils.loading import load_part
 
 LITE0 = "efficientnet-lite0"
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
-from draftune.loading import Truncation, load_part, load_tokenizer, tokenized, truncation
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
+from draftune.utils.loading import Truncation, load_part, load_tokenizer, tokenized, truncation
 
 FAMILIES = ("clip", "siglip")
 

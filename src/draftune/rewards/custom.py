@@ -7,9 +7,9 @@ import inspect
 
 from torch import nn
 
-from draftune.custom import defined, where
 from draftune.errors import DraftuneError, out_of_memory, unknown
-from draftune.expression import Call
+from draftune.registry.custom import defined, where
+from draftune.registry.expression import Call
 from draftune.rewards.base import REWARDS, FunctionReward, Reward
 
 

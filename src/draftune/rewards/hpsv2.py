@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from draftune.errors import DraftuneError, gather
-from draftune.loading import Truncation, build_part, load_tokenizer, truncation
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalized
 from draftune.rewards.weights import KeyMap, find_file, find_tokenizer, load_tensors
+from draftune.utils.loading import Truncation, build_part, load_tokenizer, truncation
 
 FILES = {2.0: "HPS_v2_compressed.pt", 2.1: "HPS_v2.1_compressed.pt"}
 

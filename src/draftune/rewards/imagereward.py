@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from draftune.errors import gather
-from draftune.loading import Truncation, build_part, load_tokenizer, tokenized, truncation
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import KeyMap, find_file, find_tokenizer, load_tensors
+from draftune.utils.loading import Truncation, build_part, load_tokenizer, tokenized, truncation
 
 FILE = "ImageReward.pt"
 # The mean and spread of the raw score on the authors' validation set.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.images import open_image
-from draftune.paths import user_path
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import resize
+from draftune.utils.images import open_image
+from draftune.utils.paths import user_path
 
 PROPERTIES = ("pixels", "grey", "colors")
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from draftune.errors import DraftuneError
-from draftune.images import open_image
-from draftune.paths import user_path
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import resize
 from draftune.rewards.weights import find_network
+from draftune.utils.images import open_image
+from draftune.utils.paths import user_path
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL's "L"
 

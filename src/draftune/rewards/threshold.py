@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.experimental.threshold_smoothing import smooth_step
 from draftune.rewards.base import Reward, register
-from draftune.smoothing import smooth_step
 
 
 class Above(Reward):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.hub import fetch, is_hub_id, unreachable
-from draftune.loading import TOKENIZER_FILES, first_line
-from draftune.paths import user_path
+from draftune.utils.hub import fetch, is_hub_id, unreachable
+from draftune.utils.loading import TOKENIZER_FILES, first_line
+from draftune.utils.paths import user_path
 
 FOLDER_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
 

@@ -1,6 +1,6 @@
 """Training: the loop, its checks, its folder."""
 
-from draftune.training.loop import Run, Trainer
-from draftune.training.start import train
+from draftune.training.train import train
+from draftune.training.trainer import Run, Trainer
 
 __all__ = ["Run", "Trainer", "train"]

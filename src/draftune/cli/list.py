@@ -1,0 +1,78 @@
+"""What there is."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from draftune.cli.common import Command
+from draftune.errors import unknown
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what",
+        nargs="?",
+        help="models, rewards, methods, optimizers, guidance, prompts, presets, experiments, or a name",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from draftune.experimental.optimizers import FILTERS, OPTIMIZERS
+    from draftune.guidance.methods import GUIDES
+    from draftune.methods import METHODS
+    from draftune.models import MODELS
+    from draftune.presets import PRESETS, said
+    from draftune.prompts import PROMPT_SETS
+    from draftune.reproduce import EXPERIMENTS
+    from draftune.rewards import REWARDS
+
+    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS, **GUIDES, **OPTIMIZERS, **FILTERS}
+    tables: dict[str, Mapping[str, str]] = {
+        "models": MODELS,
+        "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
+        "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
+        "guidance": {name: first_sentence(guide.__doc__) for name, guide in GUIDES.items()},
+        "optimizers": {name: first_sentence(made.__doc__) for name, made in OPTIMIZERS.items()},
+        "filters": {name: first_sentence(made.__doc__) for name, made in FILTERS.items()},
+        "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
+        "presets": {name: said(preset) for name, preset in PRESETS.items()},
+        "experiments": {name: experiment.question for name, experiment in EXPERIMENTS.items()},
+    }
+    if args.what in described:
+        print(description(args.what, described[args.what]))
+        return
+    if args.what in PRESETS:
+        print(PRESETS[args.what].read_text(encoding="utf-8"), end="")
+        return
+    if args.what is not None and args.what not in tables:
+        raise unknown("list or name", args.what, [*tables, *described, *PRESETS])
+    for what in [args.what] if args.what else tables:
+        print(what)
+        width = max(map(len, tables[what]))
+        for name, text in tables[what].items():
+            print(f"  {name:{width}}  {text}")
+
+
+def description(name: str, described: Callable[..., Any]) -> str:
+    """All that is said of a reward, a method or the like, and its settings with their defaults."""
+    signature = inspect.signature(described, eval_str=True)
+    given = ("params", "lr", "gradient")
+    settings = ", ".join(str(parameter) for key, parameter in signature.parameters.items() if key not in given)
+    return f"{name}({settings})\n\n{inspect.getdoc(described)}"
+
+
+def first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+COMMAND = Command(
+    "list",
+    "what there is: models, rewards, methods, optimizers, prompts, presets, experiments",
+    "Lists what there is, or says everything about one reward, method, optimiser or preset.",
+    "draftune list rewards; draftune list hpsv2",
+    arguments,
+    run,
+)

@@ -1,0 +1,63 @@
+"""Scoring picture files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from draftune.cli.common import Command, add_device, filled, table_output, writing_to
+from draftune.errors import DraftuneError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", type=filled, nargs="+", metavar="IMAGE", help="picture files, folders of them, or patterns"
+    )
+    parser.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", metavar="TEXT", help="what all the pictures should show")
+    prompt.add_argument(
+        "--prompts",
+        type=filled,
+        metavar="FILE",
+        help="a table (.csv, .jsonl, …) of images and their prompts",
+    )
+    parser.add_argument("--output", type=filled, metavar="FILE", help="also writes the table there, as .csv or .json")
+    add_device(parser, precision=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    output = table_output(args.output, args.prompts)
+    from draftune.evaluation.image_files import find_images, prompts_of, score_files
+    from draftune.models.base import default_device
+    from draftune.rewards import load_reward
+    from draftune.rewards.base import check_prompts, taught
+    from draftune.training.checks import tell_truncated
+
+    images = find_images(args.images)
+    prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
+    device = default_device(args.cpu)
+    reward = taught(load_reward(args.reward)).to(device)
+    check_prompts(reward, prompts)
+    tell_truncated(prompts, None, [reward])
+    scores = score_files(reward, images, prompts, device)
+    problems = list(scores.broken.values())
+    if not scores.rows:
+        raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")
+    for problem in problems:
+        print(f"draftune: skipped: {problem}", file=sys.stderr)
+    print(scores.table())
+    if output:
+        with writing_to(output):
+            scores.write(output)
+    return 1 if scores.broken else 0
+
+
+COMMAND = Command(
+    "score",
+    "score pictures",
+    "Scores picture files with a reward. Exit code 1: some could not be read and were skipped.",
+    "draftune score out/ 'more/*.jpg' --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt cat",
+    arguments,
+    run,
+)

@@ -1,0 +1,1 @@
+"""Metrics of images and models, and the tables that compare them."""

@@ -1,0 +1,1 @@
+"""Features that may change or be removed without notice."""

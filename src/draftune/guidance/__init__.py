@@ -1,0 +1,1 @@
+"""Use a reward without training: guided sampling and noise optimization."""

@@ -1,0 +1,1 @@
+"""A training run on disk: write it, resume it, load it, export it."""

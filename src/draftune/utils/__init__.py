@@ -1,0 +1,1 @@
+"""Helpers that know nothing of diffusion models: paths, tables, tensors, images, memory, processes."""
