@@ -215,7 +215,7 @@ def config(m: Making) -> Bad:
     if m.random.random() < 0.1:
         path.unlink()
         path.mkdir()
-    if m.command in ("sample", "export", "reno", "eval", "sweep", "distill") and path.is_dir():
+    if m.command in ("sample", "export", "reno", "eval", "sweep", "distill", "knobs") and path.is_dir():
         path.rmdir()
         path.write_bytes(HTML)
     return Bad(m.good(source=run), ["config.yaml"])

@@ -150,7 +150,7 @@ def test_another_run_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> N
         train(pipeline_folder, tmp_path / "run", learning_rate=0.02)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "note.txt").write_text("mine")
-    with pytest.raises(DraftuneError, match="holds another run: its prompts were not these"):
+    with pytest.raises(DraftuneError, match="holds another run: the contents of its prompts"):
         train(pipeline_folder, tmp_path / "run", prompts=["a cat", "a dog", "a bear"], steps=3)
     with pytest.raises(DraftuneError, match="holds other files"):
         train(pipeline_folder, tmp_path / "files")

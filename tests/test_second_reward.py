@@ -282,7 +282,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     assert "kept/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
     load_lora(again := load_model(str(pipeline_folder)), first.folder)
     save_lora(again, tmp_path / "lora")
-    with pytest.raises(DraftuneError, match=r"another run: its continue_from .* held something else"):
+    with pytest.raises(DraftuneError, match=r"another run: the files that its continue_from .* names have changed"):
         train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=2)
 
 
