@@ -17,7 +17,7 @@ from draftune.errors import DraftuneError
 from draftune.lora.names import TEXT_ENCODER
 from draftune.sampling.schedule import GRID
 from draftune.utils.paths import user_path, written_whole
-from draftune.utils.single_file import single_file_error
+from draftune.utils.single_file import PICKLES, single_file_error
 from draftune.utils.tensors import save_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -26,7 +26,6 @@ CONFIG = "lora_adapter_metadata"
 """The metadata key under which diffusers and peft store rank and alpha, as JSON."""
 GRID_SAID = "sampler_grid"
 """The metadata key of the sampler settings that the LoRA was trained with, as JSON of what `Model.set_grid` takes."""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # What stands after a layer's name in the keys of diffusers, peft, kohya's sd-scripts, LyCORIS, ai-toolkit, SimpleTuner
 # and OneTrainer. peft may put an adapter's name before ".weight".
