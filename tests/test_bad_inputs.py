@@ -15,16 +15,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import bad_expressions  # noqa: F401 - the makers make themselves known
-import bad_files  # noqa: F401
-import bad_values  # noqa: F401
 import pytest
 import torch
-from bad_inputs import MAKERS, SMALL, Bad, Making, World
-from conftest import build_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import helpers.bad_expressions
+import helpers.bad_files
+import helpers.bad_values  # noqa: F401
 from draftune.cli import COMMANDS
 from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.errors import DraftuneError
@@ -33,6 +31,8 @@ from draftune.models import load_model
 from draftune.prompts import load_prompts
 from draftune.runs.run_dir import read_rows
 from draftune.settings import Settings, read_yaml
+from helpers.bad_inputs import MAKERS, SMALL, Bad, Making, World
+from helpers.pipelines import build_pipeline
 
 COUNT = int(os.environ.get("DRAFTUNE_BAD_INPUTS", "300"))
 SEED = int(os.environ.get("DRAFTUNE_BAD_SEED", "0"))

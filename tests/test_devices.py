@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import devices
 import psutil
 import pytest
 import torch
@@ -22,6 +21,7 @@ from draftune.errors import DraftuneError
 from draftune.runs.checkpoint import checkpoints, read_state
 from draftune.runs.run_dir import read_rows
 from draftune.utils.processes import Processes
+from helpers import two_processes
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -42,7 +42,7 @@ def launched(*command: str, launcher: list[str] = TORCHRUN) -> subprocess.Comple
 def together(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two processes made in one launch."""
     folder = tmp_path_factory.mktemp("together")
-    made = launched(str(HERE / "devices.py"), str(pipeline_folder), str(folder))
+    made = launched(str(HERE / "helpers" / "two_processes.py"), str(pipeline_folder), str(folder))
     assert made.returncode == 0, made.stderr[-5000:]
     return folder
 
@@ -51,16 +51,16 @@ def facts(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"facts-{i}.json").read_text()) for i in range(2)]
 
 
-CASES = {f"parallel {name}": values for name, values in devices.PARALLEL.items()}
-CASES |= {f"sharded {name}": values for name, values in devices.SHARDED.items()}
+CASES = {f"parallel {name}": values for name, values in two_processes.PARALLEL.items()}
+CASES |= {f"sharded {name}": values for name, values in two_processes.SHARDED.items()}
 
 
 @pytest.mark.parametrize(("name", "values"), CASES.items(), ids=CASES)
 def test_updates_equal_those_of_one_process(
     together: Path, pipeline_folder: Path, tmp_path: Path, name: str, values: dict[str, Any]
 ) -> None:
-    trainer, rows = devices.updated(str(pipeline_folder), tmp_path / "run", **values)
-    alone = devices.learned(trainer)
+    trainer, rows = two_processes.updated(str(pipeline_folder), tmp_path / "run", **values)
+    alone = two_processes.learned(trainer)
     first, second = (load_file(together / f"{name}-{i}.safetensors") for i in range(2))
     assert first.keys() == second.keys() == alone.keys()
     # The same to the last bit in both, or they would part ways.

@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
-from families import STEPS, check_guidance, check_pictures, check_training, drawn
-from published import randomise
 from torch import Tensor
 
 import draftune
@@ -21,6 +18,9 @@ from draftune.lora import FILE_NAME
 from draftune.models import load_model
 from draftune.runs.export import export_lora
 from draftune.runs.merge import mix_loras
+from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
+from helpers.pipelines import add_random_lora
+from helpers.published_weights import randomise
 
 LABELS = {0: "tench, Tinca tinca", 1: "a cat", 2: "a dog, hound"}
 

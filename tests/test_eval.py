@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import add_random_lora, build_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
@@ -27,6 +26,7 @@ from draftune.rewards import load_reward
 from draftune.runs.load import Tuned, find_all, find_tuned
 from draftune.settings import Settings
 from draftune.utils.images import open_image
+from helpers.pipelines import add_random_lora, build_pipeline
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "timestep_spacing": "trailing"}
 SMALL |= {"reward": "brightness", "held_out": "saturation", "cpu": True}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_pipeline
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from draftune.models import load_model
 from draftune.runs.export import export_lora, write_kohya
 from draftune.runs.load import read_deltas
 from draftune.settings import Settings
+from helpers.pipelines import build_pipeline
 
 # All that every supported version of diffusers reads back from kohya's names.
 LAYERS = (

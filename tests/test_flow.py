@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -19,7 +18,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from families import STEPS, Draw, check_guidance, check_pictures, check_training, drawn, opened
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
@@ -42,6 +40,8 @@ from draftune.models import Model, load_model
 from draftune.runs.export import grid
 from draftune.sampling.ancestral import mean
 from draftune.sampling.sampler import advance, rollout
+from helpers.model_checks import STEPS, Draw, check_guidance, check_pictures, check_training, drawn, opened
+from helpers.pipelines import tiny_tokenizer
 
 # The scheduler configs published with the models.
 SD3 = {"shift": 3.0}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SD14_SCHEDULER, add_random_lora, build_pipeline
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from draftune.models.clamp import clamp_unit
 from draftune.models.tiny_decoder import decode_small
 from draftune.sampling.sampler import Denoiser, Latents
 from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
+from helpers.pipelines import SD14_SCHEDULER, add_random_lora, build_pipeline
 
 T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
 CLEAN = SD14_SCHEDULER | {"timestep_spacing": "trailing", "set_alpha_to_one": True}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
 from safetensors.torch import load_file
 from test_resume import rows, train
 from torch import Tensor
@@ -17,6 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.models import load_model
 from draftune.training.early_stopping import Guard, weights_of
+from helpers.pipelines import add_random_lora
 
 
 def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, float]]:

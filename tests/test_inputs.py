@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_flow import SD3, save_flux, save_sd3
@@ -33,6 +32,7 @@ from draftune.rewards.base import check_prompts
 from draftune.rewards.black_box import BlackBox
 from draftune.utils.images import open_image
 from draftune.utils.paths import folder_output, image_output
+from helpers.pipelines import build_pipeline
 
 LONG = "a photo of a cat"  # sixteen tokens of the small tokenizer, with its two special ones, of which twelve are read
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import test_sdxl
 import torch
-from odd_loras import KOHYA, SPELLINGS, encoder, kohya, odd_lora
 from safetensors.torch import load_file, save_file
 from test_flow import save_flux
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from draftune.models import Model, load_model
 from draftune.models.layout import load_layout
 from draftune.runs.load import find_tuned, read_deltas
 from draftune.utils.tensors import save_tensors
+from helpers.odd_loras import KOHYA, SPELLINGS, encoder, kohya, odd_lora
 
 CASES = 120
 PROMPT = ["--prompt", "cat", "--num-inference-steps", "2", "--cpu"]
@@ -322,7 +322,7 @@ def test_files_and_folders(model: Model, tmp_path: Path) -> None:
 
 def test_equal_loras_are_equal_files(pipeline_folder: Path, tmp_path: Path) -> None:
     """The library writes metadata in a random order."""
-    from conftest import add_random_lora
+    from helpers.pipelines import add_random_lora
 
     metadata = {f"key {i}": "é" * i for i in range(20)}
     for name in ("a", "b"):

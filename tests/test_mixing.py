@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,6 +29,7 @@ from draftune.lora import (
 from draftune.models import Model, load_model
 from draftune.runs.load import open_source, read_deltas
 from draftune.runs.merge import mix_loras, weighted
+from helpers.pipelines import build_pipeline
 
 ATTENTION = ("to_q", "to_out.0")
 CONVOLUTIONS = ("to_q", "conv_in", "conv1", "time_emb_proj", "ff.net.2", "proj_in")

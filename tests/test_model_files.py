@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
 from diffusers import DiffusionPipeline
-from odd_models import as_variant
 from safetensors.torch import save_file
 
 import draftune
@@ -19,6 +17,8 @@ from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME
 from draftune.models import fetch_pipeline, load_model
 from draftune.utils.single_file import pipeline_of, single_file_error
+from helpers.odd_models import as_variant
+from helpers.pipelines import add_random_lora
 
 PARTS = ("unet", "vae", "text_encoder")
 

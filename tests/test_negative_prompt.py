@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
-from odd_models import families
 from torch import Tensor
 
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.models import Model, load_model
+from helpers.odd_models import families
+from helpers.pipelines import add_random_lora
 
 EFFECT = "the negative prompt has no effect"
 

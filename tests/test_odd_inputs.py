@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from odd_prompts import odd_prompts
-from odd_rewards import KEPT, OddReward, odd_rewards
 from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.prompts import Prompt, load_prompts, metadata
 from draftune.rewards import load_reward
+from helpers.odd_prompts import odd_prompts
+from helpers.odd_rewards import KEPT, OddReward, odd_rewards
 
 
 def test_odd_prompt_files(tmp_path: Path) -> None:

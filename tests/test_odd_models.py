@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from odd_models import Case, families, odd_cases
 
 from draftune.errors import DraftuneError
 from draftune.models import load_model
+from helpers.odd_models import Case, families, odd_cases
 
 CASES = odd_cases()
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -17,8 +16,6 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from diffusers.loaders import PeftAdapterMixin
-from families import STEPS, check_guidance, check_pictures, check_training, drawn
-from published import randomise
 from test_flow import tiny_t5, tiny_vae
 from torch import Tensor
 
@@ -28,6 +25,9 @@ from draftune.lora import FILE_NAME
 from draftune.models import load_model
 from draftune.runs.export import export_lora
 from draftune.runs.merge import mix_loras
+from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
+from helpers.pipelines import add_random_lora
+from helpers.published_weights import randomise
 
 
 class AdaptablePixArt(PixArtTransformer2DModel, PeftAdapterMixin):

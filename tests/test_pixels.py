@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -21,8 +20,6 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.loaders import PeftAdapterMixin
-from families import STEPS, check_pictures, check_training, drawn
-from published import randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,6 +33,9 @@ from draftune.runs.export import export_lora
 from draftune.runs.merge import mix_loras
 from draftune.sampling.sampler import rollout
 from draftune.sampling.schedule import Clip, Prediction, Schedule, Step, ddim_schedule
+from helpers.model_checks import STEPS, check_pictures, check_training, drawn
+from helpers.pipelines import add_random_lora
+from helpers.published_weights import randomise
 
 
 class AdaptableUNet(UNet2DModel, PeftAdapterMixin):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_random_lora, build_pipeline
 from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, L
 from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
 from draftune.sampling.schedule import Prediction, Schedule, Step
+from helpers.pipelines import add_random_lora, build_pipeline
 
 FLOW_LEVELS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import add_random_lora, build_pipeline
 from test_gradients import Network, batch_of
 from test_schedule import SCHEDULES, ZERO_SNR
 from torch import Tensor
@@ -20,6 +19,7 @@ from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule, Step
+from helpers.pipelines import add_random_lora, build_pipeline
 
 NOISE = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Measure = Callable[[Denoiser, Denoiser, Schedule], Tensor]

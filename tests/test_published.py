@@ -12,19 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import published
 import pytest
 import torch
 from PIL import Image
-from published import (
-    BLIP_TEXT_CONFIG,
-    BLIP_VISION_CONFIG,
-    HPS_CONFIG,
-    cropped_pixels,
-    photographs,
-    squashed_pixels,
-    tokens_of,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -52,8 +42,18 @@ from draftune.rewards.imagereward import BLIP, TEXT, UNUSED, VISION, ImageReward
 from draftune.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize
 from draftune.rewards.weights import load_tensors
 from draftune.utils.images import from_pil
+from helpers import published_weights
+from helpers.published_weights import (
+    BLIP_TEXT_CONFIG,
+    BLIP_VISION_CONFIG,
+    HPS_CONFIG,
+    cropped_pixels,
+    photographs,
+    squashed_pixels,
+    tokens_of,
+)
 
-LAYOUTS = Path(__file__).parent / "layouts"
+LAYOUTS = Path(__file__).parent / "helpers" / "layouts"
 Layout = dict[str, tuple[int, ...]]
 
 
@@ -107,11 +107,13 @@ def agree(
 
 
 def test_hpsv2_agrees_with_openclip(tmp_path: Path) -> None:
-    weights, tokenizer = published.save_hpsv2(tmp_path)
+    weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     tensors = torch.load(weights)["state_dict"]
 
     def official(picture: Image.Image, prompt: str) -> Tensor:
-        return published.hpsv2_score(tensors, published.hpsv2_pixels(picture), tokens_of(tokenizer, prompt))
+        return published_weights.hpsv2_score(
+            tensors, published_weights.hpsv2_pixels(picture), tokens_of(tokenizer, prompt)
+        )
 
     agree(HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready(), ["a cat", "dogs and birds"], official)
     save_file(tensors, tmp_path / "hps.safetensors")
@@ -128,13 +130,13 @@ def test_hpsv2_reads_prompts_as_openclip_does() -> None:
 
 
 def test_imagereward_agrees_with_blip(tmp_path: Path) -> None:
-    weights, folder = published.save_imagereward(tmp_path)
+    weights, folder = published_weights.save_imagereward(tmp_path)
     tensors, tokenizer = torch.load(weights), BertTokenizer.from_pretrained(folder)
 
     def official(picture: Image.Image, prompt: str) -> Tensor:
         tokens = tokenizer([prompt], padding="max_length", truncation=True, max_length=35, return_tensors="pt")
         pixels = cropped_pixels(picture, 32, 32, round)
-        return published.imagereward_score(tensors, pixels, tokens.input_ids, tokens.attention_mask)
+        return published_weights.imagereward_score(tensors, pixels, tokens.input_ids, tokens.attention_mask)
 
     reward = ImageReward(str(weights), str(folder), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).ready()
     agree(reward, ["a cat", "dog " * 50, "A dog!"], official)
@@ -152,7 +154,7 @@ def test_pickscore_agrees_with_transformers(clip_folder: Path) -> None:
 
 
 def test_siglip_agrees_with_transformers(tmp_path: Path) -> None:
-    folder = published.save_siglip(tmp_path)
+    folder = published_weights.save_siglip(tmp_path)
     model = SiglipModel.from_pretrained(folder).eval()
 
     def official(picture: Image.Image, prompt: str) -> Tensor:
@@ -176,11 +178,11 @@ def test_aesthetic_agrees_with_openai_and_laion(clip_folder: Path, head_file: Pa
 
 
 def test_boxes_of_owlvit_are_aggregated_as_is_said(tmp_path: Path) -> None:
-    folder = published.save_owlvit(tmp_path)
+    folder = published_weights.save_owlvit(tmp_path)
     model = OwlViTForObjectDetection.from_pretrained(folder).eval()
 
     def probabilities(picture: Image.Image, prompt: str) -> Tensor:
-        pixels = squashed_pixels(picture, 64, published.CLIP_MEAN, published.CLIP_STD)
+        pixels = squashed_pixels(picture, 64, published_weights.CLIP_MEAN, published_weights.CLIP_STD)
         tokens = CLIPTokenizer.from_pretrained(folder)(
             [prompt], padding="max_length", truncation=True, max_length=12, return_tensors="pt"
         )
@@ -199,7 +201,7 @@ def test_boxes_of_owlvit_are_aggregated_as_is_said(tmp_path: Path) -> None:
 
 
 def test_classify_agrees_with_resnet(tmp_path: Path) -> None:
-    folder = published.save_resnet(tmp_path)
+    folder = published_weights.save_resnet(tmp_path)
     model = ResNetForImageClassification.from_pretrained(folder).eval()
 
     def official(picture: Image.Image, prompt: str) -> Tensor:
@@ -227,7 +229,7 @@ def test_efficientnet_knows_photographs() -> None:
     reward = load_reward("classify(target=967)")
     pictures = {"cat": (281, 282, 285), "coffee": (967, 968), "rocket": (657, 744)}
     for name, classes in pictures.items():
-        picture = Image.fromarray(getattr(published.skimage.data, name)())
+        picture = Image.fromarray(getattr(published_weights.skimage.data, name)())
         with torch.no_grad():
             logits = reward.logits(from_pil(picture))  # type: ignore[operator]
         assert int(logits.argmax()) in classes, name
@@ -249,17 +251,17 @@ def rewards(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path, head_fi
     root = tmp_path_factory.mktemp("rewards")
     for name in ("hps", "blip", "owl", "resnet", "siglip"):
         (root / name).mkdir()
-    weights, tokenizer = published.save_hpsv2(root / "hps")
-    blip, words = published.save_imagereward(root / "blip")
+    weights, tokenizer = published_weights.save_hpsv2(root / "hps")
+    blip, words = published_weights.save_imagereward(root / "blip")
     return {
         "hpsv2": HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready(),
         "imagereward": ImageReward(str(blip), str(words), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).ready(),
         "pickscore": load_reward(f"pickscore(model={clip_folder})"),
-        "clip": load_reward(f"clip(model={published.save_siglip(root / 'siglip')})"),
+        "clip": load_reward(f"clip(model={published_weights.save_siglip(root / 'siglip')})"),
         "aesthetic": load_reward(f"aesthetic(model={clip_folder}, head={head_file})"),
-        "detect": load_reward(f"detect(model={published.save_owlvit(root / 'owl')}, query=cat)"),
+        "detect": load_reward(f"detect(model={published_weights.save_owlvit(root / 'owl')}, query=cat)"),
         "remove": load_reward(f"remove(model={root / 'owl'}, query=cat)"),
-        "classify": load_reward(f"classify(model={published.save_resnet(root / 'resnet')}, target=2)"),
+        "classify": load_reward(f"classify(model={published_weights.save_resnet(root / 'resnet')}, target=2)"),
     }
 
 
@@ -293,7 +295,7 @@ class Evil:
 def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mode: str) -> None:
     """Refused in one line, and nothing in the file is run."""
     monkeypatch.chdir(tmp_path)
-    weights, tokenizer = published.save_hpsv2(tmp_path)
+    weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     tensors, bad = torch.load(weights)["state_dict"], tmp_path / name
     safe = name.endswith("safetensors")
     if mode == "html":
@@ -343,14 +345,14 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
 def test_missing_weights_are_said_before_anything_is_loaded(
     text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, tokenizer = published.save_hpsv2(tmp_path)
+    weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     monkeypatch.setattr(Reward, "ready", lambda self: pytest.fail("something was loaded"))
     with pytest.raises(DraftuneError, match=message):
         load_reward("jpeg-compressibility + " + text.format(weights=weights, tokenizer=tokenizer))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -> None:
-    folder = published.save_owlvit(tmp_path)
+    folder = published_weights.save_owlvit(tmp_path)
     with pytest.raises(DraftuneError, match="is a owlvit model; clip and siglip"):
         load_reward(f"clip(model={folder})")
     shutil.copytree(clip_folder, tmp_path / "clip")
@@ -364,7 +366,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -
 
 
 def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = published.save_resnet(tmp_path / "resnet")
+    folder = published_weights.save_resnet(tmp_path / "resnet")
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     shapes = {**tensors, "classifier.1.weight": torch.zeros(5, 17)}
@@ -385,7 +387,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
 
 
 def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
-    weights, tokenizer = published.save_hpsv2(tmp_path)
+    weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     with pytest.raises(DraftuneError, match="another network's: it has 2284 tokens, not 74"):
         HPSv2(str(weights), "emoji-clip", HPS_CONFIG).ready()
     (tokenizer / "vocab.json").write_text("{")

@@ -13,9 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import yaml
-from conftest import add_random_lora
 from diffusers import FluxPipeline
-from odd_models import edit, families, rebuild, scheduler
 from torch import Tensor
 
 import draftune
@@ -26,6 +24,8 @@ from draftune.models import Model, load_model
 from draftune.published import PUBLISHED, is_turbo, variant
 from draftune.recommended import recommended
 from draftune.settings import Settings
+from helpers.odd_models import edit, families, rebuild, scheduler
+from helpers.pipelines import add_random_lora
 
 # What the model cards and diffusers' pipelines say.
 WANTED = {

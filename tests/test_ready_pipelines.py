@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from diffusers.loaders import PeftAdapterMixin
-from odd_models import families
 from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models import load_model
+from helpers.odd_models import families
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import build_pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_resume import PROMPTS, lora, rows, train
@@ -24,6 +23,7 @@ from draftune.runs.fingerprint import files_of, find_source, fingerprint
 from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
 from draftune.settings import Settings
 from draftune.training.train import prepare
+from helpers.pipelines import build_pipeline
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

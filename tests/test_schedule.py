@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SD14_SCHEDULER, build_pipeline
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
 from draftune.sampling.sampler import advance, rollout
 from draftune.sampling.schedule import Clip, Schedule, Step, ddim_schedule, flow_schedule
+from helpers.pipelines import SD14_SCHEDULER, build_pipeline
 
 
 def leverage(step: Step) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SD14_SCHEDULER, add_random_lora, tiny_tokenizer
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -17,8 +16,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from families import STEPS, check_guidance, check_pictures, check_training, drawn
-from published import randomise
 from test_export import through_kohya
 from torch import Tensor
 from transformers import (
@@ -36,6 +33,9 @@ from draftune.models import Model, load_model
 from draftune.runs.export import export_lora
 from draftune.runs.load import read_deltas
 from draftune.sampling.schedule import ddim_schedule
+from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
+from helpers.pipelines import SD14_SCHEDULER, add_random_lora, tiny_tokenizer
+from helpers.published_weights import randomise
 
 # The scheduler config published with Stable Diffusion XL 1.0, an Euler scheduler's, which keeps what is not its own.
 SDXL_SCHEDULER = SD14_SCHEDULER | {

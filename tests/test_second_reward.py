@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from foster_toy import outcomes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_gradients import GRIDS, NOISE, Network, batch_of
@@ -43,6 +42,7 @@ from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
 from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
+from helpers.foster_toy import outcomes
 
 
 def test_the_weights_of_groups() -> None:

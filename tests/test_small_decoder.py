@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora, build_pipeline
 from diffusers import AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from test_gradients import batch_of, relative
@@ -25,6 +24,7 @@ from draftune.models.tiny_decoder import check_likeness, find_small_decoder, loa
 from draftune.sampling.sampler import rollout
 from draftune.training.memory_check import held_memory
 from draftune.training.train import prepare
+from helpers.pipelines import add_random_lora, build_pipeline
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 SETTINGS: dict[str, Any] = {

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_pipeline
 from diffusers import DDIMScheduler, EDMEulerScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from families import STEPS, check_guidance, check_pictures, check_training
-from published import randomise
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from draftune.errors import DraftuneError
 from draftune.models import load_model
+from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training
+from helpers.pipelines import build_pipeline
+from helpers.published_weights import randomise
 
 GUIDANCE = 4.0
 # What differs in the UNet's config of Stable Diffusion 2.1.

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_pipeline
 from diffusers import StableDiffusionPipeline
 from test_gradients import batch_of, relative
 from torch import Tensor
@@ -34,6 +33,7 @@ from draftune.training.step import PromptOrder, Updates, clipped_share
 from draftune.training.train import prepare
 from draftune.utils.images import open_image
 from draftune.utils.memory import peak_memory
+from helpers.pipelines import build_pipeline
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bad_inputs import LONG, TRAINING, Bad, Making, bad, quoted
+from helpers.bad_inputs import LONG, TRAINING, Bad, Making, bad, quoted
 
 
 def split(table: str, *more: str) -> list[str]:

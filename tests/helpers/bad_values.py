@@ -5,10 +5,9 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
-from bad_files import source_replaced
-from bad_inputs import HTML, LONG, OF_A_LORA, Bad, Making, bad, odd_path, quoted
-
 from draftune.lora import FILE_NAME
+from helpers.bad_files import source_replaced
+from helpers.bad_inputs import HTML, LONG, OF_A_LORA, Bad, Making, bad, odd_path, quoted
 
 
 @bad("train")

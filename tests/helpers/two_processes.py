@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_random_lora
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
 from draftune.utils.processes import launched, to_say
+from helpers.pipelines import add_random_lora
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 SETTINGS: dict[str, Any] = {

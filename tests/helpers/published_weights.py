@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import skimage.data
 import torch
-from conftest import tiny_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -39,6 +38,7 @@ from draftune.rewards.hpsv2 import OPEN_CLIP
 from draftune.rewards.imagereward import BLIP
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from draftune.rewards.weights import KeyMap
+from helpers.pipelines import tiny_tokenizer
 
 Pixels = np.ndarray[Any, Any]
 

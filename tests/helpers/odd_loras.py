@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 LAYERS = (nn.Linear, nn.Conv2d)
 
-# The blocks of the small UNet of conftest.py by the names of the original code, written down by hand.
+# The blocks of the small UNet of pipelines.py by the names of the original code, written down by hand.
 LDM = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",

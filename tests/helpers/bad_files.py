@@ -8,10 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bad_inputs import BROKEN_YAML, HTML, LONG, OF_A_LORA, OF_A_RUN, TRAINING, Bad, Making, bad, odd_path, quoted
 from safetensors.torch import load_file, save_file
 
 from draftune.lora import FILE_NAME
+from helpers.bad_inputs import (
+    BROKEN_YAML,
+    HTML,
+    LONG,
+    OF_A_LORA,
+    OF_A_RUN,
+    TRAINING,
+    Bad,
+    Making,
+    bad,
+    odd_path,
+    quoted,
+)
 
 
 @bad(*OF_A_LORA, "report", "watch")

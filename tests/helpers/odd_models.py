@@ -484,7 +484,8 @@ def families(root: Path) -> dict[str, Path]:
     import test_pixart
     import test_pixels
     import test_sdxl
-    from conftest import build_pipeline
+
+    from helpers.pipelines import build_pipeline
 
     build_pipeline(root / "sd" / "parts", "DDIM").save_pretrained(root / "sd" / "model")
     return {

@@ -1,0 +1,1 @@
+"""What several test files share: small models, checks, and generators of inputs."""
