@@ -32,6 +32,7 @@ from draftune.prompts import load_prompts
 from draftune.runs.run_dir import read_rows
 from draftune.settings import Settings, read_yaml
 from helpers.bad_inputs import MAKERS, SMALL, Bad, Making, World
+from helpers.errors import raises
 from helpers.pipelines import build_pipeline
 
 COUNT = int(os.environ.get("DRAFTUNE_BAD_INPUTS", "300"))
@@ -166,7 +167,7 @@ def test_a_log_ends_where_the_run_was_cut_off_and_nowhere_else(tmp_path: Path) -
         assert [found["step"] for found in read_rows(path)] == steps
     for wrong in (b"oops", b"", b'{"step": "2"}', row[:20]):
         path.write_bytes(row % 1 + b"\n" + wrong + b"\n" + row % 3 + b"\n")
-        with pytest.raises(DraftuneError, match="mend line 2, or take it out"):
+        with raises(DraftuneError, "samples.jsonl line 2"):
             read_rows(path)
 
 

@@ -21,6 +21,7 @@ from draftune.rewards.base import carried, extra_queries
 from draftune.rewards.black_box import BlackBox, Patterns, blocks, waves
 from draftune.training.checks import probe_reward
 from draftune.utils.images import to_pil
+from helpers.errors import raises
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 IMAGES = 0.3 + 0.4 * torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -283,7 +284,7 @@ def test_jpeg_bytes_are_those_of_pillow() -> None:
 
 
 def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> None:
-    with pytest.raises(DraftuneError, match=r"'jpeg-bytes' has no gradient .* or estimate one: black-box\("):
+    with raises(DraftuneError, "jpeg-bytes gradient black-box"):
         probe_reward(load_reward("jpeg-bytes"), IMAGES, PROMPTS)
     probe_reward(load_reward("jpeg-bytes"), IMAGES, PROMPTS, gradient=False)
     found = probe_reward(load_reward("black-box(jpeg-bytes, directions=8)"), IMAGES, PROMPTS)
@@ -293,16 +294,16 @@ def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> 
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("black-box", "wants a reward inside it"),
-        ("black-box(brightness, basis=fourier)", "unknown basis 'fourier': known: dct, detail, grid"),
-        ("black-box(brightness, directions=-1)", "directions or coordinates must be above 0"),
-        ("black-box(brightness, step=0)", "step of reward black-box must be above 0, not 0"),
-        ("black-box(brightness, size=9)", "size of reward black-box must be at most the pictures' 8 pixels, not 9"),
-        ("jpeg-bytes(quality=0)", "JPEG quality must be a whole number from 1 to 100"),
+        ("black-box", "black-box reward"),
+        ("black-box(brightness, basis=fourier)", "basis fourier dct detail grid"),
+        ("black-box(brightness, directions=-1)", "directions coordinates"),
+        ("black-box(brightness, step=0)", "step black-box 0"),
+        ("black-box(brightness, size=9)", "size black-box 8 9"),
+        ("jpeg-bytes(quality=0)", "quality 1 100"),
     ],
 )
 def test_settings_that_are_refused(expression: str, message: str) -> None:
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         gradient(load_reward(expression))
 
 

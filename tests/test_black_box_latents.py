@@ -21,6 +21,7 @@ from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries
 from draftune.rewards.black_box import BlackBox
 from draftune.training.checks import probe_reward
+from helpers.errors import raises
 
 PROMPTS = ["a cat", "a dog"]
 LATENTS = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -95,11 +96,11 @@ def test_pictures_alone_are_refused_and_what_is_asked_is_checked() -> None:
     given = decode(LATENTS).requires_grad_()
     assert not black(given, PROMPTS).requires_grad
     assert "gradient_norm" not in probe_reward(black, given, PROMPTS)["black-box(hidden)"]
-    with pytest.raises(DraftuneError, match=r"robust wants a gradient by pictures, and 'black-box\(brightness\)' has"):
+    with raises(DraftuneError, "robust black-box(brightness) gradient"):
         load_reward("robust(black-box(brightness, space=latent))")
-    with pytest.raises(DraftuneError, match="unknown space 'latents': did you mean 'latent'"):
+    with raises(DraftuneError, "space 'latents' 'latent'"):
         load_reward("black-box(brightness, space=latents)")
-    with pytest.raises(DraftuneError, match="size of reward black-box must be at most the latents' 4 pixels, not 5"):
+    with raises(DraftuneError, "size black-box 4 5"):
         gradient(load_reward("black-box(brightness, size=5, space=latent)"))
 
 

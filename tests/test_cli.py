@@ -18,6 +18,7 @@ from PIL import Image
 from draftune.cli.main import main
 from draftune.models import load_model
 from draftune.utils.images import open_image
+from helpers.errors import mentions
 
 SMALL = ["--steps", "2", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]
 SMALL += ["--reward", "jpeg-compressibility", "--guidance-scale", "2", "--sample-prompts", "2"]
@@ -141,8 +142,7 @@ def test_score_of_folders_patterns_and_broken_files(tmp_path: Path, capsys: pyte
     command = ["score", str(tmp_path / "in"), str(tmp_path / "in" / "*.webp"), "--reward", "brightness + 2*saturation"]
     assert main([*command, "--output", str(tmp_path / "out" / "scores.csv")]) == 1
     printed = capsys.readouterr()
-    assert "skipped: cannot read the picture" in printed.err
-    assert "broken.png" in printed.err
+    assert mentions(printed.err, "skipped broken.png")
     assert "Traceback" not in printed.err
     assert [line.split()[0].rpartition("/")[2] for line in printed.out.splitlines()] == [
         "image", "a.png", "c.webp", "d.png", "b.JPG"
@@ -171,10 +171,10 @@ def test_score_with_a_prompt_for_each_picture(tmp_path: Path, capsys: pytest.Cap
     assert first != second
     (tmp_path / "prompts.csv").write_text("image,prompt\na.png,pumpkin\n")
     assert main([*command, str(tmp_path / "prompts.csv")]) == 2
-    assert "has no prompt for" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "b.png prompt")
     (tmp_path / "prompts.txt").write_text("pumpkin\n")
     assert main([*command, str(tmp_path / "prompts.txt")]) == 2
-    assert "does not say which prompt is whose" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "prompts.txt")
 
 
 def test_score_shows_the_total_where_it_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,34 +217,34 @@ def test_mistakes_get_one_line_and_code_2(
     train = ["train", "--model", str(pipeline_folder), "--output", str(tmp_path / "new"), *SMALL]
     missing = str(tmp_path / "missing.csv")
     cases = {
-        "unknown model 'emojy'": [*train, "--model", "emojy"],
-        "could not be fetched from the hub": [*train, "--model", "someone/some-model"],
-        "has no model_index.json": [*train, "--model", str(tmp_path / "folder")],
-        "did you mean 'jpeg-compressibility'": [*train, "--reward", "jpeg-compressability"],
-        "cannot read 'clip +'": [*train, "--reward", "clip +"],
-        "unknown method 'drift'": [*train, "--method", "drift"],
-        "k=3 is more than the 2 sampling steps": [*train, "--method", "draft-k(k=3)"],
-        "lora_rank must be at least 1": [*train, "--lora-rank", "0"],
-        "--steps: invalid int value": [*train, "--steps", "some"],
-        "steps must be at least 1": [*train, "--steps", "0"],
-        "did you mean '--learning-rate'": [*train, "--lerning-rate", "1"],
-        "empty.txt' is empty": [*train, "--prompts", str(tmp_path / "empty.txt")],
-        "binary.txt' is not a text file": [*train, "--prompts", str(tmp_path / "binary.txt")],
-        "no prompt file": [*train, "--prompts", str(tmp_path / "missing.txt")],
-        "did you mean 'animals'": [*train, "--prompts", "animal"],
-        "holds another run": [*train, "--output", str(run_folder)],
-        "holds other files": [*train, "--output", str(tmp_path)],
-        "is a file; give a folder": [*train, "--output", str(tmp_path / "empty.txt")],
-        "is not YAML, line 2": [*train, "--config", str(tmp_path / "bad.yaml")],
-        "did you mean 'learning_rate'": [*train, "--config", str(tmp_path / "key.yaml")],
-        "must hold 'setting: value' lines": [*train, "--config", str(tmp_path / "list.yaml")],
-        "cannot read the settings file": [*train, "--config", str(tmp_path / "missing.yaml")],
-        "invalid choice: 'trian'": ["trian"],
-        "did you mean 'rewards'": ["list", "reward"],
-        "did you mean 'hpsv2'": ["list", "hpsv"],
-        "function or class of mine.py? mine.py:NAME": [*train, "--reward", "mine.py"],
-        "nested so deeply": [*train, "--reward", "robust(" * 3000],
-        "cannot read the prompt file": [
+        "model emojy": [*train, "--model", "emojy"],
+        "someone/some-model": [*train, "--model", "someone/some-model"],
+        "folder model_index.json": [*train, "--model", str(tmp_path / "folder")],
+        "jpeg-compressability jpeg-compressibility": [*train, "--reward", "jpeg-compressability"],
+        "clip +": [*train, "--reward", "clip +"],
+        "method drift": [*train, "--method", "drift"],
+        "k=3 2 steps": [*train, "--method", "draft-k(k=3)"],
+        "lora_rank 0": [*train, "--lora-rank", "0"],
+        "--steps some": [*train, "--steps", "some"],
+        "steps 0 1": [*train, "--steps", "0"],
+        "--lerning-rate --learning-rate": [*train, "--lerning-rate", "1"],
+        "empty.txt": [*train, "--prompts", str(tmp_path / "empty.txt")],
+        "binary.txt": [*train, "--prompts", str(tmp_path / "binary.txt")],
+        "missing.txt": [*train, "--prompts", str(tmp_path / "missing.txt")],
+        "'animal' 'animals'": [*train, "--prompts", "animal"],
+        "first learning_rate": [*train, "--output", str(run_folder)],
+        "--output": [*train, "--output", str(tmp_path)],
+        "empty.txt folder": [*train, "--output", str(tmp_path / "empty.txt")],
+        "bad.yaml line 2": [*train, "--config", str(tmp_path / "bad.yaml")],
+        "leraning_rate learning_rate": [*train, "--config", str(tmp_path / "key.yaml")],
+        "list.yaml": [*train, "--config", str(tmp_path / "list.yaml")],
+        "missing.yaml": [*train, "--config", str(tmp_path / "missing.yaml")],
+        "trian": ["trian"],
+        "'reward' 'rewards'": ["list", "reward"],
+        "'hpsv' 'hpsv2'": ["list", "hpsv"],
+        "mine.py:NAME": [*train, "--reward", "mine.py"],
+        "nest": [*train, "--reward", "robust(" * 3000],
+        "missing.csv": [
             "score",
             str(tmp_path),
             "--reward",
@@ -252,30 +252,30 @@ def test_mistakes_get_one_line_and_code_2(
             "--prompts",
             missing,
         ],
-        "hf download xswu/HPSv2 HPS_v2.1_compressed.pt) and give the path to the reward's weights=; ": [
+        "xswu/HPSv2 HPS_v2.1_compressed.pt weights= head=": [
             *train,
             "--reward",
             "hpsv2 + aesthetic",
         ],
-        "no LoRA at": ["sample", str(tmp_path / "folder"), "--prompt", "x", "--output", out],
-        "not a readable safetensors": ["sample", str(tmp_path / "lora.safetensors"), "--prompt", "x", "--output", out],
-        "takes a .png file or a folder": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],
-        "adam_beta1 must be at most": [*train, "--adam-beta1", "1.5"],
-        "seed must be at most": [*train, "--seed", "9" * 30],
-        "--num-images must be at least 1": ["sample", "x", "--prompt", "x", "--num-images", "0", "--output", out],
-        "none of the 1 pictures can be read": ["score", str(tmp_path / "text.png"), "--reward", "brightness"],
-        "no picture at": ["score", str(tmp_path / "*.jpg"), "--reward", "brightness"],
-        "takes a .csv or a .json file": ["score", "x.png", "--reward", "brightness", "--output", "x.txt"],
-        "not allowed with argument": ["score", "x.png", "--reward", "clip", "--prompt", "a", "--prompts", "b"],
-        "hf download xswu/HPSv2": [*train, "--reward", "brightness + hpsv2"],
-        "hf download yuvalkirstain/PickScore_v1": [*train, "--held-out", "pickscore"],
-        "required: --reward": ["score", str(tmp_path / "text.png")],
+        "LoRA folder": ["sample", str(tmp_path / "folder"), "--prompt", "x", "--output", out],
+        "lora.safetensors": ["sample", str(tmp_path / "lora.safetensors"), "--prompt", "x", "--output", out],
+        "--output .png x.jpg": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],
+        "adam_beta1 1.5": [*train, "--adam-beta1", "1.5"],
+        "seed at most": [*train, "--seed", "9" * 30],
+        "--num-images 0": ["sample", "x", "--prompt", "x", "--num-images", "0", "--output", out],
+        "1 read": ["score", str(tmp_path / "text.png"), "--reward", "brightness"],
+        "*.jpg": ["score", str(tmp_path / "*.jpg"), "--reward", "brightness"],
+        "x.txt .csv .json": ["score", "x.png", "--reward", "brightness", "--output", "x.txt"],
+        "--prompt --prompts": ["score", "x.png", "--reward", "clip", "--prompt", "a", "--prompts", "b"],
+        "xswu/HPSv2 weights=": [*train, "--reward", "brightness + hpsv2"],
+        "yuvalkirstain/PickScore_v1": [*train, "--held-out", "pickscore"],
+        "--reward": ["score", str(tmp_path / "text.png")],
     }
     for message, argv in cases.items():
         code = main(argv)
         lines = capsys.readouterr().err.strip().splitlines()
         assert (code, len(lines)) == (2, 1), (argv, lines)
-        assert message in lines[0], (message, lines[0])
+        assert mentions(lines[0], message), (message, lines[0])
     assert not (tmp_path / "new").exists()
 
 

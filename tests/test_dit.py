@@ -18,6 +18,7 @@ from draftune.lora import FILE_NAME
 from draftune.models import load_model
 from draftune.runs.export import export_lora
 from draftune.runs.merge import mix_loras
+from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
 from helpers.pipelines import add_random_lora
 from helpers.published_weights import randomise
@@ -105,14 +106,17 @@ def test_a_class_is_a_name_a_synonym_or_a_number(folder: Path) -> None:
 def test_what_is_no_class_is_said_before_anything_is_drawn(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder)
     for prompt, said in (
-        ("a cats", "unknown class 'a cats': did you mean 'a cat'"),
-        ("1000", "unknown class '1000': known: Tinca tinca, a cat, a dog, a number from 0 to 999, hound, tench"),
-        ("²", "unknown class"),
+        ("a cats", "class 'a cats' 'a cat'"),
+        ("1000", "class 1000 Tinca hound tench 0 999"),
+        ("²", "class ²"),
     ):
-        with pytest.raises(DraftuneError, match=said):
+        with raises(DraftuneError, said):
             model.generate(["a dog", prompt], [0, 0], model.schedule(STEPS), 4.0)
-    for wrong in ({"prompts": ["a dog", "zebra crossing"]}, {"prompts": ["a dog"], "negative_prompt": "a cat"}):
-        with pytest.raises(DraftuneError, match=r"unknown class|has no negative prompt"):
+    for wrong, words in (
+        ({"prompts": ["a dog", "zebra crossing"]}, "class zebra"),
+        ({"prompts": ["a dog"], "negative_prompt": "a cat"}, "negative prompt"),
+    ):
+        with raises(DraftuneError, words):
             draftune.train(model, "saturation", output=str(tmp_path / "run"), num_inference_steps=2, **wrong)
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
@@ -138,7 +142,7 @@ def test_loras_are_mixed_and_exported(folder: Path, tmp_path: Path) -> None:
     export_lora(tmp_path / "lora", tmp_path / "merged", "merged")
     assert (draw(DiffusionPipeline.from_pretrained(tmp_path / "merged"), "a cat", 0) - tuned).abs().max() <= 1e-3
     assert load_model(tmp_path / "merged").pipeline.labels == DiTPipeline.from_pretrained(folder).labels
-    with pytest.raises(DraftuneError, match="kohya"):
+    with raises(DraftuneError, "kohya"):
         export_lora(tmp_path / "lora", tmp_path / "lora.safetensors", "kohya")
 
 
@@ -157,5 +161,5 @@ def test_only_its_own_size_is_drawn(folder: Path) -> None:
     model = load_model(folder)
     model.set_size(16, None)
     assert drawn(model, "1", 0, 4.0).shape == (1, 3, 16, 16)
-    with pytest.raises(DraftuneError, match="width must be 16, the only size"):
+    with raises(DraftuneError, "width 16"):
         model.set_size(None, 32)

@@ -23,6 +23,7 @@ from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import load_reward
 from draftune.utils.images import to_pil
+from helpers.errors import raises
 
 README = Path(__file__).parents[1] / "README.md"
 STEPS, GUIDANCE = recommended("emoji")["num_inference_steps"], recommended("emoji")["guidance_scale"]
@@ -150,5 +151,5 @@ def test_a_text_encoder_that_is_not_all_there_is_refused(tmp_path: Path) -> None
     path = tmp_path / "model" / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
     save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    with pytest.raises(DraftuneError, match=r"text_encoder' lack \d+ tensors"):
+    with raises(DraftuneError, "text_encoder tensors"):
         load_model(tmp_path / "model")

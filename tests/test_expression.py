@@ -10,6 +10,7 @@ from draftune.errors import DraftuneError
 from draftune.methods import DraftK, DraftLV, load_method
 from draftune.registry.expression import Call, Sum, parse
 from draftune.rewards import load_reward
+from helpers.errors import raises
 
 
 def test_a_name_with_settings() -> None:
@@ -59,7 +60,7 @@ def test_what_is_written_reads_the_same(text: str) -> None:
     ["", "a +", "a b", "2", "a(", "a(1)", "a(x=1, b)", "a(b, c)", "a(x=)", "a * b", "a(x=1", "a & b", "*a", "+a"],
 )
 def test_what_makes_no_sense_is_refused(text: str) -> None:
-    with pytest.raises(DraftuneError, match="cannot read"):
+    with raises(DraftuneError, text):
         parse(text)
 
 
@@ -71,18 +72,18 @@ def test_methods_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("draft-kk", "did you mean 'draft-k'"),
-        ("draft-k(n=2)", "setting of method draft-k"),
-        ("draft-k(k=0)", "at least 1"),
-        ("draft-k(k=1.5)", "whole number"),
-        ("draft-k(k=true)", "whole number"),
-        ("draft-lv(n=-1)", "at least 0"),
-        ("refl(m=none)", "whole number"),
-        ("draft + refl", "one name"),
+        ("draft-kk", "'draft-kk' 'draft-k'"),
+        ("draft-k(n=2)", "draft-k 'n'"),
+        ("draft-k(k=0)", "k 0 1"),
+        ("draft-k(k=1.5)", "k 1.5"),
+        ("draft-k(k=true)", "k true"),
+        ("draft-lv(n=-1)", "n -1 0"),
+        ("refl(m=none)", "m none"),
+        ("draft + refl", "draft + refl"),
     ],
 )
 def test_methods_that_are_refused(text: str, message: str) -> None:
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         load_method(text)
 
 
@@ -124,14 +125,14 @@ def test_a_file_of_the_user_may_have_spaces_in_its_path() -> None:
     "text", ["a (b)/r.py:f", "it's/r.py:f", "a(x=b, c.pth)", "a(x=b(c.pth)", "a(x='b)", "a(x='b'c)"]
 )
 def test_an_ambiguous_path_is_refused_with_the_way_out(text: str) -> None:
-    with pytest.raises(DraftuneError, match=r"cannot read .*in quotes"):
+    with raises(DraftuneError, text, "quotes"):
         parse(text)
-    with pytest.raises(DraftuneError, match=r"unknown reward 'my'.*in quotes"):
+    with raises(DraftuneError, "my quotes"):
         load_reward("my+rewards/r.py:f")
 
 
 def test_a_setting_given_twice_is_refused() -> None:
-    with pytest.raises(DraftuneError, match="'x' twice"):
+    with raises(DraftuneError, "x"):
         parse("a(x=1, x=2)")
 
 

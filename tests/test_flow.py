@@ -40,6 +40,7 @@ from draftune.models import Model, load_model
 from draftune.runs.export import grid
 from draftune.sampling.ancestral import mean
 from draftune.sampling.sampler import advance, rollout
+from helpers.errors import mentions, raises
 from helpers.model_checks import STEPS, Draw, check_guidance, check_pictures, check_training, drawn, opened
 from helpers.pipelines import tiny_tokenizer
 
@@ -285,11 +286,10 @@ def test_the_recommended_targets_train(
     model = load_model(folder)
     run = run_on(model, tmp_path / "run", targets)
     adapted = {name.split(".lora_")[0] for name in lora_parameters(model)}
-    told = [line for line in capsys.readouterr().err.splitlines() if "get no LoRA" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if mentions(line, "no LoRA")]
     if family == "sd3":
         (line,) = told
-        assert "1 of the" in line
-        assert "transformer_blocks.1.attn.add_q_proj" in line
+        assert mentions(line, 1, "transformer_blocks.1.attn.add_q_proj")
         assert "transformer_blocks.1.attn.add_q_proj" not in adapted
     else:
         assert told == []
@@ -344,7 +344,7 @@ def test_a_layer_that_is_cut_still_ends_the_run(sd3: Path, tmp_path: Path) -> No
     model = load_model(sd3)
     cut = model.denoiser.transformer_blocks[0].attn
     cut.register_forward_hook(lambda _, __, output: tuple(tokens.detach() for tokens in output))
-    with pytest.raises(DraftuneError, match=r"got no gradient .*transformer_blocks\.0\.attn\.to_q"):
+    with raises(DraftuneError, "gradient transformer_blocks.0.attn.to_q"):
         run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="no")
 
 
@@ -365,7 +365,7 @@ def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> 
 
 def test_targets_that_change_nothing_at_all(sd3: Path) -> None:
     model = load_model(sd3)
-    with pytest.raises(DraftuneError, match=r"lora_targets.*transformer_blocks\.1\.attn\.add_q_proj"):
+    with raises(DraftuneError, "lora_targets transformer_blocks.1.attn.add_q_proj"):
         add_lora(model, 2, targets=["transformer_blocks.1.attn.add_q_proj"])
     assert not hasattr(model.denoiser, "peft_config")
 
@@ -450,7 +450,7 @@ def test_export(sd3: Path, dev: Path, tmp_path: Path) -> None:
         assert type(merged.scheduler) is FlowMatchEulerDiscreteScheduler
         assert (drawing(scale, size)(merged, "a cat", 0) - ours).abs().max() <= 1e-3
         assert (drawn(opened(there / "merged", size), "a cat", 0, scale) - ours).abs().max() <= 1e-4
-        with pytest.raises(DraftuneError, match="UNets only"):
+        with raises(DraftuneError, "UNet"):
             draftune.export_lora(there / "lora", there / "lora.safetensors", "kohya", model=str(folder))
         assert not (there / "lora.safetensors").exists()
 
@@ -491,17 +491,17 @@ def test_bfloat16(family: str, request: pytest.FixtureRequest) -> None:
 
 def test_refusals(sd3: Path, dev: Path, tmp_path: Path) -> None:
     for folder in (sd3, dev):
-        with pytest.raises(DraftuneError, match="height must be a multiple of 4 for this model, not 18"):
+        with raises(DraftuneError, "height 4 18"):
             load_model(folder).set_size(18, 16)
-    with pytest.raises(DraftuneError, match="width must be at most 24 for this model, not 28"):
+    with raises(DraftuneError, "width 24 28"):
         load_model(sd3).set_size(16, 28)
     model = opened(dev, 16)
-    with pytest.raises(DraftuneError, match="takes no negative prompt"):
+    with raises(DraftuneError, "negative prompt"):
         model.generate(["a cat"], [0], model.schedule(STEPS), 3.5, "bad")
-    with pytest.raises(DraftuneError, match="between 1 and 1000"):
+    with raises(DraftuneError, "1 1000 1001"):
         model.schedule(1001)
     parts = DiffusionPipeline.from_pretrained(dev).components
-    with pytest.raises(DraftuneError, match="lacks its text_encoder_2"):
+    with raises(DraftuneError, "text_encoder_2"):
         load_model(FluxPipeline(**parts | {"text_encoder_2": None}))
-    with pytest.raises(DraftuneError, match="has a DDIMScheduler"):
+    with raises(DraftuneError, "DDIMScheduler"):
         load_model(FluxPipeline(**parts | {"scheduler": DDIMScheduler()}))

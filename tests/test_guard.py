@@ -16,6 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.models import load_model
 from draftune.training.early_stopping import Guard, weights_of
+from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora
 
 
@@ -33,21 +34,21 @@ def test_the_best_is_that_of_the_rule() -> None:
     assert seen == [(True, False), (True, False), (False, False), (False, True), (False, True)]
     assert guard.best is not None
     assert guard.best["step"] == 10
-    with pytest.raises(DraftuneError, match=r"unknown column .*held-out/juge.*did you mean 'held-out/judge'"):
+    with raises(DraftuneError, "held-out/juge held-out/judge"):
         Guard({"held-out/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
     assert weights_of("held-out/judge - 0.5*denoiser_mse_from_base") == {
         "held-out/judge": 1.0,
         "denoiser_mse_from_base": -0.5,
     }
     for rule in ("judge(k=2)", "judge(clip)"):
-        with pytest.raises(DraftuneError, match="a sum of columns"):
+        with raises(DraftuneError, rule):
             weights_of(rule)
 
 
 @pytest.mark.parametrize(
     ("rewards", "judged", "said"),
     [
-        ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7], "fell from 0.900 at update 10 to 0.700"),
+        ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7], "held-out/judge 0.900 10 0.700"),
         ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.95], None),  # it came back
         ([1, 2, 3], [0.5, 0.9, 0.8], None),  # once may be chance
         ([1, 5, 3, 4], [0.5, 0.9, 0.8, 0.7], None),  # the reward fell too
@@ -61,8 +62,7 @@ def test_the_warning(rewards: list[float], judged: list[float], said: str | None
     assert (warning is None) == (said is None)
     if said:
         assert warning is not None
-        assert said in warning
-        assert "rises to 4.000" in warning
+        assert mentions(warning, said, "4.000")
 
 
 def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
@@ -74,7 +74,7 @@ def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
     guard.see({**told([5], [0.72])[0], "step": 40.0, "held-out/diversity": 0.0, "errors": {"held-out/judge": 0.06}})
     warning = guard.warning()
     assert warning is not None
-    assert "held-out/judge fell from 0.900 at update 10 to 0.720" in warning
+    assert mentions(warning, "held-out/judge 0.900 10 0.720")
     assert "diversity" not in warning
 
 
@@ -111,7 +111,7 @@ def test_patience_ends_a_run_and_the_best_is_kept(
     run = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
     assert [round(row["held-out/judge"], 3) for row in run.evaluations] == [0.1, 0.2, 0.3, 0.2, 0.1]
-    assert "over-optimisation: the reward rises" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "over-optimi held-out/judge")
     second = train(pipeline_folder, tmp_path / "second", brightness, **(values | {"steps": 2}))
     best, same = (
         load_file(folder / "pytorch_lora_weights.safetensors")
@@ -157,20 +157,20 @@ def test_the_denoiser_mse_by_hand(pipeline_folder: Path) -> None:
 
 def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
     for values, message in (
-        ({"patience": 2, "eval_every": 0}, "wants --eval-prompts and --eval-every"),
-        ({"patience": 2, "eval_prompts": ""}, "wants --eval-prompts and --eval-every"),
-        ({"best_by": "held-out/x + "}, "cannot read"),
-        ({"best_by": "held-out/x"}, "unknown column"),
+        ({"patience": 2, "eval_every": 0}, "patience eval_prompts eval_every"),
+        ({"patience": 2, "eval_prompts": ""}, "patience eval_prompts eval_every"),
+        ({"best_by": "held-out/x + "}, "held-out/x +"),
+        ({"best_by": "held-out/x"}, "held-out/x"),
     ):
-        with pytest.raises(DraftuneError, match=message):
+        with raises(DraftuneError, message):
             train(pipeline_folder, tmp_path / "run", brightness, **values)
 
 
 def test_a_held_out_reward_that_was_to_be_low() -> None:
     """A penalty that falls is no warning; one that rises is."""
-    for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "rose from 0.300 at update 0 to 0.900")):
+    for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "held-out/judge 0.300 0 0.900")):
         guard = Guard({"held-out/judge": -0.5}, patience=0, reward="aesthetic")
         for row in told([1, 2, 3], judged):
             guard.see(row)
         warning = guard.warning()
-        assert warning is None if said is None else said in str(warning)
+        assert warning is None if said is None else mentions(str(warning), said)

@@ -31,6 +31,7 @@ from draftune.rewards import load_reward
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.utils.images import open_image, to_pil
+from helpers.errors import mentions, raises
 
 T, D = 200, 16
 
@@ -394,7 +395,7 @@ def test_the_lora_that_look_ahead_trains(family: str, pipeline_folder: Path, tmp
     drawn_by = [m.generate(PROMPTS, [0, 1], m.schedule(4), 2.0) for m in (model, again, load_model(folder))]
     assert torch.allclose(drawn_by[0], drawn_by[1], atol=1e-4)
     assert (drawn_by[0] - drawn_by[2]).abs().max() > 1e-3
-    with pytest.raises(DraftuneError, match="carries a LoRA already"):
+    with raises(DraftuneError, "LoRA already"):
         sample_guided(model, "brightness", PROMPTS, f"{plain}, tune_from=1)", **FEW)
 
 
@@ -410,7 +411,7 @@ def test_what_is_trained_on_becomes_likelier(pipeline_folder: Path) -> None:
 
     losses = [loss() for _ in range(30)]
     assert losses[-1] < 0.93 * losses[0]  # the same levels and noise every time
-    with pytest.raises(DraftuneError, match="a lower learning_rate may help"):
+    with raises(DraftuneError, "learning_rate"):
         fit(model.denoise(PROMPTS, schedule, 1), clean / 0)
 
 
@@ -484,7 +485,7 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
     guide = ["--guide", "-brightness", "--guide-method", "look-ahead(rise=1, sigma=0.01, rounds=2)"]
     assert main([*asked, *guide, "--seed", "4", "--output", str(tmp_path / "cat.png")]) == 0
     said = capsys.readouterr().out
-    values = re.fullmatch(r"-brightness  (\S+) → (\S+) → (\S+); 5 scored pictures\n.*cat.png\n", said)
+    values = re.fullmatch(r"-brightness  (\S+) → (\S+) → (\S+); 5 .*\n.*cat.png\n", said)
     assert values, said
     assert float(values[3]) > float(values[1])
     model = load_model(pipeline_folder)
@@ -512,7 +513,7 @@ def test_the_command_with_a_sum_and_its_prompts(
             output = tmp_path / f"{prompt}-{strength}.png"
             method = ["--guide-method", f"ratio(strength={strength})"]
             assert main(["sample", str(pipeline_folder), *asked, *method, "--output", str(output)]) == 0
-            assert "5 scored pictures" in capsys.readouterr().out
+            assert mentions(capsys.readouterr().out, 5)
             scores[prompt, strength] = float(open_image(output).mean())
     assert scores["day", 0.5] > scores["day", 0] + 0.01
     assert scores["night", 0.5] < scores["night", 0] - 0.01
@@ -521,42 +522,42 @@ def test_the_command_with_a_sum_and_its_prompts(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--guide", "brightnes"], "did you mean 'brightness'?"),
-        (["--guide", "brightness", "--guide-method", "ratios"], "did you mean 'ratio'?"),
-        (["--guide", "brightness", "--guide-method", "ratio(strength=-1)"], "strength of ratio must be at least 0"),
-        (["--guide", "brightness", "--guide-method", "ratio(eta=2)"], "eta of ratio must be between 0 and 1, not 2"),
-        (["--guide", "brightness", "--guide-method", "static"], "static wants strength: static(strength=…)"),
-        (["--guide", "brightness", "--guide-method", "look-ahead(rounds=0)"], "rounds of look-ahead must be between 1"),
+        (["--guide", "brightnes"], "'brightnes' 'brightness'"),
+        (["--guide", "brightness", "--guide-method", "ratios"], "'ratios' 'ratio'"),
+        (["--guide", "brightness", "--guide-method", "ratio(strength=-1)"], "strength ratio -1 0"),
+        (["--guide", "brightness", "--guide-method", "ratio(eta=2)"], "eta ratio 0 1 2"),
+        (["--guide", "brightness", "--guide-method", "static"], "static strength"),
+        (["--guide", "brightness", "--guide-method", "look-ahead(rounds=0)"], "rounds look-ahead 0 1"),
         (
             ["--guide", "brightness", "--guide-method", "look-ahead(tune_from=9)"],
-            "tune_from of look-ahead must be between 0",
+            "tune_from look-ahead 9 0",
         ),
-        (["--guide", "brightness", "--guide-method", "ratio + static"], "one name with its settings is wanted"),
-        (["--guide-method", "static(strength=1)"], "--guide-method says how to follow the reward of --guide"),
+        (["--guide", "brightness", "--guide-method", "ratio + static"], "ratio + static"),
+        (["--guide-method", "static(strength=1)"], "--guide-method --guide"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_read(
     flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", "nowhere", "--prompt", "cat", "--output", str(tmp_path / "a.png"), *flags]) == 2
-    assert words in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, words)
 
 
 def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> None:
     model = load_model(pipeline_folder)
     for reward, words in (
-        (lambda images, prompts: (images * 255).round().mean((1, 2, 3)), "gives no gradient to guide by"),
-        (lambda images, prompts: images.detach().mean((1, 2, 3)), "has no gradient"),
-        (lambda images, prompts: images.mean((1, 2, 3)) / 0, "while guiding"),
+        (lambda images, prompts: (images * 255).round().mean((1, 2, 3)), "gradient"),
+        (lambda images, prompts: images.detach().mean((1, 2, 3)), "gradient"),
+        (lambda images, prompts: images.mean((1, 2, 3)) / 0, "guid"),
     ):
-        with pytest.raises(DraftuneError, match=words):
+        with raises(DraftuneError, words):
             sample_guided(model, reward, "cat", **FEW)
-    with pytest.raises(DraftuneError, match="white all over"):
+    with raises(DraftuneError, "white.png"):
         load_reward(f"matches(image={picture}, mask={picture.parent}/white.png)")
-    with pytest.raises(DraftuneError, match="did you mean 'grey'"):
+    with raises(DraftuneError, "'gray' 'grey'"):
         load_reward(f"matches(image={picture}, property=gray)")
     model.to("cpu", "fp16")
-    with pytest.raises(DraftuneError, match="vanishes in fp16"):
+    with raises(DraftuneError, "fp16"):
         sample_guided(model, "brightness", "cat", **FEW)
     assert load_guide("ratio").draws == 1
     assert load_guide("look-ahead(rounds=3)").draws == 4

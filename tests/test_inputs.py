@@ -32,6 +32,7 @@ from draftune.rewards.base import check_prompts
 from draftune.rewards.black_box import BlackBox
 from draftune.utils.images import open_image
 from draftune.utils.paths import folder_output, image_output
+from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
 
 LONG = "a photo of a cat"  # sixteen tokens of the small tokenizer, with its two special ones, of which twelve are read
@@ -180,7 +181,7 @@ def test_an_empty_prompt_is_refused_before_anything_is_sampled(
         assert "'clip'" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
     assert main(["sample", str(pipeline_folder), *drawing]) == 0  # the model can draw nothing in particular
-    with pytest.raises(DraftuneError, match="'clip'"):
+    with raises(DraftuneError, "'clip'"):
         load_reward(clip)(torch.rand(2, 3, 32, 32), ["a cat", ""])
     mine = load_reward(lambda images, prompts: images.mean((1, 2, 3)))
     check_prompts(mine, [""])
@@ -231,7 +232,7 @@ def test_what_text_encoders_read_is_what_they_are_said_to_read(tmp_path: Path) -
 
 def said(capsys: pytest.CaptureFixture[str], what: str) -> list[str]:
     lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
-    return [line for line in lines if what in line]
+    return [line for line in lines if mentions(line, what)]
 
 
 def test_what_is_cut_off_is_said_once(
@@ -263,15 +264,15 @@ def test_what_is_cut_off_is_said_once(
     for command, wanted in commands:
         capsys.readouterr()
         assert main(command) == 0, command
-        lines = said(capsys, "longer than the 12 tokens")
+        lines = said(capsys, "12 tokens")
         assert len(lines) == len(wanted), (command, lines)
         assert all(start in line for start, line in zip(wanted, lines, strict=True)), lines
         if "sample" not in command:
-            assert "the reward 'clip'" in lines[-1]
+            assert mentions(lines[-1], "reward 'clip'")
         if "score" not in command:
             assert "text_encoder" in lines[0]
     assert main(["score", str(tmp_path / "a.png"), "--reward", clip, "--prompt", "a cat"]) == 0
-    assert not said(capsys, "longer than")
+    assert not said(capsys, "12 tokens")
 
 
 def test_images_that_are_found_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,7 +315,7 @@ def test_a_prompt_for_each_image_from_every_kind_of_table(tmp_path: Path) -> Non
         assert isinstance(prompts[0], Prompt)
     for rows in ("a.png,a cat,1\na.png,a dog,1\n", "a.png,a cat,1\na.png,a cat,2\n"):
         (tmp_path / "t.csv").write_text(f"image,prompt,target\n{rows}")
-        with pytest.raises(DraftuneError, match=r"two prompts for 'a\.png'"):
+        with raises(DraftuneError, "prompt a.png"):
             prompts_of([tmp_path / "a.png"], str(tmp_path / "t.csv"))
 
 
@@ -339,10 +340,10 @@ def test_an_output_is_a_file_by_its_ending_alone(tmp_path: Path, monkeypatch: py
         assert folder_output(text, "--output") == Path(text), text
     for text in ("x.png", "sd1.5/x.PNG", "old.png", "a.b.png"):
         assert image_output(text) == (Path(text), True), text
-        with pytest.raises(DraftuneError, match="--pictures takes a folder"):
+        with raises(DraftuneError, "--pictures folder"):
             folder_output(text, "--pictures")
     for text in ("x.jpg", "x.JPEG", "x.webp", "x.heic", "sd1.5/x.tif", "file", "file/", "old.png/"):
-        with pytest.raises(DraftuneError, match="--output takes a"):
+        with raises(DraftuneError, "--output", text):
             image_output(text)
 
 
@@ -394,9 +395,9 @@ class Loaded(Reward):
 
 def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder: Path) -> None:
     asked: dict[str, Any] = {"model": str(pipeline_folder), "guidance_bounds": (1.0, 9.0), "num_inference_steps": 1}
-    with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
+    with raises(DraftuneError, "class 'a dog'"):
         tune_knobs([], Loaded(), ["a cat", "a dog"], **asked)
-    with pytest.raises(DraftuneError, match=r"no class \['a dog'\]"):
+    with raises(DraftuneError, "class 'a dog'"):
         check_prompts(
             (0.5 * load_reward("brightness") + BlackBox(load_reward(Loaded()), coordinates=4)).ready(), ["a dog"]
         )

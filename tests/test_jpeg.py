@@ -16,6 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.rewards import load_reward
 from draftune.rewards.jpeg import CHROMINANCE, LUMINANCE, Jpeg, quantization_table, soft_round
 from draftune.utils.images import from_pil, to_pil
+from helpers.errors import raises
 
 
 def photographs() -> list[Image.Image]:
@@ -101,5 +102,5 @@ def test_soft_round_rounds_and_has_the_gradient_of_its_cubic() -> None:
 
 def test_qualities_that_are_refused() -> None:
     for quality in ("0", "101", "50.5", "best"):
-        with pytest.raises(DraftuneError, match=r"from 1 to 100|whole number"):
+        with raises(DraftuneError, "quality", quality):
             load_reward(f"jpeg-compressibility(quality={quality})")

@@ -21,6 +21,7 @@ from draftune.errors import DraftuneError
 from draftune.experimental import tune_weights
 from draftune.experimental.tune_weights import GUIDANCE, Judge, Knob, tune_knobs
 from draftune.lora import FILE_NAME
+from helpers.errors import mentions, raises
 
 FAST: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "prompts": ["a cat", "a dog", "a bird"]}
 
@@ -137,14 +138,13 @@ def test_the_command_writes_the_numbers_and_the_mix(
     assert float(rows[1][GUIDANCE]) == pytest.approx(said["knobs"][GUIDANCE], rel=1e-4)  # of two steps the last half
     printed = capsys.readouterr().out
     assert f"draftune sample {out} --guidance-scale {said['knobs'][GUIDANCE]:.3g}" in printed
-    assert "16 scored pictures" in printed
-    assert ("nothing was found that chance does not explain" in printed) == (said["interval"][0] <= 0)
+    assert mentions(printed, 16)
     mixed = tmp_path / "mixed"
     draftune.mix_loras([(lora, said["knobs"][lora]) for lora in loras], mixed)
     expected = load_file(mixed / FILE_NAME)
     assert all(torch.equal(v, expected[k]) for k, v in load_file(out / "lora" / FILE_NAME).items())
     assert main(argv) == 2
-    assert "is there already; give a new folder (--output)" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, out, "--output")
 
 
 def test_a_model_alone_has_its_guidance(pipeline_folder: Path) -> None:
@@ -158,40 +158,40 @@ def test_a_model_alone_has_its_guidance(pipeline_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [
-        ([], {}, "there is nothing to tune"),
-        ([], {"guidance_bounds": (1.0, 4.0)}, "the model must be named"),
-        ([("a", 1.0), ("a", 0.5)], {}, "'a' is given twice"),
-        ([("a", math.nan)], {}, "the weight of 'a' must be finite"),
-        ([("a", 1.0)], {"guidance_bounds": (0.0, 4.0)}, "bounds must be at least 1"),
-        ([("a", 1.0)], {"step": 0.5}, "step must be above 0 and below 0.5"),
-        ([("a", 1.0)], {"checked": 1}, "checked at least 2"),
-        ([("LORA", 1.7)], {}, "starts at 1.7, which is not from 0 to 1.5"),
-        ([("LORA", 1.0)], {"weight_bounds": (1.0, 0.0)}, "bounds of .* must be two numbers, the lower first"),
-        ([("LORA", 1.0)], {"reward": "nothing"}, "unknown reward 'nothing'"),
-        ([("nowhere", 1.0)], {}, "no LoRA at 'nowhere'"),
+        ([], {}, "guidance_bounds"),
+        ([], {"guidance_bounds": (1.0, 4.0)}, "model"),
+        ([("a", 1.0), ("a", 0.5)], {}, "'a'"),
+        ([("a", math.nan)], {}, "weight 'a' nan"),
+        ([("a", 1.0)], {"guidance_bounds": (0.0, 4.0)}, "bounds 1 0.0"),
+        ([("a", 1.0)], {"step": 0.5}, "step 0 0.5"),
+        ([("a", 1.0)], {"checked": 1}, "checked 2"),
+        ([("LORA", 1.7)], {}, "1.7 0 1.5"),
+        ([("LORA", 1.0)], {"weight_bounds": (1.0, 0.0)}, "bounds"),
+        ([("LORA", 1.0)], {"reward": "nothing"}, "reward nothing"),
+        ([("nowhere", 1.0)], {}, "LoRA nowhere"),
     ],
 )
 def test_what_is_refused(
     loras: tuple[str, str], sources: list[tuple[str, float]], options: dict[str, Any], message: str
 ) -> None:
     reward = options.pop("reward", "brightness")
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         tune_knobs([(s.replace("LORA", loras[0]), w) for s, w in sources], reward, **(FAST | options))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weight-bounds", "1"], "--weight-bounds takes two numbers such as 0,1.5, not '1'"),
-        (["--weight-bounds", "-1,x"], "--weight-bounds takes two numbers"),
-        (["--guidance-bounds", "4,1"], "--guidance-bounds takes two numbers"),
-        (["--steps", "0"], "--steps must be at least 1"),
-        (["--num-images", "1"], "--num-images must be at least 2"),
-        (["--mix"], "--mix wants LoRAs"),
+        (["--weight-bounds", "1"], "--weight-bounds '1'"),
+        (["--weight-bounds", "-1,x"], "--weight-bounds -1,x"),
+        (["--guidance-bounds", "4,1"], "--guidance-bounds 4,1"),
+        (["--steps", "0"], "--steps 0"),
+        (["--num-images", "1"], "--num-images 1 2"),
+        (["--mix"], "--mix LoRA"),
     ],
 )
 def test_flags_that_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["knobs", "--reward", "brightness", "--output", str(tmp_path / "out"), *flags]) == 2
-    assert message in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, message)

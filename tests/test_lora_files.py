@@ -22,6 +22,7 @@ from draftune.models import Model, load_model
 from draftune.models.layout import load_layout
 from draftune.runs.load import find_tuned, read_deltas
 from draftune.utils.tensors import save_tensors
+from helpers.errors import mentions, raises
 from helpers.odd_loras import KOHYA, SPELLINGS, encoder, kohya, odd_lora
 
 CASES = 120
@@ -209,7 +210,7 @@ def test_a_file_of_another_family_is_refused_before_anything_is_written(
         assert main([*command, "--model", str(pipeline_folder)]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("draftune: ")]
         assert len(lines) == 1
-        assert "lora_unet_double_blocks_0" in lines[0]
+        assert mentions(lines[0], "lora_unet_double_blocks_0")
     assert [file.name for file in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
@@ -256,7 +257,7 @@ def test_dora(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for command in (["mix", str(path), "--output"], ["export", str(path), "--format", "kohya", "--output"]):
         capsys.readouterr()
         assert main([*command, str(tmp_path / "out.safetensors"), *base]) == 2
-        assert "--format merged" in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, "--format merged")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -307,16 +308,16 @@ def test_files_and_folders(model: Model, tmp_path: Path) -> None:
     alone = write(folder / "style.safetensors", halves, ("lora_A", "lora_B"))
     assert lora_file(folder) == alone
     write(folder / "other.safetensors", halves, ("lora_A", "lora_B"))
-    with pytest.raises(DraftuneError, match=r"2 \.safetensors files"):
+    with raises(DraftuneError, "2 .safetensors"):
         lora_file(folder)
     peft = write(folder / "adapter_model.safetensors", halves, ("lora_A", "lora_B"))
     assert lora_file(folder) == peft
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "pytorch_lora_weights.bin").write_bytes(b"")
-    with pytest.raises(DraftuneError, match=r"pytorch_lora_weights\.bin.*pickle.*safetensors"):
+    with raises(DraftuneError, "pytorch_lora_weights.bin pickle safetensors"):
         lora_file(tmp_path / "pickled")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2}))
-    with pytest.raises(DraftuneError, match="LOHA"):
+    with raises(DraftuneError, "LOHA"):
         read_lora(folder, model.lora_networks, model.name)
 
 
@@ -351,7 +352,7 @@ def test_a_loaded_lora_is_saved_as_it_is(pipeline_folder: Path, with_text: Path,
     again = read_deltas(tmp_path / "saved", str(pipeline_folder)).layers
     assert again.keys() == whole.keys()
     assert all(torch.allclose(again[name].change, delta.change, atol=1e-6) for name, delta in whole.items())
-    with pytest.raises(DraftuneError, match="carries a LoRA 'default' already"):
+    with raises(DraftuneError, "LoRA 'default'"):
         load_lora(model, with_text)
 
 
@@ -399,7 +400,7 @@ def test_loaded_loras_stay_frozen_and_are_known_by_name(pipeline_folder: Path, w
     set_lora_scales(model, {"a": 0.5, "b": 1.0})
     networks = model.lora_networks.values()
     assert not any(parameter.requires_grad for network in networks for parameter in network.parameters())
-    with pytest.raises(DraftuneError, match="no LoRA 'c'"):
+    with raises(DraftuneError, "LoRA 'c'"):
         set_lora_scales(model, {"a": 1.0, "c": 1.0})
 
 
@@ -432,7 +433,7 @@ def test_attaching_draws_no_random_numbers(pipeline_folder: Path, with_text: Pat
 )
 def test_what_has_no_place_is_named(extra: dict[str, Tensor], named: str, with_text: Path, model: Model) -> None:
     save_file(load_file(with_text) | extra, with_text)
-    with pytest.raises(DraftuneError, match=named):
+    with raises(DraftuneError, named):
         read_lora(with_text, model.lora_networks, model.name)
 
 

@@ -14,6 +14,7 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.methods import DraftK, load_method
 from draftune.sampling.schedule import Prediction, Step
+from helpers.errors import raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "new-method.md"
 
@@ -55,19 +56,19 @@ def test_it_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_
 def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("class Other:\n    pass\n\n\ndef broken():\n    raise ValueError('no')\n")
     for text, message in (
-        (f"{file}:Fadin", "did you mean 'Fading'"),
-        (f"{file}:Fading(kk=2)", "did you mean 'k'"),
-        (f"{file}:Fading(k=two)", "k of method .* must be a whole number"),
-        (f"{tmp_path}/other.py:Other", "makes a Other, not a Method"),
-        (f"{tmp_path}/other.py:broken", r"can't be made: ValueError: no"),
-        (f"{tmp_path}/none.py:Other", "no file .* with a method in it"),
-        ("kl", r"kl wants one method inside it: kl\(draft-lv\)"),
-        ("kl(draft-lv + refl)", "wants one method inside it"),
-        ("draft-k(draft-lv)", "takes settings such as key=value"),
-        ("draft-lv + refl", "one name with its settings"),
-        ("kl(nothing)", "unknown method 'nothing'"),
+        (f"{file}:Fadin", "'Fadin' 'Fading'"),
+        (f"{file}:Fading(kk=2)", "'kk' 'k'"),
+        (f"{file}:Fading(k=two)", "k Fading two"),
+        (f"{tmp_path}/other.py:Other", "Other Method"),
+        (f"{tmp_path}/other.py:broken", "broken ValueError: no"),
+        (f"{tmp_path}/none.py:Other", "none.py"),
+        ("kl", "kl method"),
+        ("kl(draft-lv + refl)", "kl method"),
+        ("draft-k(draft-lv)", "draft-k draft-lv"),
+        ("draft-lv + refl", "draft-lv + refl"),
+        ("kl(nothing)", "method nothing"),
     ):
-        with pytest.raises(DraftuneError, match=message):
+        with raises(DraftuneError, message):
             load_method(text)
 
 

@@ -16,6 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.registry.custom import run_file
 from draftune.rewards import REWARDS, find_reward, load_reward
 from draftune.training.checks import probe_reward
+from helpers.errors import mentions, raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "new-reward.md"
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -51,20 +52,20 @@ def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
 
 def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
     run_file(file, "reward")
-    with pytest.raises(DraftuneError, match=r"nowhere.safetensors.*weights="):
+    with raises(DraftuneError, "nowhere.safetensors weights="):
         find_reward("mean-color(weights=nowhere.safetensors)")
-    with pytest.raises(DraftuneError, match="weights"):
+    with raises(DraftuneError, "weights"):
         find_reward("mean-color")
     save_file({"weight": WEIGHT}, file.with_name("half.safetensors"))
     found = find_reward(f"mean-color(weights={file.with_name('half.safetensors')})")
-    with pytest.raises(DraftuneError, match="bias"):
+    with raises(DraftuneError, "bias"):
         found.ready()
 
 
 def test_it_is_listed_with_its_docstring(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file(file, "reward")
     assert main(["list", "mean-color"]) == 0
-    assert "Over-optimised: one plain colour." in capsys.readouterr().out
+    assert mentions(capsys.readouterr().out, "over-optimi")
 
 
 def test_every_module_that_registers_rewards_is_imported() -> None:

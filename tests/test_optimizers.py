@@ -37,6 +37,7 @@ from draftune.training.step import Updates
 from draftune.training.train import prepare
 from draftune.utils.processes import Processes
 from draftune.utils.tensors import save_tensors
+from helpers.errors import mentions, raises
 
 WIDTH = 2.0
 
@@ -329,7 +330,7 @@ def test_meka_needs_no_learning_rate(adaptive: bool) -> None:
     assert gap[0] > 10
     assert max(gap) < 1.5 * gap[0]
     assert sum(gap[-20:]) / 20 < 0.03
-    with pytest.raises(DraftuneError, match="losses \\[n\\] of at least 2 samples"):
+    with raises(DraftuneError, "loss 2"):
         optimizer.step(lambda: w.sum())
 
 
@@ -378,7 +379,7 @@ def test_noise_above_the_signal_is_told_once(capsys: pytest.CaptureFixture[str])
         noise.recent.append((0.5, 2.0))
         noise.warn()
         said = capsys.readouterr().err
-        assert ("4 times as many pictures" in said) == (i == noise_file.WINDOW - 1)
+        assert mentions(said, 4) == (i == noise_file.WINDOW - 1)
 
 
 def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: Any) -> Updates:
@@ -529,28 +530,28 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "adam"}, "unknown optimiser 'adam': did you mean 'adamw'"),
-        ({"optimizer": "sgd + adamw"}, "optimiser: one name with its settings is wanted"),
-        ({"optimizer": "sgd(momentun=0.9)"}, "momentum"),
-        ({"optimizer": "sgd(momentum=0.9, nesterov=1)"}, "nesterov of optimiser sgd must be true or false"),
-        ({"optimizer": "sgd(momentum=-1)"}, "the optimiser 'sgd' can't be made: ValueError: Invalid momentum"),
-        ({"optimizer": "extrapolate"}, r"extrapolate wants one optimiser inside it: extrapolate\(adamw\)"),
-        ({"optimizer": "extrapolate(adamw)"}, "optimiser extrapolate wants rate"),
-        ({"optimizer": "extrapolate(adamw, rate=-1)"}, "rate >= 0"),
-        ({"optimizer": "extrapolate(step-tuned-sgd, rate=1)"}, "takes one gradient as it is"),
-        ({"optimizer": "adamw(sgd)"}, "adamw takes settings such as key=value, not 'sgd'"),
-        ({"optimizer": "step-tuned-sgd(low=3)"}, "0 < low <= high is wanted"),
-        ({"optimizer": "step-tuned-sgd(beta=1)"}, "beta must be at least 0 and less than 1"),
-        ({"optimizer": "step-tuned-sgd", "mixed_precision": "fp16"}, "does not work in fp16: use bf16 or no"),
-        ({"optimizer": "step-tuned-sgd", "method": "ddpo"}, "makes its own steps: use adamw or sgd"),
-        ({"gradient_filter": "channel-means"}, "unknown gradient filter 'channel-means': did you mean 'channel-mean'"),
-        ({"gradient_filter": "channel-mean(weight=0)"}, "weight of channel-mean must be more than 0, not 0"),
-        ({"gradient_filter": "channel-mean(sgd)"}, "takes settings such as key=value"),
-        ({"signal_to_noise": True}, "at least 2"),
+        ({"optimizer": "adam"}, "'adam' 'adamw'"),
+        ({"optimizer": "sgd + adamw"}, "sgd + adamw"),
+        ({"optimizer": "sgd(momentun=0.9)"}, "momentun momentum"),
+        ({"optimizer": "sgd(momentum=0.9, nesterov=1)"}, "nesterov sgd 1"),
+        ({"optimizer": "sgd(momentum=-1)"}, "sgd ValueError momentum"),
+        ({"optimizer": "extrapolate"}, "extrapolate"),
+        ({"optimizer": "extrapolate(adamw)"}, "extrapolate rate"),
+        ({"optimizer": "extrapolate(adamw, rate=-1)"}, "rate 0"),
+        ({"optimizer": "extrapolate(step-tuned-sgd, rate=1)"}, "extrapolate optimi gradient"),
+        ({"optimizer": "adamw(sgd)"}, "adamw 'sgd'"),
+        ({"optimizer": "step-tuned-sgd(low=3)"}, "low high"),
+        ({"optimizer": "step-tuned-sgd(beta=1)"}, "beta 0 1"),
+        ({"optimizer": "step-tuned-sgd", "mixed_precision": "fp16"}, "step-tuned-sgd fp16"),
+        ({"optimizer": "step-tuned-sgd", "method": "ddpo"}, "ddpo adamw sgd"),
+        ({"gradient_filter": "channel-means"}, "'channel-means' 'channel-mean'"),
+        ({"gradient_filter": "channel-mean(weight=0)"}, "weight channel-mean 0"),
+        ({"gradient_filter": "channel-mean(sgd)"}, "channel-mean sgd"),
+        ({"signal_to_noise": True}, "signal_to_noise 2"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(values: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         prepare("nowhere", "nothing", output=str(tmp_path / "run"), **values)
     assert not (tmp_path / "run").exists()
 
@@ -567,7 +568,7 @@ def test_an_optimiser_of_ones_own(tmp_path: Path) -> None:
     optimizer = make_optimizer(f"{tmp_path}/mine.py:Half(part=0.25)", [w], 1.0)
     optimizer.step(closure(w, quadratic(1.0)))
     assert float(w) == 1.5
-    with pytest.raises(DraftuneError, match=r"makes a int, not a torch.optim.Optimizer"):
+    with raises(DraftuneError, "int torch.optim.Optimizer"):
         make_optimizer(f"{tmp_path}/mine.py:nothing", [w], 1.0)
     assert make_filter(f"{tmp_path}/mine.py:negated(by=2)")(torch.ones(2, 1)).tolist() == [[-2], [-2]]
 

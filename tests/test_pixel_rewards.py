@@ -17,6 +17,7 @@ from draftune.evaluation.metrics import normalized
 from draftune.rewards import Reward, load_reward
 from draftune.utils.images import from_pil
 from draftune.utils.memory import PeakMemory
+from helpers.errors import raises
 
 CAT = Image.fromarray(skimage.data.cat()).resize((48, 48))
 
@@ -47,7 +48,7 @@ def test_rotation_is_the_correlation_with_the_turned_copy() -> None:
             assert score(f"rotation(angle={angle})", picture)[0] == pytest.approx(wanted, abs=1e-5)
     ramp = Image.fromarray(np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8))
     assert score("rotation", ramp)[0] == pytest.approx(-1, abs=1e-3)
-    with pytest.raises(DraftuneError, match="90, 180 or 270"):
+    with raises(DraftuneError, "90 180 270 45"):
         load_reward("rotation(angle=45)")
 
 
@@ -70,9 +71,9 @@ def test_color_is_the_distance_to_it() -> None:
     orange = Image.new("RGB", (4, 4), "orange")
     assert score("color(target=orange)", orange)[0] == pytest.approx(0, abs=1e-12)
     assert score("color(target='#000000')", Image.new("RGB", (4, 4), "white"))[0] == pytest.approx(-1)
-    with pytest.raises(DraftuneError, match="unknown colour 'oranje'"):
+    with raises(DraftuneError, "oranje"):
         load_reward("color(target=oranje)")
-    with pytest.raises(DraftuneError, match="color wants target"):
+    with raises(DraftuneError, "color target"):
         load_reward("color")
 
 
@@ -86,7 +87,7 @@ def test_reference_by_pixels_and_by_clip(tmp_path: Path) -> None:
     by_clip = score(f"reference(image={tmp_path / 'cat.png'}, model=emoji-clip)", CAT, coffee)
     assert by_clip[0] == pytest.approx(1, abs=1e-5)
     assert by_clip[1] < 0.99
-    with pytest.raises(DraftuneError, match="cannot read the picture"):
+    with raises(DraftuneError, "nowhere.png"):
         load_reward("reference(image=nowhere.png)")
 
 
@@ -124,15 +125,15 @@ def test_robust_scores_the_locally_worst_picture() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("robust", "robust wants a reward inside it"),
-        ("robust(rho=1)", "robust wants a reward inside it"),
-        ("robust(brightness, rho=0)", "rho of reward robust must be above 0"),
-        ("robust(britness)", "did you mean 'brightness'"),
-        ("brightness(saturation)", "brightness takes settings such as key=value, not 'saturation'"),
+        ("robust", "robust reward"),
+        ("robust(rho=1)", "robust reward"),
+        ("robust(brightness, rho=0)", "rho robust 0"),
+        ("robust(britness)", "'britness' 'brightness'"),
+        ("brightness(saturation)", "brightness saturation"),
     ],
 )
 def test_wrappers_that_are_refused(text: str, message: str) -> None:
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         load_reward(text)
 
 
@@ -186,5 +187,5 @@ def test_normalised_parts_have_spread_one() -> None:
     assert torch.allclose(even(images, [""] * 12), wanted, rtol=1e-4)
     again = load_reward(even.expression)
     assert torch.allclose(again(images, [""] * 12), wanted, rtol=1e-4)
-    with pytest.raises(DraftuneError, match="'color' is the same for 3 pictures"):
+    with raises(DraftuneError, "color 3"):
         normalized(load_reward("color(target=red)"), torch.zeros(3, 3, 4, 4), [""] * 3)

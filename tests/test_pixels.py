@@ -33,6 +33,7 @@ from draftune.runs.export import export_lora
 from draftune.runs.merge import mix_loras
 from draftune.sampling.sampler import rollout
 from draftune.sampling.schedule import Clip, Prediction, Schedule, Step, ddim_schedule
+from helpers.errors import raises
 from helpers.model_checks import STEPS, check_pictures, check_training, drawn
 from helpers.pipelines import add_random_lora
 from helpers.published_weights import randomise
@@ -179,7 +180,7 @@ def test_a_lora_is_trained_saved_and_loaded(folder: Path, tmp_path: Path) -> Non
 def test_dynamic_thresholding_is_refused_where_its_gradient_is_not_known(tmp_path: Path) -> None:
     model = load_model(build(tmp_path / "model", grid={"thresholding": True}))
     for method in ("drtune(k=1, m=1)", "leapalign"):
-        with pytest.raises(DraftuneError, match="dynamic thresholding"):
+        with raises(DraftuneError, "thresholding"):
             load_method(method).check(model.schedule(STEPS))
     load_method("draft").check(model.schedule(STEPS))
 
@@ -204,7 +205,7 @@ def test_loras_are_mixed_scaled_and_exported(folder: Path, tmp_path: Path) -> No
     picture = merged(generator=generator, num_inference_steps=STEPS, output_type="np").images
     assert (torch.from_numpy(picture).movedim(3, 1) - tuned).abs().max() <= 1e-3
     assert (drawn(load_model(tmp_path / "merged"), "", 0, 1.0) - tuned).abs().max() <= 1e-4
-    with pytest.raises(DraftuneError, match="kohya"):
+    with raises(DraftuneError, "kohya"):
         export_lora(tmp_path / "lora", tmp_path / "lora.safetensors", "kohya")
 
 
@@ -242,7 +243,7 @@ def test_the_layout_of_the_first_published_pipelines(folder: Path, tmp_path: Pat
     assert torch.equal(drawn(load_model(old), "", 0, 1.0), drawn(load_model(folder), "", 0, 1.0))
     del tensors["conv_in.bias"]
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(DraftuneError, match=r"lack 1 tensors, such as conv_in\.bias"):
+    with raises(DraftuneError, "1 conv_in.bias"):
         load_model(old)
 
 
@@ -256,26 +257,26 @@ def test_grey_pictures_and_other_sizes(tmp_path: Path) -> None:
     grey.set_size(12, None)
     assert drawn(grey, "", 0, 1.0).shape == (1, 3, 12, 16)
     for wrong in (7, 0):
-        with pytest.raises(DraftuneError, match="width must be a multiple of 2 for this model"):
+        with raises(DraftuneError, "width 2", wrong):
             grey.set_size(None, wrong)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_class_embeds": 5}, r"unet\.num_class_embeds is 5"),
-        ({"out_channels": 6}, r"unet\.out_channels is 6, not 3"),
-        ({"in_channels": 4, "out_channels": 4}, r"unet\.in_channels is 4, not 1 or 3"),
-        ({"sample_size": None}, r"unet\.sample_size is None"),
+        ({"num_class_embeds": 5}, "unet.num_class_embeds 5"),
+        ({"out_channels": 6}, "unet.out_channels 6 3"),
+        ({"in_channels": 4, "out_channels": 4}, "unet.in_channels 4 1 3"),
+        ({"sample_size": None}, "unet.sample_size None"),
     ],
 )
 def test_what_can_not_be_drawn_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(DraftuneError, match=said):
+    with raises(DraftuneError, said):
         load_model(build(tmp_path / "model", **options))
 
 
 def test_no_steps_at_zero_signal(tmp_path: Path) -> None:
     build(tmp_path / "model", grid={"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
     assert json.loads((tmp_path / "model/scheduler/scheduler_config.json").read_text())["rescale_betas_zero_snr"]
-    with pytest.raises(DraftuneError, match="zero signal-to-noise"):
+    with raises(DraftuneError, "signal-to-noise"):
         load_model(tmp_path / "model").schedule(STEPS)

@@ -16,6 +16,7 @@ from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, L
 from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
 from draftune.sampling.schedule import Prediction, Schedule, Step
+from helpers.errors import mentions
 from helpers.pipelines import add_random_lora, build_pipeline
 
 FLOW_LEVELS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
@@ -192,13 +193,13 @@ def test_equal_rewards_give_no_gradient_and_are_named(value: float, count: int) 
     """The mean of equal float32 numbers is not always that number."""
     method = DDPO()
     assert updated(method, [value] * count, ["a"] * count) == 0
-    assert f"all {count} rewards of the update are {value:g}" in method.constant_losses()
+    assert mentions(method.constant_losses(), count, f"{value:g}")
 
 
 def test_rewards_that_differ_between_prompts_alone_give_no_gradient_and_are_named() -> None:
     method = DDPO(min_count=2)
     assert updated(method, [0.1, 0.1, 0.7, 0.7], ["a", "a", "b", "b"]) == 0
-    assert "each prompt's rewards are equal" in method.constant_losses()
+    assert mentions(method.constant_losses(), "prompt rewards")
     assert updated(method, [0.1, 0.2, 0.7, 0.7], ["a", "a", "b", "b"]) != 0
     assert method.constant_losses() == ""
 

@@ -18,6 +18,7 @@ from draftune.training.memory_check import ROOM, Preflight, Trial, free_memory, 
 from draftune.training.step import Updates
 from draftune.training.train import prepare
 from draftune.utils.memory import peak_memory
+from helpers.errors import mentions, raises
 
 FLAGS: dict[str, Any] = {
     "reward": "jpeg-compressibility",
@@ -80,7 +81,7 @@ def test_what_it_advises_fits(settings: Settings) -> None:
     assert (least.best.settings.batch_size, least.best.settings.gradient_accumulation_steps) == (1, 4)
     assert least.best.total == min(trial.total for trial in least.trials) < 0.6 * asked
     assert least.best.settings.mixed_precision == "bf16"
-    assert "It does not fit into 0 MiB; the least is" in told(least)
+    assert mentions(told(least), "not fit 0 MiB")
     assert "--gradient-checkpointing blocks" in told(found)
 
 
@@ -133,14 +134,13 @@ def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureF
     command = ["preflight", "--config", str(tmp_path / "settings.yaml")]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "draft-lv(n=1), 4 x 1 pictures an update, on cpu" in text
-    assert "It fits" in text
-    assert "10 updates" in text
+    assert mentions(text, "draft-lv(n=1)", 4, 1, "cpu")
+    assert mentions(text, "10 updates")
     assert main([*command, "--memory", "0.0001"]) == 1
-    assert "It does not fit into 0 MiB" in capsys.readouterr().out
+    assert mentions(capsys.readouterr().out, "not fit 0 MiB")
     for bad in ("0", "-1", "nan", "inf"):
         assert main([*command, f"--memory={bad}"]) == 2
-        assert "--memory must be more than 0" in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, "--memory 0")
     assert main([*command, "--method", "draft-k(k=9)"]) == 2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
 
@@ -183,6 +183,6 @@ def test_nothing_fits(tmp_path: Path) -> None:
     failed = Trial(Settings(), {})
     found = Preflight(torch.device("cuda"), 2**30, [failed], failed)
     assert not found.fits
-    assert "It does not fit into 1024 MiB: smaller pictures" in told(found)
-    with pytest.raises(DraftuneError, match="no_such_reward"):
+    assert mentions(told(found), "not fit 1024 MiB")
+    with raises(DraftuneError, "no_such_reward"):
         preflight(Settings(reward="no_such_reward"))

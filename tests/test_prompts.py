@@ -8,6 +8,7 @@ import pytest
 
 from draftune.errors import DraftuneError
 from draftune.prompts import load_prompts, metadata
+from helpers.errors import raises
 
 
 def test_sets() -> None:
@@ -28,7 +29,7 @@ def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:
 def test_empty_and_binary_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    with pytest.raises(DraftuneError, match=r"empty|text file|binary"):
+    with raises(DraftuneError, "prompts.txt"):
         load_prompts(str(path))
 
 
@@ -36,17 +37,17 @@ def test_empty_and_binary_files_are_refused(tmp_path: Path, content: bytes) -> N
 def test_of_another_encoding_utf_8_is_wanted(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"prompts{ending}"
     path.write_bytes("prompt\ncafé\n".encode("latin-1"))
-    with pytest.raises(DraftuneError, match="UTF-8") as caught:
+    with raises(DraftuneError, "UTF-8") as caught:
         load_prompts(str(path))
     assert "line" not in str(caught.value)
 
 
 def test_what_is_not_there_is_refused() -> None:
-    with pytest.raises(DraftuneError, match="did you mean 'animals'"):
+    with raises(DraftuneError, "'animal' 'animals'"):
         load_prompts("animal")
-    with pytest.raises(DraftuneError, match="no prompt file"):
+    with raises(DraftuneError, "prompts/missing.txt"):
         load_prompts("prompts/missing.txt")
-    with pytest.raises(DraftuneError, match="empty"):
+    with raises(DraftuneError, "empty"):
         load_prompts([])
 
 
@@ -83,7 +84,7 @@ def test_the_column_of_the_prompt_may_be_in_capitals(tmp_path: Path, name: str, 
 def test_a_list_that_is_told_its_ending_is_read_with_it(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("Prompt\na cat\n")
-    with pytest.raises(DraftuneError, match=r"\.csv"):
+    with raises(DraftuneError, "a.txt .csv"):
         load_prompts(str(path))
     assert load_prompts(str(path.rename(path.with_suffix(".csv")))) == ["a cat"]
 
@@ -91,16 +92,16 @@ def test_a_list_that_is_told_its_ending_is_read_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "title\na cat\n", "line 2: no column 'prompt'"),
-        ("a.csv", "prompt\n", "is empty"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
-        ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2: an object"),
-        ("a.jsonl", '{"prompt": 3}\n', "line 1: no key 'prompt'"),
-        ("a.csv", "Prompt,prompt\na,b\n", "line 2.*'Prompt' and 'prompt'"),
-        ("a.json", '["a\\u001b b"]', "entry 1.*control character"),
+        ("a.csv", "title\na cat\n", "a.csv line 2 'prompt'"),
+        ("a.csv", "prompt\n", "a.csv"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "a.jsonl line 2 JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "a.jsonl line 2 object"),
+        ("a.jsonl", '{"prompt": 3}\n', "a.jsonl line 1 'prompt'"),
+        ("a.csv", "Prompt,prompt\na,b\n", "a.csv line 2 'Prompt' 'prompt'"),
+        ("a.json", '["a\\u001b b"]', "a.json 1 character"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         load_prompts(str(tmp_path / name))

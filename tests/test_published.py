@@ -43,6 +43,7 @@ from draftune.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, resize
 from draftune.rewards.weights import load_tensors
 from draftune.utils.images import from_pil
 from helpers import published_weights
+from helpers.errors import raises
 from helpers.published_weights import (
     BLIP_TEXT_CONFIG,
     BLIP_VISION_CONFIG,
@@ -215,11 +216,11 @@ def test_classify_agrees_with_resnet(tmp_path: Path) -> None:
     first, second = by_file(images, [Prompt("x", {"target": "1"}), Prompt("y", {"target": "Tinca tinca"})])
     assert torch.equal(first, reward(images, ["", ""])[0])
     assert torch.equal(second, load_reward(f"classify(model={folder}, target=0)")(images, ["", ""])[1])
-    with pytest.raises(DraftuneError, match="wants a target"):
+    with raises(DraftuneError, "target"):
         by_file(images, ["", ""])
-    with pytest.raises(DraftuneError, match="did you mean 'goldfish'"):
+    with raises(DraftuneError, "'goldfich' 'goldfish'"):
         load_reward(f"classify(model={folder}, target=goldfich)")
-    with pytest.raises(DraftuneError, match="unknown class '5'"):
+    with raises(DraftuneError, "class 5"):
         load_reward(f"classify(model={folder}, target=5)")
 
 
@@ -316,9 +317,9 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
         save_file(tensors, bad) if safe else torch.save(tensors, bad)
         if mode == "truncated":
             bad.write_bytes(bad.read_bytes()[:2000])
-    said = {"missing": "lacks 1 tensors.*resblocks.1.attn.in_proj_bias", "extra": "1 tensors too many.*resblocks.2"}
-    said |= {"shape": r"text_projection.*\(16, 25\).*\(16, 24\)", "list": "no table of tensors|not a readable"}
-    with pytest.raises(DraftuneError, match=said.get(mode, "not a readable .* file")):
+    said = {"missing": "1 resblocks.1.attn.in_proj_bias", "extra": "1 resblocks.2"}
+    said |= {"shape": "text_projection (16, 25) (16, 24)"}
+    with raises(DraftuneError, name, said.get(mode, "")):
         HPSv2(str(bad), str(tokenizer), HPS_CONFIG).ready()
     assert not (tmp_path / "hacked").exists()
 
@@ -326,20 +327,20 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hpsv2(tokenizer={tokenizer})", "HPS_v2.1_compressed.pt.*xswu/HPSv2.*hf download xswu/HPSv2.*weights="),
+        ("hpsv2(tokenizer={tokenizer})", "HPS_v2.1_compressed.pt xswu/HPSv2 weights="),
         ("hpsv2(version=2, tokenizer={tokenizer})", "HPS_v2_compressed.pt"),
-        ("hpsv2(weights={weights})", "openai/clip-vit-large-patch14.*hf download.*tokenizer="),
-        ("hpsv2(weights=nowhere.pt)", "no weights at 'nowhere.pt'.*weights="),
-        ("hpsv2(version=3)", "2.0 or 2.1"),
-        ("imagereward(tokenizer={tokenizer})", "hf download zai-org/ImageReward ImageReward.pt.*weights="),
-        ("pickscore", "hf download yuvalkirstain/PickScore_v1.*model="),
-        ("detect(query=cat)", "hf download google/owlvit-base-patch32.*model="),
-        ("classify(model=microsoft/resnet-50)", "hf download microsoft/resnet-50.*model="),
-        ("aesthetic", "download https.*linearMSE.pth.*head="),
-        ("aesthetic(head={weights})", "openai/clip-vit-large-patch14.*model="),
-        ("pickscore(model={tokenizer})", "no config.json.*model="),
+        ("hpsv2(weights={weights})", "openai/clip-vit-large-patch14 tokenizer="),
+        ("hpsv2(weights=nowhere.pt)", "nowhere.pt weights="),
+        ("hpsv2(version=3)", "2.0 2.1 3"),
+        ("imagereward(tokenizer={tokenizer})", "zai-org/ImageReward ImageReward.pt weights="),
+        ("pickscore", "yuvalkirstain/PickScore_v1 model="),
+        ("detect(query=cat)", "google/owlvit-base-patch32 model="),
+        ("classify(model=microsoft/resnet-50)", "microsoft/resnet-50 model="),
+        ("aesthetic", "https linearMSE.pth head="),
+        ("aesthetic(head={weights})", "openai/clip-vit-large-patch14 model="),
+        ("pickscore(model={tokenizer})", "config.json model="),
         # All that is missing, in one message.
-        ("hpsv2 - 2*aesthetic", "HPS_v2.1_compressed.pt.*tokenizer=; no weights at .*head=; 'openai/clip.* model="),
+        ("hpsv2 - 2*aesthetic", "HPS_v2.1_compressed.pt tokenizer= head= openai/clip model="),
     ],
 )
 def test_missing_weights_are_said_before_anything_is_loaded(
@@ -347,21 +348,21 @@ def test_missing_weights_are_said_before_anything_is_loaded(
 ) -> None:
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     monkeypatch.setattr(Reward, "ready", lambda self: pytest.fail("something was loaded"))
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         load_reward("jpeg-compressibility + " + text.format(weights=weights, tokenizer=tokenizer))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -> None:
     folder = published_weights.save_owlvit(tmp_path)
-    with pytest.raises(DraftuneError, match="is a owlvit model; clip and siglip"):
+    with raises(DraftuneError, "owlvit clip siglip"):
         load_reward(f"clip(model={folder})")
     shutil.copytree(clip_folder, tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").write_text("<html>")
-    with pytest.raises(DraftuneError, match="no CLIPModel in"):
+    with raises(DraftuneError, "CLIPModel", tmp_path / "clip"):
         load_reward(f"clip(model={tmp_path / 'clip'})")
     (tmp_path / "clip" / "model.safetensors").unlink()
     (tmp_path / "clip" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(DraftuneError, match=r"no \.safetensors file"):
+    with raises(DraftuneError, ".safetensors", tmp_path / "clip"):
         load_reward(f"clip(model={tmp_path / 'clip'})")
 
 
@@ -371,7 +372,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
     tensors = load_file(folder / "model.safetensors")
     shapes = {**tensors, "classifier.1.weight": torch.zeros(5, 17)}
     save_file(shapes, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DraftuneError, match=r"another shape than their config says: classifier\.1\.weight"):
+    with raises(DraftuneError, "shape classifier.1.weight"):
         load_reward(f"classify(model={folder}, target=1)")
     config |= {
         "model_type": "own",
@@ -379,7 +380,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
-    with pytest.raises(DraftuneError, match="no AutoModelForImageClassification in"):
+    with raises(DraftuneError, "AutoModelForImageClassification"):
         load_reward(f"classify(model={folder}, target=1)")
     assert not (tmp_path / "hacked").exists()
     # Nobody was asked whether it may run.
@@ -388,10 +389,10 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
 
 def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
-    with pytest.raises(DraftuneError, match="another network's: it has 2284 tokens, not 74"):
+    with raises(DraftuneError, "tokens 2284 74"):
         HPSv2(str(weights), "emoji-clip", HPS_CONFIG).ready()
     (tokenizer / "vocab.json").write_text("{")
-    with pytest.raises(DraftuneError, match="no tokenizer in"):
+    with raises(DraftuneError, "tokenizer", tokenizer):
         HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready()
 
 
@@ -402,7 +403,7 @@ def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
     good = np.frombuffer((tmp_path / "good.pt").read_bytes(), dtype=np.uint8)
     for _ in range(100):
         (tmp_path / "noise.pt").write_bytes(generator.bytes(200))
-        with pytest.raises(DraftuneError, match="not a readable weights file"):
+        with raises(DraftuneError, "noise.pt"):
             load_tensors(tmp_path / "noise.pt")
         flipped = good.copy()
         flipped[generator.integers(0, len(good), 20)] ^= 255
@@ -410,7 +411,7 @@ def test_damaged_pickles_are_refused(tmp_path: Path) -> None:
         with suppress(DraftuneError):
             assert load_tensors(tmp_path / "flipped.pt").keys()
     torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pt")
-    with pytest.raises(DraftuneError, match="no table of tensors"):
+    with raises(DraftuneError, "numbers.pt"):
         load_tensors(tmp_path / "numbers.pt")
 
 

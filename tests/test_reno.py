@@ -19,6 +19,7 @@ from draftune.lora import add_lora, lora_parameters
 from draftune.models import StableDiffusion
 from draftune.rewards import load_reward
 from draftune.utils.images import open_image
+from helpers.errors import mentions, raises
 
 T, GUIDANCE, SEED = 2, 2.0, 4
 DRAWN = {"seed": SEED, "num_inference_steps": T, "guidance_scale": GUIDANCE, "negative_prompt": "dog"}
@@ -143,13 +144,13 @@ def test_what_cannot_be_climbed_is_refused(model: StableDiffusion) -> None:
         return images.mean((1, 2, 3)) + ((images - images.detach()) * next(slopes)).nan_to_num().sum((1, 2, 3))
 
     cases: dict[str, Callable[..., Tensor]] = {
-        "has no gradient for any": lambda images, prompts: images.detach().mean((1, 2, 3)),
-        "gives no gradient to 1 of 1 pictures": lambda images, prompts: images.round().mean((1, 2, 3)),
-        "the reward became nan at step 1": with_terms([0, 0, float("nan")]),
-        "the gradient's norm became nan at step 1": broken,
+        "gradient <lambda>": lambda images, prompts: images.detach().mean((1, 2, 3)),
+        "gradient 1": lambda images, prompts: images.round().mean((1, 2, 3)),
+        "reward nan step 1": with_terms([0, 0, float("nan")]),
+        "gradient nan step 1": broken,
     }
     for message, reward in cases.items():
-        with pytest.raises(DraftuneError, match=message):
+        with raises(DraftuneError, message):
             optimize_noise(model, reward, "cat", **DRAWN, steps=3)
 
 
@@ -189,18 +190,18 @@ def test_mistakes_get_one_line_and_code_2(
     command = ["reno", str(pipeline_folder), "--prompt", "cat", "--num-inference-steps", "1"]
     rewarded = [*command, "--reward", "brightness", "--output", str(tmp_path / "x.png")]
     cases = {
-        "gives no gradient": [*rewarded, "--reward", f"{tmp_path}/mine.py:flat"],
-        "did you mean 'brightness'": [*rewarded, "--reward", "brightnes"],
-        "--steps must be at least 1": [*rewarded, "--steps", "0"],
-        "--learning-rate must be at least 0 and finite": [*rewarded, "--learning-rate", "inf"],
-        "takes a .png file or a folder": [*rewarded, "--output", "x.jpg"],
-        "required: --reward": [*command, "--output", str(tmp_path / "x.png")],
-        "no LoRA at": [*rewarded[:1], str(tmp_path), *rewarded[2:]],
+        "flat gradient": [*rewarded, "--reward", f"{tmp_path}/mine.py:flat"],
+        "'brightnes' 'brightness'": [*rewarded, "--reward", "brightnes"],
+        "--steps 0": [*rewarded, "--steps", "0"],
+        "--learning-rate inf": [*rewarded, "--learning-rate", "inf"],
+        "--output .png x.jpg": [*rewarded, "--output", "x.jpg"],
+        "--reward": [*command, "--output", str(tmp_path / "x.png")],
+        f"LoRA {tmp_path}": [*rewarded[:1], str(tmp_path), *rewarded[2:]],
     }
     for message, argv in cases.items():
         code = main(argv)
         # Progress bars stand on lines of their own.
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("draftune: ")]
         assert (code, len(lines)) == (2, 1), (argv, lines)
-        assert message in lines[0], (message, lines[0])
+        assert mentions(lines[0], message), (message, lines[0])
     assert not (tmp_path / "x.png").exists()

@@ -36,6 +36,7 @@ from draftune.report.pictures import PIXELS, evenly, fitting
 from draftune.report.serve import Server, is_loopback
 from draftune.report.verdict import duration, moved, number, verdict
 from draftune.settings import Settings
+from helpers.errors import mentions, raises
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "a 'quoted' \u2028 & plain one"]
 REWARD = "aesthetic"
@@ -326,19 +327,19 @@ def test_mistakes_get_one_line_and_code_2(run: Path, tmp_path: Path, capsys: pyt
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         cases = {
-            "no run at": ["report", str(tmp_path)],
-            "a folder with a config.yaml is wanted": ["watch", str(tmp_path / "nowhere")],
-            "is a folder; give a file": ["report", str(run), "--output", str(tmp_path)],
-            "cannot write to": ["report", str(run), "--output", str(tmp_path / "file" / "page.html")],
-            "metrics.jsonl' is not a log": ["report", str(tmp_path / "broken")],
-            "--port must be from 0 to 65535": ["watch", str(run), "--port", "70000"],
-            f"port {taken.getsockname()[1]} is taken": ["watch", str(run), "--port", str(taken.getsockname()[1])],
+            f"run {tmp_path}": ["report", str(tmp_path)],
+            "nowhere config.yaml": ["watch", str(tmp_path / "nowhere")],
+            f"{tmp_path} folder file": ["report", str(run), "--output", str(tmp_path)],
+            "page.html": ["report", str(run), "--output", str(tmp_path / "file" / "page.html")],
+            "metrics.jsonl": ["report", str(tmp_path / "broken")],
+            "--port 0 65535": ["watch", str(run), "--port", "70000"],
+            f"port {taken.getsockname()[1]}": ["watch", str(run), "--port", str(taken.getsockname()[1])],
         }
         for message, argv in cases.items():
             code = main(argv)
             said = capsys.readouterr().err.strip().splitlines()
             assert (code, len(said)) == (2, 1), (argv, said)
-            assert message in said[0]
+            assert mentions(said[0], message), (message, said[0])
 
 
 @pytest.fixture
@@ -437,5 +438,5 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_is_wanted() -> None:
-    with pytest.raises(DraftuneError, match="no run at 'nowhere'"):
+    with raises(DraftuneError, "run nowhere"):
         write_report("nowhere")

@@ -17,6 +17,7 @@ from torch import Tensor
 import draftune
 from draftune.errors import DraftuneError
 from draftune.training import Run
+from helpers.errors import mentions, raises
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 
@@ -116,9 +117,9 @@ def test_a_signal_ends_a_run_after_its_update(
         return noisy_brightness(images, prompts)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt, match="after update 3; the same command goes on from there"):
+    with raises(KeyboardInterrupt, "update 3"):
         train(pipeline_folder, tmp_path / "run", reward, method="draft-k(k=1)", save_every=0)
-    assert "finishing this update" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "update")
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "step-000000",
@@ -134,7 +135,7 @@ def test_a_signal_ends_a_run_after_its_update(
 def test_a_finished_run_can_be_made_longer(pipeline_folder: Path, tmp_path: Path) -> None:
     whole = train(pipeline_folder, tmp_path / "whole")
     train(pipeline_folder, tmp_path / "grown", steps=3)
-    with pytest.raises(DraftuneError, match="has made its 3 updates: ask for more"):
+    with raises(DraftuneError, "3 updates"):
         train(pipeline_folder, tmp_path / "grown", steps=3)
     grown = train(pipeline_folder, tmp_path / "grown")
     assert all(torch.equal(a, b) for a, b in zip(lora(whole.folder).values(), lora(grown.folder).values(), strict=True))
@@ -146,13 +147,13 @@ def test_a_finished_run_can_be_made_longer(pipeline_folder: Path, tmp_path: Path
 
 def test_another_run_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:
     train(pipeline_folder, tmp_path / "run", steps=2)
-    with pytest.raises(DraftuneError, match=r"holds another run: its learning_rate is 0.01, not 0.02"):
+    with raises(DraftuneError, "learning_rate 0.01 0.02"):
         train(pipeline_folder, tmp_path / "run", learning_rate=0.02)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "note.txt").write_text("mine")
-    with pytest.raises(DraftuneError, match="holds another run: the contents of its prompts"):
+    with raises(DraftuneError, "run prompts"):
         train(pipeline_folder, tmp_path / "run", prompts=["a cat", "a dog", "a bear"], steps=3)
-    with pytest.raises(DraftuneError, match="holds other files"):
+    with raises(DraftuneError, tmp_path / "files"):
         train(pipeline_folder, tmp_path / "files")
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["note.txt"]
 
@@ -175,14 +176,14 @@ def test_a_damaged_checkpoint_is_refused_by_name(pipeline_folder: Path, tmp_path
     train(pipeline_folder, tmp_path / "run", steps=4)
     newest = tmp_path / "run" / "checkpoints" / "step-000004"
     files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    message = r"step-000004' is damaged: .*remove the folder to go on from step-00000[23]$"
+    message = "step-000004 remove step-00000"
     assert set(files) == {"state.json", "tensors.safetensors", "checksums.json"}
     for name, whole in files.items():
         flipped = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]
         for damaged in (flipped, whole[: len(whole) // 2], b"", None):
             path = newest / name
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            with pytest.raises(DraftuneError, match=message):
+            with raises(DraftuneError, message):
                 train(pipeline_folder, tmp_path / "run", steps=6)
             path.write_bytes(whole)
     (newest / "tensors.safetensors").unlink()

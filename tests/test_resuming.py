@@ -23,6 +23,7 @@ from draftune.runs.fingerprint import files_of, find_source, fingerprint
 from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
 from draftune.settings import Settings
 from draftune.training.train import prepare
+from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -122,7 +123,7 @@ def test_other_contents_are_another_run(here: Path, name: str, value: str, file:
     os.utime(here / file)
     now = asked(**{name: value})
     assert now.differences(before) == [name]
-    assert f"the files that its {name} {value!r} names have changed" == now.said(name, before)
+    assert mentions(now.said(name, before), name, value)
     rewrite(here / file)  # back again
     assert asked(**{name: value}).differences(before) == []
     rewrite(here / file)
@@ -240,10 +241,10 @@ def test_a_setting_that_is_new_had_its_default(here: Path) -> None:
 def test_changes_can_be_read() -> None:
     assert changeable("learning-rate, reward,") == {"learning_rate", "reward"}
     assert changeable("") == set()
-    with pytest.raises(DraftuneError, match="did you mean 'learning_rate'"):
+    with raises(DraftuneError, "'lerning_rate' 'learning_rate'"):
         changeable("lerning_rate")
     for name in FIXED:
-        with pytest.raises(DraftuneError, match=f"allow_changes={name}"):
+        with raises(DraftuneError, "allow_changes", name):
             changeable(f"reward,{name}")
 
 
@@ -298,9 +299,9 @@ def test_what_concerns_memory_and_device_alone_may_change(
     capsys.readouterr()
     train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 2} | then)
     (name,) = then
-    said = [line for line in capsys.readouterr().err.splitlines() if "the run goes on with" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if mentions(line, name)]
     assert len(said) == 1
-    assert f"{name} {then[name]!r} in place of {first[name]!r}" in said[0]
+    assert mentions(said[0], then[name], first[name])
     assert torch.allclose(learned(whole.folder), learned(tmp_path / "cut"), atol=1e-6)
     (change,) = json.loads((tmp_path / "cut" / "changes.json").read_text())
     assert change == {"step": 1, "setting": name, "was": first[name], "now": then[name]}
@@ -317,7 +318,7 @@ def test_what_is_only_measured_or_saved_may_change(
     free |= {"patience": 0, "on_nonfinite": "skip", "save_every": 0, "allow_changes": "learning_rate"}
     assert set(free) | {"steps", "output", "resume"} == set(FREE)
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 3} | free)
-    assert "the run goes on with" not in capsys.readouterr().err
+    assert not any(mentions(line, "run", name) for line in capsys.readouterr().err.splitlines() for name in free)
     assert torch.equal(learned(whole.folder), learned(tmp_path / "cut"))
 
 
@@ -328,25 +329,19 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
     cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         (
             {"learning_rate": 0.02, "batch_size": 4},
-            (
-                "its learning_rate is 0.01, not 0.02",
-                "its batch_size is 2, not 4",
-                "--allow-changes batch_size,learning",
-            ),
+            ("learning_rate 0.01 0.02", "batch_size 2 4", "--allow-changes batch_size,learning"),
         ),
-        ({"prompts": ["a bear"]}, ("its prompts are", "--allow-changes prompts")),
-        ({"mixed_precision": "bf16"}, ("its mixed_precision is 'no', not 'bf16'", "--allow-changes mixed_precision")),
+        ({"prompts": ["a bear"]}, ("--allow-changes prompts",)),
+        ({"mixed_precision": "bf16"}, ("mixed_precision 'no' 'bf16'", "--allow-changes mixed_precision")),
         ({"reward": lambda images, prompts: images.mean((1, 2, 3))}, ()),
     ]
     for values, said in cases[:3]:
-        with pytest.raises(DraftuneError, match="holds another run") as error:
+        with raises(DraftuneError, *said, "--output --continue-from", output):
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
-        for text in (*said, "--output", f"--continue-from {output}"):
-            assert text in str(error.value)
     for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "distance"}):
-        with pytest.raises(DraftuneError, match=f"its {next(iter(values))} is") as error:
+        with raises(DraftuneError, next(iter(values))) as error:
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
-        assert "--allow-changes" not in str(error.value)
+        assert not mentions(str(error.value), "--allow-changes")
     assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
@@ -377,7 +372,7 @@ def test_who_insists_goes_on_with_the_change(pipeline_folder: Path, tmp_path: Pa
     # From here on it is a run with the new settings, and one with the old ones is another.
     train(pipeline_folder, output, **values | {"steps": 4} | change)
     assert json.loads((output / "changes.json").read_text()) == changes
-    with pytest.raises(DraftuneError, match="holds another run"):
+    with raises(DraftuneError, output, *change):
         train(pipeline_folder, output, **values | {"steps": 5})
 
 
@@ -399,9 +394,9 @@ def test_a_model_of_another_shape_can_not_be_insisted_on(pipeline_folder: Path, 
     config["block_out_channels"] = [2 * width for width in config["block_out_channels"]]
     other.unet = UNet2DConditionModel.from_config(config)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(DraftuneError, match="its model is"):
+    with raises(DraftuneError, "model", tmp_path / "other"):
         train(tmp_path / "other", tmp_path / "run", **SHORT | {"steps": 2})
-    with pytest.raises(DraftuneError, match="does not fit"):
+    with raises(DraftuneError, "fit"):
         train(tmp_path / "other", tmp_path / "run", **SHORT | {"steps": 2, "allow_changes": "model"})
 
 
@@ -418,7 +413,7 @@ def test_going_on_from_a_lora_that_lies_elsewhere(here: Path) -> None:
     path = here / "loras" / WEIGHTS
     tensors = {name: 2 * tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(DraftuneError, match="continue_from"):
+    with raises(DraftuneError, "continue_from"):
         train(Path("sd"), here / "cut", **values | {"steps": 3, "continue_from": "loras"})
 
 

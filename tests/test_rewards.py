@@ -20,6 +20,7 @@ from draftune.rewards import REWARDS, Reward, load_reward
 from draftune.rewards.preprocess import CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from draftune.utils.images import from_pil, open_image
 from draftune.utils.memory import PeakMemory
+from helpers.errors import raises
 
 PHOTOGRAPHS = [
     Image.fromarray(skimage.data.astronaut()),
@@ -91,23 +92,23 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
         else:
             tensors["layers.7.weight"] = torch.zeros(2, 16)
         save_file(tensors, bad)
-    with pytest.raises(DraftuneError, match=r"not a readable safetensors|holds other weights"):
+    with raises(DraftuneError, "bad.safetensors"):
         load_reward(f"aesthetic(model={clip_folder}, head={bad})")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clipp", "did you mean 'clip'"),
-        ("clip(modell=x)", "did you mean 'model'"),
-        ("clip(model=./nowhere)", "no folder"),
-        ("clip(model=3)", "model of reward clip must be text"),
-        ("clip(model=someone/something)", "could not be fetched.*hf download someone/something"),
+        ("clipp", "'clipp' 'clip'"),
+        ("clip(modell=x)", "'modell' 'model'"),
+        ("clip(model=./nowhere)", "./nowhere"),
+        ("clip(model=3)", "model clip 3"),
+        ("clip(model=someone/something)", "someone/something"),
         ("aesthetic", "head="),
     ],
 )
 def test_rewards_that_are_not_there(text: str, message: str) -> None:
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         load_reward(text)
 
 
@@ -139,7 +140,7 @@ def test_a_clip_that_is_not_all_there_is_refused(clip_folder: Path, tmp_path: Pa
     tensors = load_file(path)
     del tensors["visual_projection.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(DraftuneError, match=r"lack 1 tensors, such as visual_projection"):
+    with raises(DraftuneError, "1 visual_projection"):
         load_reward(f"clip(model={tmp_path / 'clip'})")
 
 
@@ -164,7 +165,7 @@ SQUARE = {"height": 48, "width": 48}
 )
 def test_processor_configs_of_all_years(tmp_path: Path, config: dict[str, object]) -> None:
     config = {**config, "image_mean": [0.5, 0.5, 0.5]}
-    with pytest.raises(DraftuneError, match=r"no preprocessor_config\.json"):
+    with raises(DraftuneError, "preprocessor_config.json"):
         Preprocess.from_folder(tmp_path)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config, "processor_class": "X"}))
     assert Preprocess.from_folder(tmp_path).size == 48
@@ -202,16 +203,16 @@ def test_pictures_are_prepared_as_by_transformers(tmp_path: Path, kind: str, set
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"image_processor_type": "DeiTImageProcessor"}, "DeiT is not one of CLIP, ConvNext"),
-        ({"do_normalize": False}, "do_normalize is false"),
-        ({"size": 100, "crop_size": 224}, "crop_size 224 is larger than the size 100"),
+        ({"image_processor_type": "DeiTImageProcessor"}, "DeiT CLIP ConvNext"),
+        ({"do_normalize": False}, "do_normalize false"),
+        ({"size": 100, "crop_size": 224}, "crop_size 224 size 100"),
         ({"resample": 1}, "KeyError"),
         ([], "AttributeError"),
     ],
 )
 def test_preparations_that_are_not_done_here_are_refused(tmp_path: Path, config: object, message: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         Preprocess.from_folder(tmp_path)
 
 
@@ -225,7 +226,7 @@ def test_of_thin_pictures_only_the_crop_is_made() -> None:
 def test_a_list_of_prompts_is_wanted() -> None:
     reward, images = load_reward("brightness"), torch.rand(4, 3, 8, 8)
     for prompts in ("cats", ["cat"], ["cat"] * 5):
-        with pytest.raises(DraftuneError, match="a list of 4 prompts is wanted"):
+        with raises(DraftuneError, "4 prompts"):
             reward(images, prompts)
 
 

@@ -14,6 +14,7 @@ from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
 from draftune.sampling.sampler import advance, rollout
 from draftune.sampling.schedule import Clip, Schedule, Step, ddim_schedule, flow_schedule
+from helpers.errors import raises
 from helpers.pipelines import SD14_SCHEDULER, build_pipeline
 
 
@@ -107,11 +108,11 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: object) -> None:
 
 
 def test_what_cannot_be_sampled_is_refused() -> None:
-    with pytest.raises(DraftuneError, match="between 1 and 1000"):
+    with raises(DraftuneError, "1 1000 1001"):
         ddim_schedule(SD14_SCHEDULER, 1001)
-    with pytest.raises(DraftuneError, match="unsupported prediction_type"):
+    with raises(DraftuneError, "prediction_type score"):
         Schedule((), "score")
-    with pytest.raises(DraftuneError, match="zero signal-to-noise"):
+    with raises(DraftuneError, "signal-to-noise"):
         ddim_schedule(SD14_SCHEDULER | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 10)
 
 

@@ -33,6 +33,7 @@ from draftune.models import Model, load_model
 from draftune.runs.export import export_lora
 from draftune.runs.load import read_deltas
 from draftune.sampling.schedule import ddim_schedule
+from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
 from helpers.pipelines import SD14_SCHEDULER, add_random_lora, tiny_tokenizer
 from helpers.published_weights import randomise
@@ -170,7 +171,7 @@ def test_the_size_is_told(folder: Path) -> None:
     assert (ours(model) - theirs).abs().max() <= 1e-3
     for wrong in ({"original_size": (16, 16)}, {"target_size": (16, 24)}, {"crops_coords_top_left": (8, 0)}):
         assert (ddim(pipeline, "a cat", 0, height=24, width=16, **wrong) - theirs).abs().max() > 5e-3
-    with pytest.raises(DraftuneError, match="width must be a multiple of 4"):
+    with raises(DraftuneError, "width 4 18"):
         model.set_size(None, 18)
 
 
@@ -188,7 +189,7 @@ def test_one_text_encoder(folder: Path, tmp_path: Path) -> None:
     check_pictures(tmp_path / "model", ddim, GUIDANCE, "trailing")
     pipeline = build_pipeline(tmp_path / "parts")
     pipeline.register_modules(text_encoder_2=None, tokenizer_2=None)
-    with pytest.raises(DraftuneError, match="lacks its text_encoder_2"):
+    with raises(DraftuneError, "text_encoder_2"):
         load_model(pipeline)
 
 
@@ -254,9 +255,9 @@ def test_refusals(tmp_path: Path) -> None:
     pipeline = build_pipeline(tmp_path / "parts")
     pipeline.scheduler = EDMEulerScheduler()
     pipeline.save_pretrained(tmp_path / "edm")
-    with pytest.raises(DraftuneError, match="drawn by EDMEulerScheduler, whose noise levels"):
+    with raises(DraftuneError, "EDMEulerScheduler"):
         load_model(tmp_path / "edm")
     pipeline = build_pipeline(tmp_path / "parts")
     pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8)
-    with pytest.raises(DraftuneError, match="takes the guidance scale as an input"):
+    with raises(DraftuneError, "guidance scale input"):
         load_model(pipeline)

@@ -42,6 +42,7 @@ from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
 from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
+from helpers.errors import mentions, raises
 from helpers.foster_toy import outcomes
 
 
@@ -52,7 +53,7 @@ def test_the_weights_of_groups() -> None:
     assert balanced_weights([3, 500], 0.0) == [1, 1]
     assert balanced_weights([1, 3], 1 - 1e-9) == pytest.approx([1.5, 0.5])
     for counts, beta in (([3, 0], 0.9), ([], 0.9), ([3], 1.0), ([3], -0.1)):
-        with pytest.raises(DraftuneError, match="must"):
+        with raises(DraftuneError):
             balanced_weights(counts, beta)
 
 
@@ -151,7 +152,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     alone, _ = open_source(str(first.folder))
     assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoise(["a dog"], schedule, 3.0), x, step))
     page = collect(second.folder)
-    assert "Of the training before, brightness" in page["verdict"]
+    assert mentions(page["verdict"], "before brightness")
     assert ["Continued from", str(first.folder)] in page["facts"]
     assert ["kept/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
 
@@ -282,7 +283,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     assert "kept/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
     load_lora(again := load_model(str(pipeline_folder)), first.folder)
     save_lora(again, tmp_path / "lora")
-    with pytest.raises(DraftuneError, match=r"another run: the files that its continue_from .* names have changed"):
+    with raises(DraftuneError, "continue_from", tmp_path / "lora"):
         train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=2)
 
 
@@ -296,7 +297,7 @@ def test_the_command(
     assert main([*asked, "--output", str(folder)]) == 0
     said = capsys.readouterr()
     assert "kept/brightness" in said.out
-    assert "--keep-weight 3 is weighed against the reward's own scale: --normalize-reward 32" in said.err
+    assert mentions(said.err, "--keep-weight 3 --normalize-reward 32")
     start = rows(folder, "evaluations.jsonl")[0]["kept/brightness"]
     assert start == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
 
@@ -307,15 +308,15 @@ def test_mistakes_are_named_before_anything_is_loaded(
     arguments = ["train", "--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--cpu"]
     arguments += ["--output", str(tmp_path / "run")]
     for more, message in (
-        (["--keep", kept], "keep holds on to what an earlier training taught: give its run (--continue-from)"),
-        (["--continue-from", str(tmp_path / "none")], "no LoRA at"),
-        (["--continue-from", str(first.folder), "--keep", "no-set"], "unknown prompt set 'no-set'"),
-        (["--continue-from", str(first.folder), "--keep-weight", "-1"], "keep_weight must be at least 0"),
-        (["--continue-from", str(first.folder), "--model", "emoji"], f"is one of '{pipeline_folder}', and this run"),
+        (["--keep", kept], "keep --continue-from"),
+        (["--continue-from", str(tmp_path / "none")], "LoRA none"),
+        (["--continue-from", str(first.folder), "--keep", "no-set"], "no-set"),
+        (["--continue-from", str(first.folder), "--keep-weight", "-1"], "keep_weight -1 0"),
+        (["--continue-from", str(first.folder), "--model", "emoji"], f"{pipeline_folder} emoji"),
     ):
         assert main([*arguments, *more]) == 2
         said = capsys.readouterr().err
-        assert message in said, said
+        assert mentions(said, message), said
         assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
@@ -329,16 +330,16 @@ def test_what_can_not_be_measured_is_said(
     made = train(pipeline_folder, tmp_path / "first", mine, steps=1, eval_images=1)
     capsys.readouterr()
     prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), keep="animals")
-    assert "was trained on is not measured: unknown reward 'mine'" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "reward 'mine'")
 
 
 def test_another_grid_is_said(
     first: Run, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared(pipeline_folder, tmp_path / "same", continue_from=str(first.folder))
-    assert "grid" not in capsys.readouterr().err
+    assert "timestep_spacing" not in capsys.readouterr().err
     prepared(pipeline_folder, tmp_path / "other", continue_from=str(first.folder), timestep_spacing="linspace")
-    assert "was trained on the grid {'timestep_spacing': 'trailing'" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "timestep_spacing trailing")
 
 
 def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
@@ -346,7 +347,7 @@ def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Pa
     run = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
     column = [row["kept/brightness"] for row in run.evaluations]
     assert [row["best"] for row in run.evaluations][column.index(max(column))]
-    with pytest.raises(DraftuneError, match="did you mean 'kept/brightness'"):
+    with raises(DraftuneError, "'kept/brightnes' 'kept/brightness'"):
         train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "kept/brightnes"}))
 
 
@@ -362,7 +363,7 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
 
 def test_nothing_is_not_distilled(thick: Path, tmp_path: Path, kept: str) -> None:
     draftune.mix_loras([(thick, 0.0)], tmp_path / "nothing")
-    with pytest.raises(DraftuneError, match="changes nothing that the model draws"):
+    with raises(DraftuneError, "LoRA nothing"):
         draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, cpu=True)
 
 
@@ -415,7 +416,7 @@ def test_a_distilled_lora(
     arguments = ["distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu", "--paths", "1", "--calls", "1"]
     assert main([*arguments, "--learning-rate", "0", "--output", str(tmp_path / "cut")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"mean squared difference of the predictions from those of {thick}"
+    assert mentions(said[0], thick)
     assert said[2].split()[1:] == said[3].split()[1:]
     short = read_deltas(thick).truncated(2).layers
     for name, change in changes(tmp_path / "cut"):
@@ -423,16 +424,16 @@ def test_a_distilled_lora(
     # Into its own folder it may be written again, into no other.
     assert main([*arguments, "--output", str(tmp_path / "cut")]) == 0
     for more, message in (
-        (["--output", str(thick)], "holds other files; give another (--output)"),
-        (["--output", str(tmp_path / "new"), "--rank", "4"], "lower than that of"),
-        (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "does not work in fp16"),
-        (["--output", str(tmp_path / "new"), "--beta", "1"], "beta must be at least 0 and less than 1"),
-        (["--output", str(tmp_path / "new"), "--prompts", "no-set"], "unknown prompt set"),
-        (["--output", str(tmp_path / "new"), "--paths", "0"], "--paths must be at least 1"),
+        (["--output", str(thick)], f"{thick} --output"),
+        (["--output", str(tmp_path / "new"), "--rank", "4"], "rank 4"),
+        (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "fp16"),
+        (["--output", str(tmp_path / "new"), "--beta", "1"], "beta 0 1"),
+        (["--output", str(tmp_path / "new"), "--prompts", "no-set"], "no-set"),
+        (["--output", str(tmp_path / "new"), "--paths", "0"], "--paths 0"),
     ):
         capsys.readouterr()
         assert main([*arguments, *more]) == 2
-        assert message in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, message)
     assert not (tmp_path / "new").exists()
 
 

@@ -30,6 +30,7 @@ from draftune.rewards.discriminator import critic_loss
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.training.train import prepare
 from draftune.utils.images import save_image, to_pil
+from helpers.errors import mentions, raises
 
 T = 5
 NOISY = Schedule(tuple(Step(t, 0.0, 1.0, 1.0, 0.5) for t in range(T)), "v_prediction")
@@ -285,14 +286,14 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
     fresh, pictures = critic_of(red), torch.rand(2, 3, 16, 16)
     assert torch.equal(taken.carried()["network.0.weight"], ends[0]["reward//network.0.weight"])
     assert not torch.equal(taken(pictures, ["", ""]), fresh(pictures, ["", ""]))
-    with pytest.raises(DraftuneError, match="has another width"):
+    with raises(DraftuneError, "width"):
         critic_of(red, critic=f"'{whole.folder}'", width=5)
     plain = draftune.train(
         str(pipeline_folder), "brightness", **{**SETTINGS, "output": str(tmp_path / "plain"), "steps": 1}
     )
-    with pytest.raises(DraftuneError, match="was not trained on examples"):
+    with raises(DraftuneError, "examples", plain.folder):
         critic_of(red, critic=f"'{plain.folder}'")
-    with pytest.raises(DraftuneError, match="no run with a checkpoint"):
+    with raises(DraftuneError, "checkpoint", red):
         critic_of(red, critic=f"'{red}'")
 
 
@@ -396,18 +397,18 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         (broken / f"{name}.png").write_bytes(b"no picture")
     for reward, words in (
         ("examples", "folder"),
-        (f"examples(folder='{tmp_path}/none')", "no folder"),
-        (f"examples(folder='{one}/a.png')", "takes a folder of pictures"),
-        ("examples(folder='')", "no folder ''"),
-        (f"examples(folder='{empty}')", "no picture at"),
-        (f"examples(folder='{one}')", "holds 1 picture: the reward examples wants at least 2"),
-        (f"examples(folder='{broken}')", "cannot read the picture"),
-        (f"examples(folder='{red}', width=0)", "width of reward examples must be at least 1, not 0"),
-        (f"examples(folder='{red}', size=8)", "size of reward examples must be at least 16, not 8"),
-        (f"examples(folder='{red}', baseline=-1)", "baseline of reward examples must be at least 0"),
-        (f"examples(folder='{red}', learning_rate=0)", "must be between 0 and 1, not 0"),
+        (f"examples(folder='{tmp_path}/none')", f"{tmp_path}/none"),
+        (f"examples(folder='{one}/a.png')", "a.png folder"),
+        ("examples(folder='')", "folder ''"),
+        (f"examples(folder='{empty}')", str(empty)),
+        (f"examples(folder='{one}')", "examples 1 2"),
+        (f"examples(folder='{broken}')", str(broken)),
+        (f"examples(folder='{red}', width=0)", "width examples 1 0"),
+        (f"examples(folder='{red}', size=8)", "size examples 16 8"),
+        (f"examples(folder='{red}', baseline=-1)", "baseline examples -1 0"),
+        (f"examples(folder='{red}', learning_rate=0)", "learning_rate examples 0 1"),
     ):
-        with pytest.raises(DraftuneError, match=words):
+        with raises(DraftuneError, words):
             find_reward(reward)
         assert main(["train", "--reward", reward, "--output", str(tmp_path / "run")]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
@@ -419,7 +420,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         "seed=9223372036854775808",
     ):
         assert main(["train", "--method", f"sft-pg({setting})", "--output", str(tmp_path / "run")]) == 2
-        assert setting.partition("=")[0] in capsys.readouterr().err
+        assert mentions(capsys.readouterr().err, setting.replace("=", " "))
     assert not (tmp_path / "run").exists()
 
 
@@ -438,7 +439,7 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     ):
         assert main(argv) == 2, argv
         said = capsys.readouterr().err.strip().splitlines()
-        assert "learns in training and knows nothing yet" in said[-1]
+        assert mentions(said[-1], "examples training")
 
 
 def test_the_kernel_distance_by_hand() -> None:
@@ -459,9 +460,9 @@ def test_the_kernel_distance_by_hand() -> None:
 
 def test_real_pictures_are_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "few-steps", "--quick", "--output", str(tmp_path)]) == 2
-    assert "few-steps wants a folder of real pictures: --examples DIR" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "few-steps --examples")
     assert main(["reproduce", "few-steps", "--quick", "--output", str(tmp_path), "--examples", "none"]) == 2
-    assert "no folder 'none'" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "folder none")
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,7 @@ def test_runs_are_trained_on_real_pictures_of_other_names(tmp_path: Path) -> Non
     )
     assert copied == ["a/accordion.png", "a/tomato.png", "b/accordion.png", "b/tomato.png"]
     assert len(real_pictures(tmp_path / "real", ["cat face", "dog face"])) == 2
-    with pytest.raises(DraftuneError, match="too few pictures of these names"):
+    with raises(DraftuneError, "few"):
         real_pictures(tmp_path / "real", ["dog face"])
     works = few_steps.few_work(FULL)
     assert len({work.name for work in works}) == 3 * 5

@@ -24,6 +24,7 @@ from draftune.models.tiny_decoder import check_likeness, find_small_decoder, loa
 from draftune.sampling.sampler import rollout
 from draftune.training.memory_check import held_memory
 from draftune.training.train import prepare
+from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora, build_pipeline
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -181,10 +182,7 @@ def test_likeness(tmp_path: Path) -> None:
     assert 0.5 < expected < 0.999
     # Of other latents: before a run, and before anything is written.
     other = saved(tmp_path / "other")
-    message = (
-        "the small decoder explains 0% of the variance of the pictures that 'pipeline' draws: give one that was made"
-    )
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, "decoder 0% variance pipeline"):
         draftune.train(model, brightness, **SETTINGS, gradient_decoder=str(other), output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -192,39 +190,37 @@ def test_likeness(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"latent_channels": 16}, "has 16 channels of a latent, and '.*' has 4: give one that was made for this model"),
-        ({"upsampling_scaling_factor": 4}, "has 4 pixels along a latent's side, and '.*' has 2"),
-        ({"out_channels": 1}, "has 1 colours of a picture, and '.*' has 3"),
+        ({"latent_channels": 16}, "16 channels latent 4"),
+        ({"upsampling_scaling_factor": 4}, "4 latent 2"),
+        ({"out_channels": 1}, "1 3"),
     ],
 )
 def test_one_of_another_shape_is_refused(
     pipeline_folder: Path, tmp_path: Path, config: dict[str, int], message: str
 ) -> None:
     folder = saved(tmp_path / "small", **config)
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         load_small_decoder(folder, load_model(pipeline_folder))
 
 
 def test_what_is_none_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DraftuneError, match=r"no folder './nothing': --gradient-decoder takes the folder of an Autoenc"
-    ):
+    with raises(DraftuneError, "./nothing --gradient-decoder AutoencoderTiny"):
         find_small_decoder("./nothing")
-    with pytest.raises(DraftuneError, match=r"hf download some/one\) and give the folder to --gradient-decoder"):
+    with raises(DraftuneError, "some/one --gradient-decoder"):
         find_small_decoder("some/one")
-    with pytest.raises(DraftuneError, match=r"holds a AutoencoderKL, not an AutoencoderTiny"):
+    with raises(DraftuneError, "AutoencoderKL AutoencoderTiny"):
         find_small_decoder(str(pipeline_folder / "vae"))
-    with pytest.raises(DraftuneError, match=r"not the folder of an AutoencoderTiny: its config.json can't be read"):
+    with raises(DraftuneError, "AutoencoderTiny config.json"):
         find_small_decoder(str(pipeline_folder))
     folder = saved(tmp_path / "small")
     (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(DraftuneError, match=r"holds no .safetensors file; other formats are not read"):
+    with raises(DraftuneError, ".safetensors", folder):
         find_small_decoder(str(folder))
 
 
 def test_where_there_is_nothing_to_decode(tmp_path: Path) -> None:
     pixels = load_model(build_pixels(tmp_path / "pixels"))
-    with pytest.raises(DraftuneError, match=r"works in pixels, which nothing decodes: leave out --gradient-decoder"):
+    with raises(DraftuneError, "pixels --gradient-decoder"):
         load_small_decoder(saved(tmp_path / "small"), pixels)
 
 
@@ -233,10 +229,10 @@ def test_on_the_command_line(pipeline_folder: Path, tmp_path: Path, capsys: pyte
     common = ["train", "--model", str(pipeline_folder), "--reward", "jpeg-compressibility", "--output", "no"]
     common += ["--prompts", str(tmp_path / "prompts.txt"), "--gradient-decoder"]
     for extra, message in (
-        (["no/such/folder"], "no folder 'no/such/folder'"),
-        ([str(saved(tmp_path / "small")), "--method", "ddpo"], "'ddpo' takes no gradient of the reward"),
-        ([str(saved(tmp_path / "wide", latent_channels=16))], "has 16 channels of a latent"),
+        (["no/such/folder"], "no/such/folder"),
+        ([str(saved(tmp_path / "small")), "--method", "ddpo"], "ddpo gradient"),
+        ([str(saved(tmp_path / "wide", latent_channels=16))], "16 channels latent"),
     ):
         assert main([*common, *extra]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert message in line
+        assert mentions(line, message)

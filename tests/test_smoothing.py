@@ -15,6 +15,7 @@ import draftune
 from draftune.errors import DraftuneError
 from draftune.experimental.threshold_smoothing import smooth_round, smooth_step, smooth_where, smoothed, width_at
 from draftune.rewards import load_reward
+from helpers.errors import raises
 
 X = torch.linspace(-2, 2, 81, dtype=torch.float64)
 SEEDS, UPDATES = 5, 5000
@@ -66,7 +67,7 @@ def test_rounding() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(DraftuneError, match="width of smoothed thresholds must be at least 0, not -1"), smoothed(-1):
+    with raises(DraftuneError, "width 0 -1"), smoothed(-1):
         pass
 
 
@@ -155,9 +156,9 @@ def test_above_is_a_threshold_of_another_reward() -> None:
         (gradient,) = torch.autograd.grad(soft.sum(), images)
     slope = torch.sigmoid((score - 0.5) / 0.2) * (1 - torch.sigmoid((score - 0.5) / 0.2)) / 0.2
     assert torch.allclose(gradient.sum((1, 2, 3)), slope, rtol=1e-4)
-    with pytest.raises(DraftuneError, match="spread of reward above must be above 0, not 0"):
+    with raises(DraftuneError, "spread above 0"):
         load_reward("above(brightness, level=0.5, spread=0)")
-    with pytest.raises(DraftuneError, match="reward above wants level"):
+    with raises(DraftuneError, "above level"):
         load_reward("above(brightness)")
 
 
@@ -170,7 +171,7 @@ def train(model: Path, output: Path, **values: Any) -> draftune.training.Run:
 def test_training_takes_the_smooth_gradient_narrows_it_and_logs_the_hard_reward(
     pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DraftuneError, match=r"'bright' .*gradient"):
+    with raises(DraftuneError, "bright gradient"):
         train(pipeline_folder, tmp_path / "hard")
     run = train(pipeline_folder, tmp_path / "run", smoothing=2, method="draft-lv(n=1)")
     assert [row["smoothing"] for row in run.metrics] == pytest.approx([2, 2 / 2**0.5, 2 / 3**0.5])
@@ -182,5 +183,5 @@ def test_training_takes_the_smooth_gradient_narrows_it_and_logs_the_hard_reward(
 
 
 def test_a_method_without_the_gradient_takes_no_smoothing(tmp_path: Path) -> None:
-    with pytest.raises(DraftuneError, match="'ddpo' takes no gradient of the reward: no smoothing"):
+    with raises(DraftuneError, "ddpo gradient smoothing"):
         train(tmp_path, tmp_path / "run", smoothing=1, method="ddpo")

@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from draftune.errors import DraftuneError
 from draftune.models import load_model
+from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training
 from helpers.pipelines import build_pipeline
 from helpers.published_weights import randomise
@@ -99,9 +100,9 @@ def test_half_precision_is_loaded_no_wider(tmp_path: Path, saved: torch.dtype, p
 def test_refusals(tmp_path: Path) -> None:
     pipeline = build_pipeline(tmp_path)
     pipeline.scheduler = EDMEulerScheduler()
-    with pytest.raises(DraftuneError, match="drawn by EDMEulerScheduler, whose noise levels"):
+    with raises(DraftuneError, "EDMEulerScheduler"):
         load_model(pipeline)
     pipeline = build_pipeline(tmp_path)
     pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8)
-    with pytest.raises(DraftuneError, match="takes the guidance scale as an input"):
+    with raises(DraftuneError, "guidance scale input"):
         load_model(pipeline)

@@ -22,6 +22,7 @@ from draftune.rewards import load_reward
 from draftune.runs.load import find_tuned, open_source
 from draftune.training.early_stopping import rule_of, weighed, weights_of
 from draftune.utils.images import to_pil
+from helpers.errors import mentions, raises
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_the_rule() -> None:
     assert rule_of("", held_out + 2 * held_out) == {"held-out/brightness": 3.0, "held-out/saturation": -1.5}
     assert weights_of("a + 2*b - 3*a") == {"a": -2.0, "b": 2.0}
     assert weighed({"a": 1.0, "b": -0.5}, {"a": 3.0, "b": 4.0, "c": 9.0}) == 1.0
-    with pytest.raises(DraftuneError, match="did you mean 'held-out/brightness'"):
+    with raises(DraftuneError, "'held-out/brightnes' 'held-out/brightness'"):
         weighed({"held-out/brightnes": 1.0}, dict.fromkeys(columns, 0.0))
 
 
@@ -87,15 +88,15 @@ def dial(*columns: list[float], weights: dict[str, float] | None = None) -> Swee
 
 def test_what_is_said() -> None:
     clear = dial([0.0, 0.0], [2.0, 2.25], [1.0, 1.0])
-    assert clear.advice == "recommended: 0.5, by score: 2.1250"
+    assert mentions(clear.advice, "0.5 score 2.1250")
     near = dial([0.0, 0.0], [2.0, 2.0], [1.5, 2.75])
-    assert near.advice == "recommended: 0.5, by score: 2.0000; 2.1250 at 1 is not more by over a standard error"
-    assert dial([0.0, 0.0], [1.0, 1.0], [2.0, 2.0]).advice.endswith("; try larger ones too (--scales)")
-    assert dial([2.0, 2.0], [1.0, 1.0], [0.0, 0.0]).advice.endswith("; the LoRA is no gain by this rule")
-    assert "wants finite scores of at least two prompts" in dial([0.0], [1.0], [2.0]).advice
+    assert mentions(near.advice, "0.5 score 2.0000 2.1250 1 standard error")
+    assert dial([0.0, 0.0], [1.0, 1.0], [2.0, 2.0]).advice.count("--scales")
+    assert dial([2.0, 2.0], [1.0, 1.0], [0.0, 0.0]).advice.count("LoRA")
+    assert mentions(dial([0.0], [1.0], [2.0]).advice, "finite prompts")
     none = dial([0.0, 0.0], [1.0, 1.0], [2.0, 2.0], weights={})
     assert (none.recommended, none.rule) == (None, None)
-    assert "the training reward alone always says more" in none.advice
+    assert mentions(none.advice, "training reward")
     assert dial([0.0, 0.0], [1.0, 1.0], [2.0, 2.0], weights={"score": -0.5}).rule == "- 0.5*score"
 
 
@@ -152,7 +153,7 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said["pictures"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]
     assert said["rule"] == "held-out/saturation"
     assert said["recommended"] in said["scales"]
-    assert f"recommended: {said['recommended']:g}, by held-out/saturation" in printed
+    assert mentions(printed, f"{said['recommended']:g} held-out/saturation")
     assert ("draftune export" in printed) == bool(said["recommended"])
     assert list(said["columns"]) == list(said["errors"]) == ["brightness", "held-out/saturation", "distance"]
     rows = list(csv.DictReader((run / "sweep" / "sweep.csv").open()))
@@ -179,7 +180,7 @@ def test_without_anything_held_out(run: Path, tmp_path: Path, capsys: pytest.Cap
     said = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (said["rule"], said["recommended"]) == (None, None)
     printed = capsys.readouterr().out
-    assert "no scale is recommended" in printed
+    assert mentions(printed, "no scale")
     assert "--lora-scale" not in printed
     # Unless a rule is given.
     assert main([*command, "--best-by", "brightness", "--output", str(tmp_path / "out")]) == 0
@@ -195,18 +196,18 @@ def test_names_of_scales() -> None:
 def test_mistakes_get_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     cases = {
-        "--scales takes numbers such as 0,0.5,1, not '0,half'": ["sweep", str(run), "--scales", "0,half"],
-        "not '0,inf'": ["sweep", str(run), "--scales", "0,inf"],
-        "not ''": ["sweep", str(run), "--scales", ""],
-        "no LoRA at": ["sweep", str(tmp_path / "missing")],
-        "takes a folder": ["sweep", str(run), "--output", str(tmp_path / "file")],
-        "no prompt file": ["sweep", str(run), "--prompts", str(tmp_path / "missing.txt")],
-        "did you mean 'held-out/saturation'": ["sweep", str(run), "--best-by", "held-out/saturatio"],
-        "a sum of columns": ["sweep", str(run), "--best-by", "saturation(k=2)"],
-        "unknown flag '--lora-scale'": ["sweep", str(run), "--lora-scale", "1"],
+        "--scales 0,half": ["sweep", str(run), "--scales", "0,half"],
+        "--scales 0,inf": ["sweep", str(run), "--scales", "0,inf"],
+        "--scales ''": ["sweep", str(run), "--scales", ""],
+        "LoRA missing": ["sweep", str(tmp_path / "missing")],
+        "--output folder": ["sweep", str(run), "--output", str(tmp_path / "file")],
+        "missing.txt": ["sweep", str(run), "--prompts", str(tmp_path / "missing.txt")],
+        "'held-out/saturatio' 'held-out/saturation'": ["sweep", str(run), "--best-by", "held-out/saturatio"],
+        "saturation(k=2)": ["sweep", str(run), "--best-by", "saturation(k=2)"],
+        "--lora-scale": ["sweep", str(run), "--lora-scale", "1"],
     }
     for message, argv in cases.items():
         code = main(argv)
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("draftune: ")]
         assert (code, len(lines)) == (2, 1), (argv, lines)
-        assert message in lines[0], (message, lines[0])
+        assert mentions(lines[0], message), (message, lines[0])

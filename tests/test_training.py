@@ -33,6 +33,7 @@ from draftune.training.step import PromptOrder, Updates, clipped_share
 from draftune.training.train import prepare
 from draftune.utils.images import open_image
 from draftune.utils.memory import peak_memory
+from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -97,7 +98,7 @@ def test_a_reward_without_a_gradient_is_for_methods_that_need_none(pipeline_fold
 
     assert len(run(str(pipeline_folder), tmp_path, rounded, method="ddpo").metrics) == 3
     for method in ("draft-lv", "adjoint-matching(k=1)", "kl(draft-lv)"):
-        with pytest.raises(DraftuneError, match="'rounded' has no gradient"):
+        with raises(DraftuneError, "rounded gradient"):
             run(str(pipeline_folder), tmp_path / "other", rounded, method=method)
 
 
@@ -147,7 +148,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert again.method == "draft-lv(n=2)"
     assert result.comparison is not None
     assert len(result.comparison.base.images) == 64
-    with pytest.raises(DraftuneError, match="holds another run"):
+    with raises(DraftuneError, folder, "reward gradient_accumulation_steps"):
         run(str(pipeline_folder), tmp_path)
 
 
@@ -193,7 +194,7 @@ def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: s
     row = trainer.updates.update(1)
     assert row["reward"] == 1
     assert (row["grad_norm"] > 0) == (mode == "straight_through")
-    with pytest.raises(DraftuneError, match=r"pixel_clamp.*'soft'"):
+    with raises(DraftuneError, "pixel_clamp soft"):
         prepare(model, brightness, **settings, pixel_clamp="soft")
 
 
@@ -213,7 +214,7 @@ def test_a_run_leaves_the_model_its_own_clamp(pipeline: Any, tmp_path: Path, own
     model = StableDiffusion(pipeline, "tiny")
     model.pixel_clamp = own
     other = {"hard": "straight_through", "straight_through": "hard"}[own]
-    with pytest.raises(DraftuneError, match="broken"):
+    with raises(DraftuneError, "broken"):
         run(model, tmp_path, broken, steps=1, pixel_clamp=other)
     assert (seen.pop(), model.pixel_clamp) == (other, own)
     fresh = StableDiffusion(build_pipeline(tmp_path / "parts"), "tiny")
@@ -306,7 +307,7 @@ def test_training_stops_where_a_tensor_gets_no_gradient(pipeline: Any, tmp_path:
 
     METHODS["cut"] = Cut
     try:
-        with pytest.raises(DraftuneError, match=r"trainable tensors got no gradient.*lora_"):
+        with raises(DraftuneError, "gradient lora_"):
             run(pipeline, tmp_path, method="cut", steps=5)
     finally:
         del METHODS["cut"]
@@ -317,31 +318,31 @@ def test_the_audit_names_the_tensor_left_behind() -> None:
     moved.grad, stuck.grad = torch.ones(2), torch.zeros(2)
     audit = GradientAudit({"moved": moved, "stuck": stuck}, updates=2)
     audit.check()
-    with pytest.raises(DraftuneError, match="such as stuck"):
+    with raises(DraftuneError, "stuck"):
         audit.check()
 
 
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda images, prompts: images.mean((1, 2, 3)).detach(), "has no gradient"),
-        (lambda images, prompts: images.mean(), "one number for each"),
-        (lambda images, prompts: images.mean((2, 3)), "one number for each"),
+        (lambda images, prompts: images.mean((1, 2, 3)).detach(), "gradient"),
+        (lambda images, prompts: images.mean(), "shape (2,) ()"),
+        (lambda images, prompts: images.mean((2, 3)), "(2, 3)"),
         (lambda images, prompts: images.mean((1, 2, 3)) * math.nan, "nan"),
-        (lambda images, prompts: [1.0, 2.0], "must return a tensor"),
-        (lambda images, prompts: images.round().mean((1, 2, 3)), "gives no gradient"),
-        (lambda images, prompts: torch.zeros(2, requires_grad=True), "does not depend"),
+        (lambda images, prompts: [1.0, 2.0], "tensor list"),
+        (lambda images, prompts: images.round().mean((1, 2, 3)), "gradient 2"),
+        (lambda images, prompts: torch.zeros(2, requires_grad=True), "depend"),
         (
             lambda images, prompts: images[:1].mean() * torch.ones(2),
-            r"no gradient to 1 of 2 pictures: picture 2 \(a dog\)",
+            "gradient 1 2 dog",
         ),
-        (lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt(), "not finite"),
+        (lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt(), "finite"),
     ],
 )
 def test_rewards_that_cannot_be_trained_on_are_refused(
     pipeline: Any, tmp_path: Path, reward: Any, message: str
 ) -> None:
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, message):
         run(pipeline, tmp_path, reward)
     assert not (tmp_path / "run").exists()
 
@@ -361,9 +362,9 @@ def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline_folde
     model = str(pipeline_folder)
     (tmp_path / "prompts.csv").write_text("prompt,level\na cat,1\na dog,2\na bird,0.5\n")
     prompts = str(tmp_path / "prompts.csv")
-    with pytest.raises(DraftuneError, match=r"eval_prompts\) don't fit: no level for 'cat'"):
+    with raises(DraftuneError, "eval_prompts level 'cat'"):
         run(model, tmp_path, Level(), prompts=prompts, eval_prompts="animals")
-    with pytest.raises(DraftuneError, match="no level for 'a cat'"):
+    with raises(DraftuneError, "level 'a cat'"):
         run(model, tmp_path, Level())
     assert not (tmp_path / "run").exists()
     result = run(model, tmp_path, Level() + 0.5 * load_reward(brightness), prompts=prompts, eval_prompts=prompts)
@@ -380,7 +381,7 @@ def test_held_out_rewards_are_tried_before_training(pipeline: Any, tmp_path: Pat
     def broken(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images[:, 5].mean((1, 2))
 
-    with pytest.raises(DraftuneError, match=r"'broken' failed: IndexError.*test_training.py"):
+    with raises(DraftuneError, "broken IndexError test_training.py"):
         run(pipeline, tmp_path, held_out=broken, eval_prompts="animals")
     assert not (tmp_path / "run").exists()
 
@@ -412,48 +413,48 @@ def test_a_reward_that_breaks_later_stops_the_run_and_keeps_the_lora(pipeline: A
         calls.append(1)
         return brightness(images, prompts) * (math.nan if len(calls) > 8 else 1.0)
 
-    with pytest.raises(DraftuneError, match=r"nan.*at update"):
+    with raises(DraftuneError, "nan update"):
         run(pipeline, tmp_path, breaks, steps=20)
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipeline: Any, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"method": "draft-k(k=4)"}, "more than the 3 sampling steps"),
-        ({"method": "refl"}, "more than the 3 sampling steps"),
-        ({"method": "drtune(k=3, m=2)"}, "do not fit into 3 sampling steps"),
-        ({"method": "leapalign", "num_inference_steps": 1}, "at least 2 sampling steps"),
-        ({"method": "ddpo", "num_inference_steps": 1, "set_alpha_to_one": True}, "wants a random step"),
-        ({"method": "adjoint-matching", "num_inference_steps": 1, "set_alpha_to_one": True}, "wants a random step"),
-        ({"method": "ddpo(clip_range=0)"}, "clip_range must be more than 0"),
-        ({"method": "ddpo", "batch_size": 1}, "gradient_accumulation_steps must be at least 2, not 1"),
-        ({"method": "kl(dpok)", "batch_size": 1}, "gradient_accumulation_steps must be at least 2, not 1"),
-        ({"method": "ddpo(adv_clip_max=0)"}, "adv_clip_max must be more than 0"),
-        ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction must be more than 0 and at most 1"),
-        ({"method": "ddpo(buffer_size=4)"}, "buffer_size must be a whole number of at least 16"),
-        ({"method": "alignprop(cut=normel)"}, "did you mean 'normal'"),
-        ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "does not begin without gradient: prefix_reuse"),
-        ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride must be 1"),
-        ({"method": "refl(m=2)", "prefix_reuse": 2}, "prefix_reuse=2 does not work with the method 'refl"),
-        ({"method": "alignprop(m=3)", "prefix_reuse": 3}, "prefix_reuse=3 does not work with the method 'alignprop"),
+        ({"method": "draft-k(k=4)"}, "k=4 3 steps"),
+        ({"method": "refl"}, "m 3 steps"),
+        ({"method": "drtune(k=3, m=2)"}, "k=3 m=2 3 steps"),
+        ({"method": "leapalign", "num_inference_steps": 1}, "leapalign 2 steps"),
+        ({"method": "ddpo", "num_inference_steps": 1, "set_alpha_to_one": True}, "random step"),
+        ({"method": "adjoint-matching", "num_inference_steps": 1, "set_alpha_to_one": True}, "random step"),
+        ({"method": "ddpo(clip_range=0)"}, "clip_range 0"),
+        ({"method": "ddpo", "batch_size": 1}, "gradient_accumulation_steps 2 1"),
+        ({"method": "kl(dpok)", "batch_size": 1}, "gradient_accumulation_steps 2 1"),
+        ({"method": "ddpo(adv_clip_max=0)"}, "adv_clip_max 0"),
+        ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction 0 1 2"),
+        ({"method": "ddpo(buffer_size=4)"}, "buffer_size 16 4"),
+        ({"method": "alignprop(cut=normel)"}, "'normel' 'normal'"),
+        ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "drtune gradient prefix_reuse"),
+        ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride 1"),
+        ({"method": "refl(m=2)", "prefix_reuse": 2}, "prefix_reuse 2 refl"),
+        ({"method": "alignprop(m=3)", "prefix_reuse": 3}, "prefix_reuse 3 alignprop"),
         (
             {"method": "kl(leapalign)", "prefix_reuse": 2},
-            "prefix_reuse=2 does not work with the method 'kl",
+            "prefix_reuse 2 kl",
         ),
-        ({"method": "kl(draft-lv, beta=-1)"}, "beta must be at least 0"),
-        ({"method": "adjoint-matching(scale=0)"}, "scale must be more than 0"),
-        ({"method": "leapalign(discount=2)"}, "discount must be between 0 and 1"),
-        ({"lora_targets": "to_q, to_nothing"}, "ends in 'to_nothing'"),
-        ({"lora_targets": "attn2"}, "ends in 'attn2'"),
-        ({"height": 13}, "multiple of"),
-        ({"lora_rank": 0}, "at least 1"),
-        ({"steps": "many"}, "whole number"),
-        ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
-        ({"timestep_spacing": "trailling"}, "did you mean 'trailing'"),
-        ({"mixed_precision": "fp16"}, "does not work on a CPU"),
+        ({"method": "kl(draft-lv, beta=-1)"}, "beta -1 0"),
+        ({"method": "adjoint-matching(scale=0)"}, "scale 0"),
+        ({"method": "leapalign(discount=2)"}, "discount 0 1 2"),
+        ({"lora_targets": "to_q, to_nothing"}, "to_nothing"),
+        ({"lora_targets": "attn2"}, "attn2"),
+        ({"height": 13}, "height 13"),
+        ({"lora_rank": 0}, "lora_rank 0"),
+        ({"steps": "many"}, "steps many"),
+        ({"lerning_rate": 1.0}, "'lerning_rate' 'learning_rate'"),
+        ({"timestep_spacing": "trailling"}, "'trailling' 'trailing'"),
+        ({"mixed_precision": "fp16"}, "fp16 CPU"),
     ]
     for values, message in cases:
-        with pytest.raises(DraftuneError, match=message):
+        with raises(DraftuneError, message):
             run(pipeline, tmp_path, **values)
     assert not (tmp_path / "run").exists()
 
@@ -468,8 +469,8 @@ def test_a_run_without_a_gradient_says_which_factor_was_0(
     result = run(pipeline, tmp_path, never, method="ddpo", steps=steps, batch_size=3)
     assert [row["grad_norm"] for row in result.metrics] == [0] * steps
     said = capsys.readouterr().err
-    assert said.count(f"exactly 0 in the last {told} updates: all 3 rewards of the update are -7.3") == 1
-    assert "learning rate" not in said
+    assert sum(mentions(line, "gradient 0 updates 3 -7.3", told) for line in said.splitlines()) == 1
+    assert not mentions(said, "learning rate")
 
 
 def test_a_gradient_that_vanishes_later_is_told_too(
@@ -488,8 +489,8 @@ def test_a_gradient_that_vanishes_later_is_told_too(
     result = run(pipeline, tmp_path, dies, steps=8, learning_rate=0.02)
     assert [row["step"] for row in result.metrics if row["grad_norm"] == 0] == [4, 5, 6, 7, 8]
     said = capsys.readouterr().err
-    assert said.count("the gradient was exactly 0 in the last 3 updates") == 1
-    assert "learning rate" not in said
+    assert sum(mentions(line, "gradient 0 3 updates") for line in said.splitlines()) == 1
+    assert not mentions(said, "learning rate")
 
 
 def test_a_lora_that_takes_no_part_is_named_by_policy_gradients_too(pipeline: Any, tmp_path: Path) -> None:
@@ -501,7 +502,7 @@ def test_a_lora_that_takes_no_part_is_named_by_policy_gradients_too(pipeline: An
     for module in trainer.model.denoiser.modules():
         if isinstance(scaling := getattr(module, "scaling", None), dict):
             module.scaling = dict.fromkeys(scaling, 0.0)
-    with pytest.raises(DraftuneError, match=r"trainable tensors got no gradient.*lora_targets"):
+    with raises(DraftuneError, "gradient lora_targets"):
         trainer.run()
 
 

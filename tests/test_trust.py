@@ -25,6 +25,7 @@ from draftune.runs import checkpoint
 from draftune.runs.run_dir import RunFolder, first_free
 from draftune.settings import Settings
 from draftune.training.checks import probe_reward
+from helpers.errors import mentions, raises
 
 
 def failing(at: Sequence[int], gradient: bool) -> Callable[..., Tensor]:
@@ -57,9 +58,8 @@ def test_what_is_not_finite_ends_a_run_and_is_kept_to_look_at(
     pipeline_folder: Path, tmp_path: Path, gradient: bool
 ) -> None:
     """The first call tries the reward, the others are updates 1, 2, 3, …"""
-    said = "the gradient's norm became nan" if gradient else r"the reward became \[nan, 0\..*\]"
-    way = "the last checkpoint is step-000002; --on-nonfinite skip leaves such updates out"
-    with pytest.raises(DraftuneError, match=rf"{said} at update 4; its batch is in '.*step-000004'; {way}"):
+    said = "gradient nan" if gradient else "reward [nan, 0."
+    with raises(DraftuneError, said, "update 4 step-000004 step-000002 --on-nonfinite skip"):
         train(pipeline_folder, tmp_path / "run", failing([5], gradient), **KNOWN)
     before = train(pipeline_folder, tmp_path / "before", steps=3, **KNOWN)
     assert all(
@@ -90,7 +90,7 @@ def test_what_is_not_finite_can_be_left_out(pipeline_folder: Path, tmp_path: Pat
 
 def test_too_much_that_is_not_finite_ends_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     reward = failing(range(3, 100), False)
-    with pytest.raises(DraftuneError, match=r"at update 22; .* so were the 20 before it"):
+    with raises(DraftuneError, "update 22 20"):
         train(pipeline_folder, tmp_path / "run", reward, on_nonfinite="skip", steps=50, **KNOWN)
 
 
@@ -101,7 +101,7 @@ def test_one_process_in_a_folder(pipeline_folder: Path, tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
-        with pytest.raises(DraftuneError, match="another process is training in"):
+        with raises(DraftuneError, "process", tmp_path / "run"):
             train(pipeline_folder, tmp_path / "run")
         other.kill()
     assert len(train(pipeline_folder, tmp_path / "run").metrics) == 6
@@ -116,7 +116,7 @@ def test_a_run_that_another_process_went_on_with_is_not_overwritten(pipeline_fol
 
     train(pipeline_folder, tmp_path / "run", steps=2)
     done: list[int] = []
-    with pytest.raises(DraftuneError, match="another process went on with the run"):
+    with raises(DraftuneError, "process run"):
         train(pipeline_folder, tmp_path / "run", meanwhile)
     assert len(rows(tmp_path / "run", "metrics.jsonl")) == 4
 
@@ -154,8 +154,7 @@ def test_a_disk_that_fills_up_loses_nothing(
         save(path, *args)
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
-    message = "No space left on device; step-00000. is whole, and the same command goes on from it"
-    with pytest.raises(DraftuneError, match=message):
+    with raises(DraftuneError, "No space left on device step-00000"):
         train(pipeline_folder, tmp_path / "run")
     monkeypatch.undo()
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
@@ -168,7 +167,7 @@ def test_a_disk_that_is_nearly_full_is_noticed_before(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(DraftuneError, match="has 0 MiB left, and the run takes at least"):
+    with raises(DraftuneError, "0 MiB"):
         train(pipeline_folder, tmp_path / "run")
 
 
@@ -179,7 +178,7 @@ def test_the_share_of_pixels_without_a_gradient(capsys: pytest.CaptureFixture[st
     images = torch.full((2, 3, 8, 8), 0.5)
     found = probe_reward(load_reward(corner), images, ["a", "b"])
     assert found == {"corner": {"score": 24.0, "gradient_norm": 12.0, "pixels_without_gradient": 0.75}}
-    assert "'corner' gives no gradient to 75% of the pixels of the base model's pictures" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "corner gradient 75% pixels")
     assert probe_reward(load_reward(corner), images, ["a", "b"], gradient=False) == {"corner": {"score": 24.0}}
 
 
@@ -187,16 +186,16 @@ def test_pictures_that_do_not_move_are_noticed(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(pipeline_folder, tmp_path / "still", learning_rate=1e-12)
-    assert "after 3 updates the pictures are still those of the base model" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "3 updates base model")
     train(pipeline_folder, tmp_path / "moved")
-    assert "still those" not in capsys.readouterr().err
+    assert not mentions(capsys.readouterr().err, "base model")
 
 
 def test_the_folder_is_taken_until_it_is_closed(tmp_path: Path) -> None:
     folder = RunFolder(Settings(output=str(tmp_path / "run")), {})
     (tmp_path / "run").mkdir()
     folder.take()
-    with pytest.raises(DraftuneError, match="another process is training"):
+    with raises(DraftuneError, "process", tmp_path / "run"):
         RunFolder(Settings(output=str(tmp_path / "run")), {})
     folder.close()
     RunFolder(Settings(output=str(tmp_path / "run")), {})
@@ -246,7 +245,7 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
     assert_equal(lora(whole.folder), lora(tmp_path / "run"))
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert rows(whole.folder, name) == rows(tmp_path / "run", name)
-    with pytest.raises(DraftuneError, match="has made its 6 updates"):
+    with raises(DraftuneError, "6 updates"):
         train(pipeline_folder, tmp_path / "run", save_every=0)
 
 
@@ -261,7 +260,7 @@ def test_preflight_keeps_nothing_of_what_is_not_finite(pipeline_folder: Path, tm
     (tmp_path / "prompts.txt").write_text("a cat\n")
     said = {"reward": f"{tmp_path}/mine.py:nan_later", "prompts": str(tmp_path / "prompts.txt"), "batch_size": 1}
     settings = Settings(model=str(pipeline_folder), num_inference_steps=2, output=str(tmp_path / "run"), **said)
-    with pytest.raises(DraftuneError, match=r"the reward became \[nan\] at update 1"):
+    with raises(DraftuneError, "reward [nan] update 1"):
         preflight(settings)
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["mine.py", "prompts.txt"]
     assert not (tmp_path / "run").exists()
