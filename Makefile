@@ -2,15 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DIST := worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 # Trains the embedded model for some minutes and leaves before_after.png and a LoRA in a new folder of runs/.
 demo: $(VENV)/installed
 	$(BIN)/draftune train --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest
+# Runs ruff, mypy and the tests that are not marked slow, gpu or network.
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network"
+
+# Runs ruff, mypy and all tests but those marked gpu or network.
+test-all: lint
+	$(BIN)/python -m pytest -n 2 --dist $(DIST)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

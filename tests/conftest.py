@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# As the command line does, before torch is imported; subprocesses inherit it.
+# Before torch is imported; subprocesses inherit them. Waking a second thread takes longer than the small networks here
+# gain by it, and two workers with several threads each would fight for the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 for `-m network`
 
 import pytest
 import torch
@@ -18,8 +19,13 @@ from safetensors.torch import save_file
 from helpers.pipelines import build_pipeline
 from helpers.published_weights import save_clip
 
-# Waiting threads sleep, and waking them takes longer than the small networks here gain by a second one.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those that are asked for by `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from draftune.report import write_report
 from draftune.report.serve import Server
 from helpers.errors import mentions
 
+pytestmark = pytest.mark.browser
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 QUIET += ["--disable-sync", "--no-first-run"]

@@ -56,6 +56,7 @@ CASES = {f"parallel {name}": values for name, values in two_processes.PARALLEL.i
 CASES |= {f"sharded {name}": values for name, values in two_processes.SHARDED.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "values"), CASES.items(), ids=CASES)
 def test_updates_equal_those_of_one_process(
     together: Path, pipeline_folder: Path, tmp_path: Path, name: str, values: dict[str, Any]
@@ -80,6 +81,7 @@ def test_updates_equal_those_of_one_process(
         assert written["method"].get("rewards", {}).keys() == trainer.method.state_dict().get("rewards", {}).keys()
 
 
+@pytest.mark.slow
 def test_each_process_holds_its_part_of_the_frozen_networks(together: Path) -> None:
     for found in facts(together):
         assert found["count"] == 2
@@ -93,6 +95,7 @@ def test_each_process_holds_its_part_of_the_frozen_networks(together: Path) -> N
         assert a["held"] + b["held"] == size["all"]
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_all_processes_and_is_said_once(together: Path) -> None:
     first, second = facts(together)
     for name, words in (
@@ -143,6 +146,7 @@ def killed(process: subprocess.Popen[bytes], output: Path) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_by_one_process_and_then_by_two(pipeline_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a fish\na tree\na cat\n")
     prompts = str(tmp_path / "prompts.txt")

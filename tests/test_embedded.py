@@ -76,6 +76,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
         model,
         steps=12,
         learning_rate=2e-3,
+        num_inference_steps=5,
         sample_every=0,
         eval_prompts=str(few_prompts(tmp_path)),
         eval_images=2,
@@ -92,7 +93,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     prompt = run.comparison.prompts[0]
     theirs = pipe(
         prompt,
-        num_inference_steps=STEPS,
+        num_inference_steps=5,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
@@ -102,9 +103,10 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its Python, as it stands but with two updates, and a comparison on four prompts."""
+    """The README's Python runs as it stands, but for a shorter training: two updates, three steps, four prompts."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    code = "".join(block for block in blocks if "from_pretrained" not in block).replace("steps=20", "steps=2")
+    code = "".join(block for block in blocks if "from_pretrained" not in block)
+    code = code.replace("steps=20", "steps=2, num_inference_steps=3, eval_images=1, sample_prompts=2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("draftune.prompts.emoji", lambda part: ["pizza", "rocket", "house", "sun"])
     names: dict[str, Any] = {}
@@ -121,6 +123,7 @@ def test_training_on_the_jpeg_reward_shrinks_the_files(tmp_path: Path) -> None:
         "jpeg-compressibility",
         steps=15,
         learning_rate=3e-3,
+        num_inference_steps=5,
         sample_every=0,
         eval_prompts=str(few_prompts(tmp_path)),
         eval_images=2,

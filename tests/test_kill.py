@@ -98,6 +98,7 @@ def finished(context: Any, settings: dict[str, Any]) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "kills"),
     [({}, KILLS), ({"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, KILLS // 2)],
