@@ -76,6 +76,8 @@ def write(path: Path, halves: dict[str, tuple[Tensor, Tensor]], names: tuple[str
 def same_as_diffusers(folder: Path, lora: Path) -> None:
     """The images are those of diffusers' own reader, and not those of the base model; strength 0 is the base."""
     ours, theirs = load_model(folder), load_model(folder)
+    for model in (ours, theirs):
+        model.set_size(16, 16)
     plain = draw(ours)
     load_lora(ours, lora)
     drawn = draw(ours)
