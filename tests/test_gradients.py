@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from draftune.models.clamp import clamp_unit
 from draftune.models.tiny_decoder import decode_small
 from draftune.sampling.sampler import Denoiser, Latents
 from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
+from helpers.draws import injected, noises
 from helpers.pipelines import SD14_SCHEDULER, add_random_lora, build_pipeline
 
 T = 5  # divides the 1,000 training steps, so that the clean grids end at the clean latent
@@ -123,11 +125,12 @@ def test_refl_with_m_of_one_is_draft_1(grid: str, network: Network) -> None:
     assert relative(gradient_of_method(ReFL(1), GRIDS[grid], network), one) < 1e-12
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_refl_jumps_to_the_clean_latent_at_its_step(seed: int, network: Network) -> None:
+@pytest.mark.parametrize("remaining", range(1, 5))
+def test_refl_jumps_to_the_clean_latent_at_its_step(remaining: int, network: Network) -> None:
     schedule = GRIDS["leading"]
-    ours = gradient_of_method(ReFL(4), schedule, network, seed)
-    remaining = int(torch.randint(1, 5, (), generator=torch.Generator().manual_seed(seed)))
+    with injected(randint=[remaining]) as ranges:
+        ours = gradient_of_method(ReFL(4), schedule, network)
+    assert ranges == [(1, 5)]
     network.zero_grad()
     x = NOISE
     for step in schedule.steps[: T - remaining]:
@@ -138,22 +141,22 @@ def test_refl_jumps_to_the_clean_latent_at_its_step(seed: int, network: Network)
     assert relative(ours, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-12
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_alignprop_is_draft_k_with_a_k_drawn_for_each_sample(seed: int, network: Network) -> None:
+@pytest.mark.parametrize("drawn", [[1, 4], [3, 2], [2, 2], [4, 1]])
+def test_alignprop_is_draft_k_with_a_k_drawn_for_each_sample(drawn: list[int], network: Network) -> None:
     schedule = GRIDS["clean"]
-    drawn = torch.randint(1, 5, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
-    ours = gradient_of_method(AlignProp("uniform", 4), schedule, network, seed)
+    with injected(randint=[drawn]) as ranges:
+        ours = gradient_of_method(AlignProp("uniform", 4), schedule, network)
+    assert ranges == [(1, 5)]
     each = [gradient_by_hand(schedule, network, T - k, NOISE[i : i + 1]) for i, k in enumerate(drawn)]
     assert relative(ours, sum(each) / 2) < 1e-12
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_alignprop_draws_one_k_for_the_batch_by_default(seed: int, network: Network) -> None:
-    schedule, generator = GRIDS["clean"], torch.Generator().manual_seed(seed)
-    cut = 0
-    while not 1 <= cut < T:
-        cut = int(42 / 50 * T + 5 / 50 * T * float(torch.randn((), generator=generator)))
-    ours = gradient_of_method(AlignProp(), schedule, network, seed)
+@pytest.mark.parametrize(("drawn", "cut"), [([0.0], 4), ([-2.0], 3), ([-4.0], 2), ([2.0, -8.2, -6.0], 1)])
+def test_alignprop_draws_one_k_for_the_batch_by_default(drawn: list[float], cut: int, network: Network) -> None:
+    """The cut is the integer part of N(42/50 T, 5/50 T), drawn again until it is from 1 to T - 1."""
+    schedule = GRIDS["clean"]
+    with injected(randn=drawn):
+        ours = gradient_of_method(AlignProp(), schedule, network)
     assert relative(ours, gradient_by_hand(schedule, network, cut)) < 1e-12
 
 
@@ -173,12 +176,16 @@ def test_the_normal_cuts_are_those_of_the_authors_at_fifty_steps() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("seed", "discount"), [(0, 0.0), (1, 0.2), (2, 0.2), (3, 1.0)])
-def test_leapalign_equals_plain_autograd(grid: str, seed: int, discount: float, network: Network) -> None:
+@pytest.mark.parametrize(
+    ("order", "discount"),
+    [([0, 1, 2, 3, 4], 0.0), ([3, 1, 0, 2, 4], 0.2), ([2, 4, 0, 1, 3], 0.2), ([4, 0, 1, 2, 3], 1.0)],
+)
+def test_leapalign_equals_plain_autograd(grid: str, order: list[int], discount: float, network: Network) -> None:
     schedule = GRIDS[grid]
     steps, kind = schedule.steps, schedule.prediction_type
-    ours = gradient_of_method(LeapAlign(discount), schedule, network, seed)
-    k, j = sorted(torch.randperm(T, generator=torch.Generator().manual_seed(seed))[:2].tolist())
+    with injected(randperm=[order]):
+        ours = gradient_of_method(LeapAlign(discount), schedule, network)
+    k, j = sorted(order[:2])
     path = [NOISE]
     with torch.no_grad():
         for step in steps:
@@ -208,8 +215,9 @@ def test_the_gradient_of_leapalign_has_the_closed_form() -> None:
         v = w[step.timestep] + u[step.timestep] * x
         return Prediction(x - step.sigma * v, x + (1 - step.sigma) * v)
 
-    (clean,) = LeapAlign(discount).samples(batch_of(denoise, schedule, seed=4))
-    a, b = sorted(torch.randperm(4, generator=torch.Generator().manual_seed(4))[:2].tolist())
+    a, b = 1, 3
+    with injected(randperm=[[b, a, 0, 2]]):
+        (clean,) = LeapAlign(discount).samples(batch_of(denoise, schedule))
     k, j = levels[a], levels[b]
     (gradient,) = torch.autograd.grad(clean.sum() / clean.numel(), w)
     expected = torch.zeros(4, dtype=torch.float64)
@@ -219,16 +227,31 @@ def test_the_gradient_of_leapalign_has_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("k", "m", "seed"), [(1, 1, 0), (2, 3, 1), (2, 3, 2), (2, 3, 3), (3, 2, 4), (T, 1, 5)])
-def test_drtune_equals_plain_autograd(grid: str, k: int, m: int, seed: int, network: Network) -> None:
-    """The network's input detached at every call, its output at all but the drawn ones, x's linear path kept."""
-    schedule, generator = GRIDS[grid], torch.Generator().manual_seed(seed)
-    ours = gradient_of_method(DRTune(k, m), schedule, network, seed)
-    calls = T + 1 - int(torch.randint(1, m + 1, (), generator=generator))
-    stride = calls // k
-    first = int(torch.randint(0, calls - stride * (k - 1), (), generator=generator))
-    trained = [first + i * stride for i in range(k)]
-    assert trained[-1] < calls
+@pytest.mark.parametrize(
+    ("k", "m", "remaining", "trained", "starts"),
+    [
+        (1, 1, 1, [3], 5),
+        (2, 3, 1, [2, 4], 3),
+        (2, 3, 2, [0, 2], 2),
+        (2, 3, 3, [1, 2], 2),
+        (3, 2, 2, [1, 2, 3], 2),
+        (T, 1, 1, [0, 1, 2, 3, 4], 1),
+    ],
+)
+def test_drtune_equals_plain_autograd(
+    grid: str, k: int, m: int, remaining: int, trained: list[int], starts: int, network: Network
+) -> None:
+    """The network's input detached at every call, its output at all but the drawn ones, x's linear path kept.
+
+    Args:
+        remaining: The calls left when it jumps to the clean latent, counting the last one made.
+        trained: The calls with gradient, evenly spaced.
+        starts: How many places the first of them may have.
+    """
+    schedule, calls = GRIDS[grid], T + 1 - remaining
+    with injected(randint=[remaining, trained[0]]) as ranges:
+        ours = gradient_of_method(DRTune(k, m), schedule, network)
+    assert ranges == [(1, m + 1), (0, starts)]
     network.zero_grad()
     x = NOISE
     for i, step in enumerate(schedule.steps[:calls]):
@@ -264,18 +287,19 @@ def test_lv_without_copies_is_draft_1(grid: str, network: Network) -> None:
 
 @pytest.mark.parametrize("grid", ["leading", "v"])
 def test_lv_adds_renoised_copies_of_the_latent(grid: str, network: Network) -> None:
-    schedule = GRIDS[grid]
-    ours = gradient_of_method(DraftLV(3), schedule, network, seed=5)
+    schedule, fresh = GRIDS[grid], noises(3, NOISE)
+    with injected(randn=fresh):
+        ours = gradient_of_method(DraftLV(3), schedule, network)
     expected = gradient_by_hand(schedule, network, T - 1)
     x = NOISE
     with torch.no_grad():
         for step in schedule.steps:
             clean, noise = clean_and_noise(network(x, step.timestep), x, step, schedule.prediction_type)
             x = step.alpha_next * clean + step.sigma_next * noise
-    generator, last = torch.Generator().manual_seed(5), schedule.steps[-1]
-    for _ in range(3):
+    last = schedule.steps[-1]
+    for noise in fresh:
         network.zero_grad()
-        noisy = last.alpha * x + last.sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        noisy = last.alpha * x + last.sigma * noise
         output = network(noisy, last.timestep)
         reward(clean_and_noise(output, noisy, last, schedule.prediction_type)[0]).mean().backward()
         expected = expected + torch.cat([p.grad.flatten() for p in network.parameters()])
@@ -302,9 +326,9 @@ class Gaussian:
         return Prediction(p * self.mu + q * x, e * self.mu + f * x)
 
 
-def slopes(method: Method, schedule: Schedule, seed: int) -> list[list[float]]:
+def slopes(method: Method, schedule: Schedule, drawn: list[Any]) -> list[list[float]]:
     """d x_0 / d mu of every sample of every clean latent that the method yields, by recursions on paper."""
-    steps, draw = schedule.steps, torch.Generator().manual_seed(seed)
+    steps = schedule.steps
     c = [Gaussian.coefficients(step) for step in steps]
 
     def last(k: int) -> float:
@@ -320,19 +344,18 @@ def slopes(method: Method, schedule: Schedule, seed: int) -> list[list[float]]:
     if isinstance(method, DraftLV):
         return [[last(1)] * 2, *[[c[-1][0]] * 2] * method.n]
     if isinstance(method, ReFL):
-        return [[c[T - int(torch.randint(1, method.m + 1, (1,), generator=draw))][0]] * 2]
+        return [[c[T - drawn[0]][0]] * 2]
     if isinstance(method, AlignProp):
-        assert method.m is not None
-        return [[last(k) for k in torch.randint(1, method.m + 1, (2,), generator=draw).tolist()]]
+        return [[last(k) for k in drawn[0]]]
     if isinstance(method, LeapAlign):
-        k, j = sorted(torch.randperm(T, generator=draw)[:2].tolist())
+        k, j = sorted(drawn[0][:2])
         at, (_, _, e, f) = steps[j], c[j]
         slope = at.alpha * c[k][0] + at.sigma * c[k][2]
         return [[(slope - at.sigma * (e + method.discount * f * slope)) / at.alpha] * 2]
     assert isinstance(method, DRTune)
-    calls = T + 1 - int(torch.randint(1, method.m + 1, (), generator=draw))
+    remaining, first = drawn
+    calls = T + 1 - remaining
     stride = calls // method.k
-    first = int(torch.randint(0, calls - stride * (method.k - 1), (), generator=draw))
     slope = 0.0
     for i, (step, (_, _, e, _)) in enumerate(zip(steps[:calls], c, strict=False)):
         noise = e if i in range(first, first + stride * method.k, stride) else 0.0
@@ -341,17 +364,27 @@ def slopes(method: Method, schedule: Schedule, seed: int) -> list[list[float]]:
     return [[clean] * 2]
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "method",
-    [DraftK(1), DraftK(3), Draft(), DraftLV(2), ReFL(3), AlignProp("uniform", 4), DRTune(2, 3), LeapAlign(0.3)],
-    ids=lambda method: type(method).__name__,
+    ("method", "drawn"),
+    [
+        (DraftK(1), {}),
+        (DraftK(3), {}),
+        (Draft(), {}),
+        (DraftLV(2), {}),
+        *((ReFL(3), {"randint": [remaining]}) for remaining in (1, 2, 3)),
+        *((AlignProp("uniform", 4), {"randint": [ks]}) for ks in ([1, 4], [3, 2], [4, 4])),
+        *((DRTune(2, 3), {"randint": values}) for values in ([1, 2], [2, 1], [3, 0])),
+        *((LeapAlign(0.3), {"randperm": [order]}) for order in ([0, 1, 2, 3, 4], [3, 1, 0, 2, 4], [4, 2, 0, 1, 3])),
+    ],
+    ids=repr,
 )
-def test_closed_form_on_gaussian_data_with_a_quadratic_reward(method: RewardGradient, seed: int) -> None:
+def test_closed_form_on_gaussian_data_with_a_quadratic_reward(
+    method: RewardGradient, drawn: dict[str, list[Any]]
+) -> None:
     schedule, data, expected = GRIDS["clean"], Gaussian(), 0.0
-    for clean, slope in zip(
-        method.samples(batch_of(data.denoise, schedule, seed=seed)), slopes(method, schedule, seed), strict=True
-    ):
+    with injected(**drawn):
+        latents = list(method.samples(batch_of(data.denoise, schedule)))
+    for clean, slope in zip(latents, slopes(method, schedule, next(iter(drawn.values()), [])), strict=True):
         (-((clean - TARGET) ** 2)).mean().backward()
         each = (-2 * (clean.detach() - TARGET)).mean((1, 2, 3))
         expected += float((each * torch.tensor(slope, dtype=torch.float64)).mean())

@@ -31,6 +31,7 @@ from draftune.rewards import load_reward
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.utils.images import open_image, to_pil
+from helpers.draws import injected
 from helpers.errors import mentions, raises
 
 T, D = 200, 16
@@ -201,21 +202,24 @@ def test_training_on_what_is_drawn_goes_past_the_regularised_optimum(toy: Subspa
 @pytest.mark.parametrize("kind", ["epsilon", "flow"])
 def test_the_loss_of_the_denoiser(toy: Subspace, kind: str) -> None:
     steps = DIFFUSION if kind == "epsilon" else FLOW[1:]
-    place = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    place = torch.full((), 0.3, dtype=torch.float64, requires_grad=True)
 
     def denoise(x: Tensor, step: Step) -> Prediction:
         clean, noise = toy.denoise(x, step)
         return Prediction(clean, noise + place)
 
     fit = Fit([place], Schedule(tuple(steps), kind), 0.01, torch.Generator().manual_seed(0))
-    found = fit(denoise, toy.normal(4000, D) @ toy.P)
-    # What an exact denoiser can't know of N(0, P), over the levels that were drawn.
-    seen = torch.randint(len(steps), (LEVELS,), generator=torch.Generator().manual_seed(0)).tolist()
+    seen = [i % len(steps) for i in range(LEVELS)]
+    with injected(randint=[seen]):
+        found = fit(denoise, toy.normal(4000, D) @ toy.P)
+    # What an exact denoiser can't know of N(0, P), and the square of the shift.
     weights = [
         (steps[i].alpha ** 2 if kind == "epsilon" else 1) / (steps[i].alpha ** 2 + steps[i].sigma ** 2) for i in seen
     ]
-    assert found == pytest.approx(sum(weights) / LEVELS * 4 / D, rel=0.02)
-    assert abs(place.item()) == pytest.approx(0.01, rel=1e-3)  # Adam's first step
+    assert found == pytest.approx(sum(weights) / LEVELS * 4 / D + 0.3**2, rel=0.02)
+    assert place.grad is not None
+    assert place.grad.item() == pytest.approx(2 * 0.3, rel=0.02)
+    assert place.item() == pytest.approx(0.3 - 0.01, rel=1e-3)  # Adam's first step
 
 
 def test_a_larger_rise_settles_higher_and_stays_in_the_subspace(toy: Subspace) -> None:

@@ -16,6 +16,7 @@ from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, L
 from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
 from draftune.sampling.schedule import Prediction, Schedule, Step
+from helpers.draws import injected, noises
 from helpers.errors import mentions
 from helpers.pipelines import add_random_lora, build_pipeline
 
@@ -94,9 +95,11 @@ def networks() -> tuple[Network, Network]:
 def test_dpok_adds_the_divergence_of_every_step(grid: str, networks: tuple[Network, Network]) -> None:
     network, base = networks
     schedule, beta = GRIDS[grid], 0.3
-    ours = gradient(DPOK(beta=beta), network, base, schedule) - gradient(DDPO(), network, base, schedule)
+    fresh = noises(len(schedule), NOISE)
+    with injected(randn=fresh * 2):
+        ours = gradient(DPOK(beta=beta), network, base, schedule) - gradient(DDPO(), network, base, schedule)
     network.zero_grad()
-    generator, x = torch.Generator().manual_seed(0), NOISE
+    x = NOISE
     for step in schedule.steps:
         here, there = (
             clean_and_noise(net(x, step.timestep), x, step, schedule.prediction_type) for net in (network, base)
@@ -109,7 +112,7 @@ def test_dpok_adds_the_divergence_of_every_step(grid: str, networks: tuple[Netwo
             torch.distributions.Normal(one, step.tau), torch.distributions.Normal(other.detach(), step.tau)
         )
         (beta * divergence.mean() / sum(step.tau > 0 for step in schedule.steps)).backward()
-        x = (one + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)).detach()
+        x = (one + step.tau * fresh.pop(0)).detach()
     expected = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     assert relative(ours, expected) < 1e-9
 
@@ -132,24 +135,25 @@ def test_the_loss_of_the_authors_by_hand() -> None:
         clean, eps = clean_and_noise(net(x, step.timestep), x, step, "epsilon")
         return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * eps
 
-    found = []
-    for losses in method.optimizer_steps([batch_of(denoise, schedule, None, noise, lambda x: rewards)]):
-        network.zero_grad()
-        for loss in losses:
-            loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
-        with torch.no_grad():
-            network.last.weight.mul_(1.01)
+    found, fresh = [], noises(len(schedule), noise)
+    with injected(randn=fresh):
+        for losses in method.optimizer_steps([batch_of(denoise, schedule, None, noise, lambda x: rewards)]):
+            network.zero_grad()
+            for loss in losses:
+                loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+            with torch.no_grad():
+                network.last.weight.mul_(1.01)
 
     advantages = ((rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-6)).clamp(-adv_clip_max, adv_clip_max)
     assert (advantages.abs() == adv_clip_max).any()
-    before, after, generator, x = Network(), Network(), torch.Generator().manual_seed(0), noise
+    before, after, x = Network(), Network(), noise
     with torch.no_grad():
         after.last.weight.mul_(1.01)
         path = []
-        for step in schedule.steps:
+        for step, z in zip(schedule.steps, fresh, strict=True):
             middle = mean_of(before, x, step)
-            following = middle + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            following = middle + step.tau * z
             path.append((step, x, following, middle))
             x = following
     outside = []
@@ -456,18 +460,19 @@ def test_the_adjoint_gradient_by_hand(networks: tuple[Network, Network]) -> None
     """The lean adjoint as one product of the base's Jacobians along the path, by autograd through the whole of it."""
     network, base = networks
     schedule, scale = GRIDS["leading"], 3.0
-    ours = gradient(AdjointMatching(scale, k=T), network, base, schedule)
+    fresh = noises(T, NOISE)
+    with injected(randn=fresh):
+        ours = gradient(AdjointMatching(scale, k=T), network, base, schedule)
     from test_gradients import reward
 
     def mean(net: Network, x: Tensor, step: Step) -> Tensor:
         clean, noise = clean_and_noise(net(x, step.timestep), x, step, "epsilon")
         return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * noise
 
-    generator, path = torch.Generator().manual_seed(0), [NOISE]
+    path = [NOISE]
     with torch.no_grad():
-        for step in schedule.steps:
-            fresh = torch.randn(NOISE.shape, generator=generator, dtype=NOISE.dtype)
-            path.append(mean(network, path[-1], step) + step.tau * fresh)
+        for step, z in zip(schedule.steps, fresh, strict=True):
+            path.append(mean(network, path[-1], step) + step.tau * z)
     network.zero_grad()
     for i, step in enumerate(schedule.steps):
         # x_0 as a function of the state after step i, along the base's steps, through the very states of the path.

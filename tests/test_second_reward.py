@@ -42,6 +42,7 @@ from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
 from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
+from helpers.draws import injected
 from helpers.errors import mentions, raises
 from helpers.foster_toy import outcomes
 
@@ -227,10 +228,11 @@ def generator(seed: int) -> torch.Generator:
 @pytest.mark.parametrize("method", [DraftK(1), load_method("kl(draft-k(k=2), beta=0.3)")])
 def test_what_is_kept_is_added_once_for_each_batch(method: Method) -> None:
     drift = Drift()
-    ours = drift.gradient(Keep(method, 0.7), drift.batch(0), drift.batch(1))
+    with injected(randint=[[0], [2]]) as ranges:
+        ours = drift.gradient(Keep(method, 0.7), drift.batch(0), drift.batch(1))
+    assert ranges == [(0, len(drift.schedule))] * 2
     wanted = drift.gradient(method, drift.batch(0), drift.batch(1))
-    for seed in (0, 1):
-        made = int(torch.randint(len(drift.schedule), (1,), generator=generator(seed)))
+    for made in (0, 2):
         steps = drift.schedule.steps
         with torch.no_grad():
             x = rollout(drift.through(drift.before), steps[:made], NOISE.flip(0) + 1)
