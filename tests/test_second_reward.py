@@ -21,6 +21,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.experimental.distill import balanced_weights
+from draftune.experimental.retention import Keep
 from draftune.lora import (
     FILE_NAME,
     KEPT,
@@ -32,7 +33,6 @@ from draftune.lora import (
     set_lora_scale,
 )
 from draftune.methods import DraftK, Method, load_method
-from draftune.methods.retention import Keep
 from draftune.models import load_model
 from draftune.report import collect
 from draftune.reproduce import second as experiment

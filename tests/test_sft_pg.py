@@ -19,7 +19,8 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.kid import kernel_distance
 from draftune.experimental.learner import Learner, missed
-from draftune.methods import SFTPG, Batch
+from draftune.experimental.sft_pg import SFTPG
+from draftune.methods import Batch
 from draftune.models import load_model
 from draftune.reproduce import few_steps
 from draftune.reproduce.lab import FULL, Lab, slug

@@ -27,6 +27,7 @@ class Command:
     """One word of the command line: what its help says, its flags, and what it does (an exit code, or None for 0)."""
 
     name: str
+    """One word, or two for a command of a group: "experimental distill"."""
     help: str
     description: str
     example: str

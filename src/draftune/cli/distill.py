@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    "distill",
+    "experimental distill",
     "a LoRA made one of a lower rank",
     "Trains a LoRA of a lower rank to predict what another one does, along the paths on which that one draws.",
-    "draftune distill runs/second --rank 8 --prompts emoji --output runs/small",
+    "draftune experimental distill runs/second --rank 8 --prompts emoji --output runs/small",
     arguments,
     run,
 )

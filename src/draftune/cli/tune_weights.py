@@ -124,10 +124,10 @@ def bounds(args: argparse.Namespace, name: str) -> tuple[float, float] | None:
 
 
 COMMAND = Command(
-    "knobs",
+    "experimental tune-weights",
     "tune LoRAs' weights and the guidance by a reward",
     "Climbs a reward, with a gradient or without, by a few numbers: the weights of LoRAs and the guidance scale.",
-    "draftune knobs runs/style@0.7 runs/orange@0.5 --reward 'emoji-aesthetic + 2*jpeg-bytes' --output runs/knobs",
+    "draftune experimental tune-weights runs/style@0.7 runs/orange@0.5 --reward 'emoji-aesthetic + 2*jpeg-bytes' --output runs/knobs",
     arguments,
     run,
 )

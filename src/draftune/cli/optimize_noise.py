@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    "reno",
+    "optimize-noise",
     "make one picture better by its noise, without training",
     "Climbs a reward by the noise that one picture starts from; no weight changes (ReNO).",
-    'draftune reno emoji --prompt "cat face" --reward emoji-aesthetic --steps 15 --output cat.png',
+    'draftune optimize-noise emoji --prompt "cat face" --reward emoji-aesthetic --steps 15 --output cat.png',
     arguments,
     run,
 )
