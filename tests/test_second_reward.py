@@ -362,7 +362,7 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
 
 def test_nothing_is_not_distilled(thick: Path, tmp_path: Path, kept: str) -> None:
     draftune.mix_loras([(thick, 0.0)], tmp_path / "nothing")
-    with pytest.raises(DraftuneError, match="changes nothing that the model draws"):
+    with pytest.raises(DraftuneError, match="does not change the images"):
         draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, cpu=True)
 
 
@@ -402,7 +402,15 @@ def test_a_distilled_lora(
 ) -> None:
     output = tmp_path / "small"
     made = draftune.distill_lora(
-        str(thick), [kept, ["a fish"]], output, 2, paths=10, calls=3, batch_size=2, learning_rate=0.01, cpu=True
+        str(thick),
+        [kept, ["a fish"]],
+        output,
+        2,
+        num_trajectories=10,
+        steps_per_trajectory=3,
+        batch_size=2,
+        learning_rate=0.01,
+        cpu=True,
     )
     left = made.differences
     assert left["distilled"] < 0.7 * left["truncated"]
@@ -412,10 +420,11 @@ def test_a_distilled_lora(
         assert file.metadata()["distilled_from"] == f"{thick}, rank 2"
     # What the file holds is what was measured: the truncated one, found again.
     load_lora(load_model(str(pipeline_folder)), output)
-    arguments = ["distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu", "--paths", "1", "--calls", "1"]
+    arguments = ["experimental", "distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu"]
+    arguments += ["--num-trajectories", "1", "--steps-per-trajectory", "1"]
     assert main([*arguments, "--learning-rate", "0", "--output", str(tmp_path / "cut")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"mean squared difference of the predictions from those of {thick}"
+    assert said[0] == f"mean squared difference of the network's outputs from those of {thick}"
     assert said[2].split()[1:] == said[3].split()[1:]
     short = read_deltas(thick).truncated(2).layers
     for name, change in changes(tmp_path / "cut"):
@@ -424,11 +433,14 @@ def test_a_distilled_lora(
     assert main([*arguments, "--output", str(tmp_path / "cut")]) == 0
     for more, message in (
         (["--output", str(thick)], "holds other files; give another (--output)"),
-        (["--output", str(tmp_path / "new"), "--rank", "4"], "lower than that of"),
+        (["--output", str(tmp_path / "new"), "--rank", "4"], "rank must be at least 1"),
         (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "does not work in fp16"),
-        (["--output", str(tmp_path / "new"), "--beta", "1"], "beta must be at least 0 and less than 1"),
+        (
+            ["--output", str(tmp_path / "new"), "--group-balance", "1"],
+            "group_balance must be at least 0 and below 1, got 1",
+        ),
         (["--output", str(tmp_path / "new"), "--prompts", "no-set"], "unknown prompt set"),
-        (["--output", str(tmp_path / "new"), "--paths", "0"], "--paths must be at least 1"),
+        (["--output", str(tmp_path / "new"), "--num-trajectories", "0"], "--num-trajectories must be at least 1"),
     ):
         capsys.readouterr()
         assert main([*arguments, *more]) == 2

@@ -430,11 +430,12 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     """Outside of training it would be random numbers with an interval."""
     reward = f"2*examples(folder='{red}', width=2, size=16)"
     model, out = str(pipeline_folder), ["--cpu", "--output", str(tmp_path / "out")]
+    tune = ["experimental", "tune-weights", "--prompts", "animals", "--guidance-bounds", "1,9", "--model"]
     for argv in (
         ["score", str(red), "--reward", reward],
-        ["reno", model, "--prompt", "a cat", "--reward", reward, *out],
-        ["knobs", "--model", model, "--guidance-bounds", "1,9", "--reward", reward, "--prompts", "animals", *out],
-        ["sample", model, "--prompt", "a cat", "--guide", reward, "--cpu", "--output", str(tmp_path / "a.png")],
+        ["optimize-noise", model, "--prompt", "a cat", "--reward", reward, *out],
+        [*tune, model, "--reward", reward, *out],
+        ["sample", model, "--prompt", "a cat", "--guidance-reward", reward, "--cpu", "--output", f"{tmp_path}/a.png"],
         ["train", "--model", model, "--reward", reward, "--normalize-reward", "4", "--output", str(tmp_path / "run")],
     ):
         assert main(argv) == 2, argv

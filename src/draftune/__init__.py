@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftune.errors import DraftuneError
     from draftune.experimental.distill import distill_lora
-    from draftune.experimental.tune_weights import tune_knobs
+    from draftune.experimental.tune_weights import tune_weights
     from draftune.guidance.methods import sample_guided
     from draftune.guidance.noise_optimization import optimize_noise
     from draftune.lora import load_lora, save_lora
@@ -33,7 +33,7 @@ __all__ = [
     "sample_guided",
     "save_lora",
     "train",
-    "tune_knobs",
+    "tune_weights",
     "write_report",
 ]
 
@@ -52,7 +52,7 @@ HOMES = {
     "sample_guided": "guidance.methods",
     "save_lora": "lora",
     "train": "training",
-    "tune_knobs": "experimental.tune_weights",
+    "tune_weights": "experimental.tune_weights",
     "write_report": "report",
 }
 

@@ -1,4 +1,4 @@
-"""One picture made better by its noise, without training."""
+"""The command `draftune optimize-noise`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from draftune.utils.paths import image_output
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=filled, metavar="MODEL_OR_RUN", help="a model, a run's folder, a LoRA file or its folder"
+        "source", type=filled, metavar="MODEL_OR_RUN", help="model, run folder, LoRA file or its folder"
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
-    parser.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="prompt of the image")
+    parser.add_argument(
+        "--reward", required=True, metavar="EXPR", help="differentiable reward; see 'draftune list rewards'"
+    )
     parser.add_argument(
         "--output",
         type=filled,
         required=True,
         metavar="FILE_OR_DIR",
-        help="a .png (both pictures, small) or a folder (before.png and after.png)",
+        help="a .png file (both images side by side) or a folder (before.png and after.png)",
     )
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of the noise (default: 50)")
-    parser.add_argument("--learning-rate", type=float, default=5.0, metavar="A", help="of the noise (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the noise it starts from (default: 0)")
+    parser.add_argument(
+        "--steps", type=int, default=50, metavar="N", help="updates of the noise, 1 or more (default: 50)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=5.0, metavar="A", help="learning rate, 0 or more (default: 5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the initial noise (default: 0)")
     add_drawing(parser)
 
 
@@ -37,11 +43,11 @@ def run(args: argparse.Namespace) -> None:
     from draftune.training.checks import tell_truncated
     from draftune.utils.images import grid, save_image, to_pil
 
-    # What is missing of the reward is said before the model is read.
+    # Before the model is loaded, so that a missing reward fails early.
     reward = find_reward(args.reward)
     model, settings = load_source(args)
     tell_truncated([args.prompt], model, [reward.ready()], settings.negative_prompt)
-    found = optimize_noise(
+    search = optimize_noise(
         model,
         reward,
         args.prompt,
@@ -53,23 +59,23 @@ def run(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate,
         progress=True,
     )
-    before, after = found.rewards[0], found.rewards[found.best_step]
-    pictures = torch.cat([found.first, found.best])
+    before, after = search.rewards[0], search.rewards[search.best_step]
+    images = torch.cat([search.first, search.best])
     names = ["before", "after"]
     with writing_to(output):
         if one_file:
-            save_image(grid([pictures], [args.prompt], names, [[f"{before:.3g}", f"{after:.3g}"]]), output)
+            save_image(grid([images], [args.prompt], names, [[f"{before:.3g}", f"{after:.3g}"]]), output)
         else:
-            for name, picture in zip(names, to_pil(pictures), strict=True):
-                save_image(picture, output / f"{name}.png")
-    where = f"at step {found.best_step} of {args.steps}; {found.queries} scored pictures"
+            for name, image in zip(names, to_pil(images), strict=True):
+                save_image(image, output / f"{name}.png")
+    where = f"at step {search.best_step} of {args.steps}; {search.queries} reward queries"
     print(f"{args.reward}  {before:.3f} → {after:.3f}  {where}\n{output}")
 
 
 COMMAND = Command(
     "optimize-noise",
-    "make one picture better by its noise, without training",
-    "Climbs a reward by the noise that one picture starts from; no weight changes (ReNO).",
+    "optimize the initial noise of one image on a reward, without training",
+    "Maximizes a reward over the initial noise of one image; no weight changes (ReNO, arXiv:2406.04312).",
     'draftune optimize-noise emoji --prompt "cat face" --reward emoji-aesthetic --steps 15 --output cat.png',
     arguments,
     run,

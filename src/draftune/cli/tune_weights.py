@@ -1,4 +1,4 @@
-"""LoRAs' weights and the guidance, tuned by a reward."""
+"""The command `draftune experimental tune-weights`."""
 
 from __future__ import annotations
 
@@ -12,59 +12,54 @@ from draftune.utils.paths import check_writable, user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    def number(flag: str, kind: type, default: float, metavar: str, text: str) -> None:
+        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")
+
     parser.add_argument(
         "loras",
         type=filled,
         nargs="*",
         metavar="LORA@WEIGHT",
-        help="a run's folder, a LoRA file or its folder, and the weight it starts at; any number, 1 unless given",
+        help="run folder, LoRA file or its folder, and its initial weight (default: 1); any number of them",
     )
     parser.add_argument("--reward", type=filled, required=True, metavar="EXPR", help="see 'draftune list rewards'")
     parser.add_argument(
-        "--output", type=filled, required=True, metavar="DIR", help="a new folder, of knobs.json and steps.csv"
+        "--output", type=filled, required=True, metavar="DIR", help="new folder for weights.json and steps.csv"
     )
-    parser.add_argument("--mix", action="store_true", help="also writes the LoRAs, at the weights found, as one there")
+    parser.add_argument("--mix", action="store_true", help="also merge the LoRAs at the tuned weights, into DIR/lora")
     parser.add_argument(
-        "--weight-bounds", default="0,1.5", metavar="A,B", help="of the LoRAs' weights (default: 0,1.5)"
-    )
-    parser.add_argument("--guidance-bounds", metavar="A,B", help="tunes the guidance scale too, between these")
-    parser.add_argument("--prompts", type=filled, metavar="FILE_OR_SET", help="as the run was trained on unless set")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="uphill (default: 20)")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures at each point (default: 4)")
-    parser.add_argument(
-        "--coordinates",
-        type=int,
-        default=4,
-        metavar="N",
-        help="knobs asked about in a step, 2 points each (default: 4)",
+        "--weight-bounds", default="0,1.5", metavar="A,B", help="bounds of the LoRA weights (default: 0,1.5)"
     )
     parser.add_argument(
-        "--step", type=float, default=0.1, metavar="A", help="to each point, as a share of the range (default: 0.1)"
+        "--guidance-bounds", metavar="A,B", help="also tune the guidance scale between these bounds, at least 1"
     )
     parser.add_argument(
-        "--learning-rate", type=float, default=0.05, metavar="A", help="as a share of the range (default: 0.05)"
+        "--prompts", type=filled, metavar="FILE_OR_SET", help="prompts (default: those of the first LoRA's run)"
     )
-    parser.add_argument(
-        "--num-images", type=int, default=16, metavar="N", help="other pictures to check on in the end (default: 16)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts, noise and points (default: 0)")
+    number("--steps", int, 20, "N", "Adam steps, 1 or more")
+    number("--batch-size", int, 4, "N", "images at each evaluated point, 1 or more")
+    number("--num-parameters", int, 4, "N", "finite differences in a step, 1 or more, with 2 points each")
+    number("--fd-step", float, 0.1, "A", "finite-difference step, as a fraction of the range, below 0.5")
+    number("--learning-rate", float, 0.05, "A", "learning rate of Adam, as a fraction of the range, below 1")
+    number("--num-images", int, 16, "N", "other images for the final comparison, 2 or more")
+    number("--seed", int, 0, "S", "seed of prompts, noise and points")
     add_drawing(parser, scale=False)
 
 
 def run(args: argparse.Namespace) -> None:
-    check_numbers(args, steps=1, batch_size=1, coordinates=1, step=0, learning_rate=0, num_images=2)
+    check_numbers(args, steps=1, batch_size=1, num_parameters=1, fd_step=0, learning_rate=0, num_images=2)
     weights, guidance = bounds(args, "weight_bounds"), bounds(args, "guidance_bounds")
     folder = user_path(args.output)
     check_writable(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DraftuneError(f"the output {args.output!r} is there already; give a new folder (--output)")
+        raise DraftuneError(f"the output {args.output!r} already exists; give a new folder (--output)")
     if args.mix and not args.loras:
-        raise DraftuneError("--mix wants LoRAs")
-    from draftune.experimental.tune_weights import GUIDANCE, tune_knobs
+        raise DraftuneError("--mix needs at least one LoRA")
+    from draftune.experimental.tune_weights import GUIDANCE, tune_weights
     from draftune.runs.merge import weighted
 
     assert weights is not None
-    found = tune_knobs(
+    search = tune_weights(
         [weighted(text) for text in args.loras],
         args.reward,
         args.prompts,
@@ -73,10 +68,10 @@ def run(args: argparse.Namespace) -> None:
         guidance_bounds=guidance,
         steps=args.steps,
         batch_size=args.batch_size,
-        coordinates=args.coordinates,
-        step=args.step,
+        num_parameters=args.num_parameters,
+        fd_step=args.fd_step,
         learning_rate=args.learning_rate,
-        checked=args.num_images,
+        num_images=args.num_images,
         seed=args.seed,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
@@ -87,30 +82,30 @@ def run(args: argparse.Namespace) -> None:
         progress=True,
     )
     with writing_to(folder):
-        found.write(folder)
+        search.write(folder)
         if args.mix:
-            found.mix(folder / "lora")
-    width = max(len(knob.name) for knob in found.knobs)
-    for knob in found.knobs:
-        print(f"{knob.name:{width}}  {knob.start:7.3f} → {found.found[knob.name]:7.3f}")
-    gained, low, high = found.difference
+            search.mix(folder / "lora")
+    width = max(len(knob.name) for knob in search.knobs)
+    for knob in search.knobs:
+        print(f"{knob.name:{width}}  {knob.start:7.3f} → {search.values[knob.name]:7.3f}")
+    gain, low, high = search.difference
     print(
-        f"\n{args.reward}  {float(found.before.mean()):.3f} → {float(found.after.mean()):.3f}: {gained:+.3f}, "
-        f"95 % {low:+.3f} to {high:+.3f}, on {args.num_images} other pictures; {found.queries} scored pictures"
+        f"\n{args.reward}  {float(search.before.mean()):.3f} → {float(search.after.mean()):.3f}: {gain:+.3f} "
+        f"(95% CI {low:+.3f} to {high:+.3f}) on {args.num_images} other images; {search.queries} reward queries"
     )
     if low <= 0:
-        print("nothing was found that chance does not explain: --steps, --batch-size and --num-images tell more")
+        print("no measurable improvement: raise --steps, --batch-size or --num-images")
     print(folder)
-    drawn = f" --guidance-scale {found.found[GUIDANCE]:.3g}" if guidance else ""
-    loras = [shlex.quote(f"{source}@{weight:.3g}") for source, weight in found.weights]
+    scale = f" --guidance-scale {search.values[GUIDANCE]:.3g}" if guidance else ""
+    loras = [shlex.quote(f"{source}@{weight:.3g}") for source, weight in search.weights]
     if loras and not args.mix:
         print(f"  draftune mix {' '.join(loras)} --output …")
     source = args.output if args.mix else "…" if loras else args.model
-    print(f"  draftune sample {shlex.quote(source) if source != '…' else source}{drawn} --prompt … --output …")
+    print(f"  draftune sample {shlex.quote(source) if source != '…' else source}{scale} --prompt … --output …")
 
 
 def bounds(args: argparse.Namespace, name: str) -> tuple[float, float] | None:
-    """Raises DraftuneError for anything but two finite numbers with a comma between them, the lower first."""
+    """Parse two finite numbers separated by a comma, the lower first. Raise DraftuneError for anything else."""
     text = getattr(args, name)
     if text is None:
         return None
@@ -119,15 +114,15 @@ def bounds(args: argparse.Namespace, name: str) -> tuple[float, float] | None:
     except ValueError:
         low, high = math.nan, math.nan
     if not (low < high and math.isfinite(high - low)):
-        raise DraftuneError(f"--{name.replace('_', '-')} takes two numbers such as 0,1.5, not {text!r}")
+        raise DraftuneError(f"--{name.replace('_', '-')} must be two numbers such as 0,1.5, got {text!r}")
     return low, high
 
 
 COMMAND = Command(
     "experimental tune-weights",
-    "tune LoRAs' weights and the guidance by a reward",
-    "Climbs a reward, with a gradient or without, by a few numbers: the weights of LoRAs and the guidance scale.",
-    "draftune experimental tune-weights runs/style@0.7 runs/orange@0.5 --reward 'emoji-aesthetic + 2*jpeg-bytes' --output runs/knobs",
+    "tune LoRA weights and the guidance scale on a reward",
+    "Maximizes a reward over the weights of LoRAs and the guidance scale by finite differences, without a gradient.",
+    "draftune experimental tune-weights runs/style@0.7 runs/orange@0.5 --reward emoji-aesthetic --output runs/weights",
     arguments,
     run,
 )
