@@ -351,7 +351,6 @@ def test_folders_with_dots_are_written_to(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawing = ["--num-inference-steps", "1", "--guidance-scale", "1", "--output"]
-    scored = ["--reward", clip]
     model = str(pipeline_folder)
     assert main(["sample", model, "--prompt", "cat", *drawing, str(tmp_path / "sd1.5")]) == 0
     assert open_image(tmp_path / "sd1.5" / "000-cat-seed0.png").shape == (1, 3, 16, 16)
