@@ -223,7 +223,7 @@ def test_mistakes_get_one_line_and_code_2(
         "did you mean 'jpeg-compressibility'": [*train, "--reward", "jpeg-compressability"],
         "cannot read 'clip +'": [*train, "--reward", "clip +"],
         "unknown method 'drift'": [*train, "--method", "drift"],
-        "k=3 is more than the 2 sampling steps": [*train, "--method", "draft-k(k=3)"],
+        "num_inference_steps=2, got k=3": [*train, "--method", "draft-k(k=3)"],
         "lora_rank must be at least 1": [*train, "--lora-rank", "0"],
         "--steps: invalid int value": [*train, "--steps", "some"],
         "steps must be at least 1": [*train, "--steps", "0"],

@@ -505,7 +505,7 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
     ]
     assert main([*asked, *guide, "--seed", "4", "--output", str(tmp_path / "cat.png")]) == 0
     said = capsys.readouterr().out
-    values = re.fullmatch(r"-brightness  (\S+) → (\S+) → (\S+); 5 scored pictures\n.*cat.png\n", said)
+    values = re.fullmatch(r"-brightness  (\S+) → (\S+) → (\S+); 5 reward queries\n.*cat.png\n", said)
     assert values, said
     assert float(values[3]) > float(values[1])
     model = load_model(pipeline_folder)
@@ -542,7 +542,7 @@ def test_the_command_with_a_sum_and_its_prompts(
             output = tmp_path / f"{prompt}-{strength}.png"
             method = ["--guidance-method", f"pgdiff_dynamic(strength={strength})"]
             assert main(["sample", str(pipeline_folder), *asked, *method, "--output", str(output)]) == 0
-            assert "5 scored pictures" in capsys.readouterr().out
+            assert "5 reward queries" in capsys.readouterr().out
             scores[prompt, strength] = float(open_image(output).mean())
     assert scores["day", 0.5] > scores["day", 0] + 0.01
     assert scores["night", 0.5] < scores["night", 0] - 0.01
@@ -562,8 +562,8 @@ def test_the_command_with_a_sum_and_its_prompts(
             "eta of pgdiff_dynamic must be between 0 and 1, got 2",
         ),
         (
-            ["--guidance-reward", "brightness", "--guidance-method", "static"],
-            "static wants strength: classifier_style(strength=…)",
+            ["--guidance-reward", "brightness", "--guidance-method", "classifier_style"],
+            "classifier_style(strength=…)",
         ),
         (
             ["--guidance-reward", "brightness", "--guidance-method", "gradient_guidance(rounds=0)"],
@@ -574,8 +574,8 @@ def test_the_command_with_a_sum_and_its_prompts(
             "finetune_from_round of gradient_guidance must be between 0",
         ),
         (
-            ["--guidance-reward", "brightness", "--guidance-method", "ratio + static"],
-            "one name with its settings is wanted",
+            ["--guidance-reward", "brightness", "--guidance-method", "pgdiff_dynamic + classifier_style"],
+            "one name with its settings",
         ),
         (
             ["--guidance-method", "classifier_style(strength=1)"],
@@ -595,7 +595,7 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
     for reward, words in (
         (lambda images, prompts: (images * 255).round().mean((1, 2, 3)), "no gradient for guidance"),
         (lambda images, prompts: images.detach().mean((1, 2, 3)), "has no gradient"),
-        (lambda images, prompts: images.mean((1, 2, 3)) / 0, "while guiding"),
+        (lambda images, prompts: images.mean((1, 2, 3)) / 0, "during guidance"),
     ):
         with pytest.raises(DraftuneError, match=words):
             sample_guided(model, reward, "cat", **FEW)

@@ -364,7 +364,7 @@ def test_each_random_step_serves_once() -> None:
     for batch in batches:
         batch.generator.manual_seed(7)
     for batch in batches:
-        for i, (_, step, x, following, advantages) in enumerate(again.drawn(batch)):
+        for i, (_, step, x, following, advantages) in enumerate(again.rollout(batch)):
             wanted[i] -= (
                 advantages * (following - 0.9 * x - chain.theta[i].detach()).flatten() / step.tau**2
             ).mean() / 8
@@ -377,7 +377,7 @@ def test_the_value_network_learns_what_a_step_is_worth() -> None:
     method = SFTPG(value_width=16, value_learning_rate=0.01)
     for i in range(100):
         noise = 2 * torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(i)).double()
-        method.drawn(batch_of(Chain().denoise, NOISY, None, noise, lambda x, _: x.flatten(), 1000 + i))
+        method.rollout(batch_of(Chain().denoise, NOISY, None, noise, lambda x, _: x.flatten(), 1000 + i))
     assert method.learner is not None
     seen = torch.tensor([-1.5, 1.5])[:, None, None, None, None].expand(2, T, 1, 1, 1)
     low, high = method.learner(seen)

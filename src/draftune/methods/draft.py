@@ -30,7 +30,7 @@ from draftune.sampling.schedule import Schedule
 def at_most(name: str, value: int, schedule: Schedule) -> None:
     """Raise DraftuneError if a setting that counts sampling steps is above T."""
     if value > len(schedule):
-        raise DraftuneError(f"{name} must be at most {len(schedule)}, the number of sampling steps, got {name}={value}")
+        raise DraftuneError(f"{name} must be at most num_inference_steps={len(schedule)}, got {name}={value}")
 
 
 def at_least(name: str, value: int, bound: int) -> None:
