@@ -1,4 +1,4 @@
-"""Compare an update with its lower bound: only the network calls of denoiser, decoder and reward that it needs.
+"""Compare an update with its floor, a lower bound: only the calls of denoiser, decoder and reward that it needs.
 
     python benchmarks/overhead.py [--model emoji] [--reward emoji-aesthetic] [--rounds 7]
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if args.mix and not args.loras:
         raise DraftuneError("--mix needs at least one LoRA")
     from draftune.experimental.tune_weights import GUIDANCE, tune_weights
-    from draftune.runs.merge import weighted
+    from draftune.runs.merge import mix_loras, weighted
 
     assert weights is not None
     search = tune_weights(
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     with writing_to(folder):
         search.write(folder)
         if args.mix:
-            search.mix(folder / "lora")
+            mix_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora)
     width = max(len(knob.name) for knob in search.knobs)
     for knob in search.knobs:
         print(f"{knob.name:{width}}  {knob.start:7.3f} → {search.values[knob.name]:7.3f}")

@@ -23,7 +23,7 @@ from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
 from draftune.rewards.base import check_prompts, taught
 from draftune.runs.load import find_all, open_loras
-from draftune.runs.merge import check_weights, mix_loras
+from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.checks import tell_truncated
 from draftune.training.data import PromptOrder
@@ -79,8 +79,6 @@ class KnobSearch:
     """Rewards [N] at `values`, of the same prompts and seeds."""
     queries: int
     """Number of scored images."""
-    model: str | None
-    skip_text_encoder: bool
 
     @property
     def difference(self) -> tuple[float, float, float]:
@@ -90,12 +88,8 @@ class KnobSearch:
 
     @property
     def weights(self) -> list[tuple[str, float]]:
-        """Tuned LoRA weights as pairs (source, weight)."""
+        """Tuned LoRA weights as pairs (source, weight), as `mix_loras` takes them."""
         return [(name, value) for name, value in self.values.items() if name != GUIDANCE]
-
-    def mix(self, output: Path | str) -> Path:
-        """Merge the LoRAs at their tuned weights into one file and return its path."""
-        return mix_loras(self.weights, output, self.model, self.skip_text_encoder)
 
     def write(self, folder: Path) -> None:
         """Write the result to `folder`/weights.json and the steps to `folder`/steps.csv."""
@@ -216,8 +210,7 @@ def tune_weights(
         bar.set_postfix(reward=f"{mean:.3f}")
     end = torch.stack(iterates[len(iterates) // 2 :]).mean(0)
     before, after = evaluator.rewards(torch.stack([start, end]), *evaluator.sample_batch(num_images))
-    values = evaluator.named(end)
-    return KnobSearch(knobs, values, rows, before, after, evaluator.queries, model, skip_text_encoder)
+    return KnobSearch(knobs, evaluator.named(end), rows, before, after, evaluator.queries)
 
 
 def check_sources(

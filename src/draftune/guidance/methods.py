@@ -23,6 +23,8 @@ from draftune.rewards.chunked import at_once
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Step
 
+INF = math.inf
+
 
 class Guide(ABC):
     """Base class of guidance methods, which sample clean latents along the gradient of a reward."""
@@ -66,9 +68,7 @@ class PGDiffDynamic(Guide):
     per_channel: bool = False
 
     def __post_init__(self) -> None:
-        check_range("pgdiff_dynamic", "strength", self.strength)
-        check_range("pgdiff_dynamic", "eta", self.eta, high=1)
-        check_range("pgdiff_dynamic", "repeats", self.repeats, 1, 1000)
+        check("pgdiff_dynamic", strength=(self.strength, 0, INF), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000))
 
     def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
         update = dynamic_scale(self.strength, self.per_channel)
@@ -91,7 +91,7 @@ class ClassifierStyle(Guide):
     strength: float
 
     def __post_init__(self) -> None:
-        check_range("classifier_style", "strength", self.strength)
+        check("classifier_style", strength=(self.strength, 0, INF))
 
     def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
         yield pulled(denoise, steps, fresh(), uphill, variance_scale(self.strength), fresh)
@@ -129,12 +129,10 @@ class GradientGuidance(Guide):
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_range("gradient_guidance", "target_increase", self.target_increase)
-        check_range("gradient_guidance", "sigma", self.sigma, 1e-6)
-        check_range("gradient_guidance", "rounds", self.rounds, 1, 100_000)
-        check_range("gradient_guidance", "eta", self.eta, high=1)
-        check_range("gradient_guidance", "finetune_from_round", self.finetune_from_round, high=self.rounds)
-        check_range("gradient_guidance", "learning_rate", self.learning_rate)
+        name, rounds = "gradient_guidance", (self.rounds, 1, 100_000)
+        check(name, target_increase=(self.target_increase, 0, INF), sigma=(self.sigma, 1e-6, INF), rounds=rounds)
+        check(name, eta=(self.eta, 0, 1), finetune_from_round=(self.finetune_from_round, 0, self.rounds))
+        check(name, learning_rate=(self.learning_rate, 0, INF))
 
     @property
     def num_samplings(self) -> int:
@@ -152,11 +150,12 @@ GUIDES: dict[str, type[Guide]] = {
 }
 
 
-def check_range(guide: str, name: str, value: float, low: float = 0, high: float = math.inf) -> None:
-    """Raise DraftuneError if a setting is not finite or not between its bounds."""
-    if not (low <= value <= high and math.isfinite(value)):
-        allowed = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g} and finite"
-        raise DraftuneError(f"{name} of {guide} must be {allowed}, got {value}")
+def check(guide: str, **settings: tuple[float, float, float]) -> None:
+    """Raise DraftuneError if a setting (value, low, high) is not finite or not between its bounds."""
+    for name, (value, low, high) in settings.items():
+        if not (low <= value <= high and math.isfinite(value)):
+            allowed = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g} and finite"
+            raise DraftuneError(f"{name} of {guide} must be {allowed}, got {value}")
 
 
 def load_guide(text: str) -> Guide:
