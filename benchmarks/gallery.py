@@ -176,15 +176,15 @@ def run(experiment: Experiment) -> None:
     saved = to_pil(base), to_pil(tuned)
     rows = [[NAMES.get(name, f"`{name}`"), *values] for name, values in both.scores.items()]
     rows += [[name, *map(measure, saved)] for name, measure in experiment.measures.items()]
-    result = {"rows": rows, "pictures": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
+    result = {"rows": rows, "images": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
     (RUNS / f"{experiment.name}.json").write_text(json.dumps(result, indent=1))
     shown = slice(0, None, len(both.prompts) // 8)
     before, after = base[shown].contiguous(), tuned[shown].contiguous()
-    save_image(grid([before, after], ["before", "after"], both.prompts[shown]), picture(experiment.name))
+    save_image(grid([before, after], ["before", "after"], both.prompts[shown]), image_path(experiment.name))
     save_file({"before": before, "after": after}, RUNS / f"{experiment.name}.safetensors")
 
 
-def picture(name: str) -> Path:
+def image_path(name: str) -> Path:
     """Return the path of a reward's before/after image."""
     return DOCS / "gallery" / f"{name}.png"
 
@@ -210,7 +210,7 @@ def section(experiment: Experiment) -> str:
 draftune train {experiment.flags} --output runs/{experiment.name}
 ```
 
-| {result["pictures"]} images | before | after |
+| {result["images"]} images | before | after |
 |---|---|---|
 {rows}
 """

@@ -81,20 +81,20 @@ PROMPTS += "word " * 120 + "|" + "a very long prompt about a small house by the 
 
 
 @functools.cache
-def pictures() -> list[Image.Image]:
+def test_images() -> list[Image.Image]:
     """Return photographs (resized without their aspect ratio, or cropped) and images of the embedded model."""
     from skimage import data
 
     rng, sizes, images = np.random.default_rng(0), SIZES.split(), []
     photos = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS.split()]
     samples = load_model("emoji").sample(DRAWINGS, seed=0)
-    for i, picture in enumerate([*(photos[i % len(photos)] for i in range(2 * len(sizes))), *samples]):
+    for i, image in enumerate([*(photos[i % len(photos)] for i in range(2 * len(sizes))), *samples]):
         height, width = map(int, sizes[i % len(sizes)].split("x"))
-        if i % 3 and picture not in samples:
-            scale = rng.uniform(0.4, 1) * min(picture.width / width, picture.height / height)
-            left, top = (rng.uniform(0, n - scale * m) for n, m in zip(picture.size, (width, height), strict=True))
-            picture = picture.crop((int(left), int(top), int(left + scale * width), int(top + scale * height)))
-        images.append(picture.resize((width, height), Image.Resampling.BICUBIC))
+        if i % 3 and image not in samples:
+            scale = rng.uniform(0.4, 1) * min(image.width / width, image.height / height)
+            left, top = (rng.uniform(0, n - scale * m) for n, m in zip(image.size, (width, height), strict=True))
+            image = image.crop((int(left), int(top), int(left + scale * width), int(top + scale * height)))
+        images.append(image.resize((width, height), Image.Resampling.BICUBIC))
     return images
 
 
@@ -166,7 +166,7 @@ def hpsv2(folder: Path) -> Pair:
     towers = {"text_config": VIT_H_14["text_config"] | small(128)}
     towers |= {"vision_config": VIT_H_14["vision_config"] | small(160)}
     reward = HPSv2(weights, str(folder), {"projection_dim": 64, **towers})
-    return reward, lambda picture, prompt: img_score.score(picture, prompt, weights)[0], "hpsv2 torchvision"
+    return reward, lambda image, prompt: img_score.score(image, prompt, weights)[0], "hpsv2 torchvision"
 
 
 def imagereward(folder: Path) -> Pair:
@@ -193,7 +193,7 @@ def imagereward(folder: Path) -> Pair:
         torch.save(randomize(package.ImageReward(str(config))).state_dict(), weights)
         network = package.load(weights, device="cpu", med_config=str(config))
     reward = ImageReward(weights, str(folder), VISION | small(128), text)
-    return reward, lambda picture, prompt: network.score(prompt, picture), "image-reward transformers"
+    return reward, lambda image, prompt: network.score(prompt, image), "image-reward transformers"
 
 
 def aesthetic(folder: Path) -> Pair:
@@ -211,8 +211,8 @@ def aesthetic(folder: Path) -> Pair:
     head = randomize(nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)))
     torch.save({f"layers.{name}": tensor for name, tensor in head.state_dict().items()}, folder / HEAD)
 
-    def official(picture: Image.Image, prompt: str) -> Tensor:
-        features = loaded.encode_image(preprocess(picture)[None])
+    def official(image: Image.Image, prompt: str) -> Tensor:
+        features = loaded.encode_image(preprocess(image)[None])
         return head(features / features.norm(dim=-1, keepdim=True))
 
     save_tokenizer(folder)
@@ -238,7 +238,7 @@ def clip_score(folder: Path, act: str, scaled: bool) -> Pair:
     scale = 1.0 if scaled else network.logit_scale.exp()
     return (
         ClipScore(str(folder), scaled),
-        lambda picture, prompt: network(**inputs(images=picture, text=prompt)).logits_per_image / scale,
+        lambda image, prompt: network(**inputs(images=image, text=prompt)).logits_per_image / scale,
         "transformers",
     )
 
@@ -259,7 +259,7 @@ def detect(folder: Path) -> Pair:
     inputs = functools.partial(processor, truncation=True, return_tensors="pt")
     return (
         OwlViT("", str(folder), True),
-        lambda picture, prompt: logsigmoid(network(**inputs(images=picture, text=[[prompt]])).logits.max()),
+        lambda image, prompt: logsigmoid(network(**inputs(images=image, text=[[prompt]])).logits.max()),
         "transformers",
     )
 
@@ -274,11 +274,11 @@ def resnet(folder: Path) -> Pair:
             # One pass in training mode then gives the statistics of these weights.
             module.momentum = None
     inputs = functools.partial(processor, return_tensors="pt")
-    network.train()(**inputs(images=pictures()[::6]))
+    network.train()(**inputs(images=test_images()[::6]))
     network.eval().save_pretrained(folder)
     return (
         Classify(str(TARGET), str(folder)),
-        lambda picture, _: network(**inputs(images=picture)).logits.log_softmax(-1)[0, TARGET],
+        lambda image, _: network(**inputs(images=image)).logits.log_softmax(-1)[0, TARGET],
         "transformers",
     )
 
@@ -288,11 +288,11 @@ def efficientnet(folder: Path) -> Pair:
 
     network = EfficientNet.from_pretrained(LITE0, weights_path=str(find_weights())).eval()
 
-    def official(picture: Image.Image, prompt: str) -> Tensor:
+    def official(image: Image.Image, prompt: str) -> Tensor:
         # The package has no preprocessing; these numbers are from TensorFlow's code, the source of the weights.
-        width, height = (int(256 * side / min(picture.size)) for side in picture.size)
+        width, height = (int(256 * side / min(image.size)) for side in image.size)
         left, top = round((width - 224) / 2), round((height - 224) / 2)
-        square = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+        square = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
         pixels = torch.from_numpy((np.asarray(square, dtype=np.float32) - 127) / 128).permute(2, 0, 1)[None]
         return network(pixels).log_softmax(-1)[0, TARGET]
 
@@ -320,9 +320,9 @@ def compare(name: str, folder: Path) -> str:
     except (ImportError, FileNotFoundError, DraftuneError) as error:
         return f"| {name} | not installed ({str(error).splitlines()[0]}) | | |"
     reward.ready()
-    pairs = list(zip(pictures(), PROMPTS.split("|"), strict=True))
-    theirs = np.array([float(official(picture, prompt)) for picture, prompt in pairs])
-    ours = np.array([float(reward(from_pil(picture), [prompt])) for picture, prompt in pairs])
+    pairs = list(zip(test_images(), PROMPTS.split("|"), strict=True))
+    theirs = np.array([float(official(image, prompt)) for image, prompt in pairs])
+    ours = np.array([float(reward(from_pil(image), [prompt])) for image, prompt in pairs])
     return f"| {name} | {code} | {theirs.std():.3g} | {np.abs(ours - theirs).max() / theirs.std():.1e} |"
 
 
@@ -333,7 +333,7 @@ def main() -> None:
     # hpsv2 uses a GPU if it sees one, and then half precision.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("ignore")
-    print(f"{versions('torch transformers pillow')}; {len(pictures())} images\n")
+    print(f"{versions('torch transformers pillow')}; {len(test_images())} images\n")
     print("| reward | official code | spread of the scores | largest deviation / spread |\n|---|---|---|---|")
     for name in names:
         with TemporaryDirectory() as folder, quiet(), redirect_stdout(io.StringIO()):

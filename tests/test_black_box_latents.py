@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.guidance.methods import sample_guided
 from draftune.guidance.noise_optimization import optimize_noise
+from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries

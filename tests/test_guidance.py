@@ -23,7 +23,8 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.experimental.denoising_loss import LEVELS, Fit, fresh_lora
 from draftune.guidance import sampler
-from draftune.guidance.methods import Slope, load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import Slope, sample_guided
 from draftune.guidance.sampler import (
     dot,
     dynamic_scale,

@@ -24,8 +24,8 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.image_files import find_images, prompts_of
 from draftune.evaluation.metrics import evaluate
 from draftune.experimental.tune_weights import tune_weights
-from draftune.guidance.methods import sample_guided
 from draftune.guidance.noise_optimization import optimize_noise
+from draftune.guidance.sample import sample_guided
 from draftune.models import Model, load_model
 from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from draftune.guidance.methods import load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.reproduce.guidance import guidance
 from draftune.reproduce.guided import AHEAD, LORA, TUNED, aheads, calls, counts, ratios, sheets, training_calls

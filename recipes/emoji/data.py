@@ -117,14 +117,14 @@ def fetch(package: str, folder: Path) -> Path:
 
 def read_png_set(archive: Path, set_name: str) -> tuple[list[dict], dict[str, Image.Image]]:
     """Read the index of an emoji-datasource package and its 64-pixel images by code point."""
-    index, pictures = [], {}
+    index, images = [], {}
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name == "package/emoji.json":
                 index = json.load(tar.extractfile(member))
             elif member.name.startswith(f"package/img/{set_name}/64/") and member.name.endswith(".png"):
-                pictures[code_point(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read()))
-    return index, pictures
+                images[code_point(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read()))
+    return index, images
 
 
 def read_fluent_set(archive: Path) -> dict[str, Image.Image]:
@@ -142,13 +142,13 @@ def code_point(path: str) -> str:
     return Path(path).stem.lower().replace("-fe0f", "")
 
 
-def on_white(picture: Image.Image, margin: int) -> np.ndarray:
+def on_white(image: Image.Image, margin: int) -> np.ndarray:
     """Crop `margin` pixels on each side, resize, and composite on white: RGB uint8 [64, 64, 3]."""
-    picture = picture.convert("RGBA")
-    picture = picture.crop((margin, margin, picture.width - margin, picture.height - margin))
-    picture = picture.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    image = image.convert("RGBA")
+    image = image.crop((margin, margin, image.width - margin, image.height - margin))
+    image = image.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def build(output: Path) -> Emoji:
@@ -164,11 +164,11 @@ def build(output: Path) -> Emoji:
         if entry["subcategory"] not in SUBCATEGORIES or any(word in name for word in SKIPPED_WORDS):
             continue
         key = code_point(entry["image"])
-        if any(key not in pictures for pictures in sets.values()):
+        if any(key not in by_code for by_code in sets.values()):
             continue
-        for style, pictures in sets.items():
+        for style, by_code in sets.items():
             # Fluent images have an empty margin of 15 of 256 pixels on each side; the others fill the frame.
-            images.append(on_white(pictures[key], margin=12 if style == "3d" else 0))
+            images.append(on_white(by_code[key], margin=12 if style == "3d" else 0))
             names.append(RENAMED.get(name, name))
             styles.append(style)
     emoji = Emoji(np.stack(images), names, styles)

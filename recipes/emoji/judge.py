@@ -78,8 +78,8 @@ def coarse(x: Tensor) -> Tensor:
 
 def augmented(x: Tensor, background: Tensor) -> Tensor:
     """Augment images in [-1, 1]; a third of them get a gray background instead of white."""
-    grey = torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, uniform(len(x), -1, 1), 1.0)
-    return coarse(toned(cropped(torch.where(background, grey, x), grey)))
+    gray = torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, uniform(len(x), -1, 1), 1.0)
+    return coarse(toned(cropped(torch.where(background, gray, x), gray)))
 
 
 def labels(emoji: Emoji) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Measure the numbers of the model cards: scores of the judge and the rewards on generated and on real emoji.
 
-python recipes/emoji/measure.py --data build/emoji [--model build/emoji/model] [--picture grid.png]
+python recipes/emoji/measure.py --data build/emoji [--model build/emoji/model] [--grid grid.png]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--guidance-scale", type=float, default=recommended("emoji")["guidance_scale"])
     parser.add_argument("--num-inference-steps", type=int, default=recommended("emoji")["num_inference_steps"])
-    parser.add_argument("--picture", type=Path, help="file for an image grid of all 64 names")
+    parser.add_argument("--grid", type=Path, help="file for an image grid of all 64 names")
     args = parser.parse_args()
 
     judges = load_reward(JUDGES)
@@ -51,13 +51,11 @@ def main() -> None:
         styled = [f"{style} {name}" for name in COMMON]
         styled_samples = model.generate(styled, [0] * len(COMMON), schedule, args.guidance_scale, batch_size=32)
         show(f'generated as "{style} …"', score_batches(judges, styled_samples, styled))
-    if args.picture:
+    if args.grid:
         # Eight names a row, two seeds of each.
         shown = samples.reshape(len(COMMON), args.seeds, *samples.shape[1:])[:, :2].flatten(0, 1)
         captions = [name for name in COMMON for _ in range(2)]
-        save_image(
-            grid(list(shown.split(16)), captions=[captions[i : i + 16] for i in range(0, 128, 16)]), args.picture
-        )
+        save_image(grid(list(shown.split(16)), captions=[captions[i : i + 16] for i in range(0, 128, 16)]), args.grid)
 
 
 def show(what: str, scores: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:

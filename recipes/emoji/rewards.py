@@ -79,8 +79,8 @@ def moved(x: Tensor, strength: float) -> Tensor:
 def recolored(x: Tensor, strength: float) -> Tensor:
     """Change saturation, contrast, brightness and channel offsets at random."""
     n = len(x)
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * torch.exp(uniform(n, -0.6, 0.4) * strength)
+    gray = x.mean(1, keepdim=True)
+    x = gray + (x - gray) * torch.exp(uniform(n, -0.6, 0.4) * strength)
     x = x * torch.exp(uniform(n, -0.4, 0.2) * strength) + uniform(n, -0.2, 0.1) * strength
     return x + torch.empty(n, 3, 1, 1).uniform_(-0.12, 0.12) * strength
 

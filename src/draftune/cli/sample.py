@@ -89,7 +89,8 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
     Returns:
         Images [B, 3, H, W] and a line with the mean reward of each round.
     """
-    from draftune.guidance.methods import load_guide, sample_guided
+    from draftune.guidance.methods import load_guide
+    from draftune.guidance.sample import sample_guided
     from draftune.rewards import find_reward
     from draftune.training.checks import tell_truncated
 

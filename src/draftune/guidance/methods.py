@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError, unknown
 from draftune.guidance.sampler import Fresh, Uphill, dynamic_scale, pulled, rounds_ahead, variance_scale
-from draftune.models import Model
 from draftune.registry.expression import Call, parse
-from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import check_prompts, extra_queries, taught
-from draftune.rewards.chunked import at_once
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Step
 
@@ -40,7 +32,9 @@ class Guide(ABC):
         return 1
 
     @abstractmethod
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
         """Yield the clean latents [B, C, H, W] of each sampling. The last ones are the result."""
 
 
@@ -70,9 +64,11 @@ class PGDiffDynamic(Guide):
     def __post_init__(self) -> None:
         check("pgdiff_dynamic", strength=(self.strength, 0, INF), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000))
 
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
-        update = dynamic_scale(self.strength, self.per_channel)
-        yield pulled(denoise, steps, fresh(), uphill, update, fresh, self.eta, self.repeats)
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
+        rule = dynamic_scale(self.strength, self.per_channel)
+        yield pulled(denoise, steps, noise_fn(), gradient_fn, rule, noise_fn, self.eta, self.repeats)
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,10 @@ class ClassifierStyle(Guide):
     def __post_init__(self) -> None:
         check("classifier_style", strength=(self.strength, 0, INF))
 
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
-        yield pulled(denoise, steps, fresh(), uphill, variance_scale(self.strength), fresh)
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
+        yield pulled(denoise, steps, noise_fn(), gradient_fn, variance_scale(self.strength), noise_fn)
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,11 @@ class GradientGuidance(Guide):
     def num_samplings(self) -> int:
         return 1 + self.rounds
 
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
         options = (self.rounds, self.target_increase, self.sigma, self.eta, self.resample_noise)
-        return rounds_ahead(denoise, steps, uphill, fresh, *options)
+        return rounds_ahead(denoise, steps, gradient_fn, noise_fn, *options)
 
 
 GUIDES: dict[str, type[Guide]] = {
@@ -172,127 +172,3 @@ def load_guide(text: str) -> Guide:
     if call.name not in GUIDES:
         raise unknown("guidance", call.name, GUIDES)
     return call.apply(GUIDES[call.name], "guidance")
-
-
-@dataclass(frozen=True)
-class Guided:
-    """Result of `sample_guided` for B prompts."""
-
-    images: Tensor
-    """Images [B, 3, H, W] in [0, 1], on the CPU."""
-    rewards: Tensor
-    """Rewards [R, B] of each of the R samplings; the last row is that of `images`.
-
-    The first row of `gradient_guidance` is without guidance.
-    """
-    queries: int
-    """Number of scored images, with or without gradient."""
-
-
-class Slope:
-    """Gradient of a reward with respect to clean latents, through the decoder. Counts the reward queries."""
-
-    def __init__(self, model: Model, reward: Reward, prompts: Sequence[str]) -> None:
-        self.model, self.reward, self.prompts, self.queries = model, reward, prompts, 0
-
-    def score(self, latents: Tensor) -> Tensor:
-        """Compute the rewards [B] of clean latents. Raise DraftuneError if one is not finite."""
-
-        def scored(chunk: Tensor, part: slice) -> Tensor:
-            return self.reward.parts_of(chunk, self.model.decode, self.prompts[part])[0]
-
-        before = extra_queries(self.reward)
-        rewards = at_once(scored, latents, self.reward.chunk_size)
-        self.queries += len(latents) + extra_queries(self.reward) - before
-        if not rewards.isfinite().all():
-            raise DraftuneError(f"the reward became {rewards.tolist()} during guidance: try a lower strength")
-        return rewards
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """Compute the gradients [B, C, H, W] of the rewards.
-
-        Raises:
-            DraftuneError: A gradient is not finite, or all gradients of the first call are 0.
-        """
-        first = self.queries == 0
-        with torch.enable_grad():
-            leaf = latents.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.score(leaf).sum(), leaf)
-        if not gradient.isfinite().all():
-            raise DraftuneError(f"the gradient of the reward {self.reward.label!r} became infinite during guidance")
-        if first and not gradient.any():
-            raise DraftuneError(
-                f"the reward {self.reward.label!r} has no gradient for guidance: use a differentiable reward"
-            )
-        return gradient
-
-
-def sample_guided(
-    model: Model,
-    reward: str | Reward | Callable[..., Any],
-    prompts: str | Sequence[str],
-    method: str = "pgdiff_dynamic",
-    *,
-    seeds: Sequence[int] | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str = "",
-    batch_size: int = 8,
-    progress: bool = False,
-) -> Guided:
-    """Sample one image for each prompt, guided by a reward and without training.
-
-    An image depends only on its own seed. With `finetune_from_round`, it also depends on the images sampled before and
-    beside it, and the LoRA stays on the model: save it with `save_lora`.
-
-    Args:
-        model: The model, with or without a LoRA.
-        reward: A differentiable reward.
-        prompts: B prompts.
-        method: `pgdiff_dynamic`, `classifier_style` or `gradient_guidance`, with settings in parentheses.
-        seeds: B seeds. Default: 0, 1, ...
-        num_inference_steps: Sampling steps. Default: the model's recommendation.
-        guidance_scale: Scale of classifier-free guidance. Default: the model's recommendation.
-
-    Raises:
-        DraftuneError: The method or reward is unknown, the reward has no gradient, a number is not finite, or the
-            model to fine-tune already has a LoRA.
-    """
-    guide = load_guide(method)
-    if model.autocast_dtype is torch.float16:
-        raise DraftuneError("the gradient for guidance underflows in fp16: use bf16 or no for mixed_precision")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = range(len(prompts)) if seeds is None else seeds
-    score = taught(load_reward(reward)).to(model.device)
-    model.check_prompts(prompts, negative_prompt)
-    check_prompts(score, prompts)
-    defaults = model.recommended
-    schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
-    scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-
-    fit = None
-    if guide.finetune_from_round:
-        from draftune.experimental.denoising_loss import fresh_lora
-
-        # Before the first denoiser is made, since a denoiser reads the model's LoRAs when it is created.
-        fit = fresh_lora(model, schedule, guide.learning_rate)
-    images, rewards, queries = [], [], 0
-    total = guide.num_samplings * len(prompts)
-    bar = tqdm(total=total, desc="guidance", unit="image", leave=False, disable=not progress)
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        fresh = partial(model.noise, generators, len(batch))
-        denoise = model.denoise(batch, schedule, scale, negative_prompt)
-        slope = Slope(model, score, batch)
-        scores = []
-        for i, latents in enumerate(guide.latents(denoise, schedule.steps, slope, fresh)):
-            scores.append(slope.score(latents).cpu())
-            if fit is not None and i >= guide.finetune_from_round:
-                fit(model.denoise(batch, schedule, guidance_scale=1), latents)
-            bar.update(len(batch))
-        images.append(model.decode(latents).cpu().float())
-        rewards.append(torch.stack(scores))
-        queries += slope.queries
-    bar.close()
-    return Guided(torch.cat(images), torch.cat(rewards, 1), queries)

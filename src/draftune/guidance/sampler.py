@@ -39,12 +39,12 @@ def dynamic_scale(strength: float, per_channel: bool = False) -> Pull:
         per_channel: Use the norms of each channel instead of those of the whole sample.
     """
 
-    def pull(move: Tensor, gradient: Tensor, step: Step) -> Tensor:
+    def rule(move: Tensor, gradient: Tensor, step: Step) -> Tensor:
         start = 2 if per_channel else 1
         length = norm(gradient, start)
         return strength * norm(move, start) * torch.where(length > 0, gradient / length, 0.0)
 
-    return pull
+    return rule
 
 
 def variance_scale(strength: float) -> Pull:
@@ -62,9 +62,9 @@ def pulled(
     denoise: Denoiser,
     steps: Sequence[Step],
     x: Tensor,
-    uphill: Uphill,
-    pull: Pull,
-    fresh: Fresh,
+    gradient_fn: Uphill,
+    rule: Pull,
+    noise_fn: Fresh,
     eta: float = 1.0,
     repeats: int = 1,
 ) -> Tensor:
@@ -83,8 +83,8 @@ def pulled(
         for _ in range(repeats if i < REPEATED * len(steps) else 1):
             with torch.no_grad():
                 prediction = denoise(x, step)
-                following = stepped(prediction, step, fresh, eta)
-            x = following + pull(x - following, uphill(prediction.clean), step)
+                following = stepped(prediction, step, noise_fn, eta)
+            x = following + rule(x - following, gradient_fn(prediction.clean), step)
     return x
 
 
@@ -121,8 +121,8 @@ def look_ahead(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: floa
 def rounds_ahead(
     denoise: Denoiser,
     steps: Sequence[Step],
-    uphill: Uphill,
-    fresh: Fresh,
+    gradient_fn: Uphill,
+    noise_fn: Fresh,
     rounds: int,
     target_increase: float = 0.2,
     sigma: float = 0.1,
@@ -144,29 +144,29 @@ def rounds_ahead(
     Yields:
         The clean latents [B, ...] without guidance, then those of each round.
     """
-    noise = fresh()
-    x = sample_eta(denoise, steps, noise, fresh, eta)
+    noise = noise_fn()
+    x = sample_eta(denoise, steps, noise, noise_fn, eta)
     yield x
     for _ in range(rounds):
-        gradient = uphill(x)
+        gradient = gradient_fn(x)
         guided = look_ahead(denoise, gradient, dot(gradient, x) + target_increase, sigma)
-        x = sample_eta(guided, steps, fresh() if resample_noise else noise, fresh, eta)
+        x = sample_eta(guided, steps, noise_fn() if resample_noise else noise, noise_fn, eta)
         yield x
 
 
 @torch.no_grad()
-def sample_eta(denoise: Denoiser, steps: Sequence[Step], x: Tensor, fresh: Fresh, eta: float) -> Tensor:
+def sample_eta(denoise: Denoiser, steps: Sequence[Step], x: Tensor, noise_fn: Fresh, eta: float) -> Tensor:
     """Run `steps` from `x` and return the latents after them, both [B, ...]."""
     for step in steps:
-        x = stepped(denoise(x, step), step, fresh, eta)
+        x = stepped(denoise(x, step), step, noise_fn, eta)
     return x
 
 
-def stepped(prediction: Prediction, step: Step, fresh: Fresh, eta: float) -> Tensor:
+def stepped(prediction: Prediction, step: Step, noise_fn: Fresh, eta: float) -> Tensor:
     """Take one DDIM step with noise of standard deviation eta * tau (Song et al., 2020, arXiv:2010.02502, Eq. 16)."""
     tau = eta * step.tau
     following = advance(prediction, step, tau)
-    return following + tau * fresh() if tau else following
+    return following + tau * noise_fn() if tau else following
 
 
 def norm(x: Tensor, start: int = 1) -> Tensor:

@@ -186,10 +186,10 @@ def why_no_advantage(rewards: Tensor) -> str:
     first = float(rewards[0])
     if bool((rewards == rewards[0]).all()):
         return (
-            f"all {len(rewards)} rewards of the update are {first:g}: use a reward that tells the images apart, or "
+            f"all {len(rewards)} rewards of the update are {first:g}: use a reward that distinguishes the images, or "
             "more images an update (`--batch-size`, `--gradient-accumulation-steps`)"
         )
-    return "every advantage is 0, since each prompt's rewards are equal: use a reward that tells its images apart"
+    return "every advantage is 0, since each prompt's rewards are equal: use a reward that distinguishes its images"
 
 
 @register("dpok")

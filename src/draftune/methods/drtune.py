@@ -28,7 +28,7 @@ class DRTune(RewardGradient):
     that are made.
 
     T - t0 + 1 - k denoiser calls without gradient and k with gradient. Use it for rewards of layout, such as symmetry,
-    that depend on early steps. The authors published no code that was found; the defaults are this project's.
+    that depend on early steps. No code of the authors was available; the defaults are this project's.
 
     Attributes:
         k: Number of calls with gradient, 1 or more; k + m is at most T + 1. Default: 5.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from draftune.evaluation.metrics import evaluate, score_batches
 from draftune.experimental.denoising_loss import LEVELS
-from draftune.guidance.methods import load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import sample_guided
 from draftune.models import Model
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug, tidy
 from draftune.rewards.properties import Matches

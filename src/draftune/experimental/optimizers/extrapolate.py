@@ -20,7 +20,7 @@ class Extrapolate(Evaluating):
     gradients. Around sgd(momentum=u), `momentum` = u is the paper's Nesterov form. On a quadratic of curvature c,
     plain SGD is stable for rate * c < 1 and lr * c < 2 (1 - rate * c). The paper's rule for the rate is not
     implemented. Here h is the mean over all processes; in the paper each worker has its own. No code of the authors
-    was found to compare with.
+    was available.
 
     Args:
         optimizer: The optimizer that takes the step.
@@ -48,10 +48,10 @@ class Extrapolate(Evaluating):
         try:
             for parameter in parameters:
                 state = self.state.get(parameter, {})
-                if self.momentum and "moved" in state:
-                    parameter.add_(state["moved"], alpha=self.momentum)
-                if self.rate and "past" in state:
-                    parameter.add_(state["past"], alpha=-self.rate)
+                if self.momentum and "last_step" in state:
+                    parameter.add_(state["last_step"], alpha=self.momentum)
+                if self.rate and "previous_gradient" in state:
+                    parameter.add_(state["previous_gradient"], alpha=-self.rate)
             loss = evaluated(closure)
         finally:
             for parameter, before in zip(parameters, here, strict=True):
@@ -62,9 +62,9 @@ class Extrapolate(Evaluating):
             if parameter.grad is None:
                 continue
             if self.rate:
-                self.state[parameter]["past"] = parameter.grad.clone()
+                self.state[parameter]["previous_gradient"] = parameter.grad.clone()
             if self.momentum:
-                self.state[parameter]["moved"] = parameter - before
+                self.state[parameter]["last_step"] = parameter - before
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
