@@ -126,7 +126,7 @@ def test_the_command_writes_the_numbers_and_the_mix(
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\na dog\n")
     argv = ["experimental", "tune-weights", f"{loras[0]}@0.7", loras[1], "--reward", "jpeg-bytes"]
-    argv += ["--prompts", str(prompts), "--mix"]
+    argv += ["--prompts", str(prompts), "--merge"]
     argv += ["--steps", "2", "--batch-size", "1", "--num-images", "2", "--num-inference-steps", "2"]
     argv += ["--guidance-scale", "2", "--guidance-bounds", "1,4", "--output", str(out)]
     assert main(argv) == 0
@@ -190,7 +190,7 @@ def test_what_is_refused(
         (["--guidance-bounds", "4,1"], "--guidance-bounds must be two numbers"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--num-images", "1"], "--num-images must be at least 2"),
-        (["--mix"], "--mix needs"),
+        (["--merge"], "--merge needs"),
     ],
 )
 def test_flags_that_are_refused(

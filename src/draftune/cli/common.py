@@ -42,6 +42,12 @@ def filled(text: str) -> str:
     return text
 
 
+def add_number(parser: argparse.ArgumentParser, flag: str, default: float, metavar: str, text: str) -> None:
+    """Add a number of the default's type, with the default at the end of its help."""
+    help_text = f"{text} (default: {default:g})"
+    parser.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help_text)
+
+
 def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
     """What `load_source` reads."""
     parser.add_argument(

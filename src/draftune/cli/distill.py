@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.cli.common import Command, add_device, add_skip_text_encoder, check_numbers, filled, writing_to
+from draftune.cli.common import (
+    Command,
+    add_device,
+    add_number,
+    add_skip_text_encoder,
+    check_numbers,
+    filled,
+    writing_to,
+)
 from draftune.utils.paths import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    def number(flag: str, kind: type, default: float, metavar: str, text: str) -> None:
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")
-
     parser.add_argument("source", type=filled, metavar="RUN_OR_LORA", help="run folder, LoRA file or its folder")
-    number("--rank", int, 8, "R", "rank of the new LoRA, below that of the source")
+    add_number(parser, "--rank", 8, "R", "rank of the new LoRA, below that of the source")
     parser.add_argument(
         "--prompts",
         type=filled,
@@ -22,12 +27,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPTS",
         help="training prompts: named sets or files, each a group that is weighted by its size",
     )
-    number("--group-balance", float, 0.97, "B", "0 weights all prompts equally, near 1 all groups equally; below 1")
-    number("--num-trajectories", int, 20, "N", "batches of images to train on, 1 or more")
-    number("--steps-per-trajectory", int, 5, "K", "random sampling steps of each batch to train on, 1 or more")
-    number("--batch-size", int, 4, "N", "images in a batch, 1 or more")
-    number("--learning-rate", float, 3e-4, "LR", "learning rate of AdamW, 0 or more and below 1")
-    number("--seed", int, 0, "S", "seed of the prompts' order and the noise")
+    add_number(parser, "--group-balance", 0.97, "B", "0 weights prompts equally, near 1 groups equally; below 1")
+    add_number(parser, "--num-trajectories", 20, "N", "batches of images to train on, 1 or more")
+    add_number(parser, "--steps-per-trajectory", 5, "K", "random sampling steps of each batch to train on, 1 or more")
+    add_number(parser, "--batch-size", 4, "N", "images in a batch, 1 or more")
+    add_number(parser, "--learning-rate", 3e-4, "LR", "learning rate of AdamW, 0 or more and below 1")
+    add_number(parser, "--seed", 0, "S", "seed of the prompts' order and the noise")
     parser.add_argument("--output", type=filled, required=True, metavar="DIR", help="folder of the new LoRA")
     parser.add_argument(
         "--model", type=filled, metavar="NAME", help="the base model (default: the one named in the LoRA)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.cli.common import Command, add_drawing, check_numbers, filled, load_source, writing_to
+from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, load_source, writing_to
 from draftune.utils.paths import image_output
 
 
@@ -23,13 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_DIR",
         help="a .png file (both images side by side) or a folder (before.png and after.png)",
     )
-    parser.add_argument(
-        "--steps", type=int, default=50, metavar="N", help="updates of the noise, 1 or more (default: 50)"
-    )
-    parser.add_argument(
-        "--learning-rate", type=float, default=5.0, metavar="A", help="learning rate, 0 or more (default: 5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the initial noise (default: 0)")
+    add_number(parser, "--steps", 50, "N", "updates of the noise, 1 or more")
+    add_number(parser, "--learning-rate", 5.0, "A", "learning rate of SGD with Nesterov momentum, 0 or more")
+    add_number(parser, "--seed", 0, "S", "seed of the initial noise")
     add_drawing(parser)
 
 

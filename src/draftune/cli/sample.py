@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from draftune.cli.common import Command, add_drawing, check_numbers, filled, load_source, writing_to
+from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, load_source, writing_to
 from draftune.errors import DraftuneError
 from draftune.utils.paths import image_output
 
@@ -28,10 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_DIR",
         help="a .png file (a grid for several images) or a folder",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the first image of each prompt (default: 0)"
-    )
-    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images of each prompt (default: 1)")
+    add_number(parser, "--seed", 0, "S", "seed of the first image of each prompt")
+    add_number(parser, "--num-images", 1, "N", "images of each prompt, 1 or more")
     parser.add_argument(
         "--guidance-reward",
         type=filled,

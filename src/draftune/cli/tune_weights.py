@@ -6,15 +6,12 @@ import argparse
 import math
 import shlex
 
-from draftune.cli.common import Command, add_drawing, check_numbers, filled, writing_to
+from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, writing_to
 from draftune.errors import DraftuneError
 from draftune.utils.paths import check_writable, user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    def number(flag: str, kind: type, default: float, metavar: str, text: str) -> None:
-        parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} (default: {default})")
-
     parser.add_argument(
         "loras",
         type=filled,
@@ -26,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=filled, required=True, metavar="DIR", help="new folder for weights.json and steps.csv"
     )
-    parser.add_argument("--mix", action="store_true", help="also merge the LoRAs at the tuned weights, into DIR/lora")
+    parser.add_argument("--merge", action="store_true", help="also merge the LoRAs at the tuned weights, into DIR/lora")
     parser.add_argument(
         "--weight-bounds", default="0,1.5", metavar="A,B", help="bounds of the LoRA weights (default: 0,1.5)"
     )
@@ -36,13 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=filled, metavar="FILE_OR_SET", help="prompts (default: those of the first LoRA's run)"
     )
-    number("--steps", int, 20, "N", "Adam steps, 1 or more")
-    number("--batch-size", int, 4, "N", "images at each evaluated point, 1 or more")
-    number("--num-parameters", int, 4, "N", "finite differences in a step, 1 or more, with 2 points each")
-    number("--fd-step", float, 0.1, "A", "finite-difference step, as a fraction of the range, below 0.5")
-    number("--learning-rate", float, 0.05, "A", "learning rate of Adam, as a fraction of the range, below 1")
-    number("--num-images", int, 16, "N", "other images for the final comparison, 2 or more")
-    number("--seed", int, 0, "S", "seed of prompts, noise and points")
+    add_number(parser, "--steps", 20, "N", "Adam steps, 1 or more")
+    add_number(parser, "--batch-size", 4, "N", "images at each evaluated point, 1 or more")
+    add_number(parser, "--num-parameters", 4, "N", "finite differences in a step, 1 or more, with 2 points each")
+    add_number(parser, "--fd-step", 0.1, "A", "finite-difference step, as a fraction of the range, below 0.5")
+    add_number(parser, "--learning-rate", 0.05, "A", "learning rate of Adam, as a fraction of the range, below 1")
+    add_number(parser, "--num-images", 16, "N", "other images for the final comparison, 2 or more")
+    add_number(parser, "--seed", 0, "S", "seed of prompts, noise and points")
     add_drawing(parser, scale=False)
 
 
@@ -53,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
     check_writable(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DraftuneError(f"the output {args.output!r} already exists; give a new folder (--output)")
-    if args.mix and not args.loras:
-        raise DraftuneError("--mix needs at least one LoRA")
+    if args.merge and not args.loras:
+        raise DraftuneError("--merge needs at least one LoRA")
     from draftune.experimental.tune_weights import GUIDANCE, tune_weights
     from draftune.runs.merge import mix_loras, weighted
 
@@ -78,12 +75,12 @@ def run(args: argparse.Namespace) -> None:
         negative_prompt=args.negative_prompt,
         skip_text_encoder=args.skip_text_encoder_lora,
         cpu=args.cpu,
-        mixed_precision=args.mixed_precision,
+        mixed_precision=args.mergeed_precision,
         progress=True,
     )
     with writing_to(folder):
         search.write(folder)
-        if args.mix:
+        if args.merge:
             mix_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora)
     width = max(len(knob.name) for knob in search.knobs)
     for knob in search.knobs:
@@ -98,9 +95,9 @@ def run(args: argparse.Namespace) -> None:
     print(folder)
     scale = f" --guidance-scale {search.values[GUIDANCE]:.3g}" if guidance else ""
     loras = [shlex.quote(f"{source}@{weight:.3g}") for source, weight in search.weights]
-    if loras and not args.mix:
+    if loras and not args.merge:
         print(f"  draftune mix {' '.join(loras)} --output …")
-    source = args.output if args.mix else "…" if loras else args.model
+    source = args.output if args.merge else "…" if loras else args.model
     print(f"  draftune sample {shlex.quote(source) if source != '…' else source}{scale} --prompt … --output …")
 
 

@@ -23,9 +23,9 @@ class DRTune(RewardGradient):
         grad = sum over the trained steps t of  (d r / d x_0) c_t d eps_theta(stop_grad(x_t)) / d theta
 
     Wu et al., 2024, arXiv:2405.00760. c_t is the sampler's own coefficient of eps_theta at step t. No product of
-    Jacobians occurs, so that the gradient of early steps stays bounded. As in ReFL, sampling stops at a step t0 ~
-    uniform{1, ..., m} from the end and jumps to x_0. The trained calls are spread from a random start over the calls
-    that are made.
+    Jacobians occurs, so that the gradient of an early step does not grow with the number of later calls. As in ReFL,
+    sampling stops at a step t0 ~ uniform{1, ..., m} from the end and jumps to x_0. The trained calls are spread from a
+    random start over the calls that are made.
 
     T - t0 + 1 - k denoiser calls without gradient and k with gradient. Use it for rewards of layout, such as symmetry,
     that depend on early steps. No code of the authors was available; the defaults are this project's.
