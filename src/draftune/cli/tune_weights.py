@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         negative_prompt=args.negative_prompt,
         skip_text_encoder=args.skip_text_encoder_lora,
         cpu=args.cpu,
-        mixed_precision=args.mergeed_precision,
+        mixed_precision=args.mixed_precision,
         progress=True,
     )
     with writing_to(folder):
