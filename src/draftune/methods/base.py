@@ -98,7 +98,8 @@ class Batch:
 class Method:
     """Base class of fine-tuning methods, independent of the model family and of the reward.
 
-    A method yields scalar losses. Its attributes and the functions without a loss tell the trainer what it needs.
+    A method yields scalar losses; the trainer accumulates their gradients. The attributes and the remaining functions
+    describe the method to the trainer.
     """
 
     needs_gradient: bool = True
@@ -137,7 +138,9 @@ class Method:
         return True
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """Yield scalar losses. Each is a mean over the images of one batch.
+        """Yield scalar losses, each a mean over the images of one batch.
+
+        The trainer runs the backward pass of a loss before it requests the next, so that one graph is in memory.
 
         Args:
             batches: The fresh batches of one optimizer step, `gradient_accumulation_steps` of them, made on request.
@@ -153,10 +156,10 @@ class Method:
         return {}
 
     def constant_losses(self) -> str:
-        """Explain a gradient that is exactly 0 because the losses do not depend on the weights, and suggest a remedy.
+        """Explain why the losses do not depend on the weights, and suggest a remedy; empty if they do.
 
-        The trainer calls this in every process after such an optimizer step. With an empty string it searches for
-        trainable tensors that the graph does not reach, and ends the run if it finds any.
+        The trainer calls this in every process if a gradient is exactly 0. It prints the explanation once and
+        continues. With an empty string it ends the run if a tensor still had no gradient after the first updates.
         """
         return ""
 
@@ -223,7 +226,7 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Register a Method under a name for `--method` and `load_method`. `draftune list` shows its docstring."""
+    """Register a Method by name for `--method` and `load_method`. `draftune list methods` shows its docstring."""
 
     def add(cls: M) -> M:
         METHODS[name] = cls
