@@ -1,25 +1,26 @@
-"""draftune against TRL's AlignPropTrainer: what an update takes, and the reward that training time buys.
+"""Compare draftune with TRL's AlignPropTrainer: time and memory of an update, and reward over training time.
 
     pip install . torch==2.13.0 transformers==4.57.1 diffusers==0.35.2 peft==0.17.1 accelerate==1.10.1 trl==0.23.1
     python benchmarks/alignprop.py [--model emoji] [--reward emoji-aesthetic] [--k 1 10] [--rounds 7]
     python benchmarks/alignprop.py --rounds 0 --minutes 10 [--own-minutes 4] [--output race.csv]
 
-In an environment of its own, with releases of TRL's time. Both train in turn in one process, so that the machine's mood
-falls on both, on the same model folder, reward object, prompts, batch, sampling steps and guidance, in float32. TRL's
-code runs as it is, by its own `step`; epoch 0 keeps it from saving a checkpoint after every one.
+Use a separate environment with releases of the time of that TRL version. Both trainers run alternately in one process,
+so that other load on the machine affects both. They share the model folder, reward object, prompts, batch, sampling
+steps and guidance, in float32. TRL's code is unchanged and runs by its own `step`; epoch 0 prevents a checkpoint after
+every step.
 
-Updates: the gradient flows through the last k steps, draft-k(k) here, the fixed truncation there, into LoRAs of rank 4,
-as TRL has it, on the same layers. TRL's DDIM takes the spacing of the model's scheduler, with eta = 0 no noise, and
-always ends at the first training level; draftune is told to do so too (set_alpha_to_one=False). Printed first: from the
-same noise and LoRA, how far the pictures are apart, and the two gradients of the LoRA. These differ where the decoder
-overshoots: TRL clamps pictures to [0, 1] and such pixels get no gradient; draftune lets it pass. Then the most memory
-that the tensors of one update take, and of --rounds pairs of updates the medians and the median of the ratios.
+Updates: the gradient flows through the last k steps (`draft-k` here, fixed truncation in TRL) into LoRAs of rank 4, as
+in TRL, on the same layers. TRL's DDIM uses the spacing of the model's scheduler and ends at the first training level.
+draftune is set to the same (set_alpha_to_one=False), with eta = 0. First the script prints how far images and LoRA
+gradients differ for the same noise and LoRA. The gradients differ for pixels outside [0, 1]: TRL's clamp has gradient 0
+there, draftune's straight-through clamp has gradient 1. Then it prints the peak memory of the tensors of one update,
+the median times of --rounds pairs of updates, and the median ratio.
 
-The race (--minutes): each by its own defaults, but with draftune's sampling steps, guidance and batch. Its defaults are
-recommended for the model; TRL's are not: learning rate 1e-3, eta = 1 (--eta), every step's gradient cut or not by a
-draw between 0 and T (0 to 50 with TRL's T of 50). Whoever has trained for less time makes the next update. Every so
-often (--every) its LoRA is evaluated outside the clock, by one function for both: the same prompts and seeds, DDIM
-without noise on draftune's grid. In the end: when draftune's evaluations first reach the best of TRL's.
+Comparison over time (--minutes): each trainer uses its own defaults, but draftune's sampling steps, guidance and batch.
+draftune's defaults are recommended for the model. TRL's are not: learning rate 1e-3, eta = 1 (--eta), and a random
+truncation between 0 and T. The trainer with less training time makes the next update. Every --every seconds of training
+its LoRA is evaluated, outside the measured time, by the same function, prompts and seeds: DDIM without noise on
+draftune's schedule. At the end the script prints when draftune first reaches TRL's best evaluation.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from overhead import seconds
 
 
 def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer:
-    """draftune's trainer, with the defaults of the model where nothing is said."""
+    """Return draftune's trainer, with the model's recommended defaults for all other settings."""
     settings |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     with TemporaryDirectory() as folder:
         settings |= {"batch_size": args.batch_size, "output": f"{folder}/run"}
@@ -67,13 +68,13 @@ def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer
 
 
 def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
-    """TRL's trainer on the model, prompts and reward of draftune's, and what it trains as a model to draw with.
+    """Return TRL's trainer on draftune's model, prompts and reward, and its network as a draftune model to sample from.
 
-    To be made after draftune's: TRL's pipeline can't be loaded before Accelerate is set up.
+    Call this after `draftune`: TRL's pipeline cannot be loaded before Accelerate is set up.
     """
     s = ours.settings
     pipeline = DefaultDDPOStableDiffusionPipeline(str(EMBEDDED.get(s.model, s.model)))
-    # Here, because it freezes the networks, and TRL's trainer adds the LoRA.
+    # Before TRL's trainer adds its LoRA, since loading freezes the networks.
     model = load_model(pipeline.sd_pipeline)
     config |= {"sample_num_steps": s.num_inference_steps, "sample_guidance_scale": s.guidance_scale}
     config |= {"train_batch_size": s.batch_size, "mixed_precision": "no"}
@@ -88,26 +89,26 @@ def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
 
 
 def gradient(model: Model) -> Tensor:
-    """That of the LoRA as one vector, which is taken from it."""
+    """Return the LoRA's gradient as one vector and clear it."""
     parameters = lora_parameters(model).values()
-    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
     model.denoiser.zero_grad()
-    return found
+    return flat
 
 
 def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
-    """How far their pictures and gradients are apart before training, from the same noise and LoRA."""
+    """Compare images and gradients of both trainers before training, for the same noise and LoRA."""
     s, prompts = ours.settings, ours.prompts[: ours.settings.batch_size]
     with torch.no_grad():
         for name, parameter in lora_parameters(ours.model).items():
             lora_parameters(model)[name].copy_(parameter)
     generator = torch.Generator().manual_seed(0)
     noise = ours.model.noise(generator, len(prompts))
-    pictures: list[Tensor] = []
+    images: list[Tensor] = []
 
     def reward(clean: Tensor) -> Tensor:
-        pictures.append(ours.model.decode(clean))
-        return ours.reward.parts(pictures[-1], prompts)[0]
+        images.append(ours.model.decode(clean))
+        return ours.reward.parts(images[-1], prompts)[0]
 
     denoise = ours.model.denoise(prompts, ours.schedule, s.guidance_scale)
     for loss in ours.method.losses(
@@ -115,19 +116,19 @@ def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
     ):
         loss.backward()
     with patch.object(theirs.sd_pipeline.sd_pipeline, "prepare_latents", return_value=noise):
-        made = theirs._generate_samples(len(prompts), prompts=prompts)
-    theirs.calculate_loss(theirs.compute_rewards(made)).backward()
-    distance = float((pictures[0] - made["images"]).abs().max())
+        samples = theirs._generate_samples(len(prompts), prompts=prompts)
+    theirs.calculate_loss(theirs.compute_rewards(samples)).backward()
+    distance = float((images[0] - samples["images"]).abs().max())
     here, there = gradient(ours.model), gradient(model)
     cosine = float(here @ there / (here.norm() * there.norm()))
-    return f"pictures {distance:.1e} apart; gradients {here.norm():.3g}, TRL's {there.norm():.3g}, cosine {cosine:.4f}"
+    return f"images differ by {distance:.1e}; gradients {here.norm():.3g}, TRL {there.norm():.3g}, cosine {cosine:.4f}"
 
 
 def time_updates(args: argparse.Namespace, k: int) -> None:
-    """Prints memory and time of updates whose gradient flows through the last k steps."""
+    """Print memory and time of updates with gradient through the last k steps."""
     model = load_model(args.model)
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
-    # As for any model: TRL's trainer recomputes whole calls too, and draws a path for each update.
+    # Like TRL's trainer: recompute whole calls, and sample a new prefix for each update.
     same |= {"gradient_checkpointing": "blocks" if k == 1 else "calls", "prefix_reuse": 1}
     ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
@@ -147,32 +148,32 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
 
 @dataclass
 class Racer:
-    """One of the two that train against time, and its evaluations."""
+    """A trainer in the comparison over time, and its evaluations."""
 
     name: str
     update: Callable[[], object]
     model: Model
     limit: float
-    """Seconds that it may train."""
+    """Maximum training time in seconds."""
     seconds: float = 0.0
     updates: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def evaluate(self, ours: Trainer, pictures: int) -> None:
-        """Adds a row and prints it."""
-        prompts = (ours.watch.eval_prompts or ours.prompts)[:pictures]
+    def evaluate(self, ours: Trainer, count: int) -> None:
+        """Evaluate `count` images, append the row and print it."""
+        prompts = (ours.watch.eval_prompts or ours.prompts)[:count]
 
         def draw(prompts: Any, seeds: Any) -> Tensor:
             return self.model.generate(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
 
         scores = evaluate(draw, ours.reward, ours.held_out, prompts, 1, self.model.device).scores
         self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
-        said = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-        print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {said}", flush=True)
+        values = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {values}", flush=True)
 
 
 def race(args: argparse.Namespace) -> None:
-    """Trains both for as many minutes each, and prints how far they come and when."""
+    """Train both for the same time and print when draftune reaches TRL's best reward."""
     ours = draftune(args, load_model(args.model))
     s, count = ours.settings, itertools.count(1)
     minmax = (0, s.num_inference_steps)
@@ -181,13 +182,13 @@ def race(args: argparse.Namespace) -> None:
     here = Racer("draftune", lambda: ours.updates.update(next(count)), ours.model, own)
     there = Racer("TRL", lambda: theirs.step(0, 0), model, 60 * args.minutes)
     for racer in (here, there):
-        racer.evaluate(ours, args.pictures)
+        racer.evaluate(ours, args.num_images)
     while training := [racer for racer in (here, there) if racer.seconds < racer.limit]:
         racer = min(training, key=lambda racer: racer.seconds)
         racer.seconds += seconds(racer.update)
         racer.updates += 1
         if racer.seconds >= min(racer.limit, racer.rows[-1]["seconds"] + args.every):
-            racer.evaluate(ours, args.pictures)
+            racer.evaluate(ours, args.num_images)
     if args.output:
         with args.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(here.rows[0]))
@@ -206,19 +207,19 @@ def race(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help="'emoji' or the folder of a StableDiffusionPipeline")
-    parser.add_argument("--reward", help="as for draftune; so the next three: unless set, what is recommended")
+    parser.add_argument("--reward", help="a reward of draftune; default, also of the next three: the recommendation")
     parser.add_argument("--prompts")
     parser.add_argument("--steps", type=int, help="sampling steps T")
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 10], help="steps that the gradient flows through")
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of updates; 0: only the race")
-    parser.add_argument("--minutes", type=float, default=0, help="that each trains in the race; 0: no race")
-    parser.add_argument("--own-minutes", type=float, default=0, help="draftune's part, where that is less")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 10], help="last steps with gradient")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of updates; 0 skips them")
+    parser.add_argument("--minutes", type=float, default=0, help="minutes of training of each trainer; 0 skips it")
+    parser.add_argument("--own-minutes", type=float, default=0, help="minutes of training of draftune, if fewer")
     parser.add_argument("--every", type=float, default=30, help="seconds of training between evaluations")
-    parser.add_argument("--pictures", type=int, default=32, help="in an evaluation, of as many prompts")
-    parser.add_argument("--eta", type=float, default=1.0, help="of TRL's DDIM in the race")
-    parser.add_argument("--output", type=Path, help="CSV file for the race's evaluations")
+    parser.add_argument("--num-images", type=int, default=32, help="images of an evaluation, one for each prompt")
+    parser.add_argument("--eta", type=float, default=1.0, help="eta of TRL's DDIM in the comparison")
+    parser.add_argument("--output", type=Path, help="CSV file for the evaluations")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

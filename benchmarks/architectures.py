@@ -1,6 +1,6 @@
-"""The published models' architectures with random weights: real ones in seconds, or fake ones that take no memory.
+"""Architectures of published models with random weights, or with weights that are never written and use no memory.
 
-Written from the published configs and held against the published numbers of parameters.
+They follow the published configs. Each network's parameter count is checked against the published one.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ PUBLISHED = {
     "VAE": 83_653_863,
     "CLIP ViT-H/14": 986_109_441,
 }
-"""Parameters of each network."""
+"""Number of parameters of each network."""
 
 
 def architecture(name: str, make: Callable[[], nn.Module], dtype: torch.dtype, fill: bool) -> Any:
-    """A network by its name in PUBLISHED; raises ValueError where its size is not the published one.
+    """Build a network named in PUBLISHED. Raise ValueError if its parameter count is not the published one.
 
-    Without `fill` the weights are never written, and so take no memory on most systems.
+    Without `fill` the weights are never written. On most systems they then use no memory.
     """
     with torch.device("meta"):
         network = make().to(dtype)
@@ -114,7 +114,7 @@ def architecture(name: str, make: Callable[[], nn.Module], dtype: torch.dtype, f
 
 @torch.no_grad()
 def filled(network: nn.Module) -> nn.Module:
-    """The network with weights that keep the size of what goes through: N(0, 1 / inputs), norms 1, biases 0."""
+    """Initialize weights that preserve the scale of activations: N(0, 1 / fan_in), norm weights 1, biases 0."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
@@ -123,13 +123,13 @@ def filled(network: nn.Module) -> nn.Module:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     for name, buffer in network.named_buffers():
         if not name.endswith("position_ids"):
-            raise ValueError(f"what the buffer {name} holds is not known")
+            raise ValueError(f"the contents of the buffer {name} are unknown")
         buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return network
 
 
 def tokenizer() -> CLIPTokenizer:
-    """The embedded model's, which knows fewer words than CLIP's and reads as many tokens."""
+    """Return the embedded model's tokenizer, with CLIP's length of 77 tokens and a smaller vocabulary."""
     return CLIPTokenizer.from_pretrained(EMBEDDED["emoji"] / "tokenizer", model_max_length=77)
 
 
@@ -166,7 +166,7 @@ PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {"sd14"
 
 
 class ViTH(Reward):
-    """What hpsv2 and pickscore compute, in float32 as there, with random weights."""
+    """ViT-H/14 CLIP score in float32, the computation of `hpsv2` and `pickscore`, with random weights."""
 
     label = "vit-h"
 

@@ -1,14 +1,14 @@
-"""What an update takes at the published sizes: made for real with random weights, or counted without arithmetic.
+"""Measure time and memory of an update at published model sizes, with random weights or with fake tensors.
 
     python benchmarks/full_size.py real sd14 mixed_precision=bf16 num_inference_steps=2
     python benchmarks/full_size.py count sdxl method='draft-k(k=5)' batch_size=4
     python benchmarks/full_size.py table sd14
     python benchmarks/full_size.py presets
 
-Every setting of `draftune train` can be given. `real` makes updates by draftune's own trainer. `count` gives the same
-trainer fake tensors, which have shapes and no numbers: the same operations are called and their results added up while
-they are alive, but nothing is computed, so that a cell takes seconds. Memory is counted in both as `draftune preflight`
-counts it on a CPU. `table` counts the cells of docs/full-size.md, `presets` those that draftune ships.
+Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer. `count` runs the same trainer
+on fake tensors (torch's FakeTensorMode): all operations are dispatched and live bytes are summed, but nothing is
+computed, so a row takes seconds. Both count memory as `draftune preflight` does on a CPU. `table` counts the rows of
+docs/full-size.md, `presets` those of the presets.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from draftune.training.trainer import Trainer
 from draftune.utils.memory import PeakMemory, peak_memory
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
-# Memory does not grow with the steps without a graph, which come first: one stands for all of them.
+# Memory does not depend on the number of prefix steps, so that one is enough.
 DEFAULTS: dict[str, Any] = {"method": "draft-k(k=1)", "batch_size": 1, "guidance_scale": 7.5, "num_inference_steps": 2}
 SIZES = {"sd14": (512, 768, 1024), "sdxl": (768, 1024)}
 
 
 @contextmanager
 def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Trainer]:
-    """A trainer of a model in PIPELINES, on a ViT-H where no reward is given; without `fill` no weights are set."""
+    """Yield a trainer for a model of PIPELINES. Default reward: ViT-H. Without `fill` no weights are written."""
     with TemporaryDirectory() as folder:
         values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "cpu": True}
         if values.get("gradient_decoder"):
@@ -63,11 +63,11 @@ def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Tra
 
 
 def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """The first update's peak, the most that the process took, and each update's seconds, of clock and of processor."""
+    """Return the first update's peak memory, the process's peak, and wall and CPU seconds of each update."""
     with trainer(model, True, settings) as made:
-        found: dict[str, Any] = {"held": held_memory(made), "rss_before": rss()}
+        result: dict[str, Any] = {"held": held_memory(made), "rss_before": rss()}
         start = time.perf_counter(), time.process_time()
-        found["peak"] = peak_memory(lambda: made.updates.update(1))
+        result["peak"] = peak_memory(lambda: made.updates.update(1))
         times = []
         for i in range(rounds):
             if i:
@@ -75,11 +75,11 @@ def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]
             now = time.perf_counter(), time.process_time()
             times.append([round(b - a, 1) for a, b in zip(start, now, strict=True)])
             start = now
-        return {**found, "rss": rss(), "times": times}
+        return {**result, "rss": rss(), "times": times}
 
 
 def count(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes of the networks, of an update's peak and of that of drawing a batch, and what the optimiser keeps."""
+    """Return the bytes of the networks, the peaks of an update and of sampling a batch, and the optimizer state."""
     with trainer(model, False, settings) as made:
         held, averages = held_memory(made), 2 * sum(p.nbytes for p in made.updates.parameters.values())
         peak, drawing = counted(made)
@@ -87,9 +87,9 @@ def count(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def counted(made: Trainer) -> tuple[int, int]:
-    """Bytes that `peak_memory` of the first update would give, and of a batch of the pictures that are only looked at.
+    """Return the peak bytes of the first update and of sampling a batch for the log.
 
-    Leaves fake tensors in the place of all weights.
+    All weights are replaced by fake tensors.
     """
     updates, s = made.updates, made.settings
     with FakeTensorMode(), Numberless() as memory:
@@ -109,7 +109,7 @@ def counted(made: Trainer) -> tuple[int, int]:
 
 
 class Numberless(PeakMemory):
-    """Counts and, where a number is read, says 1: everything is finite, and no gradient vanishes."""
+    """Count memory, and return 1 where a number is read: all values are finite, and no gradient is 0."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -118,34 +118,34 @@ class Numberless(PeakMemory):
 
 
 def faked(tensor: torch.Tensor) -> torch.Tensor:
-    """Inside a FakeTensorMode: the same without its numbers."""
+    """Return a fake tensor of the same shape and dtype; call inside a FakeTensorMode."""
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 def rss() -> int:
-    """The most bytes that this process ever had in memory."""
+    """Return the peak resident set size of this process in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def told(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1) -> dict[str, Any]:
-    """Prints what was found, a line of JSON."""
+def measure(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1) -> dict[str, Any]:
+    """Measure one row and print it as a line of JSON."""
     try:
-        found = real(model, settings, rounds) if what == "real" else count(model, settings)
+        result = real(model, settings, rounds) if what == "real" else count(model, settings)
     except Exception as error:
-        found = {"failed": f"{type(error).__name__}: {error}"[:300]}
-    print(json.dumps({"what": what, "model": model, **settings, **found}), flush=True)
-    return found
+        result = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    print(json.dumps({"what": what, "model": model, **settings, **result}), flush=True)
+    return result
 
 
 def table(model: str) -> None:
-    """Counts every cell of one model's tables."""
+    """Count every row of one model's tables."""
     for cell in cells(model):
-        told("count", model, {"mixed_precision": "bf16", **cell})
+        measure("count", model, {"mixed_precision": "bf16", **cell})
 
 
 def cells(model: str) -> Iterator[dict[str, Any]]:
-    """The settings of a table's cells, with bf16 where no precision is given."""
+    """Yield the settings of each row; mixed_precision is bf16 unless given."""
     for size, batch in itertools.product(SIZES[model], (1, 4)):
         yield {"height": size, "width": size, "batch_size": batch}
         if batch == 1:
@@ -161,15 +161,15 @@ def cells(model: str) -> Iterator[dict[str, Any]]:
 
 
 def presets() -> None:
-    """Counts every preset with a ViT-H, and the part of its own device's memory that it takes."""
+    """Count every preset with a ViT-H reward, and print its share of the preset's device memory."""
     for name, path in PRESETS.items():
         values = read_yaml(path)
         model = HUB[values.pop("model")]
         left_out = ("reward", "prompts", "num_inference_steps")
         settings = {key: value for key, value in values.items() if key not in left_out}
-        found = told("count", model, settings)
-        if "peak" in found:
-            total = found["held"] + found["averages"] + max(found["peak"], found["drawing"])
+        result = measure("count", model, settings)
+        if "peak" in result:
+            total = result["held"] + result["averages"] + max(result["peak"], result["drawing"])
             room = int(name.rpartition("-")[2].removesuffix("gb")) * 2**30
             print(f"{name}: {total / 1e9:.2f} GB, {total / room:.0%} of {room / 2**30:.0f} GiB", flush=True)
 
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("what", choices=("real", "count", "table", "presets"))
     parser.add_argument("model", choices=PIPELINES, nargs="?", default="sd14")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
-    parser.add_argument("--rounds", type=int, default=1, help="updates to make for real")
+    parser.add_argument("--rounds", type=int, default=1, help="updates of `real`")
     args = parser.parse_args()
     if args.what == "table":
         table(args.model)
@@ -187,7 +187,7 @@ def main() -> None:
         presets()
     else:
         given = (setting.partition("=") for setting in args.settings)
-        told(args.what, args.model, {name: yaml.safe_load(value) for name, _, value in given}, args.rounds)
+        measure(args.what, args.model, {name: yaml.safe_load(value) for name, _, value in given}, args.rounds)
 
 
 if __name__ == "__main__":

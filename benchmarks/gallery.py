@@ -1,10 +1,10 @@
-"""Trains the embedded model on one reward after another and writes docs/gallery.md, with a measure apart for each.
+"""Train the embedded model on each reward and write docs/gallery.md, with an independent measurement for each.
 
-    python benchmarks/gallery.py                # all of them: about 25 minutes on two CPU cores
-    python benchmarks/gallery.py symmetry       # one
+    python benchmarks/gallery.py                # all rewards: about 25 minutes on two CPU cores
+    python benchmarks/gallery.py symmetry       # one reward
 
-Each is what `draftune train` does with the flags that stand under its picture; what is measured besides is taken from
-the pictures as they are saved, 8 bits a channel, by code that the reward does not share.
+Each run is `draftune train` with the flags shown under its image. The independent measurements use the saved images
+with 8 bits a channel, and no code of the reward.
 """
 
 from __future__ import annotations
@@ -39,39 +39,40 @@ NAMES = {
 OVERVIEW = ("emoji-aesthetic", "color", "symmetry", "jpeg-compressibility", "jpeg-incompressibility", "classify")
 HEAD = """# What the rewards do
 
-Each is one command on the embedded model: prompts of the set `emoji`, pictures of the 64 names of `emoji-common`, none
-of which was trained on, the same seeds before and after. The last rows are measured on the pictures as they are saved,
-by code that the reward does not share. Made by `python benchmarks/gallery.py` on 2 CPU cores with torch 2.13.0. What
-each reward is: [rewards.md](rewards.md).
+Each run is one command on the embedded model. It trains on the prompt set `emoji` and is evaluated on the 64 names of
+`emoji-common`, which are not trained on, with the same seeds before and after. The last rows are measured on the saved
+images by code that the reward does not share. Made by `python benchmarks/gallery.py` on 2 CPU cores with torch 2.13.0.
+[rewards.md](rewards.md) describes each reward.
 """
 Measure = Callable[[Sequence[Image.Image]], float]
 
 
-def jpeg_bytes(pictures: Sequence[Image.Image]) -> float:
+def jpeg_bytes(images: Sequence[Image.Image]) -> float:
+    """Return the mean size in bytes of the images as JPEG files of quality 75."""
     sizes = []
-    for picture in pictures:
+    for image in images:
         file = io.BytesIO()
-        picture.save(file, format="JPEG", quality=75)
+        image.save(file, format="JPEG", quality=75)
         sizes.append(file.tell())
     return float(np.mean(sizes))
 
 
 def difference(turn: Callable[[Image.Image], Image.Image]) -> Measure:
-    """The mean difference of a picture's pixels from the turned picture's, in levels of 255."""
+    """Return a measure: mean absolute difference between an image and its transformed copy, in levels of 255."""
 
-    def measure(pictures: Sequence[Image.Image]) -> float:
-        pairs = [(np.asarray(p, dtype=float), np.asarray(turn(p), dtype=float)) for p in pictures]
+    def measure(images: Sequence[Image.Image]) -> float:
+        pairs = [(np.asarray(p, dtype=float), np.asarray(turn(p), dtype=float)) for p in images]
         return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
 
     return measure
 
 
 def share_of_hue(color: str) -> Measure:
-    """The share of pixels with a clear colour whose hue is within 30 degrees of the colour's."""
+    """Return a measure: fraction of saturated pixels whose hue is within 30 degrees of the color's."""
     hue = Image.new("RGB", (1, 1), ImageColor.getrgb(color)).convert("HSV").getpixel((0, 0))[0]
 
-    def measure(pictures: Sequence[Image.Image]) -> float:
-        hsv = np.stack([np.asarray(p.convert("HSV"), dtype=float) for p in pictures])
+    def measure(images: Sequence[Image.Image]) -> float:
+        hsv = np.stack([np.asarray(p.convert("HSV"), dtype=float) for p in images])
         away = np.abs((hsv[..., 0] - hue + 128) % 256 - 128) * 360 / 256
         return float(((away < 30) & (hsv[..., 1] > 64)).mean())
 
@@ -79,17 +80,19 @@ def share_of_hue(color: str) -> Measure:
 
 
 def top1(target: int) -> Measure:
-    """How often the target is the classifier's first choice."""
+    """Return a measure: fraction of images that the classifier assigns to the target class."""
 
-    def measure(pictures: Sequence[Image.Image]) -> float:
+    def measure(images: Sequence[Image.Image]) -> float:
         judge = Classify(str(target), "efficientnet-lite0").ready()
-        return float(np.mean([int(judge.logits(from_pil(p)).argmax()) == target for p in pictures]))  # type: ignore[operator]
+        return float(np.mean([int(judge.logits(from_pil(p)).argmax()) == target for p in images]))  # type: ignore[operator]
 
     return measure
 
 
 @dataclass
 class Experiment:
+    """One section of the page: a run, its independent measurements and a comment."""
+
     name: str
     flags: str
     measures: dict[str, Measure]
@@ -103,67 +106,67 @@ EXPERIMENTS = [
         "jpeg-compressibility",
         "--reward jpeg-compressibility",
         SIZE,
-        "Smooth pictures: spots, toppings and faces go first. Trained on, the background and then the subject follow.",
+        "Smooth images: spots, toppings and faces disappear first. With more updates, background and subject follow.",
     ),
     Experiment(
         "jpeg-incompressibility",
         "--reward jpeg-incompressibility",
         SIZE,
-        "Busy pictures: outlines, gaps, specks. It ends in noise.",
+        "Detailed images: outlines, gaps, specks. With more updates they become noise.",
     ),
     Experiment(
         "symmetry",
         f"--reward symmetry {LAYOUT}",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
-        "Left and right alike: what has a front turns to show it, and what is only drawn from the side loses its "
-        "shape. The reward is about layout, so the gradient runs through ten steps. With `--method 'draft-k(k=1)'` it "
-        "rises as well, to 0.907, but by blurring what is not alike: the judge names 0.594; with `'drtune(k=5, m=5)'` "
-        "0.874 and 0.758.",
+        "Objects turn to the front; those that the data only shows from the side lose their shape. The reward depends "
+        "on the layout, so the gradient flows through ten steps. With `--method 'draft-k(k=1)'` the reward also rises, "
+        "to 0.907, by blurring asymmetric parts: the judge recognizes 0.594 of the names. With `'drtune(k=5, m=5)'` "
+        "the figures are 0.874 and 0.758.",
     ),
     Experiment(
         "rotation",
         f"--reward rotation {LAYOUT}",
         {"difference from itself upside down, levels of 255": difference(lambda p: p.rotate(180))},
-        "Alike when turned by 180 degrees: rounder shapes of one colour, on the way to a blot.",
+        "Rounder shapes of one color, which look the same when rotated by 180 degrees.",
     ),
     Experiment(
         "color",
         "--reward 'color(target=orange)'",
         {"share of orange pixels": share_of_hue("orange")},
-        "Everything orange, and soon nothing but orange.",
+        "Everything becomes orange; with more updates nothing else remains.",
     ),
     Experiment(
         "classify",
         "--reward 'classify(target=902)' --learning-rate 2e-3 --steps 120",
         {"share that the classifier calls a whistle (902) first": top1(902)},
-        "Adversarial examples: EfficientNet-Lite0, with its real weights, takes half of the pictures for a whistle, "
-        "and there is none in them.",
+        "Adversarial examples: EfficientNet-Lite0, with its published weights, classifies half of the images as a "
+        "whistle, although they show none.",
     ),
     Experiment(
         "emoji-aesthetic",
         "--reward emoji-aesthetic",
         {},
-        "The run of `make demo`: glossy 3D emoji. The judge that says so was not trained against.",
+        "The run of `make demo`: glossy 3D emoji. The judge that measures the style is not part of the reward.",
     ),
     Experiment(
         "emoji-clip",
         "--reward emoji-clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
         {},
-        "Without guidance the base model misses most of the rare names. Trained on the cosine of picture and prompt, "
-        "it draws more of them so that the judge can name them; to the eye they stay rough. (Here the pictures are of "
-        "the training's own 635 prompts, of which 480 came up once.)",
+        "Without guidance the base model fails on most rare names. After training on the cosine similarity of image "
+        "and prompt, the judge recognizes more of them; they still look rough. (The images show the 635 training "
+        "prompts, of which 480 were used once.)",
     ),
     Experiment(
         "sum",
         "--reward 'emoji-aesthetic + 0.03*jpeg-compressibility'",
         SIZE,
-        "A sum of two: the gloss without the detail. Each part is logged apart.",
+        "A sum of two rewards: glossy with less detail. Each term is logged separately.",
     ),
 ]
 
 
 def run(experiment: Experiment) -> None:
-    """Trains, measures, and leaves the picture and the numbers for the page."""
+    """Train, measure, and save the image and the numbers for the page."""
     command = f"{experiment.flags} --output {RUNS / experiment.name}"
     args = build_parser().parse_args(["train", *shlex.split(command)])
     done = train(settings=train_settings(args))
@@ -173,26 +176,28 @@ def run(experiment: Experiment) -> None:
     saved = to_pil(base), to_pil(tuned)
     rows = [[NAMES.get(name, f"`{name}`"), *values] for name, values in both.scores.items()]
     rows += [[name, *map(measure, saved)] for name, measure in experiment.measures.items()]
-    result = {"rows": rows, "pictures": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
+    result = {"rows": rows, "images": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
     (RUNS / f"{experiment.name}.json").write_text(json.dumps(result, indent=1))
     shown = slice(0, None, len(both.prompts) // 8)
     before, after = base[shown].contiguous(), tuned[shown].contiguous()
-    save_image(grid([before, after], ["before", "after"], both.prompts[shown]), picture(experiment.name))
+    save_image(grid([before, after], ["before", "after"], both.prompts[shown]), image_path(experiment.name))
     save_file({"before": before, "after": after}, RUNS / f"{experiment.name}.safetensors")
 
 
-def picture(name: str) -> Path:
+def image_path(name: str) -> Path:
+    """Return the path of a reward's before/after image."""
     return DOCS / "gallery" / f"{name}.png"
 
 
 def overview() -> None:
-    """One picture of several rewards: a row each, under the base model's."""
+    """Save one image with a row for each of several rewards, below the base model's row."""
     rows = {name: load_file(RUNS / f"{name}.safetensors") for name in OVERVIEW}
-    pictures = [rows[OVERVIEW[0]]["before"], *(row["after"] for row in rows.values())]
-    save_image(grid(pictures, ["base", *rows]), DOCS / "rewards.png")
+    images = [rows[OVERVIEW[0]]["before"], *(row["after"] for row in rows.values())]
+    save_image(grid(images, ["base", *rows]), DOCS / "rewards.png")
 
 
 def section(experiment: Experiment) -> str:
+    """Return the page's section of one reward."""
     result = json.loads((RUNS / f"{experiment.name}.json").read_text())
     rows = "\n".join(f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in result["rows"])
     return f"""## {experiment.name}
@@ -205,7 +210,7 @@ def section(experiment: Experiment) -> str:
 draftune train {experiment.flags} --output runs/{experiment.name}
 ```
 
-| {result["pictures"]} pictures | before | after |
+| {result["images"]} images | before | after |
 |---|---|---|
 {rows}
 """
@@ -213,8 +218,8 @@ draftune train {experiment.flags} --output runs/{experiment.name}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="which to train; all unless said")
-    parser.add_argument("--page", action="store_true", help="train nothing, only write the page anew")
+    parser.add_argument("names", nargs="*", help="rewards to train (default: all)")
+    parser.add_argument("--page", action="store_true", help="only write the page, without training")
     args = parser.parse_args()
     for experiment in EXPERIMENTS:
         if not args.page and (not args.names or experiment.name in args.names):

@@ -1,11 +1,10 @@
-"""How an update's time and memory grow with T, K, the batch, the picture's size, the LoRA's rank and checkpointing.
+"""Measure time and memory of an update against T, K, batch size, image size, LoRA rank and gradient checkpointing.
 
     python benchmarks/growth.py [--model emoji] [--reward emoji-aesthetic] [--rounds 5]
 
-One setting at a time is changed from DRaFT-1 with 20 steps, batches of 4, rank 8 and a path for each update. Every
-update is timed in turn with one of the unchanged settings, and the median ratio of the pairs is told: what else the
-machine does falls on both. Memory is the most that tensors made in an update hold at once, its own gradients included,
-the networks not.
+The base settings are DRaFT-1 with 20 sampling steps, batches of 4, rank 8 and no shared prefix. Each row changes one
+setting. Updates of both are timed alternately, so that other load on the machine affects both, and the median ratio of
+the pairs is printed. Memory is the peak of the tensors allocated in an update, gradients included, networks excluded.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ CHANGES: list[dict[str, Any]] = [
 
 
 def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, Callable[[], object]]:
-    """A trainer and its next update."""
+    """Return a trainer and a function that runs its next update."""
     with TemporaryDirectory() as folder:
         settings = BASE | change | {"output": f"{folder}/run", "held_out": "", "eval_prompts": ""}
         made = prepare(args.model, args.reward, **settings)
@@ -64,6 +63,7 @@ def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, 
 
 
 def several(update: Callable[[], object], count: int) -> None:
+    """Run `count` updates."""
     for _ in range(count):
         update()
 
@@ -84,7 +84,7 @@ def main() -> None:
         made, update = trainer(args, change)
         update()
         peak = peak_memory(update, device)
-        shared = made.settings.prefix_reuse  # updates with one path are timed together
+        shared = made.settings.prefix_reuse  # updates that share a prefix are timed together
         together = partial(several, update, shared)
         pairs = [(seconds(together) / shared, seconds(plain)) for _ in range(args.rounds)]
         name = ", ".join(f"{key}={value}" for key, value in change.items())

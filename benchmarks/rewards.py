@@ -1,10 +1,10 @@
-"""What each reward costs: the real architecture with random weights, in the published format, loaded by name.
+"""Measure the cost of each reward: the published architecture with random weights, loaded by name.
 
-    python benchmarks/rewards.py                # every reward; needs 10 GB of disk and of memory
+    python benchmarks/rewards.py                # all rewards; needs 10 GB of disk and of memory
     python benchmarks/rewards.py hpsv2 clip     # some
 
-For each: parameters, bytes of the weights in float32, and for 8 pictures of 512x512 the seconds to score them, to score
-them with their gradient, and the most memory that the process held, all with the default of 4 pictures at once.
+The table shows the parameters, their bytes in float32, the seconds to score 8 images of 512x512 without and with
+gradient, and the process's peak memory. Rewards score the default of 4 images at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from draftune.rewards.aesthetic import Head
 from draftune.rewards.hpsv2 import OPEN_CLIP, VIT_H_14
 from draftune.rewards.imagereward import BLIP, TEXT, VISION
 from draftune.rewards.weights import KeyMap
+from overhead import seconds
 
 COUNT, SIZE = 8, 512
 WORDS = EMBEDDED["emoji-clip"]
@@ -61,7 +61,7 @@ VIT_L_14 |= {
 
 
 def published(keys: KeyMap, network: Callable[[], nn.Module], path: Path) -> Path:
-    """A file of random tensors in a published layout."""
+    """Write a file of random tensors in a published layout and return its path."""
     with torch.device("meta"):
         layout = keys.layout(network())
     save_file({name: torch.randn(shape) * 0.02 for name, shape in layout.items()}, path)
@@ -69,14 +69,14 @@ def published(keys: KeyMap, network: Callable[[], nn.Module], path: Path) -> Pat
 
 
 def folder(network: nn.Module, path: Path, **processor: object) -> Path:
-    """A random network in transformers' format, with a tokenizer and the settings of its picture processor."""
+    """Save a random network in transformers' format, with a tokenizer and an image processor config."""
     network.save_pretrained(path)  # type: ignore[operator]
     (path / "preprocessor_config.json").write_text(json.dumps(processor))
     return clip_words(path, len(json.loads((WORDS / "vocab.json").read_text())))
 
 
 def clip_words(path: Path, count: int) -> Path:
-    """A tokenizer of that many tokens, most of which come in no text."""
+    """Write a CLIP tokenizer with `count` tokens, most of them unused."""
     path.mkdir(exist_ok=True)
     words = json.loads((WORDS / "vocab.json").read_text())
     words |= {f"unused{i}": i for i in range(len(words), count)}
@@ -87,16 +87,19 @@ def clip_words(path: Path, count: int) -> Path:
 
 
 def blip() -> nn.Module:
+    """Return ImageReward's network."""
     text = BlipTextModel(BlipTextConfig(**TEXT), add_pooling_layer=False)
     return nn.ModuleDict({"vision": BlipVisionModel(BlipVisionConfig(**VISION)), "text": text, "head": Head(768)})
 
 
 def head(path: Path) -> Path:
+    """Write a random aesthetic head."""
     save_file(Head(768).state_dict(), path)
     return path
 
 
 def bert_words(path: Path) -> Path:
+    """Write a BERT tokenizer with its published number of tokens, most of them unused."""
     path.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
     (path / "vocab.txt").write_text("\n".join([*words, *(f"[unused{i}]" for i in range(30522 - len(words)))]))
@@ -140,14 +143,8 @@ EXPRESSIONS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def measure(name: str, expression: str) -> str:
-    """One row of the table."""
+    """Return the table row of one reward."""
     reward: Reward = load_reward(expression)
     parameters = sum(p.numel() for p in reward.parameters())
     images, prompts = torch.rand(COUNT, 3, SIZE, SIZE), ["a cat"] * COUNT
@@ -162,7 +159,7 @@ def measure(name: str, expression: str) -> str:
 
 
 def python(*arguments: str) -> str:
-    """What this script prints in a process of its own, whose peak of memory is its own."""
+    """Run this script in a subprocess, for a separate peak memory, and return its output."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -14,8 +14,8 @@ from torch.nn.functional import interpolate
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.guidance.methods import sample_guided
 from draftune.guidance.noise_optimization import optimize_noise
+from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries
@@ -142,7 +142,7 @@ def test_the_noise_of_one_picture_and_guidance_follow_it(pipeline_folder: Path) 
     assert found.rewards[-1] > found.rewards[0]
     assert found.queries == 4 + 3 * 32
     options: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0}
-    guided = sample_guided(model, expression, PROMPTS, "ratio(strength=0.3, eta=0)", **options)
-    plain = sample_guided(model, "brightness", PROMPTS, "ratio(strength=0, eta=0)", **options)
+    guided = sample_guided(model, expression, PROMPTS, "pgdiff_dynamic(strength=0.3, eta=0)", **options)
+    plain = sample_guided(model, "brightness", PROMPTS, "pgdiff_dynamic(strength=0, eta=0)", **options)
     assert (guided.rewards[-1] > plain.rewards[-1]).all()
     assert guided.queries == plain.queries + 4 * 2 * 32

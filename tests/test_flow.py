@@ -358,7 +358,14 @@ def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> 
             parameter.add_(0.1 * torch.randn_like(parameter))
     draftune.save_lora(model, tmp_path / "lora")
     found = draftune.distill_lora(
-        str(tmp_path / "lora"), [["a cat"]], tmp_path / "small", 2, model=str(sd3), paths=1, calls=1, batch_size=1
+        str(tmp_path / "lora"),
+        [["a cat"]],
+        tmp_path / "small",
+        2,
+        model=str(sd3),
+        num_trajectories=1,
+        steps_per_trajectory=1,
+        batch_size=1,
     )
     assert found.differences["truncated"] < found.differences["no LoRA"]
 

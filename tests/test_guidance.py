@@ -21,10 +21,20 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.experimental.denoising_loss import LEVELS, Fit
+from draftune.experimental.denoising_loss import LEVELS, Fit, fresh_lora
 from draftune.guidance import sampler
-from draftune.guidance.methods import Slope, fresh_lora, load_guide, sample_guided
-from draftune.guidance.sampler import by_ratio, by_variance, dot, drawn, look_ahead, norm, pulled, rounds_ahead
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import Slope, sample_guided
+from draftune.guidance.sampler import (
+    dot,
+    dynamic_scale,
+    look_ahead,
+    norm,
+    pulled,
+    rounds_ahead,
+    sample_eta,
+    variance_scale,
+)
 from draftune.lora import load_lora, lora_parameters, save_lora
 from draftune.models import load_model
 from draftune.rewards import load_reward
@@ -109,7 +119,7 @@ def naive(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: float) ->
 def test_look_ahead_draws_from_the_posterior(toy: Subspace, steps: list[Step], eta: float) -> None:
     count, nu, target, sigma = 4000, 1 / 82, 0.3, 0.1
     fresh, direction = toy.fresh(count), toy.theta.expand(count, D)
-    x = drawn(
+    x = sample_eta(
         look_ahead(toy.denoise, direction, torch.full((count,), target).double(), sigma), steps, fresh(), fresh, eta
     )
     seen = x @ toy.theta
@@ -127,12 +137,12 @@ def test_the_naive_gradient_misses_the_posterior_and_leaves_the_subspace(
     means = {}
     for guide in (look_ahead, naive):
         guided = guide(toy.denoise, toy.theta[None], torch.tensor([0.3]).double(), 0.1)
-        means[guide] = float(drawn(guided, DIFFUSION, zero, lambda: zero, eta) @ toy.theta)
+        means[guide] = float(sample_eta(guided, DIFFUSION, zero, lambda: zero, eta) @ toy.theta)
     assert means[look_ahead] == pytest.approx(0.1648, abs=2e-4)
     # With the ancestral sampler 92 % short of the target, 86 % of the posterior's mean.
     assert means[naive] == pytest.approx(reached, abs=2e-4)
     fresh = toy.fresh(4000)
-    y = drawn(naive(toy.denoise, toy.theta[None], torch.tensor(0.3), 0.1), DIFFUSION, fresh(), fresh, eta)
+    y = sample_eta(naive(toy.denoise, toy.theta[None], torch.tensor(0.3), 0.1), DIFFUSION, fresh(), fresh, eta)
     # The last call's push alone, h / (sigma^2 + h) of the gap; on this grid h = 2.55e-4.
     assert toy.outside(y) == pytest.approx(0.0038, abs=2e-4)
 
@@ -224,7 +234,7 @@ def test_the_loss_of_the_denoiser(toy: Subspace, kind: str) -> None:
 
 def test_a_larger_rise_settles_higher_and_stays_in_the_subspace(toy: Subspace) -> None:
     fresh = toy.fresh(64)
-    *_, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 30, 0.9, 0.1, anew=False)
+    *_, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 30, 0.9, 0.1, resample_noise=False)
     assert float(toy.f(x).mean()) == pytest.approx(9.12, abs=0.1)  # from the same noise every round
     assert toy.outside(x) < 1e-12
 
@@ -258,12 +268,12 @@ def pulled_right(pull: Callable[..., Tensor], scale: float = 1.0, count: int = 4
 @pytest.mark.parametrize(
     ("pull", "right"),
     [
-        (by_ratio(0.0), 0.51),
-        (by_variance(1.0), 0.99),
-        (by_variance(5.0), 1.0),
-        (by_ratio(0.05), 0.77),
-        (by_ratio(0.1), 0.92),
-        (by_ratio(0.3), 1.0),
+        (dynamic_scale(0.0), 0.51),
+        (variance_scale(1.0), 0.99),
+        (variance_scale(5.0), 1.0),
+        (dynamic_scale(0.05), 0.77),
+        (dynamic_scale(0.1), 0.92),
+        (dynamic_scale(0.3), 1.0),
     ],
 )
 def test_a_property_is_met_and_what_it_leaves_free_stays_free(pull: Callable[..., Tensor], right: float) -> None:
@@ -274,34 +284,38 @@ def test_a_property_is_met_and_what_it_leaves_free_stays_free(pull: Callable[...
 
 
 def test_too_much_strength_narrows_what_is_drawn() -> None:
-    spread = [float(x[x[:, 0] > 0, 0].std()) for x in (pulled_right(by_ratio(0.0)), pulled_right(by_ratio(1.0)))]
+    spread = [
+        float(x[x[:, 0] > 0, 0].std()) for x in (pulled_right(dynamic_scale(0.0)), pulled_right(dynamic_scale(1.0)))
+    ]
     assert spread == pytest.approx([0.0926, 0.0223], abs=0.002)
 
 
 def test_without_the_samplers_noise_the_ratio_does_little() -> None:
-    assert float((pulled_right(by_ratio(0.1), eta=0.0)[:, 0] > 0).double().mean()) < 0.55
+    assert float((pulled_right(dynamic_scale(0.1), eta=0.0)[:, 0] > 0).double().mean()) < 0.55
 
 
 def test_the_ratio_knows_no_units_and_the_static_scale_does() -> None:
     few = {"count": 50}
-    assert (pulled_right(by_ratio(0.1), 1000.0, **few) - pulled_right(by_ratio(0.1), **few)).abs().max() < 1e-6
-    static = pulled_right(by_variance(1.0), **few)
-    assert (pulled_right(by_variance(1e-3), 1000.0, **few) - static).abs().max() < 1e-12
-    assert (pulled_right(by_variance(1.0), 1000.0, **few) - static).abs().max() > 0.1
+    assert (
+        pulled_right(dynamic_scale(0.1), 1000.0, **few) - pulled_right(dynamic_scale(0.1), **few)
+    ).abs().max() < 1e-6
+    static = pulled_right(variance_scale(1.0), **few)
+    assert (pulled_right(variance_scale(1e-3), 1000.0, **few) - static).abs().max() < 1e-12
+    assert (pulled_right(variance_scale(1.0), 1000.0, **few) - static).abs().max() > 0.1
 
 
 def test_the_length_of_a_pull() -> None:
     generator = torch.Generator().manual_seed(0)
     move, gradient = (torch.randn(3, 2, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     step = DIFFUSION[100]
-    pull = by_ratio(0.3)(move, gradient, step)
+    pull = dynamic_scale(0.3)(move, gradient, step)
     assert torch.allclose(norm(pull), 0.3 * norm(move), rtol=1e-12)
     assert torch.allclose(dot(pull, gradient), 0.3 * (norm(move) * norm(gradient)).flatten(), rtol=1e-12)
-    by_channel = by_ratio(0.3, per_channel=True)(move, gradient, step)
+    by_channel = dynamic_scale(0.3, per_channel=True)(move, gradient, step)
     assert torch.allclose(by_channel.norm(dim=(2, 3)), 0.3 * move.norm(dim=(2, 3)), rtol=1e-12)
     gradient[1] = 0
-    assert not by_ratio(0.3)(move, gradient, step)[1].any()
-    assert torch.equal(by_variance(2.0)(move, gradient, step), 2 * step.tau**2 * gradient)
+    assert not dynamic_scale(0.3)(move, gradient, step)[1].any()
+    assert torch.equal(variance_scale(2.0)(move, gradient, step), 2 * step.tau**2 * gradient)
 
 
 def test_the_first_steps_are_made_again_at_the_same_level() -> None:
@@ -313,7 +327,7 @@ def test_the_first_steps_are_made_again_at_the_same_level() -> None:
 
     steps = DIFFUSION[::20]
     noise = torch.randn(2, 2, dtype=torch.float64)
-    pulled(denoise, steps, noise, torch.zeros_like, by_ratio(0.1), lambda: noise, repeats=3)
+    pulled(denoise, steps, noise, torch.zeros_like, dynamic_scale(0.1), lambda: noise, repeats=3)
     assert seen == [step.alpha for i, step in enumerate(steps) for _ in range(3 if i < 3 else 1)]
 
 
@@ -339,18 +353,21 @@ def test_every_family_is_guided(family: str, pipeline_folder: Path, tmp_path: Pa
     if family == "flux":
         model.set_size(16, 16)  # its own is 256
     plain = model.generate(PROMPTS, [0, 1], model.schedule(4), 2.0)
-    still = sample_guided(model, "brightness", PROMPTS, "ratio(strength=0, eta=0)", **FEW)
-    assert torch.equal(still.pictures, plain)
+    still = sample_guided(model, "brightness", PROMPTS, "pgdiff_dynamic(strength=0, eta=0)", **FEW)
+    assert torch.equal(still.images, plain)
     assert torch.allclose(still.rewards[0], load_reward("brightness")(plain, PROMPTS), atol=1e-6)
     assert still.queries == 2 * 4 + 2
     noisy, bright = (
-        sample_guided(model, "brightness", PROMPTS, f"ratio(strength={strength})", **FEW) for strength in (0, 0.5)
+        sample_guided(model, "brightness", PROMPTS, f"pgdiff_dynamic(strength={strength})", **FEW)
+        for strength in (0, 0.5)
     )
     assert (bright.rewards > noisy.rewards).all()
-    static = sample_guided(model, "brightness", PROMPTS, "static(strength=100)", **FEW)
+    static = sample_guided(model, "brightness", PROMPTS, "classifier_style(strength=100)", **FEW)
     assert (static.rewards > noisy.rewards).all()
     assert static.queries == noisy.queries
-    ahead = sample_guided(model, "brightness", PROMPTS, "look-ahead(rise=0.02, sigma=0.01, rounds=2)", **FEW)
+    ahead = sample_guided(
+        model, "brightness", PROMPTS, "gradient_guidance(target_increase=0.02, sigma=0.01, rounds=2)", **FEW
+    )
     assert torch.allclose(ahead.rewards[0], still.rewards[0], atol=1e-6)
     assert (ahead.rewards[2] > ahead.rewards[0]).all()
     assert ahead.queries == 2 * (2 + 3)
@@ -371,9 +388,9 @@ def test_the_slope_is_that_of_the_decoder_by_hand(pipeline_folder: Path) -> None
 
 def test_a_picture_depends_on_its_own_seed_alone(pipeline_folder: Path) -> None:
     model = load_model(pipeline_folder)
-    for method in ("ratio", "look-ahead(rounds=1, anew=true, eta=1)"):
-        both = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], **FEW).pictures
-        alone = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], batch_size=1, **FEW).pictures
+    for method in ("pgdiff_dynamic", "gradient_guidance(rounds=1, resample_noise=true, eta=1)"):
+        both = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], **FEW).images
+        alone = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], batch_size=1, **FEW).images
         assert torch.allclose(both, alone, atol=1e-5)
         assert (both[0] - both[1]).abs().max() > 0.01
 
@@ -383,9 +400,9 @@ def test_the_lora_that_look_ahead_trains(family: str, pipeline_folder: Path, tmp
     build = FAMILIES[family]
     folder = build(tmp_path) if build else pipeline_folder
     model = load_model(folder)
-    plain = "look-ahead(rise=0.02, sigma=0.01, rounds=3"
+    plain = "gradient_guidance(target_increase=0.02, sigma=0.01, rounds=3"
     free = sample_guided(model, "brightness", PROMPTS, f"{plain})", **FEW)
-    tuned = sample_guided(model, "brightness", PROMPTS, f"{plain}, tune_from=2, learning_rate=0.01)", **FEW)
+    tuned = sample_guided(model, "brightness", PROMPTS, f"{plain}, finetune_from_round=2, learning_rate=0.01)", **FEW)
     # Rounds 2 and 3 train; the first that shows it is round 3.
     assert torch.allclose(tuned.rewards[:3], free.rewards[:3], atol=1e-6)
     assert (tuned.rewards[3] - free.rewards[3]).abs().max() > 1e-5
@@ -400,7 +417,7 @@ def test_the_lora_that_look_ahead_trains(family: str, pipeline_folder: Path, tmp
     assert torch.allclose(drawn_by[0], drawn_by[1], atol=1e-4)
     assert (drawn_by[0] - drawn_by[2]).abs().max() > 1e-3
     with raises(DraftuneError, "LoRA already"):
-        sample_guided(model, "brightness", PROMPTS, f"{plain}, tune_from=1)", **FEW)
+        sample_guided(model, "brightness", PROMPTS, f"{plain}, finetune_from_round=1)", **FEW)
 
 
 def test_what_is_trained_on_becomes_likelier(pipeline_folder: Path) -> None:
@@ -477,7 +494,7 @@ def test_a_picture_is_filled_in_where_the_mask_is_white(pipeline_folder: Path, t
     to_pil(mask)[0].save(tmp_path / "mask.png")
     reward = f"matches(image={tmp_path}/known.png, mask={tmp_path}/mask.png)"
     options = {"seeds": [0], "num_inference_steps": 8, "guidance_scale": 2.0}
-    free, met = (sample_guided(model, reward, "a cat", f"ratio(strength={s})", **options) for s in (0, 0.3))
+    free, met = (sample_guided(model, reward, "a cat", f"pgdiff_dynamic(strength={s})", **options) for s in (0, 0.3))
     assert float(met.rewards[-1]) > 0.5 * float(free.rewards[-1])
 
 
@@ -486,7 +503,12 @@ def test_a_picture_is_filled_in_where_the_mask_is_white(pipeline_folder: Path, t
 
 def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["sample", str(pipeline_folder), "--prompt", "cat", "--num-inference-steps", "3", "--guidance-scale", "1"]
-    guide = ["--guide", "-brightness", "--guide-method", "look-ahead(rise=1, sigma=0.01, rounds=2)"]
+    guide = [
+        "--guidance-reward",
+        "-brightness",
+        "--guidance-method",
+        "gradient_guidance(target_increase=1, sigma=0.01, rounds=2)",
+    ]
     assert main([*asked, *guide, "--seed", "4", "--output", str(tmp_path / "cat.png")]) == 0
     said = capsys.readouterr().out
     values = re.fullmatch(r"-brightness  (\S+) → (\S+) → (\S+); 5 .*\n.*cat.png\n", said)
@@ -496,7 +518,7 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
     found = draftune.sample_guided(
         model, "-brightness", "cat", guide[-1], seeds=[4], num_inference_steps=3, guidance_scale=1.0
     )
-    assert (open_image(tmp_path / "cat.png") - found.pictures).abs().max() <= 0.51 / 255
+    assert (open_image(tmp_path / "cat.png") - found.images).abs().max() <= 0.51 / 255
     assert f"{float(found.rewards[-1]):.3f}" == values[3]
 
 
@@ -513,9 +535,18 @@ def test_the_command_with_a_sum_and_its_prompts(
     scores = {}
     for strength in (0, 0.5):
         for prompt in ("day", "night"):
-            asked = ["--prompt", prompt, "--num-inference-steps", "4", "--guidance-scale", "1", "--guide", guide]
+            asked = [
+                "--prompt",
+                prompt,
+                "--num-inference-steps",
+                "4",
+                "--guidance-scale",
+                "1",
+                "--guidance-reward",
+                guide,
+            ]
             output = tmp_path / f"{prompt}-{strength}.png"
-            method = ["--guide-method", f"ratio(strength={strength})"]
+            method = ["--guidance-method", f"pgdiff_dynamic(strength={strength})"]
             assert main(["sample", str(pipeline_folder), *asked, *method, "--output", str(output)]) == 0
             assert mentions(capsys.readouterr().out, 5)
             scores[prompt, strength] = float(open_image(output).mean())
@@ -526,18 +557,27 @@ def test_the_command_with_a_sum_and_its_prompts(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--guide", "brightnes"], "'brightnes' 'brightness'"),
-        (["--guide", "brightness", "--guide-method", "ratios"], "'ratios' 'ratio'"),
-        (["--guide", "brightness", "--guide-method", "ratio(strength=-1)"], "strength ratio -1 0"),
-        (["--guide", "brightness", "--guide-method", "ratio(eta=2)"], "eta ratio 0 1 2"),
-        (["--guide", "brightness", "--guide-method", "static"], "static strength"),
-        (["--guide", "brightness", "--guide-method", "look-ahead(rounds=0)"], "rounds look-ahead 0 1"),
+        (["--guidance-reward", "brightnes"], "'brightnes' 'brightness'"),
+        (["--guidance-reward", "brightness", "--guidance-method", "pgdiff"], "'pgdiff' 'pgdiff_dynamic'"),
         (
-            ["--guide", "brightness", "--guide-method", "look-ahead(tune_from=9)"],
-            "tune_from look-ahead 9 0",
+            ["--guidance-reward", "brightness", "--guidance-method", "pgdiff_dynamic(strength=-1)"],
+            "strength pgdiff_dynamic -1 0",
         ),
-        (["--guide", "brightness", "--guide-method", "ratio + static"], "ratio + static"),
-        (["--guide-method", "static(strength=1)"], "--guide-method --guide"),
+        (["--guidance-reward", "brightness", "--guidance-method", "pgdiff_dynamic(eta=2)"], "eta pgdiff_dynamic 0 1 2"),
+        (["--guidance-reward", "brightness", "--guidance-method", "classifier_style"], "classifier_style strength"),
+        (
+            ["--guidance-reward", "brightness", "--guidance-method", "gradient_guidance(rounds=0)"],
+            "rounds gradient_guidance 0 1",
+        ),
+        (
+            ["--guidance-reward", "brightness", "--guidance-method", "gradient_guidance(finetune_from_round=9)"],
+            "finetune_from_round gradient_guidance 9 0",
+        ),
+        (
+            ["--guidance-reward", "brightness", "--guidance-method", "pgdiff_dynamic + classifier_style"],
+            "pgdiff_dynamic + classifier_style",
+        ),
+        (["--guidance-method", "classifier_style(strength=1)"], "--guidance-method --guidance-reward"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_read(
@@ -563,5 +603,5 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
     model.to("cpu", "fp16")
     with raises(DraftuneError, "fp16"):
         sample_guided(model, "brightness", "cat", **FEW)
-    assert load_guide("ratio").draws == 1
-    assert load_guide("look-ahead(rounds=3)").draws == 4
+    assert load_guide("pgdiff_dynamic").num_samplings == 1
+    assert load_guide("gradient_guidance(rounds=3)").num_samplings == 4

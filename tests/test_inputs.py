@@ -22,9 +22,9 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.image_files import find_images, prompts_of
 from draftune.evaluation.metrics import evaluate
-from draftune.experimental.tune_weights import tune_knobs
-from draftune.guidance.methods import sample_guided
+from draftune.experimental.tune_weights import tune_weights
 from draftune.guidance.noise_optimization import optimize_noise
+from draftune.guidance.sample import sample_guided
 from draftune.models import Model, load_model
 from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
@@ -108,7 +108,7 @@ def test_held_out_rewards_in_place_see_and_leave_the_same(pipeline_folder: Path,
 def test_guided_and_optimized_in_place(pipeline: Any) -> None:
     model = load_model(pipeline)
     for draw in (
-        lambda reward: sample_guided(model, reward, ["a cat", "a dog"], num_inference_steps=2).pictures,
+        lambda reward: sample_guided(model, reward, ["a cat", "a dog"], num_inference_steps=2).images,
         lambda reward: optimize_noise(model, reward, "a cat", num_inference_steps=2, steps=2).best,
     ):
         first, second = (draw(named(which)) for which in REWARDS)
@@ -176,8 +176,8 @@ def test_an_empty_prompt_is_refused_before_anything_is_sampled(
     clip = f"clip(model={clip_folder})"
     drawing = ["--prompt", "", "--num-inference-steps", "1", "--output", str(tmp_path / "x.png")]
     for command in (
-        ["sample", str(pipeline_folder), "--guide", clip],
-        ["reno", str(pipeline_folder), "--reward", clip],
+        ["sample", str(pipeline_folder), "--guidance-reward", clip],
+        ["optimize-noise", str(pipeline_folder), "--reward", clip],
     ):
         assert main([*command, *drawing]) == 2
         assert "'clip'" in capsys.readouterr().err
@@ -244,6 +244,7 @@ def test_what_is_cut_off_is_said_once(
     Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "a.png")
     model, clip = str(pipeline_folder), f"clip(model={clip_folder})"
     drawing = ["--num-inference-steps", "1", "--guidance-scale", "1", "--output"]
+    scored = ["--reward", clip]
     train = ["train", "--model", model, "--reward", clip, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
     train += ["--batch-size", "1", "--sample-prompts", "1", *drawing, str(tmp_path / "run")]
     commands = [
@@ -255,7 +256,7 @@ def test_what_is_cut_off_is_said_once(
         ),
         (["score", str(tmp_path), "--reward", f"{clip} + brightness", "--prompt", LONG], ["1 of 1 prompts"]),
         (
-            ["reno", model, "--prompt", LONG, "--reward", clip, "--steps", "1", *drawing, str(tmp_path / "r.png")],
+            ["optimize-noise", model, "--prompt", LONG, *scored, "--steps", "1", *drawing, str(tmp_path / "r.png")],
             ["1 of 1 prompts", "1 of 1 prompts"],
         ),
         (
@@ -356,7 +357,7 @@ def test_folders_with_dots_are_written_to(
     model = str(pipeline_folder)
     assert main(["sample", model, "--prompt", "cat", *drawing, str(tmp_path / "sd1.5")]) == 0
     assert open_image(tmp_path / "sd1.5" / "000-cat-seed0.png").shape == (1, 3, 16, 16)
-    reno = ["reno", model, "--prompt", "cat", "--reward", "brightness", "--steps", "1"]
+    reno = ["optimize-noise", model, "--prompt", "cat", "--reward", "brightness", "--steps", "1"]
     assert main([*reno, *drawing, f"{tmp_path}/x.png/"]) == 0
     assert (tmp_path / "x.png" / "before.png").is_file()
     capsys.readouterr()
@@ -398,7 +399,7 @@ class Loaded(Reward):
 def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder: Path) -> None:
     asked: dict[str, Any] = {"model": str(pipeline_folder), "guidance_bounds": (1.0, 9.0), "num_inference_steps": 1}
     with raises(DraftuneError, "class 'a dog'"):
-        tune_knobs([], Loaded(), ["a cat", "a dog"], **asked)
+        tune_weights([], Loaded(), ["a cat", "a dog"], **asked)
     with raises(DraftuneError, "class 'a dog'"):
         check_prompts(
             (0.5 * load_reward("brightness") + BlackBox(load_reward(Loaded()), coordinates=4)).ready(), ["a dog"]

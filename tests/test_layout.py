@@ -124,3 +124,14 @@ def test_a_circle_is_found(sources: dict[str, str]) -> None:
 
 def test_a_package_may_import_its_modules() -> None:
     TopologicalSorter(import_graph({"p": "from p import one", "p.one": "import p.two", "p.two": ""})).prepare()
+
+
+@pytest.mark.parametrize("folder", ["methods", "guidance"])
+def test_importing_these_folders_imports_nothing_experimental(folder: str) -> None:
+    imports = {
+        name: [used for used in uses if used.startswith("draftune.experimental")]
+        for name, uses in own_graph().items()
+        if name.startswith(f"draftune.{folder}")
+    }
+    assert len(imports) > 3
+    assert not any(imports.values()), imports

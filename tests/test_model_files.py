@@ -109,7 +109,7 @@ COMMANDS = {
     "sample with a model": ["sample", "FILE", "--model", "MODEL", "--prompt", "a cat", "--output", "OUT"],
     "sample on it": ["sample", "LORA", "--model", "FILE", "--prompt", "a cat", "--output", "OUT"],
     "eval": ["eval", "FILE", "--prompts", "animals", "--reward", "brightness"],
-    "reno": ["reno", "FILE", "--prompt", "a cat", "--reward", "brightness", "--output", "OUT"],
+    "optimize-noise": ["optimize-noise", "FILE", "--prompt", "a cat", "--reward", "brightness", "--output", "OUT"],
     "export on it": ["export", "LORA", "--output", "OUT", "--format", "diffusers", "--model", "FILE"],
     "export": ["export", "FILE", "--output", "OUT", "--format", "merged", "--model", "MODEL"],
 }

@@ -63,7 +63,7 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, list[str]], list[str]]] = {
     "sample": lambda folder, out, lora, words: ["sample", str(folder), "--prompt", "a cat", *words],
     "sample a lora": lambda folder, out, lora, words: ["sample", str(lora), "--prompt", "a cat", *words],
     "sample guided": lambda folder, out, lora, words: [
-        *["sample", str(folder), "--prompt", "a cat", "--guide", "brightness", *words]
+        *["sample", str(folder), "--prompt", "a cat", "--guidance-reward", "brightness", *words]
     ],
     "eval": lambda folder, out, lora, words: [
         "eval",
@@ -74,8 +74,8 @@ COMMANDS: dict[str, Callable[[Path, Path, Path, list[str]], list[str]]] = {
         "brightness",
         *words,
     ],
-    "reno": lambda folder, out, lora, words: [
-        *["reno", str(folder), "--prompt", "a cat", "--reward", "brightness", "--steps", "1", *words]
+    "optimize-noise": lambda folder, out, lora, words: [
+        *["optimize-noise", str(folder), "--prompt", "a cat", "--reward", "brightness", "--steps", "1", *words]
     ],
 }
 

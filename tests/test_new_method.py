@@ -1,4 +1,4 @@
-"""The method that docs/new-method.md writes, run as it stands there."""
+"""Run the example method of docs/new-method.md as it is written there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_its_gradient_is_that_of_plain_autograd(file: Path) -> None:
+def test_gradient_equals_plain_autograd(file: Path) -> None:
     schedule, network = GRIDS["clean"], Network()
     plain = gradient_of_method(load_method(f"{file}:Fading(k=3, fade=1)"), schedule, network)
     assert relative(plain, gradient_of_method(DraftK(3), schedule, network)) < 1e-12
@@ -43,7 +43,7 @@ def test_its_gradient_is_that_of_plain_autograd(file: Path) -> None:
     assert relative(ours, torch.cat([p.grad.flatten() for p in network.parameters()])) < 1e-12
 
 
-def test_it_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = ["--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--steps", "2"]
     arguments += ["--num-inference-steps", "4", "--sample-every", "0", "--sample-prompts", "1", "--cpu"]
@@ -53,7 +53,7 @@ def test_it_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_
     assert (output / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("class Other:\n    pass\n\n\ndef broken():\n    raise ValueError('no')\n")
     for text, message in (
         (f"{file}:Fadin", "'Fadin' 'Fading'"),
@@ -72,7 +72,7 @@ def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
             load_method(text)
 
 
-def test_a_batch_in_python(file: Path) -> None:
+def test_calls_with_and_without_gradient(file: Path) -> None:
     schedule = GRIDS["clean"]
     network = Network()
     calls: list[bool] = []

@@ -149,7 +149,7 @@ def test_extrapolation_does_not_spiral_out_of_a_game(ahead: float, distance: flo
 
 
 @pytest.mark.parametrize("name", ["sgd", "sgd(momentum=0.9, nesterov=true)", "adamw"])
-def test_extrapolation_by_nothing_is_the_optimiser_inside(name: str) -> None:
+def test_extrapolation_by_nothing_is_the_optimizer_inside(name: str) -> None:
     first, second = weights(0.3, -0.7, 1.1), weights(0.3, -0.7, 1.1)
     plain, around = make_optimizer(name, [first], 0.02), make_optimizer(f"extrapolate({name}, rate=0)", [second], 0.02)
     moved = make_optimizer(f"extrapolate({name}, rate=0.01)", [third := weights(0.3, -0.7, 1.1)], 0.02)
@@ -556,7 +556,7 @@ def test_mistakes_are_told_before_anything_is_loaded(values: dict[str, Any], mes
     assert not (tmp_path / "run").exists()
 
 
-def test_an_optimiser_of_ones_own(tmp_path: Path) -> None:
+def test_optimizer_of_a_user_file(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch.optim import SGD\n"
         "class Half(SGD):\n"

@@ -12,8 +12,8 @@ import torch
 from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
 from torch import Tensor
 
+from draftune.experimental.retention import Keep
 from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
-from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from helpers.draws import injected, noises

@@ -14,8 +14,8 @@ from torch import Tensor
 from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.experimental.denoising_loss import Fit
 from draftune.experimental.distill import Lesson, Taught
+from draftune.experimental.retention import Keep
 from draftune.methods import KL, Draft
-from draftune.methods.retention import Keep
 from draftune.models import StableDiffusion
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule, Step

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from draftune.guidance.methods import load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.reproduce.guidance import guidance
 from draftune.reproduce.guided import AHEAD, LORA, TUNED, aheads, calls, counts, ratios, sheets, training_calls
@@ -18,7 +19,14 @@ from draftune.reproduce.report import Report
 from draftune.utils.images import save_image, to_pil
 
 
-@pytest.mark.parametrize("method", ["ratio(strength=0.1)", "look-ahead(rounds=2)", "look-ahead(rounds=3, tune_from=2)"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "pgdiff_dynamic(strength=0.1)",
+        "gradient_guidance(rounds=2)",
+        "gradient_guidance(rounds=3, finetune_from_round=2)",
+    ],
+)
 def test_the_calls_that_are_counted_are_made(
     method: str, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,8 +46,8 @@ def test_the_calls_that_are_counted_are_made(
     found = sample_guided(model, "brightness", "a cat", method, num_inference_steps=5, guidance_scale=3)
     assert made == calls(method, 5)
     # The LoRA learns to predict the noise without classifier-free guidance.
-    assert scales == ({(False, 3), (True, 1)} if "tune_from" in method else {(False, 3)})
-    rounds = load_guide(method).draws - 1
+    assert scales == ({(False, 3), (True, 1)} if "finetune_from_round" in method else {(False, 3)})
+    rounds = load_guide(method).num_samplings - 1
     assert found.queries == (2 * rounds + 1 if rounds else 5 + 1)
 
 
@@ -96,17 +104,17 @@ def told(folder: Path, story: Callable[[str, int], float]) -> Report:
     ],
 )
 def test_what_is_said(tmp_path: Path, ahead: float, tuned: float, words: list[str]) -> None:
-    rewards = {AHEAD: ahead, TUNED: tuned, "ratio(strength=0.5)": 9.0, "best 9": 5.0}
+    rewards = {AHEAD: ahead, TUNED: tuned, "pgdiff_dynamic(strength=0.5)": 9.0, "best 9": 5.0}
 
     def story(way: str, seed: int) -> float:
-        return rewards.get(way, 4.0) + 0.1 * (seed - 1) * (way in (AHEAD, "ratio(strength=0.5)"))
+        return rewards.get(way, 4.0) + 0.1 * (seed - 1) * (way in (AHEAD, "pgdiff_dynamic(strength=0.5)"))
 
     report = told(tmp_path, story)
     assert [claim.verdict for claim in report.claims] == [*words, "confirmed"]
     assert "at least 3.0 times nearer" in report.claims[2].measured
     assert f"`{AHEAD}` has {ahead:.3f} and the best of 9 seeds 5.000: {ahead - 5:+.3f}" in report.text
     assert "standard deviation over seeds of 0.100" in report.text
-    assert "`ratio(strength=0.5)` has 9.000" in report.text
+    assert "`pgdiff_dynamic(strength=0.5)` has 9.000" in report.text
     assert "P(3D) is 0.500 with it, 0.500 with the ratio" in report.text
     # 3,360 calls of training over 160 that look-ahead takes more than plain drawing; 80 s over one that the ratio does.
     assert "for 21 pictures, and the seconds of the ratio for 80." in report.text

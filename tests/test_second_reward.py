@@ -20,6 +20,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.experimental.distill import balanced_weights
+from draftune.experimental.retention import Keep
 from draftune.lora import (
     FILE_NAME,
     KEPT,
@@ -31,7 +32,6 @@ from draftune.lora import (
     set_lora_scale,
 )
 from draftune.methods import DraftK, Method, load_method
-from draftune.methods.retention import Keep
 from draftune.models import load_model
 from draftune.report import collect
 from draftune.reproduce import second as experiment
@@ -405,7 +405,15 @@ def test_a_distilled_lora(
 ) -> None:
     output = tmp_path / "small"
     made = draftune.distill_lora(
-        str(thick), [kept, ["a fish"]], output, 2, paths=10, calls=3, batch_size=2, learning_rate=0.01, cpu=True
+        str(thick),
+        [kept, ["a fish"]],
+        output,
+        2,
+        num_trajectories=10,
+        steps_per_trajectory=3,
+        batch_size=2,
+        learning_rate=0.01,
+        cpu=True,
     )
     left = made.differences
     assert left["distilled"] < 0.7 * left["truncated"]
@@ -415,7 +423,8 @@ def test_a_distilled_lora(
         assert file.metadata()["distilled_from"] == f"{thick}, rank 2"
     # What the file holds is what was measured: the truncated one, found again.
     load_lora(load_model(str(pipeline_folder)), output)
-    arguments = ["distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu", "--paths", "1", "--calls", "1"]
+    arguments = ["experimental", "distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu"]
+    arguments += ["--num-trajectories", "1", "--steps-per-trajectory", "1"]
     assert main([*arguments, "--learning-rate", "0", "--output", str(tmp_path / "cut")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert mentions(said[0], thick)

@@ -19,7 +19,8 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.kid import kernel_distance
 from draftune.experimental.learner import Learner, missed
-from draftune.methods import SFTPG, Batch
+from draftune.experimental.sft_pg import SFTPG
+from draftune.methods import Batch
 from draftune.models import load_model
 from draftune.reproduce import few_steps
 from draftune.reproduce.lab import FULL, Lab, slug
@@ -364,7 +365,7 @@ def test_each_random_step_serves_once() -> None:
     for batch in batches:
         batch.generator.manual_seed(7)
     for batch in batches:
-        for i, (_, step, x, following, advantages) in enumerate(again.drawn(batch)):
+        for i, (_, step, x, following, advantages) in enumerate(again.rollout(batch)):
             wanted[i] -= (
                 advantages * (following - 0.9 * x - chain.theta[i].detach()).flatten() / step.tau**2
             ).mean() / 8
@@ -377,7 +378,7 @@ def test_the_value_network_learns_what_a_step_is_worth() -> None:
     method = SFTPG(value_width=16, value_learning_rate=0.01)
     for i in range(100):
         noise = 2 * torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(i)).double()
-        method.drawn(batch_of(Chain().denoise, NOISY, None, noise, lambda x, _: x.flatten(), 1000 + i))
+        method.rollout(batch_of(Chain().denoise, NOISY, None, noise, lambda x, _: x.flatten(), 1000 + i))
     assert method.learner is not None
     seen = torch.tensor([-1.5, 1.5])[:, None, None, None, None].expand(2, T, 1, 1, 1)
     low, high = method.learner(seen)
@@ -430,11 +431,12 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     """Outside of training it would be random numbers with an interval."""
     reward = f"2*examples(folder='{red}', width=2, size=16)"
     model, out = str(pipeline_folder), ["--cpu", "--output", str(tmp_path / "out")]
+    tune = ["experimental", "tune-weights", "--prompts", "animals", "--guidance-bounds", "1,9", "--model"]
     for argv in (
         ["score", str(red), "--reward", reward],
-        ["reno", model, "--prompt", "a cat", "--reward", reward, *out],
-        ["knobs", "--model", model, "--guidance-bounds", "1,9", "--reward", reward, "--prompts", "animals", *out],
-        ["sample", model, "--prompt", "a cat", "--guide", reward, "--cpu", "--output", str(tmp_path / "a.png")],
+        ["optimize-noise", model, "--prompt", "a cat", "--reward", reward, *out],
+        [*tune, model, "--reward", reward, *out],
+        ["sample", model, "--prompt", "a cat", "--guidance-reward", reward, "--cpu", "--output", f"{tmp_path}/a.png"],
         ["train", "--model", model, "--reward", reward, "--normalize-reward", "4", "--output", str(tmp_path / "run")],
     ):
         assert main(argv) == 2, argv

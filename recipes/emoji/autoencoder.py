@@ -1,8 +1,10 @@
-"""The image autoencoder: 64x64 pictures to 16x16x4 latents and back, an AutoencoderKL.
+"""Train the image autoencoder, an AutoencoderKL from 64x64x3 images to 16x16x4 latents.
 
     python recipes/emoji/autoencoder.py --data build/emoji --output build/emoji/vae
 
-Loss: L1 + MSE + L1 of the spatial gradients (edges carry an emoji) + a little KL. Resumes from its checkpoint.
+    loss = L1 + MSE + L1 of the spatial differences + 1e-6 KL
+
+It resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ CONFIG = {
 
 
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the vertical and horizontal differences of neighboring pixels."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
 def loss_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
+    """Compute the loss of a batch of images [B, 3, 64, 64] in [-1, 1]."""
     posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample.float()
     loss = l1_loss(y, x) + mse_loss(y, x) + sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))
@@ -43,7 +47,7 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor) -> torch.Tensor:
 
 
 def augmented(x: torch.Tensor) -> torch.Tensor:
-    """Flips and shifts, so that the decoder learns pictures rather than positions."""
+    """Augment a batch by flips and shifts."""
     if torch.rand(()) < 0.5:
         x = x.flip(-1)
     dy, dx = torch.randint(-4, 5, (2,)).tolist()
@@ -81,7 +85,7 @@ def main() -> None:
         if step % 500 == 499:
             save_state(args.output, vae, optimizer, step + 1)
 
-    # The denoiser wants latents of unit variance: store the scale as Stable Diffusion does.
+    # The denoiser needs latents of unit variance: store the scale as Stable Diffusion does.
     with torch.no_grad():
         latents = torch.cat([vae.encode(x.to(device)).latent_dist.mean for x in images.split(64)])
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))

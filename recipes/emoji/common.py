@@ -1,4 +1,4 @@
-"""What the recipes share: device, schedule, progress, checkpoints, averaged weights."""
+"""Shared by the recipes: device, learning-rate schedule, progress bar, checkpoints."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """Return the learning rate: linear warmup to `peak`, then a cosine to 2% of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
 def uniform(count: int, low: float, high: float) -> torch.Tensor:
-    """One random number for each of `count` pictures, [count, 1, 1, 1]."""
+    """Sample a uniform random number for each of `count` images [count, 1, 1, 1]."""
     return torch.empty(count, 1, 1, 1).uniform_(low, high)
 
 
-def percent(right: torch.Tensor) -> str:
-    return f"{100 * right.float().mean():.1f} %"
+def percent(correct: torch.Tensor) -> str:
+    """Format the fraction of true values."""
+    return f"{100 * correct.float().mean():.1f} %"
 
 
 class Progress:
-    """Steps from `start` to `stop` with a bar and a running mean of what `show` is given."""
+    """Iterate over the steps from `start` to `stop` with a progress bar of running means."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.bar = tqdm(range(start, stop), initial=start, total=stop, mininterval=10)
@@ -51,12 +53,14 @@ class Progress:
         return iter(self.bar)
 
     def show(self, **values: float) -> None:
+        """Update the running means of these values in the bar."""
         for key, value in values.items():
             self.means[key] = 0.98 * self.means.get(key, value) + 0.02 * value
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in self.means.items()}, refresh=False)
 
 
 def save_state(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, **more) -> None:
+    """Write a checkpoint atomically. `more`: further values by name."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "state.pt.tmp"
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, **more}
@@ -65,7 +69,7 @@ def save_state(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def load_state(folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, **more) -> int:
-    """The step to go on from; 0 without a checkpoint. `more` are modules saved beside the first."""
+    """Load a checkpoint and return the next step; 0 without a checkpoint. `more`: further modules by name."""
     path = folder / "state.pt"
     if not path.exists():
         return 0

@@ -1,9 +1,9 @@
-"""Emoji pictures with names: Noto, Twemoji and Fluent 3D, as published on npm.
+"""Build the data set: emoji images with names, from Noto, Twemoji and Fluent 3D as published on npm.
 
     python recipes/emoji/data.py --output build/emoji
 
-fetches the three packages with `npm pack`, keeps the names that all three sets draw, and writes
-`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles), the same pictures as `pictures/STYLE/NAME.png`, the
+This downloads the three packages with `npm pack` and selects the names that all three sets contain. It writes
+`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles), the same images as `pictures/STYLE/NAME.png`, the
 tokenizer and, into the package, the two lists of names.
 """
 
@@ -31,8 +31,8 @@ STYLES = tuple(PACKAGES)
 SIZE = 64
 ASSETS = Path(__file__).parents[2] / "src" / "draftune" / "assets"
 
-# Left out: people (skin tones, gender variants), flags, clocks, keycaps, signs, office supplies: they are
-# many, they look alike, and a small model spends itself on them.
+# Without people (skin tones, gender variants), flags, clocks, keycaps, signs and office supplies: they are numerous and
+# similar, and would use much of a small model's capacity.
 SUBCATEGORIES = {
     "animal-amphibian", "animal-bird", "animal-bug", "animal-mammal", "animal-marine", "animal-reptile",
     "award-medal", "cat-face", "dishware", "drink", "event", "food-asian", "food-fruit", "food-marine",
@@ -70,7 +70,7 @@ RENAMED = {
     "wrapped present": "present",
 }
 
-# The 64 names on which the quality of the model is measured.
+# The 64 names of the evaluation.
 COMMON = (
     "cat face", "dog face", "mouse face", "rabbit face", "fox face", "bear face", "panda face", "tiger face",
     "lion face", "cow face", "pig face", "frog face", "monkey face", "unicorn face", "penguin", "owl",
@@ -85,7 +85,7 @@ COMMON = (
 
 @dataclass
 class Emoji:
-    """images: uint8 [N, 64, 64, 3]; names and styles: N strings each, aligned with images."""
+    """The data set: images uint8 [N, 64, 64, 3], with the name and the style of each."""
 
     images: np.ndarray
     names: list[str]
@@ -102,12 +102,12 @@ class Emoji:
 
 
 def held_out_names(names: list[str]) -> set[str]:
-    """Every tenth name in alphabetical order: never seen by the aesthetic head in training."""
+    """Return every tenth name in alphabetical order; the aesthetic head is not trained on them."""
     return set(sorted(set(names))[::10])
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """The package's archive in `folder`, from npm if it is not there yet."""
+    """Download a package's archive from npm into `folder` if it does not exist, and return its path."""
     name, version = package.rsplit("@", 1)
     archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
     if not archive.exists():
@@ -116,18 +116,19 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def read_png_set(archive: Path, set_name: str) -> tuple[list[dict], dict[str, Image.Image]]:
-    """The index of an emoji-datasource package and its 64 px pictures by code point."""
-    index, pictures = [], {}
+    """Read the index of an emoji-datasource package and its 64-pixel images by code point."""
+    index, images = [], {}
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name == "package/emoji.json":
                 index = json.load(tar.extractfile(member))
             elif member.name.startswith(f"package/img/{set_name}/64/") and member.name.endswith(".png"):
-                pictures[code_point(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read()))
-    return index, pictures
+                images[code_point(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read()))
+    return index, images
 
 
 def read_fluent_set(archive: Path) -> dict[str, Image.Image]:
+    """Read the images of the Fluent package by code point."""
     with tarfile.open(archive) as tar:
         return {
             code_point(m.name): Image.open(io.BytesIO(tar.extractfile(m).read()))
@@ -137,17 +138,17 @@ def read_fluent_set(archive: Path) -> dict[str, Image.Image]:
 
 
 def code_point(path: str) -> str:
-    """The sets disagree about the invisible variation selector; leave it out."""
+    """Return the code point in a file name, without the variation selector, which the sets use differently."""
     return Path(path).stem.lower().replace("-fe0f", "")
 
 
-def on_white(picture: Image.Image, margin: int) -> np.ndarray:
-    """RGB uint8 [64, 64, 3]; `margin` is cut off in the picture's own pixels first."""
-    picture = picture.convert("RGBA")
-    picture = picture.crop((margin, margin, picture.width - margin, picture.height - margin))
-    picture = picture.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+def on_white(image: Image.Image, margin: int) -> np.ndarray:
+    """Crop `margin` pixels on each side, resize, and composite on white: RGB uint8 [64, 64, 3]."""
+    image = image.convert("RGBA")
+    image = image.crop((margin, margin, image.width - margin, image.height - margin))
+    image = image.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def build(output: Path) -> Emoji:
@@ -163,16 +164,16 @@ def build(output: Path) -> Emoji:
         if entry["subcategory"] not in SUBCATEGORIES or any(word in name for word in SKIPPED_WORDS):
             continue
         key = code_point(entry["image"])
-        if any(key not in pictures for pictures in sets.values()):
+        if any(key not in by_code for by_code in sets.values()):
             continue
-        for style, pictures in sets.items():
-            # Fluent pictures leave 15 of 256 pixels empty on each side; the others fill their frame.
-            images.append(on_white(pictures[key], margin=12 if style == "3d" else 0))
+        for style, by_code in sets.items():
+            # Fluent images have an empty margin of 15 of 256 pixels on each side; the others fill the frame.
+            images.append(on_white(by_code[key], margin=12 if style == "3d" else 0))
             names.append(RENAMED.get(name, name))
             styles.append(style)
     emoji = Emoji(np.stack(images), names, styles)
     missing = set(COMMON) - set(names)
-    assert not missing, f"common names without pictures: {missing}"
+    assert not missing, f"common names without images: {missing}"
     other = [name for name in emoji.vocabulary if name not in COMMON]
     (ASSETS / "names-common.txt").write_text("\n".join(COMMON) + "\n")
     (ASSETS / "names-other.txt").write_text("\n".join(other) + "\n")
@@ -189,4 +190,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/emoji"))
     emoji = build(parser.parse_args().output)
-    print(f"{len(emoji.names)} pictures of {len(emoji.vocabulary)} names")
+    print(f"{len(emoji.names)} images of {len(emoji.vocabulary)} names")

@@ -1,10 +1,10 @@
-"""The judge: a classifier of emoji names and styles that nothing is trained against, only measured with.
+"""Train the judge: a classifier of emoji names and styles for evaluation, never used as a training reward.
 
     python recipes/emoji/judge.py --data build/emoji --output build/emoji/judge
 
-shares nothing with the rewards but the pictures: another seed, architecture, objective and augmentation. Resumes
-from its checkpoint in --output, writes `emoji-judge` into --assets in half precision and measures what it wrote;
-with --evaluate it only measures.
+Only the images are the same as for the rewards: seed, architecture, objective and augmentation differ. It resumes from
+its checkpoint in --output, writes `emoji-judge` into --assets in half precision and evaluates it. With --evaluate it
+only evaluates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZE = 64
 
 
 def judge_config(names: list[str]) -> ResNetConfig:
-    """Labels are the names in alphabetical order, then the styles."""
+    """Return the network's config. The classes are the names in alphabetical order, then the styles."""
     labels = names + [f"style: {style}" for style in STYLES]
     return ResNetConfig(
         embedding_size=32,
@@ -40,19 +40,19 @@ def judge_config(names: list[str]) -> ResNetConfig:
 
 
 def backgrounds(x: Tensor) -> Tensor:
-    """Where a picture's white hangs together with its border: [N, 1, H, W], true in the background."""
+    """Flood-fill white from the border: [N, 1, H, W], true in the background."""
     white = (x.amin(1, keepdim=True) > 0.97).float()
     reached = torch.zeros_like(white)
     reached[..., [0, -1], :] = reached[..., [0, -1]] = 1
     reached *= white
-    # A path of white pixels that winds longer than this is not worth following.
+    # Longer paths of white pixels are ignored.
     for _ in range(2 * SIZE):
         reached = max_pool2d(reached, 3, 1, 1) * white
     return reached.bool()
 
 
 def cropped(x: Tensor, fill: Tensor) -> Tensor:
-    """A random part, resized and maybe mirrored, with `fill` wherever the part is larger than the picture."""
+    """Crop, resize and maybe mirror at random, with `fill` outside of the image."""
     n = len(x)
     size = torch.exp(torch.empty(n, 1).uniform_(-0.35, 0.2)) * torch.exp(torch.empty(n, 2).uniform_(-0.12, 0.12))
     offset = (0.08 + (1 - size).abs()) * torch.empty(n, 2).uniform_(-1, 1)
@@ -63,13 +63,13 @@ def cropped(x: Tensor, fill: Tensor) -> Tensor:
 
 
 def toned(x: Tensor) -> Tensor:
-    """A gamma per picture and a gain per channel."""
+    """Apply a random gamma to each image and a random gain to each channel."""
     x = ((x + 1) / 2).clamp(1e-3, 1) ** torch.exp(uniform(len(x), -0.5, 0.5))
     return (x * torch.empty(len(x), 3, 1, 1).uniform_(0.8, 1.15)).clamp(0, 1) * 2 - 1
 
 
 def coarse(x: Tensor) -> Tensor:
-    """A third of the pictures through a smaller size, in blocks or smooth."""
+    """Downsample a third of the images to a random size and upsample them again."""
     size = int(torch.randint(20, 56, ()))
     back = "nearest" if torch.rand(()) < 0.5 else "bilinear"
     small = interpolate(interpolate(x, (size, size), mode="area"), (SIZE, SIZE), mode=back)
@@ -77,17 +77,19 @@ def coarse(x: Tensor) -> Tensor:
 
 
 def augmented(x: Tensor, background: Tensor) -> Tensor:
-    """[-1, 1] to [-1, 1]; a third of the pictures lose their white background for a grey one."""
-    grey = torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, uniform(len(x), -1, 1), 1.0)
-    return coarse(toned(cropped(torch.where(background, grey, x), grey)))
+    """Augment images in [-1, 1]; a third of them get a gray background instead of white."""
+    gray = torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, uniform(len(x), -1, 1), 1.0)
+    return coarse(toned(cropped(torch.where(background, gray, x), gray)))
 
 
 def labels(emoji: Emoji) -> tuple[Tensor, Tensor]:
+    """Return the class indices [N] of names and of styles."""
     position = {name: i for i, name in enumerate(emoji.vocabulary)}
     return torch.tensor([position[n] for n in emoji.names]), torch.tensor([STYLES.index(s) for s in emoji.styles])
 
 
 def train(judge: ResNetForImageClassification, emoji: Emoji, args: argparse.Namespace) -> None:
+    """Train on cross-entropy of names (label smoothing 0.05) and styles."""
     device = judge.device
     images = to_float(emoji.images)
     background = torch.cat([backgrounds(x) for x in images.split(256)])
@@ -110,18 +112,19 @@ def train(judge: ResNetForImageClassification, emoji: Emoji, args: argparse.Name
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
         optimizer.step()
-        progress.show(loss=loss.item(), right=(names.argmax(1) == target).float().mean().item())
+        progress.show(loss=loss.item(), accuracy=(names.argmax(1) == target).float().mean().item())
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             save_state(args.output, judge, optimizer, step + 1)
 
 
 def export(judge: ResNetForImageClassification, folder: Path) -> None:
+    """Save the network in half precision with its image processor."""
     judge.half().save_pretrained(folder)
     processor = ViTImageProcessor(
         size={"height": SIZE, "width": SIZE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     processor.save_pretrained(folder)
-    # Half precision is for the file: models load in what the configuration says.
+    # Half precision is only for the file: transformers loads the dtype in the config.
     path = folder / "config.json"
     config = json.loads(path.read_text()) | {"dtype": "float32"}
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -129,6 +132,7 @@ def export(judge: ResNetForImageClassification, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(judge: ResNetForImageClassification, emoji: Emoji) -> None:
+    """Print the accuracy on original and on augmented images."""
     images = to_float(emoji.images)
     name, style = labels(emoji)
     is_common = torch.tensor([n in COMMON for n in emoji.names])
@@ -143,7 +147,7 @@ def evaluate(judge: ResNetForImageClassification, emoji: Emoji) -> None:
         among_common = common[logits[is_common][:, common].argmax(1)] == name[is_common]
         styles = logits[:, -len(STYLES) :].argmax(1) == style
         print(
-            f"pictures {label}: {len(emoji.vocabulary)} names {percent(all_names)}, "
+            f"images {label}: {len(emoji.vocabulary)} names {percent(all_names)}, "
             f"{len(COMMON)} common names {percent(among_common)}, style {percent(styles)}"
         )
 

@@ -1,6 +1,6 @@
-"""The numbers and the picture of the model cards: what the judge and the reward say of drawn and of real emoji.
+"""Measure the numbers of the model cards: scores of the judge and the rewards on generated and on real emoji.
 
-python recipes/emoji/measure.py --data build/emoji [--model build/emoji/model] [--picture grid.png]
+python recipes/emoji/measure.py --data build/emoji [--model build/emoji/model] [--grid grid.png]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--guidance-scale", type=float, default=recommended("emoji")["guidance_scale"])
     parser.add_argument("--num-inference-steps", type=int, default=recommended("emoji")["num_inference_steps"])
-    parser.add_argument("--picture", type=Path, help="where to draw the grid of all 64 names")
+    parser.add_argument("--grid", type=Path, help="file for an image grid of all 64 names")
     args = parser.parse_args()
 
     judges = load_reward(JUDGES)
@@ -44,23 +44,22 @@ def main() -> None:
     schedule = model.schedule(args.num_inference_steps)
     prompts = [name for name in COMMON for _ in range(args.seeds)]
     seeds = [seed for _ in COMMON for seed in range(args.seeds)]
-    drawn = model.generate(prompts, seeds, schedule, args.guidance_scale, batch_size=32, progress=True)
-    show(f"drawn, {args.seeds} seeds", score_batches(judges, drawn, prompts))
-    print(f"diversity within a name {diversity(judges, drawn, args.seeds).mean():.3f}")
+    samples = model.generate(prompts, seeds, schedule, args.guidance_scale, batch_size=32, progress=True)
+    show(f"generated, {args.seeds} seeds", score_batches(judges, samples, prompts))
+    print(f"diversity within a name {diversity(judges, samples, args.seeds).mean():.3f}")
     for style in STYLES:
         styled = [f"{style} {name}" for name in COMMON]
-        pictures = model.generate(styled, [0] * len(COMMON), schedule, args.guidance_scale, batch_size=32)
-        show(f'drawn as "{style} …"', score_batches(judges, pictures, styled))
-    if args.picture:
+        styled_samples = model.generate(styled, [0] * len(COMMON), schedule, args.guidance_scale, batch_size=32)
+        show(f'generated as "{style} …"', score_batches(judges, styled_samples, styled))
+    if args.grid:
         # Eight names a row, two seeds of each.
-        shown = drawn.reshape(len(COMMON), args.seeds, *drawn.shape[1:])[:, :2].flatten(0, 1)
+        shown = samples.reshape(len(COMMON), args.seeds, *samples.shape[1:])[:, :2].flatten(0, 1)
         captions = [name for name in COMMON for _ in range(2)]
-        save_image(
-            grid(list(shown.split(16)), captions=[captions[i : i + 16] for i in range(0, 128, 16)]), args.picture
-        )
+        save_image(grid(list(shown.split(16)), captions=[captions[i : i + 16] for i in range(0, 128, 16)]), args.grid)
 
 
 def show(what: str, scores: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+    """Print the mean of each score."""
     means = ", ".join(f"{name} {float(values.mean()):.3f}" for name, values in scores[1].items())
     print(f"{what}: {means}", flush=True)
 

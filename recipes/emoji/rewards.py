@@ -1,9 +1,9 @@
-"""The two small rewards: a CLIP of emoji pictures and captions, and an aesthetic head on its embeddings.
+"""Train two small rewards: a CLIP of emoji images and captions, and an aesthetic head on its embeddings.
 
     python recipes/emoji/rewards.py --data build/emoji --output build/emoji/rewards
 
-trains both (resuming the CLIP from its checkpoint in --output), writes `emoji-clip` and `emoji-aesthetic` into
---assets in half precision and measures what it wrote; with --evaluate it only measures.
+CLIP resumes from its checkpoint in --output. Both are written into --assets in half precision, as `emoji-clip` and
+`emoji-aesthetic`, and evaluated. With --evaluate it only evaluates.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GLOSSY, FLAT = 8.0, 3.0
 
 
 class AestheticHead(nn.Module):
-    """The published aesthetic predictor's head: linear layers without activations."""
+    """Head of the published aesthetic predictor: linear layers without activations."""
 
     def __init__(self, dim: int = DIM) -> None:
         super().__init__()
@@ -65,86 +65,92 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
 
 
 def moved(x: Tensor, strength: float) -> Tensor:
+    """Rotate, scale and shift at random."""
     n = len(x)
     angle = uniform(n, -1, 1).flatten() * strength * math.radians(12)
     zoom = torch.exp(uniform(n, -0.2, 0.3).flatten() * strength)
     shift = torch.empty(n, 2).uniform_(-0.2, 0.2) * strength
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     matrix = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], -1).view(n, 2, 3)
-    # Outside the frame is white, and the padding is zero.
+    # grid_sample pads with 0; 1 - x makes the outside white.
     return 1 - grid_sample(1 - x, affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False)
 
 
-def recoloured(x: Tensor, strength: float) -> Tensor:
+def recolored(x: Tensor, strength: float) -> Tensor:
+    """Change saturation, contrast, brightness and channel offsets at random."""
     n = len(x)
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * torch.exp(uniform(n, -0.6, 0.4) * strength)
+    gray = x.mean(1, keepdim=True)
+    x = gray + (x - gray) * torch.exp(uniform(n, -0.6, 0.4) * strength)
     x = x * torch.exp(uniform(n, -0.4, 0.2) * strength) + uniform(n, -0.2, 0.1) * strength
     return x + torch.empty(n, 3, 1, 1).uniform_(-0.12, 0.12) * strength
 
 
 def blurred(x: Tensor, strength: float) -> Tensor:
+    """Blur half of the images by a random amount."""
     line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     soft = conv2d(x, torch.outer(line, line).expand(3, 1, 5, 5), padding=2, groups=3)
     return x.lerp(soft, (uniform(len(x), -1, 1) * strength).clamp(min=0))
 
 
 def cut_out(x: Tensor, strength: float) -> Tensor:
+    """Fill a random rectangle with a random color (cutout)."""
     n = len(x)
     half = torch.empty(n, 2).uniform_(-8, 10) * strength
-    centre = torch.empty(n, 2).uniform_(0, SIZE)
+    center = torch.empty(n, 2).uniform_(0, SIZE)
     line = torch.arange(SIZE)
-    rows, columns = ((line - centre[:, i, None]).abs() < half[:, i, None] for i in (0, 1))
+    rows, columns = ((line - center[:, i, None]).abs() < half[:, i, None] for i in (0, 1))
     hole = (rows[:, :, None] & columns[:, None, :])[:, None]
     return torch.where(hole, torch.empty(n, 3, 1, 1).uniform_(-1, 1), x)
 
 
 def augmented(x: Tensor, strength: float) -> Tensor:
-    """[-1, 1] to [-1, 1]: what a generated picture may differ in without being another emoji."""
-    x = cut_out(blurred(recoloured(moved(x, strength), strength), strength), strength)
+    """Augment images in [-1, 1] by changes that a generated image of the same emoji may show."""
+    x = cut_out(blurred(recolored(moved(x, strength), strength), strength), strength)
     return (x + torch.randn_like(x) * uniform(len(x), 0, 0.15) * strength).clamp(-1, 1)
 
 
 def pixel_values(x: Tensor) -> Tensor:
+    """Normalize images in [-1, 1] as CLIP does."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     return ((x + 1) / 2 - mean) / std
 
 
 def embed_images(clip: CLIPModel, x: Tensor) -> Tensor:
-    """L2-normalised embeddings of pictures in [-1, 1]."""
+    """Compute L2-normalized embeddings of images in [-1, 1]."""
     pooled = clip.vision_model(pixel_values=pixel_values(x)).pooler_output
     return normalize(clip.visual_projection(pooled).float(), dim=-1)
 
 
-def embed_half_seen(clip: CLIPModel, x: Tensor) -> Tensor:
-    """Embeddings from a random half of the patches: two times faster, and no single part may decide."""
+def embed_masked(clip: CLIPModel, x: Tensor) -> Tensor:
+    """Compute embeddings from a random half of the patches (FLIP, arXiv:2212.00794), which takes half the time."""
     vision = clip.vision_model
     tokens = vision.embeddings(pixel_values(x))
     patches = tokens.shape[1] - 1
-    kept = 1 + torch.rand(len(x), patches, device=x.device).topk(patches // 2).indices
-    seen = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
-    hidden = vision.pre_layrnorm(torch.cat([tokens[:, :1], seen], 1))
+    chosen = 1 + torch.rand(len(x), patches, device=x.device).topk(patches // 2).indices
+    visible = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+    hidden = vision.pre_layrnorm(torch.cat([tokens[:, :1], visible], 1))
     last = vision.encoder(inputs_embeds=hidden).last_hidden_state
     return normalize(clip.visual_projection(vision.post_layernorm(last[:, 0])).float(), dim=-1)
 
 
 def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Compute L2-normalized embeddings of captions."""
     tokens = tokenizer(captions, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
     pooled = clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output
     return normalize(clip.text_projection(pooled).float(), dim=-1)
 
 
 def table(emoji: Emoji) -> Tensor:
-    """Picture numbers [names, styles], names in alphabetical order."""
+    """Return image indices [names, styles], names in alphabetical order."""
     number = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}
     return torch.tensor([[number[name, style] for style in STYLES] for name in emoji.vocabulary])
 
 
 def pick(emoji: Emoji, numbers: Tensor, size: int) -> tuple[Tensor, list[str]]:
-    """Picture numbers and captions, half of them plain names, the other half with the style in front.
+    """Sample a batch: image indices, and captions that are plain names or a style and a name, half of each.
 
-    No name comes twice, so no caption is true of two pictures; but the styled half has its names in every
-    style, since only captions that differ in nothing else teach the style.
+    No name occurs twice, so that each caption describes one image. The styled half contains each of its names in every
+    style, so that the captions differ only in the style.
     """
     plain = size // 2
     order = torch.randperm(len(numbers))
@@ -155,6 +161,7 @@ def pick(emoji: Emoji, numbers: Tensor, size: int) -> tuple[Tensor, list[str]]:
 
 
 def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji, args: argparse.Namespace) -> None:
+    """Train CLIP on the symmetric contrastive loss, with masked images for the first 90% of the steps."""
     device = clip.device
     images, numbers = to_float(emoji.images), table(emoji)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
@@ -163,14 +170,14 @@ def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji, args: ar
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, args.steps, args.learning_rate)
-        # Full augmentation from the start delays everything, and without mild batches fine detail is never learned.
+        # Full augmentation from the start slows training, and without mild batches fine details are not learned.
         strength = min(1.0, 0.3 + 1.4 * step / args.steps) * float(torch.empty(()).uniform_(0.3, 1))
         index, captions = pick(emoji, numbers, args.batch_size)
         x = augmented(images[index], strength).to(device)
         with autocast(device):
-            seen = embed_half_seen(clip, x) if step < 0.9 * args.steps else embed_images(clip, x)
+            embeddings = embed_masked(clip, x) if step < 0.9 * args.steps else embed_images(clip, x)
             texts = embed_texts(clip, tokenizer, captions)
-        logits = clip.logit_scale.exp() * seen @ texts.T
+        logits = clip.logit_scale.exp() * embeddings @ texts.T
         target = torch.arange(len(x), device=device)
         loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
@@ -179,21 +186,21 @@ def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji, args: ar
         optimizer.step()
         with torch.no_grad():
             clip.logit_scale.clamp_(max=math.log(100))
-        right = (logits.argmax(1) == target).float().mean()
-        progress.show(loss=loss.item(), right=right.item(), scale=clip.logit_scale.exp().item())
+        accuracy = (logits.argmax(1) == target).float().mean()
+        progress.show(loss=loss.item(), accuracy=accuracy.item(), scale=clip.logit_scale.exp().item())
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             save_state(args.output, clip, optimizer, step + 1)
 
 
 @torch.no_grad()
 def embed_all(clip: CLIPModel, images: Tensor, strength: float = 0.0) -> Tensor:
-    """On the CPU; `strength` of the augmentation, zero for none."""
+    """Compute embeddings on the CPU; `strength` is that of the augmentation, 0 for none."""
     batches = (augmented(x, strength) if strength else x for x in images.split(256))
     return torch.cat([embed_images(clip, x.to(clip.device)).cpu() for x in batches])
 
 
 def train_head(clip: CLIPModel, emoji: Emoji, args: argparse.Namespace) -> AestheticHead:
-    """Half of every batch is 3d, a quarter each of the flat styles."""
+    """Train the head to regress 8 for the style 3d and 3 for the flat styles. Half of each batch is 3d."""
     held_out = held_out_names(emoji.names)
     numbers = table(emoji)[[name not in held_out for name in emoji.vocabulary]]
     images = to_float(emoji.images)[numbers.flatten()]
@@ -220,6 +227,7 @@ def train_head(clip: CLIPModel, emoji: Emoji, args: argparse.Namespace) -> Aesth
 
 
 def export(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Save CLIP in half precision with its tokenizer and image processor."""
     clip.half().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     CLIPImageProcessor(
@@ -228,7 +236,7 @@ def export(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
     ).save_pretrained(folder)
-    # Half precision is for the file: models load in what the configuration says.
+    # Half precision is only for the file: transformers loads the dtype in the config.
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in (config, config["text_config"], config["vision_config"]):
@@ -238,7 +246,7 @@ def export(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> None:
-    """Retrieval among plain names (all, and the common ones among themselves) and among the three styles."""
+    """Print the retrieval accuracy among all names, among the common names, and among the three styles."""
     vocabulary, numbers = emoji.vocabulary, table(emoji)
     images = to_float(emoji.images)[numbers.flatten()]
     common = torch.tensor([vocabulary.index(name) for name in COMMON])
@@ -246,19 +254,19 @@ def evaluate_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> No
     styled = torch.stack([embed_texts(clip, tokenizer, [f"{s} {n}" for n in vocabulary]).cpu() for s in STYLES], 1)
     for label, strength in (("as they are", 0.0), ("augmented", 1.0)):
         torch.manual_seed(1)
-        seen = embed_all(clip, images, strength).view(*numbers.shape, DIM)
-        all_names = (seen @ plain.T).argmax(-1) == torch.arange(len(vocabulary))[:, None]
-        among_common = (seen[common] @ plain[common].T).argmax(-1) == torch.arange(len(common))[:, None]
-        style = torch.einsum("nsd,ntd->nst", seen, styled).argmax(-1) == torch.arange(len(STYLES))
+        embeddings = embed_all(clip, images, strength).view(*numbers.shape, DIM)
+        all_names = (embeddings @ plain.T).argmax(-1) == torch.arange(len(vocabulary))[:, None]
+        among_common = (embeddings[common] @ plain[common].T).argmax(-1) == torch.arange(len(common))[:, None]
+        style = torch.einsum("nsd,ntd->nst", embeddings, styled).argmax(-1) == torch.arange(len(STYLES))
         print(
-            f"pictures {label}: {len(vocabulary)} names {percent(all_names)}, "
+            f"images {label}: {len(vocabulary)} names {percent(all_names)}, "
             f"{len(COMMON)} common names {percent(among_common)}, style {percent(style)}"
         )
 
 
 @torch.no_grad()
 def evaluate_head(clip: CLIPModel, head: AestheticHead, emoji: Emoji) -> None:
-    """On the names that the head has not seen: how often 3d is above both flat styles, and the mean scores."""
+    """Print, for the held-out names, how often 3d scores above both flat styles, and the mean scores."""
     held_out = held_out_names(emoji.names)
     numbers = table(emoji)[[name in held_out for name in emoji.vocabulary]]
     scores = head(embed_all(clip, to_float(emoji.images)[numbers.flatten()])).view(numbers.shape)

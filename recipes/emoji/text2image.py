@@ -1,12 +1,12 @@
-"""The text-to-image model: names of emoji to 64x64 pictures, saved as a StableDiffusionPipeline.
+"""Train the text-to-image model from emoji names to 64x64 images, and save it as a StableDiffusionPipeline.
 
     python recipes/emoji/text2image.py --data build/emoji --vae build/emoji/vae --output build/emoji/model
 
-Denoiser and text encoder are trained together, v-prediction on a schedule with zero terminal SNR. The learning
-rate is flat and then falls over the last `--decay` updates, so a run can be stopped and continued with another
-`--steps`. Resumes from its checkpoint; the averaged weights are what is exported. On a CPU two processes of one
-thread each are faster than one of two: `torchrun --nproc-per-node 2 recipes/emoji/text2image.py …`; `--batch-size`
-is for each.
+Denoiser and text encoder are trained together, with v-prediction and zero terminal SNR. The learning rate is constant
+and decays over the last `--decay` updates, so that a run can be continued with a larger `--steps`. It resumes from its
+checkpoint and exports an exponential moving average of the weights. On a CPU, two processes of one thread are faster
+than one process of two threads: `torchrun --nproc-per-node 2 recipes/emoji/text2image.py …`. `--batch-size` is that of
+each process.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SCHEDULER = {
 
 
 class TextToImage(nn.Module):
-    """Denoiser and text encoder as one module, so that they share optimiser, average and checkpoint."""
+    """Denoiser and text encoder in one module, with a common optimizer, moving average and checkpoint."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class TextToImage(nn.Module):
 
 
 class Captions:
-    """Token ids of every picture's caption: with the style word for half of the draws, nothing for a tenth."""
+    """Token ids of captions: 45% with the style, 45% without, 10% empty for classifier-free guidance."""
 
     def __init__(self, emoji: Emoji, tokenizer: CLIPTokenizer) -> None:
         def encode(texts: list[str]) -> torch.Tensor:
@@ -92,25 +92,29 @@ class Captions:
         self.styled = encode([f"{s} {n}" for s, n in zip(emoji.styles, emoji.names, strict=True)])
         self.empty = encode([""])
 
-    def draw(self, index: torch.Tensor) -> torch.Tensor:
+    def sample(self, index: torch.Tensor) -> torch.Tensor:
+        """Sample a caption for each image index."""
         u = torch.rand(len(index), 1)
         tokens = torch.where(u < 0.45, self.styled[index], self.plain[index])
         return torch.where(u > 0.9, self.empty, tokens)
 
 
 def learning_rate(step: int, steps: int, peak: float, decay: int) -> float:
+    """Return the learning rate: 200 warmup steps, constant, then linear decay to 2% of `peak`."""
     return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / decay))
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, module: nn.Module, step: int) -> None:
+    """Update the exponential moving average with a decay that grows to 0.999."""
     rate = 1 - min(0.999, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
 
 
 def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, output: Path) -> None:
+    """Save the averaged weights as a pipeline."""
     pipeline = StableDiffusionPipeline(
-        # Half precision on disk. The text encoder is small, and transformers would not load it as float32 again.
+        # Half precision on disk, except for the small text encoder: transformers would not load it as float32.
         vae=AutoencoderKL.from_pretrained(vae_folder).half(),
         unet=deepcopy(average.unet).half(),
         text_encoder=average.text_encoder,
@@ -122,14 +126,14 @@ def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, out
     )
     pipeline.save_pretrained(output)
     save_tokenizer(tokenizer, output / "tokenizer")
-    # The published layout of a text encoder, which every version of transformers reads.
+    # The published layout of a text encoder, which all versions of transformers read.
     path = output / "text_encoder" / "model.safetensors"
     tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in output.rglob("config.json"):
-        # Where the parts lay on the machine that made them is nobody's business.
+        # Without the local paths of the machine that trained the model.
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -140,10 +144,10 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
     parser.add_argument("--output", type=Path, default=Path("build/emoji/model"))
     parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--decay", type=int, default=2500, help="updates over which the learning rate falls at the end")
+    parser.add_argument("--decay", type=int, default=2500, help="last updates, over which the learning rate decays")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--common-weight", type=float, default=3.0, help="how often the 64 common names are drawn")
+    parser.add_argument("--common-weight", type=float, default=3.0, help="sampling weight of the 64 common names")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -169,7 +173,7 @@ def main() -> None:
     start = load_state(args.output, model, optimizer, average=average)
     torch.manual_seed(2 * start + rank)
     if device.type == "cpu":
-        # The fused attention's backward pass is slow on the CPU.
+        # The backward pass of fused attention is slow on the CPU.
         model.unet.set_attn_processor(AttnProcessor())
     network = DistributedDataParallel(model) if distributed else model
     scheduler = DDIMScheduler(**SCHEDULER)
@@ -179,8 +183,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.learning_rate, args.decay)
         index = torch.multinomial(weights, args.batch_size)
-        x0, tokens = latents[index.to(device)], captions.draw(index).to(device)
-        # Stratified times: a batch covers the whole range.
+        x0, tokens = latents[index.to(device)], captions.sample(index).to(device)
+        # Stratified sampling: each batch covers all timesteps.
         u = (torch.arange(args.batch_size) + torch.rand(args.batch_size)) / args.batch_size
         timesteps = (u * 1000).long().clamp_max(999).to(device)
         noise = torch.randn_like(x0)

@@ -1,4 +1,4 @@
-"""A CLIPTokenizer with a small vocabulary of its own, in the published file layout."""
+"""Build a CLIPTokenizer with a small vocabulary, in the published file layout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(names: list[str], styles: tuple[str, ...], vocab_size: int = 2048) -> CLIPTokenizer:
-    """Byte-pair merges learned on the names, so that most words of an emoji name are one token.
+    """Train byte-pair merges on the names, so that most words of an emoji name are one token.
 
-    Any other text still has tokens: the alphabet is that of all bytes, as in CLIP. Merges that are equally frequent
-    come in an order that differs from call to call, so a tokenizer is built once and shared by everything.
+    As in CLIP, the alphabet contains all bytes, so that any text can be encoded. The order of equally frequent merges
+    differs between calls. Build the tokenizer once and share it.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -43,6 +43,7 @@ def build_tokenizer(names: list[str], styles: tuple[str, ...], vocab_size: int =
 
 
 def write_files(folder: Path, vocabulary: dict[str, int], merges: list[str]) -> None:
+    """Write the files of a slow CLIPTokenizer."""
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
@@ -52,12 +53,12 @@ def write_files(folder: Path, vocabulary: dict[str, int], merges: list[str]) -> 
 
 
 def load_tokenizer(data: Path) -> CLIPTokenizer:
-    """The one that `data.py` built."""
+    """Load the tokenizer that `data.py` built."""
     return CLIPTokenizer.from_pretrained(data / "tokenizer")
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """tokenizer.json for transformers 5, vocab.json and merges.txt for 4.x and diffusers-based tools."""
+    """Save tokenizer.json for transformers 5, and vocab.json and merges.txt for 4.x and tools based on diffusers."""
     tokenizer.save_pretrained(folder)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]

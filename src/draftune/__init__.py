@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftune.errors import DraftuneError
     from draftune.experimental.distill import distill_lora
-    from draftune.experimental.tune_weights import tune_knobs
-    from draftune.guidance.methods import sample_guided
+    from draftune.experimental.tune_weights import tune_weights
     from draftune.guidance.noise_optimization import optimize_noise
+    from draftune.guidance.sample import sample_guided
     from draftune.lora import load_lora, save_lora
     from draftune.methods import load_method
     from draftune.models import load_model
@@ -33,7 +33,7 @@ __all__ = [
     "sample_guided",
     "save_lora",
     "train",
-    "tune_knobs",
+    "tune_weights",
     "write_report",
 ]
 
@@ -49,10 +49,10 @@ HOMES = {
     "load_reward": "rewards",
     "mix_loras": "runs.merge",
     "optimize_noise": "guidance.noise_optimization",
-    "sample_guided": "guidance.methods",
+    "sample_guided": "guidance.sample",
     "save_lora": "lora",
     "train": "training",
-    "tune_knobs": "experimental.tune_weights",
+    "tune_weights": "experimental.tune_weights",
     "write_report": "report",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.bad_inputs import LONG, TRAINING, Bad, Making, bad, quoted
+from helpers.bad_inputs import LONG, NOISE, TRAINING, TUNE, Bad, Making, bad, quoted
 
 
 def split(table: str, *more: str) -> list[str]:
@@ -34,7 +34,7 @@ EXPRESSIONS = split(
 )
 
 
-@bad(*TRAINING, "score", "reno", "eval", "sweep", "knobs")
+@bad(*TRAINING, "score", NOISE, "eval", "sweep", TUNE)
 def expression(m: Making) -> Bad:
     flag = m.any("--reward", "--held-out") if m.command in (*TRAINING, "eval", "sweep") else "--reward"
     text = m.any(*EXPRESSIONS)
@@ -75,7 +75,7 @@ OWN_REWARDS: dict[str, str] = {
 }
 
 
-@bad("train", "score", "reno")
+@bad("train", "score", NOISE)
 def own_reward(m: Making) -> Bad:
     # To score alone, whole numbers will do.
     name, text = m.any(*(item for item in OWN_REWARDS.items() if (m.command, item[0]) != ("score", "whole")))

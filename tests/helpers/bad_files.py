@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from draftune.lora import FILE_NAME
 from helpers.bad_inputs import (
     BROKEN_YAML,
+    DISTILL,
     HTML,
     LONG,
+    NOISE,
     OF_A_LORA,
     OF_A_RUN,
     TRAINING,
+    TUNE,
     Bad,
     Making,
     bad,
@@ -33,7 +36,7 @@ def no_source(m: Making) -> Bad:
     empty.mkdir()
     others = str(empty), str(m.world.picture), str(m.world.prompts), "", "@", LONG
     path = m.any(odd_path(m, m.any("", ".safetensors")), *others)
-    if m.command != "reno" and m.command != "sample":
+    if m.command != NOISE and m.command != "sample":
         path = m.any(path, "emoji", str(m.world.model))
     return Bad(m.good(source=path) if path else source_replaced(m, ""), [*quoted(path), "word word", "empty"])
 
@@ -73,7 +76,7 @@ def lora_file(m: Making) -> Bad:
     return Bad(m.good(source=m.here if folder else path), [repr(path)])
 
 
-@bad("sample", "eval", "sweep", "reno", "mix", "distill", "knobs", "export")
+@bad("sample", "eval", "sweep", NOISE, "mix", DISTILL, TUNE, "export")
 def lora_tensors(m: Making) -> Bad:
     """A readable file whose tensors are not those of a LoRA of this model."""
     file = m.world.run / "lora" / FILE_NAME
@@ -100,7 +103,7 @@ def lora_tensors(m: Making) -> Bad:
     return Bad(m.good(source=path), [str(path), "finite"])
 
 
-@bad("sample", "eval", "sweep", "reno")
+@bad("sample", "eval", "sweep", NOISE)
 def lora_metadata(m: Making) -> Bad:
     """A LoRA that says nothing, or something wrong, of its model, its rank or its alpha."""
     from draftune.lora import CONFIG
@@ -124,7 +127,7 @@ def lora_metadata(m: Making) -> Bad:
     return Bad(m.good(source=path), ["lora.safetensors'", "nowhere", "someone/gone", repr(str(m.here))])
 
 
-@bad("sample", "eval", "sweep", "reno", "mix")
+@bad("sample", "eval", "sweep", NOISE, "mix")
 def another_model(m: Making) -> Bad:
     """A LoRA with a model that it was not trained on."""
     if m.command == "mix":
@@ -132,7 +135,7 @@ def another_model(m: Making) -> Bad:
     return Bad(m.good("--model", str(m.world.model), source=m.world.other), ["other"])
 
 
-@bad(*TRAINING, "sample", "eval", "sweep", "reno", "export")
+@bad(*TRAINING, "sample", "eval", "sweep", NOISE, "export")
 def model(m: Making) -> Bad:
     """A model that is not there, or damaged."""
     more = ["--format", "merged"] if m.command == "export" else []
@@ -227,7 +230,7 @@ def config(m: Making) -> Bad:
     if m.random.random() < 0.1:
         path.unlink()
         path.mkdir()
-    if m.command in ("sample", "export", "reno", "eval", "sweep", "distill", "knobs") and path.is_dir():
+    if m.command in ("sample", "export", NOISE, "eval", "sweep", DISTILL, TUNE) and path.is_dir():
         path.rmdir()
         path.write_bytes(HTML)
     return Bad(m.good(source=run), ["config.yaml"])

@@ -74,23 +74,24 @@ class Making:
             "eval": [run, *measured, "--output", f"{out}.csv", *drawing],
             "sweep": [run, *measured, "--output", out, "--scales", "1", *drawing],
             "mix": [run, f"{world.run}@0.5", "--output", out],
-            "distill": [run, "--prompts", str(world.prompts), "--rank", "1", "--paths", "1", "--output", out],
-            "knobs": [run, *measured[:4], "--steps", "1", "--batch-size", "1", "--output", out, *drawing],
+            DISTILL: [run, *measured[:2], "--rank", "1", "--num-trajectories", "1", "--output", out],
+            TUNE: [run, *measured[:4], "--steps", "1", "--batch-size", "1", "--output", out, *drawing],
             "export": [run, "--format", "diffusers", "--output", out],
-            "reno": [run, "--prompt", "a", "--reward", "brightness", "--steps", "1", "--output", f"{out}.png"],
+            NOISE: [run, "--prompt", "a", "--reward", "brightness", "--steps", "1", "--output", f"{out}.png"],
             "score": [str(world.picture), "--reward", "brightness", "--output", f"{out}.csv"],
             "reproduce": ["grid", "--quick", "--output", out],
             "list": [],
             "env": [],
         }
-        return [self.command, *lines[self.command], *more]
+        return [*self.command.split(), *lines[self.command], *more]
 
 
 Maker = Callable[[Making], Bad]
 MAKERS: dict[str, tuple[Maker, tuple[str, ...]]] = {}
 TRAINING = ("train", "preflight")
-OF_A_LORA = ("sample", "eval", "sweep", "mix", "distill", "knobs", "export", "reno")
-OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", "distill", "knobs", "export", "reno")
+TUNE, DISTILL, NOISE = "experimental tune-weights", "experimental distill", "optimize-noise"
+OF_A_LORA = ("sample", "eval", "sweep", "mix", DISTILL, TUNE, "export", NOISE)
+OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", DISTILL, TUNE, "export", NOISE)
 
 
 def bad(*commands: str) -> Callable[[Maker], Maker]:
@@ -109,9 +110,9 @@ def words(m: Making) -> Bad:
     flag = m.any("--lerning-rate", "--outptu", "--h", "--Output", "--no-resum", "--\u00fcber", "--", "-x", "--\x1b[31m")
     if flag == "--":
         rest = [] if m.command == "mix" else ["a", "--b", "c", "d"]
-        return Bad([m.command, "--", *rest], ["argument", "required", "no ", "flag", "'a'"])
+        return Bad([*m.command.split(), "--", *rest], ["argument", "required", "no ", "flag", "'a'"])
     if m.random.random() < 0.3 and m.command not in (*TRAINING, "reproduce", "list", "env"):
-        return Bad([m.command], ["required"])
+        return Bad(m.command.split(), ["required"])
     if m.random.random() < 0.2:
         return Bad([m.any(m.command.upper(), f"{m.command}e", f" {m.command}", "")], ["invalid choice", "COMMAND"])
     return Bad(m.good(flag), [flag.encode("ascii", "backslashreplace").decode(), flag, "flag", "argument"])
@@ -284,7 +285,7 @@ BROKEN_PROMPTS: dict[str, tuple[str, bytes]] = {
 }
 
 
-@bad(*TRAINING, "eval", "sweep", "distill", "knobs")
+@bad(*TRAINING, "eval", "sweep", DISTILL, TUNE)
 def prompt_file(m: Making) -> Bad:
     name, (suffix, content) = m.any(*BROKEN_PROMPTS.items())
     flag = m.any("--prompts", "--eval-prompts") if m.command in TRAINING else "--prompts"
@@ -292,7 +293,7 @@ def prompt_file(m: Making) -> Bad:
     return Bad(m.good(flag, m.put(name + suffix, content)), [f"{name}{suffix}'"])
 
 
-@bad(*TRAINING, "eval", "sweep", "distill", "knobs")
+@bad(*TRAINING, "eval", "sweep", DISTILL, TUNE)
 def prompts_missing(m: Making) -> Bad:
     flag = m.any("--prompts", "--eval-prompts") if m.command in TRAINING else "--prompts"
     path = m.any("animal", "Emoji", "emoji ", "a cat", LONG)

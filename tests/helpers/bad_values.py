@@ -7,7 +7,7 @@ from pathlib import Path
 
 from draftune.lora import FILE_NAME
 from helpers.bad_files import source_replaced
-from helpers.bad_inputs import HTML, LONG, OF_A_LORA, Bad, Making, bad, odd_path, quoted
+from helpers.bad_inputs import DISTILL, HTML, LONG, NOISE, OF_A_LORA, TUNE, Bad, Making, bad, odd_path, quoted
 
 
 @bad("train")
@@ -34,10 +34,10 @@ def bad_output(m: Making, suffix: str = "") -> str:
     return str(found.get(kind, Path("/proc/nothing") / f"x{suffix}"))
 
 
-SUFFIXES = {"report": ".html", "sample": ".png", "reno": ".png", "eval": ".csv", "score": ".csv"}
+SUFFIXES = {"report": ".html", "sample": ".png", NOISE: ".png", "eval": ".csv", "score": ".csv"}
 
 
-@bad("report", "sample", "reno", "eval", "score", "sweep", "mix", "distill", "knobs", "export", "reproduce")
+@bad("report", "sample", NOISE, "eval", "score", "sweep", "mix", DISTILL, TUNE, "export", "reproduce")
 def output(m: Making) -> Bad:
     """An output that can't be written, is of another kind, or is what is read."""
     suffix, w = SUFFIXES.get(m.command, ""), m.world
@@ -52,9 +52,9 @@ def output(m: Making) -> Bad:
         kinds += [str(w.run / "config.yaml"), str(w.run / "lora" / FILE_NAME)]
     else:
         kinds += [str(w.prompts), str(w.picture)]
-    if m.command not in ("sweep", "reproduce", "sample", "reno"):
+    if m.command not in ("sweep", "reproduce", "sample", NOISE):
         kinds += [str(folder)]
-    if m.command in ("mix", "distill", "knobs", "export"):
+    if m.command in ("mix", DISTILL, TUNE, "export"):
         kinds += [str(w.run), str(w.model), str(w.run / "lora"), str(w.prompts.parent)]
     path = m.any(*kinds)
     argv = m.good("--output", path)
@@ -91,28 +91,28 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
         "--num-images": ["0", "x"],
         "--best-by": ["nothing", "brightness +", "2", "brightness(k=1)", "-nothing"],
     },
-    "distill": {
+    DISTILL: {
         "--rank": ["0", "-1", "2", "x", "1.5", "9" * 30],
-        "--beta": ["1", "-0.1", "nan", "x"],
-        "--paths": ["0", "x"],
-        "--calls": ["0", "1.5"],
+        "--group-balance": ["1", "-0.1", "nan", "x"],
+        "--num-trajectories": ["0", "x"],
+        "--steps-per-trajectory": ["0", "1.5"],
         "--batch-size": ["0", "-1"],
         "--learning-rate": ["nan", "-1", "inf", "x"],
         "--seed": ["-1", str(2**63)],
         "--mixed-precision": ["fp16", "fp8"],
     },
-    "knobs": {
+    TUNE: {
         "--weight-bounds": ["1", "1,0", "0,nan", "a,b", "", "0,1,2", "0;1", "0,inf", "1,1"],
         "--guidance-bounds": ["4,1", "0,4", "1", "x,y", "1,1e400"],
-        "--step": ["0", "0.5", "nan", "-1", "x"],
+        "--fd-step": ["0", "0.5", "nan", "-1", "x"],
         "--learning-rate": ["nan", "-1", "inf", "x"],
         "--steps": ["0", "-1", "x"],
         "--batch-size": ["0", "1.5"],
-        "--coordinates": ["0", "x"],
+        "--num-parameters": ["0", "x"],
         "--num-images": ["1", "x", "9" * 18],
         "--seed": ["-1", str(2**63)],
     },
-    "reno": {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
+    NOISE: {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
     "watch": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
     "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
     "reproduce": {
@@ -132,9 +132,9 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
 @bad(*NUMBERS.keys() - {"all", "scaled"})
 def number(m: Making) -> Bad:
     known = dict(NUMBERS[m.command])
-    if m.command in ("sample", "eval", "sweep", "knobs", "reno"):
+    if m.command in ("sample", "eval", "sweep", TUNE, NOISE):
         known |= NUMBERS["all"]
-    if m.command in ("sample", "eval", "reno", "export"):
+    if m.command in ("sample", "eval", NOISE, "export"):
         known |= NUMBERS["scaled"]
     flag = m.any(*known)
     value = m.any(*known[flag])
@@ -232,10 +232,10 @@ def unknown_names(m: Making) -> Bad:
     name = m.any(
         "nothing", "reward", "griddd", "hpsv", "", " ", "\x1b[31m", "draft-lv(n=2)", "Methods", "grid ", "ünknown", LONG
     )
-    return Bad([m.command, name], [*quoted(name), "word word"])
+    return Bad([*m.command.split(), name], [*quoted(name), "word word"])
 
 
-@bad("sample", "reno", "score", "train")
+@bad("sample", NOISE, "score", "train")
 def not_text(m: Making) -> Bad:
     """Bytes in a terminal's encoding that are no UTF-8, as Python hands them over."""
     broken = "caf\udce9"
@@ -247,4 +247,4 @@ def not_text(m: Making) -> Bad:
 def repeated_and_missing(m: Making) -> Bad:
     """A flag without its value."""
     flag = {"watch": "--port", "reproduce": "--part"}.get(m.command, "--output")
-    return Bad([*m.good()[:2], flag], [flag, "required"])
+    return Bad([*m.good()[: 1 + len(m.command.split())], flag], [flag, "required"])

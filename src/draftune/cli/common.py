@@ -27,6 +27,7 @@ class Command:
     """One word of the command line: what its help says, its flags, and what it does (an exit code, or None for 0)."""
 
     name: str
+    """One word, or two for a command of a group: "experimental distill"."""
     help: str
     description: str
     example: str
@@ -39,6 +40,12 @@ def filled(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def add_number(parser: argparse.ArgumentParser, flag: str, default: float, metavar: str, text: str) -> None:
+    """Add a number of the default's type, with the default at the end of its help."""
+    help_text = f"{text} (default: {default:g})"
+    parser.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help_text)
 
 
 def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:

@@ -1,83 +1,78 @@
-"""A LoRA made one of a lower rank."""
+"""The command `draftune experimental distill`."""
 
 from __future__ import annotations
 
 import argparse
 
-from draftune.cli.common import Command, add_device, add_skip_text_encoder, check_numbers, filled, writing_to
+from draftune.cli.common import (
+    Command,
+    add_device,
+    add_number,
+    add_skip_text_encoder,
+    check_numbers,
+    filled,
+    writing_to,
+)
 from draftune.utils.paths import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=filled, metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder")
-    parser.add_argument("--rank", type=int, default=8, metavar="R", help="of the new LoRA (default: 8)")
+    parser.add_argument("source", type=filled, metavar="RUN_OR_LORA", help="run folder, LoRA file or its folder")
+    add_number(parser, "--rank", 8, "R", "rank of the new LoRA, below that of the source")
     parser.add_argument(
         "--prompts",
         type=filled,
         nargs="+",
         required=True,
         metavar="PROMPTS",
-        help="on which it learns: named sets or files, each a group that is weighed by how many prompts it has",
+        help="training prompts: named sets or files, each a group that is weighted by its size",
     )
+    add_number(parser, "--group-balance", 0.97, "B", "0 weights prompts equally, near 1 groups equally; below 1")
+    add_number(parser, "--num-trajectories", 20, "N", "batches of images to train on, 1 or more")
+    add_number(parser, "--steps-per-trajectory", 5, "K", "random sampling steps of each batch to train on, 1 or more")
+    add_number(parser, "--batch-size", 4, "N", "images in a batch, 1 or more")
+    add_number(parser, "--learning-rate", 3e-4, "LR", "learning rate of AdamW, 0 or more and below 1")
+    add_number(parser, "--seed", 0, "S", "seed of the prompts' order and the noise")
+    parser.add_argument("--output", type=filled, required=True, metavar="DIR", help="folder of the new LoRA")
     parser.add_argument(
-        "--beta",
-        type=float,
-        default=0.97,
-        metavar="B",
-        help="at 0 every prompt counts alike, near 1 every group does (default: 0.97)",
-    )
-    parser.add_argument(
-        "--paths", type=int, default=20, metavar="N", help="batches of pictures that it learns from (default: 20)"
-    )
-    parser.add_argument(
-        "--calls", type=int, default=5, metavar="K", help="sampling steps of each, drawn at random (default: 5)"
-    )
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures in a batch (default: 4)")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, metavar="LR", help="of AdamW (default: 0.0003)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the prompts' order and the noise")
-    parser.add_argument("--output", type=filled, required=True, metavar="DIR", help="the new LoRA's folder")
-    parser.add_argument(
-        "--model",
-        type=filled,
-        metavar="NAME",
-        help="the base model, where the LoRA does not say it or it lies elsewhere",
+        "--model", type=filled, metavar="NAME", help="the base model (default: the one named in the LoRA)"
     )
     add_skip_text_encoder(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    check_numbers(args, rank=1, paths=1, calls=1, batch_size=1, learning_rate=0)
+    check_numbers(args, rank=1, num_trajectories=1, steps_per_trajectory=1, batch_size=1, learning_rate=0)
     from draftune.experimental.distill import distill_lora
 
     with writing_to(user_path(args.output)):
-        made = distill_lora(
+        distilled = distill_lora(
             args.source,
             args.prompts,
             args.output,
             args.rank,
-            paths=args.paths,
-            calls=args.calls,
+            num_trajectories=args.num_trajectories,
+            steps_per_trajectory=args.steps_per_trajectory,
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,
-            beta=args.beta,
+            group_balance=args.group_balance,
             seed=args.seed,
             model=args.model,
             skip_text_encoder=args.skip_text_encoder_lora,
             cpu=args.cpu,
             precision=args.mixed_precision,
         )
-    print(f"mean squared difference of the predictions from those of {args.source}")
-    for name, value in made.differences.items():
-        print(f"  {name:9}  {value:.3g}  {value / made.differences['no LoRA']:.1%}")
-    print(made.file.parent)
+    print(f"mean squared difference of the network's outputs from those of {args.source}")
+    for name, value in distilled.differences.items():
+        print(f"  {name:9}  {value:.3g}  {value / distilled.differences['no LoRA']:.1%}")
+    print(distilled.file.parent)
 
 
 COMMAND = Command(
-    "distill",
-    "a LoRA made one of a lower rank",
-    "Trains a LoRA of a lower rank to predict what another one does, along the paths on which that one draws.",
-    "draftune distill runs/second --rank 8 --prompts emoji --output runs/small",
+    "experimental distill",
+    "distill a LoRA into one of a lower rank",
+    "Trains a LoRA of a lower rank to predict what another LoRA predicts, on the sampling trajectories of the latter.",
+    "draftune experimental distill runs/second --rank 8 --prompts emoji --output runs/small",
     arguments,
     run,
 )

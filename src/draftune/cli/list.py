@@ -22,18 +22,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from draftune.experimental.optimizers import FILTERS, OPTIMIZERS
     from draftune.guidance.methods import GUIDES
-    from draftune.methods import METHODS
+    from draftune.methods import all_methods
     from draftune.models import MODELS
     from draftune.presets import PRESETS, said
     from draftune.prompts import PROMPT_SETS
     from draftune.reproduce import EXPERIMENTS
     from draftune.rewards import REWARDS
 
-    described: dict[str, Callable[..., Any]] = {**REWARDS, **METHODS, **GUIDES, **OPTIMIZERS, **FILTERS}
+    methods = all_methods()
+    described: dict[str, Callable[..., Any]] = {**REWARDS, **methods, **GUIDES, **OPTIMIZERS, **FILTERS}
     tables: dict[str, Mapping[str, str]] = {
         "models": MODELS,
         "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
-        "methods": {name: first_sentence(method.__doc__) for name, method in METHODS.items()},
+        "methods": {name: first_sentence(method.__doc__) + experimental(method) for name, method in methods.items()},
         "guidance": {name: first_sentence(guide.__doc__) for name, guide in GUIDES.items()},
         "optimizers": {name: first_sentence(made.__doc__) for name, made in OPTIMIZERS.items()},
         "filters": {name: first_sentence(made.__doc__) for name, made in FILTERS.items()},
@@ -62,6 +63,11 @@ def description(name: str, described: Callable[..., Any]) -> str:
     given = ("params", "lr", "gradient")
     settings = ", ".join(str(parameter) for key, parameter in signature.parameters.items() if key not in given)
     return f"{name}({settings})\n\n{inspect.getdoc(described)}"
+
+
+def experimental(described: Callable[..., Any]) -> str:
+    """Return a mark for what may change or be removed without notice, else an empty string."""
+    return " (experimental)" if described.__module__.startswith("draftune.experimental.") else ""
 
 
 def first_sentence(text: str | None) -> str:

@@ -14,8 +14,9 @@ from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.prompts import is_text
 from draftune.utils.processes import launched, lost, to_say
 
-EXPRESSIONS = ("--reward", "--guide", "--held-out", "--best-by", "--scales", "--weight-bounds")
+EXPRESSIONS = ("--reward", "--guidance-reward", "--held-out", "--best-by", "--scales", "--weight-bounds")
 """Flags whose values may begin with a minus."""
+GROUPS = {"experimental": "commands that may change or be removed without notice"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,17 +30,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="draftune", description="Fine-tunes diffusion and flow image models on a reward.")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="COMMAND")
+    groups = {"": commands}
 
     for command in COMMANDS:
-        chosen = commands.add_parser(
-            command.name,
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            description = GROUPS[group]
+            of_group = commands.add_parser(group, help=description, description=description, allow_abbrev=False)
+            groups[group] = of_group.add_subparsers(parser_class=Parser, metavar="COMMAND", required=True)
+        chosen = groups[group].add_parser(
+            name,
             help=command.help,
             description=command.description,
             epilog=f"example: {command.example}",
             allow_abbrev=False,
         )
         command.arguments(chosen)
-        chosen.set_defaults(run=command.run)
+        chosen.set_defaults(run=command.run, command=command.name, parser=chosen)
     return parser
 
 
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DraftuneError(f"the argument {argument!r} is not text in UTF-8")
         args, extra = parser.parse_known_args(argv)
         if extra:
-            raise unrecognized(parser, args, extra[0])
+            raise unrecognized(getattr(args, "parser", parser), extra[0])
         if args.version:
             from draftune import __version__
 
@@ -104,9 +111,7 @@ def expressions_joined(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def unrecognized(parser: argparse.ArgumentParser, args: argparse.Namespace, argument: str) -> DraftuneError:
+def unrecognized(parser: argparse.ArgumentParser, argument: str) -> DraftuneError:
     if not argument.startswith("--"):
         return DraftuneError(f"unexpected argument {argument!r} (see {parser.prog} --help)")
-    commands = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-    chosen = commands[args.command] if args.command else parser  # type: ignore[index]
-    return unknown("flag", argument.partition("=")[0], chosen._option_string_actions)
+    return unknown("flag", argument.partition("=")[0], parser._option_string_actions)

@@ -1,4 +1,4 @@
-"""Training a denoiser on clean latents: denoising score matching. No model is known here."""
+"""Fine-tuning of a denoiser on clean latents by denoising score matching."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.lora import add_lora, lora_parameters
+from draftune.models import Model
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule
 
 LEVELS = 4
-"""Random steps of the schedule at which one step of training sees every latent: of one alone it would be noisy."""
+"""Random sampling steps at which one optimizer step evaluates the loss; more levels lower its variance."""
 
 
 class Fit:
-    """Moves weights towards the denoiser of clean latents, by a step of Adam at each call.
+    """Denoising score matching with Adam: each call takes one optimizer step.
 
-    The betas, (0.9, 0.99), are those of Gradient Guidance's toy. `generator` draws the levels and the noise.
+        loss = mean over LEVELS random steps of mean((F_theta(alpha x_0 + sigma eps) - F_true)^2)
+
+    F is the network's output in its own prediction type (`Schedule.prediction_error`).
+
+    Args:
+        parameters: The parameters to train.
+        learning_rate: Adam's learning rate. Its betas are (0.9, 0.99), as in the toy problem of Gradient Guidance.
+        generator: Random numbers for the steps and the noise.
     """
 
     def __init__(
@@ -29,13 +38,13 @@ class Fit:
         self.optimizer = torch.optim.Adam(parameters, learning_rate, betas=(0.9, 0.99))
 
     def __call__(self, denoise: Denoiser, clean: Tensor) -> float:
-        """Take one step of Adam on the clean latents [B, …].
+        """Take one step of Adam on the clean latents [B, ...].
 
         Returns:
-            The mean squared `Schedule.prediction_error` against the noise that was added.
+            The loss before the step.
 
         Raises:
-            DraftuneError: the loss is not finite.
+            DraftuneError: The loss is not finite.
         """
         self.optimizer.zero_grad()
         total = 0.0
@@ -52,3 +61,15 @@ class Fit:
             raise DraftuneError(f"the denoiser's loss became {total} while guiding: a lower learning_rate may help")
         self.optimizer.step()
         return total
+
+
+def fresh_lora(model: Model, schedule: Schedule, learning_rate: float) -> Fit:
+    """Add a LoRA of rank 8 to the model, initialized with seed 0, and return its optimizer.
+
+    Raises:
+        DraftuneError: The model already has a LoRA.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        add_lora(model, rank=8)
+    return Fit(lora_parameters(model).values(), schedule, learning_rate, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""A LoRA made one of a lower rank that draws as it does: FOSTER's second stage (arXiv 2204.04662), for denoisers."""
+"""Distill a LoRA into one of a lower rank: the compression stage of FOSTER (arXiv:2204.04662), for denoisers."""
 
 from __future__ import annotations
 
@@ -25,29 +25,36 @@ from draftune.utils.paths import user_path
 from draftune.utils.processes import tell
 
 PROBED = 4
-"""Prompts of each group on which the difference is measured."""
+"""Prompts of each group on which the difference from the teacher is measured."""
 
 
 @dataclass
 class Distilled:
-    """The LoRA's file, and the mean squared `Schedule.prediction_error` from the teacher along the teacher's paths.
-
-    differences: with "no LoRA", with its singular values "truncated", and as "distilled" from there.
-    """
+    """Result of `distill_lora`."""
 
     file: Path
+    """The new LoRA."""
     differences: dict[str, float]
+    """Mean squared `Schedule.prediction_error` from the teacher, on the teacher's trajectories.
+
+    The keys are "no LoRA", "truncated" (truncated singular value decomposition) and "distilled" (trained from there).
+    """
 
 
 def balanced_weights(counts: Sequence[int], beta: float = 0.97) -> list[float]:
-    """FOSTER's weights of C groups with n members each, (1 - beta) / (1 - beta^n), so that they sum to C.
+    """Compute class-balanced weights of C groups with n_c members each, scaled to the sum C.
 
-    beta in [0, 1): at 0 every member counts alike, near 1 every group does, whatever its size. Raises DraftuneError.
+        weight_c ~ (1 - beta) / (1 - beta^n_c)
+
+    Cui et al., 2019, arXiv:1901.05555, as in FOSTER. beta = 0 weights all members equally, beta near 1 all groups.
+
+    Raises:
+        DraftuneError: beta is not in [0, 1), or a group is empty.
     """
     if not 0 <= beta < 1:
-        raise DraftuneError(f"beta must be at least 0 and less than 1, not {beta}")
+        raise DraftuneError(f"group_balance must be at least 0 and below 1, got {beta}")
     if not counts or min(counts) < 1:
-        raise DraftuneError(f"every group must have a member, and these have {list(counts)}")
+        raise DraftuneError(f"every group of prompts must have a member, got sizes {list(counts)}")
     raw = [1 / (1 - beta**count) for count in counts]
     return [len(raw) * weight / sum(raw) for weight in raw]
 
@@ -58,146 +65,154 @@ def distill_lora(
     output: Path | str,
     rank: int = 8,
     *,
-    paths: int = 20,
-    calls: int = 5,
+    num_trajectories: int = 20,
+    steps_per_trajectory: int = 5,
     batch_size: int = 4,
     learning_rate: float = 3e-4,
-    beta: float = 0.97,
+    group_balance: float = 0.97,
     seed: int = 0,
     model: str | None = None,
     skip_text_encoder: bool = False,
     cpu: bool = False,
     precision: str = "no",
 ) -> Distilled:
-    """Writes a LoRA of this rank into a folder, trained to predict what a run's LoRA, a file or its folder does.
+    """Train a LoRA of a lower rank to predict what the source LoRA predicts, and write it into a folder.
 
-    `prompts`: groups, each a named set, a file or a list; a group of few prompts is weighed up by `balanced_weights`.
-    It starts from the truncated singular value decomposition. `paths` batches of pictures are drawn with the LoRA, and
-    on each path the squared difference is lowered at `calls` random steps, one step of AdamW each, whose rate falls to
-    0 as a cosine; what comes of it is written where it is nearer than the start. Raises DraftuneError.
+    Training starts from the truncated singular value decomposition. Batches of images are sampled with the source
+    (the teacher). At random steps of each trajectory, one AdamW step lowers the squared difference of the network's
+    outputs. The learning rate follows a cosine to 0. If training does not lower the measured difference, the truncated
+    LoRA is written.
+
+    Args:
+        source: A run folder, a LoRA file or its folder.
+        prompts: Groups of prompts, each a named set, a file or a list, weighted by `balanced_weights`.
+        output: Folder of the new LoRA; it may only hold an earlier result of the same call.
+        rank: Rank of the new LoRA, below that of the source.
+        num_trajectories: Number of sampled batches.
+        steps_per_trajectory: Optimizer steps on each, at different sampling steps.
+        learning_rate: Initial learning rate, 0 or more and below 1.
+        group_balance: beta of `balanced_weights`.
+
+    Raises:
+        DraftuneError: A setting is not allowed, or the source does not change the images.
     """
-    if paths < 1 or calls < 1 or batch_size < 1 or not 0 <= learning_rate < 1:
-        raise DraftuneError("paths, calls and batch_size must be at least 1, and learning_rate from 0 to below 1")
-    folder, said = user_path(output), f"{source}, rank {rank}"
-    check_folder(folder, distilled_from=said)
-    groups = [load_prompts(group) for group in prompts]
-    weights = balanced_weights([len(group) for group in groups], beta)
-    if precision == "fp16":
-        raise DraftuneError("distilling does not work in fp16: use bf16 or no")
-    tuned = find_tuned(source, model, skip_text_encoder)
-    whole = read_deltas(source, tuned.base, skip_text_encoder)
-    if len(whole.parts) > 1:
+    if num_trajectories < 1 or steps_per_trajectory < 1 or batch_size < 1 or not 0 <= learning_rate < 1:
         raise DraftuneError(
-            f"the LoRA {source!r} adapts a text encoder too, and only a denoiser's is distilled: "
-            "--skip-text-encoder-lora leaves it out"
+            "num_trajectories, steps_per_trajectory and batch_size must be at least 1, learning_rate from 0 to below "
+            f"1, got {num_trajectories}, {steps_per_trajectory}, {batch_size} and {learning_rate}"
         )
-    if rank < 1 or rank >= (most := max(layer.rank for layer in whole.layers.values())):
-        raise DraftuneError(f"the rank must be at least 1 and lower than that of {source!r}, {most}, not {rank}")
-    painter = open_loras({KEPT: tuned}, cpu, precision)
+    folder, origin = user_path(output), f"{source}, rank {rank}"
+    check_folder(folder, distilled_from=origin)
+    groups = [load_prompts(group) for group in prompts]
     texts = [prompt for group in groups for prompt in group]
-    # add_lora leaves out the others.
-    unused = {f"{painter.lora_prefix}.{name}" for name in painter.unused_layers()}
-    used = {name: layer for name, layer in whole.layers.items() if name not in unused}
-    whole.layers = used or whole.layers
-    painter.check_prompts(texts, tuned.settings.negative_prompt)
-    tell_truncated(texts, painter, (), tuned.settings.negative_prompt)
+    balance = balanced_weights([len(group) for group in groups], group_balance)
+    weights = [weight for weight, group in zip(balance, groups, strict=True) for _ in group]
+    if precision == "fp16":
+        raise DraftuneError("distillation does not work in fp16: use bf16 or no")
+    tuned = find_tuned(source, model, skip_text_encoder)
+    deltas = read_deltas(source, tuned.base, skip_text_encoder)
+    if len(deltas.parts) > 1:
+        raise DraftuneError(
+            f"the LoRA {source!r} also adapts a text encoder, and only a denoiser's LoRA is distilled: "
+            "--skip-text-encoder-lora omits it"
+        )
+    if rank < 1 or rank >= (largest := max(layer.rank for layer in deltas.layers.values())):
+        raise DraftuneError(f"rank must be at least 1 and below that of {source!r}, {largest}, got {rank}")
+    loaded = open_loras({KEPT: tuned}, cpu, precision)
+    loaded.check_prompts(texts, tuned.settings.negative_prompt)
+    tell_truncated(texts, loaded, (), tuned.settings.negative_prompt)
+    # add_lora omits layers whose output the model does not use.
+    unused = {f"{loaded.lora_prefix}.{name}" for name in loaded.unused_layers()}
+    deltas.layers = {name: layer for name, layer in deltas.layers.items() if name not in unused} or deltas.layers
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # From now on it is the only active one: that which is loaded is heard as the base.
-        add_lora(painter, rank, targets=list(whole.of_part(painter.lora_prefix)))
-    painter.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
-    lesson = Lesson(painter, tuned.settings)
-    probes = [lesson.path(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]
-    differences = {"no LoRA": lesson.missed(probes)}
+        # The new LoRA is the active one; the model's base denoiser has the source's, under the name KEPT.
+        add_lora(loaded, rank, targets=list(deltas.of_part(loaded.lora_prefix)))
+    loaded.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
+
+    lesson = Lesson(loaded, tuned.settings)
+    probes = [lesson.trajectory(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]
+    differences = {"no LoRA": lesson.mean_difference(probes)}
     if not differences["no LoRA"] > 0:
-        raise DraftuneError(f"the LoRA {source!r} changes nothing that the model draws: there is nothing to distil")
-    short = whole.truncated(rank).padded(rank)
-    fill(painter, short)
-    differences["truncated"] = lesson.missed(probes)
-    weighed = [(prompt, weight) for weight, group in zip(weights, groups, strict=True) for prompt in group]
-    learn(lesson, weighed, paths, calls, batch_size, learning_rate, torch.Generator().manual_seed(seed))
-    differences["distilled"] = lesson.missed(probes)
+        raise DraftuneError(f"the LoRA {source!r} does not change the images: there is nothing to distill")
+    truncated = deltas.truncated(rank).padded(rank)
+    fill(loaded, truncated)
+    differences["truncated"] = lesson.mean_difference(probes)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = list(lora_parameters(loaded).values())
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
+    num_updates = num_trajectories * min(steps_per_trajectory, len(lesson.schedule))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
+    order = PromptOrder(len(texts), generator)
+    bar = tqdm(range(num_trajectories), desc="distill", unit="trajectory")
+    for _ in bar:
+        chosen = order.draw(batch_size)
+        batch_weights = torch.tensor([weights[i] for i in chosen], device=loaded.device)
+        trajectory = lesson.trajectory([texts[i] for i in chosen], generator)
+        for at in torch.randperm(len(trajectory.steps), generator=generator)[:steps_per_trajectory].tolist():
+            loss = (batch_weights * lesson.difference(trajectory, at)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+        bar.set_postfix(difference=f"{float(loss.detach()):.2g}")
+    differences["distilled"] = lesson.mean_difference(probes)
     if not differences["distilled"] <= differences["truncated"]:
-        tell("learning brought it no nearer: the truncated LoRA is written")
-        fill(painter, short)
-    own = {name.replace(f".{ADAPTER}.", "."): value for name, value in lora_parameters(painter).items()}
-    tensors = {f"{painter.lora_prefix}.{name}": value for name, value in own.items()}
-    student = LoRADeltas(deltas_of_peft(tensors, 1.0), whole.base_model, whole.grid)
-    return Distilled(student.write(folder, distilled_from=said), differences)
+        tell("training did not lower the difference: the truncated LoRA is written")
+        fill(loaded, truncated)
+    tensors = {
+        f"{loaded.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": value
+        for name, value in lora_parameters(loaded).items()
+    }
+    student = LoRADeltas(deltas_of_peft(tensors, 1.0), deltas.base_model, deltas.grid)
+    return Distilled(student.write(folder, distilled_from=origin), differences)
 
 
 @dataclass
 class Taught:
-    """A path of the teacher's: how the student sees its prompts, and at each step the latent and what is to be said."""
+    """A sampling trajectory of the teacher."""
 
     student: Denoiser
+    """The student's denoiser for the same prompts."""
     steps: list[tuple[Step, Tensor, Prediction]]
+    """(step, noisy latent [B, C, H, W], the teacher's prediction) for each sampling step."""
 
 
 class Lesson:
-    """A student, the LoRA that is active, and its teacher, the one that belongs to the base of the same model."""
+    """A student, the model with its active LoRA, and a teacher, the model's base denoiser with the frozen LoRA."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.schedule = model.schedule(settings.num_inference_steps)
 
     @torch.no_grad()
-    def path(self, prompts: Sequence[str], generator: torch.Generator) -> Taught:
-        """From fresh noise to the teacher's pictures."""
+    def trajectory(self, prompts: Sequence[str], generator: torch.Generator) -> Taught:
+        """Sample with the teacher from new noise."""
         s = self.settings
         student, teacher = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
         x, steps = self.model.noise(generator, len(prompts)), []
         for step in self.schedule.steps:
-            said = teacher(x, step)
-            steps.append((step, x, said))
-            x = advance(said, step)
+            prediction = teacher(x, step)
+            steps.append((step, x, prediction))
+            x = advance(prediction, step)
         return Taught(student, steps)
 
-    def difference(self, taught: Taught, at: int) -> Tensor:
-        """Return the mean squared `Schedule.prediction_error` from the teacher at a step [B]."""
-        step, x, said = taught.steps[at]
-        return self.schedule.prediction_error(taught.student(x, step), said, step).square().flatten(1).mean(1)
+    def difference(self, trajectory: Taught, at: int) -> Tensor:
+        """Compute the mean squared `Schedule.prediction_error` [B] of the student at one step."""
+        step, x, target = trajectory.steps[at]
+        return self.schedule.prediction_error(trajectory.student(x, step), target, step).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def missed(self, paths: Sequence[Taught]) -> float:
-        """The mean difference over all steps of these paths."""
-        found = [self.difference(taught, at).mean() for taught in paths for at in range(len(taught.steps))]
-        return float(torch.stack(found).mean())
+    def mean_difference(self, trajectories: Sequence[Taught]) -> float:
+        """Compute the mean of `difference` over all steps of the trajectories."""
+        values = [self.difference(t, at).mean() for t in trajectories for at in range(len(t.steps))]
+        return float(torch.stack(values).mean())
 
 
 def fill(model: Model, deltas: LoRADeltas) -> None:
-    """Puts a LoRA of the same layers and rank into the one that is trained, whose scale is 1."""
+    """Copy a LoRA into the model's active LoRA of the same layers and rank, whose scale is 1."""
     parameters = lora_parameters(model)
     with torch.no_grad():
         for name, delta in deltas.of_part(model.lora_prefix).items():
             for half, tensor in (("A", delta.down), ("B", delta.up)):
                 parameters[f"{name}.lora_{half}.{ADAPTER}.weight"].copy_(tensor)
-
-
-def learn(
-    lesson: Lesson,
-    weighed: Sequence[tuple[str, float]],
-    paths: int,
-    calls: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-) -> None:
-    """Lowers the difference at `calls` random steps of each of `paths`, on prompts that each have a weight."""
-    parameters = list(lora_parameters(lesson.model).values())
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
-    updates = paths * min(calls, len(lesson.schedule))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    order = PromptOrder(len(weighed), generator)
-    progress = tqdm(range(paths), desc="distilling", unit="path")
-    for _ in progress:
-        drawn = [weighed[i] for i in order.draw(batch_size)]
-        weights = torch.tensor([weight for _, weight in drawn], device=lesson.model.device)
-        taught = lesson.path([prompt for prompt, _ in drawn], generator)
-        for at in torch.randperm(len(taught.steps), generator=generator)[:calls].tolist():
-            loss = (weights * lesson.difference(taught, at)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            falling.step()
-        progress.set_postfix(difference=f"{float(loss.detach()):.2g}")

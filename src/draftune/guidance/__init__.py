@@ -1,1 +1,1 @@
-"""Use a reward without training: guided sampling and noise optimization."""
+"""Use a reward without training: guided sampling (`sample`) and optimization of the initial noise."""

@@ -1,57 +1,59 @@
-"""Guidance by a reward as a user asks for it: `ratio(strength=0.1)`, `look-ahead(rounds=4)`, on any model."""
+"""Reward-guided sampling by name: `pgdiff_dynamic(strength=0.1)`, `gradient_guidance(rounds=4)`, for any model."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError, unknown
-from draftune.experimental.denoising_loss import Fit
-from draftune.guidance.sampler import Fresh, Uphill, by_ratio, by_variance, pulled, rounds_ahead
-from draftune.lora import add_lora, lora_parameters
-from draftune.models import Model
+from draftune.guidance.sampler import Fresh, Uphill, dynamic_scale, pulled, rounds_ahead, variance_scale
 from draftune.registry.expression import Call, parse
-from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import check_prompts, extra_queries, taught
-from draftune.rewards.chunked import at_once
 from draftune.sampling.sampler import Denoiser
-from draftune.sampling.schedule import Schedule, Step
+from draftune.sampling.schedule import Step
+
+INF = math.inf
 
 
 class Guide(ABC):
-    """Draws clean latents along a reward's gradient."""
+    """Base class of guidance methods, which sample clean latents along the gradient of a reward."""
 
-    tune_from = 0
-    """From which drawing on a LoRA is trained on what was drawn, counted from 0, where it is trained at all."""
+    finetune_from_round = 0
+    """First round that ends with an optimizer step on a LoRA, counted from 1; 0 trains nothing."""
     learning_rate = 0.0
+    """Learning rate of that LoRA."""
 
     @property
-    def draws(self) -> int:
-        """How many times the pictures are drawn."""
+    def num_samplings(self) -> int:
+        """Number of times that each image is sampled."""
         return 1
 
     @abstractmethod
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
-        """Clean latents [B, C, H, W] of each time that the pictures are drawn; the last are the result."""
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
+        """Yield the clean latents [B, C, H, W] of each sampling. The last ones are the result."""
 
 
 @dataclass(frozen=True)
-class Ratio(Guide):
-    """After every step a move uphill of `strength` times the norm of the step's own move (PGDiff's dynamic guidance).
+class PGDiffDynamic(Guide):
+    """PGDiff with dynamic scale: after each step, move the latent by `strength` times the norm of the step.
 
-    The gradient flows through the decoder, never through the denoiser, and a strength means the same for every reward.
-    PGDiff's strengths are 0.0015 to 0.01 in 1,000 steps; fewer steps want more. `eta`: how much of the ancestral
-    sampler's noise a step has, 0 (DDIM; Euler for flow models) to 1 (PGDiff's). `repeats`: how often each of the first
-    30 % of the steps is made (PGDiff's N). `per_channel`: the norms are those of each channel, as PGDiff colours
-    pictures. One scored picture and one pass back through the decoder a step.
+        x_s <- x_s + strength * |x_t - x_s| * g / |g|,  g = d r(x_0) / d x_0
+
+    Yang et al., 2023, arXiv:2309.10810. The gradient flows through the decoder, not through the denoiser. T denoiser
+    calls and T + 1 reward queries an image. A strength has the same meaning for every reward.
+
+    Attributes:
+        strength: Length of the update relative to the step, 0 or more. PGDiff uses 0.0015 to 0.01 with 1,000 steps;
+            fewer steps need more. Default: 0.1.
+        eta: Noise of a step relative to the ancestral sampler: 0 (DDIM; Euler for flow models) to 1 (PGDiff's).
+            Default: 1.
+        repeats: Number of times each of the first 30% of the steps is run (N in PGDiff), 1 to 1000. Default: 1.
+        per_channel: Use the norms of each channel, as PGDiff does for colorization. Default: false.
     """
 
     strength: float = 0.1
@@ -60,188 +62,113 @@ class Ratio(Guide):
     per_channel: bool = False
 
     def __post_init__(self) -> None:
-        check("ratio", strength=(self.strength, 0, math.inf), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000))
+        check("pgdiff_dynamic", strength=(self.strength, 0, INF), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000))
 
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
-        pull = by_ratio(self.strength, self.per_channel)
-        yield pulled(denoise, steps, fresh(), uphill, pull, fresh, self.eta, self.repeats)
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
+        rule = dynamic_scale(self.strength, self.per_channel)
+        yield pulled(denoise, steps, noise_fn(), gradient_fn, rule, noise_fn, self.eta, self.repeats)
 
 
 @dataclass(frozen=True)
-class Static(Guide):
-    """Every step of the ancestral sampler moved by `strength` times its variance times the gradient (PGDiff's static).
+class ClassifierStyle(Guide):
+    """Classifier guidance: shift the mean of each ancestral step by `strength` times its variance times the gradient.
 
-    As `ratio`, but a strength is in units of one over the reward and has to be found anew for each one.
+        x_s <- x_s + strength * tau^2 * g,  g = d r(x_0) / d x_0
+
+    Dhariwal and Nichol, 2021, arXiv:2105.05233, Algorithm 1, with the gradient taken at the predicted x_0: the static
+    scale of PGDiff. T denoiser calls and T + 1 reward queries an image.
+
+    Attributes:
+        strength: Factor in units of 1 / reward, 0 or more. It depends on the reward, so there is no default.
     """
 
     strength: float
 
     def __post_init__(self) -> None:
-        check("static", strength=(self.strength, 0, math.inf))
+        check("classifier_style", strength=(self.strength, 0, INF))
 
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
-        yield pulled(denoise, steps, fresh(), uphill, by_variance(self.strength), fresh)
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
+        yield pulled(denoise, steps, noise_fn(), gradient_fn, variance_scale(self.strength), noise_fn)
 
 
 @dataclass(frozen=True)
-class LookAhead(Guide):
-    """Drawn anew in rounds, each given that the linearised reward is higher by `rise` (Gradient Guidance).
+class GradientGuidance(Guide):
+    """Gradient Guidance: sample in rounds, each conditioned on a linearized reward that is higher by `target_increase`.
 
-    The reward is asked for its gradient once a round; at every step a gradient flows through one call of the denoiser.
-    `rise` and `sigma`, how far from the wanted value a picture may be, are in the reward's units: rise / sigma^2 says
-    how far the pictures go. Their defaults are those of the authors' toy, and the number of rounds that of their
-    pictures, which were drawn for a fixed value instead. `anew`: every round starts from fresh noise, as the authors'
-    do, and not from the picture's own, where the gradient of one picture is used for another. `eta`: the sampler's
-    noise, 0 (DDIM; Euler for flow models) to 1 (ancestral). `tune_from`: the round from which on every round ends with
-    a step of Adam at `learning_rate` on a fresh LoRA of rank 8, towards denoising what the round drew (Algorithm 2;
-    theirs trains the whole network of a toy, at 1e-6 from round 60 of 1,200); 0 trains nothing.
+    Guo et al., 2024, arXiv:2404.14743, Algorithm 1; the equation is in `draftune.guidance.sampler.look_ahead`. The
+    gradient flows through the decoder once a round, and through one denoiser call at each step. T (1 + rounds)
+    denoiser calls, T rounds of them with a backward pass, and 1 + 2 rounds reward queries an image.
+
+    Attributes:
+        target_increase: Increase of the linearized reward in each round, in the reward's units, 0 or more. The ratio
+            target_increase / sigma^2 limits how far the images move. Default: 0.2, as in the authors' toy problem.
+        sigma: Standard deviation of the target, in the reward's units, above 0. Default: 0.1, as there.
+        rounds: Number of guided rounds, 1 to 100,000. Default: 8, as for the authors' images, which use a fixed
+            target value.
+        resample_noise: Start each round from new noise, as published. By default each image starts from its own
+            noise, since the gradient at one image misleads another.
+        eta: Noise of a step relative to the ancestral sampler, 0 (DDIM; Euler for flow models) to 1. Default: 0.
+        finetune_from_round: Experimental (Algorithm 2). From this round on, each round ends with an Adam step of
+            denoising score matching on the new images, for a new LoRA of rank 8. 0 trains nothing. Default: 0. The
+            authors train all weights of a toy network, at 1e-6 from round 60 of 1,200.
+        learning_rate: Learning rate of that LoRA, 0 or more. Default: 1e-4.
     """
 
-    rise: float = 0.2
+    target_increase: float = 0.2
     sigma: float = 0.1
     rounds: int = 8
-    anew: bool = False
+    resample_noise: bool = False
     eta: float = 0.0
-    tune_from: int = 0
+    finetune_from_round: int = 0
     learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        check("look-ahead", rise=(self.rise, 0, math.inf), sigma=(self.sigma, 1e-6, math.inf), eta=(self.eta, 0, 1))
-        check("look-ahead", rounds=(self.rounds, 1, 100_000), tune_from=(self.tune_from, 0, self.rounds))
-        check("look-ahead", learning_rate=(self.learning_rate, 0, math.inf))
+        name, rounds = "gradient_guidance", (self.rounds, 1, 100_000)
+        check(name, target_increase=(self.target_increase, 0, INF), sigma=(self.sigma, 1e-6, INF), rounds=rounds)
+        check(name, eta=(self.eta, 0, 1), finetune_from_round=(self.finetune_from_round, 0, self.rounds))
+        check(name, learning_rate=(self.learning_rate, 0, INF))
 
     @property
-    def draws(self) -> int:
+    def num_samplings(self) -> int:
         return 1 + self.rounds
 
-    def latents(self, denoise: Denoiser, steps: Sequence[Step], uphill: Uphill, fresh: Fresh) -> Iterator[Tensor]:
-        return rounds_ahead(denoise, steps, uphill, fresh, self.rounds, self.rise, self.sigma, self.eta, self.anew)
+    def latents(
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+    ) -> Iterator[Tensor]:
+        options = (self.rounds, self.target_increase, self.sigma, self.eta, self.resample_noise)
+        return rounds_ahead(denoise, steps, gradient_fn, noise_fn, *options)
 
 
-GUIDES: dict[str, type[Guide]] = {"ratio": Ratio, "static": Static, "look-ahead": LookAhead}
+GUIDES: dict[str, type[Guide]] = {
+    "pgdiff_dynamic": PGDiffDynamic,
+    "classifier_style": ClassifierStyle,
+    "gradient_guidance": GradientGuidance,
+}
 
 
-def check(guide: str, **numbers: tuple[float, float, float]) -> None:
-    """Raises DraftuneError for a value that is not between its bounds."""
-    for name, (value, low, high) in numbers.items():
+def check(guide: str, **settings: tuple[float, float, float]) -> None:
+    """Raise DraftuneError if a setting (value, low, high) is not finite or not between its bounds."""
+    for name, (value, low, high) in settings.items():
         if not (low <= value <= high and math.isfinite(value)):
-            wanted = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g} and finite"
-            raise DraftuneError(f"{name} of {guide} must be {wanted}, not {value}")
+            allowed = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g} and finite"
+            raise DraftuneError(f"{name} of {guide} must be {allowed}, got {value}")
 
 
 def load_guide(text: str) -> Guide:
-    """From a name and its settings, as in "ratio(strength=0.2)". Raises DraftuneError for what is not there."""
+    """Create a guidance method from its name and settings, such as "pgdiff_dynamic(strength=0.2)".
+
+    Raises:
+        DraftuneError: The method or one of its settings is unknown, or a value is not allowed.
+    """
     call = parse(text)
     if not isinstance(call, Call) or call.inner is not None:
-        raise DraftuneError(f"one name with its settings is wanted, such as ratio(strength=0.1), not {text!r}")
+        raise DraftuneError(
+            f"guidance must be one name with its settings, such as pgdiff_dynamic(strength=0.1), got {text!r}"
+        )
     if call.name not in GUIDES:
         raise unknown("guidance", call.name, GUIDES)
     return call.apply(GUIDES[call.name], "guidance")
-
-
-@dataclass(frozen=True)
-class Guided:
-    """What `sample_guided` drew."""
-
-    pictures: Tensor
-    """[B, 3, H, W] in [0, 1], on the CPU."""
-    rewards: Tensor
-    """[R, B], of each time that the pictures were drawn, the last being these; look-ahead's first had no guidance."""
-    queries: int
-    """Pictures that were scored, with or without a gradient."""
-
-
-class Slope:
-    """The reward's gradient at clean latents, through the decoder; counts what it scores."""
-
-    def __init__(self, model: Model, reward: Reward, prompts: Sequence[str]) -> None:
-        self.model, self.reward, self.prompts, self.queries = model, reward, prompts, 0
-
-    def score(self, latents: Tensor) -> Tensor:
-        """The rewards [B]. Raises DraftuneError where one is not finite."""
-
-        def scored(some: Tensor, part: slice) -> Tensor:
-            return self.reward.parts_of(some, self.model.decode, self.prompts[part])[0]
-
-        before = extra_queries(self.reward)
-        rewards = at_once(scored, latents, self.reward.chunk_size)
-        self.queries += len(latents) + extra_queries(self.reward) - before
-        if not rewards.isfinite().all():
-            raise DraftuneError(f"the reward became {rewards.tolist()} while guiding: less strength may help")
-        return rewards
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """The gradients [B, C, H, W]. Raises DraftuneError where one is not finite, and if the first are all zero."""
-        first = self.queries == 0
-        with torch.enable_grad():
-            leaf = latents.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.score(leaf).sum(), leaf)
-        if not gradient.isfinite().all():
-            raise DraftuneError(f"the gradient of the reward {self.reward.label!r} became infinite while guiding")
-        if first and not gradient.any():
-            raise DraftuneError(f"the reward {self.reward.label!r} gives no gradient to guide by")
-        return gradient
-
-
-def fresh_lora(model: Model, schedule: Schedule, learning_rate: float) -> Fit:
-    """Adds a LoRA to the model, always the same; what trains it. Raises DraftuneError if there is one already."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        add_lora(model, rank=8)
-    return Fit(lora_parameters(model).values(), schedule, learning_rate, torch.Generator().manual_seed(0))
-
-
-def sample_guided(
-    model: Model,
-    reward: str | Reward | Callable[..., Any],
-    prompts: str | Sequence[str],
-    method: str = "ratio",
-    *,
-    seeds: Sequence[int] | None = None,
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str = "",
-    batch_size: int = 8,
-    progress: bool = False,
-) -> Guided:
-    """Pictures of prompts, guided by a reward while they are drawn; one for each prompt, with its seed.
-
-    `method`: "ratio", "static" or "look-ahead" with settings, as in "ratio(strength=0.2)". Seeds are 0, 1, … unless
-    given; a picture depends on its own alone. Sampling steps and guidance default to what is recommended for the model.
-    Where the method trains a LoRA (look-ahead's `tune_from`), pictures depend on those before them and beside them, and
-    the LoRA stays on the model: `save_lora` keeps it. Raises DraftuneError for a method or a reward that is not there,
-    one without a gradient, numbers that stop being finite, and a model to train that carries a LoRA.
-    """
-    guide = load_guide(method)
-    if model.autocast_dtype is torch.float16:
-        raise DraftuneError("the gradient that guides vanishes in fp16: use bf16 or no")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = range(len(prompts)) if seeds is None else seeds
-    score = taught(load_reward(reward)).to(model.device)
-    model.check_prompts(prompts, negative_prompt)
-    check_prompts(score, prompts)
-    defaults = model.recommended
-    schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
-    scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-
-    # Before the denoisers, which look at once what they carry.
-    fit = fresh_lora(model, schedule, guide.learning_rate) if guide.tune_from else None
-    pictures, rewards, queries = [], [], 0
-    bar = tqdm(total=guide.draws * len(prompts), desc="guided", unit="picture", leave=False, disable=not progress)
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        fresh = partial(model.noise, generators, len(batch))
-        denoise = model.denoise(batch, schedule, scale, negative_prompt)
-        slope = Slope(model, score, batch)
-        found = []
-        for drawing, latents in enumerate(guide.latents(denoise, schedule.steps, slope, fresh)):
-            found.append(slope.score(latents).cpu())
-            if fit is not None and drawing >= guide.tune_from:
-                fit(model.denoise(batch, schedule, guidance_scale=1), latents)
-            bar.update(len(batch))
-        pictures.append(model.decode(latents).cpu().float())
-        rewards.append(torch.stack(found))
-        queries += slope.queries
-    bar.close()
-    return Guided(torch.cat(pictures), torch.cat(rewards, 1), queries)

@@ -1,4 +1,4 @@
-"""ReNO: one picture made better by its initial noise; nothing is trained (Eyring et al., arXiv 2406.04312)."""
+"""ReNO: optimize the initial noise of one image on a reward (Eyring et al., 2024, arXiv:2406.04312)."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ from draftune.training.checks import probe_reward
 
 @dataclass(frozen=True)
 class NoiseSearch:
-    """What `optimize_noise` found: pictures [1, 3, H, W] in [0, 1] and the noise [1, C, H, W], on the CPU."""
+    """Result of `optimize_noise`, on the CPU."""
 
     first: Tensor
-    """The picture that the seed gives as it is."""
+    """Image of the initial noise [1, 3, H, W] in [0, 1]."""
     best: Tensor
-    """The picture of the highest reward on the way, the first and the last among them."""
+    """Image with the highest reward [1, 3, H, W] in [0, 1]."""
     noise: Tensor
-    """What the best picture is drawn from."""
+    """Noise of the best image [1, C, H, W]."""
     rewards: list[float]
-    """Of the first picture and of the one after each step."""
+    """Rewards of the first image and of the image after each step."""
     queries: int
-    """Scored pictures: these, and what the reward asked about beyond them."""
+    """Number of scored images, with those that a zeroth-order reward scored for its gradient."""
 
     @property
     def best_step(self) -> int:
-        """The steps that led to the best picture; 0 where none did better than the first."""
+        """Number of steps before the best image; 0 if the first image is the best."""
         return self.rewards.index(max(self.rewards))
 
 
 def log_likelihood(noise: Tensor) -> Tensor:
-    """Of the noise's norm under N(0, I), up to a constant: K(e) = (d - 1) log |e| - |e|^2 / 2, e with d numbers.
+    """Compute the log-likelihood of the noise's norm under N(0, I), up to a constant.
 
-    |e| has the chi distribution with d degrees of freedom, whose mode is sqrt(d - 1).
+        K(e) = (d - 1) log |e| - |e|^2 / 2
+
+    d is the number of elements. |e| has the chi distribution with d degrees of freedom, whose mode is sqrt(d - 1).
     """
     norm = torch.linalg.vector_norm(noise)
     return (noise.numel() - 1) * norm.log() - norm.square() / 2
@@ -65,19 +67,31 @@ def optimize_noise(
     regularization: float = 0.01,
     progress: bool = False,
 ) -> NoiseSearch:
-    """Climbs r(sample(e, c), c) + regularization * K(e) by the noise e alone, from that of the seed.
+    """Maximize the reward of one image over its initial noise by gradient ascent, without training (ReNO).
 
-    Nesterov's SGD on a gradient clipped to `max_grad_norm` (0 clips nothing); the gradient flows through every
-    sampling step and the weights get none. Sampling steps and guidance default to what is recommended for the model.
-    Raises DraftuneError for a reward without a gradient, and where reward or gradient stop being finite.
+        maximize over e:  r(sample(e, c), c) + regularization * K(e)
 
-    ReNO (Eyring et al., arXiv 2406.04312). The defaults of `steps`, `learning_rate`, `momentum`, `max_grad_norm` and
-    `regularization` are those of the authors' code for one-step generators (ExplainableML/ReNO: arguments.py lines
-    23-24, 34-37 and 93, training/optim.py line 10). Here the noise is moved `steps` times and `steps` + 1 images are
-    scored. Their `n_iters` counts the scored images: 50 images and 49 moves (training/trainer.py lines 64 and 126).
+    The optimizer is SGD with Nesterov momentum and gradient clipping. The gradient flows through every sampling step
+    to the noise; the weights get none. Eyring et al., 2024, arXiv:2406.04312.
+
+    The defaults of the last five settings are those of the authors' code for one-step generators (ExplainableML/ReNO:
+    arguments.py lines 23-24, 34-37 and 93, training/optim.py line 10). Here `steps` counts the updates, and `steps` + 1
+    images are scored. Their `n_iters` counts the scored images: 50 images and 49 updates (training/trainer.py lines 64
+    and 126).
+
+    Args:
+        model: The model, with or without a LoRA.
+        reward: A differentiable reward.
+        seed: Seed of the initial noise.
+        num_inference_steps: Sampling steps. Default: the model's recommendation.
+        guidance_scale: Scale of classifier-free guidance. Default: the model's recommendation.
+        max_grad_norm: Maximum norm of the gradient; 0 disables clipping.
+
+    Raises:
+        DraftuneError: The reward has no gradient, or the reward or its gradient is not finite.
     """
     if model.autocast_dtype is torch.float16:
-        raise DraftuneError("the gradient by the noise vanishes in fp16: use bf16 or no")
+        raise DraftuneError("the gradient of the noise underflows in fp16: use bf16 or no for mixed_precision")
     defaults = model.recommended
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -88,29 +102,29 @@ def optimize_noise(
     optimizer = torch.optim.SGD([noise], learning_rate, momentum, nesterov=momentum > 0, maximize=True)
 
     rewards: list[float] = []
-    bar = tqdm(range(steps + 1), desc="noise", unit="picture", disable=not progress)
+    bar = tqdm(range(steps + 1), desc="noise", unit="image", disable=not progress)
     for step in bar:
-        # Nothing is asked of the last picture but its reward.
+        # The last image needs no gradient.
         with torch.set_grad_enabled(step < steps):
             clean = rollout(denoise, schedule.steps, noise)
             if step == 0:
                 probe_reward(score, model.decode(clean.detach()), [prompt])
                 before = extra_queries(score)
-            scores, _, picture = score.parts_of(clean, model.decode, [prompt])
+            scores, _, image = score.parts_of(clean, model.decode, [prompt])
             value = scores.sum()
         rewards.append(float(value.detach()))
         bar.set_postfix(reward=f"{rewards[-1]:.3f}")
         if not math.isfinite(rewards[-1]):
-            raise DraftuneError(f"the reward became {rewards[-1]} at step {step} of the noise's {steps}")
+            raise DraftuneError(f"the reward became {rewards[-1]} at step {step} of {steps}")
         if step == 0:
-            first = picture.cpu().float()
+            first = image.cpu().float()
         if rewards[-1] > max(rewards[:-1], default=-math.inf):
-            best, found = picture.cpu().float(), noise.detach().cpu().clone()
+            best, best_noise = image.cpu().float(), noise.detach().cpu().clone()
         if step < steps:
-            # By the noise alone: a LoRA that is still trainable must not gather gradients.
+            # With respect to the noise only: a trainable LoRA must not accumulate gradients.
             (noise.grad,) = torch.autograd.grad(value + regularization * log_likelihood(noise), noise)
             norm = float(torch.nn.utils.clip_grad_norm_([noise], max_grad_norm or math.inf))
             if not math.isfinite(norm):
-                raise DraftuneError(f"the gradient's norm became {norm} at step {step} of the noise's {steps}")
+                raise DraftuneError(f"the gradient's norm became {norm} at step {step} of {steps}")
             optimizer.step()
-    return NoiseSearch(first, best, found, rewards, len(rewards) + extra_queries(score) - before)
+    return NoiseSearch(first, best, best_noise, rewards, len(rewards) + extra_queries(score) - before)

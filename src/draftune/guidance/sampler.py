@@ -1,9 +1,9 @@
-"""Guiding pictures by a reward while they are drawn; nothing is trained.
+"""Samplers guided by the gradient of a score. They know no model and no reward.
 
-Partial guidance (PGDiff; Yang et al., arXiv 2309.10810) pulls the latents after every step along the score's gradient
-at the clean latent, never through the network. Look-ahead guidance (Gradient Guidance; Guo et al., arXiv 2404.14743)
-draws given a value of the linearised score, through one call of the network, in rounds. No model or reward is known
-here.
+- `pulled`: PGDiff (Yang et al., 2023, arXiv:2309.10810). After each step, move the latent along the gradient at the
+  predicted x_0. The gradient does not flow through the network.
+- `look_ahead`, `rounds_ahead`: Gradient Guidance (Guo et al., 2024, arXiv:2404.14743). Sample conditioned on a value
+  of the linearized score, in rounds. The gradient flows through one call of the network at each step.
 """
 
 from __future__ import annotations
@@ -17,36 +17,43 @@ from draftune.sampling.sampler import Denoiser, advance
 from draftune.sampling.schedule import Prediction, Step
 
 Uphill = Callable[[Tensor], Tensor]
-"""Clean latents [B, …] to the gradient [B, …] of each one's own score."""
+"""Compute the gradients [B, ...] of each sample's own score at clean latents [B, ...]."""
 Fresh = Callable[[], Tensor]
-"""Standard normal numbers [B, …], others at every call."""
+"""Sample new noise [B, ...] from N(0, I)."""
 Pull = Callable[[Tensor, Tensor, Step], Tensor]
-"""The move [B, …] that a step made, and the gradient, to how far the gradient moves the latents besides."""
+"""Compute the guidance update [B, ...] from the change that a step made [B, ...], the gradient [B, ...], the step."""
 
 REPEATED = 0.3
-"""The share of the steps, the noisiest, that are made several times where repetition is asked for: T to 0.7 T."""
+"""Fraction of the steps, the noisiest ones, that `repeats` applies to: T to 0.7 T in PGDiff."""
 
 
-def by_ratio(strength: float, per_channel: bool = False) -> Pull:
-    """PGDiff's dynamic scale: a move uphill of `strength` times the norm of the step's own move.
+def dynamic_scale(strength: float, per_channel: bool = False) -> Pull:
+    """Return PGDiff's dynamic guidance: an update with `strength` times the norm of the step's own change.
 
-    So a strength means the same for every reward, whatever its units. The norms are those of a picture, or of each of
-    its channels. Where there is no gradient there is no move.
+        update = strength * |x_t - x_s| * g / |g|
+
+    A strength then has the same meaning for every reward, whatever its units. The update is 0 where g is.
+
+    Args:
+        strength: Length of the update relative to the step.
+        per_channel: Use the norms of each channel instead of those of the whole sample.
     """
 
-    def pull(move: Tensor, gradient: Tensor, step: Step) -> Tensor:
+    def rule(move: Tensor, gradient: Tensor, step: Step) -> Tensor:
         start = 2 if per_channel else 1
         length = norm(gradient, start)
         return strength * norm(move, start) * torch.where(length > 0, gradient / length, 0.0)
 
-    return pull
+    return rule
 
 
-def by_variance(strength: float) -> Pull:
-    """PGDiff's static scale: `strength` times the variance of the ancestral step times the gradient.
+def variance_scale(strength: float) -> Pull:
+    """Return the update of classifier guidance, `strength` times the posterior variance times the gradient.
 
-    It moves the step's mean as classifier guidance does, so a strength is in units of one over the score. The variance
-    is the posterior's; one that a model has learned is not used.
+        update = strength * tau^2 * g
+
+    This is PGDiff's static guidance and shifts the mean of the ancestral step. A strength has the unit 1 / score. A
+    variance learned by the model is not used.
     """
     return lambda move, gradient, step: strength * step.tau**2 * gradient
 
@@ -55,48 +62,58 @@ def pulled(
     denoise: Denoiser,
     steps: Sequence[Step],
     x: Tensor,
-    uphill: Uphill,
-    pull: Pull,
-    fresh: Fresh,
+    gradient_fn: Uphill,
+    rule: Pull,
+    noise_fn: Fresh,
     eta: float = 1.0,
     repeats: int = 1,
 ) -> Tensor:
-    """The latents [B, …] after `steps` from `x`, each step followed by a pull along the gradient at the clean latent.
+    """Sample with a guidance update after each step, computed from the gradient at the predicted x_0 (PGDiff).
 
-    eta: how much of the ancestral sampler's noise a step has, 0 (DDIM; Euler for flow models) to 1 (PGDiff's).
-    repeats: how often each of the noisiest steps is made, its result taken for the latent before it, without noise
-    added back (PGDiff's N).
+    Args:
+        x: Initial noise [B, ...].
+        eta: Noise of a step relative to the ancestral sampler: 0 is DDIM (Euler for flow models), 1 is PGDiff's.
+        repeats: Number of times each of the first 30% of the steps is run (N in PGDiff). Each repetition starts from
+            the previous result; no noise is added back.
+
+    Returns:
+        The latents [B, ...] after the last step.
     """
     for i, step in enumerate(steps):
         for _ in range(repeats if i < REPEATED * len(steps) else 1):
             with torch.no_grad():
                 prediction = denoise(x, step)
-                following = stepped(prediction, step, fresh, eta)
-            x = following + pull(x - following, uphill(prediction.clean), step)
+                following = stepped(prediction, step, noise_fn, eta)
+            x = following + rule(x - following, gradient_fn(prediction.clean), step)
     return x
 
 
 def look_ahead(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: float = 0.1) -> Denoiser:
-    """The network given that <direction, x_0>, seen with Gaussian noise of `sigma`, is `target`.
+    """Return the denoiser conditioned on <direction, x_0> + N(0, sigma^2) = target.
 
-    direction [B, …], target [B]; sigma in the units of the target. With y the target, g the direction, h the variance
-    of the noise and v = grad_x <g, x_0(x)>, the score function gains
-    alpha^2 (y - <g, x_0(x)>) v / (alpha^2 sigma^2 + h (alpha^2 + h) |v|^2). Exact where clean latents are Gaussian with
-    a projection for their covariance. The published formula lacks alpha^2 + h, which is 1 for diffusion models; flow
-    models want it.
+        score += alpha^2 (y - <g, x_0(x)>) v / (alpha^2 sigma^2 + h (alpha^2 + h) |v|^2)
+
+    g is the direction, y the target, h = sigma_t^2 the noise variance, and v = grad_x <g, x_0(x)>. This is exact if
+    clean latents are Gaussian with a projection as their covariance. The published formula (Guo et al., 2024,
+    arXiv:2404.14743) lacks the factor alpha^2 + h, which is 1 for diffusion models but not for flow models.
+
+    Args:
+        direction: g [B, ...].
+        target: y [B].
+        sigma: Standard deviation of the condition, in the units of the target.
     """
 
     def call(x: Tensor, step: Step) -> Prediction:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             clean, noise = denoise(x, step)
-            seen = dot(direction, clean)
-            (slope,) = torch.autograd.grad(seen.sum(), x)
+            value = dot(direction, clean)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
         alpha, h = step.alpha, step.sigma**2
-        spread = (alpha * sigma) ** 2 + h * (alpha**2 + h) * norm(slope).square()
-        gap = (target - seen.detach()).reshape(spread.shape)
-        push = alpha * gap * slope / spread.clamp(min=torch.finfo(spread.dtype).tiny)
-        return Prediction(clean.detach() + h * push, noise.detach() - step.sigma * alpha * push)
+        variance = (alpha * sigma) ** 2 + h * (alpha**2 + h) * norm(gradient).square()
+        gap = (target - value.detach()).reshape(variance.shape)
+        score = alpha * gap * gradient / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+        return Prediction(clean.detach() + h * score, noise.detach() - step.sigma * alpha * score)
 
     return call
 
@@ -104,51 +121,59 @@ def look_ahead(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: floa
 def rounds_ahead(
     denoise: Denoiser,
     steps: Sequence[Step],
-    uphill: Uphill,
-    fresh: Fresh,
+    gradient_fn: Uphill,
+    noise_fn: Fresh,
     rounds: int,
-    rise: float = 0.2,
+    target_increase: float = 0.2,
     sigma: float = 0.1,
     eta: float = 1.0,
-    anew: bool = True,
+    resample_noise: bool = True,
 ) -> Iterator[Tensor]:
-    """Clean latents [B, …]: those without guidance, then those of each round, `anew` from fresh noise or from the same.
+    """Sample in rounds, each conditioned on a higher linearized score (Gradient Guidance, Algorithm 1).
 
-    A round linearises the score at the last round's latents and draws ones whose linearised score is higher by `rise`
-    (Algorithm 1, each latent by its own gradient). It settles where the score less sigma^2 / (2 rise) times the squared
-    distance to the model's mean, in the model's own metric, is highest: rise / sigma^2 says how far it goes, and no
-    number of rounds goes farther.
+    A round linearizes the score at the previous round's latents, each with its own gradient. It then samples latents
+    whose linearized score is higher by `target_increase`. The rounds converge to the maximum of
+
+        score - sigma^2 / (2 target_increase) * (squared distance to the model's mean in the model's own metric)
+
+    Guo et al., 2024, arXiv:2404.14743. The ratio target_increase / sigma^2 limits how far the samples move.
+
+    Args:
+        resample_noise: Start each round from new noise, as published, instead of the first round's noise.
+
+    Yields:
+        The clean latents [B, ...] without guidance, then those of each round.
     """
-    noise = fresh()
-    x = drawn(denoise, steps, noise, fresh, eta)
+    noise = noise_fn()
+    x = sample_eta(denoise, steps, noise, noise_fn, eta)
     yield x
     for _ in range(rounds):
-        gradient = uphill(x)
-        guided = look_ahead(denoise, gradient, dot(gradient, x) + rise, sigma)
-        x = drawn(guided, steps, fresh() if anew else noise, fresh, eta)
+        gradient = gradient_fn(x)
+        guided = look_ahead(denoise, gradient, dot(gradient, x) + target_increase, sigma)
+        x = sample_eta(guided, steps, noise_fn() if resample_noise else noise, noise_fn, eta)
         yield x
 
 
 @torch.no_grad()
-def drawn(denoise: Denoiser, steps: Sequence[Step], x: Tensor, fresh: Fresh, eta: float) -> Tensor:
-    """The latents after `steps` from `x`."""
+def sample_eta(denoise: Denoiser, steps: Sequence[Step], x: Tensor, noise_fn: Fresh, eta: float) -> Tensor:
+    """Run `steps` from `x` and return the latents after them, both [B, ...]."""
     for step in steps:
-        x = stepped(denoise(x, step), step, fresh, eta)
+        x = stepped(denoise(x, step), step, noise_fn, eta)
     return x
 
 
-def stepped(prediction: Prediction, step: Step, fresh: Fresh, eta: float) -> Tensor:
-    """One step with `eta` of the ancestral sampler's noise."""
+def stepped(prediction: Prediction, step: Step, noise_fn: Fresh, eta: float) -> Tensor:
+    """Take one DDIM step with noise of standard deviation eta * tau (Song et al., 2020, arXiv:2010.02502, Eq. 16)."""
     tau = eta * step.tau
     following = advance(prediction, step, tau)
-    return following + tau * fresh() if tau else following
+    return following + tau * noise_fn() if tau else following
 
 
 def norm(x: Tensor, start: int = 1) -> Tensor:
-    """Of each picture, or with start 2 of each of its channels, in a shape that multiplies `x`."""
+    """Compute the norms over the dimensions from `start` on, with these dimensions retained at size 1."""
     return torch.linalg.vector_norm(x, dim=tuple(range(start, x.dim())), keepdim=True)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each picture's own two, [B]."""
+    """Compute the inner product [B] of each pair of samples."""
     return (a * b).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""Where the gradient flows: DRaFT and its relatives."""
+"""Fine-tuning methods: DRaFT and others, which differ in the denoiser calls that carry gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
-from draftune.methods.sft_pg import SFTPG
 from draftune.registry.expression import Call, parse
 from draftune.registry.factories import found, inner_call, made
 
@@ -19,7 +18,6 @@ __all__ = [
     "DPOK",
     "KL",
     "METHODS",
-    "SFTPG",
     "AdjointMatching",
     "AlignProp",
     "Batch",
@@ -31,23 +29,37 @@ __all__ = [
     "Method",
     "ReFL",
     "RewardGradient",
+    "all_methods",
     "load_method",
     "register",
 ]
 
 
-def load_method(text: str) -> Method:
-    """A method from its name and settings: "draft", "draft-lv(n=4)", "kl(draft-k(k=5), beta=0.1)", "my.py:Mine(k=2)".
+def all_methods() -> dict[str, type[Method]]:
+    """Return all methods by name. This imports the experimental ones, which register themselves."""
+    from draftune.experimental import sft_pg  # noqa: F401
 
-    Raises DraftuneError for a name or a setting that is not there.
+    return METHODS
+
+
+def load_method(text: str) -> Method:
+    """Create a method from an expression.
+
+    Args:
+        text: A name with settings, such as "draft", "draft-lv(n=4)" or "kl(draft-k(k=5), beta=0.1)", or a class of
+            your own file, such as "my.py:Mine(k=2)".
+
+    Raises:
+        DraftuneError: The method or one of its settings is unknown, or a value is not allowed.
     """
     tree = parse(text)
     if not isinstance(tree, Call):
-        raise DraftuneError(f"a method is one name with its settings, such as draft-k(k=10), not {text!r}")
+        raise DraftuneError(f"the method must be one name with its settings, such as draft-k(k=10), got {text!r}")
     return build(tree)
 
 
 def build(call: Call) -> Method:
-    factory = found(call.name, "method", METHODS)
+    """Create the method that a parsed call names, with the method inside it if it wraps one."""
+    factory = found(call.name, "method", all_methods())
     inner = inner_call(call, factory, Method, "method", "draft-lv")
     return made(call, factory, Method, "method", "Method", *([build(inner)] if inner else []))

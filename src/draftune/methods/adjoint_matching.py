@@ -1,4 +1,4 @@
-"""Adjoint Matching (Domingo-Enrich et al., arXiv 2409.08861): a regression whose optimum is p_base * exp(scale * r)."""
+"""Adjoint Matching (Domingo-Enrich et al., 2024, arXiv:2409.08861): sample from p_base * exp(scale * r)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from draftune.sampling.schedule import Schedule
 @register("adjoint-matching")
 @dataclass(frozen=True)
 class AdjointMatching(Method):
-    """Adjoint Matching: towards p_base * exp(scale * reward), which keeps the diversity that the reward allows.
+    """Adjoint Matching: regression to the distribution p_base * exp(scale * reward), which preserves diversity.
 
-    Pictures are drawn by the memoryless ancestral sampler. From a = -scale * dr/dx_0 the lean adjoint is followed
-    back along the path, a_t = (d mean_base(x_t) / d x_t)^T a_s, and each step's mean is pulled to mean_base - tau^2 a_s
-    by half the squared distance over tau^2. `k` of the random steps, drawn anew for each batch, are trained on; the
-    adjoint needs all T calls of the base model, with their gradient by x alone. The optimum is exact where the first
-    step leads from pure noise; `scale` is the paper's lambda, whose value for a reward is to be tried.
+        a_0 = -scale d r / d x_0,   a_t = (d mean_base(x_t) / d x_t)^T a_s           (lean adjoint)
+        loss = sum over k random steps of  |mean(x_t) - (mean_base(x_t) - tau^2 a_s)|^2 / (2 tau^2)
+
+    Domingo-Enrich et al., 2024, arXiv:2409.08861. Images come from the memoryless ancestral sampler, whose step from
+    x_t to x_s has the mean `mean(x_t)` and the standard deviation tau (`Step.tau`). The optimum is exact if the first
+    step starts from pure noise, alpha_T = 0.
+
+    T denoiser calls without gradient, T base calls with gradient to x_t only, and k denoiser calls with gradient to
+    the weights. Use it where diversity matters more than the highest reward.
+
+    Attributes:
+        scale: Factor of the reward, above 0; lambda in the paper. It depends on the reward's range. Default: 10.
+        k: Number of random steps in the loss, sampled for each batch, 1 or more. Default: 10.
     """
 
     half_precision = False
@@ -35,7 +43,7 @@ class AdjointMatching(Method):
     def __post_init__(self) -> None:
         at_least("k", self.k, 1)
         if not self.scale > 0:
-            raise DraftuneError(f"scale must be more than 0, not {self.scale}")
+            raise DraftuneError(f"scale must be above 0, got {self.scale}")
 
     def check(self, schedule: Schedule) -> None:
         wants_noise(schedule)
@@ -53,13 +61,13 @@ class AdjointMatching(Method):
             clean.requires_grad_()
             (adjoint,) = torch.autograd.grad(-self.scale * batch.reward(clean).sum(), clean)
             random = [i for i, (step, _) in enumerate(path) if step.tau > 0]
-            drawn = torch.randperm(len(random), generator=batch.generator)[: self.k].tolist()
-            trained = {random[i] for i in drawn}
+            chosen = torch.randperm(len(random), generator=batch.generator)[: self.k].tolist()
+            trained = {random[i] for i in chosen}
             for i, (step, x) in reversed(list(enumerate(path))):
                 x = x.requires_grad_()
-                start = mean(batch.base(x, step), step)
-                (before,) = torch.autograd.grad(start, x, adjoint)
+                base_mean = mean(batch.base(x, step), step)
+                (earlier_adjoint,) = torch.autograd.grad(base_mean, x, adjoint)
                 if i in trained:
-                    shift = mean(batch.denoise(x.detach(), step), step) - start.detach()
+                    shift = mean(batch.denoise(x.detach(), step), step) - base_mean.detach()
                     yield (shift / step.tau + step.tau * adjoint).square().flatten(1).sum(1).mean() / 2
-                adjoint = before
+                adjoint = earlier_adjoint

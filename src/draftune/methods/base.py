@@ -1,4 +1,23 @@
-"""The interface of a method and the table of their names."""
+"""The interface of a fine-tuning method. Read this file to add one; docs/new-method.md does so in 30 lines.
+
+A method decides which denoiser calls carry gradient. The trainer does the rest of an update:
+
+    for losses in method.optimizer_steps(batches):  # one pass, unless the same images serve several optimizer steps
+        optimizer.zero_grad()
+        for loss in losses:
+            (loss / gradient_accumulation_steps).backward()  # gradients of the LoRA add up
+        clip_gradients()
+        optimizer.step()
+
+A subclass overrides the first of these functions that fits:
+
+- `RewardGradient.samples`: yield differentiable clean latents. The loss is minus their mean reward (DRaFT, ReFL).
+- `Method.losses`: yield any scalar losses of fresh batches (Adjoint Matching).
+- `Method.optimizer_steps`: take several optimizer steps on the same images (DDPO).
+
+Rule: at most one graph is alive. The trainer runs the backward pass of a loss before it requests the next one, so
+build each graph just before its `yield`. Run denoiser calls that need no gradient under `torch.no_grad()`.
+"""
 
 from __future__ import annotations
 
@@ -17,119 +36,150 @@ from draftune.utils.processes import ALONE, Processes
 
 @dataclass
 class Batch:
-    """Prompts with the noise their pictures start from, and what a method may ask about them.
+    """What a method gets for B prompts: initial noise, denoisers, and the reward of clean latents.
 
-    Where several processes train, it is this one's part of a batch; each draws random numbers for all of it and takes
-    its own, so that a run does not depend on how many they are.
+    With several processes, each holds its share of the batch, and B is the size of the share. Random numbers are
+    sampled for the whole batch in every process, so that a run does not depend on the number of processes.
     """
 
     prompts: Sequence[str]
+    """B prompts."""
     latents: Latents
-    """From their noise on; several updates may share them."""
-    schedule: Schedule
-    denoise: Denoiser
-    """The guided network with the weights that are trained."""
-    base: Denoiser
-    """The guided network as it was before training."""
-    reward: Callable[..., Tensor]
-    """Clean latents [B, C, H, W] to B rewards. Every call is counted; what is logged is the batch's first.
+    """Cache of the latents computed without gradient, beginning with the initial noise.
 
-    A second argument [B, S], what the method expected of each at each of S steps, is for a reward that learns.
+    Updates share the cache where `prefix_reuse` is above 1.
+    """
+    schedule: Schedule
+    """The T sampling steps from noise to image, and the denoiser's prediction type."""
+    denoise: Denoiser
+    """Denoiser with the LoRA and classifier-free guidance: (x [B, C, H, W], step) to (x_0, noise), of x's shape."""
+    base: Denoiser
+    """Denoiser of the base model, as `denoise` without the LoRA that is trained."""
+    reward: Callable[..., Tensor]
+    """Compute the rewards [B] of clean latents [B, C, H, W], with a graph if the latents have one.
+
+    Every call counts as B reward queries. The log shows the rewards of the first call of a batch. An optional second
+    argument [B, S] passes the rewards that the method expected at S steps; only rewards that learn online read it.
     """
     generator: torch.Generator
-    """On the CPU, so that a seed means the same on every device; in the same state in every process."""
+    """Random numbers of the run, on the CPU and in the same state in every process.
+
+    Use it for every random choice. Then a seed means the same on each device, and an interrupted run resumes exactly.
+    """
     processes: Processes = ALONE
+    """Collective operations among the processes that train together."""
     all_prompts: Sequence[str] = ()
-    """Those of the other processes too."""
+    """Prompts of the whole batch, of all processes. Default: `prompts`."""
     kept: Batch | None = None
-    """As many of the prompts on which the model is to stay as it was, where there are any."""
+    """B retention prompts, on which the model should not change; None if the run has none."""
 
     def __post_init__(self) -> None:
         self.all_prompts = self.all_prompts or self.prompts
 
     @property
     def noise(self) -> Tensor:
-        """[B, C, H, W], N(0, I)."""
+        """Initial noise x_T [B, C, H, W], sampled from N(0, I)."""
         return self.latents.known[0]
 
     def without_graph(self, count: int) -> Tensor:
-        """The latent after the first `count` steps, as a leaf: these steps keep nothing for the backward pass."""
+        """Run the first `count` sampling steps without gradient and return the latent after them [B, C, H, W].
+
+        These steps are the prefix. The result is cached, so that a second call with the same `count` is free.
+        """
         return self.latents.after(count, self.denoise, self.schedule.steps)
 
     def fresh_noise(self, like: Tensor) -> Tensor:
-        """N(0, I) in the shape of `like`, [B, …]."""
+        """Sample N(0, I) in the shape [B, ...], dtype and device of `like`."""
         shape = (len(like) * self.processes.count, *like.shape[1:])
         noise = torch.randn(shape, generator=self.generator, dtype=like.dtype)
         return self.processes.share(noise).to(like.device)
 
 
 class Method:
-    """Says what is to be made smaller, in losses whose gradients the trainer adds up; it knows no model or reward.
+    """Base class of fine-tuning methods, independent of the model family and of the reward.
 
-    A subclass writes `losses`, or `optimizer_steps` where the same pictures serve more than one step.
+    A method yields scalar losses; the trainer accumulates their gradients. The attributes and the remaining functions
+    describe the method to the trainer.
     """
 
     needs_gradient: bool = True
-    """Whether the reward's gradient is used."""
+    """Whether the method differentiates the reward.
+
+    If False, the trainer accepts rewards without a gradient and refuses settings that only act on the gradient.
+    """
     half_precision: bool = True
-    """Whether it works in fp16, where gradients that the trainer's scaler does not see vanish."""
+    """Whether the method works in fp16; if False, the trainer refuses `mixed_precision="fp16"`.
+
+    Set it to False for a method that calls `torch.autograd.grad` itself. The trainer's gradient scaler cannot scale
+    such gradients, and small ones become 0 in fp16.
+    """
     min_images_per_update: int = 1
-    """Least number of images of one update: 2 for a method that compares the rewards of an update with each other."""
+    """Minimum of `batch_size` times `gradient_accumulation_steps`: 2 if rewards of an update are compared."""
 
     def check(self, schedule: Schedule) -> None:
-        """Raises DraftuneError where the method's settings do not fit the schedule."""
+        """Raise DraftuneError if the method's settings do not fit the schedule, such as k > T."""
 
     def has_prefix(self) -> bool:
-        """Whether it begins with `Batch.without_graph`, whose steps `prefix_stride` can make larger."""
+        """Return whether sampling starts with `Batch.without_graph`; allows `prefix_stride` above 1."""
         return False
 
     def shares_prefix(self) -> bool:
-        """Return whether that prefix ends at the same step in every update, so that updates can share its latents.
+        """Return whether the prefix ends at the same step in every update; allows `prefix_reuse` above 1.
 
-        Where the step is drawn at random, a later update would continue latents that older weights made.
+        Return False if that step is random: a later update would continue latents that older weights made.
         """
         return False
 
     def spans_calls(self) -> bool:
-        """Whether one loss's graph holds several calls of the denoiser, which are then recomputed one at a time."""
+        """Return whether the graph of one loss holds several denoiser calls.
+
+        If True, gradient checkpointing also recomputes whole calls by default, so that the memory of one call suffices.
+        """
         return True
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """Scalar losses of fresh batches, which are drawn as they are asked for; each is the mean over one batch.
+        """Yield scalar losses, each a mean over the images of one batch.
 
-        The caller is done with one loss's graph before it asks for the next, so that one graph lives at a time.
+        The trainer runs the backward pass of a loss before it requests the next, so that one graph is in memory.
+
+        Args:
+            batches: The fresh batches of one optimizer step, `gradient_accumulation_steps` of them, made on request.
         """
         raise NotImplementedError
 
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
-        """For each of the optimiser's steps that one update makes, its losses."""
+        """Yield the losses of each optimizer step of one update. Default: one step on `losses(batches)`."""
         yield self.losses(batches)
 
     def report(self) -> dict[str, float]:
-        """Return numbers about the last update by name, for its row of metrics.jsonl; called in every process."""
+        """Return named numbers of the last update for metrics.jsonl. The trainer calls this in every process."""
         return {}
 
     def constant_losses(self) -> str:
-        """Return why the losses of the last optimizer step do not depend on the weights, and what helps.
+        """Explain why the losses do not depend on the weights, and suggest a remedy; empty if they do.
 
-        Empty where they do. Called in every process after the losses were consumed, where the gradient is exactly 0.
+        The trainer calls this in every process if a gradient is exactly 0. It prints the explanation once and
+        continues. With an empty string it ends the run if a tensor still had no gradient after the first updates.
         """
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method carries from one update to the next: what JSON can hold, and tensors."""
+        """Return the state that the next update needs, as tensors and values that JSON can represent."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state returned by `state_dict`."""
 
 
 class RewardGradient(Method, ABC):
-    """Draws differentiable clean latents; the reward's gradient flows back through them to the weights."""
+    """Method that backpropagates the reward through sampled latents to the weights.
+
+    loss = -mean_b r(x_0[b], prompt[b])
+    """
 
     @abstractmethod
     def samples(self, batch: Batch) -> Iterator[Tensor]:
-        """Clean latents [B, C, H, W] with a graph, the first of them the sample drawn from the batch's noise."""
+        """Yield clean latents [B, C, H, W] with a graph. The first must be sampled from `batch.noise`: it is logged."""
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch in batches:
@@ -138,7 +188,7 @@ class RewardGradient(Method, ABC):
 
 
 class Around(Method):
-    """A method that adds to another one's losses, and is in all else what that one is."""
+    """Base class of methods that wrap another method and add a loss. All other behavior is that of the wrapped one."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -171,11 +221,12 @@ class Around(Method):
 
 
 METHODS: dict[str, type[Method]] = {}
+"""Registered methods by name. `draftune.methods.all_methods` adds the experimental ones."""
 M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Makes a Method known by name to the command line and to `load_method`. Its docstring is its description."""
+    """Register a Method by name for `--method` and `load_method`. `draftune list methods` shows its docstring."""
 
     def add(cls: M) -> M:
         METHODS[name] = cls

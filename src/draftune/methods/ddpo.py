@@ -1,4 +1,4 @@
-"""DDPO and DPOK: policy gradients, for which a reward needs no gradient."""
+"""DDPO and DPOK: policy gradients, which need no gradient of the reward."""
 
 from __future__ import annotations
 
@@ -19,31 +19,43 @@ from draftune.sampling.schedule import Schedule, Step
 
 
 class Trajectory(NamedTuple):
-    """A batch as the ancestral sampler drew it: where each step began and ended, and what came of it."""
+    """A batch sampled by the ancestral sampler, with the advantages [B] of its images."""
 
     batch: Batch
     steps: list[tuple[Step, Tensor, Tensor, Tensor]]
-    """(step, x before it, x after it, log-probability of that [B]), for the steps that are random."""
+    """For each random step: (step, x_t, x_s, log p(x_s | x_t) [B])."""
     advantages: Tensor
 
 
 @register("ddpo")
 @dataclass
 class DDPO(Method):
-    """DDPO (Black et al., arXiv 2305.13301): makes what scored above its prompt's average more probable.
+    """DDPO: policy gradient that raises the probability of images with a reward above their prompt's average.
 
-    Images are sampled by the ancestral sampler (DDIM with eta = 1). Each random step is a Gaussian policy. Its loss is
-    -min(A w, A clip(w, 1 +- clip_range)): A is the advantage, w = exp(l - l_old) the importance ratio, and l the mean
-    log-probability over the latent's elements. The loss is averaged over the batch and the trained steps, as in the
-    authors' code (kvablack/ddpo-pytorch, ddim_with_logprob.py line 190 and train.py lines 74-79 and 539-551). On fresh
-    images its gradient is that of -E[reward], divided by the number of a latent's elements times random steps.
+        l = mean over elements of log N(x_s; mean(x_t), tau^2 I),   w = exp(l - l_old)
+        loss = mean over batch and trained steps of  -min(A w, A clip(w, 1 - clip_range, 1 + clip_range))
 
-    The advantage is the reward less its prompt's mean, divided by its prompt's standard deviation, over the last
-    `buffer_size` rewards of the prompt; while the prompt has fewer than `min_count`, over all rewards of the update. It
-    is clipped to +-`adv_clip_max`. The same images serve `inner_epochs` optimizer steps: w differs from 1 from the
-    second on. `timestep_fraction` of the random steps, drawn anew, is trained. A last step that ends at the clean
-    latent is not random. `beta` > 0 adds beta times the KL divergence to the base model at each step, as a mean over
-    the same elements and steps: beta is the weight of the divergence against the advantage.
+    Black et al., 2023, arXiv:2305.13301 (DDPO-IS, with PPO's clipping). The means are those of the authors' code
+    (kvablack/ddpo-pytorch, ddim_with_logprob.py line 190 and train.py lines 74-79 and 539-551). Images come from the
+    ancestral sampler (DDIM with eta = 1). A last step that ends at sigma = 0 is deterministic and is not trained. For
+    fresh images and A = r, the expected gradient is that of -E[r], divided by a latent's elements times the random
+    steps.
+
+    The advantage A is the reward standardized by the mean and standard deviation of its prompt's last rewards. T
+    denoiser calls without gradient, then one with gradient for each trained step and inner epoch. The reward needs no
+    gradient. Use it if the reward is not differentiable and queries are cheap.
+
+    Attributes:
+        inner_epochs: Optimizer steps on the same images, 1 or more. w differs from 1 from the second on. Default: 1.
+        clip_range: Clipping range of the importance ratio w, above 0. Default: 1e-4.
+        timestep_fraction: Fraction of the random steps in the loss, sampled for each image batch and epoch, above 0
+            and at most 1. Default: 1.
+        beta: Weight of the KL divergence to the base model at each trained step, as a mean over elements and steps,
+            0 or more. Default: 0.
+        buffer_size: Number of last rewards of a prompt in its statistics, at least `min_count`. Default: 32.
+        min_count: Rewards that a prompt needs for its own statistics, 2 or more. With fewer, all rewards of the
+            update are used. Default: 16.
+        adv_clip_max: Bound of the advantage's magnitude, above 0. Default: 5.
     """
 
     needs_gradient = False
@@ -58,25 +70,25 @@ class DDPO(Method):
     adv_clip_max: float = 5.0
     rewards: dict[str, deque[float]] = field(default_factory=dict, init=False, repr=False)
     ratios: list[list[Tensor]] = field(default_factory=list, init=False, repr=False, compare=False)
-    """For each optimizer step of the update and each trained timestep, a row [2] for each image.
+    """For each optimizer step of the update and each trained timestep, two flags for each image [N, 2].
 
-    The first number is 1 where the importance ratio is out of its range, the second where the loss has no gradient.
+    The first flag is 1 if the importance ratio was out of range, the second if the loss has no gradient.
     """
     no_advantage: str = field(default="", init=False, repr=False, compare=False)
-    """Why all advantages of the update are 0, if they are."""
+    """Explanation if all advantages of the update are 0, else empty."""
 
     def __post_init__(self) -> None:
         at_least("inner_epochs", self.inner_epochs, 1)
         at_least("min_count", self.min_count, 2)
         at_least("buffer_size", self.buffer_size, self.min_count)
         if not self.clip_range > 0:
-            raise DraftuneError(f"clip_range must be more than 0, not {self.clip_range}")
+            raise DraftuneError(f"clip_range must be above 0, got {self.clip_range}")
         if not self.adv_clip_max > 0:
-            raise DraftuneError(f"adv_clip_max must be more than 0, not {self.adv_clip_max}")
+            raise DraftuneError(f"adv_clip_max must be above 0, got {self.adv_clip_max}")
         if not 0 < self.timestep_fraction <= 1:
-            raise DraftuneError(f"timestep_fraction must be more than 0 and at most 1, not {self.timestep_fraction}")
+            raise DraftuneError(f"timestep_fraction must be above 0 and at most 1, got {self.timestep_fraction}")
         if not self.beta >= 0:
-            raise DraftuneError(f"beta must be at least 0, not {self.beta}")
+            raise DraftuneError(f"beta must be at least 0, got {self.beta}")
 
     def check(self, schedule: Schedule) -> None:
         wants_noise(schedule)
@@ -86,7 +98,7 @@ class DDPO(Method):
 
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         self.ratios = []
-        trajectories = self.drawn(batches)
+        trajectories = self.rollouts(batches)
         for _ in range(self.inner_epochs):
             self.ratios.append([])
             yield (loss for trajectory in trajectories for loss in self.policy_losses(trajectory))
@@ -106,8 +118,8 @@ class DDPO(Method):
         return ""
 
     @torch.no_grad()
-    def drawn(self, batches: Iterable[Batch]) -> list[Trajectory]:
-        """Sample with the present policy, and compute the advantages from all images of the update."""
+    def rollouts(self, batches: Iterable[Batch]) -> list[Trajectory]:
+        """Sample images with the current weights and compute their advantages from all images of the update."""
         rollouts = []
         for batch in batches:
             steps = []
@@ -115,7 +127,7 @@ class DDPO(Method):
                 if step.tau > 0:
                     steps.append((step, x, following, log_probability(following, policy, step)))
             rollouts.append((batch, steps, batch.reward(following)))
-        # Of the pictures of all processes: what is remembered of a prompt is the same in each of them.
+        # Rewards of all processes, so that each of them has the same statistics of every prompt.
         prompts = [prompt for batch, *_ in rollouts for prompt in batch.all_prompts]
         rewards = torch.cat([batch.processes.gather(reward) for batch, _, reward in rollouts])
         advantages = self.advantages(prompts, rewards)
@@ -127,20 +139,20 @@ class DDPO(Method):
         ]
 
     def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """Return how much better than its prompt's average each reward is, in standard deviations [N]."""
+        """Standardize rewards [N] by the statistics of their prompts and clip them; update these statistics."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.rewards.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
         scaled = []
         for prompt, reward in zip(prompts, rewards, strict=True):
             known = self.rewards[prompt]
             seen = rewards.new_tensor(list(known)) if len(known) >= self.min_count else rewards
-            # The mean of equal numbers is not exactly that number, and Adam would train on the rounding.
-            even = (seen == reward).all()
-            scaled.append(torch.where(even, 0, (reward - seen.mean()) / (seen.std(unbiased=False) + 1e-6)))
+            # The mean of equal numbers may differ from them by rounding, and Adam would scale that difference up.
+            equal = (seen == reward).all()
+            scaled.append(torch.where(equal, 0, (reward - seen.mean()) / (seen.std(unbiased=False) + 1e-6)))
         return torch.stack(scaled).clamp(-self.adv_clip_max, self.adv_clip_max)
 
     def policy_losses(self, trajectory: Trajectory) -> Iterator[Tensor]:
-        """Yield the loss of each trained step, divided by their number."""
+        """Yield the loss of each trained step, divided by the number of trained steps."""
         batch, steps, advantages = trajectory
         count = max(1, round(self.timestep_fraction * len(steps)))
         for i in torch.randperm(len(steps), generator=batch.generator)[:count].sort().values.tolist():
@@ -152,12 +164,12 @@ class DDPO(Method):
             loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
             if self.beta:
                 with torch.no_grad():
-                    start = mean(batch.base(x, step), step)
-                loss = loss + self.beta * ((policy - start) / step.tau).square().mean() / 2
+                    base_mean = mean(batch.base(x, step), step)
+                loss = loss + self.beta * ((policy - base_mean) / step.tau).square().mean() / 2
             yield loss / count
 
     def count_clipped(self, batch: Batch, ratio: Tensor, clipped: Tensor, advantages: Tensor) -> None:
-        """Note which ratios [B] are out of their range, and which losses have no gradient."""
+        """Record which ratios [B] are out of range and which losses have no gradient."""
         outside = ratio != clipped
         constant = (advantages == 0) | (outside & (advantages * clipped < advantages * ratio))
         self.ratios[-1].append(batch.processes.gather(torch.stack([outside, constant], 1).float()))
@@ -170,25 +182,34 @@ class DDPO(Method):
 
 
 def why_no_advantage(rewards: Tensor) -> str:
-    """Return why the advantages of these rewards [N], all 0, are 0."""
+    """Explain why the advantages of these rewards [N] are all 0, and suggest a remedy."""
     first = float(rewards[0])
     if bool((rewards == rewards[0]).all()):
         return (
-            f"all {len(rewards)} rewards of the update are {first:g}: use a reward that tells the images apart, or "
+            f"all {len(rewards)} rewards of the update are {first:g}: use a reward that distinguishes the images, or "
             "more images an update (`--batch-size`, `--gradient-accumulation-steps`)"
         )
-    return "every advantage is 0, since each prompt's rewards are equal: use a reward that tells its images apart"
+    return "every advantage is 0, since each prompt's rewards are equal: use a reward that distinguishes its images"
 
 
 @register("dpok")
 @dataclass
 class DPOK(DDPO):
-    """DPOK (Fan et al., arXiv 2305.16381): the policy gradient with a KL divergence to the base model at every step.
+    """DPOK: policy gradient with a KL divergence to the base model at every step, `ddpo` with `beta` above 0.
 
-    `ddpo` with `beta`. The default 0.01 is `kl_weight` of the authors' code (google-research/dpok, train_online_pg.py
-    and the README's run for one prompt; with many prompts 0.1). There it stands beside a reward that is multiplied by
-    `reward_weight` (10 and 1000) and not standardized, the divergence is the mean squared difference of the predicted
-    noises without the step's factor, the ratio is clamped on both sides, and the baseline is a learned value function.
+        loss = loss of ddpo + beta * mean over elements and steps of  |mean(x_t) - mean_base(x_t)|^2 / (2 tau^2)
+
+    Fan et al., 2023, arXiv:2305.16381. As `ddpo`, with one base call without gradient for each trained step. Use it
+    instead of `ddpo` if images lose diversity.
+
+    The default of `beta`, 0.01, is `kl_weight` in the authors' code (google-research/dpok, train_online_pg.py and the
+    README's run for one prompt; 0.1 for many prompts). The authors' code differs in four points. It multiplies the
+    reward by `reward_weight` (10 and 1000) and does not standardize it. Its divergence is the mean squared difference
+    of the predicted noises, without the step's factor. It clamps the ratio on both sides. Its baseline is a learned
+    value function.
+
+    Attributes:
+        beta: Weight of the KL divergence, 0 or more. Default: 0.01. Other attributes as in `ddpo`.
     """
 
     beta: float = 0.01

@@ -1,6 +1,16 @@
-"""DRaFT, DRaFT-K, DRaFT-LV and ReFL (Clark et al., arXiv 2309.17400, Algorithm 1).
+"""DRaFT, DRaFT-K, DRaFT-LV (Clark et al., 2023, arXiv:2309.17400, Algorithm 1), ReFL and AlignProp.
 
-They differ in where the gradient is cut: before the last T, K, 1 or randint(1, m) calls of the denoiser.
+All of them maximize E[r(x_0, prompt)] by backpropagation through the end of the sampling trajectory. They differ in
+the truncation, the step before which the gradient is stopped. With T sampling steps and sampled from x_T to x_0:
+
+    method      calls with gradient    truncation
+    draft       T                      none
+    draft-k     k                      before the last k steps
+    draft-lv    1 + n                  before the last step, and at n re-noised copies of the image
+    refl        1                      before one of the last m steps, at random; then a jump to x_0
+    alignprop   K <= m                 before the last k steps, k at random
+
+The steps before the truncation are the prefix. They run without gradient (`Batch.without_graph`).
 """
 
 from __future__ import annotations
@@ -18,19 +28,27 @@ from draftune.sampling.schedule import Schedule
 
 
 def at_most(name: str, value: int, schedule: Schedule) -> None:
+    """Raise DraftuneError if a setting that counts sampling steps is above T."""
     if value > len(schedule):
-        raise DraftuneError(f"{name}={value} is more than the {len(schedule)} sampling steps (num_inference_steps)")
+        raise DraftuneError(f"{name} must be at most num_inference_steps={len(schedule)}, got {name}={value}")
 
 
 def at_least(name: str, value: int, bound: int) -> None:
+    """Raise DraftuneError if a setting is not an integer of at least `bound`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-        raise DraftuneError(f"{name} must be a whole number of at least {bound}, not {value!r}")
+        raise DraftuneError(f"{name} must be a whole number of at least {bound}, got {value!r}")
 
 
 @register("draft")
 @dataclass(frozen=True)
 class Draft(RewardGradient):
-    """Full DRaFT: the gradient flows through every sampling step."""
+    """DRaFT: the gradient flows through all T sampling steps.
+
+        grad = d r(x_0) / d theta,  x_0 = sample(x_T, prompt; theta)
+
+    Clark et al., 2023, arXiv:2309.17400, Algorithm 1 with K = T. T denoiser calls, all with gradient. Use it as a
+    reference for DRaFT-K. The term of an early step is a product of many Jacobians, so its norm can grow fast.
+    """
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         yield rollout(batch.denoise, batch.schedule.steps, batch.noise)
@@ -39,7 +57,16 @@ class Draft(RewardGradient):
 @register("draft-k")
 @dataclass(frozen=True)
 class DraftK(RewardGradient):
-    """DRaFT-K: the gradient flows through the last k sampling steps; k = 1 is the cheapest, k = T is full DRaFT."""
+    """DRaFT-K: the gradient flows through the last k sampling steps.
+
+        grad = d r(x_0) / d theta,  with stop_grad(x_k) before the last k steps
+
+    Clark et al., 2023, arXiv:2309.17400, Algorithm 1. T - k denoiser calls without gradient and k with gradient.
+    k = 1 is the cheapest and the most stable, k = T is full DRaFT. Use a larger k for rewards of layout.
+
+    Attributes:
+        k: Number of last steps with gradient, 1 to T. Default: 1.
+    """
 
     k: int = 1
 
@@ -66,11 +93,18 @@ class DraftK(RewardGradient):
 @register("draft-lv")
 @dataclass(frozen=True)
 class DraftLV(RewardGradient):
-    """DRaFT-LV: DRaFT-1 plus n re-noised copies of its sample, each denoised once, for a gradient of lower variance.
+    """DRaFT-LV: DRaFT-1 with n more terms from re-noised copies of the image, for a gradient of lower variance.
 
-    x_1 = alpha_1 * stop_grad(x_0) + sigma_1 * fresh noise, x_0' = (x_1 - sigma_1 * eps(x_1)) / alpha_1. The
-    gradients of the 1 + n rewards are added. With AdamW, a mean would differ through gradient clipping and eps alone:
-    its weight decay is decoupled from the gradient. n = 2 in the paper.
+        x_1  = alpha_1 stop_grad(x_0) + sigma_1 eps,  eps ~ N(0, I)
+        x_0' = (x_1 - sigma_1 eps_theta(x_1)) / alpha_1
+        grad = d r(x_0) / d theta + sum over n copies of d r(x_0') / d theta
+
+    Clark et al., 2023, arXiv:2309.17400, Algorithm 1 ("LV"). T - 1 denoiser calls without gradient and 1 + n with
+    gradient, each in a graph of its own; 1 + n reward queries an image. Use it if T is much larger than n and the
+    reward is cheap. The gradients are added: with AdamW, a mean would only differ in gradient clipping and eps.
+
+    Attributes:
+        n: Number of re-noised copies of each image, 0 or more. Default: 2, as in the paper. 0 is DRaFT-1.
     """
 
     n: int = 2
@@ -100,9 +134,17 @@ class DraftLV(RewardGradient):
 @register("refl")
 @dataclass(frozen=True)
 class ReFL(RewardGradient):
-    """ReFL (Xu et al., arXiv 2304.05977): stops at one of the last m steps and jumps to the clean latent there.
+    """ReFL: sampling stops at one of the last m steps, and the reward scores the x_0 predicted there.
 
-    One step is drawn for the whole batch. With m = 1, on a grid that ends at the clean latent, it is DRaFT-1.
+        t ~ uniform{1, ..., m},  grad = d r(x_0_theta(stop_grad(x_t))) / d theta
+
+    Xu et al., 2023, arXiv:2304.05977; here as in Clark et al., 2023, arXiv:2309.17400, Algorithm 1. One t is sampled
+    for the whole batch. T - t denoiser calls without gradient and 1 with gradient. Use it to train earlier steps at
+    the cost of DRaFT-1. With a large m the reward sees a blurred prediction. With m = 1, and a schedule that ends at
+    sigma = 0, it is DRaFT-1.
+
+    Attributes:
+        m: Number of last steps at which sampling may stop, 1 to T. Default: 20, as in Clark et al.
     """
 
     m: int = 20
@@ -128,20 +170,27 @@ class ReFL(RewardGradient):
 
 
 CUTS = ("normal", "uniform")
+"""Distributions of the number of steps with gradient in AlignProp."""
 
 
 @register("alignprop")
 @dataclass(frozen=True)
 class AlignProp(RewardGradient):
-    """AlignProp (Prabhudesai et al., arXiv 2310.03739): DRaFT-K whose k is drawn at random, from 1 to m.
+    """AlignProp: DRaFT-K with a random k (randomized truncated backpropagation).
 
-    Before the cut the network's output carries no gradient, and nothing else depends on the weights there, so the
-    steps before the earliest cut run without a graph. `m` is by default all steps but the first.
+        cut=normal:   k = T - int(N(0.84 T, 0.1 T)), sampled again until 1 <= k <= m, one for the batch
+        cut=uniform:  k ~ uniform{1, ..., m}, one for each image
 
-    `cut=normal` draws one k for the batch, k = T - int(N(0.84 T, 0.1 T)), again until it is from 1 to m: the default of
-    the authors' code, N(42, 5) of 50 steps (mihirp1998/AlignProp, config/alignprop_config.py lines 111-112,
-    sd_pipeline.py lines 124-132 and 224). `cut=uniform` draws k uniformly from 1 to m, for each image, as the paper
-    describes it; the authors' code draws one for the batch there too.
+    Prabhudesai et al., 2023, arXiv:2310.03739. With K the largest k of the batch, T - K denoiser calls run without
+    gradient and K with gradient. Use it to train several depths without choosing k.
+
+    `normal` is the default of the authors' code, N(42, 5) for T = 50 (mihirp1998/AlignProp,
+    config/alignprop_config.py lines 111-112, sd_pipeline.py lines 124-132 and 224). `uniform` follows the paper; the
+    authors' code samples one k for the batch there too.
+
+    Attributes:
+        cut: Distribution of k, `normal` or `uniform`. Default: `normal`.
+        m: Largest k, 1 to T. Default: T - 1.
     """
 
     cut: str = "normal"
@@ -167,23 +216,25 @@ class AlignProp(RewardGradient):
         return self.m != 1
 
     def draw(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
-        """Draw how many of `steps` sampling steps carry gradient, for each of `count` images [count]."""
-        most = self.m or max(1, steps - 1)
+        """Sample the number of last steps with gradient, 1 to m of T = `steps`, for `count` images [count]."""
+        largest = self.m or max(1, steps - 1)
         if self.cut == "uniform":
-            return torch.randint(1, most + 1, (count,), generator=generator)
+            return torch.randint(1, largest + 1, (count,), generator=generator)
         while True:
             k = steps - int((0.84 + 0.1 * float(torch.randn((), generator=generator))) * steps)
-            if 1 <= k <= most:
+            if 1 <= k <= largest:
                 return torch.full((count,), k)
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
-        drawn = self.draw(len(batch.all_prompts), len(batch.schedule), batch.generator)
-        # The earliest of all processes' cuts: they call the network equally often, which a sharded one needs.
-        prefix = len(batch.schedule) - int(drawn.max())
-        remaining = batch.processes.share(drawn).to(batch.noise.device)
+        lengths = self.draw(len(batch.all_prompts), len(batch.schedule), batch.generator)
+        # The largest k of all processes: sharded weights need the same number of denoiser calls in each of them.
+        prefix = len(batch.schedule) - int(lengths.max())
+        own = batch.processes.share(lengths).to(batch.noise.device)
         x = batch.without_graph(prefix)
+        # In the paper only the network's output is detached before the truncation. Nothing else in x depends on the
+        # weights there, so detaching x gives the same gradient.
         for i, step in enumerate(batch.schedule.steps[prefix:], prefix):
-            cut = (remaining == len(batch.schedule) - i)[:, None, None, None]
-            x = torch.where(cut, x.detach(), x)
+            truncated_here = (own == len(batch.schedule) - i)[:, None, None, None]
+            x = torch.where(truncated_here, x.detach(), x)
             x = advance(batch.denoise(x, step), step)
         yield x

@@ -1,4 +1,4 @@
-"""DRTune (Wu et al., arXiv 2405.00760): deep steps are trained, but no gradient flows through the network's input."""
+"""DRTune (Wu et al., 2024, arXiv:2405.00760): train early steps without gradient through the network's input."""
 
 from __future__ import annotations
 
@@ -18,12 +18,21 @@ from draftune.sampling.schedule import Prediction, Schedule, Step
 @register("drtune")
 @dataclass(frozen=True)
 class DRTune(RewardGradient):
-    """DRTune: k evenly spaced calls carry gradient, each to the weights alone; jumps to the clean latent early.
+    """DRTune: k evenly spaced calls carry gradient to the weights, but not to the network's input.
 
-    The gradient is sum_t c_t d eps_t / d theta with the sampler's own coefficients c_t, and no product of the network's
-    Jacobians, so that steps far from the end can be trained: for rewards of layout, such as symmetry. As in ReFL the
-    sampler stops at one of the last m steps. The calls with gradient are spread, from a random start, over those that
-    are made. No code of the authors was found: the defaults of k and m are this project's.
+        grad = sum over the trained steps t of  (d r / d x_0) c_t d eps_theta(stop_grad(x_t)) / d theta
+
+    Wu et al., 2024, arXiv:2405.00760. c_t is the sampler's own coefficient of eps_theta at step t. No product of
+    Jacobians occurs, so that the gradient of an early step does not grow with the number of later calls. As in ReFL,
+    sampling stops at a step t0 ~ uniform{1, ..., m} from the end and jumps to x_0. The trained calls are spread from a
+    random start over the calls that are made.
+
+    T - t0 + 1 - k denoiser calls without gradient and k with gradient. Use it for rewards of layout, such as symmetry,
+    that depend on early steps. No code of the authors was available; the defaults are this project's.
+
+    Attributes:
+        k: Number of calls with gradient, 1 or more; k + m is at most T + 1. Default: 5.
+        m: Number of last steps at which sampling may stop, 1 or more. Default: 5.
     """
 
     k: int = 5
@@ -36,8 +45,8 @@ class DRTune(RewardGradient):
     def check(self, schedule: Schedule) -> None:
         if self.k + self.m > len(schedule) + 1:
             raise DraftuneError(
-                f"k={self.k} calls with gradient and a stop at one of the last m={self.m} do not fit into "
-                f"{len(schedule)} sampling steps (num_inference_steps): k + m may be one more"
+                f"k + m must be at most {len(schedule) + 1}, one more than the sampling steps (num_inference_steps), "
+                f"got k={self.k} and m={self.m}"
             )
         wants_attachable(schedule)
 
@@ -61,10 +70,14 @@ class DRTune(RewardGradient):
 
 
 def attached(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
-    """A prediction made from x.detach(), with the gradient that x has in it apart from the network's output.
+    """Add the gradient of the sampler's linear path through x to a prediction computed from `x.detach()`.
 
-    Before it is clipped, both of its parts are linear in x and in the output: nothing is added to them but the way
-    back to x, which ends where the clean picture was clipped.
+    x_0 and noise are linear in x and in the network's output (`Schedule.unclipped`). This adds the term in x with the
+    value 0, so that the values stay the same. Where x_0 was clipped, its gradient is 0.
+
+    Args:
+        prediction: The denoiser's result for `x.detach()`.
+        x: The noisy latent [B, C, H, W] with its graph.
     """
     clean, noise = replace(schedule, clip=None).read(torch.zeros_like(x), x - x.detach(), step)
     if schedule.clip:
@@ -73,6 +86,8 @@ def attached(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) 
 
 
 def wants_attachable(schedule: Schedule) -> None:
-    """Raises DraftuneError for dynamic thresholding, whose gradient `attached` can't tell."""
+    """Raise DraftuneError for dynamic thresholding, which `attached` cannot differentiate."""
     if schedule.clip and schedule.clip.quantile is not None:
-        raise DraftuneError("this method does not know dynamic thresholding: switch it off in the scheduler's config")
+        raise DraftuneError(
+            "this method does not support dynamic thresholding; set thresholding=false in the scheduler's config"
+        )

@@ -1,4 +1,4 @@
-"""DRaFT+: any method, held near the model that it started from."""
+"""DRaFT+: a penalty on the distance from the base model, added to any method."""
 
 from __future__ import annotations
 
@@ -16,24 +16,31 @@ from draftune.sampling.schedule import Prediction, Step
 
 @register("kl")
 class KL(Around):
-    """Any method with a penalty for leaving the base model: kl(draft-k(k=5), beta=0.1) is DRaFT+.
+    """DRaFT+: any method with a penalty on the distance from the base model, such as kl(draft-k(k=5), beta=0.1).
 
-    Adds beta * sum_t mean((F - F_base)^2) over the calls of the denoiser that carry gradient. F is the guided output of
-    the network, as in `Schedule.prediction_error`, and F_base that of the base model at the same noisy latent. The KL
-    divergence of the two ancestral samplers is the same sum with a weight for each step; here every step weighs the
-    same. Each of these calls takes one call of the base model, with a graph where the latent carries one. beta is 0.1
-    to 1 in the literature.
+        loss = loss of the method + beta * sum over calls with gradient of mean((F - F_base)^2)
+
+    Around `draft-k` this is DRaFT+ of NVIDIA NeMo-Aligner. F and F_base are the guided outputs of the fine-tuned and
+    the base network at the same x_t; `Schedule.prediction_error` computes their difference. The KL divergence between
+    the two ancestral samplers is the same sum with a weight for each step. Here all weights are 1.
+
+    One base call for each denoiser call with gradient. The base call carries gradient where x_t does. Use it when
+    the training reward rises while an evaluation reward or the diversity falls.
+
+    Args:
+        method: The method to wrap.
+        beta: Weight of the penalty, 0 or more. Default: 0.1; 0.1 to 1 in the literature.
     """
 
     def __init__(self, method: Method, beta: float = 0.1) -> None:
         if not beta >= 0:
-            raise DraftuneError(f"beta must be at least 0, not {beta}")
+            raise DraftuneError(f"beta must be at least 0, got {beta}")
         super().__init__(method)
         self.beta = beta
         self.penalties: list[Tensor] = []
 
     def watched(self, batch: Batch) -> Denoiser:
-        """The denoiser, which notes how far it is from the base wherever it is called with a graph."""
+        """Return the batch's denoiser, wrapped to record the penalty of each call with gradient."""
 
         def call(x: Tensor, step: Step) -> Prediction:
             prediction = batch.denoise(x, step)
@@ -45,12 +52,13 @@ class KL(Around):
         return call
 
     def penalized(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Add to each loss the penalties of the calls in its graph."""
         for loss in losses:
             penalty, self.penalties = sum(self.penalties), []
             yield loss + self.beta * penalty
 
     def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
-        self.penalties = []  # of an update that went wrong
+        self.penalties = []  # an update that failed may have left some
         watched = (replace(batch, denoise=self.watched(batch)) for batch in batches)
         for losses in self.method.optimizer_steps(watched):
             yield self.penalized(losses)

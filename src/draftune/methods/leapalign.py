@@ -1,4 +1,4 @@
-"""LeapAlign (arXiv 2604.15311): two leaps instead of the whole way, so that any step can be trained."""
+"""LeapAlign (arXiv:2604.15311): two one-step leaps carry the gradient, so that any step can be trained."""
 
 from __future__ import annotations
 
@@ -18,23 +18,33 @@ from draftune.sampling.schedule import Prediction, Schedule, Step
 @register("leapalign")
 @dataclass(frozen=True)
 class LeapAlign(RewardGradient):
-    """LeapAlign: two leaps x_k to x_j to x_0 between steps drawn at random carry the gradient, instead of all steps.
+    """LeapAlign: the gradient flows through two leaps x_k -> x_j -> x_0 between random steps, not through all steps.
 
-    The picture is that of all T steps; each leap is made from one call of the denoiser and corrected by a constant to
-    end where the sampler did. In the second leap the gradient through the network's input is multiplied by `discount`,
-    0 to 1. For flow models, with v the network: -j dv(x_j) - (k - j) dv(x_k) + discount j (k - j) dv/dx dv(x_k). The
-    paper uses a discount of 0.1 to 0.3; its weight for how well a leap meets the sampler is not part of this.
+        leap(x_t -> s) = alpha_s x_0_theta(x_t) + sigma_s eps_theta(x_t),  corrected: x_s + leap - stop_grad(leap)
+
+    arXiv:2604.15311. The image comes from all T steps: each leap gets a constant correction to end at the sampler's
+    latent. In the second leap the gradient through the network's input is multiplied by `discount`. For a flow model
+    with velocity v, sigma_t = t and k > j the levels of the two steps:
+
+        d x_0 / d theta = -j dv(x_j) - (k - j) dv(x_k) + discount j (k - j) dv/dx(x_j) dv(x_k)
+
+    T - 2 denoiser calls without gradient and 2 with gradient, for any depth. Use it to train early steps at a fixed
+    cost, with at most one Jacobian in the gradient. The paper's weight for the error of a leap is not implemented.
+
+    Attributes:
+        discount: Factor of the gradient through the second leap's network input, 0 to 1. Default: 0.2; 0.1 to 0.3 in
+            the paper.
     """
 
     discount: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 <= self.discount <= 1:
-            raise DraftuneError(f"discount must be between 0 and 1, not {self.discount}")
+            raise DraftuneError(f"discount must be between 0 and 1, got {self.discount}")
 
     def check(self, schedule: Schedule) -> None:
         if len(schedule) < 2:
-            raise DraftuneError("leapalign wants at least 2 sampling steps (num_inference_steps)")
+            raise DraftuneError(f"leapalign needs num_inference_steps of at least 2, got {len(schedule)}")
         wants_attachable(schedule)
 
     def has_prefix(self) -> bool:
@@ -55,10 +65,10 @@ class LeapAlign(RewardGradient):
 
 
 def leap(prediction: Prediction, step: Step, alpha: float, sigma: float) -> Tensor:
-    """From `step` to the level (alpha, sigma) in one go."""
+    """Move from `step` to the noise level (alpha, sigma) in one DDIM step."""
     return advance(prediction, step._replace(alpha_next=alpha, sigma_next=sigma))
 
 
 def corrected(x: Tensor, value: Tensor) -> Tensor:
-    """`value`, with the gradient of `x`."""
+    """Return `value` with the gradient of `x` (straight-through estimator)."""
     return value + (x - x.detach())

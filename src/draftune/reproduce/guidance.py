@@ -67,7 +67,7 @@ def guidance(lab: Lab) -> Report:
         "the best of N seeds": ([f"the best of {count}" for count in counts(scale)], "o-"),
         "ratio, by strength": (ratios(scale), "s-"),
         "ratio, without noise": ([STILL], "D"),
-        "look-ahead": (aheads(scale), "^"),
+        "gradient_guidance": (aheads(scale), "^"),
         "look-ahead that trains": ([TUNED], "v"),
         LORA: ([LORA], "*"),
     }

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from draftune.evaluation.metrics import evaluate, score_batches
 from draftune.experimental.denoising_loss import LEVELS
-from draftune.guidance.methods import load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import sample_guided
 from draftune.models import Model
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug, tidy
 from draftune.rewards.properties import Matches
 from draftune.utils.images import open_image, save_image, to_pil
 
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.5)
-STILL = "ratio(strength=0.2, eta=0)"
-AHEAD = "look-ahead(rise=2, rounds=4)"
-OTHERS = ("look-ahead(rise=0.5, rounds=4)", "look-ahead(rise=2, rounds=8)")
-TUNED = "look-ahead(rise=2, rounds=4, tune_from=1, learning_rate=0.001)"
+STILL = "pgdiff_dynamic(strength=0.2, eta=0)"
+AHEAD = "gradient_guidance(target_increase=2, rounds=4)"
+OTHERS = ("gradient_guidance(target_increase=0.5, rounds=4)", "gradient_guidance(target_increase=2, rounds=8)")
+TUNED = "gradient_guidance(target_increase=2, rounds=4, finetune_from_round=1, learning_rate=0.001)"
 ALONE = "the LoRA of that, drawn without guidance"
 LORA = f"the LoRA of {ONE}"
 SEEDS = 1000
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 
 
 def ratios(scale: Scale) -> list[str]:
-    return [f"ratio(strength={strength:g})" for strength in RATIOS[: scale.grid]]
+    return [f"pgdiff_dynamic(strength={strength:g})" for strength in RATIOS[: scale.grid]]
 
 
 def aheads(scale: Scale) -> list[str]:
@@ -57,8 +58,8 @@ def calls(method: str, steps: int) -> int:
     Through frozen weights a backward pass costs what a forward one does.
     """
     guide = load_guide(method)
-    rounds = guide.draws - 1
-    return steps * (1 + 2 * rounds) + (2 * LEVELS * (guide.draws - guide.tune_from) if guide.tune_from else 0)
+    rounds, first = guide.num_samplings - 1, guide.finetune_from_round
+    return steps * (1 + 2 * rounds) + (2 * LEVELS * (guide.num_samplings - first) if first else 0)
 
 
 def training_calls(scale: Scale) -> int:
@@ -119,10 +120,10 @@ def guided(lab: Lab, method: str, seed: int) -> list[Row]:
         options = {"num_inference_steps": lab.scale.num_inference_steps, "guidance_scale": GUIDANCE, "batch_size": 4}
         found = sample_guided(model, lab.reward, prompts, method, seeds=seeds, **options)
         rewards.extend(found.rewards.mean(1).tolist())
-        return found.pictures
+        return found.images
 
     rows = [scored(lab, model, seed, draw) | {"rewards": rewards}]
-    if load_guide(method).tune_from:
+    if load_guide(method).finetune_from_round:
         rows.append(scored(lab, model, seed, plain(lab, model)))
     return rows
 
@@ -145,7 +146,7 @@ def measured(lab: Lab) -> list[Row]:
         for method in (*ratios(scale), STILL, *aheads(scale), TUNED):
             name = f"guidance-{slug(method)}-{seed}"
             found = lab.measured(name, partial(guided, lab, method, seed))
-            ratio, rounds = method.startswith("ratio"), load_guide(method).draws - 1
+            ratio, rounds = method.startswith("pgdiff"), load_guide(method).num_samplings - 1
             spent = {"calls": calls(method, t), "scored": t + 1 if ratio else 2 * rounds + 1}
             rows.append({"way": method, "seed": seed} | spent | found[0])
             if len(found) > 1:
@@ -178,9 +179,9 @@ def pictures(lab: Lab, folder: Path) -> dict[str, float]:
             ("filled", Matches(str(path), mask=str(folder / "mask.png"))),
             ("coloured", Matches(str(path), "grey")),
         ):
-            drawn = sample_guided(model, reward, prompt, f"ratio(strength={STRENGTH})", seeds=[0], **options)
-            found[name].append(drawn.pictures)
-            save_image(to_pil(drawn.pictures)[0], folder / f"{name}-{i}.png")
+            drawn = sample_guided(model, reward, prompt, f"pgdiff_dynamic(strength={STRENGTH})", seeds=[0], **options)
+            found[name].append(drawn.images)
+            save_image(to_pil(drawn.images)[0], folder / f"{name}-{i}.png")
     half = hidden.bool().expand_as(whole)
     mean = (whole * (1 - hidden)).mean((2, 3), keepdim=True) / (1 - hidden).mean()
     greys = whole.mean(1, keepdim=True).expand_as(whole)

@@ -142,7 +142,7 @@ class Ways:
     def small(self) -> Path:
         kept, folder = self.kept(WEIGHTS[0]), self.lab.folder / called(SMALL, self.seed)
         made = distill_lora(
-            str(kept), [self.things, self.faces], folder, RANK, paths=min(PATHS, self.steps), seed=self.seed
+            str(kept), [self.things, self.faces], folder, RANK, num_trajectories=min(PATHS, self.steps), seed=self.seed
         )
         self.lab.measured(f"{folder.name}-differences", lambda: made.differences)
         return folder

@@ -60,7 +60,7 @@ def matches(image: str, property: str = "pixels", mask: str = "") -> Reward:
 
     `image`: a picture file. `property`: pixels; grey, the mean of the channels, for colouring; colors, mean and spread
     of each channel. `mask`: a picture file, black where the property has to match and white where it is free,
-    for filling in. No weights; any size. Made for guidance (`draftune sample --guide`). Over-optimised: every prompt
-    gives the picture. Source: PGDiff (arXiv 2309.10810), which sums over the pixels in [-1, 1] instead.
+    for filling in. No weights; any size. Made for guidance (`draftune sample --guidance-reward`). Over-optimised: every
+    prompt gives the picture. Source: PGDiff (arXiv 2309.10810), which sums over the pixels in [-1, 1] instead.
     """
     return Matches(image, property, mask)

@@ -227,10 +227,10 @@ def defaults(call: Call, kind: str) -> dict[str, Value]:
 def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     """Return the factories of everything that an expression can name, by kind."""
     from draftune.experimental.optimizers import FILTERS, OPTIMIZERS
-    from draftune.methods import METHODS
+    from draftune.methods import all_methods
     from draftune.rewards import REWARDS
 
-    return {"reward": REWARDS, "method": METHODS, "optimiser": OPTIMIZERS, "gradient filter": FILTERS}
+    return {"reward": REWARDS, "method": all_methods(), "optimiser": OPTIMIZERS, "gradient filter": FILTERS}
 
 
 def paths_in(tree: Tree, kind: str) -> Iterator[str]:

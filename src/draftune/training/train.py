@@ -9,7 +9,6 @@ from typing import Any
 
 from draftune.errors import DraftuneError, gather, unknown
 from draftune.methods import load_method
-from draftune.methods.retention import Keep
 from draftune.models import Model, load_model
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
@@ -83,6 +82,8 @@ def prepare(
         )
     past = find_past(settings)
     if past is not None and past.kept:
+        from draftune.experimental.retention import Keep
+
         method = Keep(method, settings.keep_weight)
         if not settings.normalize_reward:
             tell(

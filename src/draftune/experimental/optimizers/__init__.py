@@ -1,4 +1,4 @@
-"""What the gradient is made of before a step, and the step: gradient filters and optimisers, by name."""
+"""Optimizers and gradient preconditioners (filters) by name."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ Filter = Callable[[Tensor], Tensor]
 def adamw(
     params: Parameters, lr: float, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float = 0.1
 ) -> Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), torch's own; its settings are --adam-beta1 and the like."""
+    """AdamW (Loshchilov and Hutter, 2017, arXiv:1711.05101): `torch.optim.AdamW`.
+
+    In a run its defaults are the settings `--adam-beta1`, `--adam-beta2` and `--weight-decay`.
+    """
     return AdamW(params, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
 def sgd(
     params: Parameters, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:
-    """Stochastic gradient descent, torch's own, with Polyak's or Nesterov's momentum."""
+    """Stochastic gradient descent with optional (Nesterov) momentum: `torch.optim.SGD`."""
     return SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
@@ -66,38 +69,51 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
 def make_optimizer(
     text: str, params: Parameters, lr: float, defaults: Mapping[str, Mapping[str, Value]] | None = None
 ) -> Optimizer:
-    """An optimiser from its name and settings: "sgd(momentum=0.9)", "extrapolate(adamw, rate=0.1)", "my.py:Mine(k=2)".
+    """Create an optimizer from an expression.
 
-    `defaults`: settings by an optimiser's name, where the expression does not say. Raises DraftuneError for a name or a
-    setting that is not there.
+    Args:
+        text: A name with settings, such as "sgd(momentum=0.9)" or "extrapolate(adamw, rate=0.1)", or a class of your
+            own file, such as "my.py:Mine(k=2)".
+        params: Parameters to train.
+        lr: Learning rate.
+        defaults: Settings by optimizer name, used where the expression does not set them.
+
+    Raises:
+        DraftuneError: The optimizer or one of its settings is unknown, or a value is not allowed.
     """
-    return build(one(text, "optimiser"), list(params), lr, defaults or {})
+    return build(one(text, "optimizer"), list(params), lr, defaults or {})
 
 
 def build(call: Call, params: list[nn.Parameter], lr: float, defaults: Mapping[str, Mapping[str, Value]]) -> Optimizer:
-    factory = found(call.name, "optimiser", OPTIMIZERS)
+    """Create the optimizer that a parsed call names, with the optimizer inside it if it wraps one."""
+    factory = found(call.name, "optimizer", OPTIMIZERS)
     call = Call(call.name, {**defaults.get(call.name, {}), **call.settings}, call.inner)
-    inner = inner_call(call, factory, Optimizer, "optimiser", "adamw")
+    inner = inner_call(call, factory, Optimizer, "optimizer", "adamw")
     given: tuple[Any, ...] = (build(inner, params, lr, defaults),) if inner else (params, lr)
-    return made(call, factory, Optimizer, "optimiser", "torch.optim.Optimizer", *given)
+    return made(call, factory, Optimizer, "optimizer", "torch.optim.Optimizer", *given)
 
 
 def make_filter(text: str) -> Filter:
-    """A gradient filter from its name and settings: "channel-mean(weight=2)". Raises DraftuneError as above."""
+    """Create a gradient preconditioner from its name and settings, such as "channel-mean(weight=2)".
+
+    Raises:
+        DraftuneError: The filter or one of its settings is unknown, or a value is not allowed.
+    """
     call = one(text, "gradient filter")
     factory = found(call.name, "gradient filter", FILTERS)
     if call.inner is not None:
-        raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
+        raise DraftuneError(f"{call.name} takes settings such as key=value, got {str(call.inner)!r}")
 
     def filtered(gradient: Tensor) -> Tensor:
         return call.apply(factory, "gradient filter", gradient)
 
-    filtered(torch.zeros(2, 1))  # what is wrong with its settings is said at once
+    filtered(torch.zeros(2, 1))  # raises now if a setting is wrong
     return filtered
 
 
 def one(text: str, kind: str) -> Call:
+    """Parse an expression that must be one name with its settings."""
     tree = parse(text)
     if not isinstance(tree, Call):
-        raise DraftuneError(f"{kind}: one name with its settings is wanted, not {text!r}")
+        raise DraftuneError(f"the {kind} must be one name with its settings, got {text!r}")
     return tree

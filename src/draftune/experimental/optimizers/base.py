@@ -1,4 +1,4 @@
-"""What the optimisers have in common that ask for more than one gradient, or for one somewhere else."""
+"""Base class of optimizers that evaluate the gradient several times in a step, or at other weights."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Closure = Callable[[], Any]
-"""Clears the gradients, computes them anew at the weights as they are, on the same batch, and returns the loss."""
+"""Clear the gradients, compute them at the current weights on the same batch, and return the loss (as in torch)."""
 
 
 class Evaluating(Optimizer):
-    """An optimiser whose `step` must be given a closure, which it calls where and as often as it needs a gradient.
+    """Optimizer whose `step` requires a closure, as `torch.optim.LBFGS` does.
 
-    What is not of one weight alone is kept in the state of the first one, where `state_dict` finds it.
+    State that belongs to all parameters is stored with the first parameter, so that `state_dict` includes it.
     """
 
     def parameters(self) -> list[Tensor]:
+        """Return the parameters of all groups in order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The state of all weights together."""
+        """State that belongs to all parameters together."""
         state: dict[str, Any] = self.state[self.parameters()[0]]
         return state
 
     def number(self, value: float) -> Tensor:
-        """In the precision in which `load_state_dict` brings it back, so that a run goes on bit for bit."""
+        """Round a number to the precision of the parameters, to which `load_state_dict` casts it: resume is exact."""
         return torch.tensor(value, dtype=self.parameters()[0].dtype)
 
 
 def evaluated(closure: Closure | None) -> Any:
-    """The loss, with the gradients at the weights as they are. Raises TypeError where there is no closure."""
+    """Call the closure and return the loss. Raise TypeError if there is no closure."""
     if closure is None:
-        raise TypeError("step wants a closure that computes the gradients anew: optimizer.step(closure)")
+        raise TypeError("step needs a closure that computes the gradients: optimizer.step(closure)")
     with torch.enable_grad():
         return closure()
 
 
 def gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter, 0 if it has none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,4 +1,4 @@
-"""EXTRAP-SGD (Lin, Kong, Stich & Jaggi, arXiv 2006.05720): the gradient is taken a little further on."""
+"""EXTRAP-SGD (Lin, Kong, Stich and Jaggi, 2020, arXiv:2006.05720): evaluate the gradient at extrapolated weights."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from draftune.experimental.optimizers.base import Closure, Evaluating, evaluated
 
 
 class Extrapolate(Evaluating):
-    """EXTRAP around any optimiser: its gradient is taken at w - rate * h, where h is the gradient of the step before.
+    """EXTRAP-SGD around any optimizer: the gradient is evaluated at extrapolated weights.
 
-    Costs no further gradient, and as much memory as two. With `momentum` > 0 the last step, times it, is added to
-    where the gradient is taken: around sgd(momentum=u), with the same u, that is the paper's Nesterov form.
-    Both forms are as recalled from the paper, of which no code was found; its rule for the rate is not part of this.
-    On a quadratic of curvature c the stable learning rates shrink: rate * c < 1 and lr * c < 2 * (1 - rate * c) around
-    plain SGD. `rate` is in units of the weights by the gradient, whatever the optimiser. h is the mean over all
-    processes: the paper's workers have each their own.
+        gradient at  w + momentum * (last step) - rate * h,  h = gradient of the previous step
+
+    Lin, Kong, Stich and Jaggi, 2020, arXiv:2006.05720. One gradient evaluation a step, and memory for up to two more
+    gradients. Around sgd(momentum=u), `momentum` = u is the paper's Nesterov form. On a quadratic of curvature c,
+    plain SGD is stable for rate * c < 1 and lr * c < 2 (1 - rate * c). The paper's rule for the rate is not
+    implemented. Here h is the mean over all processes; in the paper each worker has its own. No code of the authors
+    was available.
+
+    Args:
+        optimizer: The optimizer that takes the step.
+        rate: Extrapolation step along the previous gradient, 0 or more, in units of weight / gradient.
+        momentum: Factor of the last step, 0 or more and below 1. Default: 0.
     """
 
     def __init__(self, optimizer: Optimizer, rate: float, momentum: float = 0.0) -> None:
         if isinstance(optimizer, Evaluating):
-            raise DraftuneError("extrapolate wants an optimiser inside it that takes one gradient as it is")
+            raise DraftuneError("extrapolate cannot wrap an optimizer that needs a closure: use adamw or sgd inside it")
         if not (rate >= 0 and 0 <= momentum < 1):
-            raise DraftuneError(f"extrapolate: rate >= 0 and 0 <= momentum < 1 are wanted, not {rate} and {momentum}")
+            raise DraftuneError(f"extrapolate needs rate >= 0 and 0 <= momentum < 1, got {rate=} and {momentum=}")
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer, self.rate, self.momentum = optimizer, rate, momentum
         self.follow()
 
     def follow(self) -> None:
-        """One state and the same groups: what is set in either holds for both."""
+        """Share state and parameter groups with the wrapped optimizer, so that a change in one holds for both."""
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
 
     @torch.no_grad()
@@ -42,23 +48,23 @@ class Extrapolate(Evaluating):
         try:
             for parameter in parameters:
                 state = self.state.get(parameter, {})
-                if self.momentum and "moved" in state:
-                    parameter.add_(state["moved"], alpha=self.momentum)
-                if self.rate and "past" in state:
-                    parameter.add_(state["past"], alpha=-self.rate)
+                if self.momentum and "last_step" in state:
+                    parameter.add_(state["last_step"], alpha=self.momentum)
+                if self.rate and "previous_gradient" in state:
+                    parameter.add_(state["previous_gradient"], alpha=-self.rate)
             loss = evaluated(closure)
         finally:
             for parameter, before in zip(parameters, here, strict=True):
                 parameter.copy_(before)
         self.optimizer.step()
-        # Only now: an optimiser may take a state that is not empty for its own.
+        # After the step: an optimizer may take a state that is not empty for its own.
         for parameter, before in zip(parameters, here, strict=True):
             if parameter.grad is None:
                 continue
             if self.rate:
-                self.state[parameter]["past"] = parameter.grad.clone()
+                self.state[parameter]["previous_gradient"] = parameter.grad.clone()
             if self.momentum:
-                self.state[parameter]["moved"] = parameter - before
+                self.state[parameter]["last_step"] = parameter - before
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

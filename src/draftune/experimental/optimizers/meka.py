@@ -1,7 +1,7 @@
-"""MEKA (Chen, Choi, Balles, Duvenaud & Hennig, arXiv 2011.04803): Kalman filters of the gradient and the loss.
+"""MEKA (Chen, Choi, Balles, Duvenaud and Hennig, 2020, arXiv:2011.04803): Kalman filters of gradient and loss.
 
-It needs every sample's gradient and second derivatives, so it is for small problems and not for sampling; what a run
-can have of it is the measurement, signal to noise (`draftune.training.gradient_noise`).
+It needs the gradient and second derivatives of every sample, so it only suits small problems and is not available in
+training runs. `draftune.training.gradient_noise` measures the signal-to-noise ratio of the gradient in a run.
 """
 
 from __future__ import annotations
@@ -20,29 +20,38 @@ TINY = 1e-30
 
 
 class Belief(NamedTuple):
-    """A quantity as the filter sees it: its mean, and the variance of each of its numbers."""
+    """Gaussian estimate of a quantity: its mean, and the variance of each element."""
 
     mean: Tensor
     variance: Tensor
 
 
 def filtered(predicted: Belief, measured: Belief) -> Belief:
-    """One of Kalman's updates: what was predicted and what was measured, each weighed by the other's variance."""
+    """Combine a prediction and a measurement by a Kalman update, each weighted by the other's variance."""
     gain = predicted.variance / (predicted.variance + measured.variance + TINY)
     mean = (1 - gain) * predicted.mean + gain * measured.mean
     return Belief(mean, (1 - gain) ** 2 * predicted.variance + gain**2 * measured.variance)
 
 
 def step_size(slope: float, curve: float, loss: float, first: float, second: float, most: float = math.inf) -> float:
-    """The most probable improvement: the alpha > 0 that makes the expected change least in its standard deviations.
+    """Compute the step size with the highest probability of improvement.
 
-    Minimises (alpha * slope + alpha^2 / 2 * curve) / sqrt(2 * loss + alpha^2 * first + alpha^4 / 4 * second), with
-    slope = d.m < 0 and curve = d.Bd along the direction, and the variances of the loss, of d.m and of d.Bd. Where
-    first and second are nothing beside the loss's, it is -slope / curve. At most `most`.
+        minimize over alpha > 0:
+        (alpha slope + alpha^2 / 2 curve) / sqrt(2 loss + alpha^2 first + alpha^4 / 4 second)
+
+    If `first` and `second` are negligible beside `loss`, this is -slope / curve.
+
+    Args:
+        slope: d.m, the slope of the loss along the direction d, below 0.
+        curve: d.Bd, the curvature along d.
+        loss: Variance of the loss.
+        first: Variance of d.m.
+        second: Variance of d.Bd.
+        most: Upper bound of the result.
     """
 
     def derivative(alpha: float) -> float:
-        # Of the quotient, times what is positive; it changes its sign once.
+        # Derivative of the quotient times a positive factor; it changes its sign once.
         return 2 * loss * (slope + curve * alpha) + curve * first * alpha**3 / 2 - slope * second * alpha**4 / 4
 
     low, high = 0.0, 1.0
@@ -57,13 +66,20 @@ def step_size(slope: float, curve: float, loss: float, first: float, second: flo
 
 
 class MEKA(Evaluating):
-    """MEKA, and with `adaptive` AdaMEKA: filters the gradient by its measured variance and curvature, sets its step.
+    """MEKA: SGD on a Kalman-filtered gradient with an automatic step size; AdaMEKA with `adaptive`.
 
-    The closure returns the losses [n] of n >= 2 samples with their graph, and does not call backward. Variances are
-    means over the weights; they are averaged over the steps with `decay`, the size of the step with `step_decay`, both
-    without the bias of their start. The paper averages the step with 0.999 too; so averaged it diverges on a noisy
-    quadratic. A fixed step is `lr`; no step is longer than `most`, which is ours. In the authors' own words it matches
-    well-tuned SGD and Adam on networks, and does not beat them.
+    Chen, Choi, Balles, Duvenaud and Hennig, 2020, arXiv:2011.04803. The filter predicts the gradient from the last
+    step's curvature and corrects it by the measured gradient, each weighted by its variance. The closure must return
+    the losses [n] of n >= 2 samples with their graphs, and must not call backward. According to the authors, MEKA
+    matches well-tuned SGD and Adam on networks but does not beat them.
+
+    Args:
+        lr: Fixed step size. Default: None, the most probable improvement (`step_size`).
+        adaptive: Divide the direction by the root of the gradient's second moment, as Adam does. Default: False.
+        decay: Decay of the running averages of the variances (bias-corrected means over the weights). Default: 0.999.
+        step_decay: Decay of the running average of the step size. Default: 0; the paper's 0.999 diverges on a noisy
+            quadratic.
+        most: Upper bound of the step size, this project's addition. Default: 1000.
     """
 
     def __init__(
@@ -76,17 +92,17 @@ class MEKA(Evaluating):
         most: float = 1e3,
     ) -> None:
         if not (0 <= decay < 1 and 0 <= step_decay < 1 and most > 0):
-            raise DraftuneError(f"MEKA: decays in [0, 1) and most > 0 are wanted, not {decay}, {step_decay} and {most}")
+            raise DraftuneError(f"MEKA needs decays in [0, 1) and most > 0, got {decay}, {step_decay} and {most}")
         super().__init__(params, {"lr": lr})
         self.lr, self.adaptive, self.decay, self.step_decay, self.most = lr, adaptive, decay, step_decay, most
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """One step; the mean loss before it."""
+        """Take one step and return the mean loss before it."""
         parameters, shared = self.parameters(), self.shared
         losses: Tensor = evaluated(closure)
         if losses.dim() != 1 or len(losses) < 2:
-            raise DraftuneError(f"MEKA wants the losses [n] of at least 2 samples, not {list(losses.shape)}")
+            raise DraftuneError(f"MEKA needs the losses [n] of at least 2 samples, got the shape {list(losses.shape)}")
         gradients = derivatives(losses, parameters)
         done, values = int(shared.get("step", 0)), torch.stack(gradients).detach()
         measured = Belief(values.mean(0), self.averaged("noise", noise(values), self.decay, done))
@@ -124,42 +140,43 @@ class MEKA(Evaluating):
         return losses.detach().mean()
 
     def averaged(self, name: str, value: Tensor, decay: float, done: int) -> Tensor:
-        """The running average of a number, without the bias of its start at 0."""
+        """Update a bias-corrected running average and return it."""
         average = self.shared.get(name, torch.zeros_like(value)).lerp(value, 1 - decay)
         self.shared[name] = average
         return average / (1 - decay ** (done + 1))
 
     def keep(self, name: str, values: Tensor) -> None:
-        """What there is of each weight, in its state."""
+        """Store a vector over all weights in the states of their parameters."""
         parameters = self.parameters()
         parts = values.split([parameter.numel() for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             self.state[parameter][name] = part.view_as(parameter).clone()
 
     def whole(self, name: str) -> Tensor:
+        """Return a vector over all weights stored by `keep`."""
         return torch.cat([self.state[parameter][name].flatten() for parameter in self.parameters()])
 
 
 @torch.enable_grad()
 def derivatives(values: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of each of n values by all weights, [weights], with a graph; 0 where there is none."""
+    """Compute the gradients [weights] of n values with respect to all weights, with a graph; 0 without dependence."""
     rows = []
     for value in values:
-        found: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
+        gradients: Sequence[Tensor] = [torch.zeros_like(parameter) for parameter in parameters]
         if value.requires_grad:
-            found = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
-        rows.append(torch.cat([gradient.flatten() for gradient in found]))
+            gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return rows
 
 
 def curvature(gradients: Sequence[Tensor], direction: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Each sample's second derivative along a direction, [n, weights]."""
+    """Compute the Hessian-vector product [n, weights] of each sample with a direction [weights]."""
     with torch.enable_grad():
-        # One by one: stacked, each would lead through the graphs of all.
+        # One by one: in a stacked tensor, each backward pass would run through the graphs of all samples.
         slopes = [gradient @ direction for gradient in gradients]
     return torch.stack(derivatives(slopes, parameters)).detach()
 
 
 def noise(values: Tensor) -> Tensor:
-    """The variance of the mean of n samples [n, numbers], the mean over its numbers."""
+    """Compute the variance of the mean of n samples [n, elements], averaged over the elements."""
     return values.var(0).mean() / len(values)

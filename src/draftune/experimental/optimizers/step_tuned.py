@@ -1,4 +1,4 @@
-"""Step-Tuned SGD (Castera, Bolte, Févotte & Pauwels, arXiv 2103.03570): a step size from noisy gradients alone."""
+"""Step-Tuned SGD (Castera, Bolte, Févotte and Pauwels, 2021, arXiv:2103.03570): a step size from noisy gradients."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from draftune.experimental.optimizers.base import Closure, Evaluating, evaluated
 
 
 class StepTunedSGD(Evaluating):
-    """Step-Tuned SGD: two steps on each batch, whose change of gradient gives the next one's size (Barzilai-Borwein).
+    """Step-Tuned SGD: two steps on each batch; the change of the gradient sets the next step size (Barzilai-Borwein).
 
-    The k-th pair of steps has the size lr * gamma_k / (k + 1)^(1/2 + delta). With the first step's dw and the running
-    average G (`beta`) of the change of gradient that it made, gamma_{k+1} = |dw|^2 / <G, dw>, or `nu` where the
-    curvature <G, dw> is not positive, clipped to `low` … `high`; gamma_0 = 1, and one gamma serves all weights. Both
-    gradients must be of the same batch and noise. The defaults are the paper's; lr is to be tuned as that of SGD.
+        size of the k-th pair of steps = lr * gamma_k / (k + 1)^(1/2 + delta),  gamma_0 = 1
+        gamma_{k+1} = clip(|dw|^2 / <G, dw>, low, high) if <G, dw> > 0, else clip(nu, low, high)
+
+    Castera, Bolte, Févotte and Pauwels, 2021, arXiv:2103.03570. dw is the first step of a pair, G the running average
+    of the change of the gradient that it caused. All weights share one gamma. Two gradient evaluations a step, both on
+    the same batch and noise. Tune lr as for SGD. The other defaults are the paper's.
+
+    Args:
+        nu: gamma for a curvature that is not positive, above 0. Default: 2.
+        beta: Decay of the running average, 0 or more and below 1. Default: 0.9.
+        low: Lower bound of gamma, above 0. Default: 0.5.
+        high: Upper bound of gamma. Default: 2.
+        delta: Additional decay of the step size, at least -0.5. Default: 0.001.
     """
 
     def __init__(
@@ -31,22 +40,22 @@ class StepTunedSGD(Evaluating):
         delta: float = 0.001,
     ) -> None:
         if not 0 < low <= high < math.inf:
-            raise DraftuneError(f"step-tuned-sgd: 0 < low <= high is wanted, not low={low}, high={high}")
+            raise DraftuneError(f"step-tuned-sgd needs 0 < low <= high, got low={low}, high={high}")
         if not 0 <= beta < 1:
-            raise DraftuneError(f"step-tuned-sgd: beta must be at least 0 and less than 1, not {beta}")
+            raise DraftuneError(f"step-tuned-sgd: beta must be at least 0 and below 1, got {beta}")
         if not (nu > 0 and -0.5 <= delta < math.inf):
-            raise DraftuneError(f"step-tuned-sgd: nu > 0 and delta >= -0.5 are wanted, not nu={nu}, delta={delta}")
+            raise DraftuneError(f"step-tuned-sgd needs nu > 0 and delta >= -0.5, got nu={nu}, delta={delta}")
         super().__init__(params, {"lr": lr})
         self.nu, self.beta, self.low, self.high, self.delta = nu, beta, low, high, delta
 
     @property
     def gamma(self) -> float:
-        """The factor of the next pair of steps."""
+        """Step-size factor of the next pair of steps."""
         return float(self.shared.get("gamma", 1.0))
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """Both steps on one batch; the loss before the first of them."""
+        """Take both steps on one batch and return the loss before them."""
         loss = evaluated(closure)
         done, gamma = int(self.shared.get("step", 0)), self.gamma
         first = []
@@ -60,7 +69,7 @@ class StepTunedSGD(Evaluating):
         try:
             evaluated(closure)
         except BaseException:
-            # Both steps or none.
+            # An interrupted step leaves the weights unchanged.
             for (parameter, *_), start in zip(first, here, strict=True):
                 parameter.copy_(start)
             raise

@@ -166,10 +166,20 @@ def test_the_command(pipeline_folder: Path, tmp_path: Path, capsys: pytest.Captu
         "--negative-prompt",
         "dog",
     ]
-    command = ["reno", *drawn, "--reward", "-2*brightness", "--steps", "2", "--learning-rate", "100", "--output"]
+    command = [
+        "optimize-noise",
+        *drawn,
+        "--reward",
+        "-2*brightness",
+        "--steps",
+        "2",
+        "--learning-rate",
+        "100",
+        "--output",
+    ]
     assert main([*command, str(tmp_path / "both.png")]) == 0
     line, path = capsys.readouterr().out.splitlines()
-    label, before, after = re.match(r"(\S+)  (\S+) → (\S+)  at step [12] of 2; 3 scored pictures", line).groups()
+    label, before, after = re.match(r"(\S+)  (\S+) → (\S+)  at step [12] of 2; 3 reward queries", line).groups()
     assert (label, path) == ("-2*brightness", str(tmp_path / "both.png"))
     assert float(after) > float(before) + 0.05
     with Image.open(tmp_path / "both.png") as sheet:
@@ -187,7 +197,7 @@ def test_mistakes_get_one_line_and_code_2(
     pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.py").write_text("def flat(images, prompts):\n    return images.round().mean((1, 2, 3))\n")
-    command = ["reno", str(pipeline_folder), "--prompt", "cat", "--num-inference-steps", "1"]
+    command = ["optimize-noise", str(pipeline_folder), "--prompt", "cat", "--num-inference-steps", "1"]
     rewarded = [*command, "--reward", "brightness", "--output", str(tmp_path / "x.png")]
     cases = {
         "flat gradient": [*rewarded, "--reward", f"{tmp_path}/mine.py:flat"],

@@ -18,10 +18,9 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.experimental import tune_weights
-from draftune.experimental.tune_weights import GUIDANCE, Judge, Knob, tune_knobs
+from draftune.experimental.tune_weights import GUIDANCE, Knob, WeightEvaluator, tune_weights
 from draftune.lora import FILE_NAME
-from helpers.errors import mentions, raises
+from draftune.models import load_model
 
 FAST: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "prompts": ["a cat", "a dog", "a bird"]}
 
@@ -38,7 +37,7 @@ def peak(monkeypatch: pytest.MonkeyPatch, *best: float, noise: float = 0.0) -> l
     """Scores that fall with the squared distance from the best values, whatever is drawn, and what was asked."""
     asked: list[tuple[list[int], Tensor]] = []
 
-    def rewards(self: Judge, places: Tensor, prompts: Sequence[str], seeds: list[int]) -> Tensor:
+    def rewards(self: WeightEvaluator, places: Tensor, prompts: Sequence[str], seeds: list[int]) -> Tensor:
         asked.append((seeds, places.clone()))
         self.queries += len(places) * len(seeds)
         values = torch.tensor([list(self.named(place).values()) for place in places])
@@ -46,7 +45,7 @@ def peak(monkeypatch: pytest.MonkeyPatch, *best: float, noise: float = 0.0) -> l
         draws = [torch.randn(1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return -distance + noise * torch.cat(draws)
 
-    monkeypatch.setattr(Judge, "rewards", rewards)
+    monkeypatch.setattr(WeightEvaluator, "rewards", rewards)
     return asked
 
 
@@ -55,9 +54,9 @@ def test_the_best_numbers_are_found(loras: tuple[str, str], monkeypatch: pytest.
     asked = peak(monkeypatch, 1.1, -0.4, 3.0, noise=100.0)
     bounds: dict[str, Any] = {"weight_bounds": (-1.0, 1.5), "guidance_bounds": (1.0, 6.0)}
     sources = [(loras[0], 0.5), (loras[1], 0.5)]
-    found = tune_knobs(sources, "brightness", **FAST, **bounds, steps=60, learning_rate=0.05, batch_size=2)
-    assert found.found == pytest.approx({loras[0]: 1.1, loras[1]: -0.4, GUIDANCE: 3.0}, abs=0.1)
-    assert found.weights == [(loras[0], found.found[loras[0]]), (loras[1], found.found[loras[1]])]
+    found = tune_weights(sources, "brightness", **FAST, **bounds, steps=60, learning_rate=0.05, batch_size=2)
+    assert found.values == pytest.approx({loras[0]: 1.1, loras[1]: -0.4, GUIDANCE: 3.0}, abs=0.1)
+    assert found.weights == [(loras[0], found.values[loras[0]]), (loras[1], found.values[loras[1]])]
     gained, low, high = found.difference
     assert gained == pytest.approx(0.6**2 + 0.9**2 + 4, abs=0.1)
     assert high - low < 1e-3
@@ -73,19 +72,19 @@ def test_the_best_numbers_are_found(loras: tuple[str, str], monkeypatch: pytest.
 
 def test_fewer_knobs_are_asked_about_than_there_are(loras: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = peak(monkeypatch, 1.2, 0.5)
-    found = tune_knobs([(lora, 0.5) for lora in loras], "brightness", **FAST, steps=60, coordinates=1)
+    found = tune_weights([(lora, 0.5) for lora in loras], "brightness", **FAST, steps=60, num_parameters=1)
     steps = [len(where) // 2 for _, where in asked[:-1]]
     # One on the average: one of them, both, or none, which asks about nothing.
     assert set(steps) == {1, 2}
     assert sum(steps) == pytest.approx(60, abs=15)
     assert sum(math.isnan(row["reward"]) for row in found.steps) == 60 - len(steps) > 0
-    assert found.found[loras[0]] == pytest.approx(1.2, abs=0.15)
+    assert found.values[loras[0]] == pytest.approx(1.2, abs=0.15)
 
 
 def test_a_number_at_its_bound_stays_there(loras: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = peak(monkeypatch, 9.0)
-    found = tune_knobs([(loras[0], 1.4)], "brightness", **FAST, steps=10)
-    assert found.found[loras[0]] == pytest.approx(1.5, abs=1e-4)
+    found = tune_weights([(loras[0], 1.4)], "brightness", **FAST, steps=10)
+    assert found.values[loras[0]] == pytest.approx(1.5, abs=1e-4)
     places = torch.cat([where for _, where in asked])
     assert places.max() <= 1 + 1e-6
 
@@ -94,28 +93,30 @@ def test_pictures_are_those_of_the_weights_and_one_seed_decides_all(
     pipeline_folder: Path, loras: tuple[str, str]
 ) -> None:
     sources = [(loras[0], 0.7), (loras[1], -0.5)]
-    options: dict[str, Any] = {"weight_bounds": (-1.0, 1.5), "steps": 2, "batch_size": 2, "checked": 3}
+    options: dict[str, Any] = {"weight_bounds": (-1.0, 1.5), "steps": 2, "batch_size": 2, "num_images": 3}
     seen: list[Tensor] = []
 
     def bright(images: Tensor, prompts: Sequence[str]) -> Tensor:
         seen.extend(images)
         return images.mean((1, 2, 3)) + torch.rand(len(images))
 
-    found, again = (tune_knobs(sources, bright, **FAST, **options) for _ in range(2))
-    assert found.found == again.found
+    found, again = (tune_weights(sources, bright, **FAST, **options) for _ in range(2))
+    assert found.values == again.values
     assert torch.equal(found.after, again.after)
     # A reward's own random numbers are the same wherever the knobs are.
     assert (found.after - found.before).abs().max() < 0.2
     assert len(seen) == 2 * found.queries == 2 * (2 * 2 * 2 * 2 + 2 * 3)
 
-    model = tune_weights.load_model(pipeline_folder)
+    model = load_model(pipeline_folder)
     for i, (source, _) in enumerate(sources):
         draftune.load_lora(model, source, f"knob-{i}")
     drawn: list[Tensor] = []
     reward = draftune.load_reward(lambda images, prompts: drawn.append(images) or images.mean((1, 2, 3)))
     settings = draftune.settings.Settings(model=str(pipeline_folder), num_inference_steps=3, guidance_scale=2.0)
-    judge = Judge(model, reward, [Knob(source, weight, -1, 1.5) for source, weight in sources], ["cat"], settings, 0)
-    judge.rewards_at(dict(sources), ["cat", "dog"], [3, 4])
+    evaluator = WeightEvaluator(
+        model, reward, [Knob(source, weight, -1, 1.5) for source, weight in sources], ["cat"], settings, 0
+    )
+    evaluator.rewards_at(dict(sources), ["cat", "dog"], [3, 4])
     assert torch.allclose(torch.cat(drawn), drawn_with(pipeline_folder, *((Path(s), w) for s, w in sources)), atol=1e-5)
 
 
@@ -124,74 +125,77 @@ def test_the_command_writes_the_numbers_and_the_mix(
 ) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\na dog\n")
-    argv = ["knobs", f"{loras[0]}@0.7", loras[1], "--reward", "jpeg-bytes", "--prompts", str(prompts), "--mix"]
+    argv = ["experimental", "tune-weights", f"{loras[0]}@0.7", loras[1], "--reward", "jpeg-bytes"]
+    argv += ["--prompts", str(prompts), "--merge"]
     argv += ["--steps", "2", "--batch-size", "1", "--num-images", "2", "--num-inference-steps", "2"]
     argv += ["--guidance-scale", "2", "--guidance-bounds", "1,4", "--output", str(out)]
     assert main(argv) == 0
-    said = json.loads((out / "knobs.json").read_text())
+    said = json.loads((out / "weights.json").read_text())
     assert said["start"] == {loras[0]: 0.7, loras[1]: 1.0, GUIDANCE: 2.0}
     assert said["reward_queries"] == 2 * 3 * 2 + 2 * 2
     assert said["difference"] == pytest.approx(said["after"] - said["before"], abs=1e-6)
     with (out / "steps.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2"]
-    assert float(rows[1][GUIDANCE]) == pytest.approx(said["knobs"][GUIDANCE], rel=1e-4)  # of two steps the last half
+    assert float(rows[1][GUIDANCE]) == pytest.approx(said["values"][GUIDANCE], rel=1e-4)  # of two steps the last half
     printed = capsys.readouterr().out
-    assert f"draftune sample {out} --guidance-scale {said['knobs'][GUIDANCE]:.3g}" in printed
-    assert mentions(printed, 16)
+    assert f"draftune sample {out} --guidance-scale {said['values'][GUIDANCE]:.3g}" in printed
+    assert "16 reward queries" in printed
+    assert ("no measurable improvement" in printed) == (said["interval"][0] <= 0)
     mixed = tmp_path / "mixed"
-    draftune.mix_loras([(lora, said["knobs"][lora]) for lora in loras], mixed)
+    draftune.mix_loras([(lora, said["values"][lora]) for lora in loras], mixed)
     expected = load_file(mixed / FILE_NAME)
     assert all(torch.equal(v, expected[k]) for k, v in load_file(out / "lora" / FILE_NAME).items())
     assert main(argv) == 2
-    assert mentions(capsys.readouterr().err, out, "--output")
+    assert "give a new folder (--output)" in capsys.readouterr().err
 
 
 def test_a_model_alone_has_its_guidance(pipeline_folder: Path) -> None:
-    options = {"steps": 1, "batch_size": 1, "checked": 2, "guidance_bounds": (1.0, 4.0)}
-    found = tune_knobs([], "brightness", **(FAST | {"guidance_scale": 2.0}), **options, model=str(pipeline_folder))
-    assert list(found.found) == [GUIDANCE]
-    assert 1 <= found.found[GUIDANCE] <= 4
-    assert abs(found.found[GUIDANCE] - 2) == pytest.approx(0.05 * 3, rel=0.01)
+    options = {"steps": 1, "batch_size": 1, "num_images": 2, "guidance_bounds": (1.0, 4.0)}
+    found = tune_weights([], "brightness", **(FAST | {"guidance_scale": 2.0}), **options, model=str(pipeline_folder))
+    assert list(found.values) == [GUIDANCE]
+    assert 1 <= found.values[GUIDANCE] <= 4
+    assert abs(found.values[GUIDANCE] - 2) == pytest.approx(0.05 * 3, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [
-        ([], {}, "guidance_bounds"),
-        ([], {"guidance_bounds": (1.0, 4.0)}, "model"),
-        ([("a", 1.0), ("a", 0.5)], {}, "'a'"),
-        ([("a", math.nan)], {}, "weight 'a' nan"),
-        ([("a", 1.0)], {"guidance_bounds": (0.0, 4.0)}, "bounds 1 0.0"),
-        ([("a", 1.0)], {"step": 0.5}, "step 0 0.5"),
-        ([("a", 1.0)], {"checked": 1}, "checked 2"),
-        ([("LORA", 1.7)], {}, "1.7 0 1.5"),
-        ([("LORA", 1.0)], {"weight_bounds": (1.0, 0.0)}, "bounds"),
-        ([("LORA", 1.0)], {"reward": "nothing"}, "reward nothing"),
-        ([("nowhere", 1.0)], {}, "LoRA nowhere"),
+        ([], {}, "there is nothing to tune"),
+        ([], {"guidance_bounds": (1.0, 4.0)}, "--model"),
+        ([("a", 1.0), ("a", 0.5)], {}, "'a' is given twice"),
+        ([("a", math.nan)], {}, "the weight of 'a' must be finite"),
+        ([("a", 1.0)], {"guidance_bounds": (0.0, 4.0)}, "--guidance-bounds must be at least 1"),
+        ([("a", 1.0)], {"fd_step": 0.5}, "fd_step must be above 0 and below 0.5"),
+        ([("a", 1.0)], {"num_images": 1}, "num_images at least 2"),
+        ([("LORA", 1.7)], {}, "between its bounds 0 and 1.5, got 1.7"),
+        ([("LORA", 1.0)], {"weight_bounds": (1.0, 0.0)}, "bounds of .* must be two numbers, the lower first"),
+        ([("LORA", 1.0)], {"reward": "nothing"}, "unknown reward 'nothing'"),
+        ([("nowhere", 1.0)], {}, "no LoRA at 'nowhere'"),
     ],
 )
 def test_what_is_refused(
     loras: tuple[str, str], sources: list[tuple[str, float]], options: dict[str, Any], message: str
 ) -> None:
     reward = options.pop("reward", "brightness")
-    with raises(DraftuneError, message):
-        tune_knobs([(s.replace("LORA", loras[0]), w) for s, w in sources], reward, **(FAST | options))
+    with pytest.raises(DraftuneError, match=message):
+        tune_weights([(s.replace("LORA", loras[0]), w) for s, w in sources], reward, **(FAST | options))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--weight-bounds", "1"], "--weight-bounds '1'"),
-        (["--weight-bounds", "-1,x"], "--weight-bounds -1,x"),
-        (["--guidance-bounds", "4,1"], "--guidance-bounds 4,1"),
-        (["--steps", "0"], "--steps 0"),
-        (["--num-images", "1"], "--num-images 1 2"),
-        (["--mix"], "--mix LoRA"),
+        (["--weight-bounds", "1"], "--weight-bounds must be two numbers such as 0,1.5, got '1'"),
+        (["--weight-bounds", "-1,x"], "--weight-bounds must be two numbers"),
+        (["--guidance-bounds", "4,1"], "--guidance-bounds must be two numbers"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--num-images", "1"], "--num-images must be at least 2"),
+        (["--merge"], "--merge needs"),
     ],
 )
 def test_flags_that_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["knobs", "--reward", "brightness", "--output", str(tmp_path / "out"), *flags]) == 2
-    assert mentions(capsys.readouterr().err, message)
+    command = ["experimental", "tune-weights", "--reward", "brightness", "--output", str(tmp_path / "out")]
+    assert main([*command, *flags]) == 2
+    assert message in capsys.readouterr().err
