@@ -85,7 +85,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("emoji", "jpeg-compressibility", "draft-lv", "animals"):
         assert word in everything
     assert main(["list", "methods"]) == 0
-    assert "jpeg-compressibility" not in capsys.readouterr().out
+    methods = capsys.readouterr().out
+    assert "jpeg-compressibility" not in methods
+    assert [line.split()[0] for line in methods.splitlines() if line.endswith("(experimental)")] == ["sft-pg"]
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
@@ -240,6 +242,9 @@ def test_mistakes_get_one_line_and_code_2(
         "must hold 'setting: value' lines": [*train, "--config", str(tmp_path / "list.yaml")],
         "cannot read the settings file": [*train, "--config", str(tmp_path / "missing.yaml")],
         "invalid choice: 'trian'": ["trian"],
+        "draftune experimental --help": ["experimental"],
+        "invalid choice: 'distil'": ["experimental", "distil"],
+        "did you mean '--rank'": ["experimental", "distill", "x", "--prompts", "x", "--output", out, "--rnk", "2"],
         "did you mean 'rewards'": ["list", "reward"],
         "did you mean 'hpsv2'": ["list", "hpsv"],
         "function or class of mine.py? mine.py:NAME": [*train, "--reward", "mine.py"],
