@@ -86,7 +86,9 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("emoji", "jpeg-compressibility", "draft-lv", "animals"):
         assert word in everything
     assert main(["list", "methods"]) == 0
-    assert "jpeg-compressibility" not in capsys.readouterr().out
+    methods = capsys.readouterr().out
+    assert "jpeg-compressibility" not in methods
+    assert [line.split()[0] for line in methods.splitlines() if line.endswith("(experimental)")] == ["sft-pg"]
 
 
 def test_help_is_quick_and_needs_no_torch() -> None:
