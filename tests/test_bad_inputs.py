@@ -32,7 +32,7 @@ from draftune.prompts import load_prompts
 from draftune.runs.run_dir import read_rows
 from draftune.settings import Settings, read_yaml
 from helpers.bad_inputs import MAKERS, SMALL, Bad, Making, World
-from helpers.errors import raises
+from helpers.errors import normalized, raises
 from helpers.pipelines import build_pipeline
 
 COUNT = int(os.environ.get("DRAFTUNE_BAD_INPUTS", "300"))
@@ -111,7 +111,7 @@ def complaint(argv: list[str], names: list[str], code: Any, out: str, err: str) 
         return f"{len(lines[0])} characters"
     if not lines[0].isprintable():
         return "control characters"
-    if not any(name and name in lines[0] for name in names):
+    if not any(name and normalized(name) in normalized(lines[0]) for name in names):
         return f"it names none of {[name[:80] for name in names]}"
     return f"it prints {out[:80]!r}" if out.strip() else None
 

@@ -47,8 +47,15 @@ def test_a_workflow_runs_the_tests_on_each_python(path: Path) -> None:
         assert all(isinstance(version, str) for version in versions)  # 3.10 as a number is 3.1
         assert f">={versions[0]}" == project("requires-python")
         targets = [step["run"].split() for step in job["steps"] if "run" in step]
-        assert ["make", "test"] in targets
-    assert re.search(r"^test:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert ["make", "test-all"] in targets
+
+
+def test_the_commands_that_run_the_tests_are_targets_that_the_readme_names() -> None:
+    makefile, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "README.md"))
+    for target in ("test", "test-all"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+        assert f"`make {target}`" in readme
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] in ("make test", "make test-all")
 
 
 def test_there_is_a_workflow() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from helpers.bad_inputs import LONG, NOISE, TRAINING, TUNE, Bad, Making, bad, quoted
 
 
@@ -34,28 +36,18 @@ EXPRESSIONS = split(
 )
 
 
+def words_of(text: str) -> list[str]:
+    """Return the names and values of an expression; a short setting counts only as a word of its own."""
+    settings = [key if len(key) > 2 else f"{key} " for key in re.findall(r"(\w+) *=", text)]
+    return [*settings, *re.findall(r"\w[\w.-]+\w", text)]
+
+
 @bad(*TRAINING, "score", NOISE, "eval", "sweep", TUNE)
 def expression(m: Making) -> Bad:
     flag = m.any("--reward", "--held-out") if m.command in (*TRAINING, "eval", "sweep") else "--reward"
     text = m.any(*EXPRESSIONS)
     first = text.strip(" -()\x00").partition("(")[0].partition("\n")[0].partition(".py")[0][:20]
-    said = [
-        "weights=",
-        "expression",
-        "JPEG quality",
-        "rho",
-        "target",
-        "4d",
-        "angle",
-        "wants",
-        "space",
-        "axis",
-        "colour",
-        "class",
-        "picture",
-        "hf download",
-    ]
-    return Bad(m.good(f"{flag}={text}"), [first, *quoted(text), *said, "picture"])
+    return Bad(m.good(f"{flag}={text}"), [first, *quoted(text), *words_of(text), "weights=", "expression"])
 
 
 OWN_REWARDS: dict[str, str] = {
@@ -104,4 +96,4 @@ def method(m: Making) -> Bad:
     if text == "draft\n":
         text = "draft\nrefl"
     first = text.partition("(")[0].partition("\n")[0].partition(".py")[0][:20] or "method"
-    return Bad(m.good(f"--method={text}"), [first, *quoted(text), "more than", "at least", "must be", "beta"])
+    return Bad(m.good(f"--method={text}"), [first, *quoted(text), *words_of(text), "expression"])

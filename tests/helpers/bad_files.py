@@ -38,7 +38,7 @@ def no_source(m: Making) -> Bad:
     path = m.any(odd_path(m, m.any("", ".safetensors")), *others)
     if m.command != NOISE and m.command != "sample":
         path = m.any(path, "emoji", str(m.world.model))
-    return Bad(m.good(source=path) if path else source_replaced(m, ""), [*quoted(path), "word word", "empty"])
+    return Bad(m.good(source=path) if path else source_replaced(m, ""), [*quoted(path), "empty"])
 
 
 def source_replaced(m: Making, source: str) -> list[str]:
@@ -142,7 +142,7 @@ def model(m: Making) -> Bad:
     if m.random.random() < 0.4:
         others = str(m.world.prompts), str(m.world.run), "emojy", "a/b/c", "someone/gone", "/", "..", " ", LONG
         path = m.any(odd_path(m), *others)
-        return Bad(m.good(*more, "--model", path), [*quoted(path), "word word", "/"])
+        return Bad(m.good(*more, "--model", path), [*quoted(path), "--model"])
     folder = Path(shutil.copytree(m.world.model, m.here / "model"))
     part = m.any(
         "model_index.json",

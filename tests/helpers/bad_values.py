@@ -232,7 +232,7 @@ def unknown_names(m: Making) -> Bad:
     name = m.any(
         "nothing", "reward", "griddd", "hpsv", "", " ", "\x1b[31m", "draft-lv(n=2)", "Methods", "grid ", "ünknown", LONG
     )
-    return Bad([*m.command.split(), name], [*quoted(name), "word word"])
+    return Bad([*m.command.split(), name], [*quoted(name)])
 
 
 @bad("sample", NOISE, "score", "train")

@@ -15,15 +15,24 @@ def mentions(text: str, *words: object) -> bool:
     """Return whether each word stands in the text.
 
     Upper and lower case count as one, and so do `learning_rate` and `--learning-rate`. Numbers count by their value:
-    1 is in "at least 1.0", and not in 10.
+    1 is in "at least 1.0", and not in 10. A word in single quotes must not be a part of a longer one, whatever quotes
+    the text has: 'clip' is not in "clipp".
 
     Args:
         text: A message, or all that was printed.
         words: Words or values. A string with spaces gives several words.
     """
-    plain, numbers = normalized(text), {float(number) for number in NUMBER.findall(text)}
-    parts = [part for item in words for part in str(item).split()]
-    return all(float(part) in numbers if NUMBER.fullmatch(part) else normalized(part) in plain for part in parts)
+    return all(stands_in(text, word) for item in words for word in str(item).split())
+
+
+def stands_in(text: str, word: str) -> bool:
+    """Return whether one word stands in the text, as `mentions` describes."""
+    if NUMBER.fullmatch(word):
+        return float(word) in map(float, NUMBER.findall(text))
+    inner = normalized(word).strip("'") or word
+    if word == f"'{word[1:-1]}'" and inner != word:
+        return re.search(rf"(?<![\w/]){re.escape(inner)}(?![\w/])", normalized(text)) is not None
+    return inner in normalized(text)
 
 
 def normalized(text: str) -> str:

@@ -22,7 +22,7 @@ from draftune.models import load_model
 from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
-from draftune.utils.processes import launched, to_say
+from draftune.utils.processes import launched, leave, to_say
 from helpers.pipelines import add_random_lora
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -156,6 +156,7 @@ def main(model: str, folder: Path) -> None:
         save(folder, f"sharded {name}", trainer, rows)
     facts["sharded"] = sizes(trainer)
     (folder / f"facts-{index}.json").write_text(json.dumps(facts))
+    leave()
 
 
 if __name__ == "__main__":
