@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, Lab, Record, Work
 from draftune.reproduce.no_gradient import (
     CLIMBED,

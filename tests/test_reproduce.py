@@ -12,11 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import rows
-
-from draftune.cli.main import main
-from draftune.errors import DraftuneError
-from draftune.prompts import load_prompts
 from draftune.reproduce import EXPERIMENTS, reproduce, share
 from draftune.reproduce.curves import efficiency, overoptimisation, reached
 from draftune.reproduce.cuts import copies, depth, layout
@@ -24,6 +19,11 @@ from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, REWARD,
 from draftune.reproduce.loras import SCALES, at_reward, lora_scale, mixing
 from draftune.reproduce.optimizers import OWN, RIVALS, optimizers, search
 from draftune.reproduce.report import VERDICTS, Claim, Report, markdown
+from test_resume import rows
+
+from draftune.cli.main import main
+from draftune.errors import DraftuneError
+from draftune.prompts import load_prompts
 from draftune.utils.images import save_image, to_pil
 
 

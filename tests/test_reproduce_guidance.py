@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-
-from draftune.guidance.methods import load_guide, sample_guided
-from draftune.models import load_model
 from draftune.reproduce.guidance import guidance
 from draftune.reproduce.guided import AHEAD, LORA, TUNED, aheads, calls, counts, ratios, sheets, training_calls
 from draftune.reproduce.lab import DIVERSITY, FULL, JUDGE, NAMED, QUICK, REWARD, Lab, Record, Work
 from draftune.reproduce.report import Report
+
+from draftune.guidance.methods import load_guide, sample_guided
+from draftune.models import load_model
 from draftune.utils.images import save_image, to_pil
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from draftune.reproduce import second as experiment
+from draftune.reproduce.lab import FULL, Lab, Work
 from foster_toy import outcomes
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -35,8 +37,6 @@ from draftune.methods import DraftK, Method, load_method
 from draftune.methods.retention import Keep
 from draftune.models import load_model
 from draftune.report import collect
-from draftune.reproduce import second as experiment
-from draftune.reproduce.lab import FULL, Lab, Work
 from draftune.runs.load import open_source, read_deltas
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Step

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from draftune.reproduce import few_steps
+from draftune.reproduce.lab import FULL, Lab, slug
+from draftune.reproduce.real import real_pictures, with_examples
 from safetensors.torch import load_file
 from test_gradients import batch_of, relative
 from test_resume import lora, rows
@@ -21,9 +24,6 @@ from draftune.evaluation.kid import kernel_distance
 from draftune.experimental.learner import Learner, missed
 from draftune.methods import SFTPG, Batch
 from draftune.models import load_model
-from draftune.reproduce import few_steps
-from draftune.reproduce.lab import FULL, Lab, slug
-from draftune.reproduce.real import real_pictures, with_examples
 from draftune.rewards import Reward, find_reward, load_reward
 from draftune.rewards.base import learners
 from draftune.rewards.discriminator import critic_loss

@@ -10,7 +10,6 @@ from draftune.cli import (
     preflight,
     reno,
     report,
-    reproduce,
     sample,
     score,
     sweep,
@@ -38,7 +37,6 @@ COMMANDS: tuple[Command, ...] = (
     export.COMMAND,
     reno.COMMAND,
     score.COMMAND,
-    reproduce.COMMAND,
     listing.COMMAND,
     env.COMMAND,
 )
