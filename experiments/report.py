@@ -121,14 +121,15 @@ def value_at(points: Sequence[Row], x: str, level: float, y: str) -> float:
 
 
 def markdown(table: Sequence[Row]) -> str:
-    """Return a Markdown table; numbers have three decimals below 100."""
+    """Return a Markdown table without empty columns; numbers have three decimals below 100."""
 
     def cell(value: Any) -> str:
         if isinstance(value, float):
-            return "" if math.isnan(value) else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+            small = 1e-4 < abs(value) < 0.01
+            return "" if math.isnan(value) else f"{value:{'.2g' if small else '.3f' if abs(value) < 100 else '.0f'}}"
         return "" if value is None else str(value)
 
-    columns = list(dict.fromkeys(key for row in table for key in row))
+    columns = list(dict.fromkeys(key for row in table for key, value in row.items() if cell(value)))
     lines = [columns, ["---"] * len(columns), *[[cell(row.get(key)) for key in columns] for row in table]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -194,7 +195,7 @@ def draw(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     for name, (x, y) in curves(rows, panel).items():
         mean = y.mean(0)
         if panel.kind == "bar":
-            axes.bar([str(value) for value in x[0]], mean, color="C0")
+            axes.bar([str(value).replace(", ", ",\n") for value in x[0]], mean, color="C0")
         elif panel.kind == "scatter":
             (points,) = axes.plot(x.mean(0), mean, "o", label=name)
             axes.plot(x.T, y.T, ".", color=points.get_color(), alpha=0.4)
@@ -204,7 +205,8 @@ def draw(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     if panel.log:
         positive = [row[panel.x] for row in rows if isinstance(row.get(panel.x), (int, float)) and row[panel.x] > 0]
         axes.set_xscale("symlog", linthresh=min(positive, default=1.0))
-    xlabel, ylabel = panel.xlabel or LABELS.get(panel.x, panel.x), panel.ylabel or LABELS.get(panel.y, panel.y)
+    labels = (LABELS.get(column, column.replace("_", " ")) for column in (panel.x, panel.y))
+    xlabel, ylabel = (own or label for own, label in zip((panel.xlabel, panel.ylabel), labels, strict=True))
     axes.set(xlabel=xlabel, ylabel=ylabel)
 
 
@@ -219,5 +221,5 @@ def plot(rows: Sequence[Row], panels: Sequence[Panel], columns: int = 2) -> Figu
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     if len(labels) > 1:
-        canvas.legend(list(labels.values()), list(labels), loc="outside right upper", fontsize=8)
+        canvas.legend(list(labels.values()), list(labels), title=panels[-1].by, loc="outside right upper", fontsize=8)
     return canvas
