@@ -16,9 +16,10 @@ import torch
 from draftune.errors import DraftuneError, unknown
 from draftune.prompts import load_prompts
 from draftune.utils.paths import folder_output, user_path
+from experiments.budget import FULL, QUICK, Budget
 from experiments.examples import example_images
 from experiments.report import Experiment, write_experiment, write_report
-from experiments.runner import FULL, QUICK, Budget, ExperimentRunner, RunSpec
+from experiments.runner import ExperimentRunner, RunSpec
 
 NAMES = (
     "sample_efficiency",

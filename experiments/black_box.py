@@ -7,19 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from experiments.budget import Budget
 from experiments.optimizers import MIN_NAME_ACCURACY
 from experiments.report import Experiment, Panel, aggregate
-from experiments.runner import (
-    DRAFT_1,
-    DRAFT_LV,
-    JUDGES,
-    REWARD,
-    Budget,
-    ExperimentRunner,
-    Row,
-    RunSpec,
-    evaluation_rows,
-)
+from experiments.runner import DRAFT_1, DRAFT_LV, JUDGES, REWARD, ExperimentRunner, Row, RunSpec, evaluation_rows
 
 FILE_SIZE = "jpeg-bytes"
 LEVEL = 6.0

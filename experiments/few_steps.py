@@ -19,9 +19,10 @@ from draftune.rewards import load_reward
 from draftune.sampling.ancestral import ancestral
 from draftune.sampling.sampler import Latents
 from draftune.utils.images import grid, open_image
+from experiments.budget import Budget
 from experiments.examples import EXAMPLES, example_files, example_images
 from experiments.report import Experiment, Panel, aggregate
-from experiments.runner import DRAFT_1, GUIDANCE_SCALE, Budget, ExperimentRunner, Row, RunSpec
+from experiments.runner import DRAFT_1, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec
 
 BASE_STEPS = (1, 2, 3, 5, 20, 50)
 IMAGES_PER_NAME = 3

@@ -16,8 +16,9 @@ from draftune.guidance.methods import load_guide, sample_guided
 from draftune.models import Model
 from draftune.rewards.properties import Matches
 from draftune.utils.images import grid, save_image, to_pil
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel, aggregate
-from experiments.runner import DRAFT_1, GUIDANCE_SCALE, Budget, ExperimentRunner, Row, RunSpec, rename_columns
+from experiments.runner import DRAFT_1, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec, rename_columns
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.5)
 WITHOUT_NOISE = "ratio(strength=0.2, eta=0)"

@@ -6,8 +6,9 @@ import numpy as np
 
 from draftune.lora import set_lora_scales
 from draftune.rewards import load_reward
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel
-from experiments.runner import DRAFT_LV, Budget, ExperimentRunner, Row, RunSpec, rename_columns
+from experiments.runner import DRAFT_LV, ExperimentRunner, Row, RunSpec, rename_columns
 
 ORANGE = "color(target=orange)"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from draftune.lora import set_lora_scales
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel
-from experiments.runner import DRAFT_LV, Budget, ExperimentRunner, Row, RunSpec, evaluation_rows, rename_columns
+from experiments.runner import DRAFT_LV, ExperimentRunner, Row, RunSpec, evaluation_rows, rename_columns
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 BETAS = (1.0, 10.0)

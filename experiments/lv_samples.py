@@ -11,8 +11,9 @@ import torch
 
 from draftune.lora import add_lora, lora_parameters
 from draftune.methods import load_method
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel, aggregate, value_at
-from experiments.runner import DRAFT_1, Budget, ExperimentRunner, Row, RunSpec, evaluation_rows
+from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, evaluation_rows
 
 
 def method(n: int) -> str:
@@ -77,6 +78,8 @@ def measure(runner: ExperimentRunner) -> list[Row]:
 
 def first_reached(curve: list[Row], target: float) -> float:
     """Return the interpolated update at which the mean reward first reaches `target`; NaN if it never does."""
+    if curve[0]["reward"] >= target:
+        return float(curve[0]["update"])
     for i in range(1, len(curve)):
         if curve[i]["reward"] >= target:
             return value_at(curve[i - 1 : i + 1], "reward", target, "update")

@@ -18,8 +18,9 @@ from draftune.models import Model
 from draftune.sampling.sampler import rollout
 from draftune.sampling.schedule import Schedule
 from draftune.training.data import PromptOrder
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel, aggregate
-from experiments.runner import DRAFT_1, GUIDANCE_SCALE, Budget, ExperimentRunner, Row, RunSpec, rename_columns
+from experiments.runner import DRAFT_1, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec, rename_columns
 
 FACTOR = 3.0
 """Ratio of neighboring learning rates in a search."""

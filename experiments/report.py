@@ -18,7 +18,8 @@ from draftune.utils.images import save_image
 from draftune.utils.paths import written_whole
 from draftune.utils.plotting import figure, save
 from draftune.utils.tables import write_csv
-from experiments.runner import Budget, ExperimentRunner, Row, RunSpec
+from experiments.budget import Budget
+from experiments.runner import ExperimentRunner, Row, RunSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel
-from experiments.runner import Budget, ExperimentRunner, Row, RunSpec, evaluation_rows
+from experiments.runner import ExperimentRunner, Row, RunSpec, evaluation_rows
 from experiments.sample_efficiency import SCORES, ddpo, gradient_methods
 
 

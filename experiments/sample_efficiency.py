@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel, aggregate
-from experiments.runner import DRAFT_1, DRAFT_LV, Budget, ExperimentRunner, Row, RunSpec, evaluation_rows
+from experiments.runner import DRAFT_1, DRAFT_LV, ExperimentRunner, Row, RunSpec, evaluation_rows
 
 
 def half_depth(budget: Budget) -> str:

@@ -12,9 +12,10 @@ from draftune.experimental.distill import distill_lora
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.runs.merge import mix_loras
+from experiments.budget import Budget
 from experiments.lora_merging import ORANGE
 from experiments.report import Experiment, Panel, aggregate, value_at
-from experiments.runner import DRAFT_1, REWARD, Budget, ExperimentRunner, Row, RunSpec, rename_columns, slug
+from experiments.runner import DRAFT_1, REWARD, ExperimentRunner, Row, RunSpec, rename_columns, slug
 
 RETAIN_WEIGHTS = (0.1, 1.0)
 """The reward's standard deviation in a batch is 0.03."""

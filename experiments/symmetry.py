@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel
-from experiments.runner import DRAFT_1, Budget, ExperimentRunner, Row, RunSpec, rename_columns
+from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, rename_columns
 from experiments.sample_efficiency import drtune, half_depth
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel
-from experiments.runner import DRAFT_1, Budget, ExperimentRunner, Row, RunSpec, evaluation_rows
+from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, evaluation_rows
 
 
 def runs(budget: Budget) -> list[RunSpec]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from experiments.budget import Budget
 from experiments.report import Experiment, Panel, ci95
-from experiments.runner import Budget, ExperimentRunner, Row, RunSpec
+from experiments.runner import ExperimentRunner, Row, RunSpec
 
 
 def specs_of(budget: Budget) -> dict[int, list[RunSpec]]:

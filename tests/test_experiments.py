@@ -20,13 +20,16 @@ from draftune.errors import DraftuneError
 from draftune.guidance.methods import load_guide, sample_guided
 from draftune.models import load_model
 from draftune.prompts import load_prompts
+from draftune.rewards import load_reward
 from draftune.settings import Settings
+from draftune.training.checks import probe_reward
 from draftune.utils.images import save_image, to_pil
 from experiments import black_box, few_steps, guidance, lv_samples, optimizers, second_reward, symmetry
 from experiments.__main__ import EXPERIMENTS, main, shard_runs
+from experiments.budget import FULL, QUICK
 from experiments.examples import copy_examples, example_images
 from experiments.report import Panel, aggregate, ci95, curves, markdown, plot, read_csv, value_at, write_rows
-from experiments.runner import FULL, QUICK, ExperimentRunner, RunResult, RunSpec
+from experiments.runner import ExperimentRunner, RunResult, RunSpec
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -80,6 +83,7 @@ def test_interpolation_on_a_curve_with_several_branches() -> None:
     assert math.isnan(value_at(points, "x", 3.5, "y"))
     curve = [{"update": u, "reward": r} for u, r in ((0, 1.0), (10, 1.0), (20, 3.0), (40, 2.0))]
     assert lv_samples.first_reached(curve, 2.0) == 15
+    assert lv_samples.first_reached(curve, 0.5) == 0
     assert math.isnan(lv_samples.first_reached(curve, 3.1))
 
 
@@ -118,7 +122,9 @@ def test_declared_runs_have_valid_settings_and_own_folders(name: str, budget: An
         save_image(to_pil(torch.rand(1, 3, 8, 8))[0], tmp_path / "real" / f"{prompt}.png")
     runner, specs = ExperimentRunner(tmp_path / "runs", budget, tmp_path / "real"), EXPERIMENTS[name].runs(budget)
     assert specs
-    assert len({spec.name for spec in specs}) == len(specs)
+    # With the quick budget two variants can be the same run.
+    assert len({spec.name for spec in specs}) == len({repr(spec) for spec in specs})
+    assert budget == QUICK or len({spec.name for spec in specs}) == len(specs)
     for spec in specs:
         values = runner.settings(spec)
         assert len(spec.name) < 250  # bytes of a folder's name
@@ -139,9 +145,10 @@ def test_shards_are_all_runs_once() -> None:
 
 
 def write_log(folder: Path, steps: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        lines = [json.dumps({"step": step, "reward": 0.0}) for step in range(name[0] == "m", steps + 1)]
+    row = {"reward": 0.0, "reward_queries": 0, "seconds": 0.0}
+    for name, first in (("metrics.jsonl", 1), ("evaluations.jsonl", 0)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"step": step, **row}) for step in range(first, steps + 1)]
         (folder / name).write_text("\n".join(lines) + "\n")
     (folder / "lora").mkdir(exist_ok=True)
     (folder / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
@@ -220,6 +227,11 @@ def test_ddpo_has_the_best_rate_that_keeps_the_names(tmp_path: Path) -> None:
     assert line["kb"] == pytest.approx(1.47)
     rates = [spec.settings["learning_rate"] for spec in black_box.runs(FULL) if spec.method.startswith("ddpo")]
     assert rates == list(black_box.RATES)
+
+
+def test_a_threshold_without_smoothing_is_refused() -> None:
+    with pytest.raises(DraftuneError, match=r"above\(emoji-aesthetic\)' has no gradient"):
+        probe_reward(load_reward(black_box.THRESHOLD), torch.rand(2, 3, 64, 64), ["cat face", "pizza"])
 
 
 def test_a_search_goes_beyond_its_ends() -> None:
