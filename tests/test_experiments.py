@@ -368,11 +368,11 @@ def test_published_tables_and_figures_are_of_their_csv(name: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_quick_experiment_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["timestep_spacing", "symmetry", "--quick", "--output", str(tmp_path)]
+    argv = ["symmetry", "--quick", "--output", str(tmp_path)]
     assert main([*argv, "--shard", "1/2"]) == 0
     results = tmp_path / "quick"
     assert not list(results.glob("*.md"))
-    specs = shard_runs([EXPERIMENTS["timestep_spacing"], EXPERIMENTS["symmetry"]], QUICK, 1, 2)
+    specs = shard_runs([EXPERIMENTS["symmetry"]], QUICK, 1, 2)
     interrupted = results / "runs" / specs[0].name
     logged = rows(interrupted, "evaluations.jsonl")
     shutil.rmtree(interrupted / "checkpoints" / f"step-{specs[0].steps:06d}")
@@ -380,8 +380,7 @@ def test_a_quick_experiment_resumes(tmp_path: Path, capsys: pytest.CaptureFixtur
     (interrupted / "evaluations.jsonl").write_text("".join(lines[:-1]))
     assert main(argv) == 0
     assert rows(interrupted, "evaluations.jsonl") == logged
-    text = (results / "timestep_spacing.md").read_text(encoding="utf-8")
-    assert "`python -m experiments timestep_spacing --quick`" in text
+    assert "`python -m experiments symmetry --quick`" in (results / "symmetry.md").read_text(encoding="utf-8")
     with (results / "symmetry.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == [
             "base",
