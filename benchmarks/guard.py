@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from draftune.figures import figure, save
 from draftune.runs.run_dir import EVALUATIONS, SAMPLES, read_rows
 from draftune.training.early_stopping import HELD_OUT
 from draftune.utils.images import grid, open_image, save_image
+from draftune.utils.plotting import figure, save
 
 
 def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -> Image.Image:
@@ -30,7 +30,7 @@ def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -
         axis.axvline(best, color="#555555", linestyle="--", linewidth=0.9)
         axis.set(title=title, xlabel="update")
     file = BytesIO()
-    save(plot, file, "png")
+    save(plot, file)
     return Image.open(file).convert("RGB")
 
 

@@ -65,18 +65,13 @@ def world(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wo
 @pytest.fixture(autouse=True)
 def nothing_long_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would go on for hours, were the input good after all."""
+
     from draftune.report.serve import Server
-    from draftune.reproduce.lab import Lab
 
     def serve(server: Server) -> None:
         raise AssertionError("it was taken for good")
 
-    def run(lab: Lab, work: Any) -> None:
-        lab.folder.mkdir(parents=True)
-        raise AssertionError("it was taken for good")
-
     monkeypatch.setattr(Server, "serve_forever", serve)
-    monkeypatch.setattr(Lab, "run", run)
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -34,8 +34,6 @@ from draftune.lora import (
 from draftune.methods import DraftK, Method, load_method
 from draftune.models import load_model
 from draftune.report import collect
-from draftune.reproduce import second as experiment
-from draftune.reproduce.lab import FULL, Lab, Work
 from draftune.runs.load import open_source, read_deltas
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Step
@@ -461,64 +459,3 @@ def test_the_sum_of_different_layers_and_alphas(first: Run, pipeline_folder: Pat
     assert set(load_file(tmp_path / "second" / "lora" / FILE_NAME)) == set(
         load_file(tmp_path / "second" / "best" / FILE_NAME)
     )
-
-
-Story = dict[str, tuple[float, float]]
-
-
-class Told(Lab):
-    """Scores as a story tells them: for each way the first reward on faces and the second on things."""
-
-    def __init__(self, folder: Path, story: Story) -> None:
-        super().__init__(folder, FULL)
-        self.story = story
-
-    def lora(self, work: Work) -> Path:
-        assert work.seed > 0  # others make the run of seed 0 longer
-        return self.folder
-
-    def measured(self, name: str, measure: Any) -> Any:
-        (way,) = (way for way in self.story if name.startswith(experiment.called(way, 0).removesuffix("seed-0") + "sc"))
-        first, other = self.story[way]
-        wiggle = 0.01 * name.endswith("1")
-        scores = {experiment.STYLE: first + wiggle, experiment.COLOR: other, "orange of faces": -0.2}
-        return scores | {"names of faces": 1.0, "names of things": 0.9}
-
-
-@pytest.mark.parametrize(
-    ("kept", "small", "words"),
-    [
-        ((7.0, -0.22), (6.9, -0.22), ["confirmed", "confirmed", "confirmed"]),
-        ((6.5, -0.21), (6.0, -0.24), ["confirmed", "weaker", "weaker"]),
-        ((5.5, -0.20), (5.5, -0.20), ["reversed", "reversed", "confirmed"]),
-    ],
-)
-def test_what_the_experiment_says(
-    tmp_path: Path, kept: tuple[float, float], small: tuple[float, float], words: list[str]
-) -> None:
-    """From 5 the first run takes the first reward to 7, and from -0.26 going on takes the second to -0.20."""
-    story = {
-        experiment.BASE: (5.0, -0.26),
-        experiment.FIRST: (7.0, -0.26),
-        experiment.PLAIN: (6.0, -0.20),
-        experiment.HALF: (6.5, -0.23),
-        experiment.kept_at(experiment.WEIGHTS[0]): kept,
-        experiment.kept_at(experiment.WEIGHTS[1]): (7.0, -0.25),
-        experiment.SMALL: small,
-        experiment.ADDED: (6.0, -0.21),
-        experiment.AT_ONCE: (6.2, -0.19),
-    }
-    report = experiment.second(Told(tmp_path, story))
-    assert [claim.verdict for claim in report.claims] == words
-    assert "Plainly: 50% and 100%." in report.text
-    rows = {row["way"]: row for row in report.table}
-    assert rows[experiment.HALF]["first left"] == pytest.approx(0.75, abs=0.01)
-    assert rows[experiment.HALF]["second reached"] == pytest.approx(0.5)
-    assert rows[experiment.FIRST]["second reached"] == 0
-    # Where the second reward is reached by 5/6, two thirds of the way from half to all, the plain dial leaves 7/12.
-    assert rows[experiment.ADDED]["beside the dial"] == pytest.approx(0.5 - 7 / 12, abs=0.01)
-
-
-def test_the_names_of_the_experiment() -> None:
-    found = experiment.groups([f"{i} face" for i in range(9)] + ["clock", "facet", "sun"], 3)
-    assert found == {"faces": ["0 face", "3 face", "6 face"], "things": ["clock", "facet", "sun"]}

@@ -22,9 +22,6 @@ from draftune.experimental.learner import Learner, missed
 from draftune.experimental.sft_pg import SFTPG
 from draftune.methods import Batch
 from draftune.models import load_model
-from draftune.reproduce import few_steps
-from draftune.reproduce.lab import FULL, Lab, slug
-from draftune.reproduce.real import real_pictures, with_examples
 from draftune.rewards import Reward, find_reward, load_reward
 from draftune.rewards.base import learners
 from draftune.rewards.discriminator import critic_loss
@@ -458,80 +455,3 @@ def test_the_kernel_distance_by_hand() -> None:
     # Without bias: its mean is 0 where the sets are of one distribution.
     assert abs(sum(alike) / 300) < 3 * float(torch.tensor(alike).std()) / 300**0.5
     assert kernel_distance(torch.zeros(20, 3), torch.ones(20, 3)) == pytest.approx(1 + 64 - 2)
-
-
-def test_real_pictures_are_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", "few-steps", "--quick", "--output", str(tmp_path)]) == 2
-    assert mentions(capsys.readouterr().err, "few-steps --examples")
-    assert main(["reproduce", "few-steps", "--quick", "--output", str(tmp_path), "--examples", "none"]) == 2
-    assert mentions(capsys.readouterr().err, "folder none")
-
-
-@pytest.mark.parametrize(
-    ("policy", "plain", "words"),
-    [((15.0, 20.0), 6.0, ["confirmed", "confirmed"]), ((39.0, 5.0), 26.0, ["not seen", "reversed"])],
-)
-def test_distances_before_and_after_are_judged_by_the_sampler_that_was_trained(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    policy: tuple[float, float],
-    plain: float,
-    words: list[str],
-) -> None:
-    """Base: 20 with 3 steps, -8 with 5, -5 with more, 40 by the ancestral sampler; seeds that differ by 2.
-
-    With 5 steps DRaFT-1 gets nearer than with many, SFT-PG less than half of the way.
-    """
-
-    def both(value: float) -> dict[str, float]:
-        return dict.fromkeys(few_steps.DISTANCES, value)
-
-    def named(name: str, steps: int, seed: int) -> str:
-        return slug(f"few-steps {few_steps.called(name, steps)} {seed}")
-
-    found = {"few-steps-base": {str(n): both({5: -8.0}.get(n, 20.0 if n < 5 else -5.0)) for n in few_steps.RULERS}}
-    found["few-steps-base"] |= {"3 ancestral": both(40.0), "5 ancestral": both(40.0), "halves": both(8.0)}
-    for seed in range(3):
-        shift = 2.0 * (seed - 1)
-        tuned = {"ancestral": both(policy[0] + shift), "deterministic": both(policy[1])}
-        found[named(few_steps.POLICY, 3, seed)] = tuned
-        found[named(few_steps.POLICY, 5, seed)] = {"ancestral": both(30.0 + shift), "deterministic": both(-9.0)}
-        found[named(few_steps.PLAIN, 3, seed)] = {"ancestral": both(50.0), "deterministic": both(plain + shift)}
-        found[named(few_steps.PLAIN, 5, seed)] = {"ancestral": both(50.0), "deterministic": both(-13.0 + shift)}
-        found[named(few_steps.EVEN, 3, seed)] = {key: both(30.0 - shift) for key in few_steps.SAMPLERS}
-    lab = Lab(tmp_path, FULL)
-    monkeypatch.setattr(lab, "measured", lambda name, measure: found[name])
-    monkeypatch.setattr(few_steps, "sheet", lambda lab: torch.zeros(4, 4, 3).numpy())
-    report = few_steps.few_steps(lab)
-    verdicts = [claim.verdict for claim in report.claims]
-    assert verdicts == [words[0], "weaker", words[1], "confirmed", "confirmed" if plain == 6.0 else "not seen"]
-    told = f"ancestral sampler: by the judge 40.0 before, {policy[0]:.1f} after (± 2.0); by CLIP 40.0"
-    assert told in report.claims[0].measured
-    assert f"SFT-PG, 3 steps, from 20.0 to {policy[1]:.1f} by the deterministic sampler" in report.text
-    assert "with 5 -8.0 and -8.0, with 20 -5.0 and -5.0" in report.text
-    assert "1,600 pictures" in report.text
-    # Where one network does not see it, it is less; where it sees the contrary, nothing.
-    for seed in range(3):
-        found[named(few_steps.PLAIN, 3, seed)]["deterministic"]["by CLIP"] = 20.0 + seed
-        found[named(few_steps.POLICY, 3, seed)]["ancestral"]["by CLIP"] = 60.0 + seed
-    again = few_steps.few_steps(lab).claims
-    assert [again[0].verdict, again[2].verdict] == [["not seen", "weaker"], ["not seen", "not seen"]][plain > 6.0]
-
-
-def test_runs_are_trained_on_real_pictures_of_other_names(tmp_path: Path) -> None:
-    for name in ("cat face", "accordion", "tomato"):
-        for style in ("a", "b"):
-            save_image(to_pil(torch.rand(1, 3, 8, 8))[0], tmp_path / "real" / style / f"{name}.png")
-    reward = with_examples("examples(folder=EXAMPLES, width=4) + brightness", tmp_path / "real", tmp_path / "runs")
-    assert reward == f"examples(folder='{tmp_path}/runs/examples', width=4) + brightness"
-    copied = sorted(
-        str(path.relative_to(tmp_path / "runs" / "examples")) for path in (tmp_path / "runs").rglob("*.png")
-    )
-    assert copied == ["a/accordion.png", "a/tomato.png", "b/accordion.png", "b/tomato.png"]
-    assert len(real_pictures(tmp_path / "real", ["cat face", "dog face"])) == 2
-    with raises(DraftuneError, "few"):
-        real_pictures(tmp_path / "real", ["dog face"])
-    works = few_steps.few_work(FULL)
-    assert len({work.name for work in works}) == 3 * 5
-    assert {work.steps * work.settings["gradient_accumulation_steps"] for work in works} == {200}
-    assert max(len(work.name) for work in works) < 250  # names of folders

@@ -79,7 +79,6 @@ class Making:
             "export": [run, "--format", "diffusers", "--output", out],
             NOISE: [run, "--prompt", "a", "--reward", "brightness", "--steps", "1", "--output", f"{out}.png"],
             "score": [str(world.picture), "--reward", "brightness", "--output", f"{out}.csv"],
-            "reproduce": ["grid", "--quick", "--output", out],
             "list": [],
             "env": [],
         }
@@ -111,7 +110,7 @@ def words(m: Making) -> Bad:
     if flag == "--":
         rest = [] if m.command == "mix" else ["a", "--b", "c", "d"]
         return Bad([*m.command.split(), "--", *rest], [m.command, "'a'"])
-    if m.random.random() < 0.3 and m.command not in (*TRAINING, "reproduce", "list", "env"):
+    if m.random.random() < 0.3 and m.command not in (*TRAINING, "list", "env"):
         return Bad(m.command.split(), [m.command])
     if m.random.random() < 0.2:
         return Bad([m.any(m.command.upper(), f"{m.command}e", f" {m.command}", "")], [m.command])

@@ -37,7 +37,7 @@ def bad_output(m: Making, suffix: str = "") -> str:
 SUFFIXES = {"report": ".html", "sample": ".png", NOISE: ".png", "eval": ".csv", "score": ".csv"}
 
 
-@bad("report", "sample", NOISE, "eval", "score", "sweep", "mix", DISTILL, TUNE, "export", "reproduce")
+@bad("report", "sample", NOISE, "eval", "score", "sweep", "mix", DISTILL, TUNE, "export")
 def output(m: Making) -> Bad:
     """An output that can't be written, is of another kind, or is what is read."""
     suffix, w = SUFFIXES.get(m.command, ""), m.world
@@ -52,7 +52,7 @@ def output(m: Making) -> Bad:
         kinds += [str(w.run / "config.yaml"), str(w.run / "lora" / FILE_NAME)]
     else:
         kinds += [str(w.prompts), str(w.picture)]
-    if m.command not in ("sweep", "reproduce", "sample", NOISE):
+    if m.command not in ("sweep", "sample", NOISE):
         kinds += [str(folder)]
     if m.command in ("mix", DISTILL, TUNE, "export"):
         kinds += [str(w.run), str(w.model), str(w.run / "lora"), str(w.prompts.parent)]
@@ -115,10 +115,6 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     NOISE: {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
     "watch": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
     "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
-    "reproduce": {
-        "--part": ["0/2", "3/2", "1/0", "1", "1/2/3", "a/b", "", "²/3", "1/", "-1/2", "1 / 2"],
-        "--seeds": ["0", "-3", "x", "1.5"],
-    },
     "preflight": {"--memory": ["0", "-1", "nan", "inf", "x", "", "8GB", "1e400"]},
     "train": {
         "--best-by": ["brightness +", "x(k=1)", "held-out/x + "],
@@ -227,7 +223,7 @@ def exported(m: Making) -> Bad:
     return Bad(m.good(*argv), [names])
 
 
-@bad("list", "reproduce")
+@bad("list")
 def unknown_names(m: Making) -> Bad:
     name = m.any(
         "nothing", "reward", "griddd", "hpsv", "", " ", "\x1b[31m", "draft-lv(n=2)", "Methods", "grid ", "ünknown", LONG
@@ -243,8 +239,8 @@ def not_text(m: Making) -> Bad:
     return Bad(m.good(flag, broken), ["caf\\udce9", "UTF-8"])
 
 
-@bad(*OF_A_LORA, "report", "watch", "score", "reproduce")
+@bad(*OF_A_LORA, "report", "watch", "score")
 def repeated_and_missing(m: Making) -> Bad:
     """A flag without its value."""
-    flag = {"watch": "--port", "reproduce": "--part"}.get(m.command, "--output")
+    flag = {"watch": "--port": "--part"}.get(m.command, "--output")
     return Bad([*m.good()[: 1 + len(m.command.split())], flag], [flag, "required"])

@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        help="models, rewards, methods, optimizers, guidance, prompts, presets, experiments, or a name",
+        help="models, rewards, methods, optimizers, guidance, prompts, presets, or a name",
     )
 
 
@@ -26,7 +26,6 @@ def run(args: argparse.Namespace) -> None:
     from draftune.models import MODELS
     from draftune.presets import PRESETS, said
     from draftune.prompts import PROMPT_SETS
-    from draftune.reproduce import EXPERIMENTS
     from draftune.rewards import REWARDS
 
     methods = all_methods()
@@ -40,7 +39,6 @@ def run(args: argparse.Namespace) -> None:
         "filters": {name: first_sentence(made.__doc__) for name, made in FILTERS.items()},
         "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
         "presets": {name: said(preset) for name, preset in PRESETS.items()},
-        "experiments": {name: experiment.question for name, experiment in EXPERIMENTS.items()},
     }
     if args.what in described:
         print(description(args.what, described[args.what]))
@@ -76,7 +74,7 @@ def first_sentence(text: str | None) -> str:
 
 COMMAND = Command(
     "list",
-    "what there is: models, rewards, methods, optimizers, prompts, presets, experiments",
+    "what there is: models, rewards, methods, optimizers, prompts, presets",
     "Lists what there is, or says everything about one reward, method, optimiser or preset.",
     "draftune list rewards; draftune list hpsv2",
     arguments,

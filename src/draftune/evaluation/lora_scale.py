@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from draftune.evaluation.eval_spec import Yardstick
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
-from draftune.figures import figure, save
 from draftune.lora import ADAPTER, set_lora_scale
 from draftune.models.base import default_device
 from draftune.registry.expression import Call, Sum
@@ -23,6 +22,7 @@ from draftune.training.checks import tell_truncated
 from draftune.training.early_stopping import DENOISER_MSE, rule_of, weighed, weights_of
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.paths import written_whole
+from draftune.utils.plotting import figure, save
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Sweep:
         captions = [mark.captions for mark in self.marks]
         save_image(grid(rows, names, self.prompts, captions), folder / "sweep.png")
         with written_whole(folder / "curve.png") as temporary:
-            save(self.figure(), str(temporary), "png")
+            save(self.figure(), str(temporary))
         columns, errors = self.columns, self.errors
         table = [
             {"scale": scale, "score": label, "value": columns[label][i], "error": errors[label][i]}

@@ -1,0 +1,1 @@
+"""Measured experiments on the embedded model: `python -m experiments NAME`. Results are in RESULTS.md."""
