@@ -242,5 +242,5 @@ def not_text(m: Making) -> Bad:
 @bad(*OF_A_LORA, "report", "watch", "score")
 def repeated_and_missing(m: Making) -> Bad:
     """A flag without its value."""
-    flag = {"watch": "--port": "--part"}.get(m.command, "--output")
+    flag = {"watch": "--port"}.get(m.command, "--output")
     return Bad([*m.good()[: 1 + len(m.command.split())], flag], [flag, "required"])
