@@ -51,7 +51,6 @@ from draftune.lora import lora_parameters
 from draftune.methods import Batch
 from draftune.models import Model, load_model
 from draftune.sampling.sampler import Latents
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from draftune.utils.quiet import quiet
@@ -63,7 +62,7 @@ def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer
     settings |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     with TemporaryDirectory() as folder:
         settings |= {"batch_size": args.batch_size, "output": f"{folder}/run"}
-        return prepare(model, args.reward, prompts=args.prompts, **settings)
+        return Trainer(model, args.reward, prompts=args.prompts, **settings)
 
 
 def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
@@ -128,7 +127,7 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     model = load_model(args.model)
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
     # As for any model: TRL's trainer recomputes whole calls too, and draws a path for each update.
-    same |= {"gradient_checkpointing": "blocks" if k == 1 else "calls", "prefix_reuse": 1}
+    same |= {"gradient_checkpointing": "blocks" if k == 1 else "denoiser", "prefix_reuse": 1}
     ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
@@ -160,7 +159,7 @@ class Racer:
 
     def evaluate(self, ours: Trainer, pictures: int) -> None:
         """Adds a row and prints it."""
-        prompts = (ours.watch.eval_prompts or ours.prompts)[:pictures]
+        prompts = (ours.context.eval_prompts or ours.prompts)[:pictures]
 
         def draw(prompts: Any, seeds: Any) -> Tensor:
             return self.model.generate(prompts, seeds, ours.schedule, ours.settings.guidance_scale)

@@ -30,9 +30,10 @@ from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, save_lora
 from draftune.models import load_model
+from draftune.presets import read_yaml
 from draftune.prompts import load_prompts
 from draftune.runs.run_dir import read_rows
-from draftune.settings import Settings, read_yaml
+from draftune.settings import Settings
 
 COUNT = int(os.environ.get("DRAFTUNE_BAD_INPUTS", "300"))
 SEED = int(os.environ.get("DRAFTUNE_BAD_SEED", "0"))

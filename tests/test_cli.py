@@ -237,7 +237,7 @@ def test_mistakes_get_one_line_and_code_2(
         "is a file; give a folder": [*train, "--output", str(tmp_path / "empty.txt")],
         "is not YAML, line 2": [*train, "--config", str(tmp_path / "bad.yaml")],
         "did you mean 'learning_rate'": [*train, "--config", str(tmp_path / "key.yaml")],
-        "must hold 'setting: value' lines": [*train, "--config", str(tmp_path / "list.yaml")],
+        "'setting: value' lines": [*train, "--config", str(tmp_path / "list.yaml")],
         "cannot read the settings file": [*train, "--config", str(tmp_path / "missing.yaml")],
         "invalid choice: 'trian'": ["trian"],
         "did you mean 'rewards'": ["list", "reward"],

@@ -119,7 +119,7 @@ def test_kohya_is_read_as_a_source(pipeline_folder: Path, run: Path, tmp_path: P
     assert layers.keys() == original.keys()
     for name, layer in layers.items():
         assert torch.allclose(layer.change, original[name].change)
-    command = ["--prompt", "cat", "--num-inference-steps", "2", "--cpu"]
+    command = ["--prompt", "cat", "--num-inference-steps", "2", "--device", "cpu"]
     assert main(["sample", str(out), *command, "--output", str(tmp_path / "a.png")]) == 0
     assert main(["sample", str(run / "lora" / FILE_NAME), *command, "--output", str(tmp_path / "b.png")]) == 0
     assert main(["mix", f"{out}@0.5", f"{run}@-0.5", "--output", str(tmp_path / "nothing")]) == 0

@@ -345,7 +345,7 @@ def test_a_layer_that_is_cut_still_ends_the_run(sd3: Path, tmp_path: Path) -> No
     cut = model.denoiser.transformer_blocks[0].attn
     cut.register_forward_hook(lambda _, __, output: tuple(tokens.detach() for tokens in output))
     with pytest.raises(DraftuneError, match=r"got no gradient .*transformer_blocks\.0\.attn\.to_q"):
-        run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="no")
+        run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="none")
 
 
 def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> None:

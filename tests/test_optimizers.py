@@ -20,21 +20,19 @@ from draftune.errors import DraftuneError
 from draftune.experimental.optimizers import (
     FILTERS,
     MEKA,
-    OPTIMIZERS,
     Extrapolate,
     StepTunedSGD,
     channel_mean,
     channel_sobolev,
     channel_sobolev_mean,
-    make_filter,
-    make_optimizer,
 )
 from draftune.experimental.optimizers.meka import Belief, filtered, step_size
 from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.training import gradient_noise as noise_file
 from draftune.training.gradient_noise import GradientNoise
+from draftune.training.optim import gradient_filters, make_filter, make_optimizer, optimizers
 from draftune.training.step import Updates
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.processes import Processes
 from draftune.utils.tensors import save_tensors
 
@@ -385,7 +383,7 @@ def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: A
     """The updates of a run whose LoRA does something already."""
     settings = {"steps": 4, "num_inference_steps": 2, "batch_size": 2, "reward_batch_size": 2, "guidance_scale": 1.0}
     settings |= {"prefix_reuse": 1, "method": "draft-lv(n=1)", "learning_rate": 0.01}
-    trainer = prepare(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
+    trainer = Trainer(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.updates.parameters.values():
@@ -551,7 +549,7 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
 )
 def test_mistakes_are_told_before_anything_is_loaded(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DraftuneError, match=message):
-        prepare("nowhere", "nothing", output=str(tmp_path / "run"), **values)
+        Trainer("nowhere", "nothing", output=str(tmp_path / "run"), **values)
     assert not (tmp_path / "run").exists()
 
 
@@ -574,7 +572,7 @@ def test_an_optimiser_of_ones_own(tmp_path: Path) -> None:
 
 def test_they_are_listed_and_have_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
-    for what, table in (("optimizers", OPTIMIZERS), ("filters", FILTERS)):
+    for what, table in (("optimizers", optimizers()), ("filters", gradient_filters())):
         assert main(["list", what]) == 0
         printed = capsys.readouterr().out
         for name in table:

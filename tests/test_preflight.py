@@ -16,7 +16,7 @@ from draftune.settings import Settings
 from draftune.training import memory_check as module
 from draftune.training.memory_check import ROOM, Preflight, Trial, free_memory, preflight, smaller_batches
 from draftune.training.step import Updates
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 
 FLAGS: dict[str, Any] = {
@@ -30,7 +30,7 @@ FLAGS: dict[str, Any] = {
     "sample_prompts": 3,
     "eval_every": 5,
     "eval_images": 2,
-    "cpu": True,
+    "device": "cpu",
 }
 
 
@@ -47,10 +47,10 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
     trial = found.best
     model = load_model(pipeline_folder)
     networks = sum(tensor.nbytes for part in model.parts for tensor in (*part.parameters(), *part.buffers()))
-    trainer = prepare(settings=settings)
+    trainer = Trainer(settings=settings)
     lora = sum(parameter.nbytes for parameter in trainer.updates.parameters.values())
     assert trial.held == pytest.approx(networks + lora, rel=0.02)
-    trainer.probe()
+    trainer.checks.check_rewards(trainer.watch.shown)
     # AdamW's two averages are made in the first update and held from then on.
     assert trial.peak == pytest.approx(peak_memory(lambda: trainer.updates.update(1)) + 2 * lora, rel=0.02)
     # Updates; grids of 3 at 0, 4, 8 and 10; evaluations of 6 pictures at 0, 5 and 10, and of the denoiser MSE of 2 x 4.
@@ -69,7 +69,7 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
 
 
 def test_what_it_advises_fits(settings: Settings) -> None:
-    settings.gradient_checkpointing = "no"
+    settings.gradient_checkpointing = "none"
     asked = preflight(settings).best.total
     found = preflight(settings, int(0.95 * asked / ROOM))
     assert found.fits

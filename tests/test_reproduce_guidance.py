@@ -23,7 +23,7 @@ def test_the_calls_that_are_counted_are_made(
     method: str, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(pipeline_folder)
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     made = 0
     scales = set()
     predict = model.predict

@@ -23,7 +23,7 @@ from draftune.errors import DraftuneError
 from draftune.runs.fingerprint import files_of, find_source, fingerprint
 from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
 from draftune.settings import Settings
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -262,7 +262,7 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
 
     def start(reward: str, output: Path, **more: Any) -> Path:
         settings = values | {"batch_size": 2, "sample_every": 0, "sample_prompts": 1, "learning_rate": 0.01} | more
-        settings |= {"guidance_scale": 3.0, "eval_images": 1, "output": str(output), "reward": reward, "cpu": True}
+        settings |= {"guidance_scale": 3.0, "eval_images": 1, "output": str(output), "reward": reward, "device": "cpu"}
         text = yaml.safe_dump({"model": "sd"} | settings)
         (Path.cwd() / "settings.yaml").write_text(text)
         assert main(["train", "--config", "settings.yaml"]) == 0
@@ -286,8 +286,8 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
     ("first", "then"),
     [
         ({"reward_batch_size": 2}, {"reward_batch_size": 1}),
-        ({"gradient_checkpointing": "no"}, {"gradient_checkpointing": "blocks"}),
-        ({"cpu": False}, {"cpu": True}),
+        ({"gradient_checkpointing": "none"}, {"gradient_checkpointing": "blocks"}),
+        ({"device": "auto"}, {"device": "cpu"}),
     ],
 )
 def test_what_concerns_memory_and_device_alone_may_change(
@@ -427,9 +427,9 @@ def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folde
     output = str(tmp_path / "run")
     values = SHORT | {"method": "ddpo(min_count=2)", "batch_size": 2, "eval_prompts": "animals", "eval_images": 1}
     values |= {"model": str(pipeline_folder), "prompts": "animals", "guidance_scale": 2.0, "num_inference_steps": 3}
-    prepare(**values, reward="brightness", steps=1, output=output).run()
-    trainer = prepare(**values, reward="1000*brightness", allow_changes="reward", steps=2, output=output)
-    trainer.run()
+    Trainer(**values, reward="brightness", steps=1, output=output).train()
+    trainer = Trainer(**values, reward="1000*brightness", allow_changes="reward", steps=2, output=output)
+    trainer.train()
     seen = [reward for rewards in trainer.method.rewards.values() for reward in rewards]
     assert min(seen) > 100
     assert trainer.watch.guard is not None

@@ -41,7 +41,6 @@ from draftune.runs.load import open_source, read_deltas
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 
 
@@ -77,7 +76,7 @@ def test_the_toy_of_ten_classes() -> None:
 
 
 def train(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Run:
-    return prepared(model, output, reward, **values).run()
+    return prepared(model, output, reward, **values).train()
 
 
 def prepared(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Trainer:
@@ -96,7 +95,7 @@ def prepared(model: Path, output: Path, reward: Any = "brightness", **values: An
         "learning_rate": 0.02,
         "lora_rank": 2,
     }
-    return prepare(str(model), reward, output=str(output), **(settings | values))
+    return Trainer(str(model), reward, output=str(output), **(settings | values))
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +119,27 @@ def test_a_run_goes_on_where_the_first_one_ended(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = prepared(
-        pipeline_folder, tmp_path / "second", "symmetry", continue_from=str(first.folder), keep=kept, keep_weight=0.1
+        pipeline_folder,
+        tmp_path / "second",
+        "symmetry",
+        continue_from=str(first.folder),
+        retain_prompts=kept,
+        keep_weight=0.1,
     )
     before = {n: p.clone() for n, p in trainer.model.denoiser.named_parameters() if f".{KEPT}." in n}
-    second = trainer.run()
+    second = trainer.train()
     after = dict(trainer.model.denoiser.named_parameters())
     assert before
     assert all(torch.equal(after[name], tensor) and not after[name].requires_grad for name, tensor in before.items())
     assert all(parameter.grad is None for name, parameter in after.items() if name in before)
     # The base is the first run's model, whose reward is measured at every evaluation on the prompts of its own.
     start, end = second.evaluations
-    assert start["kept/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
+    assert start["retained/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
     assert start["denoiser_mse_from_base"] == start["distance"] == 0
     assert end["denoiser_mse_from_base"] > 0
     assert abs(end["symmetry"] - start["symmetry"]) > 1e-4
     assert second.comparison is not None
-    lost = end["kept/brightness"] - start["kept/brightness"]
+    lost = end["retained/brightness"] - start["retained/brightness"]
     assert f"({lost:+.3f})" in second.comparison.table()
     # What is saved is the sum: of the pipeline itself it makes what was trained.
     saved, _ = open_source(str(second.folder))
@@ -153,7 +157,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     page = collect(second.folder)
     assert "Of the training before, brightness" in page["verdict"]
     assert ["Continued from", str(first.folder)] in page["facts"]
-    assert ["kept/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
+    assert ["retained/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
 
 
 def test_the_base_leaves_no_trace(pipeline_folder: Path) -> None:
@@ -244,7 +248,7 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
     """On the kept prompts a firm hand leaves the denoiser nearer to where it was, at the cost of the second reward."""
     ends = {}
     for weight in (0.0, 30.0):
-        values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": weight, "steps": 4}
+        values = {"continue_from": str(first.folder), "retain_prompts": kept, "keep_weight": weight, "steps": 4}
         run = train(pipeline_folder, tmp_path / f"{weight}", eval_images=1, **values)
         ends[weight] = run.evaluations[-1]
     assert ends[30.0]["denoiser_mse_from_base"] < 0.5 * ends[0.0]["denoiser_mse_from_base"]
@@ -253,7 +257,13 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
 
 def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """Cut off between two updates that share the paths of their batches, and of what is kept."""
-    values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 0.1, "steps": 4, "save_every": 1}
+    values = {
+        "continue_from": str(first.folder),
+        "retain_prompts": kept,
+        "keep_weight": 0.1,
+        "steps": 4,
+        "save_every": 1,
+    }
     values |= {"method": "draft-k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
     values |= {"prefix_reuse": 2, "gradient_accumulation_steps": 2, "signal_to_noise": True}
     whole = noisily_trained(pipeline_folder, tmp_path / "whole", **values)
@@ -268,7 +278,7 @@ def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, 
 
 def test_a_policy_keeps_too(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """What is kept asks for no reward."""
-    values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 1.0, "eval_prompts": ""}
+    values = {"continue_from": str(first.folder), "retain_prompts": kept, "keep_weight": 1.0, "eval_prompts": ""}
     run = train(pipeline_folder, tmp_path / "second", "symmetry", method="ddpo(min_count=2)", steps=2, **values)
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     assert [row["reward_queries"] for row in run.metrics] == [2, 4]
@@ -279,7 +289,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     add_lora(model, 2)
     save_lora(model, tmp_path / "lora")
     train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=1)
-    assert "kept/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
+    assert "retained/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
     load_lora(again := load_model(str(pipeline_folder)), first.folder)
     save_lora(again, tmp_path / "lora")
     with pytest.raises(DraftuneError, match=r"another run: the files that its continue_from .* names have changed"):
@@ -290,26 +300,49 @@ def test_the_command(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = "--prompts animals --steps 2 --method draft-k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
-    given = ["--model", str(pipeline_folder), "--reward", "symmetry", "--cpu", "--guidance-scale", "3", *few.split()]
+    given = [
+        "--model",
+        str(pipeline_folder),
+        "--reward",
+        "symmetry",
+        "--device",
+        "cpu",
+        "--guidance-scale",
+        "3",
+        *few.split(),
+    ]
     folder = tmp_path / "second"
-    asked = ["train", "--continue-from", str(first.folder), "--keep", kept, "--eval-prompts", kept, *given]
+    asked = ["train", "--continue-from", str(first.folder), "--retain-prompts", kept, "--eval-prompts", kept, *given]
     assert main([*asked, "--output", str(folder)]) == 0
     said = capsys.readouterr()
-    assert "kept/brightness" in said.out
+    assert "retained/brightness" in said.out
     assert "--keep-weight 3 is weighed against the reward's own scale: --normalize-reward 32" in said.err
-    start = rows(folder, "evaluations.jsonl")[0]["kept/brightness"]
+    start = rows(folder, "evaluations.jsonl")[0]["retained/brightness"]
     assert start == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
 
 
 def test_mistakes_are_named_before_anything_is_loaded(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--cpu"]
+    arguments = [
+        "train",
+        "--model",
+        str(pipeline_folder),
+        "--reward",
+        "brightness",
+        "--prompts",
+        "animals",
+        "--device",
+        "cpu",
+    ]
     arguments += ["--output", str(tmp_path / "run")]
     for more, message in (
-        (["--keep", kept], "keep holds on to what an earlier training taught: give its run (--continue-from)"),
+        (
+            ["--retain-prompts", kept],
+            "retain_prompts needs the LoRA to stay close to: give its run (--continue-from)",
+        ),
         (["--continue-from", str(tmp_path / "none")], "no LoRA at"),
-        (["--continue-from", str(first.folder), "--keep", "no-set"], "unknown prompt set 'no-set'"),
+        (["--continue-from", str(first.folder), "--retain-prompts", "no-set"], "unknown prompt set 'no-set'"),
         (["--continue-from", str(first.folder), "--keep-weight", "-1"], "keep_weight must be at least 0"),
         (["--continue-from", str(first.folder), "--model", "emoji"], f"is one of '{pipeline_folder}', and this run"),
     ):
@@ -328,7 +361,7 @@ def test_what_can_not_be_measured_is_said(
 
     made = train(pipeline_folder, tmp_path / "first", mine, steps=1, eval_images=1)
     capsys.readouterr()
-    prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), keep="animals")
+    prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), retain_prompts="animals")
     assert "was trained on is not measured: unknown reward 'mine'" in capsys.readouterr().err
 
 
@@ -342,12 +375,12 @@ def test_another_grid_is_said(
 
 
 def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
-    values = {"continue_from": str(first.folder), "best_by": "kept/brightness", "eval_images": 1, "eval_every": 1}
+    values = {"continue_from": str(first.folder), "best_by": "retained/brightness", "eval_images": 1, "eval_every": 1}
     run = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
-    column = [row["kept/brightness"] for row in run.evaluations]
+    column = [row["retained/brightness"] for row in run.evaluations]
     assert [row["best"] for row in run.evaluations][column.index(max(column))]
-    with pytest.raises(DraftuneError, match="did you mean 'kept/brightness'"):
-        train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "kept/brightnes"}))
+    with pytest.raises(DraftuneError, match="did you mean 'retained/brightness'"):
+        train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "retained/brightnes"}))
 
 
 def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -355,15 +388,15 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
     one = train(pipeline_folder, tmp_path / "first", "brightness", best_by="brightness", **values)
     (weighted,) = [key for key in one.evaluations[0] if key.endswith("*brightness")]
     assert one.evaluations[0]["brightness"] < 1 < one.evaluations[0][weighted]
-    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*kept/brightness"}
+    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*retained/brightness"}
     two = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
-    assert two.evaluations[0]["kept/brightness"] == pytest.approx(one.evaluations[-1]["brightness"])
+    assert two.evaluations[0]["retained/brightness"] == pytest.approx(one.evaluations[-1]["brightness"])
 
 
 def test_nothing_is_not_distilled(thick: Path, tmp_path: Path, kept: str) -> None:
     draftune.mix_loras([(thick, 0.0)], tmp_path / "nothing")
     with pytest.raises(DraftuneError, match="changes nothing that the model draws"):
-        draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, cpu=True)
+        draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, device="cpu")
 
 
 @pytest.fixture
@@ -402,7 +435,7 @@ def test_a_distilled_lora(
 ) -> None:
     output = tmp_path / "small"
     made = draftune.distill_lora(
-        str(thick), [kept, ["a fish"]], output, 2, paths=10, calls=3, batch_size=2, learning_rate=0.01, cpu=True
+        str(thick), [kept, ["a fish"]], output, 2, paths=10, calls=3, batch_size=2, learning_rate=0.01, device="cpu"
     )
     left = made.differences
     assert left["distilled"] < 0.7 * left["truncated"]
@@ -412,7 +445,20 @@ def test_a_distilled_lora(
         assert file.metadata()["distilled_from"] == f"{thick}, rank 2"
     # What the file holds is what was measured: the truncated one, found again.
     load_lora(load_model(str(pipeline_folder)), output)
-    arguments = ["distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu", "--paths", "1", "--calls", "1"]
+    arguments = [
+        "distill",
+        str(thick),
+        "--rank",
+        "2",
+        "--prompts",
+        kept,
+        "--device",
+        "cpu",
+        "--paths",
+        "1",
+        "--calls",
+        "1",
+    ]
     assert main([*arguments, "--learning-rate", "0", "--output", str(tmp_path / "cut")]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"mean squared difference of the predictions from those of {thick}"

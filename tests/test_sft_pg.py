@@ -28,7 +28,7 @@ from draftune.rewards import Reward, find_reward, load_reward
 from draftune.rewards.base import learners
 from draftune.rewards.discriminator import critic_loss
 from draftune.sampling.schedule import Prediction, Schedule, Step
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
 
 T = 5
@@ -302,7 +302,7 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     reward = load_reward(wrapped.format(f"examples(folder='{red}', width=4, size=16, learning_rate=0.01)"))
     (critic,) = learners(reward)
     values = {**SETTINGS, "method": "draft-k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
-    trainer = prepare(painter, reward, **values, output="unused")
+    trainer = Trainer(painter, reward, **values, output="unused")
     made = trainer.updates
     made.draw_starts()
     (start,) = made.starts
@@ -428,12 +428,23 @@ def test_a_critic_that_knows_nothing_is_not_asked(
 ) -> None:
     """Outside of training it would be random numbers with an interval."""
     reward = f"2*examples(folder='{red}', width=2, size=16)"
-    model, out = str(pipeline_folder), ["--cpu", "--output", str(tmp_path / "out")]
+    model, out = str(pipeline_folder), ["--device", "cpu", "--output", str(tmp_path / "out")]
     for argv in (
         ["score", str(red), "--reward", reward],
         ["reno", model, "--prompt", "a cat", "--reward", reward, *out],
         ["knobs", "--model", model, "--guidance-bounds", "1,9", "--reward", reward, "--prompts", "animals", *out],
-        ["sample", model, "--prompt", "a cat", "--guide", reward, "--cpu", "--output", str(tmp_path / "a.png")],
+        [
+            "sample",
+            model,
+            "--prompt",
+            "a cat",
+            "--guide",
+            reward,
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path / "a.png"),
+        ],
         ["train", "--model", model, "--reward", reward, "--normalize-reward", "4", "--output", str(tmp_path / "run")],
     ):
         assert main(argv) == 2, argv

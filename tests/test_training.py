@@ -31,7 +31,7 @@ from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.checks import GradientAudit
 from draftune.training.step import PromptOrder, Updates, clipped_share
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.images import open_image
 from draftune.utils.memory import peak_memory
 
@@ -142,7 +142,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert (folder / "before_after.png").is_file()
     assert list((folder / "tensorboard").glob("events*"))
     # The resolved settings are enough to start the same run again.
-    again = Settings.from_mapping(draftune.settings.read_yaml(folder / "config.yaml"))
+    again = Settings.from_mapping(draftune.presets.read_yaml(folder / "config.yaml"))
     assert again.num_inference_steps == 3
     assert again.method == "draft-lv(n=2)"
     assert result.comparison is not None
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path
 def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path: Path) -> None:
     """Three updates with one path: its last call alone is made again, from the same latent, with the new LoRA."""
     settings = {"method": "draft-k(k=1)", "prefix_reuse": 3, "num_inference_steps": 4, "prompts": PROMPTS}
-    trainer = prepare(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
+    trainer = Trainer(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
     calls: list[tuple[bool, Tensor]] = []
     outputs: list[Tensor] = []
     unet = trainer.model.denoiser
@@ -189,12 +189,12 @@ def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: s
         pipeline.vae.decoder.conv_out.bias.fill_(10.0)
     model = StableDiffusion(pipeline, "tiny")
     settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft-k(k=1)", "output": str(tmp_path / "run")}
-    trainer = prepare(model, brightness, **settings, pixel_clamp=mode)
+    trainer = Trainer(model, brightness, **settings, pixel_clamp=mode)
     row = trainer.updates.update(1)
     assert row["reward"] == 1
     assert (row["grad_norm"] > 0) == (mode == "straight_through")
     with pytest.raises(DraftuneError, match=r"pixel_clamp.*'soft'"):
-        prepare(model, brightness, **settings, pixel_clamp="soft")
+        Trainer(model, brightness, **settings, pixel_clamp="soft")
 
 
 @pytest.mark.parametrize("own", ["hard", "straight_through"])
@@ -242,7 +242,7 @@ def test_an_update_does_not_depend_on_how_its_pictures_are_split(
         settings = {"method": method, "num_inference_steps": 3, "guidance_scale": 3.0, "prompts": ["a cat"]}
         settings |= {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "output": str(tmp_path / name)}
         painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder).to(torch.float64))
-        made = prepare(painter, brightness, **settings, **values).updates
+        made = Trainer(painter, brightness, **settings, **values).updates
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in made.parameters.values():
@@ -389,7 +389,7 @@ def test_the_scale_of_rewards_by_base_pictures(pipeline_folder: Path, tmp_path: 
     """The weights in the written settings are those divided by the spreads that the base model's pictures have."""
     reward = "brightness - 3*sharpness"
     result = run(str(pipeline_folder), tmp_path, reward, normalize_reward=6, steps=1, reward_batch_size=1)
-    written = draftune.settings.read_yaml(result.folder / "config.yaml")
+    written = draftune.presets.read_yaml(result.folder / "config.yaml")
     assert written["normalize_reward"] == 0
     model = load_model(pipeline_folder)
     model.set_grid("trailing")
@@ -495,14 +495,14 @@ def test_a_gradient_that_vanishes_later_is_told_too(
 def test_a_lora_that_takes_no_part_is_named_by_policy_gradients_too(pipeline: Any, tmp_path: Path) -> None:
     """Rewards differ and no ratio is clipped: that the gradient is 0 is the LoRA's fault."""
     settings = {"steps": 4, "num_inference_steps": 3, "guidance_scale": 3.0, "sample_every": 0, "batch_size": 2}
-    trainer = prepare(
+    trainer = Trainer(
         pipeline, brightness, prompts=PROMPTS, output=str(tmp_path / "run"), method="ddpo(min_count=4)", **settings
     )
     for module in trainer.model.denoiser.modules():
         if isinstance(scaling := getattr(module, "scaling", None), dict):
             module.scaling = dict.fromkeys(scaling, 0.0)
     with pytest.raises(DraftuneError, match=r"trainable tensors got no gradient.*lora_targets"):
-        trainer.run()
+        trainer.train()
 
 
 @pytest.mark.parametrize(("limit", "share"), [(1e-9, 1.0), (1e9, 0.0), (0, 0.0)])
@@ -542,7 +542,7 @@ def test_what_is_recommended_depends_on_the_method_and_not_on_its_spelling(metho
     # A method that is given beside ready settings too.
     if reuse == 4:
         own = replace(Settings(), prefix_reuse=3)
-        assert prepare(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse == 3
+        assert Trainer(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse == 3
 
 
 def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> None:
@@ -563,7 +563,7 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
     ):
         method = load_method(name)
         asked: set[int] = set()
-        trainer = prepare(
+        trainer = Trainer(
             str(pipeline_folder), brightness, output=str(tmp_path / "run"), method=name, num_inference_steps=4,
             prompts=PROMPTS, batch_size=1, resume=False, seed=1,
         )  # fmt: skip
@@ -639,5 +639,5 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert long == pytest.approx(short, rel=0.03)
     assert peak_of_one_update(model, "draft", 50) < 1.3 * long
     # Without checkpoints, 10 graphs stand beside each other: the measure sees that.
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     assert peak_of_one_update(model, "draft", 10) > 2 * long

@@ -7,6 +7,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from draftune.errors import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -43,7 +45,8 @@ def color(method: str) -> str | None:
 
 
 def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, Any]:
-    """An empty figure and its axes [rows, columns]."""
+    """An empty figure and its axes [rows, columns]. Raises DraftuneError without matplotlib."""
+    require("matplotlib", "drawing figures", "plots")
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -21,8 +21,8 @@ from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
 from draftune.training.checks import tell_truncated
 from draftune.training.data import PromptOrder
+from draftune.utils.logging import logger
 from draftune.utils.paths import user_path
-from draftune.utils.processes import tell
 
 PROBED = 4
 """Prompts of each group on which the difference is measured."""
@@ -66,7 +66,7 @@ def distill_lora(
     seed: int = 0,
     model: str | None = None,
     skip_text_encoder: bool = False,
-    cpu: bool = False,
+    device: str = "auto",
     precision: str = "no",
 ) -> Distilled:
     """Writes a LoRA of this rank into a folder, trained to predict what a run's LoRA, a file or its folder does.
@@ -93,7 +93,7 @@ def distill_lora(
         )
     if rank < 1 or rank >= (most := max(layer.rank for layer in whole.layers.values())):
         raise DraftuneError(f"the rank must be at least 1 and lower than that of {source!r}, {most}, not {rank}")
-    painter = open_loras({KEPT: tuned}, cpu, precision)
+    painter = open_loras({KEPT: tuned}, device, precision)
     texts = [prompt for group in groups for prompt in group]
     # add_lora leaves out the others.
     unused = {f"{painter.lora_prefix}.{name}" for name in painter.unused_layers()}
@@ -118,7 +118,7 @@ def distill_lora(
     learn(lesson, weighed, paths, calls, batch_size, learning_rate, torch.Generator().manual_seed(seed))
     differences["distilled"] = lesson.missed(probes)
     if not differences["distilled"] <= differences["truncated"]:
-        tell("learning brought it no nearer: the truncated LoRA is written")
+        logger.warning("learning brought it no nearer: the truncated LoRA is written")
         fill(painter, short)
     own = {name.replace(f".{ADAPTER}.", "."): value for name, value in lora_parameters(painter).items()}
     tensors = {f"{painter.lora_prefix}.{name}": value for name, value in own.items()}

@@ -120,7 +120,7 @@ def tune_knobs(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
-    cpu: bool = False,
+    device: str = "auto",
     mixed_precision: str = "no",
     skip_text_encoder: bool = False,
     progress: bool = False,
@@ -159,8 +159,10 @@ def tune_knobs(
     ]
     score, texts = gather(*wanted)
     check_prompts(score.ready(), texts)
-    opened = open_loras({f"knob-{i}": tuned for i, tuned in enumerate(found)}, cpu, mixed_precision) if found else None
-    opened = opened or load_model(settings.model, mixed_precision).to(default_device(cpu), mixed_precision)
+    opened = (
+        open_loras({f"knob-{i}": tuned for i, tuned in enumerate(found)}, device, mixed_precision) if found else None
+    )
+    opened = opened or load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
     opened.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, opened, [score], settings.negative_prompt)
     judge = Judge(opened, score.ready().to(opened.device), knobs, texts, settings, seed)

@@ -52,7 +52,7 @@ def kept_difference(batch: Batch) -> Tensor:
     """The mean squared difference from the base on the batch's kept prompts, at one random step of the base's path."""
     kept = batch.kept
     if kept is None:
-        raise DraftuneError("nothing says which prompts are to be kept: give --keep")
+        raise DraftuneError("nothing says which prompts are to be kept: give --retain-prompts")
     made = int(torch.randint(len(kept.schedule), (1,), generator=batch.generator))
     x = kept.latents.after(made, kept.base, kept.schedule.steps)
     step = kept.schedule.steps[made]

@@ -130,7 +130,7 @@ def guided(lab: Lab, method: str, seed: int) -> list[Row]:
 def unguarded(lab: Lab) -> Model:
     """The model as the lab trains it: its graphs fit into memory as they are."""
     model = lab.model()
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     return model
 
 

@@ -184,7 +184,7 @@ class Lab:
             "sample_prompts": 1,
             "prefix_reuse": 1,
             # The graphs of pictures this small fit beside each other: the same gradients, sooner.
-            "gradient_checkpointing": "no",
+            "gradient_checkpointing": "none",
         }
         values |= {
             "method": work.method,
@@ -289,7 +289,7 @@ class Lab:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         found = {"seconds": statistics.median(times), "megabytes": peak_memory(gradient, model.device) / 1e6}
-        model.set_checkpointing("no")
+        model.set_checkpointing("none")
         return found | {"megabytes without": peak_memory(gradient, model.device) / 1e6}
 
 

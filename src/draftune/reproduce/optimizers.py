@@ -98,7 +98,7 @@ def with_adameka(lab: Lab, rate: float, seed: int) -> Curve:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         add_lora(model, 8)
-    model.set_checkpointing("no")  # which takes no second derivative
+    model.set_checkpointing("none")  # which takes no second derivative
     optimizer = MEKA(lora_parameters(model).values(), lr=None if rate == OWN else rate, adaptive=True)
     generator, prompts = torch.Generator().manual_seed(seed), lab.prompts
     schedule, order = model.schedule(scale.num_inference_steps), PromptOrder(len(prompts), generator)

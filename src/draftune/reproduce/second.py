@@ -78,7 +78,7 @@ def trained(lab: Lab, way: str, seed: int, prompts: Sequence[str], reward: str, 
             sample_every=0,
             sample_prompts=1,
             prefix_reuse=1,
-            gradient_checkpointing="no",
+            gradient_checkpointing="none",
             **values,
         )
     return folder
@@ -137,7 +137,9 @@ class Ways:
         faces = self.lab.folder / "second-reward-faces.txt"
         with written_whole(faces) as temporary:
             temporary.write_text("\n".join(self.faces) + "\n", encoding="utf-8")
-        return self.second(kept_at(weight), continue_from=str(self.first), keep=str(faces), keep_weight=weight)
+        return self.second(
+            kept_at(weight), continue_from=str(self.first), retain_prompts=str(faces), keep_weight=weight
+        )
 
     def small(self) -> Path:
         kept, folder = self.kept(WEIGHTS[0]), self.lab.folder / called(SMALL, self.seed)

@@ -19,6 +19,9 @@ class Evaluating(Optimizer):
     What is not of one weight alone is kept in the state of the first one, where `state_dict` finds it.
     """
 
+    needs_closure = True
+    """How the training loop recognizes it."""
+
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
