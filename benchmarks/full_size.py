@@ -34,8 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import HUB, PIPELINES, ViTH
 from draftune.models.base import DTYPES
-from draftune.presets import PRESETS
-from draftune.settings import read_yaml
+from draftune.presets import PRESETS, read_yaml
 from draftune.training.memory_check import held_memory
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import PeakMemory, peak_memory

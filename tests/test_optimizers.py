@@ -31,6 +31,7 @@ from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.training import gradient_noise as noise_file
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.optim import gradient_filters, make_filter, make_optimizer, optimizers
+from draftune.training.state import load_train_state, train_state
 from draftune.training.step import Updates
 from draftune.training.trainer import Trainer
 from draftune.utils.processes import Processes
@@ -370,13 +371,13 @@ def test_signal_to_noise_is_that_of_the_batches() -> None:
     assert math.isnan(noise.ratio)
 
 
-def test_noise_above_the_signal_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_above_the_signal_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     noise = GradientNoise({})
     for i in range(3 * noise_file.WINDOW):
         noise.recent.append((0.5, 2.0))
         noise.warn()
-        said = capsys.readouterr().err
-        assert ("4 times as many pictures" in said) == (i == noise_file.WINDOW - 1)
+        assert ("4 times as many images" in caplog.text) == (i == noise_file.WINDOW - 1)
+        caplog.clear()
 
 
 def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: Any) -> Updates:
@@ -406,10 +407,10 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
     for step in (1, 2, 3, 4):
         found.append(updates.update(step))
         if step == 2:
-            state, tensors = updates.state()
+            state, tensors = train_state(updates)
             save_tensors(tmp_path / "tensors.safetensors", tensors)
             state, random = json.loads(json.dumps(state)), random_state()
-    again.load(state, load_file(tmp_path / "tensors.safetensors"))
+    load_train_state(again, state, load_file(tmp_path / "tensors.safetensors"))
     load_random_state(*random)
     for row in found[2:]:
         assert again.update(int(row["step"])) | {"seconds": 0} == row | {"seconds": 0}
@@ -527,20 +528,20 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimizer": "adam"}, "unknown optimiser 'adam': did you mean 'adamw'"),
-        ({"optimizer": "sgd + adamw"}, "optimiser: one name with its settings is wanted"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam': did you mean 'adamw'"),
+        ({"optimizer": "sgd + adamw"}, "optimizer must be one name"),
         ({"optimizer": "sgd(momentun=0.9)"}, "momentum"),
-        ({"optimizer": "sgd(momentum=0.9, nesterov=1)"}, "nesterov of optimiser sgd must be true or false"),
-        ({"optimizer": "sgd(momentum=-1)"}, "the optimiser 'sgd' can't be made: ValueError: Invalid momentum"),
-        ({"optimizer": "extrapolate"}, r"extrapolate wants one optimiser inside it: extrapolate\(adamw\)"),
-        ({"optimizer": "extrapolate(adamw)"}, "optimiser extrapolate wants rate"),
+        ({"optimizer": "sgd(momentum=0.9, nesterov=1)"}, "nesterov of optimizer sgd must be true or false"),
+        ({"optimizer": "sgd(momentum=-1)"}, "the optimizer 'sgd' can't be made: ValueError: Invalid momentum"),
+        ({"optimizer": "extrapolate"}, r"extrapolate wants one optimizer inside it: extrapolate\(adamw\)"),
+        ({"optimizer": "extrapolate(adamw)"}, "optimizer extrapolate wants rate"),
         ({"optimizer": "extrapolate(adamw, rate=-1)"}, "rate >= 0"),
         ({"optimizer": "extrapolate(step-tuned-sgd, rate=1)"}, "takes one gradient as it is"),
         ({"optimizer": "adamw(sgd)"}, "adamw takes settings such as key=value, not 'sgd'"),
         ({"optimizer": "step-tuned-sgd(low=3)"}, "0 < low <= high is wanted"),
         ({"optimizer": "step-tuned-sgd(beta=1)"}, "beta must be at least 0 and less than 1"),
         ({"optimizer": "step-tuned-sgd", "mixed_precision": "fp16"}, "does not work in fp16: use bf16 or no"),
-        ({"optimizer": "step-tuned-sgd", "method": "ddpo"}, "makes its own steps: use adamw or sgd"),
+        ({"optimizer": "step-tuned-sgd", "method": "ddpo"}, "'ddpo' takes its own optimizer steps: use adamw or sgd"),
         ({"gradient_filter": "channel-means"}, "unknown gradient filter 'channel-means': did you mean 'channel-mean'"),
         ({"gradient_filter": "channel-mean(weight=0)"}, "weight of channel-mean must be more than 0, not 0"),
         ({"gradient_filter": "channel-mean(sgd)"}, "takes settings such as key=value"),

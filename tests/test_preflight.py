@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
 
 
 def test_what_it_advises_fits(settings: Settings) -> None:
-    settings.gradient_checkpointing = "none"
+    settings = replace(settings, gradient_checkpointing="none")
     asked = preflight(settings).best.total
     found = preflight(settings, int(0.95 * asked / ROOM))
     assert found.fits
@@ -85,7 +86,7 @@ def test_what_it_advises_fits(settings: Settings) -> None:
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings.method, settings.prefix_reuse, settings.eval_prompts = "draft-k(k=1)", 3, ""
+    settings = replace(settings, method="draft-k(k=1)", prefix_reuse=3, eval_prompts="")
     made: list[int] = []
     update = Updates.update
     monkeypatch.setattr(Updates, "update", lambda self, step: made.append(step) or update(self, step))
@@ -111,7 +112,7 @@ def test_out_of_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> N
         return filled(trial, trainer)
 
     monkeypatch.setattr(module, "filled", too_much)
-    settings.reward_batch_size = 4
+    settings = replace(settings, reward_batch_size=4)
     found = preflight(settings)
     assert [trial.ran for trial in found.trials] == [False] * 3 + [True]
     assert found.fits

@@ -91,11 +91,11 @@ def test_a_list_that_is_told_its_ending_is_read_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "title\na cat\n", "line 2: no column 'prompt'"),
+        ("a.csv", "title\na cat\n", "line 2 has no column 'prompt'"),
         ("a.csv", "prompt\n", "is empty"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
-        ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2: an object"),
-        ("a.jsonl", '{"prompt": 3}\n', "line 1: no key 'prompt'"),
+        ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2 must be an object"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1 has no key 'prompt'"),
         ("a.csv", "Prompt,prompt\na,b\n", "line 2.*'Prompt' and 'prompt'"),
         ("a.json", '["a\\u001b b"]', "entry 1.*control character"),
     ],

@@ -236,7 +236,7 @@ def test_on_the_command_line(pipeline_folder: Path, tmp_path: Path, capsys: pyte
     common += ["--prompts", str(tmp_path / "prompts.txt"), "--gradient-decoder"]
     for extra, message in (
         (["no/such/folder"], "no folder 'no/such/folder'"),
-        ([str(saved(tmp_path / "small")), "--method", "ddpo"], "'ddpo' takes no gradient of the reward"),
+        ([str(saved(tmp_path / "small")), "--method", "ddpo"], "'ddpo' uses no gradient of the reward"),
         ([str(saved(tmp_path / "wide", latent_channels=16))], "has 16 channels of a latent"),
     ):
         assert main([*common, *extra]) == 2

@@ -333,7 +333,7 @@ def test_the_audit_names_the_tensor_left_behind() -> None:
         (lambda images, prompts: torch.zeros(2, requires_grad=True), "does not depend"),
         (
             lambda images, prompts: images[:1].mean() * torch.ones(2),
-            r"no gradient to 1 of 2 pictures: picture 2 \(a dog\)",
+            r"no gradient to 1 of 2 images: image 2 \(a dog\)",
         ),
         (lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt(), "not finite"),
     ],
@@ -361,7 +361,7 @@ def test_prompts_metadata_reaches_the_reward_and_is_checked_first(pipeline_folde
     model = str(pipeline_folder)
     (tmp_path / "prompts.csv").write_text("prompt,level\na cat,1\na dog,2\na bird,0.5\n")
     prompts = str(tmp_path / "prompts.csv")
-    with pytest.raises(DraftuneError, match=r"eval_prompts\) don't fit: no level for 'cat'"):
+    with pytest.raises(DraftuneError, match=r"eval_prompts\) do not fit: no level for 'cat'"):
         run(model, tmp_path, Level(), prompts=prompts, eval_prompts="animals")
     with pytest.raises(DraftuneError, match="no level for 'a cat'"):
         run(model, tmp_path, Level())
@@ -432,7 +432,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction must be more than 0 and at most 1"),
         ({"method": "ddpo(buffer_size=4)"}, "buffer_size must be a whole number of at least 16"),
         ({"method": "alignprop(cut=normel)"}, "did you mean 'normal'"),
-        ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "does not begin without gradient: prefix_reuse"),
+        ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "no sampling steps without gradient: prefix_reuse"),
         ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride must be 1"),
         ({"method": "refl(m=2)", "prefix_reuse": 2}, "prefix_reuse=2 does not work with the method 'refl"),
         ({"method": "alignprop(m=3)", "prefix_reuse": 3}, "prefix_reuse=3 does not work with the method 'alignprop"),
@@ -460,20 +460,20 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
 
 @pytest.mark.parametrize(("steps", "told"), [(5, 3), (2, 2)])
 def test_a_run_without_a_gradient_says_which_factor_was_0(
-    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, told: int
+    pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, told: int
 ) -> None:
     def never(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.full((len(images),), -7.3)
 
     result = run(pipeline, tmp_path, never, method="ddpo", steps=steps, batch_size=3)
     assert [row["grad_norm"] for row in result.metrics] == [0] * steps
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count(f"exactly 0 in the last {told} updates: all 3 rewards of the update are -7.3") == 1
     assert "learning rate" not in said
 
 
 def test_a_gradient_that_vanishes_later_is_told_too(
-    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update, made = Updates.update, [0]
 
@@ -487,7 +487,7 @@ def test_a_gradient_that_vanishes_later_is_told_too(
     monkeypatch.setattr(Updates, "update", counted)
     result = run(pipeline, tmp_path, dies, steps=8, learning_rate=0.02)
     assert [row["step"] for row in result.metrics if row["grad_norm"] == 0] == [4, 5, 6, 7, 8]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("the gradient was exactly 0 in the last 3 updates") == 1
     assert "learning rate" not in said
 

@@ -110,21 +110,22 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimiser's state by the names of its parameters."""
+    """Return the optimizer's state by the names of its parameters; numbers, as 8-bit AdamW has, become tensors."""
     return {
-        f"optimizer/{names[i]}/{key}": value
+        f"optimizer{'' if isinstance(value, Tensor) else '-number'}/{names[i]}/{key}": torch.as_tensor(value)
         for i, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    """Restore the state that `optimizer_tensors` returned."""
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
-        if kind == "optimizer":
+        if kind in ("optimizer", "optimizer-number"):
             name, _, entry = rest.rpartition("/")
-            state.setdefault(names.index(name), {})[entry] = value
+            state.setdefault(names.index(name), {})[entry] = value if kind == "optimizer" else value.item()
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
