@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from draftune.cli.main import main
-from draftune.cli.preflight import duration, told
+from draftune.cli.preflight import duration, report
 from draftune.errors import DraftuneError
 from draftune.models import load_model
 from draftune.settings import Settings
@@ -81,8 +81,8 @@ def test_what_it_advises_fits(settings: Settings) -> None:
     assert (least.best.settings.batch_size, least.best.settings.gradient_accumulation_steps) == (1, 4)
     assert least.best.total == min(trial.total for trial in least.trials) < 0.6 * asked
     assert least.best.settings.mixed_precision == "bf16"
-    assert "It does not fit into 0 MiB; the least is" in told(least)
-    assert "--gradient-checkpointing blocks" in told(found)
+    assert "It does not fit into 0 MiB; the least is" in report(least)
+    assert "--gradient-checkpointing blocks" in report(found)
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +117,7 @@ def test_out_of_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> N
     assert [trial.ran for trial in found.trials] == [False] * 3 + [True]
     assert found.fits
     assert (found.changes["batch_size"], found.changes["gradient_accumulation_steps"]) == (1, 4)
-    assert told(found).count("out of memory") == 3
+    assert report(found).count("out of memory") == 3
 
     def broken(trial: Trial, trainer: Any) -> Trial:
         raise RuntimeError("something else")
@@ -134,7 +134,7 @@ def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureF
     command = ["preflight", "--config", str(tmp_path / "settings.yaml")]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "draft-lv(n=1), 4 x 1 pictures an update, on cpu" in text
+    assert "draft-lv(n=1), 4 x 1 images an update, on cpu" in text
     assert "It fits" in text
     assert "10 updates" in text
     assert main([*command, "--memory", "0.0001"]) == 1
@@ -184,6 +184,6 @@ def test_nothing_fits(tmp_path: Path) -> None:
     failed = Trial(Settings(), {})
     found = Preflight(torch.device("cuda"), 2**30, [failed], failed)
     assert not found.fits
-    assert "It does not fit into 1024 MiB: smaller pictures" in told(found)
+    assert "It does not fit into 1024 MiB: use smaller images" in report(found)
     with pytest.raises(DraftuneError, match="no_such_reward"):
         preflight(Settings(reward="no_such_reward"))

@@ -252,14 +252,14 @@ def test_adamw_8bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_optimizer_state_with_numbers() -> None:
-    """8-bit AdamW counts its steps by an int, which must come back as one."""
+    """As 8-bit AdamW has them: a step that must stay an int, and a nested dictionary."""
     weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
     first, second = (torch.optim.SGD(weights, lr=0.1) for _ in range(2))
-    first.state[weights[1]] = {"step": 7, "moment": torch.arange(3.0)}
+    first.state[weights[1]] = {"step": 7, "moment": torch.arange(3.0), "packed": {"scale": torch.ones(1)}}
     load_optimizer(second, ["a", "b"], optimizer_tensors(first, ["a", "b"]))
     state = second.state[weights[1]]
     assert type(state["step"]) is int
-    assert (state["step"], state["moment"].tolist()) == (7, [0, 1, 2])
+    assert (state["step"], state["moment"].tolist(), state["packed"]["scale"].tolist()) == (7, [0, 1, 2], [1])
 
 
 @pytest.mark.parametrize(

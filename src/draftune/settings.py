@@ -65,12 +65,8 @@ class Settings:
         "Training prompts: a named set (see 'draftune list prompts') or a file (.txt with one prompt a line, .csv, "
         ".tsv, .json, .jsonl or .yaml).",
     )
-    continue_from: str = setting(
-        "", "Run folder or LoRA file to start from: it is frozen, and a second LoRA is trained on top of it."
-    )
-    skip_text_encoder_lora: bool = setting(
-        False, "Ignore the text encoder layers of the LoRA given by --continue-from."
-    )
+    continue_from: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
+    skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --continue-from.")
 
     reward: str = setting(
         None, "Reward expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'."
@@ -123,9 +119,7 @@ class Settings:
         "", "Filter for the gradients of the LoRA's output channels (see 'draftune list filters'); '' for none."
     )
     learning_rate: float = setting(None, "Peak learning rate.", low=0)
-    lr_scheduler: str = setting(
-        "constant_with_warmup", "Learning-rate schedule, by its name in diffusers.", choices=SCHEDULERS
-    )
+    lr_scheduler: str = setting("constant_with_warmup", "Learning-rate schedule (names of diffusers).", SCHEDULERS)
     lr_warmup_steps: int = setting(0, "Updates over which the learning rate rises linearly to its peak.", low=0)
     lr_num_cycles: int = setting(1, "Number of cycles of cosine_with_restarts.", low=1)
     lr_power: float = setting(1.0, "Exponent of the polynomial schedule.", low=0)
@@ -145,9 +139,7 @@ class Settings:
     seed: int = setting(0, "Random seed of the LoRA's initial weights, the order of prompts, and the noise.", low=0)
 
     lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
-    lora_alpha: float | None = setting(
-        None, "LoRA alpha: the LoRA is scaled by alpha / rank (default: the rank, a scale of 1).", low=0
-    )
+    lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
     lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "Suffixes of the names of the layers that get a LoRA.")
 
     num_inference_steps: int = setting(None, "Sampling steps, in training and evaluation.", low=1)
@@ -177,9 +169,7 @@ class Settings:
     )
     compile: bool = setting(False, "Compile the denoiser with torch.compile.")
 
-    eval_prompts: str | None = setting(
-        None, "Prompts of the evaluations of base and fine-tuned model: a named set or a file; '' for no evaluation."
-    )
+    eval_prompts: str | None = setting(None, "Evaluation prompts: a named set or a file; '' for no evaluations.")
     held_out: str | None = setting(
         None, "Evaluation rewards: an expression that is measured but not trained on; '' for none."
     )
