@@ -167,7 +167,7 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
         "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
-        "Over-optimisation: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600. "
+        "Over-optimization: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600. "
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])

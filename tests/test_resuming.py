@@ -291,14 +291,14 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
     ],
 )
 def test_what_concerns_memory_and_device_alone_may_change(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: Any, then: Any
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, first: Any, then: Any
 ) -> None:
     whole = train(pipeline_folder, tmp_path / "whole", **SHORT | {"steps": 2} | first)
     train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 1} | first)
-    capsys.readouterr()
+    caplog.clear()
     train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 2} | then)
     (name,) = then
-    said = [line for line in capsys.readouterr().err.splitlines() if "the run goes on with" in line]
+    said = [line for line in caplog.messages if "the run goes on with" in line]
     assert len(said) == 1
     assert f"{name} {then[name]!r} in place of {first[name]!r}" in said[0]
     assert torch.allclose(learned(whole.folder), learned(tmp_path / "cut"), atol=1e-6)
@@ -307,17 +307,18 @@ def test_what_concerns_memory_and_device_alone_may_change(
 
 
 def test_what_is_only_measured_or_saved_may_change(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = SHORT | {"gradient_accumulation_steps": 2, "eval_every": 1}
     whole = train(pipeline_folder, tmp_path / "whole", **values | {"steps": 3})
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 1})
-    capsys.readouterr()
+    caplog.clear()
     free: dict[str, Any] = {"signal_to_noise": True, "sample_prompts": 2, "sample_every": 1, "eval_every": 0}
     free |= {"patience": 0, "on_nonfinite": "skip", "save_every": 0, "allow_changes": "learning_rate"}
+    free |= {"report_to": "none"}
     assert set(free) | {"steps", "output", "resume"} == set(FREE)
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 3} | free)
-    assert "the run goes on with" not in capsys.readouterr().err
+    assert "the run goes on with" not in caplog.text
     assert torch.equal(learned(whole.folder), learned(tmp_path / "cut"))
 
 

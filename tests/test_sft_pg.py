@@ -306,9 +306,9 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     made = trainer.updates
     made.draw_starts()
     (start,) = made.starts
-    prompts = [made.prompts[i] for i in start.prompts]
-    denoise, _ = painter.denoisers(prompts, made.schedule, 3.0, "")
-    x, steps = start.noise, made.schedule.steps
+    prompts = [trainer.prompts[i] for i in start.prompts]
+    denoise, _ = painter.denoisers(prompts, trainer.schedule, 3.0, "")
+    x, steps = start.noise, trainer.schedule.steps
     with torch.no_grad():
         for step in steps[:-1]:
             prediction = denoise(x, step)

@@ -187,7 +187,7 @@ def test_pictures_that_do_not_move_are_noticed(
     pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(pipeline_folder, tmp_path / "still", learning_rate=1e-12)
-    assert "after 3 updates the images still are those of the base model" in caplog.text
+    assert "after 3 updates the images are still those of the base model" in caplog.text
     train(pipeline_folder, tmp_path / "moved")
     assert "still those" not in caplog.text
 
