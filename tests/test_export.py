@@ -36,7 +36,14 @@ def run(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("runs") / "first"
     for seed, name in enumerate(("lora", "best")):
         saved_lora(pipeline_folder, folder / name, seed, 3, 5.0, LAYERS)
-    settings = Settings(str(pipeline_folder), "brightness", method="draft-k(k=2)", prompts="animals", seed=7, **GRID)
+    settings = Settings(
+        model=str(pipeline_folder),
+        reward="brightness",
+        method="draft-k(k=2)",
+        prompts="animals",
+        seed=7,
+        **GRID,
+    )
     (folder / "config.yaml").write_text(settings.to_yaml())
     return folder
 

@@ -522,7 +522,7 @@ def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
     assert Settings(method="ddpo").prefix_reuse == 1
     assert Settings(method="draft-k(k=1)").prefix_reuse == 4
     assert Settings(method="draft-lv", prefix_reuse=2).prefix_reuse == 2
-    assert (Settings("other/model").method, Settings("other/model").prefix_reuse) == ("draft-lv", 1)
+    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse) == ("draft-lv", 1)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_pictures_that_do_not_move_are_noticed(
 ) -> None:
     train(pipeline_folder, tmp_path / "still", learning_rate=1e-12)
     assert "after 3 updates the images are still those of the base model" in caplog.text
+    caplog.clear()
     train(pipeline_folder, tmp_path / "moved")
     assert "still those" not in caplog.text
 

@@ -48,7 +48,7 @@ def setting(
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a training run. A default of None is replaced by the value recommended for the model.
 

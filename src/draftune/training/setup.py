@@ -235,7 +235,8 @@ def release_model(context: TrainContext) -> None:
     """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp and compilation."""
     model = context.model
     model.small_decoder, model.pixel_clamp = None, context.pixel_clamp
-    model.denoiser._compiled_call_impl = None
+    if context.settings.compile:
+        model.denoiser._compiled_call_impl = None
 
 
 def normalize_reward(context: TrainContext) -> TrainContext:

@@ -64,6 +64,8 @@ class Run:
 class Trainer:
     """Fine-tune a LoRA on a reward. The constructor checks and loads everything; `train` runs the training.
 
+    Extend it by callbacks, or by a subclass that overrides `step`, `show`, `evaluate` or `save_checkpoint`.
+
     Args:
         model: Name, folder or hub id of the base model, a diffusers pipeline, or a loaded `Model`.
         reward: An expression, a `Reward`, or a function of (images [B, 3, H, W], prompts) that returns B numbers.
@@ -115,7 +117,7 @@ class Trainer:
 
     @cached_property
     def updates(self) -> Updates:
-        """Return the update step. It is built on first use, after `normalize` has replaced the reward."""
+        """Return the update step. It is built on first use, after the reward is normalized."""
         return Updates(self.context)
 
     @cached_property
