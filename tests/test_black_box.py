@@ -283,7 +283,7 @@ def test_jpeg_bytes_are_those_of_pillow() -> None:
 
 
 def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> None:
-    with pytest.raises(DraftuneError, match=r"'jpeg-bytes' has no gradient .* or estimate one: black-box\("):
+    with pytest.raises(DraftuneError, match=r"'jpeg-bytes' has no gradient .* or estimate a gradient: black-box\("):
         probe_reward(load_reward("jpeg-bytes"), IMAGES, PROMPTS)
     probe_reward(load_reward("jpeg-bytes"), IMAGES, PROMPTS, gradient=False)
     found = probe_reward(load_reward("black-box(jpeg-bytes, directions=8)"), IMAGES, PROMPTS)
