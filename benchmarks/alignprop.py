@@ -52,7 +52,6 @@ from draftune.lora import lora_parameters
 from draftune.methods import Batch
 from draftune.models import Model, load_model
 from draftune.sampling.sampler import Latents
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from draftune.utils.quiet import quiet
@@ -64,7 +63,7 @@ def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer
     settings |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     with TemporaryDirectory() as folder:
         settings |= {"batch_size": args.batch_size, "output": f"{folder}/run"}
-        return prepare(model, args.reward, prompts=args.prompts, **settings)
+        return Trainer(model, args.reward, prompts=args.prompts, **settings)
 
 
 def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
@@ -129,7 +128,7 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     model = load_model(args.model)
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
     # Like TRL's trainer: recompute whole calls, and sample a new prefix for each update.
-    same |= {"gradient_checkpointing": "blocks" if k == 1 else "calls", "prefix_reuse": 1}
+    same |= {"gradient_checkpointing": "blocks" if k == 1 else "denoiser", "prefix_reuse": 1}
     ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
@@ -161,7 +160,7 @@ class Racer:
 
     def evaluate(self, ours: Trainer, count: int) -> None:
         """Evaluate `count` images, append the row and print it."""
-        prompts = (ours.watch.eval_prompts or ours.prompts)[:count]
+        prompts = (ours.context.eval_prompts or ours.prompts)[:count]
 
         def draw(prompts: Any, seeds: Any) -> Tensor:
             return self.model.generate(prompts, seeds, ours.schedule, ours.settings.guidance_scale)

@@ -34,10 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import HUB, PIPELINES, ViTH
 from draftune.models.base import DTYPES
-from draftune.presets import PRESETS
-from draftune.settings import read_yaml
+from draftune.presets import PRESETS, read_yaml
 from draftune.training.memory_check import held_memory
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import PeakMemory, peak_memory
 
@@ -51,13 +49,13 @@ SIZES = {"sd14": (512, 768, 1024), "sdxl": (768, 1024)}
 def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Trainer]:
     """Yield a trainer for a model of PIPELINES. Default reward: ViT-H. Without `fill` no weights are written."""
     with TemporaryDirectory() as folder:
-        values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "cpu": True}
+        values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "device": "cpu"}
         if values.get("gradient_decoder"):
             values["gradient_decoder"] = f"{folder}/small"
             AutoencoderTiny().save_pretrained(f"{folder}/small")
         reward = values.pop("reward", None) or ViTH(fill)
         dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
-        made = prepare(PIPELINES[model](dtype, fill), reward, **values)
+        made = Trainer(PIPELINES[model](dtype, fill), reward, **values)
         made.updates.folder = None
         yield made
 
@@ -104,7 +102,7 @@ def counted(made: Trainer) -> tuple[int, int]:
         updates.update(1)
         update, before = memory.peak, memory.live
         memory.peak = before
-        made.watch.draw(list(islice(cycle(made.prompts), s.batch_size)), range(s.batch_size))
+        made.context.sample_images(list(islice(cycle(made.prompts), s.batch_size)), range(s.batch_size))
         return update, memory.peak - before
 
 
@@ -149,15 +147,15 @@ def cells(model: str) -> Iterator[dict[str, Any]]:
     for size, batch in itertools.product(SIZES[model], (1, 4)):
         yield {"height": size, "width": size, "batch_size": batch}
         if batch == 1:
-            yield {"height": size, "width": size, "gradient_checkpointing": "no"}
+            yield {"height": size, "width": size, "gradient_checkpointing": "none"}
     yield {"mixed_precision": "no"}
     yield {"mixed_precision": "no", "batch_size": 4}
     yield {"batch_size": 4, "reward_batch_size": 4}
-    yield {"batch_size": 4, "gradient_checkpointing": "no"}
+    yield {"batch_size": 4, "gradient_checkpointing": "none"}
     yield {"gradient_decoder": "small"}
-    for mode in ("no", "blocks", "calls", "both"):
+    for mode in ("none", "blocks", "denoiser", "both"):
         yield {"method": "draft-k(k=5)", "num_inference_steps": 6, "gradient_checkpointing": mode}
-    yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "calls"}
+    yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "denoiser"}
 
 
 def presets() -> None:

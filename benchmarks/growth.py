@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from overhead import seconds
@@ -41,7 +40,7 @@ CHANGES: list[dict[str, Any]] = [
     *({"prefix_stride": steps} for steps in (2, 4)),
     *(
         {"method": f"draft-k(k={k})", "gradient_checkpointing": mode}
-        for mode, ks in (("no", (1, 10)), ("blocks", (2, 10)), ("calls", (1, 2, 5, 10, 20)), ("both", (1, 10, 20)))
+        for mode, ks in (("none", (1, 10)), ("blocks", (2, 10)), ("denoiser", (1, 2, 5, 10, 20)), ("both", (1, 10, 20)))
         for k in ks
     ),
     *({"batch_size": size} for size in (1, 2, 8, 16)),
@@ -57,7 +56,7 @@ def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, 
     """Return a trainer and a function that runs its next update."""
     with TemporaryDirectory() as folder:
         settings = BASE | change | {"output": f"{folder}/run", "held_out": "", "eval_prompts": ""}
-        made = prepare(args.model, args.reward, **settings)
+        made = Trainer(args.model, args.reward, **settings)
     steps = itertools.count(1)
     return made, lambda: made.updates.update(next(steps))
 

@@ -25,7 +25,6 @@ from draftune.lora import add_lora, lora_parameters
 from draftune.methods import Batch
 from draftune.models import Model, load_model
 from draftune.sampling.sampler import Latents
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from overhead import seconds
 
@@ -127,7 +126,7 @@ def bias(args: argparse.Namespace) -> None:
     """Print how far the latent and the gradient differ for a prefix that is j updates old."""
     with TemporaryDirectory() as folder:
         settings = {"method": "draft-k(k=1)", "held_out": "", "eval_prompts": ""}
-        trainer = prepare(args.model, args.reward, output=f"{folder}/run", **settings)
+        trainer = Trainer(args.model, args.reward, output=f"{folder}/run", **settings)
     model, last = trainer.model, len(trainer.schedule) - 1
     rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
     step = 0
@@ -167,7 +166,7 @@ def signal(args: argparse.Namespace) -> None:
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
             settings = {"method": f"draft-lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
-            trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
+            trainer = Trainer(args.model, args.reward, held_out="", eval_prompts="", **settings)
         for step in range(5):
             trainer.updates.update(step + 1)
         samples: list[Tensor] = []

@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 
 
@@ -47,7 +46,7 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
                 call(timestep)
         for _ in range(terms):
             for i in range(calls):
-                if s.gradient_checkpointing in ("calls", "both"):
+                if s.gradient_checkpointing in ("denoiser", "both"):
                     with torch.no_grad():
                         call(timesteps[i - calls])
                 predicted = call(timesteps[i - calls], i > 0)
@@ -83,13 +82,13 @@ def main() -> None:
     for method, mode, calls, terms in (
         ("draft-k(k=1)", "blocks", 1, 1),
         ("draft-lv(n=2)", "blocks", 1, 3),
-        ("draft-lv(n=2)", "no", 1, 3),
-        ("draft-k(k=10)", "calls", 10, 1),
+        ("draft-lv(n=2)", "none", 1, 3),
+        ("draft-k(k=10)", "denoiser", 10, 1),
         ("draft-k(k=10)", "both", 10, 1),
     ):
         with TemporaryDirectory() as folder:
             settings = {"method": method, "gradient_checkpointing": mode, "prefix_reuse": 1, "output": f"{folder}/run"}
-            trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
+            trainer = Trainer(args.model, args.reward, held_out="", eval_prompts="", **settings)
             bare, steps = floor(trainer, calls, terms), itertools.count(1)
             bare()
             trainer.updates.update(next(steps))

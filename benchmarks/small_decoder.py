@@ -34,7 +34,7 @@ from draftune.models.tiny_decoder import decode_small, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.sampling.sampler import rollout
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 
 REWARD = "emoji-aesthetic"
 WIDTH, BLOCKS = 32, (3, 1, 0)
@@ -148,7 +148,7 @@ def timed(settings: dict[str, Any], decoders: Sequence[str | None], rounds: int 
     updates: list[Callable[[], object]] = []
     for decoder in decoders:
         with TemporaryDirectory() as folder:
-            made = prepare("emoji", REWARD, **settings, gradient_decoder=decoder, output=f"{folder}/run")
+            made = Trainer("emoji", REWARD, **settings, gradient_decoder=decoder, output=f"{folder}/run")
         made.updates.folder = None
         steps = itertools.count(1)
         updates.append(lambda made=made, steps=steps: made.updates.update(next(steps)))  # type: ignore[misc]

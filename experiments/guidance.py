@@ -12,7 +12,8 @@ from torch import Tensor
 
 from draftune.evaluation.metrics import evaluate, score_batches
 from draftune.experimental.denoising_loss import LEVELS
-from draftune.guidance.methods import load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import sample_guided
 from draftune.models import Model
 from draftune.rewards.properties import Matches
 from draftune.utils.images import grid, save_image, to_pil
@@ -21,10 +22,10 @@ from experiments.report import Experiment, Panel, aggregate
 from experiments.runner import DRAFT_1, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec, rename_columns
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.5)
-WITHOUT_NOISE = "ratio(strength=0.2, eta=0)"
-LOOK_AHEAD = "look-ahead(rise=2, rounds=4)"
-MORE_LOOK_AHEAD = ("look-ahead(rise=0.5, rounds=4)", "look-ahead(rise=2, rounds=8)")
-TRAINED = "look-ahead(rise=2, rounds=4, tune_from=1, learning_rate=0.001)"
+WITHOUT_NOISE = "pgdiff_dynamic(strength=0.2, eta=0)"
+LOOK_AHEAD = "gradient_guidance(target_increase=2, rounds=4)"
+MORE_LOOK_AHEAD = ("gradient_guidance(target_increase=0.5, rounds=4)", "gradient_guidance(target_increase=2, rounds=8)")
+TRAINED = "gradient_guidance(target_increase=2, rounds=4, finetune_from_round=1, learning_rate=0.001)"
 SEED_STRIDE = 1000
 """Difference between the seeds of two candidates for one image."""
 RESTORED = ("cat face", "strawberry", "rocket", "pizza")
@@ -37,8 +38,8 @@ def runs(budget: Budget) -> list[RunSpec]:
 
 def guided_variants(budget: Budget) -> dict[str, str]:
     """Return the family of each guidance method."""
-    ratios = {f"ratio(strength={strength:g})": "ratio, by strength" for strength in STRENGTHS[: budget.grid]}
-    ahead = dict.fromkeys((LOOK_AHEAD, *MORE_LOOK_AHEAD[: budget.grid - 2]), "look-ahead")
+    ratios = {f"pgdiff_dynamic(strength={strength:g})": "ratio, by strength" for strength in STRENGTHS[: budget.grid]}
+    ahead = dict.fromkeys((LOOK_AHEAD, *MORE_LOOK_AHEAD[: budget.grid - 2]), "gradient_guidance")
     return {**ratios, WITHOUT_NOISE: "ratio, no noise", **ahead, TRAINED: "look-ahead, trains a LoRA"}
 
 
@@ -48,13 +49,13 @@ def calls(method: str, steps: int) -> int:
     A backward pass through frozen weights costs as much as a forward pass.
     """
     guide = load_guide(method)
-    training = 2 * LEVELS * (guide.draws - guide.tune_from) if guide.tune_from else 0
-    return steps * (1 + 2 * (guide.draws - 1)) + training
+    training = 2 * LEVELS * (guide.num_samplings - guide.finetune_from_round) if guide.finetune_from_round else 0
+    return steps * (1 + 2 * (guide.num_samplings - 1)) + training
 
 
 def candidate_counts(budget: Budget) -> list[int]:
     """Return N of best-of-N: 1, 2, and as many as have the cost of each look-ahead."""
-    ahead = [name for name, family in guided_variants(budget).items() if family == "look-ahead"]
+    ahead = [name for name, family in guided_variants(budget).items() if family == "gradient_guidance"]
     return sorted({1, 2, *(calls(method, 1) for method in ahead)})
 
 
@@ -115,11 +116,11 @@ def guided(runner: ExperimentRunner, method: str, seed: int) -> list[Row]:
         options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "batch_size": 4}
         samples = sample_guided(model, runner.reward, prompts, method, seeds=seeds, **options)
         rounds.extend(samples.rewards.mean(1).tolist())
-        return samples.pictures
+        return samples.images
 
     rows = [timed_scores(runner, model, seed, sample)]
     rows[0]["round_rewards"] = " ".join(f"{value:.5g}" for value in rounds)
-    if load_guide(method).tune_from:
+    if load_guide(method).finetune_from_round:
         rows.append(timed_scores(runner, model, seed, runner.sampler(model)))
     return rows
 
@@ -139,7 +140,7 @@ def measure(runner: ExperimentRunner) -> list[Row]:
                 plain["seconds"] = row["seconds"]
         for method, family in guided_variants(runner.budget).items():
             scores = runner.cached(f"guidance-{method}-{seed}", partial(guided, runner, method, seed))
-            scored = steps + 1 if method.startswith("ratio") else 2 * load_guide(method).draws - 1
+            scored = steps + 1 if method.startswith("ratio") else 2 * load_guide(method).num_samplings - 1
             cost = {"calls": calls(method, steps), "scored": scored}
             rows.append({"variant": method, "family": family, "seed": seed, **cost, **scores[0]})
             for row in scores[1:]:
@@ -173,8 +174,8 @@ def restore(runner: ExperimentRunner) -> Image.Image:
         save_image(to_pil(whole[i : i + 1])[0], path)
         rewards = {"inpainted": Matches(str(path), mask=str(mask)), "colorized": Matches(str(path), "grey")}
         for name, reward in rewards.items():
-            samples = sample_guided(model, reward, prompt, "ratio(strength=0.3)", seeds=[0], **options)
-            restored[name].append(samples.pictures)
+            samples = sample_guided(model, reward, prompt, "pgdiff_dynamic(strength=0.3)", seeds=[0], **options)
+            restored[name].append(samples.images)
     half = hidden.bool().expand_as(whole)
     mean = (whole * (1 - hidden)).mean((2, 3), keepdim=True) / (1 - hidden).mean()
     gray = whole.mean(1, keepdim=True).expand_as(whole)

@@ -94,7 +94,7 @@ class Variants:
         source, folder = self.runner.lora(self.retained_spec(RETAIN_WEIGHTS[0])), folder_name(DISTILLED, self.seed)
         prompts: list[str | list[str]] = [self.names["things"], self.names["faces"]]
         paths, target = min(TRAJECTORIES, self.budget.steps), self.runner.folder / folder
-        distill_lora(str(source), prompts, target, RANK, paths=paths, seed=self.seed)
+        distill_lora(str(source), prompts, target, RANK, num_trajectories=paths, seed=self.seed)
         return target
 
     def loras(self) -> dict[str, Callable[[], Path | None]]:

@@ -28,9 +28,10 @@ from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, save_lora
 from draftune.models import load_model
+from draftune.presets import read_yaml
 from draftune.prompts import load_prompts
 from draftune.runs.run_dir import read_rows
-from draftune.settings import Settings, read_yaml
+from draftune.settings import Settings
 from helpers.bad_inputs import MAKERS, SMALL, Bad, Making, World
 from helpers.errors import normalized, raises
 from helpers.pipelines import build_pipeline

@@ -132,7 +132,7 @@ RUN: dict[str, Any] = {
     "sample_prompts": 3,
     "eval_every": 3,
     "eval_images": 1,
-    "cpu": True,
+    "device": "cpu",
 }
 
 

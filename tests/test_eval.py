@@ -30,7 +30,7 @@ from helpers.errors import mentions
 from helpers.pipelines import add_random_lora, build_pipeline
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "timestep_spacing": "trailing"}
-SMALL |= {"reward": "brightness", "held_out": "saturation", "cpu": True}
+SMALL |= {"reward": "brightness", "held_out": "saturation", "device": "cpu"}
 
 
 def make_run(folder: Path, model: Path, strength: float = 1.0, names: Sequence[str] = (), **values: Any) -> Path:

@@ -17,7 +17,8 @@ from scipy import stats
 from test_resume import rows
 
 from draftune.errors import DraftuneError
-from draftune.guidance.methods import load_guide, sample_guided
+from draftune.guidance.methods import load_guide
+from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
@@ -289,10 +290,17 @@ def test_shares_of_two_rewards() -> None:
     assert names == {"faces": ["0 face", "3 face", "6 face"], "things": ["clock", "facet", "sun"]}
 
 
-@pytest.mark.parametrize("method", ["ratio(strength=0.1)", "look-ahead(rounds=2)", "look-ahead(rounds=3, tune_from=2)"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "pgdiff_dynamic(strength=0.1)",
+        "gradient_guidance(rounds=2)",
+        "gradient_guidance(rounds=3, finetune_from_round=2)",
+    ],
+)
 def test_counted_denoiser_calls_are_made(method: str, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(pipeline_folder)
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     made = 0
     scales = set()
     predict = model.predict
@@ -307,14 +315,14 @@ def test_counted_denoiser_calls_are_made(method: str, pipeline_folder: Path, mon
     samples = sample_guided(model, "brightness", "a cat", method, num_inference_steps=5, guidance_scale=3)
     assert made == guidance.calls(method, 5)
     # The LoRA is trained on predictions without classifier-free guidance.
-    assert scales == ({(False, 3), (True, 1)} if "tune_from" in method else {(False, 3)})
-    rounds = load_guide(method).draws - 1
+    assert scales == ({(False, 3), (True, 1)} if "finetune_from_round" in method else {(False, 3)})
+    rounds = load_guide(method).num_samplings - 1
     assert samples.queries == (2 * rounds + 1 if rounds else 5 + 1)
 
 
 def test_best_of_n_has_the_calls_of_look_ahead() -> None:
     assert guidance.candidate_counts(FULL) == [1, 2, 9, 17]
-    assert list(guidance.guided_variants(QUICK))[:2] == ["ratio(strength=0)", "ratio(strength=0.05)"]
+    assert list(guidance.guided_variants(QUICK))[:2] == ["pgdiff_dynamic(strength=0)", "pgdiff_dynamic(strength=0.05)"]
 
 
 def test_examples_are_real_images_of_training_names(tmp_path: Path) -> None:

@@ -37,7 +37,14 @@ def run(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("runs") / "first"
     for seed, name in enumerate(("lora", "best")):
         saved_lora(pipeline_folder, folder / name, seed, 3, 5.0, LAYERS)
-    settings = Settings(str(pipeline_folder), "brightness", method="draft-k(k=2)", prompts="animals", seed=7, **GRID)
+    settings = Settings(
+        model=str(pipeline_folder),
+        reward="brightness",
+        method="draft-k(k=2)",
+        prompts="animals",
+        seed=7,
+        **GRID,
+    )
     (folder / "config.yaml").write_text(settings.to_yaml())
     return folder
 
@@ -120,7 +127,7 @@ def test_kohya_is_read_as_a_source(pipeline_folder: Path, run: Path, tmp_path: P
     assert layers.keys() == original.keys()
     for name, layer in layers.items():
         assert torch.allclose(layer.change, original[name].change)
-    command = ["--prompt", "cat", "--num-inference-steps", "2", "--cpu"]
+    command = ["--prompt", "cat", "--num-inference-steps", "2", "--device", "cpu"]
     assert main(["sample", str(out), *command, "--output", str(tmp_path / "a.png")]) == 0
     assert main(["sample", str(run / "lora" / FILE_NAME), *command, "--output", str(tmp_path / "b.png")]) == 0
     assert main(["mix", f"{out}@0.5", f"{run}@-0.5", "--output", str(tmp_path / "nothing")]) == 0

@@ -277,7 +277,7 @@ def run_on(model: Model, output: Path, targets: str, **settings: Any) -> draftun
 
 @pytest.mark.parametrize("family", RECOMMENDED)
 def test_the_recommended_targets_train(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder: Path = request.getfixturevalue(family)
     targets = RECOMMENDED[family]
@@ -286,7 +286,7 @@ def test_the_recommended_targets_train(
     model = load_model(folder)
     run = run_on(model, tmp_path / "run", targets)
     adapted = {name.split(".lora_")[0] for name in lora_parameters(model)}
-    told = [line for line in capsys.readouterr().err.splitlines() if mentions(line, "no LoRA")]
+    told = [line for line in caplog.text.splitlines() if mentions(line, "no LoRA")]
     if family == "sd3":
         (line,) = told
         assert mentions(line, 1, "transformer_blocks.1.attn.add_q_proj")
@@ -345,7 +345,7 @@ def test_a_layer_that_is_cut_still_ends_the_run(sd3: Path, tmp_path: Path) -> No
     cut = model.denoiser.transformer_blocks[0].attn
     cut.register_forward_hook(lambda _, __, output: tuple(tokens.detach() for tokens in output))
     with raises(DraftuneError, "gradient transformer_blocks.0.attn.to_q"):
-        run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="no")
+        run_on(model, tmp_path / "run", RECOMMENDED["sd3"], gradient_checkpointing="none")
 
 
 def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> None:

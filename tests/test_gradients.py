@@ -469,7 +469,7 @@ def test_strides_over_the_steps_without_gradient(count: int, stride: int, levels
 
 
 @pytest.mark.parametrize(
-    ("k", "checkpointing"), [(2, "calls"), (4, "calls"), (4, "no"), (1, "blocks"), (4, "blocks"), (4, "both")]
+    ("k", "checkpointing"), [(2, "denoiser"), (4, "denoiser"), (4, "none"), (1, "blocks"), (4, "blocks"), (4, "both")]
 )
 def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, checkpointing: str) -> None:
     """The whole way: LoRA, UNet, guidance through both branches, checkpoints, decoder; float64."""

@@ -104,14 +104,14 @@ class Peaks:
 
 
 def test_patience_ends_a_run_and_the_best_is_kept(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values: dict[str, Any] = {"eval_every": 1, "method": "draft-k(k=1)", "learning_rate": 0.02, "steps": 8}
     # The first number goes to the trial before training.
     run = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
     assert [round(row["held-out/judge"], 3) for row in run.evaluations] == [0.1, 0.2, 0.3, 0.2, 0.1]
-    assert mentions(capsys.readouterr().err, "over-optimi held-out/judge")
+    assert mentions(caplog.text, "over-optimi held-out/judge")
     second = train(pipeline_folder, tmp_path / "second", brightness, **(values | {"steps": 2}))
     best, same = (
         load_file(folder / "pytorch_lora_weights.safetensors")

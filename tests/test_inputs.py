@@ -289,7 +289,7 @@ def test_images_that_are_found_in_a_folder(tmp_path: Path, capsys: pytest.Captur
         (tmp_path / "in" / name).write_bytes(b"not an image")
     found = [str(path.relative_to(tmp_path / "in")) for path in find_images([str(tmp_path / "in")])]
     assert found == ["a.png", "c.avif", "d.tga", "e.ppm", "f.jp2", "h.heic", "i.jxl", "j.webp", "sub/b.JFIF"]
-    assert main(["score", str(tmp_path / "in"), "--reward", "brightness", "--cpu"]) == 1
+    assert main(["score", str(tmp_path / "in"), "--reward", "brightness", "--device", "cpu"]) == 1
     printed = capsys.readouterr()
     assert sum("brightness" not in line for line in printed.out.strip().split("\n")) == 6
     skipped = [line for line in printed.err.split("\n") if line.startswith("draftune: skipped: ")]

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "eval_images": 1,
     "best_by": "emoji-aesthetic",
     "held_out": "",
-    "cpu": True,
+    "device": "cpu",
 }
 
 

@@ -112,8 +112,8 @@ def test_a_mix_is_drawn_on_the_grid_of_its_loras(pipeline_folder: Path, tmp_path
     mix_loras([(tmp_path / "a", 1.0), (tmp_path / "c", 0.5)], tmp_path / "differ")
     assert saved_grid(tmp_path / "same") == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert saved_grid(tmp_path / "differ") == {}
-    drawn, _ = open_source(str(tmp_path / "same"), cpu=True)
-    own, _ = open_source(str(tmp_path / "differ"), cpu=True)
+    drawn, _ = open_source(str(tmp_path / "same"), device="cpu")
+    own, _ = open_source(str(tmp_path / "differ"), device="cpu")
     assert drawn.grid == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert own.grid == load_model(pipeline_folder).grid == {"timestep_spacing": "leading", "set_alpha_to_one": False}
     kohya = tmp_path / "same.safetensors"

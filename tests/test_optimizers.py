@@ -20,21 +20,20 @@ from draftune.errors import DraftuneError
 from draftune.experimental.optimizers import (
     FILTERS,
     MEKA,
-    OPTIMIZERS,
     Extrapolate,
     StepTunedSGD,
     channel_mean,
     channel_sobolev,
     channel_sobolev_mean,
-    make_filter,
-    make_optimizer,
 )
 from draftune.experimental.optimizers.meka import Belief, filtered, step_size
 from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.training import gradient_noise as noise_file
 from draftune.training.gradient_noise import GradientNoise
+from draftune.training.optim import gradient_filters, make_filter, make_optimizer, optimizers
+from draftune.training.state import load_train_state, train_state
 from draftune.training.step import Updates
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.processes import Processes
 from draftune.utils.tensors import save_tensors
 from helpers.errors import mentions, raises
@@ -373,12 +372,12 @@ def test_signal_to_noise_is_that_of_the_batches() -> None:
     assert math.isnan(noise.ratio)
 
 
-def test_noise_above_the_signal_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_noise_above_the_signal_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     noise = GradientNoise({})
     for i in range(3 * noise_file.WINDOW):
         noise.recent.append((0.5, 2.0))
         noise.warn()
-        said = capsys.readouterr().err
+        said = caplog.text
         assert mentions(said, 4) == (i == noise_file.WINDOW - 1)
 
 
@@ -386,7 +385,7 @@ def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: A
     """The updates of a run whose LoRA does something already."""
     settings = {"steps": 4, "num_inference_steps": 2, "batch_size": 2, "reward_batch_size": 2, "guidance_scale": 1.0}
     settings |= {"prefix_reuse": 1, "method": "draft-lv(n=1)", "learning_rate": 0.01}
-    trainer = prepare(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
+    trainer = Trainer(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.updates.parameters.values():
@@ -409,10 +408,10 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
     for step in (1, 2, 3, 4):
         found.append(updates.update(step))
         if step == 2:
-            state, tensors = updates.state()
+            state, tensors = train_state(updates)
             save_tensors(tmp_path / "tensors.safetensors", tensors)
             state, random = json.loads(json.dumps(state)), random_state()
-    again.load(state, load_file(tmp_path / "tensors.safetensors"))
+    load_train_state(again, state, load_file(tmp_path / "tensors.safetensors"))
     load_random_state(*random)
     for row in found[2:]:
         assert again.update(int(row["step"])) | {"seconds": 0} == row | {"seconds": 0}
@@ -552,7 +551,7 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
 )
 def test_mistakes_are_told_before_anything_is_loaded(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with raises(DraftuneError, message):
-        prepare("nowhere", "nothing", output=str(tmp_path / "run"), **values)
+        Trainer("nowhere", "nothing", output=str(tmp_path / "run"), **values)
     assert not (tmp_path / "run").exists()
 
 
@@ -575,7 +574,7 @@ def test_optimizer_of_a_user_file(tmp_path: Path) -> None:
 
 def test_they_are_listed_and_have_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
-    for what, table in (("optimizers", OPTIMIZERS), ("filters", FILTERS)):
+    for what, table in (("optimizers", optimizers()), ("filters", gradient_filters())):
         assert main(["list", what]) == 0
         printed = capsys.readouterr().out
         for name in table:

@@ -85,6 +85,6 @@ def test_both_are_one_line_on_the_command_line(
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(picture)
-    assert main(["score", str(picture), "--reward", f"{tmp_path}/r.py:full", "--cpu"]) == 2
+    assert main(["score", str(picture), "--reward", f"{tmp_path}/r.py:full", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert mentions(line, said)

@@ -386,7 +386,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
         for step in schedule.steps[:1]:
             clean, eps = denoise(x, step)
             x = step.alpha_next * clean + step.sigma_next * eps
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     model.denoiser.zero_grad()
     penalty = torch.zeros((), dtype=torch.float64)
     plain.requires_grad_(False)
@@ -399,7 +399,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
     penalty.backward()
     expected = [p.grad.clone() for p in parameters.values() if p.grad is not None]
     assert len(expected) == len(parameters)
-    for checkpointing in ("calls", "blocks", "both", "no"):
+    for checkpointing in ("denoiser", "blocks", "both", "none"):
         for got, want in zip(ours(checkpointing), expected, strict=True):
             assert relative(got, want) < 1e-9
     assert all(parameter.requires_grad for parameter in parameters.values())

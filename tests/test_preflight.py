@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import pytest
 import torch
 
 from draftune.cli.main import main
-from draftune.cli.preflight import duration, told
+from draftune.cli.preflight import duration, report
 from draftune.errors import DraftuneError
 from draftune.models import load_model
 from draftune.settings import Settings
 from draftune.training import memory_check as module
 from draftune.training.memory_check import ROOM, Preflight, Trial, free_memory, preflight, smaller_batches
 from draftune.training.step import Updates
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
 
@@ -31,7 +32,7 @@ FLAGS: dict[str, Any] = {
     "sample_prompts": 3,
     "eval_every": 5,
     "eval_images": 2,
-    "cpu": True,
+    "device": "cpu",
 }
 
 
@@ -48,10 +49,10 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
     trial = found.best
     model = load_model(pipeline_folder)
     networks = sum(tensor.nbytes for part in model.parts for tensor in (*part.parameters(), *part.buffers()))
-    trainer = prepare(settings=settings)
+    trainer = Trainer(settings=settings)
     lora = sum(parameter.nbytes for parameter in trainer.updates.parameters.values())
     assert trial.held == pytest.approx(networks + lora, rel=0.02)
-    trainer.probe()
+    trainer.checks.check_rewards(trainer.watch.shown)
     # AdamW's two averages are made in the first update and held from then on.
     assert trial.peak == pytest.approx(peak_memory(lambda: trainer.updates.update(1)) + 2 * lora, rel=0.02)
     # Updates; grids of 3 at 0, 4, 8 and 10; evaluations of 6 pictures at 0, 5 and 10, and of the denoiser MSE of 2 x 4.
@@ -70,7 +71,7 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
 
 
 def test_what_it_advises_fits(settings: Settings) -> None:
-    settings.gradient_checkpointing = "no"
+    settings = replace(settings, gradient_checkpointing="none")
     asked = preflight(settings).best.total
     found = preflight(settings, int(0.95 * asked / ROOM))
     assert found.fits
@@ -81,12 +82,12 @@ def test_what_it_advises_fits(settings: Settings) -> None:
     assert (least.best.settings.batch_size, least.best.settings.gradient_accumulation_steps) == (1, 4)
     assert least.best.total == min(trial.total for trial in least.trials) < 0.6 * asked
     assert least.best.settings.mixed_precision == "bf16"
-    assert mentions(told(least), "not fit 0 MiB")
-    assert "--gradient-checkpointing blocks" in told(found)
+    assert mentions(report(least), "not fit 0 MiB")
+    assert "--gradient-checkpointing blocks" in report(found)
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings.method, settings.prefix_reuse, settings.eval_prompts = "draft-k(k=1)", 3, ""
+    settings = replace(settings, method="draft-k(k=1)", prefix_reuse=3, eval_prompts="")
     made: list[int] = []
     update = Updates.update
     monkeypatch.setattr(Updates, "update", lambda self, step: made.append(step) or update(self, step))
@@ -112,12 +113,12 @@ def test_out_of_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> N
         return filled(trial, trainer)
 
     monkeypatch.setattr(module, "filled", too_much)
-    settings.reward_batch_size = 4
+    settings = replace(settings, reward_batch_size=4)
     found = preflight(settings)
     assert [trial.ran for trial in found.trials] == [False] * 3 + [True]
     assert found.fits
     assert (found.changes["batch_size"], found.changes["gradient_accumulation_steps"]) == (1, 4)
-    assert told(found).count("out of memory") == 3
+    assert report(found).count("out of memory") == 3
 
     def broken(trial: Trial, trainer: Any) -> Trial:
         raise RuntimeError("something else")
@@ -183,6 +184,6 @@ def test_nothing_fits(tmp_path: Path) -> None:
     failed = Trial(Settings(), {})
     found = Preflight(torch.device("cuda"), 2**30, [failed], failed)
     assert not found.fits
-    assert mentions(told(found), "not fit 1024 MiB")
+    assert mentions(report(found), "not fit 1024 MiB")
     with raises(DraftuneError, "no_such_reward"):
         preflight(Settings(reward="no_such_reward"))

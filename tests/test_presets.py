@@ -13,9 +13,9 @@ import yaml
 from draftune.cli.main import build_parser, main
 from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
-from draftune.presets import PRESETS, config_path
-from draftune.settings import Settings, read_yaml
-from draftune.training.train import prepare
+from draftune.presets import PRESETS, config_path, read_yaml
+from draftune.settings import Settings
+from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
 
@@ -46,7 +46,7 @@ def test_flags_win_over_a_preset_and_files_too(tmp_path: Path, monkeypatch: pyte
     settings = asked("--config", "sdxl-16gb", "--batch-size", "2", "--seed", "3")
     assert (settings.batch_size, settings.seed, settings.gradient_accumulation_steps) == (2, 3, 4)
     assert (settings.guidance_scale, settings.mixed_precision) == (5.0, "bf16")
-    assert asked("--config", "sd14-24gb").gradient_checkpointing == "no"
+    assert asked("--config", "sd14-24gb").gradient_checkpointing == "none"
     monkeypatch.chdir(tmp_path)
     Path("sdxl-16gb").write_text("seed: 7\n")
     assert asked("--config", "sdxl-16gb") == Settings(seed=7)
@@ -77,8 +77,8 @@ def test_presets_are_found_without_torch() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "draft-k(k=2)", "gradient_checkpointing": "calls", "mixed_precision": "bf16"},
-        {"method": "draft-lv(n=1)", "gradient_checkpointing": "no", "reward_batch_size": 2},
+        {"method": "draft-k(k=2)", "gradient_checkpointing": "denoiser", "mixed_precision": "bf16"},
+        {"method": "draft-lv(n=1)", "gradient_checkpointing": "none", "reward_batch_size": 2},
     ],
     ids=lambda settings: settings["method"],
 )
@@ -91,9 +91,9 @@ def test_memory_is_counted_without_arithmetic(
         "batch_size": 2,
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
-        "cpu": True,
+        "device": "cpu",
         "output": str(tmp_path / "run"),
         **settings,
     }
-    made, again = (prepare(str(pipeline_folder), **values) for _ in range(2))
+    made, again = (Trainer(str(pipeline_folder), **values) for _ in range(2))
     assert counted(made)[0] == pytest.approx(peak_memory(lambda: again.updates.update(1)), rel=0.01)

@@ -69,7 +69,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "told", set())
+    monkeypatch.setattr(module, "announced", set())
 
 
 def of(settings: Settings) -> tuple[int, float]:
@@ -135,9 +135,9 @@ IDS = {
 
 
 @pytest.mark.parametrize("model", IDS)
-def test_known_ids_before_anything_is_downloaded(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_known_ids_before_anything_is_downloaded(model: str, caplog: pytest.LogCaptureFixture) -> None:
     assert of(Settings(model=model)) == IDS[model]
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_a_model_in_the_hubs_cache_is_known_by_its_files(
@@ -157,22 +157,22 @@ def test_a_model_in_the_hubs_cache_is_known_by_its_files(
     assert found == "flux-dev"
 
 
-def test_an_unknown_id_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_id_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert of(Settings(model="some/one")) == (50, 7.5)
     Settings(model="some/one")
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.text.splitlines()
     assert mentions(line, "some/one", 50, 7.5)
     Settings(model="some/other", num_inference_steps=3, guidance_scale=2.0)
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_a_guess_by_the_scheduler_is_said(
-    saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(saved["sdxl"], tmp_path / "model"))
     VARIANTS["sdxl-turbo"][1](folder)
     Settings(model=str(folder))
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = caplog.text.splitlines()
     assert mentions(line, 4, 0)
 
 

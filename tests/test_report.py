@@ -168,7 +168,7 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
         "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
-        "Over-optimisation: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600. "
+        "Over-optimization: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600. "
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
@@ -307,7 +307,12 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
         {},
         {"model": "some/model", "steps": 10, "lora_alpha": 4.0, "height": 64, "learning_rate": 1e-5},
         {"reward": "-2*brightness + 'a b.py:f'(k=\"it's\")", "held_out": "-1*clip", "method": "draft-lv(n=3)"},
-        {"negative_prompt": "--blurry 'x'\n$HOME", "eval_prompts": "", "cpu": True, "gradient_checkpointing": "both"},
+        {
+            "negative_prompt": "--blurry 'x'\n$HOME",
+            "eval_prompts": "",
+            "device": "cpu",
+            "gradient_checkpointing": "both",
+        },
         {"method": "draft-lv", "prefix_reuse": 4},
         {"set_alpha_to_one": False, "timestep_spacing": "leading", "output": "runs/a b", "seed": 2**62},
     ],

@@ -106,7 +106,7 @@ def test_a_run_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_its_update(
-    pipeline_folder: Path, tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+    pipeline_folder: Path, tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[int] = []
 
@@ -119,7 +119,7 @@ def test_a_signal_ends_a_run_after_its_update(
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with raises(KeyboardInterrupt, "update 3"):
         train(pipeline_folder, tmp_path / "run", reward, method="draft-k(k=1)", save_every=0)
-    assert mentions(capsys.readouterr().err, "update")
+    assert mentions(caplog.text, "update")
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "step-000000",

@@ -22,7 +22,7 @@ from draftune.errors import DraftuneError
 from draftune.runs.fingerprint import files_of, find_source, fingerprint
 from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
 from draftune.settings import Settings
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
 
@@ -263,7 +263,7 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
 
     def start(reward: str, output: Path, **more: Any) -> Path:
         settings = values | {"batch_size": 2, "sample_every": 0, "sample_prompts": 1, "learning_rate": 0.01} | more
-        settings |= {"guidance_scale": 3.0, "eval_images": 1, "output": str(output), "reward": reward, "cpu": True}
+        settings |= {"guidance_scale": 3.0, "eval_images": 1, "output": str(output), "reward": reward, "device": "cpu"}
         text = yaml.safe_dump({"model": "sd"} | settings)
         (Path.cwd() / "settings.yaml").write_text(text)
         assert main(["train", "--config", "settings.yaml"]) == 0
@@ -287,19 +287,19 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
     ("first", "then"),
     [
         ({"reward_batch_size": 2}, {"reward_batch_size": 1}),
-        ({"gradient_checkpointing": "no"}, {"gradient_checkpointing": "blocks"}),
-        ({"cpu": False}, {"cpu": True}),
+        ({"gradient_checkpointing": "none"}, {"gradient_checkpointing": "blocks"}),
+        ({"device": "auto"}, {"device": "cpu"}),
     ],
 )
 def test_what_concerns_memory_and_device_alone_may_change(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: Any, then: Any
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, first: Any, then: Any
 ) -> None:
     whole = train(pipeline_folder, tmp_path / "whole", **SHORT | {"steps": 2} | first)
     train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 1} | first)
-    capsys.readouterr()
+    caplog.clear()
     train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 2} | then)
     (name,) = then
-    said = [line for line in capsys.readouterr().err.splitlines() if mentions(line, name)]
+    said = [line for line in caplog.text.splitlines() if mentions(line, name)]
     assert len(said) == 1
     assert mentions(said[0], then[name], first[name])
     assert torch.allclose(learned(whole.folder), learned(tmp_path / "cut"), atol=1e-6)
@@ -308,17 +308,18 @@ def test_what_concerns_memory_and_device_alone_may_change(
 
 
 def test_what_is_only_measured_or_saved_may_change(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = SHORT | {"gradient_accumulation_steps": 2, "eval_every": 1}
     whole = train(pipeline_folder, tmp_path / "whole", **values | {"steps": 3})
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 1})
-    capsys.readouterr()
+    caplog.clear()
     free: dict[str, Any] = {"signal_to_noise": True, "sample_prompts": 2, "sample_every": 1, "eval_every": 0}
     free |= {"patience": 0, "on_nonfinite": "skip", "save_every": 0, "allow_changes": "learning_rate"}
+    free |= {"report_to": "none"}
     assert set(free) | {"steps", "output", "resume"} == set(FREE)
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 3} | free)
-    assert not any(mentions(line, "run", name) for line in capsys.readouterr().err.splitlines() for name in free)
+    assert not any(mentions(line, "run", name) for line in caplog.text.splitlines() for name in free)
     assert torch.equal(learned(whole.folder), learned(tmp_path / "cut"))
 
 
@@ -422,9 +423,9 @@ def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folde
     output = str(tmp_path / "run")
     values = SHORT | {"method": "ddpo(min_count=2)", "batch_size": 2, "eval_prompts": "animals", "eval_images": 1}
     values |= {"model": str(pipeline_folder), "prompts": "animals", "guidance_scale": 2.0, "num_inference_steps": 3}
-    prepare(**values, reward="brightness", steps=1, output=output).run()
-    trainer = prepare(**values, reward="1000*brightness", allow_changes="reward", steps=2, output=output)
-    trainer.run()
+    Trainer(**values, reward="brightness", steps=1, output=output).train()
+    trainer = Trainer(**values, reward="1000*brightness", allow_changes="reward", steps=2, output=output)
+    trainer.train()
     seen = [reward for rewards in trainer.method.rewards.values() for reward in rewards]
     assert min(seen) > 100
     assert trainer.watch.guard is not None

@@ -38,7 +38,6 @@ from draftune.runs.load import open_source, read_deltas
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from helpers.draws import injected
 from helpers.errors import mentions, raises
@@ -77,7 +76,7 @@ def test_the_toy_of_ten_classes() -> None:
 
 
 def train(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Run:
-    return prepared(model, output, reward, **values).run()
+    return prepared(model, output, reward, **values).train()
 
 
 def prepared(model: Path, output: Path, reward: Any = "brightness", **values: Any) -> Trainer:
@@ -96,7 +95,7 @@ def prepared(model: Path, output: Path, reward: Any = "brightness", **values: An
         "learning_rate": 0.02,
         "lora_rank": 2,
     }
-    return prepare(str(model), reward, output=str(output), **(settings | values))
+    return Trainer(str(model), reward, output=str(output), **(settings | values))
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +119,27 @@ def test_a_run_goes_on_where_the_first_one_ended(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = prepared(
-        pipeline_folder, tmp_path / "second", "symmetry", continue_from=str(first.folder), keep=kept, keep_weight=0.1
+        pipeline_folder,
+        tmp_path / "second",
+        "symmetry",
+        continue_from=str(first.folder),
+        retain_prompts=kept,
+        keep_weight=0.1,
     )
     before = {n: p.clone() for n, p in trainer.model.denoiser.named_parameters() if f".{KEPT}." in n}
-    second = trainer.run()
+    second = trainer.train()
     after = dict(trainer.model.denoiser.named_parameters())
     assert before
     assert all(torch.equal(after[name], tensor) and not after[name].requires_grad for name, tensor in before.items())
     assert all(parameter.grad is None for name, parameter in after.items() if name in before)
     # The base is the first run's model, whose reward is measured at every evaluation on the prompts of its own.
     start, end = second.evaluations
-    assert start["kept/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
+    assert start["retained/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
     assert start["denoiser_mse_from_base"] == start["distance"] == 0
     assert end["denoiser_mse_from_base"] > 0
     assert abs(end["symmetry"] - start["symmetry"]) > 1e-4
     assert second.comparison is not None
-    lost = end["kept/brightness"] - start["kept/brightness"]
+    lost = end["retained/brightness"] - start["retained/brightness"]
     assert f"({lost:+.3f})" in second.comparison.table()
     # What is saved is the sum: of the pipeline itself it makes what was trained.
     saved, _ = open_source(str(second.folder))
@@ -153,7 +157,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     page = collect(second.folder)
     assert mentions(page["verdict"], "before brightness")
     assert ["Continued from", str(first.folder)] in page["facts"]
-    assert ["kept/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
+    assert ["retained/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
 
 
 def test_the_base_leaves_no_trace(pipeline_folder: Path) -> None:
@@ -245,7 +249,7 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
     """On the kept prompts a firm hand leaves the denoiser nearer to where it was, at the cost of the second reward."""
     ends = {}
     for weight in (0.0, 30.0):
-        values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": weight, "steps": 4}
+        values = {"continue_from": str(first.folder), "retain_prompts": kept, "keep_weight": weight, "steps": 4}
         run = train(pipeline_folder, tmp_path / f"{weight}", eval_images=1, **values)
         ends[weight] = run.evaluations[-1]
     assert ends[30.0]["denoiser_mse_from_base"] < 0.5 * ends[0.0]["denoiser_mse_from_base"]
@@ -254,7 +258,13 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
 
 def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """Cut off between two updates that share the paths of their batches, and of what is kept."""
-    values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 0.1, "steps": 4, "save_every": 1}
+    values = {
+        "continue_from": str(first.folder),
+        "retain_prompts": kept,
+        "keep_weight": 0.1,
+        "steps": 4,
+        "save_every": 1,
+    }
     values |= {"method": "draft-k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
     values |= {"prefix_reuse": 2, "gradient_accumulation_steps": 2, "signal_to_noise": True}
     whole = noisily_trained(pipeline_folder, tmp_path / "whole", **values)
@@ -269,7 +279,7 @@ def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, 
 
 def test_a_policy_keeps_too(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """What is kept asks for no reward."""
-    values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 1.0, "eval_prompts": ""}
+    values = {"continue_from": str(first.folder), "retain_prompts": kept, "keep_weight": 1.0, "eval_prompts": ""}
     run = train(pipeline_folder, tmp_path / "second", "symmetry", method="ddpo(min_count=2)", steps=2, **values)
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     assert [row["reward_queries"] for row in run.metrics] == [2, 4]
@@ -280,7 +290,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     add_lora(model, 2)
     save_lora(model, tmp_path / "lora")
     train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=1)
-    assert "kept/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
+    assert "retained/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
     load_lora(again := load_model(str(pipeline_folder)), first.folder)
     save_lora(again, tmp_path / "lora")
     with raises(DraftuneError, "continue_from", tmp_path / "lora"):
@@ -291,26 +301,27 @@ def test_the_command(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = "--prompts animals --steps 2 --method draft-k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
-    given = ["--model", str(pipeline_folder), "--reward", "symmetry", "--cpu", "--guidance-scale", "3", *few.split()]
+    few += " --reward symmetry --device cpu --guidance-scale 3"
+    given = ["--model", str(pipeline_folder), *few.split()]
     folder = tmp_path / "second"
-    asked = ["train", "--continue-from", str(first.folder), "--keep", kept, "--eval-prompts", kept, *given]
+    asked = ["train", "--continue-from", str(first.folder), "--retain-prompts", kept, "--eval-prompts", kept, *given]
     assert main([*asked, "--output", str(folder)]) == 0
     said = capsys.readouterr()
-    assert "kept/brightness" in said.out
+    assert "retained/brightness" in said.out
     assert mentions(said.err, "--keep-weight 3 --normalize-reward 32")
-    start = rows(folder, "evaluations.jsonl")[0]["kept/brightness"]
+    start = rows(folder, "evaluations.jsonl")[0]["retained/brightness"]
     assert start == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
 
 
 def test_mistakes_are_named_before_anything_is_loaded(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--cpu"]
-    arguments += ["--output", str(tmp_path / "run")]
+    arguments = ["train", "--model", str(pipeline_folder), "--output", str(tmp_path / "run")]
+    arguments += ["--reward", "brightness", "--prompts", "animals", "--device", "cpu"]
     for more, message in (
-        (["--keep", kept], "keep --continue-from"),
+        (["--retain-prompts", kept], "keep --continue-from"),
         (["--continue-from", str(tmp_path / "none")], "LoRA none"),
-        (["--continue-from", str(first.folder), "--keep", "no-set"], "no-set"),
+        (["--continue-from", str(first.folder), "--retain-prompts", "no-set"], "no-set"),
         (["--continue-from", str(first.folder), "--keep-weight", "-1"], "keep_weight -1 0"),
         (["--continue-from", str(first.folder), "--model", "emoji"], f"{pipeline_folder} emoji"),
     ):
@@ -322,33 +333,33 @@ def test_mistakes_are_named_before_anything_is_loaded(
 
 
 def test_what_can_not_be_measured_is_said(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def mine(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))
 
     made = train(pipeline_folder, tmp_path / "first", mine, steps=1, eval_images=1)
-    capsys.readouterr()
-    prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), keep="animals")
-    assert mentions(capsys.readouterr().err, "reward 'mine'")
+    caplog.clear()
+    prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), retain_prompts="animals")
+    assert mentions(caplog.text, "reward 'mine'")
 
 
 def test_another_grid_is_said(
-    first: Run, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    first: Run, pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepared(pipeline_folder, tmp_path / "same", continue_from=str(first.folder))
-    assert "timestep_spacing" not in capsys.readouterr().err
+    assert "timestep_spacing" not in caplog.text
     prepared(pipeline_folder, tmp_path / "other", continue_from=str(first.folder), timestep_spacing="linspace")
-    assert mentions(capsys.readouterr().err, "timestep_spacing trailing")
+    assert mentions(caplog.text, "timestep_spacing trailing")
 
 
 def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
-    values = {"continue_from": str(first.folder), "best_by": "kept/brightness", "eval_images": 1, "eval_every": 1}
+    values = {"continue_from": str(first.folder), "best_by": "retained/brightness", "eval_images": 1, "eval_every": 1}
     run = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
-    column = [row["kept/brightness"] for row in run.evaluations]
+    column = [row["retained/brightness"] for row in run.evaluations]
     assert [row["best"] for row in run.evaluations][column.index(max(column))]
-    with raises(DraftuneError, "'kept/brightnes' 'kept/brightness'"):
-        train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "kept/brightnes"}))
+    with raises(DraftuneError, "'retained/brightnes' 'retained/brightness'"):
+        train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "retained/brightnes"}))
 
 
 def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -356,15 +367,15 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
     one = train(pipeline_folder, tmp_path / "first", "brightness", best_by="brightness", **values)
     (weighted,) = [key for key in one.evaluations[0] if key.endswith("*brightness")]
     assert one.evaluations[0]["brightness"] < 1 < one.evaluations[0][weighted]
-    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*kept/brightness"}
+    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*retained/brightness"}
     two = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
-    assert two.evaluations[0]["kept/brightness"] == pytest.approx(one.evaluations[-1]["brightness"])
+    assert two.evaluations[0]["retained/brightness"] == pytest.approx(one.evaluations[-1]["brightness"])
 
 
 def test_nothing_is_not_distilled(thick: Path, tmp_path: Path, kept: str) -> None:
     draftune.mix_loras([(thick, 0.0)], tmp_path / "nothing")
     with raises(DraftuneError, "LoRA nothing"):
-        draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, cpu=True)
+        draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, device="cpu")
 
 
 @pytest.fixture
@@ -411,7 +422,7 @@ def test_a_distilled_lora(
         steps_per_trajectory=3,
         batch_size=2,
         learning_rate=0.01,
-        cpu=True,
+        device="cpu",
     )
     left = made.differences
     assert left["distilled"] < 0.7 * left["truncated"]
@@ -421,7 +432,7 @@ def test_a_distilled_lora(
         assert file.metadata()["distilled_from"] == f"{thick}, rank 2"
     # What the file holds is what was measured: the truncated one, found again.
     load_lora(load_model(str(pipeline_folder)), output)
-    arguments = ["experimental", "distill", str(thick), "--rank", "2", "--prompts", kept, "--cpu"]
+    arguments = ["experimental", "distill", str(thick), "--rank", "2", "--prompts", kept, "--device", "cpu"]
     arguments += ["--num-trajectories", "1", "--steps-per-trajectory", "1"]
     assert main([*arguments, "--learning-rate", "0", "--output", str(tmp_path / "cut")]) == 0
     said = capsys.readouterr().out.splitlines()

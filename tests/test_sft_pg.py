@@ -26,7 +26,7 @@ from draftune.rewards import Reward, find_reward, load_reward
 from draftune.rewards.base import learners
 from draftune.rewards.discriminator import critic_loss
 from draftune.sampling.schedule import Prediction, Schedule, Step
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
 from helpers.errors import mentions, raises
 
@@ -301,13 +301,13 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     reward = load_reward(wrapped.format(f"examples(folder='{red}', width=4, size=16, learning_rate=0.01)"))
     (critic,) = learners(reward)
     values = {**SETTINGS, "method": "draft-k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
-    trainer = prepare(painter, reward, **values, output="unused")
+    trainer = Trainer(painter, reward, **values, output="unused")
     made = trainer.updates
     made.draw_starts()
     (start,) = made.starts
-    prompts = [made.prompts[i] for i in start.prompts]
-    denoise, _ = painter.denoisers(prompts, made.schedule, 3.0, "")
-    x, steps = start.noise, made.schedule.steps
+    prompts = [trainer.prompts[i] for i in start.prompts]
+    denoise, _ = painter.denoisers(prompts, trainer.schedule, 3.0, "")
+    x, steps = start.noise, trainer.schedule.steps
     with torch.no_grad():
         for step in steps[:-1]:
             prediction = denoise(x, step)
@@ -427,13 +427,24 @@ def test_a_critic_that_knows_nothing_is_not_asked(
 ) -> None:
     """Outside of training it would be random numbers with an interval."""
     reward = f"2*examples(folder='{red}', width=2, size=16)"
-    model, out = str(pipeline_folder), ["--cpu", "--output", str(tmp_path / "out")]
+    model, out = str(pipeline_folder), ["--device", "cpu", "--output", str(tmp_path / "out")]
     tune = ["experimental", "tune-weights", "--prompts", "animals", "--guidance-bounds", "1,9", "--model"]
     for argv in (
         ["score", str(red), "--reward", reward],
         ["optimize-noise", model, "--prompt", "a cat", "--reward", reward, *out],
         [*tune, model, "--reward", reward, *out],
-        ["sample", model, "--prompt", "a cat", "--guidance-reward", reward, "--cpu", "--output", f"{tmp_path}/a.png"],
+        [
+            "sample",
+            model,
+            "--prompt",
+            "a cat",
+            "--guidance-reward",
+            reward,
+            "--device",
+            "cpu",
+            "--output",
+            f"{tmp_path}/a.png",
+        ],
         ["train", "--model", model, "--reward", reward, "--normalize-reward", "4", "--output", str(tmp_path / "run")],
     ):
         assert main(argv) == 2, argv

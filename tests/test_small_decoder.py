@@ -23,7 +23,7 @@ from draftune.models import Model, StableDiffusion, load_model
 from draftune.models.tiny_decoder import check_likeness, find_small_decoder, load_small_decoder
 from draftune.sampling.sampler import rollout
 from draftune.training.memory_check import held_memory
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora, build_pipeline
 
@@ -79,7 +79,7 @@ def model(pipeline_folder: Path, tmp_path: Path) -> Model:
 
 
 def test_pictures_are_those_of_diffusers(model: Model, tmp_path: Path) -> None:
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     latents = 2 * torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = AutoencoderTiny.from_pretrained(tmp_path / "small")
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_pictures_are_those_of_diffusers(model: Model, tmp_path: Path) -> None:
         assert torch.allclose(model.decode(latents.clone().requires_grad_()), own, atol=1e-6)
 
 
-@pytest.mark.parametrize("checkpointing", ["no", "blocks", "calls", "both"])
+@pytest.mark.parametrize("checkpointing", ["none", "blocks", "denoiser", "both"])
 def test_the_gradient_equals_plain_autograd(tmp_path: Path, checkpointing: str) -> None:
     pipeline = build_pipeline(tmp_path)
     pipeline.unet.double()
@@ -101,7 +101,7 @@ def test_the_gradient_equals_plain_autograd(tmp_path: Path, checkpointing: str) 
     model.small_decoder = small = load_small_decoder(saved(tmp_path / "small"), model).double()
     parameters = add_random_lora(model)
     model.set_checkpointing(checkpointing)
-    assert small.decoder.gradient_checkpointing == (checkpointing != "no")
+    assert small.decoder.gradient_checkpointing == (checkpointing != "none")
     schedule, prompts = model.schedule(3), ["a cat", "dogs"]
     noise, weights = model.noise(torch.Generator().manual_seed(0), 2), torch.linspace(-1, 1, 16, dtype=torch.float64)
     denoise = model.denoise(prompts, schedule, 3.0)
@@ -140,14 +140,16 @@ def test_training_decodes_by_it_alone_and_pictures_to_look_at_by_the_models_own(
         raise AssertionError
 
     settings = SETTINGS | {"output": str(tmp_path / "run"), "method": "draft-lv"}
-    plain = prepare(alike(tmp_path), brightness, **settings)
-    trainer = prepare(alike(tmp_path), brightness, **settings, gradient_decoder=str(tmp_path / "small"))
+    plain = Trainer(alike(tmp_path), brightness, **settings)
+    trainer = Trainer(alike(tmp_path), brightness, **settings, gradient_decoder=str(tmp_path / "small"))
     weights = sum(p.nbytes for p in trainer.model.small_decoder.parameters())
     assert held_memory(trainer) - held_memory(plain) == weights > 0
     trainer.updates.folder = None
     with monkeypatch.context() as patch:
         patch.setattr(trainer.model.small_decoder, "decode", refuse)
-        assert torch.equal(trainer.watch.draw(PROMPTS, range(3)), plain.watch.draw(PROMPTS, range(3)))
+        assert torch.equal(
+            trainer.context.sample_images(PROMPTS, range(3)), plain.context.sample_images(PROMPTS, range(3))
+        )
     monkeypatch.setattr(trainer.model, "decode_raw", refuse)
     assert trainer.updates.update(1)["reward_queries"] == 2 * 3
 
@@ -156,11 +158,11 @@ def test_a_run_through_it(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a fish\na tree\n")
     settings = SETTINGS | {"steps": 6, "method": "draft-k(k=1)", "eval_prompts": str(tmp_path / "prompts.txt")}
     settings |= {"eval_images": 1, "sample_prompts": 1}
-    own = prepare(alike(tmp_path), brightness, **settings, output=str(tmp_path / "own"))
+    own = Trainer(alike(tmp_path), brightness, **settings, output=str(tmp_path / "own"))
     model, small = StableDiffusion(alike(tmp_path), "pipeline"), str(tmp_path / "small")
     run = draftune.train(model, brightness, **settings, gradient_decoder=small, output=str(tmp_path / "run"))
     # The training reward is that of its pictures; the evaluations are of the model's own.
-    before = float(own.watch.draw(["a fish", "a tree"], [0, 0]).mean())
+    before = float(own.context.sample_images(["a fish", "a tree"], [0, 0]).mean())
     reward = own.updates.update(1)["reward"]
     assert run.metrics[0]["reward"] - 0.5 == pytest.approx(1.1 * (reward - 0.5), rel=1e-4)
     assert abs(reward - 0.5) > 1e-3

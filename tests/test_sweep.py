@@ -121,7 +121,7 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
     assert found.scales == [0.0, 0.5, 1.0, 2.0]
     repeated = [prompt for prompt in yardstick.prompts for _ in range(2)]
     for mark in found.marks:
-        model, settings = open_source(str(run), lora_scale=mark.scale, cpu=True)
+        model, settings = open_source(str(run), lora_scale=mark.scale, device="cpu")
         schedule = model.schedule(2)
         images = model.generate(repeated, [0, 1] * 3, schedule, 2.0)
         assert torch.equal(mark.evaluation.images, images[::2])
@@ -164,7 +164,7 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(rows) == 9
     assert max(map(len, printed.splitlines()[:8])) <= 100
     # The picture shown at scale 1 is what sample draws.
-    model, _ = open_source(str(run), cpu=True)
+    model, _ = open_source(str(run), device="cpu")
     drawn = to_pil(model.generate(["a cat", "a dog", "fish"], [0] * 3, model.schedule(2), 2.0))
     for path, picture in zip(said["pictures"][2], drawn, strict=True):
         with Image.open(run / "sweep" / path) as kept:

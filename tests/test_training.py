@@ -30,7 +30,7 @@ from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.checks import GradientAudit
 from draftune.training.step import PromptOrder, Updates, clipped_share
-from draftune.training.train import prepare
+from draftune.training.trainer import Trainer
 from draftune.utils.images import open_image
 from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
@@ -143,7 +143,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert (folder / "before_after.png").is_file()
     assert list((folder / "tensorboard").glob("events*"))
     # The resolved settings are enough to start the same run again.
-    again = Settings.from_mapping(draftune.settings.read_yaml(folder / "config.yaml"))
+    again = Settings.from_mapping(draftune.presets.read_yaml(folder / "config.yaml"))
     assert again.num_inference_steps == 3
     assert again.method == "draft-lv(n=2)"
     assert result.comparison is not None
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path
 def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path: Path) -> None:
     """Three updates with one path: its last call alone is made again, from the same latent, with the new LoRA."""
     settings = {"method": "draft-k(k=1)", "prefix_reuse": 3, "num_inference_steps": 4, "prompts": PROMPTS}
-    trainer = prepare(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
+    trainer = Trainer(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
     calls: list[tuple[bool, Tensor]] = []
     outputs: list[Tensor] = []
     unet = trainer.model.denoiser
@@ -190,12 +190,12 @@ def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: s
         pipeline.vae.decoder.conv_out.bias.fill_(10.0)
     model = StableDiffusion(pipeline, "tiny")
     settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft-k(k=1)", "output": str(tmp_path / "run")}
-    trainer = prepare(model, brightness, **settings, pixel_clamp=mode)
+    trainer = Trainer(model, brightness, **settings, pixel_clamp=mode)
     row = trainer.updates.update(1)
     assert row["reward"] == 1
     assert (row["grad_norm"] > 0) == (mode == "straight_through")
     with raises(DraftuneError, "pixel_clamp soft"):
-        prepare(model, brightness, **settings, pixel_clamp="soft")
+        Trainer(model, brightness, **settings, pixel_clamp="soft")
 
 
 @pytest.mark.parametrize("own", ["hard", "straight_through"])
@@ -243,7 +243,7 @@ def test_an_update_does_not_depend_on_how_its_pictures_are_split(
         settings = {"method": method, "num_inference_steps": 3, "guidance_scale": 3.0, "prompts": ["a cat"]}
         settings |= {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "output": str(tmp_path / name)}
         painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder).to(torch.float64))
-        made = prepare(painter, brightness, **settings, **values).updates
+        made = Trainer(painter, brightness, **settings, **values).updates
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in made.parameters.values():
@@ -390,7 +390,7 @@ def test_the_scale_of_rewards_by_base_pictures(pipeline_folder: Path, tmp_path: 
     """The weights in the written settings are those divided by the spreads that the base model's pictures have."""
     reward = "brightness - 3*sharpness"
     result = run(str(pipeline_folder), tmp_path, reward, normalize_reward=6, steps=1, reward_batch_size=1)
-    written = draftune.settings.read_yaml(result.folder / "config.yaml")
+    written = draftune.presets.read_yaml(result.folder / "config.yaml")
     assert written["normalize_reward"] == 0
     model = load_model(pipeline_folder)
     model.set_grid("trailing")
@@ -461,20 +461,20 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
 
 @pytest.mark.parametrize(("steps", "told"), [(5, 3), (2, 2)])
 def test_a_run_without_a_gradient_says_which_factor_was_0(
-    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, told: int
+    pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, told: int
 ) -> None:
     def never(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.full((len(images),), -7.3)
 
     result = run(pipeline, tmp_path, never, method="ddpo", steps=steps, batch_size=3)
     assert [row["grad_norm"] for row in result.metrics] == [0] * steps
-    said = capsys.readouterr().err
+    said = caplog.text
     assert sum(mentions(line, "gradient 0 updates 3 -7.3", told) for line in said.splitlines()) == 1
     assert not mentions(said, "learning rate")
 
 
 def test_a_gradient_that_vanishes_later_is_told_too(
-    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update, made = Updates.update, [0]
 
@@ -488,7 +488,7 @@ def test_a_gradient_that_vanishes_later_is_told_too(
     monkeypatch.setattr(Updates, "update", counted)
     result = run(pipeline, tmp_path, dies, steps=8, learning_rate=0.02)
     assert [row["step"] for row in result.metrics if row["grad_norm"] == 0] == [4, 5, 6, 7, 8]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert sum(mentions(line, "gradient 0 3 updates") for line in said.splitlines()) == 1
     assert not mentions(said, "learning rate")
 
@@ -496,7 +496,7 @@ def test_a_gradient_that_vanishes_later_is_told_too(
 def test_a_lora_that_takes_no_part_is_named_by_policy_gradients_too(pipeline: Any, tmp_path: Path) -> None:
     """Rewards differ and no ratio is clipped: that the gradient is 0 is the LoRA's fault."""
     settings = {"steps": 4, "num_inference_steps": 3, "guidance_scale": 3.0, "sample_every": 0, "batch_size": 2}
-    trainer = prepare(
+    trainer = Trainer(
         pipeline, brightness, prompts=PROMPTS, output=str(tmp_path / "run"), method="ddpo(min_count=4)", **settings
     )
     for module in trainer.model.denoiser.modules():
@@ -523,7 +523,7 @@ def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
     assert Settings(method="ddpo").prefix_reuse == 1
     assert Settings(method="draft-k(k=1)").prefix_reuse == 4
     assert Settings(method="draft-lv", prefix_reuse=2).prefix_reuse == 2
-    assert (Settings("other/model").method, Settings("other/model").prefix_reuse) == ("draft-lv", 1)
+    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse) == ("draft-lv", 1)
 
 
 @pytest.mark.parametrize(
@@ -543,7 +543,7 @@ def test_what_is_recommended_depends_on_the_method_and_not_on_its_spelling(metho
     # A method that is given beside ready settings too.
     if reuse == 4:
         own = replace(Settings(), prefix_reuse=3)
-        assert prepare(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse == 3
+        assert Trainer(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse == 3
 
 
 def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> None:
@@ -564,7 +564,7 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
     ):
         method = load_method(name)
         asked: set[int] = set()
-        trainer = prepare(
+        trainer = Trainer(
             str(pipeline_folder), brightness, output=str(tmp_path / "run"), method=name, num_inference_steps=4,
             prompts=PROMPTS, batch_size=1, resume=False, seed=1,
         )  # fmt: skip
@@ -640,5 +640,5 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert long == pytest.approx(short, rel=0.03)
     assert peak_of_one_update(model, "draft", 50) < 1.3 * long
     # Without checkpoints, 10 graphs stand beside each other: the measure sees that.
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     assert peak_of_one_update(model, "draft", 10) > 2 * long

@@ -171,24 +171,24 @@ def test_a_disk_that_is_nearly_full_is_noticed_before(
         train(pipeline_folder, tmp_path / "run")
 
 
-def test_the_share_of_pixels_without_a_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_share_of_pixels_without_a_gradient(caplog: pytest.LogCaptureFixture) -> None:
     def corner(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return 3 * images[:, 0, :4, :4].sum((1, 2))
 
     images = torch.full((2, 3, 8, 8), 0.5)
     found = probe_reward(load_reward(corner), images, ["a", "b"])
     assert found == {"corner": {"score": 24.0, "gradient_norm": 12.0, "pixels_without_gradient": 0.75}}
-    assert mentions(capsys.readouterr().err, "corner gradient 75% pixels")
+    assert mentions(caplog.text, "corner gradient 75% pixels")
     assert probe_reward(load_reward(corner), images, ["a", "b"], gradient=False) == {"corner": {"score": 24.0}}
 
 
 def test_pictures_that_do_not_move_are_noticed(
-    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(pipeline_folder, tmp_path / "still", learning_rate=1e-12)
-    assert mentions(capsys.readouterr().err, "3 updates base model")
+    assert mentions(caplog.text, "3 updates base model")
     train(pipeline_folder, tmp_path / "moved")
-    assert not mentions(capsys.readouterr().err, "base model")
+    assert not mentions(caplog.text, "base model")
 
 
 def test_the_folder_is_taken_until_it_is_closed(tmp_path: Path) -> None:

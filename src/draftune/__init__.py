@@ -1,63 +1,25 @@
-"""draftune: fine-tunes diffusion and flow image models on a reward, through sampling."""
+"""draftune: fine-tune diffusion and flow image models on a reward by backpropagation through sampling.
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+`__init__.pyi` lists the public names and their modules. They are imported on first use, so that `draftune --help` does
+not wait for torch.
+"""
 
-if TYPE_CHECKING:
-    from draftune.errors import DraftuneError
-    from draftune.experimental.distill import distill_lora
-    from draftune.experimental.tune_weights import tune_weights
-    from draftune.guidance.noise_optimization import optimize_noise
-    from draftune.guidance.sample import sample_guided
-    from draftune.lora import load_lora, save_lora
-    from draftune.methods import load_method
-    from draftune.models import load_model
-    from draftune.report import write_report
-    from draftune.rewards import Reward, load_reward
-    from draftune.runs.export import export_lora
-    from draftune.runs.merge import mix_loras
-    from draftune.training import train
+import ast as _ast
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
 
 __version__ = "0.1.0"
-__all__ = [
-    "DraftuneError",
-    "Reward",
-    "distill_lora",
-    "export_lora",
-    "load_lora",
-    "load_method",
-    "load_model",
-    "load_reward",
-    "mix_loras",
-    "optimize_noise",
-    "sample_guided",
-    "save_lora",
-    "train",
-    "tune_weights",
-    "write_report",
-]
 
-# Imported when first asked for, so that `draftune --help` need not wait for torch.
-HOMES = {
-    "DraftuneError": "errors",
-    "Reward": "rewards",
-    "distill_lora": "experimental.distill",
-    "export_lora": "runs.export",
-    "load_lora": "lora",
-    "load_method": "methods",
-    "load_model": "models",
-    "load_reward": "rewards",
-    "mix_loras": "runs.merge",
-    "optimize_noise": "guidance.noise_optimization",
-    "sample_guided": "guidance.sample",
-    "save_lora": "lora",
-    "train": "training",
-    "tune_weights": "experimental.tune_weights",
-    "write_report": "report",
+_modules = {
+    alias.name: node.module
+    for node in _ast.parse(_Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, _ast.ImportFrom)
+    for alias in node.names
 }
+__all__ = list(_modules)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+def __getattr__(name: str) -> object:
+    if name not in _modules:
         raise AttributeError(f"module 'draftune' has no attribute {name!r}")
-    return getattr(import_module(f"draftune.{HOMES[name]}"), name)
+    return getattr(_import_module(str(_modules[name])), name)

@@ -1,4 +1,4 @@
-"""python -m draftune"""
+"""Run the command line: `python -m draftune`."""
 
 from draftune.cli.main import main
 

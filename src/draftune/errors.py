@@ -1,60 +1,78 @@
-"""Mistakes that a user can mend."""
+"""Errors that a user can fix, and how they become one line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 from typing import TypeVar
 
 T = TypeVar("T")
 LONGEST = 500
-"""Characters of what is said of one problem: a user's text in it may be a whole file."""
+"""Maximum characters of an error's line; a message may quote a whole file of the user's."""
 
 
 class DraftuneError(Exception):
-    """What is wrong, where, and what to do, in one line. The command line prints it and exits with code 2."""
+    """An error that the user can fix: what is wrong, and what to do. The command line prints it and exits with 2.
+
+    Several arguments are several problems; `str` joins them with semicolons.
+    """
 
     def __str__(self) -> str:
         return "; ".join(map(one_line, self.args))
 
 
 def one_line(text: object) -> str:
-    """The text in one line that moves no cursor; of a long one the beginning and the end."""
+    """Return a text as one line without control characters, shortened in the middle to about `LONGEST` characters."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> DraftuneError:
-    """The error for a name that is not known, with the nearest one that is."""
+    """Return the error for an unknown name; it suggests the nearest known name, or lists all of them."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return DraftuneError(f"unknown {kind} {name!r}: {hint}")
 
 
+def require(module: str, feature: str, extra: str) -> ModuleType:
+    """Import a module of an optional dependency.
+
+    Raises:
+        DraftuneError: it is not installed; the message names the extra of draftune that installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DraftuneError(f"{feature} needs {package}: pip install 'draftune[{extra}]' ({error})") from error
+
+
 ALLOCATORS = (
     "out of memory",  # CUDA, ROCm, XPU and MPS
     "DefaultCPUAllocator:",  # "can't allocate memory", on Windows "not enough memory"
     "Cannot allocate memory",
-    "Invalid buffer size",  # MPS, for one tensor that is larger than any buffer may be
+    "Invalid buffer size",  # MPS, for one tensor larger than its largest buffer
     "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
 )
-"""What the allocators of torch's devices say, all of them by a RuntimeError."""
+"""Parts of the messages of torch's allocators, which raise RuntimeError."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there was too little memory, on whatever device.
+    """Return whether an error means that memory did not suffice, on any device.
 
-    The only test for it: user code may say "memory" of its own in any other error.
+    Use it for every such decision: other errors may contain the word "memory" too.
     """
-    # By its name, since this module imports no torch.
+    # The class is recognized by name, since this module imports no torch.
     if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS)
 
 
 def gather(*attempts: Callable[[], T]) -> list[T]:
-    """The results of all attempts. Raises one DraftuneError that says all that is wrong, not the first of it."""
+    """Return the results of all attempts. Raises one DraftuneError with the problems of all that failed."""
     results: list[T] = []
     problems: dict[str, None] = {}
     for attempt in attempts:

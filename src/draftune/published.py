@@ -1,4 +1,4 @@
-"""How each family of models is drawn as it was published: sampling steps and guidance. Imports no torch."""
+"""Sampling steps and guidance scale that each model family was published with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from draftune.utils.paths import user_path
 
 
 class Sampling(NamedTuple):
-    """Sampling steps and guidance scale; a scale of at most 1 means no guidance."""
+    """Sampling steps and guidance scale; a scale of at most 1 turns guidance off."""
 
     num_inference_steps: int
     guidance_scale: float
 
 
 PUBLISHED: dict[str, Sampling] = {
-    # The defaults of diffusers' StableDiffusionPipeline, and those of Clark et al., arXiv 2309.17400.
+    # The defaults of diffusers' StableDiffusionPipeline, and those of Clark et al., 2023, arXiv:2309.17400.
     "stable-diffusion": Sampling(50, 7.5),
     # The defaults of diffusers' StableDiffusionXLPipeline.
     "stable-diffusion-xl": Sampling(50, 5.0),
@@ -36,15 +36,15 @@ PUBLISHED: dict[str, Sampling] = {
     "stable-diffusion-3.5-large": Sampling(28, 3.5),
     # The model card of stabilityai/stable-diffusion-3.5-large-turbo.
     "stable-diffusion-3.5-turbo": Sampling(4, 0.0),
-    # The defaults of diffusers' FluxPipeline; the model card draws with the same guidance in 50 steps.
+    # The defaults of diffusers' FluxPipeline; the model card uses the same guidance and 50 steps.
     "flux-dev": Sampling(28, 3.5),
     # The model card of black-forest-labs/FLUX.1-schnell.
     "flux-schnell": Sampling(4, 0.0),
     # The defaults of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
     "pixart": Sampling(20, 4.5),
-    # The defaults of diffusers' DiTPipeline; Peebles and Xie, arXiv 2212.09748, draw by 250 steps of DDPM.
+    # The defaults of diffusers' DiTPipeline; Peebles and Xie, 2022, arXiv:2212.09748, sample by 250 DDPM steps.
     "dit": Sampling(50, 4.0),
-    # The steps of diffusers' DDIMPipeline, which draws by the same sampler; nothing to guide by.
+    # The steps of diffusers' DDIMPipeline, which uses the same sampler; there is no condition to guide by.
     "unconditional": Sampling(50, 1.0),
 }
 
@@ -63,19 +63,18 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"facebook/dit-xl-2-(256|512)", "dit"),
     (r"google/ddpm-.*", "unconditional"),
 )
-"""Ids on the hub, in lower case, whose family is known before anything is downloaded."""
+"""Patterns of hub ids in lower case, and their families: these are known before a download."""
 
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 ConfigOf = Callable[[str], Mapping[str, Any]]
-"""The config of a part of a pipeline by its name, with its `_class_name`; empty where it can't be read."""
+"""A function from a component's name to its config with its `_class_name`; empty if it cannot be read."""
 
 
 def few_steps(scheduler: Mapping[str, Any]) -> bool:
-    """Return whether a pipeline was distilled to draw in a few steps, by its scheduler's config.
+    """Return whether a pipeline was distilled to sample in a few steps, by its scheduler's config.
 
-    SD-Turbo and SDXL-Turbo have the networks of the models they were made of. They are published with an Euler
-    scheduler on trailing steps that predicts the noise; models trained down to zero SNR, which have trailing steps
-    too, predict v.
+    SD-Turbo and SDXL-Turbo have the same networks as their teachers. They are published with an Euler scheduler with
+    trailing timesteps and noise prediction. Zero-SNR models have trailing timesteps too, but predict v.
     """
     kind = scheduler.get("_class_name")
     euler = kind in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
@@ -85,9 +84,9 @@ def few_steps(scheduler: Mapping[str, Any]) -> bool:
 
 
 def is_turbo(name: str) -> bool:
-    """Return whether a path or a hub id is that of Stable Diffusion 3.5's turbo.
+    """Return whether a path or hub id names Stable Diffusion 3.5 Large Turbo.
 
-    The last part of its name says so, or a part that names the model too, as in the hub's cache.
+    "turbo" must be in the last part of the path, or in a part that names the model too, as in the hub's cache.
     """
     path = Path(name).expanduser()
     parts = (path.resolve() if path.exists() else path).parts
@@ -96,9 +95,12 @@ def is_turbo(name: str) -> bool:
 
 
 def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> str | None:
-    """Return the key in PUBLISHED of a pipeline, by its class and what tells its variants apart; None for no known one.
+    """Return a pipeline's key in PUBLISHED; None if its family is unknown.
 
-    The name, a path or a hub id, is asked about what no config says: whether a Stable Diffusion 3.5 is its turbo.
+    Args:
+        pipeline_class: Name of the pipeline's class.
+        config_of: Reads the config of a component, which distinguishes variants of a family.
+        name: Path or hub id. Only it distinguishes Stable Diffusion 3.5 Large from its turbo.
     """
     if pipeline_class in ("DDPMPipeline", "DDIMPipeline"):
         return "unconditional"
@@ -123,10 +125,7 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
 
 
 def variant(model: str) -> str | None:
-    """Return the key in PUBLISHED of a model by its name, a folder or a hub id; None where that is not known yet.
-
-    Of a model on the hub that is not on this machine, the id alone is known.
-    """
+    """Return the key in PUBLISHED of a folder or hub id; None if its family is unknown before a download."""
     folder = model_folder(model)
     if folder is None:
         return well_known(model)
@@ -134,7 +133,7 @@ def variant(model: str) -> str | None:
 
 
 def well_known(model: str) -> str | None:
-    """Return the key in PUBLISHED of a well-known id on the hub."""
+    """Return the key in PUBLISHED of a well-known hub id; None for others."""
     return next((key for pattern, key in WELL_KNOWN if re.fullmatch(pattern, model.lower())), None)
 
 
@@ -142,14 +141,14 @@ def variant_of_pipeline(pipeline: Any, name: str = "") -> str | None:
     """Return the key in PUBLISHED of a loaded pipeline."""
 
     def config_of(part: str) -> Mapping[str, Any]:
-        found = getattr(pipeline, part, None)
-        return {**getattr(found, "config", {}), "_class_name": type(found).__name__}
+        component = getattr(pipeline, part, None)
+        return {**getattr(component, "config", {}), "_class_name": type(component).__name__}
 
     return variant_of(type(pipeline).__name__, config_of, name)
 
 
 def model_folder(model: str) -> Path | None:
-    """Return the folder of a saved pipeline by its path or its hub id; None where it is not on this machine."""
+    """Return the folder of a saved pipeline, by path or hub id; None if it is not on this machine."""
     try:
         folder = user_path(model)
         if (folder / "model_index.json").is_file():
@@ -169,7 +168,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def config_reader(folder: Path) -> ConfigOf:
-    """Return what reads the config of a part in a saved pipeline's folder."""
+    """Return a reader of the configs of the components in a saved pipeline's folder."""
 
     def config_of(part: str) -> Mapping[str, Any]:
         return read_config(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
@@ -178,9 +177,9 @@ def config_reader(folder: Path) -> ConfigOf:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """Return a JSON object; an empty one where there is none. What is wrong is said when the model is loaded."""
+    """Return a JSON object, empty if it cannot be read; loading the model reports what is wrong with it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}

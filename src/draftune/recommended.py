@@ -1,4 +1,4 @@
-"""Settings that fit a model: the embedded one's own, else those of the paper's runs, drawn as the model was published.
+"""Default settings by model: those of the embedded model, else the paper's, sampled as the model was published.
 
 Imports no torch.
 """
@@ -11,10 +11,10 @@ from draftune.errors import DraftuneError
 from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
 from draftune.registry.expression import Call, Sum, Value, parse
 from draftune.utils.hub import is_hub_id
+from draftune.utils.logging import logger
 from draftune.utils.paths import user_path
-from draftune.utils.processes import tell
 
-# Clark et al., arXiv 2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, LoRA of rank 8.
+# Clark et al., 2023, arXiv:2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, a LoRA of rank 8.
 PAPER: dict[str, Any] = {
     "reward": "aesthetic",
     "method": "draft-lv",
@@ -22,9 +22,9 @@ PAPER: dict[str, Any] = {
     "eval_prompts": None,
     "held_out": None,
     "steps": 2000,
-    # Steps and guidance are those of the model's family, in published.py.
+    # published.py has the sampling steps and the guidance of other model families.
     **PUBLISHED["stable-diffusion"]._asdict(),
-    # The paper does not say; see docs/grid.md for the measurement.
+    # The paper does not state it; docs/grid.md has the measurement.
     "timestep_spacing": "trailing",
     "prefix_reuse": 1,
     "learning_rate": 4e-4,
@@ -33,8 +33,7 @@ PAPER: dict[str, Any] = {
 }
 EMOJI: dict[str, Any] = {
     "reward": "emoji-aesthetic",
-    # LV's copies did not make it learn sooner (RESULTS.md), and updates can share the steps before the last one
-    # (docs/speed.md); another method has prefix_reuse 1.
+    # DRaFT-LV did not learn faster here (RESULTS.md), and DRaFT-1 can reuse the prefix (docs/speed.md).
     "method": "draft-k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",
@@ -43,24 +42,22 @@ EMOJI: dict[str, Any] = {
     "steps": 40,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
-    "gradient_checkpointing": "no",  # graphs of pictures this small fit into any memory
+    "gradient_checkpointing": "none",  # graphs of images this small fit into any memory
     "learning_rate": 1e-3,
     "sample_every": 20,
     "save_every": 20,
 }
-
-
 SAMPLING = ("num_inference_steps", "guidance_scale")
-told: set[str] = set()
-"""Models of which it was said how they are drawn."""
+announced: set[str] = set()
+"""Models whose guessed sampling defaults were logged."""
 METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft-k": {"k": 1}, "draft-lv": {"n": 2}}
-"""The default settings of the methods that are recommended, as their classes have them; those import torch."""
+"""Default arguments of the recommended methods, as their classes have them; importing those would import torch."""
 
 
 def same_method(first: str, second: str) -> bool:
-    """Return whether two expressions name one method, with the defaults of the recommended ones filled in.
+    """Return whether two expressions name the same method, up to the default arguments of recommended methods.
 
-    An expression that cannot be read equals nothing but itself: `load_method` says what is wrong with it.
+    An invalid expression equals only itself; `load_method` reports what is wrong with it.
     """
     try:
         return filled_in(parse(first)) == filled_in(parse(second))
@@ -69,7 +66,7 @@ def same_method(first: str, second: str) -> bool:
 
 
 def filled_in(tree: Call | Sum) -> Call | Sum:
-    """Return the expression of a method with all settings whose defaults are known here."""
+    """Return a method's expression with the default arguments that are known here."""
     if isinstance(tree, Sum):
         return tree
     inner = None if tree.inner is None else filled_in(tree.inner)
@@ -77,32 +74,31 @@ def filled_in(tree: Call | Sum) -> Call | Sum:
 
 
 def recommended(model: str) -> dict[str, Any]:
-    """Return the settings for a model by its name, a folder or a hub id."""
+    """Return the default settings for a model, by its name, folder or hub id."""
     if model == "emoji":
         return EMOJI
-    found = variant(model)
-    return PAPER | (PUBLISHED[found]._asdict() if found else {})
+    family = variant(model)
+    return PAPER | (PUBLISHED[family]._asdict() if family else {})
 
 
 def sampling_of(pipeline: Any, name: str) -> dict[str, Any]:
-    """Return the sampling steps and the guidance scale for a loaded pipeline."""
+    """Return the default sampling steps and guidance scale for a loaded pipeline."""
     if name == "emoji":
         return {key: EMOJI[key] for key in SAMPLING}
-    found = variant_of_pipeline(pipeline, name)
-    return PUBLISHED[found or "stable-diffusion"]._asdict()
+    return PUBLISHED[variant_of_pipeline(pipeline, name) or "stable-diffusion"]._asdict()
 
 
 def tell_sampling(model: str) -> None:
-    """Say once of a model how it is drawn unless set, where that is a guess."""
-    if model in told or model == "emoji":
+    """Log the default sampling steps and guidance once for each model for which they are a guess."""
+    if model in announced or model == "emoji":
         return
-    found = variant(model)
-    steps, scale = PUBLISHED[found or "stable-diffusion"]
+    family = variant(model)
+    steps, scale = PUBLISHED[family or "stable-diffusion"]
     values = f"{steps} steps and guidance {scale:g} (--num-inference-steps, --guidance-scale)"
-    if found is None and is_hub_id(model) and not user_path(model).exists():
-        tell(f"the kind of model that {model!r} is can't be known before it is downloaded: unless set, {values}")
-    elif found == "few-step" and not well_known(model):
-        tell(f"{model!r} is taken for a few-step model, by its scheduler: unless set, {values}")
+    if family is None and is_hub_id(model) and not user_path(model).exists():
+        logger.warning(f"the family of {model!r} is unknown before its download; the defaults are {values}")
+    elif family == "few-step" and not well_known(model):
+        logger.warning(f"by its scheduler, {model!r} is a few-step model; the defaults are {values}")
     else:
         return
-    told.add(model)
+    announced.add(model)

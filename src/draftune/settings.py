@@ -1,168 +1,238 @@
-"""Every setting of a run: one table for Python, YAML and the command line. Imports no torch."""
+"""Every setting of a training run: one table for Python, YAML files and the command line. Imports no torch."""
 
 from __future__ import annotations
 
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.prompts import is_text
+from draftune.prompt_files import is_text
 from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
 from draftune.registry.expression import NAMES
-from draftune.utils.paths import user_path
 
 PRECISIONS = ("no", "fp16", "bf16")
-CHECKPOINTING = ("no", "blocks", "calls", "both")
+CHECKPOINTING = ("none", "blocks", "denoiser", "both")
 PIXEL_CLAMPS = ("straight_through", "hard")
-MOST = 2**63 - 1
 SPACINGS = ("leading", "trailing", "linspace")
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+"""Learning-rate schedules, by their names in `diffusers.optimization`."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+MOST = 2**63 - 1
+"""Largest value of an integer setting."""
+GROUPS = {
+    "model": "model",
+    "reward": "reward",
+    "method": "method",
+    "steps": "optimization",
+    "lora_rank": "LoRA",
+    "num_inference_steps": "sampling",
+    "device": "device and memory",
+    "eval_prompts": "evaluation and logging",
+    "output": "output",
+}
+"""The first setting of each group of `draftune train --help`, and the group's title."""
 
 
 def setting(
     default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
 ) -> Any:
-    """A field with what the command line says of it, and the values that it may have."""
+    """Return a dataclass field with its help text, and the choices or the range [low, high] of its values."""
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a training run is told. Where the default is None, the model's recommended value is taken.
+    """The settings of a training run. A default of None is replaced by the value recommended for the model.
 
-    The defaults are those of the paper's small runs (Clark et al., arXiv 2309.17400) where it states them.
-    Raises DraftuneError for a value out of range.
+    Other defaults are those of the small-scale runs of Clark et al., 2023, arXiv:2309.17400, where the paper states
+    them.
+
+    Raises:
+        DraftuneError: a value has the wrong type, is out of range, or does not fit another setting.
     """
 
-    model: str = setting("emoji", "'emoji', the folder of a diffusers pipeline, or a hub id")
+    model: str = setting("emoji", "Base model: 'emoji', a diffusers pipeline folder, or a hub id.")
+    prompts: str = setting(
+        None,
+        "Training prompts: a named set (see 'draftune list prompts') or a file (.txt with one prompt a line, .csv, "
+        ".tsv, .json, .jsonl or .yaml).",
+    )
+    continue_from: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
+    skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --continue-from.")
+
     reward: str = setting(
-        None, "expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'"
+        None, "Reward expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'."
     )
     reward_batch_size: int = setting(
-        1, "pictures that are decoded and scored at once; more take more memory and may be faster", low=1
+        1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
     )
     normalize_reward: int = setting(
-        0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
+        0,
+        "Images of the base model to normalize the reward with: each term is divided by its standard deviation over "
+        "them; 0 does not normalize.",
+        low=0,
     )
     smoothing: float = setting(
         0.0, "width of the rewards' smoothed thresholds at the first update, in units of their guards; 0: hard", low=0
     )
     smoothing_power: float = setting(0.5, "that width falls as update^-power; 0: it stays", low=0)
-    method: str = setting(None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')")
-    prompts: str = setting(
+    pixel_clamp: str = setting(
+        "straight_through",
+        "Gradient of the reward at decoded pixels outside [0, 1]: passed on unchanged, or 0 (the gradient of a clamp).",
+        choices=PIXEL_CLAMPS,
+    )
+
+    method: str = setting(
+        None, "Training method, such as 'draft-k(k=10)' or 'refl(m=20)' (see 'draftune list methods')."
+    )
+    prefix_reuse: int = setting(
         None,
-        "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .tsv, .json, .jsonl, .yaml",
+        "Consecutive updates that train on one batch; its prefix, the sampling steps before truncation, is sampled "
+        "for the first of them only.",
+        low=1,
     )
-    output: str = setting("runs/draftune", "the run's folder; it must not hold another run")
-    continue_from: str = setting(
-        "", "a run, a LoRA file or its folder: another LoRA is trained on top of that one, which stays as it is"
-    )
-    skip_text_encoder_lora: bool = setting(False, "leave out the layers of text encoders in the continued LoRA")
-    keep: str = setting(
-        "", "prompts on which the continued model stays as it was: a named set or a file, best that of its own training"
+    prefix_stride: int = setting(1, "Sampling steps of the prefix that training merges into one.", low=1)
+    retain_prompts: str = setting(
+        "",
+        "Prompts on which the fine-tuned model must match the model of --continue-from, best those of that training: "
+        "a named set or a file.",
     )
     keep_weight: float = setting(
-        3.0, "how firmly: against a reward of spread 1, as --normalize-reward makes it; 0: not at all", low=0
-    )
-    resume: bool = setting(True, "go on with the run in that folder; --no-resume begins anew in one beside it")
-    allow_changes: str = setting(
-        "", "settings such as 'learning_rate,reward' in which a run that goes on may differ from what it was"
+        3.0, "Weight of the loss on --retain-prompts, relative to a reward with standard deviation 1.", low=0
     )
 
-    steps: int = setting(None, "updates", low=1)
-    batch_size: int = setting(4, "pictures drawn for one backward pass, of all processes together", low=1)
-    prefix_reuse: int = setting(
-        None, "updates in a row that share a batch, whose steps without gradient are made for the first alone", low=1
+    steps: int = setting(None, "Number of updates.", low=1)
+    batch_size: int = setting(4, "Images of one backward pass, over all processes.", low=1)
+    gradient_accumulation_steps: int = setting(1, "Batches of one update.", low=1)
+    optimizer: str = setting(
+        "adamw", "Optimizer, such as 'adamw', 'adamw_8bit' or 'sgd(momentum=0.9)' (see 'draftune list optimizers')."
     )
-    prefix_stride: int = setting(1, "of the steps without gradient, how many training makes as one", low=1)
-    gradient_accumulation_steps: int = setting(1, "batches for one update", low=1)
-    optimizer: str = setting("adamw", "adamw, sgd(momentum=0.9), … (see 'draftune list optimizers')")
     gradient_filter: str = setting(
-        "", "applied to the gradients of the LoRA's output channels (see 'draftune list filters'); '' for none"
+        "", "Filter for the gradients of the LoRA's output channels (see 'draftune list filters'); '' for none."
     )
-    learning_rate: float = setting(None, "of the optimiser", low=0)
-    lr_warmup_steps: int = setting(0, "updates over which the learning rate rises", low=0)
-    adam_beta1: float = setting(0.9, "of AdamW", low=0, high=0.9999)
-    adam_beta2: float = setting(0.999, "of AdamW", low=0, high=0.9999)
-    weight_decay: float = setting(0.1, "of AdamW", low=0)
+    learning_rate: float = setting(None, "Peak learning rate.", low=0)
+    lr_scheduler: str = setting("constant_with_warmup", "Learning-rate schedule (names of diffusers).", SCHEDULERS)
+    lr_warmup_steps: int = setting(0, "Updates over which the learning rate rises linearly to its peak.", low=0)
+    lr_num_cycles: int = setting(1, "Number of cycles of cosine_with_restarts.", low=1)
+    lr_power: float = setting(1.0, "Exponent of the polynomial schedule.", low=0)
+    adam_beta1: float = setting(0.9, "Decay rate of AdamW's first moment.", low=0, high=0.9999)
+    adam_beta2: float = setting(0.999, "Decay rate of AdamW's second moment.", low=0, high=0.9999)
+    weight_decay: float = setting(0.1, "Weight decay of AdamW.", low=0)
+    max_grad_norm: float = setting(1.0, "Norm that the gradient is clipped to; 0 does not clip.", low=0)
+    ema_decay: float = setting(
+        0.0,
+        "Decay of an exponential moving average of the LoRA, which is then evaluated and saved; 0 keeps no average.",
+        low=0,
+        high=0.99999,
+    )
     on_nonfinite: str = setting(
-        "stop",
-        "what an infinite or undefined reward or gradient does: end the run, or leave the update out",
-        choices=("stop", "skip"),
+        "stop", "Action when a reward or a gradient is not finite: end the run, or skip the update.", ("stop", "skip")
     )
-    signal_to_noise: bool = setting(False, "measure how much of the gradient is noise, from an update's batches")
-    max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this; 0 clips nothing", low=0)
-    seed: int = setting(0, "of the LoRA, the prompts' order and the noise", low=0)
+    seed: int = setting(0, "Random seed of the LoRA's initial weights, the order of prompts, and the noise.", low=0)
 
-    num_inference_steps: int = setting(None, "sampling steps T, in training too", low=1)
-    guidance_scale: float = setting(None, "classifier-free guidance, in training too; at most 1 means none", low=0)
-    negative_prompt: str = setting("", "what guidance leads away from")
-    timestep_spacing: str | None = setting(None, "where the sampler's steps lie", choices=SPACINGS)
-    set_alpha_to_one: bool | None = setting(None, "the last step leads to the clean latent; the model's own unless set")
-    height: int | None = setting(None, "of the pictures in pixels; the model's own unless set", low=1)
-    width: int | None = setting(None, "of the pictures in pixels; the model's own unless set", low=1)
+    lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
+    lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
+    lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "Suffixes of the names of the layers that get a LoRA.")
 
-    lora_rank: int = setting(8, "of the LoRA", low=1)
-    lora_alpha: float | None = setting(None, "the LoRA acts at alpha / rank; the rank unless set", low=0)
-    lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "ends of the names of the layers to adapt")
+    num_inference_steps: int = setting(None, "Sampling steps, in training and evaluation.", low=1)
+    guidance_scale: float = setting(
+        None, "Scale of classifier-free guidance, in training and evaluation; values up to 1 turn it off.", low=0
+    )
+    negative_prompt: str = setting("", "Negative prompt of classifier-free guidance.")
+    timestep_spacing: str | None = setting(None, "Spacing of the sampling steps.", choices=SPACINGS)
+    set_alpha_to_one: bool | None = setting(
+        None, "Whether the last sampling step ends at the clean latent (default: as in the model's scheduler)."
+    )
+    height: int | None = setting(None, "Height of the images in pixels (default: the model's own).", low=1)
+    width: int | None = setting(None, "Width of the images in pixels (default: the model's own).", low=1)
 
-    mixed_precision: str = setting("no", "of the frozen weights and the networks' arithmetic", choices=PRECISIONS)
+    device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, mps, cuda or cuda:N.")
+    mixed_precision: str = setting("no", "Precision of the frozen weights and of autocast.", choices=PRECISIONS)
     gradient_checkpointing: str | None = setting(
         None,
-        "what the backward pass computes again: blocks of the networks, whole calls, or both; unless set, blocks, and "
-        "both where a graph holds several calls",
+        "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "
+        "both (default: blocks, or both for methods that backpropagate through several denoiser calls).",
         choices=CHECKPOINTING,
     )
     gradient_decoder: str | None = setting(
         None,
-        "an AutoencoderTiny of the same latents, a folder or a hub id such as madebyollin/taesd: training decodes and "
-        "scores by it, sample grids and evaluations by the model's own",
+        "Tiny decoder (AutoencoderTiny) for the reward's gradient, a folder or a hub id such as madebyollin/taesd; "
+        "sample images and evaluations use the model's own decoder.",
     )
-    pixel_clamp: str = setting(
-        "straight_through",
-        "the reward's gradient at decoded pixels outside [0, 1]: passed on unchanged, or 0 as a clamp's is",
-        choices=PIXEL_CLAMPS,
-    )
-    cpu: bool = setting(False, "train on the CPU even where there is a GPU")
+    compile: bool = setting(False, "Compile the denoiser with torch.compile.")
 
-    sample_every: int = setting(None, "updates between grids of sample pictures; 0: only first and last", low=0)
-    sample_prompts: int = setting(8, "prompts in a grid of sample pictures", low=1)
-    save_every: int = setting(None, "updates between checkpoints, from which the same command goes on", low=0)
-    eval_prompts: str | None = setting(
-        None, "prompts for the comparison of base and tuned at the end: a set or a file; '' for none"
-    )
-    eval_every: int = setting(0, "updates between evaluations on these prompts; 0: only first and last", low=0)
-    best_by: str = setting(
-        "", "columns of the evaluations whose sum picks the best LoRA, such as held-out/hpsv2; unless set --held-out"
-    )
-    patience: int = setting(0, "evaluations without a better one after which the run ends; 0: it goes on", low=0)
-    eval_images: int = setting(2, "pictures of each of these prompts", low=1)
+    eval_prompts: str | None = setting(None, "Evaluation prompts: a named set or a file; '' for no evaluations.")
     held_out: str | None = setting(
-        None, "rewards that are only measured in that comparison, not trained on; '' for none"
+        None, "Evaluation rewards: an expression that is measured but not trained on; '' for none."
+    )
+    eval_every: int = setting(0, "Updates between evaluations; 0 evaluates only before and after training.", low=0)
+    eval_images: int = setting(2, "Images of each evaluation prompt.", low=1)
+    best_by: str = setting(
+        "",
+        "Evaluation columns whose sum selects the best LoRA, such as held-out/hpsv2 (default: the sum of --held-out, "
+        "else the reward).",
+    )
+    patience: int = setting(
+        0, "Early stopping: evaluations without improvement after which the run ends; 0 never stops early.", low=0
+    )
+    sample_every: int = setting(
+        None, "Updates between grids of sample images; 0 samples only before and after training.", low=0
+    )
+    sample_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1)
+    signal_to_noise: bool = setting(
+        False, "Log the signal-to-noise ratio of the gradient, measured over the batches of each update."
+    )
+    report_to: str | None = setting(
+        None, "Trackers, separated by commas: tensorboard, wandb, trackio, or none (default: tensorboard if installed)."
+    )
+
+    output: str = setting("runs/draftune", "Folder of the run; it must not contain another run.")
+    save_every: int = setting(None, "Updates between checkpoints, from which the same command resumes.", low=0)
+    resume: bool = setting(True, "Resume the run in --output; --no-resume starts a new one in a folder beside it.")
+    allow_changes: str = setting(
+        "", "Settings that may differ from those of the run that is resumed, such as 'learning_rate,reward'."
     )
 
     def __post_init__(self) -> None:
-        self.model = checked(next(f for f in fields(self) if f.name == "model"), self.model)
-        values = recommended(self.model)
-        if isinstance(self.method, str) and not same_method(self.method, values["method"]):
-            # What is recommended for one method may be nothing for another.
-            values = values | {"prefix_reuse": 1}
-        if any(getattr(self, name) is None for name in SAMPLING):
-            tell_sampling(self.model)
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["model"] = checked(next(f for f in fields(self) if f.name == "model"), self.model)
+        defaults = recommended(values["model"])
+        if isinstance(self.method, str) and not same_method(self.method, defaults["method"]):
+            # The recommended number belongs to the recommended method.
+            defaults = defaults | {"prefix_reuse": 1}
+        if any(values[name] is None for name in SAMPLING):
+            tell_sampling(values["model"])
+        values |= {name: value for name, value in defaults.items() if values[name] is None}
         for f in fields(self):
-            setattr(self, f.name, checked(f, getattr(self, f.name)))
+            object.__setattr__(self, f.name, checked(f, values[f.name]))
+        if not DEVICE.fullmatch(self.device):
+            raise DraftuneError(f"device must be auto, cpu, mps, cuda or cuda:N, not {self.device!r}")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise DraftuneError(
+                f"lr_scheduler=constant has no warmup: use constant_with_warmup, or lr_warmup_steps=0 instead of "
+                f"{self.lr_warmup_steps}"
+            )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise unknown("tracker in report_to", name, [*TRACKERS, "none"])
+
+    @property
+    def trackers(self) -> list[str]:
+        """Return the names in `report_to`; none for "none" and while it is unset."""
+        names = [name.strip() for name in (self.report_to or "none").split(",")]
+        return [] if names == ["none"] else names
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings from names and values. Raises DraftuneError that names the nearest known key."""
+        """Return the settings of a mapping by name. Raises DraftuneError that suggests the nearest known name."""
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
@@ -170,52 +240,25 @@ class Settings:
         return cls(**values)
 
     def to_yaml(self) -> str:
+        """Return the settings as a YAML document."""
         import yaml
 
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file. Raises DraftuneError if it is not a table of them."""
-    import yaml
-
-    path = user_path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DraftuneError(f"cannot read the settings file {str(path)!r}: {error}") from error
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise DraftuneError(f"{str(path)!r} is not YAML{line}: {getattr(error, 'problem', error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise DraftuneError(f"{str(path)!r} holds a value that can't be read: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise DraftuneError(f"{str(path)!r} must hold 'setting: value' lines")
-    # YAML lets the last one win without a word.
-    names = [key.value for key, _ in getattr(node, "value", ())]
-    for key in names:
-        if names.count(key) > 1:
-            raise DraftuneError(f"{str(path)!r} says {key!r} twice")
-    return values
-
-
 def optional(f: Field[Any]) -> bool:
-    """Whether its type allows None, where '' says none too."""
+    """Return whether a setting's type allows None; its empty text then means none."""
     return isinstance(hints()[f.name], types.UnionType)
 
 
 @cache
 def hints() -> dict[str, Any]:
-    """The fields' types, which take a while to read."""
+    """Return the types of the fields. Cached, since evaluating the annotations is slow."""
     return typing.get_type_hints(Settings)
 
 
 def kind(f: Field[Any]) -> type:
-    """str, int, float or bool: what a field holds where it is not None."""
+    """Return the type of a setting's values other than None: str, int, float or bool."""
     hint = hints()[f.name]
     if isinstance(hint, types.UnionType):
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
@@ -224,32 +267,31 @@ def kind(f: Field[Any]) -> type:
 
 
 def checked(f: Field[Any], value: Any) -> Any:
-    """The value in the field's type. Raises DraftuneError if it has another, or is out of range."""
+    """Return the value converted to the setting's type. Raises DraftuneError for a wrong type or range."""
     if value is None:
         if f.default is None or f.default is MISSING:
             return None
         raise DraftuneError(f"{f.name} must have a value")
-    wanted = kind(f)
+    expected = kind(f)
     if value is False and "no" in f.metadata["choices"]:
-        value = "no"  # as YAML 1.1 reads it
-    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-3 as text.
+        value = "no"  # YAML 1.1 reads no as false
+    if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
-            value = float(value)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise DraftuneError(f"{f.name} must be {NAMES[wanted]}, not {value!r}")
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise DraftuneError(f"{f.name} must be {NAMES[expected]}, not {value!r}")
     if isinstance(value, str) and not (value.strip() or f.default == "" or optional(f)):
         raise DraftuneError(f"{f.name} must not be empty")
     if isinstance(value, str) and ("\0" in value or not is_text(value)):
-        raise DraftuneError(f"{f.name} must be text that can be written, not {value!r}")
+        raise DraftuneError(f"{f.name} must be text without control characters, not {value!r}")
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    if high is None and wanted is int:
+    if high is None and expected is int:
         high = MOST
     if low is not None and not value >= low:
         raise DraftuneError(f"{f.name} must be at least {low:g}, not {value!r}")
     if high is not None and not value <= high:
         raise DraftuneError(f"{f.name} must be at most {high:g}, not {value!r}")
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and math.isinf(value):
         raise DraftuneError(f"{f.name} must be finite")
     if choices and value not in choices:
         raise unknown(f.name, str(value), choices)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from draftune.errors import DraftuneError
 from draftune.lora import save_lora
 from draftune.models import load_model
-from draftune.training.train import prepare
+from draftune.training.state import train_state
 from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
 from draftune.utils.processes import launched, leave, to_say
@@ -35,14 +35,14 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 0.01,
     "max_grad_norm": 0.0,
     "steps": 3,
-    "cpu": True,
+    "device": "cpu",
 }
 # The networks in float64, where what differs is no rounding; but for one case.
 PARALLEL: dict[str, dict[str, Any]] = {
     "float32": {"method": "draft-lv(n=1)", "dtype": torch.float32},
     "draft-lv": {"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2},
     "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
-    "kept": {"method": "draft-k(k=1)", "continue_from": "FIRST", "keep": "animals", "prefix_reuse": 2},
+    "kept": {"method": "draft-k(k=1)", "continue_from": "FIRST", "retain_prompts": "animals", "prefix_reuse": 2},
     # A critic and a value network compute in float32.
     "float32 critic": {
         "method": "sft-pg(generator_steps=2)",
@@ -54,7 +54,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "two calls": {"method": "kl(draft-k(k=2), beta=0.1)"},
     "earliest cut": {"method": "alignprop(cut=uniform, m=3)"},
     "adjoint": {"method": "adjoint-matching(k=2)"},
-    "kept": {"method": "draft-k(k=2)", "continue_from": "FIRST", "keep": "animals"},
+    "kept": {"method": "draft-k(k=2)", "continue_from": "FIRST", "retain_prompts": "animals"},
     "blocks": {"method": "kl(draft-k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
     "both": {"method": "draft-k(k=2)", "gradient_checkpointing": "both"},
 }
@@ -87,7 +87,7 @@ def updated(
         values["reward"] = values["reward"].replace("EXAMPLES", f"'{examples(output.parent / 'examples')}'")
     if "continue_from" in values:
         values["continue_from"] = first_lora(model, output.parent / "first", dtype)
-    trainer = prepare(painter, output=str(output), **values)
+    trainer = Trainer(painter, output=str(output), **values)
     return trainer, [trainer.updates.update(step) for step in range(1, UPDATES + 1)]
 
 
@@ -104,7 +104,7 @@ def save(folder: Path, name: str, trainer: Trainer, rows: list[dict[str, float]]
     """What this process learned, by its number: all are to have learned the same."""
     index, _ = launched()
     save_file(learned(trainer), folder / f"{name}-{index}.safetensors")
-    state = trainer.updates.state()[0]
+    state = train_state(trainer.updates)[0]
     (folder / f"{name}-{index}.json").write_text(json.dumps({"rows": rows, "method": state["method"]}))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
-from draftune.settings import MOST, PRECISIONS, Settings
+from draftune.settings import DEVICE, MOST, PRECISIONS, Settings
 from draftune.utils.paths import check_writable, names_folder, user_path
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ def add_number(parser: argparse.ArgumentParser, flag: str, default: float, metav
     parser.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help_text)
 
 
+def device_name(text: str) -> str:
+    """Return the argument. Raises ArgumentTypeError if it is no device's name."""
+    if not DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, not {text!r}")
+    return text
+
+
 def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
     """What `load_source` reads."""
     parser.add_argument(
@@ -71,7 +78,13 @@ def add_skip_text_encoder(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        type=device_name,
+        metavar="DEVICE",
+        help="auto, cpu, mps, cuda or cuda:N (default: auto, a GPU if there is one)",
+    )
     if precision:
         parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="of the model (default: no)")
 
@@ -118,7 +131,7 @@ def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
     from draftune.runs.load import open_source
 
     model, settings = open_source(
-        args.source, args.model, args.lora_scale, args.cpu, args.mixed_precision, args.skip_text_encoder_lora
+        args.source, args.model, args.lora_scale, args.device, args.mixed_precision, args.skip_text_encoder_lora
     )
     return model, replace(settings, **drawing_flags(args))
 

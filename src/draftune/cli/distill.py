@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             model=args.model,
             skip_text_encoder=args.skip_text_encoder_lora,
-            cpu=args.cpu,
+            device=args.device,
             precision=args.mixed_precision,
         )
     print(f"mean squared difference of the network's outputs from those of {args.source}")

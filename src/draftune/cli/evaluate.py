@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     for folder in filter(None, (output and output.parent, pictures)):
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    board = compare(loras, yardstick, args.sort, args.lora_scale, args.cpu, args.mixed_precision, keep)
+    board = compare(loras, yardstick, args.sort, args.lora_scale, args.device, args.mixed_precision, keep)
     print(board.table())
     if output:
         with writing_to(output):

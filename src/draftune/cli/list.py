@@ -20,25 +20,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from draftune.experimental.optimizers import FILTERS, OPTIMIZERS
     from draftune.guidance.methods import GUIDES
     from draftune.methods import all_methods
     from draftune.models import MODELS
-    from draftune.presets import PRESETS, said
+    from draftune.presets import PRESETS, first_comment
     from draftune.prompts import PROMPT_SETS
     from draftune.rewards import REWARDS
+    from draftune.training.optim import gradient_filters, optimizers
 
-    methods = all_methods()
-    described: dict[str, Callable[..., Any]] = {**REWARDS, **methods, **GUIDES, **OPTIMIZERS, **FILTERS}
+    methods, named_optimizers, filters = all_methods(), optimizers(), gradient_filters()
+    described: dict[str, Callable[..., Any]] = {**REWARDS, **methods, **GUIDES, **named_optimizers, **filters}
     tables: dict[str, Mapping[str, str]] = {
         "models": MODELS,
         "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
         "methods": {name: first_sentence(method.__doc__) + experimental(method) for name, method in methods.items()},
         "guidance": {name: first_sentence(guide.__doc__) for name, guide in GUIDES.items()},
-        "optimizers": {name: first_sentence(made.__doc__) for name, made in OPTIMIZERS.items()},
-        "filters": {name: first_sentence(made.__doc__) for name, made in FILTERS.items()},
+        "optimizers": {name: first_sentence(made.__doc__) for name, made in named_optimizers.items()},
+        "filters": {name: first_sentence(made.__doc__) for name, made in filters.items()},
         "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
-        "presets": {name: said(preset) for name, preset in PRESETS.items()},
+        "presets": {name: first_comment(preset) for name, preset in PRESETS.items()},
     }
     if args.what in described:
         print(description(args.what, described[args.what]))

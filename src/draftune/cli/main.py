@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from draftune.cli import COMMANDS
 from draftune.errors import DraftuneError, out_of_memory, unknown
-from draftune.prompts import is_text
+from draftune.prompt_files import is_text
+from draftune.utils.logging import log_to_terminal
 from draftune.utils.processes import launched, lost, to_say
 
 EXPRESSIONS = ("--reward", "--guidance-reward", "--held-out", "--best-by", "--scales", "--weight-bounds")
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # OpenMP reads it when torch is imported. Threads that wait must not spin: on cores that another process uses
         # too, they take the time that the threads they wait for need.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        return args.run(args) or 0
+        with log_to_terminal():
+            return args.run(args) or 0
     except DraftuneError as error:
         if (said := to_say(error)) is not None:
             print(f"draftune: {said}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a run will take, by making an update of it."""
+"""`draftune preflight`: measure the memory and the time of a run before it starts."""
 
 from __future__ import annotations
 
@@ -15,41 +15,45 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--memory", type=float, metavar="GIB", help="to fit into; what the device has free unless set")
+    """Add the flags of `train`, and the memory to fit into."""
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="memory to fit into in GiB (default: the device's free memory)"
+    )
     train.arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure, and print the report. Return 0 if the run fits as requested, else 1."""
     if args.memory is not None and not 0 < args.memory < math.inf:
         raise DraftuneError(f"--memory must be more than 0 and finite, not {args.memory}")
     settings = train.train_settings(args)
     from draftune.training.memory_check import preflight
 
-    found = preflight(settings, int(args.memory * 2**30) if args.memory else None)
-    print(told(found))
-    return 0 if found.fits and not found.changes else 1
+    result = preflight(settings, int(args.memory * 2**30) if args.memory else None)
+    print(report(result))
+    return 0 if result.fits and not result.changes else 1
 
 
-def told(found: Preflight) -> str:
-    """The trials as a table, what to change, and how long the run will take."""
-    first, best = found.trials[0].settings, found.best
+def report(result: Preflight) -> str:
+    """Return the trials as a table, the settings to change, and the duration of the run."""
+    first, best = result.trials[0].settings, result.best
     lines = [
-        f"{first.model}, {first.method}, {first.batch_size} x {first.gradient_accumulation_steps} pictures an update, "
-        f"on {found.device}",
+        f"{first.model}, {first.method}, {first.batch_size} x {first.gradient_accumulation_steps} images an update, "
+        f"on {result.device}",
         "",
         f"{'MiB':44}{'networks':>10}{'update':>10}{'together':>10}{'seconds':>10}",
     ]
-    lines += [row(trial) for trial in found.trials]
-    room = f"of {size(found.memory)} MiB, of which nine tenths may be used"
-    flags = " ".join(flag(name, value) for name, value in found.changes.items())
-    if found.fits and not flags:
+    lines += [row(trial) for trial in result.trials]
+    room = f"of {size(result.memory)} MiB, of which 90 % may be used"
+    flags = " ".join(flag(name, value) for name, value in result.changes.items())
+    if result.fits and not flags:
         lines += ["", f"It fits: {size(best.total)} MiB {room}."]
-    elif found.fits:
-        lines += ["", f"As asked it does not fit into {size(found.memory)} MiB; this does:", f"  {flags}"]
+    elif result.fits:
+        lines += ["", f"As requested it does not fit into {size(result.memory)} MiB; this does:", f"  {flags}"]
     else:
         tried = f"; the least is {size(best.total)} MiB, with {flags or 'nothing changed'}" if best.ran else ""
-        advice = "smaller pictures (--height, --width), a smaller reward, or a larger device are what is left"
-        lines += ["", f"It does not fit into {size(found.memory)} MiB{tried}: {advice}."]
+        advice = "use smaller images (--height, --width), a smaller reward or a larger device"
+        lines += ["", f"It does not fit into {size(result.memory)} MiB{tried}: {advice}."]
     if best.ran:
         parts = ", ".join(f"{count} {name} {duration(taken)}" for name, (count, taken) in best.run.items())
         lines.append(f"The whole run: about {duration(best.seconds)} ({parts}).")
@@ -57,7 +61,8 @@ def told(found: Preflight) -> str:
 
 
 def row(trial: Trial) -> str:
-    name = " ".join(flag(name, value) for name, value in trial.change.items()) or "as asked"
+    """Return a trial's line of the table."""
+    name = " ".join(flag(name, value) for name, value in trial.change.items()) or "as requested"
     if not trial.ran:
         return f"{name:44}{'out of memory':>40}"
     numbers = "".join(f"{size(value):>10}" for value in (trial.held, trial.peak, trial.total))
@@ -65,15 +70,17 @@ def row(trial: Trial) -> str:
 
 
 def flag(name: str, value: object) -> str:
+    """Return a setting as a flag."""
     return f"--{name.replace('_', '-')} {value}"
 
 
 def size(bytes: int) -> str:
+    """Return bytes in MiB."""
     return f"{bytes / 2**20:.0f}"
 
 
 def duration(seconds: float) -> str:
-    """3 h 20 min, 5 min 10 s, 12 s."""
+    """Return a duration such as "3 h 20 min", "5 min 10 s" or "12 s"."""
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -82,9 +89,9 @@ def duration(seconds: float) -> str:
 
 COMMAND = Command(
     "preflight",
-    "measure what a run will take before it starts",
-    "Makes real updates with the flags of 'train' and writes nothing: memory, seconds, and what to change where it "
-    "does not fit. Exit code 1: not as asked.",
+    "measure the memory and time of a run before it starts",
+    "Run real updates with the flags of 'train' and write nothing. Print the memory, the seconds, and the settings to "
+    "change if the run does not fit. The exit code is 1 if it does not fit as requested.",
     "draftune preflight --model emoji --reward emoji-aesthetic --batch-size 16 --memory 0.5",
     arguments,
     run,

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
-    device = default_device(args.cpu)
+    device = default_device(args.device)
     reward = taught(load_reward(args.reward)).to(device)
     check_prompts(reward, prompts)
     tell_truncated(prompts, None, [reward])

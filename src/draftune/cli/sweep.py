@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    found = sweep(tuned, yardstick, scales, args.best_by, args.cpu, args.mixed_precision)
+    found = sweep(tuned, yardstick, scales, args.best_by, args.device, args.mixed_precision)
     with writing_to(output):
         found.write(output)
     prompts, each = len(yardstick.prompts), yardstick.num_images

@@ -1,59 +1,73 @@
-"""Fine-tuning a LoRA on a reward."""
+"""`draftune train`: fine-tune a LoRA on a reward."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from draftune.cli.common import Command
-from draftune.presets import config_path
+from draftune.presets import config_path, read_yaml
 from draftune.recommended import PAPER
-from draftune.settings import Settings, kind, read_yaml
+from draftune.settings import GROUPS, Settings, kind
 from draftune.utils.processes import leave
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Every setting is a flag."""
+    """Add a flag for each setting, in groups."""
     parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file of these settings, or a preset's name; flags win over it"
+        "--config", metavar="FILE", help="YAML file of these settings, or a preset's name; flags override it."
     )
+    group: argparse._ActionsContainer = parser
     for f in fields(Settings):
-        flag = "--" + f.name.replace("_", "-")
-        default = f.default if f.default is not None else "as fits the model" if f.name in PAPER else ""
-        text = f.metadata["help"] + (f" (default: {default})" if default != "" else "")
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + limits(f)
         if kind(f) is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             choices = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else None
-            parser.add_argument(flag, type=kind(f), metavar=choices or kind(f).__name__.upper(), help=text)
+            group.add_argument(flag, type=kind(f), metavar=choices or kind(f).__name__.upper(), help=text)
+
+
+def limits(f: Field[Any]) -> str:
+    """Return a setting's range and default in parentheses, as its help text ends."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    parts = [f"{low:g} to {high:g}"] if high is not None else [f"at least {low:g}"] if low is not None else []
+    default: Any = f.default
+    if default is not None and default != "":
+        parts.append(f"default: {('off', 'on')[default] if kind(f) is bool else default}")
+    elif f.name in PAPER:
+        parts.append("default: recommended for the model")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def train_settings(args: argparse.Namespace) -> Settings:
-    """What `draftune train` was told, by the file and by the flags, which win."""
+    """Return the settings of the config file and the flags; flags override the file."""
     values: dict[str, Any] = read_yaml(config_path(args.config)) if args.config else {}
     flags = {f.name: getattr(args, f.name) for f in fields(Settings)}
     return Settings.from_mapping(values | {key: value for key, value in flags.items() if value is not None})
 
 
 def run(args: argparse.Namespace) -> None:
+    """Train, and print the comparison of base and fine-tuned model."""
     settings = train_settings(args)
     from draftune.training import train
 
-    made = train(settings=settings)
+    result = train(settings=settings)
     if leave() != 0:
-        return  # the main process says it
-    if made.comparison:
-        count = len(made.comparison.prompts)
-        print(f"\nbase → tuned, {count} pictures of {len(set(made.comparison.prompts))} prompts, the same seeds")
-        print(made.comparison.table())
-    print(f"\npictures  {made.folder / 'before_after.png'}\nLoRA      {made.folder / 'lora'}")
+        return  # the main process prints
+    if result.comparison:
+        prompts = result.comparison.prompts
+        print(f"\nbase → fine-tuned, {len(prompts)} images of {len(set(prompts))} prompts, the same seeds")
+        print(result.comparison.table())
+    print(f"\nimages    {result.folder / 'before_after.png'}\nLoRA      {result.folder / 'lora'}")
 
 
 COMMAND = Command(
     "train",
     "fine-tune a LoRA on a reward",
-    "Fine-tunes a LoRA on a reward. Without flags the embedded model learns to draw glossy 3D emoji.",
+    "Fine-tune a LoRA on a reward. Without flags, the embedded emoji model is trained on its aesthetic reward.",
     "draftune train --model emoji --reward emoji-aesthetic --output runs/first",
     arguments,
     run,

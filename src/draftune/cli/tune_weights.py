@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         negative_prompt=args.negative_prompt,
         skip_text_encoder=args.skip_text_encoder_lora,
-        cpu=args.cpu,
+        device=args.device,
         mixed_precision=args.mixed_precision,
         progress=True,
     )

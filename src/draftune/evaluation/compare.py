@@ -100,7 +100,7 @@ def compare(
     yardstick: Yardstick,
     sort: str | None = None,
     lora_scale: float = 1.0,
-    cpu: bool = False,
+    device: str = "auto",
     precision: str = "no",
     keep: Callable[[Tuned, Comparison], None] | None = None,
 ) -> Leaderboard:
@@ -114,11 +114,11 @@ def compare(
         groups.setdefault(str(tuned.drawing), []).append(i)
     sort = sort or yardstick.reward.label
     entries = {}
-    yardstick.ready(default_device(cpu))
+    yardstick.ready(default_device(device))
     with tqdm(total=len(loras) + len(groups), desc="measuring", leave=False, disable=None) as progress:
         for number, group in enumerate(groups.values()):
             settings = loras[group[0]].settings
-            model = open_loras({f"lora{i}": loras[i] for i in group}, cpu, precision)
+            model = open_loras({f"lora{i}": loras[i] for i in group}, device, precision)
             tell_truncated(yardstick.prompts, model, yardstick.rewards if number == 0 else (), settings.negative_prompt)
             set_lora_scales(model, {f"lora{group[0]}": 0.0})
             base = yardstick.measure(model, settings)

@@ -167,7 +167,7 @@ def sweep(
     yardstick: Yardstick,
     scales: Sequence[float] = SCALES,
     best_by: str | None = None,
-    cpu: bool = False,
+    device: str = "auto",
     precision: str = "no",
 ) -> Sweep:
     """Draws the same prompts and seeds at every scale, and at 0, which is the base model.
@@ -178,8 +178,8 @@ def sweep(
     settings = tuned.settings
     best_by = settings.best_by if best_by is None else best_by
     asked = weights_of(best_by) if best_by else {}
-    yardstick.ready(default_device(cpu))
-    model = open_loras({ADAPTER: tuned}, cpu, precision)
+    yardstick.ready(default_device(device))
+    model = open_loras({ADAPTER: tuned}, device, precision)
     tell_truncated(yardstick.prompts, model, yardstick.rewards, settings.negative_prompt)
     shown = [yardstick.prompts[i] for i in yardstick.shown]
     marks: list[Mark] = []

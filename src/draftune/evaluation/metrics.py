@@ -17,7 +17,7 @@ from draftune.rewards.base import checked_features
 from draftune.sampling.sampler import advance
 from draftune.sampling.schedule import Schedule
 
-KEPT_COLUMN = "kept/"
+KEPT_COLUMN = "retained/"
 """Before the names of scores that tell how an earlier training's reward fares."""
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 

@@ -21,8 +21,8 @@ from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
 from draftune.training.checks import tell_truncated
 from draftune.training.data import PromptOrder
+from draftune.utils.logging import logger
 from draftune.utils.paths import user_path
-from draftune.utils.processes import tell
 
 PROBED = 4
 """Prompts of each group on which the difference from the teacher is measured."""
@@ -73,7 +73,7 @@ def distill_lora(
     seed: int = 0,
     model: str | None = None,
     skip_text_encoder: bool = False,
-    cpu: bool = False,
+    device: str = "auto",
     precision: str = "no",
 ) -> Distilled:
     """Train a LoRA of a lower rank to predict what the source LoRA predicts, and write it into a folder.
@@ -118,7 +118,7 @@ def distill_lora(
         )
     if rank < 1 or rank >= (largest := max(layer.rank for layer in deltas.layers.values())):
         raise DraftuneError(f"rank must be at least 1 and below that of {source!r}, {largest}, got {rank}")
-    loaded = open_loras({KEPT: tuned}, cpu, precision)
+    loaded = open_loras({KEPT: tuned}, device, precision)
     loaded.check_prompts(texts, tuned.settings.negative_prompt)
     tell_truncated(texts, loaded, (), tuned.settings.negative_prompt)
     # add_lora omits layers whose output the model does not use.
@@ -158,7 +158,7 @@ def distill_lora(
         bar.set_postfix(difference=f"{float(loss.detach()):.2g}")
     differences["distilled"] = lesson.mean_difference(probes)
     if not differences["distilled"] <= differences["truncated"]:
-        tell("training did not lower the difference: the truncated LoRA is written")
+        logger.warning("training did not lower the difference: the truncated LoRA is written")
         fill(loaded, truncated)
     tensors = {
         f"{loaded.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": value

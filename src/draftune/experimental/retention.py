@@ -60,7 +60,7 @@ def kept_difference(batch: Batch) -> Tensor:
     """Compute the mean squared difference from the base model at one random step of the base model's trajectory."""
     kept = batch.kept
     if kept is None:
-        raise DraftuneError("the batch has no retention prompts; set --keep")
+        raise DraftuneError("the batch has no retention prompts; set --retain-prompts")
     count = int(torch.randint(len(kept.schedule), (1,), generator=batch.generator))
     x = kept.latents.after(count, kept.base, kept.schedule.steps)
     step = kept.schedule.steps[count]

@@ -119,7 +119,7 @@ def tune_weights(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
-    cpu: bool = False,
+    device: str = "auto",
     mixed_precision: str = "no",
     skip_text_encoder: bool = False,
     progress: bool = False,
@@ -178,9 +178,9 @@ def tune_weights(
     score, texts = gather(*loaders)
     check_prompts(score.ready(), texts)
     if sources:
-        loaded = open_loras({f"knob-{i}": source for i, source in enumerate(sources)}, cpu, mixed_precision)
+        loaded = open_loras({f"knob-{i}": source for i, source in enumerate(sources)}, device, mixed_precision)
     else:
-        loaded = load_model(settings.model, mixed_precision).to(default_device(cpu), mixed_precision)
+        loaded = load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
     evaluator = WeightEvaluator(loaded, score.to(loaded.device), knobs, texts, settings, seed)

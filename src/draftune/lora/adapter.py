@@ -18,7 +18,7 @@ from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import GRID_SAID, AdapterConfig, write_lora
 from draftune.lora.names import LAYERS, canonical, in_network
 from draftune.lora.reader import read_lora
-from draftune.utils.processes import tell
+from draftune.utils.logging import logger
 from draftune.utils.quiet import quiet
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def used_targets(model: Model, targets: Sequence[str]) -> list[str]:
         raise DraftuneError(
             f"no layer that lora_targets names changes what {model.name!r} draws: the output of {unused[0]} is not used"
         )
-    tell(
+    logger.warning(
         f"{len(unused)} of the {len(chosen)} layers that lora_targets names get no LoRA, such as {unused[0]}: their "
         "output never reaches the image"
     )

@@ -22,7 +22,7 @@ from draftune.sampling.checkpointing import recomputed
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import GRID, Prediction, Schedule, Step, ddim_schedule
 from draftune.utils.loading import Truncation, truncation
-from draftune.utils.processes import tell
+from draftune.utils.logging import logger
 from draftune.utils.quiet import quiet
 
 if TYPE_CHECKING:
@@ -30,19 +30,27 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE, BLOCKS = ("calls", "both"), ("blocks", "both")
+WHOLE, BLOCKS = ("denoiser", "both"), ("blocks", "both")
 
 # No network here draws random numbers.
 block_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def default_device(cpu: bool = False) -> torch.device:
-    """The GPU where there is one and it is wanted, else the CPU."""
-    if not cpu and torch.cuda.is_available():
-        return torch.device("cuda")
-    if not cpu and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+def default_device(device: str = "auto") -> torch.device:
+    """Return the torch device of a `device` setting: "auto", "cpu", "mps", "cuda" or "cuda:1".
+
+    "auto" is the CUDA (or ROCm) GPU if there is one, else MPS, else the CPU.
+
+    Raises:
+        DraftuneError: this machine has no such device.
+    """
+    count, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if count else "mps" if mps else "cpu")
+    chosen = torch.device(device)
+    if {"cuda": (chosen.index or 0) < count, "mps": mps}.get(chosen.type, True):
+        return chosen
+    raise DraftuneError(f"device={device} is not available (CUDA devices: {count}, MPS: {mps}); use auto or cpu")
 
 
 def checkpoint_blocks(network: nn.Module, wanted: bool) -> None:
@@ -103,7 +111,7 @@ class Model(ABC):
             # Convolutions are faster with channels last (docs/speed.md).
             part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         let_adapt(self.denoiser)
-        self.set_checkpointing("calls")
+        self.set_checkpointing("denoiser")
         # Latents, pictures and the LoRA are never held in half precision, whatever the pipeline came in.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
 
@@ -173,7 +181,7 @@ class Model(ABC):
         self.check_prompts((), negative_prompt)
         if negative_prompt and not self.told and (why := self.without_effect(guidance_scale)):
             self.told = True
-            tell(f"the negative prompt has no effect: {why}")
+            logger.warning(f"the negative prompt has no effect: {why}")
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         """For each text encoder: the pipeline's name of its tokenizer, the tokens it reads, and what it is given."""
@@ -214,16 +222,16 @@ class Model(ABC):
         return self
 
     def set_checkpointing(self, mode: str) -> None:
-        """What the backward pass computes again: "no", the "blocks" of the networks, whole "calls" of them, or "both".
+        """Set what gradient checkpointing recomputes: "none", "blocks", whole calls of the "denoiser", or "both".
 
-        "blocks" keeps the inputs of each block of every call in a graph. "calls" keeps the input of each call of the
+        "blocks" keeps the inputs of each block of every call in a graph. "denoiser" keeps the input of each call of the
         denoiser alone, so that memory does not grow with their number in a graph. "both" keeps that too, and while one
         call is computed again the inputs of its blocks: the least memory, and each call is computed twice more. The
-        decoder's blocks are computed again in every mode but "no".
+        decoder's blocks are computed again in every mode but "none".
         """
         self.checkpointing = mode
         for part in self.networks:
-            checkpoint_blocks(part, mode in BLOCKS or (mode != "no" and part is not self.denoiser))
+            checkpoint_blocks(part, mode in BLOCKS or (mode != "none" and part is not self.denoiser))
 
     def dtype_of(self, part: nn.Module) -> torch.dtype:
         """What a part is held in, for a family with one that can't be held in half precision."""

@@ -26,7 +26,7 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Model": settings.model,
         "Prompts": settings.prompts,
         "Continued from": settings.continue_from,
-        "Kept on": settings.keep,
+        "Kept on": settings.retain_prompts,
         "Compared on": settings.eval_prompts,
         "Updates": f"{last['step']:,} of {settings.steps:,}",
         "Scored pictures": f"{last['reward_queries']:,}",

@@ -6,12 +6,11 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from draftune.errors import DraftuneError, gather
+from draftune.errors import DraftuneError, gather, require
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalized
@@ -98,6 +97,7 @@ class HPSv2(Reward):
 
     def __init__(self, weights: str, tokenizer: str, config: dict[str, Any] = VIT_H_14) -> None:
         super().__init__()
+        require("ftfy", "the reward hpsv2", "hpsv2")
         hub = ("xswu/HPSv2", weights) if weights in FILES.values() else None
         self.path, self.folder = gather(
             lambda: find_file(weights, "the reward's weights=", hub),
@@ -127,6 +127,8 @@ class HPSv2(Reward):
 
 def cleaned(prompt: str) -> str:
     """The prompt as OpenCLIP's tokenizer sees it: characters mended, curly quotes straight, entities resolved."""
+    import ftfy
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 

@@ -110,21 +110,36 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimiser's state by the names of its parameters."""
-    return {
-        f"optimizer/{names[i]}/{key}": value
-        for i, values in optimizer.state_dict()["state"].items()
-        for key, value in values.items()
-    }
+    """Return the optimizer's state by the names of its parameters.
+
+    8-bit AdamW has numbers, which become tensors, and a nested dictionary, whose keys are joined by slashes. Its
+    parameters share tensors, which safetensors refuses: they are copied.
+    """
+
+    def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}/{key}")
+            else:
+                kind = "optimizer" if isinstance(value, Tensor) else "optimizer-number"
+                tensor = torch.as_tensor(value)
+                yield f"{kind}/{prefix}/{key}", tensor.clone() if "/" in prefix else tensor
+
+    state = optimizer.state_dict()["state"]
+    return dict(item for i, values in state.items() for item in flat(values, names[i]))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    """Restore the state that `optimizer_tensors` returned."""
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")
-        if kind == "optimizer":
-            name, _, entry = rest.rpartition("/")
-            state.setdefault(names.index(name), {})[entry] = value
+        if kind in ("optimizer", "optimizer-number"):
+            name, *nested, entry = rest.split("/")
+            values = state.setdefault(names.index(name), {})
+            for inner in nested:
+                values = values.setdefault(inner, {})
+            values[entry] = value if kind == "optimizer" else value.item()
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import psutil
 import torch
 
 from draftune import __version__
@@ -32,13 +31,22 @@ def environment(device: torch.device) -> dict[str, str]:
         "platform": platform.platform(),
         "device": f"{device.type} ({name})",
         "cpus": str(os.cpu_count()),
-        "memory": gibibytes(psutil.virtual_memory().total),
+        "memory": total_memory(),
         "gpus": ", ".join(gpus()) or "none",
         "cuda": torch.version.cuda or "none",
         "rocm": torch.version.hip or "none",
         "mps": "yes" if torch.backends.mps.is_available() else "no",
         **{variable: os.environ.get(variable, "not set") for variable in VARIABLES},
     }
+
+
+def total_memory() -> str:
+    """Return the machine's memory, "unknown" without psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return "unknown"
+    return gibibytes(psutil.virtual_memory().total)
 
 
 def installed(package: str) -> str:

@@ -23,8 +23,8 @@ from draftune.runs.load import read_deltas
 from draftune.runs.run_dir import run_settings
 from draftune.sampling.schedule import GRID
 from draftune.settings import Settings
+from draftune.utils.logging import logger
 from draftune.utils.paths import check_writable, user_path, written_whole
-from draftune.utils.processes import tell
 from draftune.utils.quiet import quiet
 from draftune.utils.tensors import save_tensors
 
@@ -95,7 +95,9 @@ def grid(source: Path | str, best: bool = False) -> dict[str, Any]:
 
 def write_diffusers(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
     if t5 := [name for name in lora.layers if ".encoder.block." in name]:
-        tell(f"diffusers' load_lora_weights leaves out the LoRA's {len(t5)} layers of T5; --format merged holds them")
+        logger.warning(
+            f"diffusers' load_lora_weights leaves out the LoRA's {len(t5)} layers of T5; --format merged holds them"
+        )
     lora.write(target, dtype)
 
 

@@ -108,7 +108,7 @@ def open_source(
     source: str,
     base: str | None = None,
     lora_scale: float = 1.0,
-    cpu: bool = False,
+    device: str = "auto",
     precision: str = "no",
     skip_text_encoder: bool = False,
 ) -> tuple[Model, Settings]:
@@ -118,15 +118,15 @@ def open_source(
     Raises DraftuneError.
     """
     if source in MODELS or (user_path(source) / "model_index.json").exists():
-        model = load_model(source, precision).to(default_device(cpu), precision)
+        model = load_model(source, precision).to(default_device(device), precision)
         return model, Settings(model=model.name)
     tuned = find_tuned(source, base, skip_text_encoder)
-    model = open_loras({ADAPTER: tuned}, cpu, precision)
+    model = open_loras({ADAPTER: tuned}, device, precision)
     set_lora_scale(model, lora_scale)
     return model, tuned.settings
 
 
-def open_loras(loras: Mapping[str, Tuned], cpu: bool = False, precision: str = "no") -> Model:
+def open_loras(loras: Mapping[str, Tuned], device: str = "auto", precision: str = "no") -> Model:
     """The base model that LoRAs share, set to draw as they do, with each of them loaded under its name.
 
     `lora.set_lora_scales` chooses among them. Raises DraftuneError if one does not fit.
@@ -136,7 +136,7 @@ def open_loras(loras: Mapping[str, Tuned], cpu: bool = False, precision: str = "
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After the LoRAs, which take the same precision.
-    model.to(default_device(cpu), precision)
+    model.to(default_device(device), precision)
     model.set_grid(**first.grid)
     model.set_size(first.settings.height, first.settings.width)
     return model

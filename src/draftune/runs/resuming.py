@@ -25,9 +25,10 @@ FREE = (
     "save_every",
     "eval_every",
     "patience",
+    "report_to",
 )
 """Settings that may change while a run goes on: how far it goes, and what is only measured, logged or saved."""
-ROUNDING = ("reward_batch_size", "gradient_checkpointing", "cpu")
+ROUNDING = ("reward_batch_size", "gradient_checkpointing", "compile", "device")
 """Settings that may change too: memory, speed and device. The same is computed, with other rounding."""
 COMPUTED = (
     "model",
@@ -37,7 +38,7 @@ COMPUTED = (
     "smoothing_power",
     "method",
     "prompts",
-    "keep",
+    "retain_prompts",
     "keep_weight",
     "batch_size",
     "prefix_reuse",
@@ -46,11 +47,15 @@ COMPUTED = (
     "optimizer",
     "gradient_filter",
     "learning_rate",
+    "lr_scheduler",
     "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
     "adam_beta1",
     "adam_beta2",
     "weight_decay",
     "max_grad_norm",
+    "ema_decay",
     "num_inference_steps",
     "guidance_scale",
     "negative_prompt",
@@ -77,11 +82,13 @@ FIXED = (
 )
 """Settings that cannot change while a run goes on: the LoRA's own shape and start, and what its best is chosen by."""
 
-CONTENTS = ("prompts", "eval_prompts", "keep", "continue_from")
+CONTENTS = ("prompts", "eval_prompts", "retain_prompts", "continue_from")
 """Settings that are compared by the digest of what they hold: prompts, and the weights of a LoRA."""
 SOURCES = ("model", "gradient_decoder")
 """Settings that name a model, which is compared by its files."""
-EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimiser"}
+CONSTANT = ("constant", "constant_with_warmup")
+"""Learning-rate schedules that do not depend on the number of steps."""
+EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimizer"}
 EXPRESSIONS |= {"gradient_filter": "gradient filter"}
 """Settings that are expressions, and the kind of what these name."""
 PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "file", "path")
@@ -138,6 +145,8 @@ class Asked:
     def differences(self, earlier: Asked) -> list[str]:
         """Return the names of the settings that differ from an earlier run's, except those that are free."""
         names = [f.name for f in fields(Settings) if f.name not in FREE]
+        if any(run.settings["lr_scheduler"] not in CONSTANT for run in (self, earlier)):
+            names.append("steps")  # the learning rate decays over all of them
         # Settings of another version: what they did is not known.
         names += sorted(earlier.settings.keys() - self.settings.keys())
         return [name for name in names if not self.same(name, earlier)]
@@ -214,7 +223,7 @@ def parsed(text: Any) -> Tree:
 
 def defaults(call: Call, kind: str) -> dict[str, Value]:
     """Return the default settings of what a call names; none where it can't be imported: loading it says why."""
-    if (kind, call.name) == ("optimiser", "adamw"):
+    if (kind, call.name) == ("optimizer", "adamw"):
         return {}  # its defaults are settings of the run
     try:
         factory = defined(call.name, kind) if is_custom(call.name) else tables()[kind].get(call.name)
@@ -226,11 +235,16 @@ def defaults(call: Call, kind: str) -> dict[str, Value]:
 
 def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     """Return the factories of everything that an expression can name, by kind."""
-    from draftune.experimental.optimizers import FILTERS, OPTIMIZERS
     from draftune.methods import all_methods
     from draftune.rewards import REWARDS
+    from draftune.training.optim import gradient_filters, optimizers
 
-    return {"reward": REWARDS, "method": all_methods(), "optimiser": OPTIMIZERS, "gradient filter": FILTERS}
+    return {
+        "reward": REWARDS,
+        "method": all_methods(),
+        "optimizer": optimizers(),
+        "gradient filter": gradient_filters(),
+    }
 
 
 def paths_in(tree: Tree, kind: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.lora.files import FILE_NAME
+from draftune.presets import read_yaml
 from draftune.prompts import metadata
 from draftune.runs.resuming import COMPUTED, ROUNDING, Asked, changeable
-from draftune.settings import Settings, read_yaml
+from draftune.settings import Settings
+from draftune.utils.logging import logger
 from draftune.utils.paths import user_path, written_whole
-from draftune.utils.processes import ALONE, Processes, tell
+from draftune.utils.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.utils.tensorboard import SummaryWriter
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -57,9 +58,9 @@ class RunFolder:
         if not settings.resume:
             # From here on it is a run like any other, which its config.yaml goes on with.
             self.path = path = first_free(path)
-            settings.output, settings.resume = str(path), True
+            settings = replace(settings, output=str(path), resume=True)
         self.allowed = changeable(settings.allow_changes)
-        settings.allow_changes = ""
+        self.settings = settings = replace(settings, allow_changes="")
         self.lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
         self.asked = asdict(settings)
@@ -71,7 +72,6 @@ class RunFolder:
         self.checkpoint: Path | None = None
         self.done = 0
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in LOGS}
-        self.events: SummaryWriter | None = None
         try:
             if path.exists() and not path.is_dir():
                 raise DraftuneError(f"the output {str(path)!r} is a file; give a folder")
@@ -141,7 +141,7 @@ class RunFolder:
             said = [self.now.said(name, earlier) for name in refused]
             said[0] = f"the output folder {str(self.path)!r} holds another run: {said[0]}"
             ways = ["give another (--output)"]
-            if set(refused) <= set(COMPUTED):
+            if set(refused) <= {*COMPUTED, "steps"}:
                 ways.append(f"insist (--allow-changes {','.join(refused)})")
             ways.append(f"train another LoRA on top of that run's (--continue-from {self.path})")
             raise DraftuneError(*said, f"{', '.join(ways[:-1])}, or {ways[-1]}")
@@ -153,7 +153,7 @@ class RunFolder:
             told.setdefault(how, []).append(f"{name} {new}")
             self.changes.append({"step": self.done, "setting": name, "was": was, "now": value})
         for how, changes in told.items():
-            tell(f"the run goes on with {', '.join(changes)}: {how}")
+            logger.warning(f"the run goes on with {', '.join(changes)}: {how}")
 
     def agree(self) -> None:
         """Raises DraftuneError where the processes do not see one and the same folder."""
@@ -172,8 +172,6 @@ class RunFolder:
         `space`: bytes that the run is sure to take. Each of `known` becomes a .json file. Raises DraftuneError where
         the folder can't be written to, is in use, or has too little space.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         from draftune.runs.checkpoint import checkpoints
 
         self.sources = self.now.saved_sources(self.earlier)
@@ -200,10 +198,9 @@ class RunFolder:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         except OSError as error:
             raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
-        self.events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.done + 1)
 
     def log(self, name: str, row: Mapping[str, Any]) -> bool:
-        """One line of one of the logs, on disk at once, and the same numbers for TensorBoard.
+        """Append one line to one of the logs, on disk at once.
 
         Whether it is new: a run that goes on measures its start again.
         """
@@ -215,13 +212,6 @@ class RunFolder:
             return True
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
-        prefix = "" if name == METRICS else "eval/"
-        try:
-            for key, value in numbers(row).items():
-                if key != "step" and self.events:
-                    self.events.add_scalar(prefix + key, value, int(row["step"]))
-        except OSError:
-            self.events = None  # a full disk: what must be written says so itself
         return True
 
     def save_checkpoint(
@@ -241,24 +231,13 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:06d}.png"
 
     def close(self) -> None:
-        try:
-            if self.events:
-                self.events.close()
-        except OSError:
-            pass  # of a full disk its own thread has heard as well, and the logs are whole
-        finally:
-            self.lock.release()
+        self.lock.release()
 
 
 def first_free(path: Path) -> Path:
     """The folder, or the first of FOLDER-2, FOLDER-3, … where nothing lies."""
     others = (path.with_name(f"{path.name}-{i}") for i in count(2))
     return next(f for f in chain([path], others) if not f.exists() or (f.is_dir() and not any(f.iterdir())))
-
-
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """What of a row is a number, and no truth value, list or table."""
-    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def digest(texts: Sequence[str]) -> str:

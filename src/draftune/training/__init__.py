@@ -1,6 +1,7 @@
-"""Training: the loop, its checks, its folder."""
+"""Training: `Trainer`, its callbacks, and what it is made of."""
 
+from draftune.training.callbacks import Callback
 from draftune.training.train import train
 from draftune.training.trainer import Run, Trainer
 
-__all__ = ["Run", "Trainer", "train"]
+__all__ = ["Callback", "Run", "Trainer", "train"]

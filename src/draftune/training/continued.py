@@ -1,4 +1,4 @@
-"""What a run that goes on from another one's LoRA knows of it."""
+"""The LoRA that training starts from, and the reward and prompts that it was trained on."""
 
 from __future__ import annotations
 
@@ -19,57 +19,67 @@ from draftune.runs.checkpoint import checksum
 from draftune.runs.fingerprint import same_source
 from draftune.runs.run_dir import run_settings
 from draftune.settings import Settings
-from draftune.utils.processes import tell
+from draftune.utils.logging import logger
 
 
 @dataclass
 class Past:
-    """The LoRA that a run goes on from and, where it is known, what its training asked for."""
+    """The LoRA of `continue_from` and, if a run wrote it, that run's reward and evaluation prompts."""
 
     lora: Path
     checksum: str
+    """SHA-256 of the LoRA's file."""
     kept: Sequence[str]
-    """Prompts on which the model is to stay as it was."""
+    """Prompts of the retention loss (`retain_prompts`)."""
     reward: Reward | None = None
+    """The earlier run's reward, which evaluations measure; None if it is unknown."""
     prompts: Sequence[str] = ()
-    """Those on which that reward is measured."""
+    """Prompts on which it is measured."""
 
     @property
     def columns(self) -> list[str]:
+        """Return the columns of evaluations.jsonl with the earlier run's reward and its terms."""
         if self.reward is None:
             return []
         return [f"{KEPT_COLUMN}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.columns])]
 
     def compare(self, grid: Mapping[str, Any]) -> None:
-        """Says so where the LoRA was trained on another grid of the sampler, and so draws otherwise than it did."""
+        """Warn if the LoRA was trained with other sampling timesteps than those of this run."""
         if (known := saved_grid(self.lora)) and known != grid:
-            tell(f"{str(self.lora)!r} was trained on the grid {known}, and this run draws on {dict(grid)}")
+            logger.warning("%r was trained on the timesteps %s, but this run uses %s", str(self.lora), known, grid)
 
     def ready(self, device: torch.device) -> Reward | None:
-        """The reward with its weights read, if it can be had: it is only looked at, and ends no run."""
+        """Load the reward's weights. If that fails, log a warning and drop the reward: it is only measured."""
         try:
             if self.reward is not None:
                 check_prompts(self.reward.ready().to(device), self.prompts)
         except DraftuneError as error:
-            tell(f"the reward of the training before is not measured: {error}")
+            logger.warning("the reward of the earlier training is not measured: %s", error)
             self.reward = None
         return self.reward
 
 
 def find_past(settings: Settings) -> Past | None:
-    """The past of a run, if it has one; no weights are read. Raises DraftuneError for what does not fit."""
+    """Find the LoRA that the run starts from, without reading its weights.
+
+    Returns:
+        The LoRA, None without `continue_from`.
+
+    Raises:
+        DraftuneError: there is no such LoRA, or it belongs to another model.
+    """
     s = settings
     if not s.continue_from:
-        if s.keep:
-            raise DraftuneError("keep holds on to what an earlier training taught: give its run (--continue-from)")
+        if s.retain_prompts:
+            raise DraftuneError("retain_prompts needs the LoRA to stay close to: give its run (--continue-from)")
         return None
     lora = lora_file(s.continue_from)
     if (base := base_model(lora)) is not None and not same_source(base, s.model):
         raise DraftuneError(
-            f"the LoRA {s.continue_from!r} is one of {base!r}, and this run trains {s.model!r} (--model); if these "
-            f"are one model, 'draftune mix {s.continue_from} --model {s.model}' writes it under this name"
+            f"the LoRA {s.continue_from!r} was trained for {base!r}, not for {s.model!r} (--model); if these are the "
+            f"same model, 'draftune mix {s.continue_from} --model {s.model}' writes the LoRA for this name"
         )
-    past = Past(lora, checksum(lora), load_prompts(s.keep) if s.keep else ())
+    past = Past(lora, checksum(lora), load_prompts(s.retain_prompts) if s.retain_prompts else ())
     earlier = run_settings(lora)
     if earlier is not None and s.eval_prompts:
         try:
@@ -79,6 +89,6 @@ def find_past(settings: Settings) -> Past | None:
             if prompts:
                 past.reward, past.prompts = reward, prompts
         except DraftuneError as error:
-            # It is only looked at, and may have been a Python object in that run, or a file that has moved.
-            tell(f"what {s.continue_from!r} was trained on is not measured: {error}")
+            # The reward may have been a Python object, or a file that was moved since.
+            logger.warning("the reward of %r is not measured: %s", s.continue_from, error)
     return past

@@ -1,4 +1,4 @@
-"""What the batches of an update are drawn from, and what was drawn."""
+"""Batches of training: the order of prompts, and the noise and prefix that a batch starts from."""
 
 from __future__ import annotations
 
@@ -15,49 +15,55 @@ from draftune.utils.processes import Processes
 
 @dataclass
 class Start:
-    """What the pictures of a batch start from, of all processes; several updates may share it."""
+    """Prompts and noise of a batch, over all processes. With `prefix_reuse`, several updates share one."""
 
     prompts: list[int]
-    """Their numbers."""
+    """Indices of the prompts."""
     noise: Tensor
+    """Initial noise [B, C, H, W]."""
     latents: Latents
-    """This process's part."""
+    """This process's share of the noise, and of the latents that the prefix has reached."""
     kept: Start | None = None
-    """That of a batch of kept prompts, where there are any."""
+    """The batch of the retention loss, if there is one."""
 
 
 @dataclass
 class Drawn:
-    """A batch of an update, of all processes: its noise, its pictures' rewards and, by label, those of the parts."""
+    """A batch as one update trained on it, over all processes."""
 
     prompts: list[str]
     noise: Tensor
+    """Initial noise [B, C, H, W]."""
     pictures: Tensor | None = None
-    """Those that this process drew."""
+    """Images of this process's share, [B / processes, 3, H, W], once they are scored."""
     reward: Tensor | None = None
+    """Total rewards [B]."""
     parts: dict[str, Tensor] = field(default_factory=dict)
+    """Rewards [B] of each term, by label, before their weights."""
 
 
 class PromptOrder:
-    """Prompts without end: every one once in a random order, then again in another."""
+    """An endless stream of prompt indices: random permutations of all prompts, one after the other."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.count, self.generator = count, generator
         self.queue: list[int] = []
 
     def draw(self, size: int) -> list[int]:
+        """Return the next `size` indices."""
         while len(self.queue) < size:
             self.queue += torch.randperm(self.count, generator=self.generator).tolist()
-        drawn, self.queue = self.queue[:size], self.queue[size:]
-        return drawn
+        indices, self.queue = self.queue[:size], self.queue[size:]
+        return indices
 
 
 def kept_of(starts: Sequence[Start]) -> list[Start]:
+    """Return the retention batches of these starts."""
     return [start.kept for start in starts if start.kept is not None]
 
 
 def starts_state(starts: Sequence[Start], processes: Processes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All that is known of starts, of all processes: what JSON can hold, and tensors by name."""
+    """Return the starts of all processes for a checkpoint: values for JSON, and tensors by name."""
     tensors = {}
     for name, some in (("start", starts), ("kept", kept_of(starts))):
         for i, start in enumerate(some):
@@ -70,13 +76,13 @@ def starts_state(starts: Sequence[Start], processes: Processes) -> tuple[dict[st
 def read_starts(
     state: Mapping[str, Any], tensors: Mapping[str, Tensor], processes: Processes, device: torch.device, stride: int
 ) -> list[Start]:
-    """What `starts_state` gave."""
+    """Rebuild the starts from what `starts_state` returned."""
 
     def read(name: str, prompts: Sequence[list[int]]) -> Iterator[Start]:
         for i, chosen in enumerate(prompts):
             prefix = f"{name}/{i}/"
-            found = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
-            known = {count: latents.to(device) for count, latents in sorted(found.items())}
+            saved = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
+            known = {count: latents.to(device) for count, latents in sorted(saved.items())}
             own = {count: processes.share(latents) for count, latents in known.items()}
             yield Start(chosen, known[0], Latents(own.pop(0), own, stride))
 

@@ -1,4 +1,4 @@
-"""Where a run trains, in what precision, and with which other processes."""
+"""The device, the precision and the processes of a run, as accelerate sets them up."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING
 from draftune.errors import DraftuneError
 from draftune.settings import Settings
 from draftune.training.fsdp import wants_shards
-from draftune.utils.processes import Processes, launched, tell
+from draftune.utils.logging import logger
+from draftune.utils.processes import Processes, launched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+"""Environment variable that sets accelerate's device in a run of one process."""
+
 
 def accelerator(settings: Settings) -> Accelerator:
-    """The device and, under a launcher, the way to the other processes. Raises DraftuneError for what can't be used."""
+    """Return a new Accelerator for the run's device, precision and processes.
+
+    Raises:
+        DraftuneError: the device, the precision or the launcher's configuration is not supported here.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading
+    from accelerate.utils import GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading, patch_environment
 
     from draftune.models.base import default_device
 
@@ -26,44 +34,55 @@ def accelerator(settings: Settings) -> Accelerator:
         if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() == "true":
             raise DraftuneError(f"accelerate's {other} is not supported: launch without it, or with FSDP 2")
     _, count = launched()
-    # Without a GPU accelerate would let each process train alone.
-    cpu = settings.cpu or (count > 1 and default_device().type in ("cpu", "mps"))
-    # A second run in one process may want another device or precision.
+    device = default_device(settings.device)
+    if count > 1 and ":" in settings.device:
+        raise DraftuneError(f"device={settings.device} is for one process; {count} processes need auto, cuda or cpu")
+    # With several processes and no GPU, accelerate would train separately in each.
+    cpu = device.type == "cpu" or (count > 1 and device.type == "mps")
+    # An earlier run of this process may have used another device or precision.
     AcceleratorState._reset_state(reset_partial_state=True)
+    chosen = {} if settings.device == "auto" or count > 1 else {DEVICE_VARIABLE: settings.device}
     try:
-        # What the launcher says of accumulation would divide the losses a second time.
-        chosen = Accelerator(
-            cpu=cpu,
-            mixed_precision=settings.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        )
+        with patch_environment(**chosen):
+            made = Accelerator(
+                cpu=cpu,
+                mixed_precision=settings.mixed_precision,
+                # Updates divides the losses itself: accelerate must not do it again, whatever its launcher was told.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            )
     except ValueError as error:
         raise DraftuneError(f"mixed_precision={settings.mixed_precision} does not work here: {error}") from error
-    # With it transformers would read weights in the first process alone, and leave the others' as they came.
+    # Otherwise transformers would read weights in the first process only.
     disable_fsdp_ram_efficient_loading()
-    if count != chosen.num_processes:
-        raise DraftuneError(f"the launcher speaks of {count} processes and accelerate of {chosen.num_processes}")
-    with processes_of(chosen).together():
-        wants_shards()
-        if settings.mixed_precision == "fp16" and chosen.device.type == "cpu":
+    if count != made.num_processes:
+        raise DraftuneError(f"the launcher started {count} processes, but accelerate found {made.num_processes}")
+    with processes_of(made).together():
+        if wants_shards() and settings.compile:
+            raise DraftuneError("compile does not work with FSDP: leave out --compile")
+        if settings.mixed_precision == "fp16" and made.device.type == "cpu":
             raise DraftuneError("mixed_precision=fp16 does not work on a CPU: use bf16 or no")
-        if settings.batch_size % chosen.num_processes:
+        if settings.batch_size % made.num_processes:
             raise DraftuneError(
-                f"batch_size={settings.batch_size} is that of all {chosen.num_processes} processes together: give a "
-                "multiple of their number"
+                f"batch_size={settings.batch_size} must be a multiple of the {made.num_processes} processes, which "
+                "share each batch"
             )
-    return chosen
+    return made
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
+    """Return the processes of an Accelerator."""
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 
 def tell_unheeded(settings: Settings) -> None:
-    """Says what a launcher was asked for and does not come to pass."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", settings.mixed_precision):
-        tell(f"accelerate's mixed precision {asked} is not used: --mixed-precision is {settings.mixed_precision}")
-    # Without mpirun, accelerate's launcher for CPUs starts one process that waits for nobody.
+    """Warn about options of accelerate's launcher that have no effect."""
+    launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher_precision not in ("no", settings.mixed_precision):
+        logger.warning(
+            "accelerate's mixed precision %s is not used: --mixed-precision is %s",
+            launcher_precision,
+            settings.mixed_precision,
+        )
+    # Without mpirun, `accelerate launch --cpu` starts one process that trains with nobody else.
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        tell("accelerate launch --cpu has started one process alone: torchrun starts several (docs/devices.md)")
+        logger.warning("accelerate launch --cpu has started one process only: use torchrun (docs/devices.md)")

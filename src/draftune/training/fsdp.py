@@ -1,4 +1,4 @@
-"""FSDP2: each process holds its part of the frozen networks, whose layers are put together where they are called."""
+"""FSDP 2: each process stores a part of the frozen networks; a block is gathered when it is called."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ if TYPE_CHECKING:
 
 
 def wants_shards() -> bool:
-    """Whether accelerate was told to use FSDP. Raises DraftuneError for what of it is not supported."""
+    """Return whether accelerate's launcher requested FSDP. Raises DraftuneError for options that are not supported."""
 
-    def said(name: str, default: str) -> str:
+    def option(name: str, default: str) -> str:
         return os.environ.get(name, default).lower()
 
-    if said("ACCELERATE_USE_FSDP", "false") != "true":
+    if option("ACCELERATE_USE_FSDP", "false") != "true":
         return False
-    if said("FSDP_VERSION", "1") != "2":
+    if option("FSDP_VERSION", "1") != "2":
         raise DraftuneError("FSDP 1 is not supported: give accelerate --fsdp_version 2")
     if tuple(map(int, version("torch").split(".")[:2])) < (2, 7):
-        raise DraftuneError(f"FSDP 2 wants torch 2.7 or later, and this is {version('torch')}")
-    if said("FSDP_OFFLOAD_PARAMS", "false") == "true":
+        raise DraftuneError(f"FSDP 2 needs torch 2.7 or later, not {version('torch')}")
+    if option("FSDP_OFFLOAD_PARAMS", "false") == "true":
         raise DraftuneError("offloading by FSDP is not supported: leave out accelerate's --fsdp_offload_params")
     return True
 
 
 def shard(model: Model, device: torch.device, count: int) -> None:
-    """Spreads the denoiser and the text encoders over the processes, in place; all else is moved to the device.
+    """Shard the denoiser and the text encoders over the processes, in place, and move the rest to the device.
 
-    What carries a gradient, the LoRA, stays whole in each. The decoder does as well: it is small, and not called as a
-    module.
+    The trainable LoRA stays whole in every process. So does the decoder, which is small and is not called as a module.
+
+    Args:
+        model: The model, on the CPU.
+        device: This process's device.
+        count: Number of processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -46,25 +50,25 @@ def shard(model: Model, device: torch.device, count: int) -> None:
     mesh = init_device_mesh(device.type, (count,))
     for part in model.networks:
         if part is model.denoiser or isinstance(part, PreTrainedModel):
-            kept = {parameter for parameter in part.parameters() if parameter.requires_grad}
+            trained = {parameter for parameter in part.parameters() if parameter.requires_grad}
             for parameter in part.parameters():
-                parameter.data = parameter.data.to(device) if parameter in kept else parameter.data.contiguous()
+                parameter.data = parameter.data.to(device) if parameter in trained else parameter.data.contiguous()
             kind = type(part)
             for module in [*blocks(part), part]:
-                # The root too frees its layers after each call, which FSDP2 does not by default (see `put_back`).
-                fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+                # By default, FSDP 2 does not reshard the root after a forward pass (see `put_back`).
+                fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
                 module.register_forward_pre_hook(contiguous, with_kwargs=True)
             if part is not model.denoiser:
-                part.__class__ = kind  # by which transformers knows whose hidden states can be asked for
+                part.__class__ = kind  # transformers recognizes by its class which hidden states it can return
         else:
             part.to(device)
 
 
 def put_back(model: Model) -> None:
-    """Frees the layers that a backward pass gathered ahead of their use and then did not use.
+    """Reshard the blocks that a backward pass prefetched and did not use.
 
-    Else a process that looks at its weights, to save them, would put them back alone, and be alone in gathering them
-    when they are called next.
+    Otherwise a process that reads its weights to save them would reshard them without the others, and then wait for
+    the others in the next call.
     """
     for module in model.denoiser.modules():
         if hasattr(module, "reshard"):
@@ -72,10 +76,10 @@ def put_back(model: Model) -> None:
 
 
 def contiguous(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The same inputs in one layout.
+    """Return a module's inputs with contiguous tensors.
 
-    FSDP2 passes them on with other strides where it waits for their gradient, and does not where they are computed
-    again: a linear layer may then keep other tensors, and the backward pass fails.
+    FSDP 2 changes the strides of inputs that need a gradient, but not when checkpointing recomputes the call. A linear
+    layer may then save other tensors in the recomputation, and the backward pass fails.
     """
 
     def one(value: Any) -> Any:
@@ -85,6 +89,6 @@ def contiguous(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """What is put together at once, inner ones first: what its class says not to split, or else the whole network."""
+    """Return the modules that are gathered as a unit, inner ones first: those in the class's `_no_split_modules`."""
     names = getattr(network, "_no_split_modules", None) or ()
     return [module for module in network.modules() if type(module).__name__ in names and module is not network][::-1]

@@ -1,4 +1,4 @@
-"""Before a long run: what one real update takes, how long all of it will, and what to change where it does not fit."""
+"""Memory check: run real updates to measure memory and time, and find settings that fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from draftune.errors import out_of_memory
+from draftune.errors import out_of_memory, require
 from draftune.evaluation.metrics import score_batches
 from draftune.methods import load_method
 from draftune.settings import Settings
 from draftune.training.distributed import accelerator
-from draftune.training.train import prepare
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 
 ROOM = 0.9
-"""The share of the memory that may be used: allocators leave gaps, and a device's own context takes some."""
+"""Share of the memory that a run may use. The rest is for gaps between allocations and the device's own context."""
 TIMED = 2
-"""Updates that are timed at least, after two in which everything is made for the first time and memory is counted."""
+"""Minimum number of timed updates. Two untimed ones before them allocate the optimizer's state and fill caches."""
 WORTH = 0.99
-"""A change that leaves more than this share of the memory in use is not worth making."""
+"""A change is rejected if it leaves more than this share of the memory in use."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
 class Trial:
-    """Real updates with some settings; where memory did not suffice, `ran` is false and all else is 0.
+    """Measurements of a run with some settings. If memory did not suffice, `ran` is False and the numbers are 0.
 
-    held, peak: bytes of the networks, and the most that an update takes on top, the optimiser's averages included, or a
-    batch of sample pictures where that is more.
-    update, picture: seconds of an update, and of a picture drawn and scored. run: for "updates", "sample grids" and
-    "evaluations" of the whole run how many there are and their seconds.
+    Attributes:
+        settings: The settings.
+        change: What differs from the trial before.
+        held: Bytes of all networks.
+        peak: Bytes that an update needs on top, the optimizer's state included, or sampling if that needs more.
+        update: Seconds of an update.
+        picture: Seconds to sample and score an image.
+        run: For "updates", "sample grids" and "evaluations" of the whole run, their number and their seconds.
     """
 
     settings: Settings
@@ -52,71 +54,81 @@ class Trial:
 
     @property
     def total(self) -> int:
+        """Return the bytes that the run needs."""
         return self.held + self.peak
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Return the seconds of the whole run."""
         return sum(seconds for _, seconds in self.run.values())
 
 
 @dataclass
 class Preflight:
-    """What was tried on a device with so many bytes to use: the settings asked for first, then the changed ones."""
+    """The trials on a device with `memory` bytes: first the requested settings, then changed ones.
+
+    `best` is the trial with every change that saved memory.
+    """
 
     device: torch.device
     memory: int
     trials: list[Trial]
     best: Trial
-    """The trial with all changes that were worth making."""
 
     @property
     def fits(self) -> bool:
+        """Return whether the best trial fits into the memory."""
         return self.best.ran and self.best.total <= ROOM * self.memory
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The settings to change."""
+        """Return the settings in which the best trial differs from the requested ones."""
         first, last = self.trials[0].settings, self.best.settings
         return {name: value for name, value in vars(last).items() if value != getattr(first, name)}
 
 
 def preflight(settings: Settings, memory: int | None = None) -> Preflight:
-    """Makes real updates at the real size, writes nothing, and changes one setting after the other until they fit.
+    """Run real updates at the real size, and change one setting after the other until they fit. Nothing is written.
 
-    `memory`: bytes to fit into; what is free on the device unless given. Raises DraftuneError as `train` would.
+    Args:
+        settings: The settings of the run.
+        memory: Bytes to fit into; the free memory of the device by default.
+
+    Raises:
+        DraftuneError: as `train` would.
     """
-    # As if in a folder of its own, so that a run that is there does not matter.
+    # Without resume, a run in the output folder does not matter.
     settings = replace(settings, resume=False)
     device = accelerator(settings).device
     memory = memory or free_memory(device)
     first = measured(settings, {})
-    found = Preflight(device, memory, [first], first)
+    report = Preflight(device, memory, [first], first)
     for lever in LEVERS:
-        while not found.fits and (change := lever(found.best.settings)):
-            trial = measured(replace(found.best.settings, **change), change)
-            found.trials.append(trial)
-            # Where neither runs, the next lever is pulled on top of this one.
-            if found.best.ran and not (trial.ran and trial.total < WORTH * found.best.total):
+        while not report.fits and (change := lever(report.best.settings)):
+            trial = measured(replace(report.best.settings, **change), change)
+            report.trials.append(trial)
+            # If neither trial ran, the next change is made on top of this one.
+            if report.best.ran and not (trial.ran and trial.total < WORTH * report.best.total):
                 break
-            found.best = trial
-    return found
+            report.best = trial
+    return report
 
 
 def checkpointing(settings: Settings) -> dict[str, Any]:
-    """What takes less memory, by whether a graph of the method's holds several calls of the denoiser."""
-    modes = ["no", "calls", "both"] if load_method(settings.method).spans_calls() else ["no", "blocks"]
+    """Recompute more in the backward pass."""
+    modes = ["none", "denoiser", "both"] if load_method(settings.method).spans_calls() else ["none", "blocks"]
     mode = settings.gradient_checkpointing or modes[-1]
     less = modes[modes.index(mode) + 1 :] if mode in modes else modes[-1:]
     return {"gradient_checkpointing": less[0]} if less else {}
 
 
 def fewer_scored(settings: Settings) -> dict[str, Any]:
+    """Decode and score one image at a time."""
     return {"reward_batch_size": 1} if min(settings.reward_batch_size, settings.batch_size) > 1 else {}
 
 
 def smaller_batches(settings: Settings) -> dict[str, Any]:
-    """Half the batch in twice as many: as many pictures in an update."""
+    """Halve the batch and double the gradient accumulation."""
     size, number = settings.batch_size, settings.gradient_accumulation_steps
     if size == 1:
         return {}
@@ -125,10 +137,11 @@ def smaller_batches(settings: Settings) -> dict[str, Any]:
 
 
 def half_precision(settings: Settings) -> dict[str, Any]:
+    """Use bfloat16."""
     return {"mixed_precision": "bf16"} if settings.mixed_precision == "no" else {}
 
 
-# What costs least first.
+# Changes that save memory, the cheapest first.
 LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
     checkpointing,
     fewer_scored,
@@ -138,59 +151,61 @@ LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
 
 
 def measured(settings: Settings, change: dict[str, Any]) -> Trial:
-    """Loads everything anew and makes some updates."""
+    """Load everything and measure some updates."""
     trial = Trial(settings, change)
     try:
-        return filled(trial, prepare(settings=settings))
+        return filled(trial, Trainer(settings=settings))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return Trial(settings, change)
     finally:
-        # What the trainer held is let go of before the next is made.
+        # Free this trainer's memory before the next one is built.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def filled(trial: Trial, trainer: Trainer) -> Trial:
-    device, s = trainer.accelerator.device, trainer.settings
+    """Fill in a trial's measurements."""
+    c, s, device = trainer.context, trainer.settings, trainer.context.accelerator.device
     trial.held = held_memory(trainer)
     trainer.updates.folder = None
-    trainer.probe()
-    # In the second of two the optimiser's averages are there.
+    trainer.checks.check_rewards(trainer.watch.shown)
+    # The optimizer's state exists from the second update on.
     update = peak_memory(lambda: [trainer.updates.update(1 + i) for i in range(2)], device)
-    timed = max(TIMED, s.prefix_reuse)  # as many as share a path, one of which draws it
+    timed = max(TIMED, s.prefix_reuse)  # one of `prefix_reuse` updates samples the prefix
     trial.update = seconds(lambda: [trainer.updates.update(3 + i) for i in range(timed)], device) / timed
     prompts = list(islice(cycle(trainer.prompts), s.batch_size))
 
     def look() -> None:
-        pictures = trainer.watch.draw(prompts, range(len(prompts)))
-        for reward in (trainer.reward, trainer.held_out):
+        images = c.sample_images(prompts, range(len(prompts)))
+        for reward in (c.reward, c.held_out):
             if reward is not None:
-                score_batches(reward, pictures, prompts, device)
+                score_batches(reward, images, prompts, device)
 
     trial.picture = seconds(look, device) / len(prompts)
-    # Where the gradient goes through a small decoder, the model's own is called here alone.
+    # With a tiny decoder in training, only sampling uses the model's own decoder.
     trial.peak = max(update, peak_memory(look, device))
     grids = 2 + ((s.steps - 1) // s.sample_every if s.sample_every else 0)
     trial.run = {
         "updates": (s.steps, s.steps * trial.update),
         "sample grids": (grids, grids * len(trainer.watch.shown) * trial.picture),
     }
-    if trainer.watch.eval_prompts:
+    if c.eval_prompts:
         evaluations = 2 + ((s.steps - 1) // s.eval_every if s.eval_every else 0)
-        # `denoiser_mse_from_base` calls the network twice for each step of a batch of pictures.
-        drawn = list(trainer.watch.eval_prompts)
-        if trainer.past is not None and trainer.past.reward is not None and list(trainer.past.prompts) != drawn:
-            drawn += trainer.past.prompts
-        pictures = len(drawn) * s.eval_images + 2 * s.batch_size
-        trial.run["evaluations"] = evaluations, evaluations * pictures * trial.picture
+        prompts_of_evaluation = list(c.eval_prompts)
+        if c.past is not None and c.past.reward is not None and list(c.past.prompts) != prompts_of_evaluation:
+            prompts_of_evaluation += c.past.prompts
+        # `denoiser_mse_from_base` calls the network twice for each sampling step of `batch_size` images.
+        images = len(prompts_of_evaluation) * s.eval_images + 2 * s.batch_size
+        trial.run["evaluations"] = evaluations, evaluations * images * trial.picture
     trial.ran = True
     return trial
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that a function takes."""
     start = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -199,25 +214,29 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def held_memory(trainer: Trainer) -> int:
-    """Bytes of every network that stays in memory during training, the LoRA's included."""
-    first = trainer.past.reward if trainer.past is not None else None
-    rewards = [reward for reward in (trainer.reward, trainer.held_out, first) if reward is not None]
-    networks = [*trainer.model.networks, *rewards]
+    """Return the bytes of every network on the device during training, the LoRA included."""
+    c = trainer.context
+    rewards = [c.reward, c.held_out, c.past.reward if c.past is not None else None]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for network in networks
+        for network in [*c.model.networks, *filter(None, rewards)]
         for tensor in (*network.parameters(), *network.buffers())
-        if tensor.device == trainer.accelerator.device
+        if tensor.device == c.accelerator.device
     }
     return sum(storages.values())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be used on the device; on the CPU no more than the process's group may have."""
+    """Return the free bytes of a device; for the CPU at most the rest of the control group's limit.
+
+    Raises:
+        DraftuneError: the CPU's free memory is needed, and psutil is not installed.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    psutil: Any = require("psutil", "measuring free memory (or give --memory)", "preflight")
     free: int = psutil.virtual_memory().available
     try:
         most, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

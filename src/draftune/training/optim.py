@@ -1,31 +1,158 @@
-"""The optimiser and the gradient filter that the settings name."""
+"""Optimizers, gradient filters and learning-rate schedules by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
-from draftune.errors import DraftuneError
-from draftune.experimental.optimizers import Evaluating, make_filter, make_optimizer
+from draftune.errors import DraftuneError, require
 from draftune.methods import Method
+from draftune.registry.expression import Call, Value, parse
+from draftune.registry.factories import found, inner_call, made
 from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.settings import Settings
 
+Parameters = Iterable[nn.Parameter]
+Filter = Callable[[Tensor], Tensor]
 UP = ".lora_B."
-"""In the names of a LoRA's second matrices, whose rows are the layer's output channels."""
+"""Part of the names of a LoRA's up projections, whose rows are the layer's output channels."""
 
 
-def optimizer_of(settings: Settings, parameters: Iterable[nn.Parameter]) -> Optimizer:
+def adamw(
+    params: Parameters, lr: float, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float = 0.1
+) -> Optimizer:
+    """torch's AdamW (Loshchilov & Hutter, 2017, arXiv:1711.05101); its defaults are --adam-beta1 and the like."""
+    return AdamW(params, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+
+
+def adamw_8bit(
+    params: Parameters, lr: float, beta1: float = 0.9, beta2: float = 0.999, weight_decay: float = 0.1
+) -> Optimizer:
+    """bitsandbytes' AdamW with 8-bit moments (Dettmers et al., 2021, arXiv:2110.02861); defaults as for adamw."""
+    bitsandbytes: Any = require("bitsandbytes", "optimizer=adamw_8bit", "bitsandbytes")
+    optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+    return optimizer
+
+
+def sgd(
+    params: Parameters, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> Optimizer:
+    """torch's stochastic gradient descent, with optional Polyak or Nesterov momentum."""
+    return SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+
+
+def optimizers() -> dict[str, Callable[..., Optimizer]]:
+    """Return the factories of all optimizers by name. The experimental ones are imported here, on first use."""
+    from draftune.experimental.optimizers import OPTIMIZERS
+
+    return {"adamw": adamw, "adamw_8bit": adamw_8bit, "sgd": sgd, **OPTIMIZERS}
+
+
+def gradient_filters() -> Mapping[str, Callable[..., Tensor]]:
+    """Return the gradient filters by name; all of them are experimental."""
+    from draftune.experimental.optimizers import FILTERS
+
+    return FILTERS
+
+
+def make_optimizer(
+    text: str, params: Parameters, lr: float, defaults: Mapping[str, Mapping[str, Value]] | None = None
+) -> Optimizer:
+    """Build an optimizer from an expression: "sgd(momentum=0.9)", "extrapolate(adamw, rate=0.1)" or "my.py:Mine(k=2)".
+
+    Args:
+        text: The expression.
+        params: The trainable parameters.
+        lr: The learning rate.
+        defaults: Settings by an optimizer's name, for what the expression does not set.
+
+    Raises:
+        DraftuneError: the name or a setting is unknown, or the factory fails.
+    """
+
+    def build(call: Call) -> Optimizer:
+        factory = found(call.name, "optimizer", optimizers())
+        call = Call(call.name, {**(defaults or {}).get(call.name, {}), **call.settings}, call.inner)
+        inner = inner_call(call, factory, Optimizer, "optimizer", "adamw")
+        arguments: tuple[Any, ...] = (build(inner),) if inner else (list(params), lr)
+        return made(call, factory, Optimizer, "optimizer", "torch.optim.Optimizer", *arguments)
+
+    return build(single_call(text, "optimizer"))
+
+
+def make_filter(text: str) -> Filter:
+    """Build a gradient filter from an expression such as "channel-mean(weight=2)".
+
+    Raises:
+        DraftuneError: the name or a setting is unknown.
+    """
+    call = single_call(text, "gradient filter")
+    factory = found(call.name, "gradient filter", gradient_filters())
+    if call.inner is not None:
+        raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
+
+    def filtered(gradient: Tensor) -> Tensor:
+        return call.apply(factory, "gradient filter", gradient)
+
+    filtered(torch.zeros(2, 1))  # reports invalid settings before training
+    return filtered
+
+
+def single_call(text: str, kind: str) -> Call:
+    """Parse one name with its settings. Raises DraftuneError for a sum."""
+    tree = parse(text)
+    if not isinstance(tree, Call):
+        raise DraftuneError(f"{kind} must be one name with its settings, not {text!r}")
+    return tree
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether `optimizer.step` must be called with a closure that computes the gradient."""
+    return bool(getattr(optimizer, "needs_closure", False))
+
+
+def optimizer_of(settings: Settings, parameters: Parameters) -> Optimizer:
+    """Build the optimizer that the settings name."""
     s = settings
-    adamw = {"beta1": s.adam_beta1, "beta2": s.adam_beta2, "weight_decay": s.weight_decay}
-    return make_optimizer(s.optimizer, parameters, s.learning_rate, {"adamw": adamw})
+    adam = {"beta1": s.adam_beta1, "beta2": s.adam_beta2, "weight_decay": s.weight_decay}
+    return make_optimizer(s.optimizer, parameters, s.learning_rate, {"adamw": adam, "adamw_8bit": adam})
+
+
+def learning_rates(settings: Settings) -> Callable[[int], float]:
+    """Return the learning rate as a function of the update's number, from 1 to `steps`.
+
+    It is computed from diffusers' schedule of that name, shifted by one update: the first update of a warmup and the
+    last one of a decay have a learning rate above 0. It depends on the number only, so a resumed run needs no state.
+
+    Raises:
+        DraftuneError: diffusers refuses the settings.
+    """
+    from diffusers.optimization import get_scheduler
+
+    s = settings
+    # The schedule reads the optimizer's learning rate only.
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=s.learning_rate)
+    try:
+        scheduler = get_scheduler(
+            s.lr_scheduler,
+            optimizer,
+            num_warmup_steps=s.lr_warmup_steps,
+            num_training_steps=s.steps + 1,
+            num_cycles=s.lr_num_cycles,
+            power=s.lr_power,
+        )
+    except ValueError as error:
+        raise DraftuneError(f"lr_scheduler={s.lr_scheduler}: {error}") from error
+    factor: Any = scheduler.lr_lambdas[0]
+    return lambda step: s.learning_rate * factor(step)
 
 
 def filter_of(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> Callable[[], None]:
-    """What puts the filtered gradients in the place of those of the LoRA's second matrices."""
+    """Return a function that applies the gradient filter to the gradients of the LoRA's up projections."""
     if not settings.gradient_filter:
         return lambda: None
     chosen = make_filter(settings.gradient_filter)
@@ -40,28 +167,29 @@ def filter_of(settings: Settings, parameters: Mapping[str, nn.Parameter]) -> Cal
 
 
 def check_optimizer(settings: Settings, method: Method) -> None:
-    """Raises DraftuneError where they can't be made, or don't fit the method."""
+    """Raise DraftuneError if optimizer, filter or schedule are invalid, or do not fit the method."""
     s = settings
     optimizer = optimizer_of(s, [nn.Parameter(torch.zeros(1))])
+    learning_rates(s)
     if s.gradient_filter:
         make_filter(s.gradient_filter)
-    if isinstance(optimizer, Evaluating):
+    if needs_closure(optimizer):
         if s.mixed_precision == "fp16":
-            raise DraftuneError(f"the optimiser {s.optimizer!r} does not work in fp16: use bf16 or no")
+            raise DraftuneError(f"the optimizer {s.optimizer!r} does not work in fp16: use bf16 or no")
         if not method.needs_gradient:
             raise DraftuneError(
-                f"the optimiser {s.optimizer!r} takes a batch's gradient itself, and the method {s.method!r} makes its "
-                "own steps: use adamw or sgd"
+                f"the optimizer {s.optimizer!r} computes the gradient of a batch several times, but the method "
+                f"{s.method!r} takes its own optimizer steps: use adamw or sgd"
             )
     if s.signal_to_noise and (s.gradient_accumulation_steps < 2 or not method.needs_gradient):
         raise DraftuneError(
-            "signal_to_noise compares an update's batches: it wants --gradient-accumulation-steps of at least 2, and a "
-            "method that uses the reward's gradient"
+            "signal_to_noise compares the gradients of an update's batches: it needs --gradient-accumulation-steps of "
+            "at least 2 and a method that uses the reward's gradient"
         )
 
 
 class Replay:
-    """Where all random generators stand now, to which `rewind` brings them back."""
+    """The state of all random generators at construction, which `rewind` restores."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator, self.own, self.others = generator, generator.get_state(), random_state()

@@ -1,84 +1,83 @@
-"""What clean latents of an update score. It knows no reward by name."""
+"""Decode and score the clean latents of an update."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.experimental.threshold_smoothing import smoothed, width_at
-from draftune.models import Model
-from draftune.rewards import Reward
 from draftune.rewards.base import extra_queries, learn_all, learners
 from draftune.rewards.chunked import at_once
-from draftune.settings import Settings
+from draftune.training.context import TrainContext
 from draftune.training.data import Drawn
-from draftune.utils.processes import ALONE, Processes
-
-if TYPE_CHECKING:
-    from torch.amp import GradScaler
 
 
 class NonFiniteError(DraftuneError):
-    """A reward or a gradient is infinite or undefined."""
+    """A reward or a gradient is infinite or NaN."""
 
 
 class Scorer:
-    """Decodes and scores latents, a few at a time, with their gradient, and counts the pictures."""
+    """Decode and score latents in chunks of `reward_batch_size`, with the gradient, and count the scored images."""
 
-    def __init__(
-        self, settings: Settings, model: Model, reward: Reward, scaler: GradScaler | None, processes: Processes = ALONE
-    ) -> None:
-        self.settings, self.model, self.reward = settings, model, reward
-        self.scaler, self.processes = scaler, processes
+    def __init__(self, context: TrainContext) -> None:
+        self.context = context
         self.queries = 0
+        """Images scored so far, over all processes."""
 
     def __call__(self, batch: Drawn, step: int, clean: Tensor, expected: Tensor | None = None) -> Tensor:
-        """The rewards of clean latents; of a batch's first, which are what it drew, it keeps pictures and rewards.
+        """Score clean latents. The first call of a batch stores images and rewards in it; online rewards learn from it.
 
-        From these a reward may learn, and from what was expected of each [B, S], once they are scored.
+        Args:
+            batch: The batch that the latents belong to.
+            step: Number of the update.
+            clean: This process's clean latents [B, C, H, W].
+            expected: Scores that the method expected of each image at each of S steps [B, S], for online rewards.
+
+        Returns:
+            The rewards [B] of this process's images, with a graph to the latents.
+
+        Raises:
+            NonFiniteError: a reward is not finite.
         """
-        s, prompts = self.settings, self.processes.share(batch.prompts)
+        s, model, processes = self.context.settings, self.context.model, self.context.processes
+        reward, scaler = self.context.reward, self.context.accelerator.scaler
+        prompts = processes.share(batch.prompts)
         pictures: list[Tensor] = []
         totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
-        width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(self.reward)
+        width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(reward)
         # What is logged has hard thresholds.
         first = batch.reward is None
         hard = width > 0 and first
 
         def scored(latents: Tensor, some: slice) -> Tensor:
             with smoothed(width):
-                score, found, shown = self.reward.parts_of(latents, self.model.decode, prompts[some])
+                score, found, shown = reward.parts_of(latents, model.decode, prompts[some])
             total = score
             if hard:
                 with torch.no_grad():
-                    total, found = self.reward.parts(shown, prompts[some])
+                    total, found = reward.parts(shown, prompts[some])
             pictures.append(shown)
             totals.append(total.detach())
             for label, values in found.items():
                 parts.setdefault(label, []).append(values)
             return score
 
-        with self.processes.together():
-            scale = self.scaler.get_scale() if self.scaler else 1.0
-            own = at_once(scored, clean, s.reward_batch_size, scale)
-        total = self.processes.gather(torch.cat(totals))
-        more = self.processes.gather(torch.tensor([extra_queries(self.reward) - before])).sum()
+        with processes.together():
+            # fp16 gradients are scaled here too: at_once takes them before the trainer's backward pass.
+            own = at_once(scored, clean, s.reward_batch_size, scaler.get_scale() if scaler else 1.0)
+        total = processes.gather(torch.cat(totals))
+        more = processes.gather(torch.tensor([extra_queries(reward) - before])).sum()
         self.queries += len(batch.prompts) * (2 if hard else 1) + int(more)
-        if first or not total.isfinite().all():
+        finite = bool(total.isfinite().all())
+        if first or not finite:
             batch.pictures, batch.reward = torch.cat(pictures), total
-            batch.parts = {label: self.processes.gather(torch.cat(scores)) for label, scores in parts.items()}
-        if not total.isfinite().all():
+            batch.parts = {label: processes.gather(torch.cat(scores)) for label, scores in parts.items()}
+        if not finite:
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
-        if first:
-            self.learn(batch, torch.cat(pictures), expected)
+        if first and learners(reward):
+            # Every process trains the reward on all images, so that its copies stay equal.
+            images = processes.gather(torch.cat(pictures))
+            learn_all(reward, images, batch.prompts, None if expected is None else processes.gather(expected))
         return own
-
-    def learn(self, batch: Drawn, pictures: Tensor, expected: Tensor | None) -> None:
-        """Tells the rewards that learn of what all processes drew, so that each learns the same."""
-        if learners(self.reward):
-            images = self.processes.gather(pictures)
-            learn_all(self.reward, images, batch.prompts, None if expected is None else self.processes.gather(expected))

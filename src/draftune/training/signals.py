@@ -1,25 +1,24 @@
-"""Ctrl-C and a scheduler's TERM end a run after the update that is being made, with all of it saved."""
+"""Ctrl-C and TERM end a run after the present update, with everything saved."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from draftune.utils.processes import launched
+from draftune.utils.logging import logger
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Inside this block the first signal is a wish for the loop to see, and a second one acts as it always does."""
-    wish = threading.Event()
+    """Yield an event that the first SIGINT or SIGTERM sets. A second signal acts as it did before the block."""
+    stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield wish  # signals belong to the main thread
+        yield stop_requested  # Python allows signal handlers in the main thread only
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -27,15 +26,14 @@ def interruptible() -> Iterator[threading.Event]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        wish.set()
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        stop_requested.set()
         restore()
-        if launched()[0] == 0:
-            print("draftune: finishing this update; once more to stop at once", file=sys.stderr)
+        logger.warning("finishing this update; press Ctrl-C again to stop at once")
 
     for number in SIGNALS:
-        signal.signal(number, note)
+        signal.signal(number, request_stop)
     try:
-        yield wish
+        yield stop_requested
     finally:
         restore()

@@ -1,136 +1,236 @@
-"""One update: fresh batches, their rewards, and the optimiser's steps uphill. It knows no method or reward by name."""
+"""One training update: sample, score, backpropagate, clip the gradient, take the optimizer step, log."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from draftune.errors import DraftuneError
-from draftune.experimental.optimizers import Evaluating
 from draftune.experimental.threshold_smoothing import width_at
 from draftune.lora import lora_parameters
-from draftune.methods import Batch, Method
-from draftune.models import Model
-from draftune.rewards import Reward, WeightedSum
+from draftune.methods import Batch
 from draftune.rewards.base import carried
-from draftune.runs.checkpoint import checkpoints, load_optimizer, optimizer_tensors
-from draftune.runs.resuming import COMPUTED
 from draftune.sampling.sampler import Latents
-from draftune.sampling.schedule import Schedule
-from draftune.settings import Settings
 from draftune.training.checks import GradientAudit
-from draftune.training.data import Drawn, PromptOrder, Start, read_starts, starts_state
+from draftune.training.context import TrainContext
+from draftune.training.data import Drawn, PromptOrder, Start
 from draftune.training.fsdp import put_back
 from draftune.training.gradient_noise import GradientNoise
-from draftune.training.optim import Replay, filter_of, optimizer_of
+from draftune.training.nonfinite import MAX_NONFINITE_STEPS, save_nonfinite, skip_or_stop
+from draftune.training.optim import Replay, filter_of, learning_rates, needs_closure, optimizer_of
 from draftune.training.reward_step import NonFiniteError, Scorer
-from draftune.utils.images import save_image, to_pil
-from draftune.utils.processes import ALONE, Processes, tell
-from draftune.utils.tensors import save_tensors
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-METHOD_STATE = {"model", "reward", "normalize_reward", "smoothing", "smoothing_power", "method", "height", "width"}
-METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
-"""Settings that a method's state depends on: statistics of the reward, networks for the steps of the sampler."""
-PATIENCE_WITH_NONFINITE = 20
-"""Updates in a row that may be left out before a run has to end."""
-
-
-def clipped_share(norms: Sequence[float], max_grad_norm: float) -> float:
-    """Return the share of the gradients that were scaled down to `max_grad_norm`, 0 for no limit."""
-    if not all(map(math.isfinite, norms)):
-        return math.nan
-    return sum(norm > (max_grad_norm or math.inf) for norm in norms) / len(norms)
 
 
 class Updates:
-    """Makes the updates of a run and counts them, and keeps what went wrong in the run's `folder`, or nowhere.
+    """Run the updates of a training run.
 
-    Every process draws the same prompts and noise and takes its part of them; the gradients are averaged before they
-    are clipped, so that each has the same LoRA and makes the same steps.
+    Every process samples the same prompts and noise and computes its share of them. The gradients are averaged over
+    the processes before they are clipped, so that all processes take the same optimizer step.
+
+    Attributes:
+        parameters: The trainable LoRA tensors by name.
+        starts: Batches that have begun: prompts, noise and prefix. With `prefix_reuse`, later updates use them too.
+        norms: Gradient norms of the present update before clipping, one for each backward pass.
+        skipped, skipped_in_a_row: Updates skipped because of a reward or gradient that is not finite.
+        without_gradient: Consecutive updates whose gradient was exactly 0.
+        why_constant: The method's reason for the last gradient of 0, if it knows one.
+        seconds: Time spent in updates.
+        ema: The moving average of the LoRA, None without `ema_decay`.
+        folder: Where batches that are not finite are saved; None ends the run without saving them.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        method: Method,
-        model: Model,
-        schedule: Schedule,
-        reward: Reward,
-        prompts: Sequence[str],
-        accelerator: Accelerator,
-        folder: Path | None,
-        processes: Processes = ALONE,
-        kept: Sequence[str] = (),
-    ) -> None:
-        self.settings = s = settings
-        self.method, self.model, self.schedule = method, model, schedule
-        self.prompts, self.accelerator, self.folder, self.processes = prompts, accelerator, folder, processes
-        self.parameters = lora_parameters(model)
-        self.optimizer = accelerator.prepare_optimizer(optimizer_of(s, self.parameters.values()))
+    def __init__(self, context: TrainContext) -> None:
+        self.context, s = context, context.settings
+        self.folder: Path | None = context.folder.path
+        self.parameters = lora_parameters(context.model)
+        self.optimizer = context.accelerator.prepare_optimizer(optimizer_of(s, self.parameters.values()))
+        self.learning_rate = learning_rates(s)
         self.filter = filter_of(s, self.parameters)
-        self.noise = GradientNoise(self.parameters, processes) if s.signal_to_noise else None
-        # One generator for everything that training draws; the grids and the comparison have their own.
+        self.ema = None
+        if s.ema_decay:
+            from diffusers.training_utils import EMAModel
+
+            self.ema = EMAModel(self.parameters.values(), s.ema_decay)
+        self.noise = GradientNoise(self.parameters, context.processes) if s.signal_to_noise else None
+        # Training has its own generator, so that samples and evaluations do not change it.
         self.generator = torch.Generator().manual_seed(s.seed)
-        self.order = PromptOrder(len(prompts), self.generator)
-        self.kept, self.kept_order = kept, PromptOrder(len(kept), self.generator)
+        self.order = PromptOrder(len(context.prompts), self.generator)
+        self.kept_order = PromptOrder(len(context.retained), self.generator)
         self.audit = GradientAudit(self.parameters)
-        self.scorer = Scorer(settings, model, reward, accelerator.scaler, processes)
+        self.scorer = Scorer(context)
         self.starts: list[Start] = []
         self.overflows = self.skipped = self.skipped_in_a_row = 0
         self.norms: list[float] = []
-        """Of the gradients of the present update, before they were clipped."""
         self.without_gradient = 0
-        """Updates in a row whose gradients were all exactly 0."""
         self.why_constant = ""
-        """Why the last gradient was 0, where the method knows it."""
         self.seconds = 0.0
 
     def update(self, step: int) -> dict[str, float]:
-        """One update: fresh batches, and the steps of the optimiser that the method makes of them."""
-        s = self.settings
+        """Train on fresh batches, with as many optimizer steps as the method takes.
+
+        Args:
+            step: Number of the update, from 1.
+
+        Returns:
+            The update's row of metrics.jsonl.
+
+        Raises:
+            DraftuneError: a reward or gradient is not finite and may not be skipped, or LoRA tensors get no gradient.
+        """
         start = time.perf_counter()
-        rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
+        rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.draw_starts()
         drawn: list[Drawn] = []
         self.norms = []
         try:
-            if isinstance(self.optimizer.optimizer, Evaluating):
-                self.optimizer_step(step, drawn)
-            else:
-                for losses in self.method.optimizer_steps(self.fresh_batches(step, drawn)):
-                    self.gradient(step, losses, drawn)
-                    self.optimizer.step()
+            self.optimize(step, drawn)
             self.skipped_in_a_row = 0
+            if self.ema is not None:
+                self.ema.step(self.parameters.values())
         except NonFiniteError as error:
-            self.norms = [math.nan]
             self.leave_out(step, drawn, error)
-        norms = self.norms or [math.nan]
-        self.without_gradient = 0 if any(norms) else self.without_gradient + 1
-        if step % s.prefix_reuse == 0:
-            self.starts = []  # no other update shares them
-        put_back(self.model)
-        for learned in carried(self.scorer.reward).values():
-            # Each process asked about pictures of its own.
-            learned.copy_(self.processes.gather(learned[None]).mean(0))
+        self.without_gradient = 0 if any(self.norms or [math.nan]) else self.without_gradient + 1
+        if step % self.context.settings.prefix_reuse == 0:
+            self.starts = []
+        put_back(self.context.model)
+        for learned in carried(self.context.reward).values():
+            # Each process updated it with images of its own.
+            learned.copy_(self.context.processes.gather(learned[None]).mean(0))
         self.seconds += time.perf_counter() - start
-        # Where the optimiser took several gradients, those drawn for the first.
+        return self.logs(step, rate, drawn)
+
+    def draw_starts(self) -> None:
+        """Choose prompts and noise for the batches of an update, unless the update before left them."""
+        while len(self.starts) < self.context.settings.gradient_accumulation_steps:
+            self.starts.append(self.start(self.order))
+            if self.context.retained:
+                self.starts[-1].kept = self.start(self.kept_order)
+
+    def start(self, order: PromptOrder) -> Start:
+        """Return the next prompts with fresh noise."""
+        s, model = self.context.settings, self.context.model
+        chosen = order.draw(s.batch_size)
+        noise = model.noise(self.generator, s.batch_size)
+        return Start(chosen, noise, Latents(self.context.processes.share(noise), stride=s.prefix_stride))
+
+    def fresh_batches(self, step: int, drawn: list[Drawn]) -> Iterator[Batch]:
+        """Yield the batches of an update, which a method samples and scores; `drawn` receives their scores."""
+        for start in self.starts:
+            drawn.append(Drawn([self.context.prompts[i] for i in start.prompts], start.noise))
+            batch = self.batch(step, start, drawn[-1])
+            if start.kept is not None:
+                kept = Drawn([self.context.retained[i] for i in start.kept.prompts], start.kept.noise)
+                batch.kept = self.batch(step, start.kept, kept)
+            yield batch
+
+    def batch(self, step: int, start: Start, drawn: Drawn) -> Batch:
+        """Return this process's share of a batch; its scores are stored in `drawn`."""
+        c, s = self.context, self.context.settings
+        own = c.processes.share(drawn.prompts)
+        denoise, base = c.model.denoisers(own, c.schedule, s.guidance_scale, s.negative_prompt)
+        reward = partial(self.scorer, drawn, step)
+        return Batch(own, start.latents, c.schedule, denoise, base, reward, self.generator, c.processes, drawn.prompts)
+
+    def optimize(self, step: int, drawn: list[Drawn]) -> None:
+        """Take the optimizer steps of an update: backward pass of the method's losses, clipping, optimizer step."""
+        method = self.context.method
+        if not needs_closure(self.optimizer.optimizer):
+            for losses in method.optimizer_steps(self.fresh_batches(step, drawn)):
+                self.backward(step, losses, drawn)
+                self.clip(step)
+                self.optimizer.step()
+            return
+        before = Replay(self.generator)
+
+        def closure() -> None:
+            """Compute the gradient at the present weights, on the same batches with the same random numbers."""
+            before.rewind()
+            steps = method.optimizer_steps(self.fresh_batches(step, drawn))
+            self.backward(step, next(steps), drawn)
+            self.clip(step)
+            if next(steps, None) is not None:
+                raise DraftuneError(
+                    f"the method {self.context.settings.method!r} takes several optimizer steps an update: use adamw "
+                    "or sgd"
+                )
+
+        self.optimizer.step(closure)
+
+    def backward(self, step: int, losses: Iterator[Tensor], drawn: Sequence[Drawn]) -> None:
+        """Accumulate the gradients of the losses, average them over the processes and apply the gradient filter."""
+        self.optimizer.zero_grad()
+        if self.noise is not None:
+            self.noise.clear()
+        seen = 0
+        for loss in losses:
+            if self.noise is not None and seen and len(drawn) > seen:
+                self.noise.add()
+            seen = len(drawn)
+            self.context.accelerator.backward(loss / self.context.settings.gradient_accumulation_steps)
+        if self.noise is not None:
+            self.noise.add()
+            self.noise.measure()
+        self.context.processes.mean_(self.parameters.values())
+        self.filter()
+
+    def clip(self, step: int) -> None:
+        """Clip the gradient to `max_grad_norm`, and store its norm before clipping.
+
+        Raises:
+            NonFiniteError: the norm is not finite.
+            DraftuneError: a LoRA tensor had no gradient in the first updates.
+        """
+        accelerator = self.context.accelerator
+        # accelerator.clip_grad_norm_ would unscale fp16 gradients twice under FSDP.
+        accelerator.unscale_gradients()
+        norm = float(clip_grad_norm_(self.parameters.values(), self.context.settings.max_grad_norm or math.inf))
+        self.norms.append(norm)
+        if math.isfinite(norm):
+            self.overflows = 0
+            # Where the method explains a gradient of 0, the LoRA's tensors are not the cause.
+            self.why_constant = self.context.method.constant_losses() if norm == 0 else ""
+            if not self.why_constant:
+                with self.context.processes.together():
+                    self.audit.check()
+            return
+        # The gradient scaler of fp16 lowers its scale after an overflow, and skips that optimizer step itself.
+        self.overflows += 1
+        if accelerator.scaler is None or self.overflows > MAX_NONFINITE_STEPS:
+            if accelerator.scaler is not None:
+                self.optimizer.step()  # changes no weight, and prepares the scaler for the next gradient
+            raise NonFiniteError(f"the gradient's norm became {norm} at update {step}")
+
+    def leave_out(self, step: int, drawn: Sequence[Drawn], error: NonFiniteError) -> None:
+        """Skip an update that is not finite, and save its batches. Raises DraftuneError if it may not be skipped."""
+        self.norms = [math.nan]
+        self.optimizer.zero_grad()
+        self.starts = []  # the next update must not train on this batch again
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.folder is None:
+            raise DraftuneError(str(error)) from error
+        processes, skip = self.context.processes, self.context.settings.on_nonfinite == "skip"
+        save_nonfinite(self.folder / "nonfinite" / f"step-{step:06d}", drawn, processes)
+        with processes.together():
+            skip_or_stop(error, self.folder, step, skip, self.skipped_in_a_row)
+
+    def logs(self, step: int, rate: float, drawn: Sequence[Drawn]) -> dict[str, float]:
+        """Return the update's row of metrics.jsonl. Raises DraftuneError if the method scored no image."""
+        s, norms = self.context.settings, self.norms or [math.nan]
+        # An optimizer with a closure scores the same batches several times: log the first evaluation.
         scored = [batch for batch in drawn[: s.gradient_accumulation_steps] if batch.reward is not None]
         if not scored:
-            raise DraftuneError(f"the method {s.method!r} scored nothing")
+            raise DraftuneError(f"the method {s.method!r} scored no image")
         reward = torch.cat([batch.reward for batch in scored if batch.reward is not None])
         parts = {label: torch.cat([batch.parts[label] for batch in scored]) for label in scored[0].parts}
         row = {
@@ -142,7 +242,7 @@ class Updates:
             "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
             "learning_rate": rate,
             "seconds": round(self.seconds, 4),
-            **self.method.report(),
+            **self.context.method.report(),
         }
         if self.noise is not None:
             row["signal_to_noise"] = self.noise.ratio
@@ -154,184 +254,23 @@ class Updates:
             row["skipped"] = self.skipped
         return row
 
-    def optimizer_step(self, step: int, drawn: list[Drawn]) -> None:
-        """The step of an optimiser that takes its gradients itself, each on the same batches with the same noise."""
-        before = Replay(self.generator)
-
-        def evaluate() -> None:
-            before.rewind()
-            steps = self.method.optimizer_steps(self.fresh_batches(step, drawn))
-            self.gradient(step, next(steps), drawn)
-            if next(steps, None) is not None:
-                raise DraftuneError(f"the method {self.settings.method!r} makes several steps: use adamw or sgd")
-
-        self.optimizer.step(evaluate)
-
-    def gradient(self, step: int, losses: Iterator[Tensor], drawn: Sequence[Drawn]) -> None:
-        """Leaves the mean gradient of the losses with the weights, filtered and clipped."""
-        self.optimizer.zero_grad()
-        if self.noise is not None:
-            self.noise.clear()
-        seen = 0
-        for loss in losses:
-            if self.noise is not None and seen and len(drawn) > seen:
-                self.noise.add()
-            seen = len(drawn)
-            self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
-        if self.noise is not None:
-            self.noise.add()
-            self.noise.measure()
-        self.processes.mean_(self.parameters.values())
-        # In the filter's metric this is the gradient; what is clipped is what the optimiser is given.
-        self.filter()
-        self.clip(step)
-
-    def leave_out(self, step: int, drawn: Sequence[Drawn], error: NonFiniteError) -> None:
-        """Keeps the batches of an update that went wrong to look at, and ends the run unless they may be left out."""
-        self.optimizer.zero_grad()
-        self.starts = []  # or the next update would meet it again
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.folder is None:
-            raise DraftuneError(str(error)) from error
-        folder = self.folder / "nonfinite" / f"step-{step:06d}"
-        for i, batch in enumerate(drawn):
-            tensors = {"noise": batch.noise}
-            if batch.pictures is not None:
-                tensors["pictures"] = self.processes.gather(batch.pictures)
-            if batch.reward is not None:
-                tensors["reward"] = batch.reward
-            if not self.processes.main:
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            for j, picture in enumerate(to_pil(tensors["pictures"].nan_to_num(0)) if "pictures" in tensors else ()):
-                save_image(picture, folder / f"{i}-{j}.png")
-            save_tensors(folder / f"{i}.safetensors", tensors, {"prompts": json.dumps(list(map(str, batch.prompts)))})
-        if self.settings.on_nonfinite == "skip" and self.skipped_in_a_row <= PATIENCE_WITH_NONFINITE:
-            tell(f"{error}; left out, its batch is in {str(folder)!r}")
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the LoRA its averaged weights inside the block, if there is a moving average."""
+        if self.ema is None:
+            yield
             return
-        last = checkpoints(self.folder / "checkpoints")
-        way = "--on-nonfinite skip leaves such updates out"
-        if self.settings.on_nonfinite == "skip":
-            way = f"so were the {PATIENCE_WITH_NONFINITE} before it: try a lower learning rate, or --mixed-precision no"
-        saved = f"; the last checkpoint is {last[-1].name}" if last else ""
-        with self.processes.together():
-            raise DraftuneError(f"{error}; its batch is in {str(folder)!r}{saved}; {way}") from error
+        weights = list(self.parameters.values())
+        self.ema.store(weights)
+        self.ema.copy_to(weights)
+        try:
+            yield
+        finally:
+            self.ema.restore(weights)
 
-    def draw_starts(self) -> None:
-        """What the batches of an update start from, but for what the update before left."""
-        while len(self.starts) < self.settings.gradient_accumulation_steps:
-            self.starts.append(self.start(self.order))
-            if self.kept:
-                self.starts[-1].kept = self.start(self.kept_order)
 
-    def start(self, order: PromptOrder) -> Start:
-        """The next prompts, with fresh noise."""
-        s = self.settings
-        chosen = order.draw(s.batch_size)
-        noise = self.model.noise(self.generator, s.batch_size)
-        return Start(chosen, noise, Latents(self.processes.share(noise), stride=s.prefix_stride))
-
-    def fresh_batches(self, step: int, drawn: list[Drawn]) -> Iterator[Batch]:
-        """The batches of one update; each one's own pictures and their scores are added to `drawn`."""
-        for start in self.starts:
-            drawn.append(Drawn([self.prompts[j] for j in start.prompts], start.noise))
-            batch = self.batch(step, start, drawn[-1])
-            if start.kept is not None:
-                kept = Drawn([self.kept[j] for j in start.kept.prompts], start.kept.noise)
-                batch.kept = self.batch(step, start.kept, kept)
-            yield batch
-
-    def batch(self, step: int, start: Start, drawn: Drawn) -> Batch:
-        """What a method is given of a start; what is scored goes into `drawn`."""
-        s, own = self.settings, self.processes.share(drawn.prompts)
-        denoise, base = self.model.denoisers(own, self.schedule, s.guidance_scale, s.negative_prompt)
-        reward, processes = partial(self.scorer, drawn, step), self.processes
-        return Batch(own, start.latents, self.schedule, denoise, base, reward, self.generator, processes, drawn.prompts)
-
-    def clip(self, step: int) -> None:
-        """Clip the gradient to `max_grad_norm`, and note its norm before that.
-
-        Raises NonFiniteError where the norm is not finite, and DraftuneError for tensors that never had a gradient.
-        """
-        limit = self.settings.max_grad_norm or math.inf
-        # As accelerate clips, but where it knows FSDP: it would take the scale out twice.
-        self.accelerator.unscale_gradients()
-        norm = float(clip_grad_norm_(self.parameters.values(), limit))
-        self.norms.append(norm)
-        if math.isfinite(norm):
-            self.overflows = 0
-            # A method's own reason for a gradient of 0 is not the fault of the LoRA's tensors.
-            self.why_constant = self.method.constant_losses() if norm == 0 else ""
-            if not self.why_constant:
-                with self.processes.together():
-                    self.audit.check()
-            return
-        # fp16's gradient scaler finds its scale by overflowing, and skips those updates itself.
-        self.overflows += 1
-        if self.accelerator.scaler is None or self.overflows > PATIENCE_WITH_NONFINITE:
-            if self.accelerator.scaler is not None:
-                self.optimizer.step()  # which leaves the weights alone, and the scaler ready for the next gradient
-            raise NonFiniteError(f"the gradient's norm became {norm} at update {step}")
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Where it stands: what JSON can hold, and tensors by name. To be asked in every process."""
-        scaler, method = self.accelerator.scaler, self.method.state_dict()
-        tensors = {f"lora/{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        tensors |= optimizer_tensors(self.optimizer, list(self.parameters))
-        tensors |= carried(self.scorer.reward)
-        tensors |= {f"method/{key}": value for key, value in method.items() if isinstance(value, Tensor)}
-        tensors["generator"] = self.generator.get_state()
-        starts, latents = starts_state(self.starts, self.processes)
-        tensors |= latents
-        return {
-            **starts,
-            "kept_prompts": self.kept_order.queue,
-            "reward_queries": self.scorer.queries,
-            "seconds": self.seconds,
-            "skipped": [self.skipped, self.skipped_in_a_row, self.overflows],
-            "prompts": self.order.queue,
-            "weights": [weight for weight, _ in self.scorer.reward.terms],
-            "method": {key: value for key, value in method.items() if not isinstance(value, Tensor)},
-            "scaler": scaler.state_dict() if scaler else None,
-        }, tensors
-
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], changed: Collection[str] = ()) -> None:
-        """Restore what `state` gave, except what belongs to settings that are `changed`.
-
-        Raises DraftuneError if the LoRA is one of another network.
-        """
-        saved = {name: tensors.get(f"lora/{name}") for name in self.parameters}
-        for name, parameter in self.parameters.items():
-            if (found := saved[name]) is None or found.shape != parameter.shape:
-                shape = "no such layer" if found is None else f"the shape {tuple(found.shape)} there"
-                raise DraftuneError(
-                    f"the LoRA of the run does not fit {self.model.name!r}: {name} has {shape}; give another folder "
-                    "(--output)"
-                )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"lora/{name}"])
-        if "optimizer" not in changed:
-            load_optimizer(self.optimizer, list(self.parameters), tensors)
-        same_reward = not {"reward", "normalize_reward"} & set(changed)
-        for name, learned in carried(self.scorer.reward).items() if same_reward else ():
-            learned.resize_as_(tensors[name]).copy_(tensors[name])
-        self.generator.set_state(tensors["generator"])
-        self.scorer.queries, self.seconds = state["reward_queries"], state["seconds"]
-        self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
-        if "prompts" not in changed:
-            self.order.queue = state["prompts"]
-        if "keep" not in changed:
-            self.kept_order.queue = state.get("kept_prompts", [])
-        if not set(changed) & set(COMPUTED):
-            # Batches that several updates share depend on nearly all settings; where one changed, fresh ones are drawn.
-            self.starts = read_starts(state, tensors, self.processes, self.model.device, self.settings.prefix_stride)
-        if isinstance(self.scorer.reward, WeightedSum) and same_reward:
-            # Measured again, a normalised reward's weights may differ in their last digits.
-            self.scorer.reward.weights = state["weights"]
-        if not METHOD_STATE & set(changed):
-            carried_on = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
-            self.method.load_state_dict(state["method"] | carried_on)
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+def clipped_share(norms: Sequence[float], max_grad_norm: float) -> float:
+    """Return the fraction of gradients that were scaled down to `max_grad_norm`; NaN if a norm is not finite."""
+    if not all(map(math.isfinite, norms)):
+        return math.nan
+    return sum(norm > (max_grad_norm or math.inf) for norm in norms) / len(norms)

@@ -1,55 +1,59 @@
-"""A training run, from the checks before it to the comparison after it. It knows no model, method or reward by name."""
+"""The training loop, with the checks before it and the last evaluation after it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import cycle, islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError
-from draftune.evaluation.metrics import Comparison, normalized, score_batches
-from draftune.experimental.threshold_smoothing import smoothed
-from draftune.lora import add_lora, freeze_lora, save_lora
+from draftune.errors import DraftuneError, out_of_memory
+from draftune.evaluation.metrics import Comparison
+from draftune.lora import save_lora
 from draftune.methods import Method
-from draftune.models import Model
-from draftune.models.tiny_decoder import check_likeness
+from draftune.registry.custom import where
 from draftune.rewards import Reward
-from draftune.rewards.base import carried, check_prompts
-from draftune.runs.checkpoint import (
-    KEPT,
-    checkpoints,
-    load_random_state,
-    random_state,
-    read_state,
-    read_tensors,
-    undisturbed,
-)
+from draftune.rewards.base import carried
+from draftune.runs.checkpoint import KEPT, checkpoints, load_random_state, random_state, read_state, read_tensors
 from draftune.runs.environment import environment
-from draftune.runs.run_dir import EVALUATIONS, METRICS, RunFolder
+from draftune.runs.run_dir import EVALUATIONS, METRICS
 from draftune.settings import Settings
-from draftune.training.checks import AUDITED, probe_reward, tell_truncated
-from draftune.training.continued import Past
-from draftune.training.distributed import accelerator
-from draftune.training.fsdp import shard, wants_shards
+from draftune.training.callbacks import Callback
+from draftune.training.checks import AUDITED
+from draftune.training.run_checks import RunChecks
+from draftune.training.setup import (
+    ModelLike,
+    PromptsLike,
+    RewardLike,
+    Value,
+    normalize_reward,
+    prepare,
+    release_model,
+)
 from draftune.training.signals import interruptible
+from draftune.training.state import load_train_state, train_state
 from draftune.training.step import Updates
+from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Watch
 from draftune.utils.loading import first_line
-from draftune.utils.processes import lost, tell
-
-VISIBLE = 0.5 / 255
-"""The least change of a pixel that eight bits can show."""
+from draftune.utils.processes import lost
 
 
 @dataclass
 class Run:
-    """What a training run left: its folder, a row for each update and each evaluation, and base against tuned."""
+    """The results of a training run.
+
+    Attributes:
+        folder: The run's folder.
+        metrics: The rows of metrics.jsonl, one for each update.
+        evaluations: The rows of evaluations.jsonl.
+        comparison: The base model against the fine-tuned one; None without evaluation prompts.
+    """
 
     folder: Path
     metrics: list[dict[str, Any]]
@@ -58,257 +62,238 @@ class Run:
 
 
 class Trainer:
-    """One run."""
+    """Fine-tune a LoRA on a reward. The constructor checks and loads everything; `train` runs the training.
+
+    Extend it by callbacks, or by a subclass that overrides `step`, `show`, `evaluate` or `save_checkpoint`.
+
+    Args:
+        model: Name, folder or hub id of the base model, a diffusers pipeline, or a loaded `Model`.
+        reward: An expression, a `Reward`, or a function of (images [B, 3, H, W], prompts) that returns B numbers.
+        prompts: A named set, a file, or a list of prompts.
+        method: An expression such as "draft-k(k=10)", or a `Method`.
+        held_out: Evaluation rewards, which are measured and not trained on.
+        settings: All settings; `values` are applied on top of them.
+        callbacks: Objects whose methods are called during training.
+        **values: Settings by name.
+
+    Attributes:
+        context: The resolved settings, the model, the rewards and all else that the run is made of.
+        done: Number of updates so far.
+        should_stop: Set it to True, as from a callback, to end the run after the present update.
+
+    Raises:
+        DraftuneError: something is missing, or does not fit. Nothing has been written then.
+    """
 
     def __init__(
         self,
-        settings: Settings,
-        folder: RunFolder,
-        method: Method,
-        model: Model,
-        reward: Reward,
-        held_out: Reward | None,
-        prompts: Sequence[str],
-        eval_prompts: Sequence[str] | None,
-        past: Past | None = None,
+        model: ModelLike | None = None,
+        reward: RewardLike | None = None,
+        prompts: PromptsLike | None = None,
+        *,
+        method: str | Method | None = None,
+        held_out: RewardLike | None = None,
+        settings: Settings | None = None,
+        callbacks: Sequence[Callback] = (),
+        **values: Value,
     ) -> None:
-        self.settings = s = settings
-        self.folder, self.method, self.model = folder, method, model
-        self.prompts, self.past, self.processes = prompts, past, folder.processes
-        self.accelerator = accelerator(s)
-        with self.processes.together():
-            self.sharded = wants_shards() and self.processes.count > 1
-            self.set_up(reward, held_out, eval_prompts)
-        if self.sharded:
-            shard(model, self.accelerator.device, self.processes.count)
-        kept, processes = past.kept if past is not None else (), self.processes
-        self.updates = Updates(
-            s, method, model, self.schedule, self.reward, prompts, self.accelerator, folder.path, processes, kept
-        )
-        self.watch = Watch(s, folder, model, self.schedule, self.reward, self.held_out, prompts, eval_prompts, past)
+        self.context = context = prepare(model, reward, prompts, method, held_out, settings, values)
+        self.model, self.method, self.prompts = context.model, context.method, context.prompts
+        self.folder, self.schedule, self.processes = context.folder, context.schedule, context.processes
+        self.callbacks = [Trackers(installed_trackers(context.settings)), *callbacks]
         self.done = 0
-        self.told_of_gradients = False
+        self.should_stop = False
+        self.checks = RunChecks(context)
 
-    def set_up(self, reward: Reward, held_out: Reward | None, eval_prompts: Sequence[str] | None) -> None:
-        """The model with a fresh LoRA and the rewards, checked against the settings and on their device."""
-        s, model, method = self.settings, self.model, self.method
-        s.model = model.name
-        asked = [*self.prompts, *(eval_prompts or ())]
-        if self.past is not None:
-            freeze_lora(model, self.past.lora, s.skip_text_encoder_lora)
-            asked += [*self.past.kept, *self.past.prompts]
-        model.check_prompts(asked, s.negative_prompt)
-        model.set_size(s.height, s.width)
-        model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
-        if self.past is not None:
-            self.past.compare(model.grid)
-        self.own_clamp, model.pixel_clamp = model.pixel_clamp, s.pixel_clamp
-        self.schedule = model.schedule(s.num_inference_steps)
-        method.check(self.schedule)
-        device = self.accelerator.device
-        # What is shared out is moved afterwards, block by block: no process need have room for all of it.
-        self.model.to("cpu" if self.sharded else device, s.mixed_precision)
-        self.model.set_checkpointing(s.gradient_checkpointing or ("both" if method.spans_calls() else "blocks"))
-        self.reward = reward.ready().to(device)
-        self.held_out = held_out.ready().to(device) if held_out is not None else None
-        first = self.past.ready(device) if self.past is not None else None
-        for scored in (self.reward, self.held_out, first):
-            if scored is not None:
-                scored.set_chunk_size(s.reward_batch_size)
-        with torch.random.fork_rng():
-            torch.manual_seed(s.seed)
-            add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
+    @property
+    def settings(self) -> Settings:
+        """Return the resolved settings."""
+        return self.context.settings
 
-    def run(self) -> Run:
-        """Train, from the checks before it to the comparison after it.
+    @property
+    def reward(self) -> Reward:
+        """Return the training reward."""
+        return self.context.reward
 
-        Whatever ends it, the model's own decoder and pixel clamp are restored: guidance and others use them later.
+    @cached_property
+    def updates(self) -> Updates:
+        """Return the update step. It is built on first use, after the reward is normalized."""
+        return Updates(self.context)
+
+    @cached_property
+    def watch(self) -> Watch:
+        """Return the sampling and evaluation of this run, built on first use."""
+        return Watch(self.context)
+
+    def train(self) -> Run:
+        """Check the rewards, train, and compare the fine-tuned model with the base model.
+
+        Afterwards the model carries the LoRA, and uses its own decoder and pixel clamp again, whatever ended the run.
+
+        Raises:
+            DraftuneError: a check fails, or the run cannot continue; its checkpoints stay.
         """
-        try:
-            return self.run_checked()
-        finally:
-            self.model.small_decoder, self.model.pixel_clamp = None, self.own_clamp
-            self.folder.close()
-
-    def run_checked(self) -> Run:
-        """Check the rewards, then train."""
         from accelerate.utils import set_seed
 
-        s = self.settings
-        # For rewards that draw random numbers; what training draws has its own generator.
-        set_seed(s.seed)
-        asked = [*self.prompts, *(self.watch.eval_prompts or ())]
-        tell_truncated(asked, self.model, [self.reward, self.held_out], s.negative_prompt)
-        found = self.probe()
-        if s.normalize_reward:
-            self.normalize(s.normalize_reward)
         try:
-            with self.processes.together():
-                if self.processes.main:
-                    self.folder.create(s, self.space(), audit=found, environment=environment(self.accelerator.device))
+            # For rewards that use random numbers; training has its own generator.
+            set_seed(self.settings.seed)
+            report = self.checks.check_rewards(self.watch.shown)
+            if self.settings.normalize_reward:
+                self.context = normalize_reward(self.context)
+                del self.watch  # built with the reward before normalization
+            with self.failures_explained():
+                with self.processes.together():
+                    if self.processes.main:
+                        versions = environment(self.context.accelerator.device)
+                        space = self.required_disk_bytes()
+                        self.folder.create(self.settings, space, audit=report, environment=versions)
+                self.run()
+        finally:
+            release_model(self.context)
+            self.folder.close()
+        rows = self.folder.rows
+        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
+
+    def run(self) -> None:
+        """Evaluate the base model, train, and evaluate the fine-tuned model."""
+        try:
+            self.notify("on_train_begin", self)
             if not self.folder.checkpoint:
                 self.save_checkpoint()
-            # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base's.
+            # In a resumed run too, the LoRA is 0 until the checkpoint is loaded: these are the base model's images.
             self.look()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
-            with interruptible() as wish:
+            with interruptible() as stop_requested:
                 try:
-                    self.train(wish)
+                    self.loop(stop_requested)
                 finally:
-                    # Whatever ends the training, what was learned is kept.
                     if self.processes.main:
-                        save_lora(self.model, self.folder.path / "lora")
-                self.save_checkpoint()  # the last look may take long
+                        with self.updates.averaged():
+                            save_lora(self.model, self.folder.path / "lora")
+                self.save_checkpoint()  # the last evaluation may take long
                 self.look()
                 self.save_checkpoint(finished=True)
+        except BaseException:
+            with suppress(DraftuneError):
+                self.notify("on_train_end")
+            raise
+        self.notify("on_train_end")
+        if self.updates.ema is not None:
+            self.updates.ema.copy_to(self.updates.parameters.values())
+
+    @contextmanager
+    def failures_explained(self) -> Iterator[None]:
+        """Raise DraftuneError for a full disk or a lost process inside the block, with the checkpoint that is left."""
+        try:
+            yield
         except OSError as error:
             raise DraftuneError(
-                f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {self.kept()}"
+                f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {self.resume_hint()}"
             ) from error
         except RuntimeError as error:
             if not lost(error):
                 raise
             raise DraftuneError(
-                f"another process of this run has ended; {self.kept()} (what was heard of it: {first_line(error)})"
+                f"another process of this run has ended; {self.resume_hint()} (torch: {first_line(error)})"
             ) from error
-        rows = self.folder.rows
-        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
 
-    def kept(self) -> str:
-        """What there is to go on from."""
-        newest = checkpoints(self.folder.path / "checkpoints")
-        return f"{newest[-1].name} is whole, and the same command goes on from it" if newest else "nothing was kept"
+    def loop(self, stop_requested: threading.Event) -> None:
+        """Run the updates, with samples, evaluations and checkpoints between them.
 
-    def space(self) -> int:
-        """Bytes of the checkpoints and LoRAs that a run always leaves; AdamW keeps two numbers for each of theirs."""
-        lora = sum(parameter.nbytes for parameter in self.updates.parameters.values())
-        learned = sum(tensor.nbytes for tensor in carried(self.reward).values())
-        coming = max(1, KEPT + 2 - len(checkpoints(self.folder.path / "checkpoints")))
-        return coming * (3 * lora + learned) + 2 * lora
+        Raises:
+            KeyboardInterrupt: `stop_requested` was set, and the present update is saved.
+        """
+        s = self.settings
+        bar = tqdm(total=s.steps, initial=self.done, desc="training", unit="update", disable=not self.processes.main)
+        with bar:
+            while self.done < s.steps and not (self.watch.exhausted or self.processes.any(self.should_stop)):
+                logs = self.step()
+                bar.set_postfix(reward=f"{logs['reward']:.3f}", grad=f"{logs['grad_norm']:.2g}")
+                bar.update()
+                if self.done == s.steps:
+                    break  # `run` samples, evaluates and saves after the last update
+                if s.sample_every and self.done % s.sample_every == 0:
+                    self.show()
+                if s.eval_every and self.done % s.eval_every == 0:
+                    self.evaluate()
+                if self.watch.exhausted:
+                    break
+                stop = self.processes.any(stop_requested.is_set())
+                if stop or (s.save_every and self.done % s.save_every == 0) or self.watch.best == self.done:
+                    self.save_checkpoint()
+                if stop:
+                    raise KeyboardInterrupt(f"after update {self.done}; the same command resumes from there")
+
+    def step(self) -> dict[str, float]:
+        """Run one update, log its row, and warn if the update has no effect."""
+        logs = self.updates.update(self.done + 1)
+        self.done += 1
+        self.folder.log(METRICS, logs)
+        self.notify("on_step_end", self.done, logs)
+        self.checks.check_gradients(self.updates)
+        # Without any gradient, the learning rate is not the cause.
+        warmed_up = self.done == AUDITED + self.settings.lr_warmup_steps
+        if warmed_up and not self.updates.skipped and any(row["grad_norm"] for row in self.folder.rows[METRICS]):
+            self.checks.check_images_changed(self.done)
+        return logs
 
     def look(self) -> None:
-        """A grid and an evaluation of the model as it is."""
-        self.watch.show(self.done)
+        """Sample a grid of images and evaluate the model."""
+        self.show()
         self.evaluate()
 
+    def show(self) -> None:
+        """Sample a grid of images, with the averaged LoRA if there is a moving average."""
+        with self.updates.averaged():
+            self.watch.show(self.done)
+
     def evaluate(self) -> None:
-        made = self.updates
-        self.watch.evaluate(self.done, {"reward_queries": made.scorer.queries, "seconds": round(made.seconds, 4)})
-
-    def probe(self) -> dict[str, dict[str, float]]:
-        """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""
-        with self.processes.together():
-            check_prompts(self.reward, self.prompts)
-            for reward in (self.reward, self.held_out):
-                try:
-                    if reward is not None:
-                        check_prompts(reward, self.watch.eval_prompts or self.watch.shown)
-                except DraftuneError as error:
-                    raise DraftuneError(f"the prompts of the comparison (eval_prompts) don't fit: {error}") from error
-        prompts = list(islice(cycle(self.prompts), 2))
-        pictures = self.watch.draw(prompts, range(2))
-        self.first_pictures = pictures
-        with self.processes.together():
-            if self.model.small_decoder is not None:
-                s = self.settings
-                check_likeness(self.model, prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            with smoothed(self.settings.smoothing):
-                found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
-            if self.held_out is not None:
-                shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
-                score_batches(self.held_out, pictures, shown, self.model.device)
-        return found
-
-    @undisturbed()
-    def check_pictures(self) -> None:
-        """Says so where the first updates changed no picture: gradients alone do not show it."""
-        # The same batch of pictures: of another size, they differ in their last digits.
-        prompts = list(islice(cycle(self.prompts), 2))
-        change = (self.watch.draw(prompts, range(2)) - self.first_pictures).abs().max()
-        if change < VISIBLE:
-            tell(f"after {self.done} updates the pictures are still those of the base model: raise the learning rate")
-
-    def check_gradients(self) -> None:
-        """Tell once, where the first or any later updates had no gradient at all, which of its factors was 0."""
-        made = self.updates
-        if self.told_of_gradients or made.without_gradient < min(AUDITED, self.settings.steps):
-            return
-        self.told_of_gradients = True
-        why = (
-            made.why_constant or "the losses do not depend on the LoRA now: look for clamps or saturation in the reward"
-        )
-        tell(f"the gradient was exactly 0 in the last {made.without_gradient} updates: {why}")
-
-    def had_gradient(self) -> bool:
-        """Return whether any update so far had a gradient other than 0."""
-        return any(row["grad_norm"] for row in self.folder.rows[METRICS])
-
-    def normalize(self, count: int) -> None:
-        """Divides each part of the reward by its spread over pictures of the base model; the run's settings say so."""
-        s = self.settings
-        prompts = list(islice(cycle(self.prompts), count))
-        pictures = self.watch.draw(prompts, range(count))
-        with self.processes.together():
-            reward = normalized(self.reward, pictures, prompts, self.model.device)
-        # The others may have measured something else in the last digits.
-        reward.weights = self.processes.of_main(reward.weights)
-        reward.set_chunk_size(s.reward_batch_size)
-        self.reward = self.updates.scorer.reward = self.watch.reward = reward
-        s.reward, s.normalize_reward = reward.expression or reward.label, 0
-
-    def train(self, wish: threading.Event) -> None:
-        """The updates; after the one that is being made where there is a wish to end."""
-        s = self.settings
-        if self.watch.exhausted:
-            return
-        progress = tqdm(
-            range(self.done + 1, s.steps + 1),
-            desc="training",
-            unit="update",
-            initial=self.done,
-            total=s.steps,
-            disable=not self.processes.main,
-        )
-        for step in progress:
-            row = self.updates.update(step)
-            self.done = step
-            self.folder.log(METRICS, row)
-            progress.set_postfix(reward=f"{row['reward']:.3f}", grad=f"{row['grad_norm']:.2g}")
-            self.check_gradients()
-            # Without any gradient, the learning rate is not the cause.
-            if step == AUDITED + s.lr_warmup_steps and not self.updates.skipped and self.had_gradient():
-                self.check_pictures()
-            if step == s.steps:
-                break  # the end has its own grid, evaluation and checkpoint
-            if s.sample_every and step % s.sample_every == 0:
-                self.watch.show(step)
-            if s.eval_every and step % s.eval_every == 0:
-                self.evaluate()
-            if self.watch.exhausted:
-                break
-            wished = self.processes.any(wish.is_set())
-            if wished or (s.save_every and step % s.save_every == 0) or self.watch.best == step:
-                self.save_checkpoint()
-            if wished:
-                raise KeyboardInterrupt(f"after update {step}; the same command goes on from there")
+        """Evaluate the model, with the averaged LoRA if there is a moving average."""
+        counted = {"reward_queries": self.updates.scorer.queries, "seconds": round(self.updates.seconds, 4)}
+        with self.updates.averaged():
+            row = self.watch.evaluate(self.done, counted)
+        if row is not None:
+            self.notify("on_evaluate", self.done, row)
 
     def save_checkpoint(self, finished: bool = False) -> None:
-        state, tensors = self.updates.state()
-        if not self.processes.main:
-            return
-        state["finished"] = finished
-        random_numbers, generators = random_state()
-        self.folder.save_checkpoint(
-            self.done, {**state, "random": random_numbers}, {**tensors, **generators}, self.watch.best
-        )
+        """Save the state of the run. Every process must call it."""
+        state, tensors = train_state(self.updates)
+        if self.processes.main:
+            random_numbers, generators = random_state()
+            state |= {"finished": finished, "random": random_numbers}
+            self.folder.save_checkpoint(self.done, state, {**tensors, **generators}, self.watch.best)
+        self.notify("on_save", self.done)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
-        """Goes back to where the run stood."""
+        """Restore the state that `save_checkpoint` saved."""
         with self.processes.together():
             state, tensors = read_state(checkpoint), read_tensors(checkpoint)
         self.done = state["step"]
-        self.updates.load(state, tensors, self.folder.changed)
-        if self.done % self.settings.prefix_reuse == 0:
-            self.updates.starts = []  # older versions kept what no update shares
+        load_train_state(self.updates, state, tensors, self.folder.changed)
         load_random_state(state["random"], tensors)
+
+    def resume_hint(self) -> str:
+        """Return the part of an error that says which checkpoint the run can be resumed from."""
+        newest = checkpoints(self.folder.path / "checkpoints")
+        return f"the same command resumes from {newest[-1].name}" if newest else "there is no checkpoint"
+
+    def required_disk_bytes(self) -> int:
+        """Return the bytes of the checkpoints and LoRAs that the run will write; AdamW stores two moments a weight."""
+        lora = sum(parameter.nbytes for parameter in self.updates.parameters.values())
+        learned = sum(tensor.nbytes for tensor in carried(self.reward).values())
+        copies = 4 if self.updates.ema is not None else 3
+        coming = max(1, KEPT + 2 - len(checkpoints(self.folder.path / "checkpoints")))
+        return coming * (copies * lora + learned) + 2 * lora
+
+    def notify(self, event: str, *arguments: Any) -> None:
+        """Call one method of every callback. Raises DraftuneError that names the callback that failed."""
+        for callback in self.callbacks:
+            handler: Callable[..., None] = getattr(callback, event)
+            try:
+                handler(*arguments)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                raise DraftuneError(f"callback {type(callback).__name__}.{event} failed: {where(error)}") from error

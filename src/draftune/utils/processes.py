@@ -25,14 +25,6 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0) if count > 1 else 0, count
 
 
-def tell(message: str) -> None:
-    """Print a line for the user without disturbing progress bars, once where several processes would say it."""
-    from tqdm.auto import tqdm
-
-    if launched()[0] == 0:
-        tqdm.write(f"draftune: {message}", file=sys.stderr)
-
-
 class SaidByMainError(DraftuneError):
     """A mistake that the main process has too, and says."""
 

@@ -19,6 +19,9 @@ class Evaluating(Optimizer):
     State that belongs to all parameters is stored with the first parameter, so that `state_dict` includes it.
     """
 
+    needs_closure = True
+    """How the training loop recognizes it."""
+
     def parameters(self) -> list[Tensor]:
         """Return the parameters of all groups in order."""
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -153,7 +153,7 @@ class MEKA(Evaluating):
             self.state[parameter][name] = part.view_as(parameter).clone()
 
     def whole(self, name: str) -> Tensor:
-        """Return a vector over all weights stored by `keep`."""
+        """Return a vector over all weights stored by `retain_prompts`."""
         return torch.cat([self.state[parameter][name].flatten() for parameter in self.parameters()])
 
 

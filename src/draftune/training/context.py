@@ -1,0 +1,73 @@
+"""The objects that a training run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from draftune.methods import Method
+from draftune.models import Model
+from draftune.rewards import Reward
+from draftune.runs.run_dir import RunFolder
+from draftune.sampling.schedule import Schedule
+from draftune.settings import Settings
+from draftune.training.continued import Past
+from draftune.utils.processes import Processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class TrainContext:
+    """The objects of a run, shared by `Trainer`, `Updates`, `Scorer` and `Watch`. All are on their devices."""
+
+    settings: Settings
+    """The resolved settings, as config.yaml stores them."""
+    folder: RunFolder
+    accelerator: Accelerator
+    method: Method
+    model: Model
+    """The base model with the LoRA that is trained."""
+    pixel_clamp: str
+    """The model's own pixel clamp, which is restored after training."""
+    schedule: Schedule
+    reward: Reward
+    held_out: Reward | None
+    """Evaluation rewards, which are not trained on."""
+    prompts: Sequence[str]
+    eval_prompts: Sequence[str] | None
+    past: Past | None
+    """The LoRA that the run starts from, if any."""
+
+    @property
+    def processes(self) -> Processes:
+        """Return the processes of this run."""
+        return self.folder.processes
+
+    @property
+    def retained(self) -> Sequence[str]:
+        """Return the prompts of the retention loss."""
+        return self.past.kept if self.past is not None else ()
+
+    def sample_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Sample one image for each prompt and seed, divided among the processes.
+
+        Returns:
+            The images [N, 3, H, W] in [0, 1], on the CPU, in every process.
+        """
+        s, processes = self.settings, self.processes
+        own = processes.padded_share(list(zip(prompts, seeds, strict=True)))
+        images = self.model.generate(
+            [prompt for prompt, _ in own],
+            [seed for _, seed in own],
+            self.schedule,
+            s.guidance_scale,
+            s.negative_prompt,
+            s.batch_size // processes.count,
+            progress=processes.main,
+        )
+        return processes.gather(images)[: len(prompts)]

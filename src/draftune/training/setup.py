@@ -1,0 +1,259 @@
+"""Set up a run: resolve the settings, check what is cheap to check, then load the rewards and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from draftune.errors import DraftuneError, gather, unknown
+from draftune.evaluation.metrics import normalized
+from draftune.lora import add_lora, freeze_lora
+from draftune.methods import Method, load_method
+from draftune.models import Model, load_model
+from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
+from draftune.prompts import load_prompts
+from draftune.recommended import SAMPLING, same_method
+from draftune.rewards import Reward, find_reward
+from draftune.rewards.base import taught
+from draftune.runs.run_dir import RunFolder
+from draftune.sampling.schedule import Schedule
+from draftune.settings import Settings
+from draftune.training.context import TrainContext
+from draftune.training.continued import Past, find_past
+from draftune.training.distributed import accelerator, processes_of, tell_unheeded
+from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT, weights_of
+from draftune.training.fsdp import shard, wants_shards
+from draftune.training.optim import check_optimizer
+from draftune.training.trackers import installed_trackers
+from draftune.utils.logging import logger
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ModelLike: TypeAlias = "str | Path | Model | DiffusionPipeline"
+RewardLike: TypeAlias = "str | Reward | Callable[..., Tensor]"
+PromptsLike: TypeAlias = "str | Path | Sequence[str]"
+Value: TypeAlias = "str | int | float | bool | None"
+COMPILE_BACKEND = "inductor"
+"""Backend of torch.compile."""
+
+
+def prepare(
+    model: ModelLike | None,
+    reward: RewardLike | None,
+    prompts: PromptsLike | None,
+    method: str | Method | None,
+    held_out: RewardLike | None,
+    settings: Settings | None,
+    values: dict[str, Any],
+) -> TrainContext:
+    """Check and load everything that a run needs. Nothing is written yet. See `Trainer` for the arguments.
+
+    Raises:
+        DraftuneError: something is missing or does not fit, reported as early as possible.
+    """
+    if model is not None and not isinstance(model, (str, Path, Model)):
+        model = load_model(model)
+    named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out, "method": method}
+    values = values | {name: describe(value) for name, value in named.items() if value is not None}
+    settings = resolve_settings(model, settings, values)
+    texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts))
+    eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
+    if settings.patience and not (settings.eval_every and settings.eval_prompts):
+        raise DraftuneError("patience counts evaluations: it needs --eval-prompts and --eval-every")
+    best_columns = weights_of(settings.best_by) if settings.best_by else {}
+    method = method if isinstance(method, Method) else load_method(settings.method)
+    check_method(settings, method)
+    check_optimizer(settings, method)
+    installed_trackers(settings)
+    past = find_past(settings)
+    if past is not None and past.kept:
+        from draftune.experimental.retention import Keep
+
+        method = Keep(method, settings.keep_weight)
+        if not settings.normalize_reward:
+            logger.warning(
+                f"--keep-weight {settings.keep_weight:g} is relative to the scale of the reward: --normalize-reward 32 "
+                "makes its standard deviation 1"
+            )
+    # transformers loads weights differently once torch.distributed is initialized: do it before anything is loaded.
+    made = accelerator(settings)
+    processes = processes_of(made)
+    tell_unheeded(settings)
+    with processes.together():
+        contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
+        if past is not None:
+            contents |= {"retain_prompts": past.kept, "continue_from": [past.checksum]}
+        folder = RunFolder(settings, contents, processes)
+        # The weights of all rewards are located before any network is loaded.
+        evaluated = held_out or settings.held_out
+        score, judge = gather(
+            lambda: find_reward(settings.reward if reward is None else reward),
+            lambda: find_reward(evaluated) if evaluated else None,
+        )
+        assert score is not None
+        if settings.normalize_reward:
+            taught(score)
+        check_columns(best_columns, score, judge, past)
+        decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
+        if not isinstance(model, Model):
+            model = load_model(settings.model if model is None else model, settings.mixed_precision)
+        model.small_decoder = load_small_decoder(decoder, model) if decoder else None
+    folder.agree()
+    with processes.together():
+        sharded = wants_shards() and processes.count > 1
+        context = TrainContext(
+            settings=replace(folder.settings, model=model.name),
+            folder=folder,
+            accelerator=made,
+            method=method,
+            model=model,
+            pixel_clamp=model.pixel_clamp,
+            schedule=set_up_model(settings, model, method, [*texts, *(eval_texts or ())], past),
+            reward=score,
+            held_out=judge,
+            prompts=texts,
+            eval_prompts=eval_texts,
+            past=past,
+        )
+        to_device(context, sharded)
+    if sharded:
+        shard(model, made.device, processes.count)
+    return context
+
+
+def resolve_settings(model: ModelLike | None, settings: Settings | None, values: dict[str, Any]) -> Settings:
+    """Return the settings with `values` in them, and the recommended values of model and method for the rest."""
+    base = asdict(settings) if settings else {}
+    if settings is None and isinstance(model, Model):
+        base = model.recommended  # the name of a loaded model may be no folder that Settings can look into
+    values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
+    if settings and not same_method(str(values.get("method", settings.method)), settings.method):
+        base.pop("prefix_reuse")  # the recommended number depends on the method
+    return Settings.from_mapping(base | values)
+
+
+def describe(value: Any) -> str:
+    """Return the text that config.yaml stores for an object that was passed in Python."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} prompts given in Python"
+    if isinstance(value, Method):
+        return type(value).__name__
+    names = (getattr(value, attribute, None) for attribute in ("name", "expression", "label", "__name__"))
+    return str(next(filter(None, names), "given"))
+
+
+def check_method(settings: Settings, method: Method) -> None:
+    """Raise DraftuneError for settings that the method does not support."""
+    s, name = settings, f"the method {settings.method!r}"
+    if s.mixed_precision == "fp16" and not method.half_precision:
+        raise DraftuneError(f"{name} does not work in fp16: use bf16 or no")
+    images = s.batch_size * s.gradient_accumulation_steps
+    if images < method.min_images_per_update:
+        raise DraftuneError(
+            f"{name} compares the rewards of an update with each other: batch_size times gradient_accumulation_steps "
+            f"must be at least {method.min_images_per_update}, not {images}"
+        )
+    for setting in ("prefix_reuse", "prefix_stride"):
+        if getattr(s, setting) > 1 and not method.has_prefix():
+            raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
+    if s.prefix_reuse > 1 and not method.shares_prefix():
+        raise DraftuneError(
+            f"prefix_reuse={s.prefix_reuse} does not work with {name}: updates share the sampling steps without "
+            "gradient only if these end at the same step in each update (Method.shares_prefix); prefix_reuse must be 1"
+        )
+    if s.gradient_decoder and not method.needs_gradient:
+        raise DraftuneError(f"{name} uses no gradient of the reward: leave out gradient_decoder")
+    if s.smoothing and not method.needs_gradient:
+        raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no smoothing")
+
+
+def check_columns(columns: dict[str, float], reward: Reward, held_out: Reward | None, past: Past | None) -> None:
+    """Raise DraftuneError for a column in `best_by` that the evaluations will not have."""
+    known = [reward.label, *reward.columns, *(past.columns if past is not None else ())]
+    known += [f"{HELD_OUT}{label}" for label in held_out.columns] if held_out is not None else []
+    known += [DIVERSITY, "distance", DENOISER_MSE]
+    for column in columns:
+        if column not in known:
+            raise unknown("column of the evaluations", column, known)
+
+
+def set_up_model(s: Settings, model: Model, method: Method, prompts: Sequence[str], past: Past | None) -> Schedule:
+    """Set the model's size, timesteps and pixel clamp, and freeze the LoRA that training starts from.
+
+    Returns:
+        The sampling schedule.
+
+    Raises:
+        DraftuneError: model, method, prompts and settings do not fit each other.
+    """
+    if past is not None:
+        freeze_lora(model, past.lora, s.skip_text_encoder_lora)
+        prompts = [*prompts, *past.kept, *past.prompts]
+    model.check_prompts(prompts, s.negative_prompt)
+    model.set_size(s.height, s.width)
+    model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
+    if past is not None:
+        past.compare(model.grid)
+    model.pixel_clamp = s.pixel_clamp
+    schedule = model.schedule(s.num_inference_steps)
+    method.check(schedule)
+    return schedule
+
+
+def to_device(context: TrainContext, sharded: bool) -> None:
+    """Load the rewards' weights, move all networks to the device, and add the LoRA to the model.
+
+    Args:
+        context: The run.
+        sharded: Whether FSDP will shard the model: it then stays on the CPU, since no device may have room for it.
+    """
+    s, model, device = context.settings, context.model, context.accelerator.device
+    model.to("cpu" if sharded else device, s.mixed_precision)
+    model.set_checkpointing(s.gradient_checkpointing or ("both" if context.method.spans_calls() else "blocks"))
+    first = context.past.ready(device) if context.past is not None else None
+    for reward in (context.reward, context.held_out, first):
+        if reward is not None:
+            reward.ready().to(device)
+            reward.set_chunk_size(s.reward_batch_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(s.seed)
+        add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
+    if s.compile:
+        # In place, unlike torch.compile(module): the names of layers and LoRA tensors stay as they are.
+        model.denoiser.compile(backend=COMPILE_BACKEND)
+
+
+def release_model(context: TrainContext) -> None:
+    """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp and compilation."""
+    model = context.model
+    model.small_decoder, model.pixel_clamp = None, context.pixel_clamp
+    if context.settings.compile:
+        model.denoiser._compiled_call_impl = None
+
+
+def normalize_reward(context: TrainContext) -> TrainContext:
+    """Divide each term of the reward by its standard deviation over `normalize_reward` images of the base model.
+
+    Returns:
+        The context with the new reward. Its settings have the weights in the reward's expression, for config.yaml.
+    """
+    s, processes, device = context.settings, context.processes, context.model.device
+    prompts = list(islice(cycle(context.prompts), s.normalize_reward))
+    images = context.sample_images(prompts, range(s.normalize_reward))
+    with processes.together():
+        reward = normalized(context.reward, images, prompts, device)
+    # Processes may differ in the last digits.
+    reward.weights = processes.of_main(reward.weights)
+    reward.set_chunk_size(s.reward_batch_size)
+    return replace(
+        context, reward=reward, settings=replace(s, reward=reward.expression or reward.label, normalize_reward=0)
+    )

@@ -1,0 +1,109 @@
+"""Save and restore the state of the updates, so that a resumed run continues bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftune.errors import DraftuneError
+from draftune.rewards import WeightedSum
+from draftune.rewards.base import carried
+from draftune.runs.checkpoint import load_optimizer, optimizer_tensors
+from draftune.runs.resuming import COMPUTED
+from draftune.training.data import read_starts, starts_state
+from draftune.training.step import Updates
+
+METHOD_STATE = {"model", "reward", "normalize_reward", "smoothing", "smoothing_power", "method", "height", "width"}
+METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
+"""Settings that a method's state depends on: statistics of the reward, value networks of the sampling steps."""
+
+
+def train_state(updates: Updates) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the state of the updates for a checkpoint. Every process must call it.
+
+    Returns:
+        Values for JSON, and tensors by name. The LoRA's tensors are the trained ones, not their moving average.
+    """
+    context, parameters = updates.context, updates.parameters
+    scaler, method = context.accelerator.scaler, context.method.state_dict()
+    tensors = {f"lora/{name}": parameter.detach() for name, parameter in parameters.items()}
+    if updates.ema is not None:
+        tensors |= {f"ema/{name}": average for name, average in zip(parameters, updates.ema.shadow_params, strict=True)}
+    tensors |= optimizer_tensors(updates.optimizer, list(parameters))
+    tensors |= carried(context.reward)
+    tensors |= {f"method/{key}": value for key, value in method.items() if isinstance(value, Tensor)}
+    tensors["generator"] = updates.generator.get_state()
+    starts, latents = starts_state(updates.starts, context.processes)
+    tensors |= latents
+    return {
+        **starts,
+        "kept_prompts": updates.kept_order.queue,
+        "reward_queries": updates.scorer.queries,
+        "seconds": updates.seconds,
+        "skipped": [updates.skipped, updates.skipped_in_a_row, updates.overflows],
+        "prompts": updates.order.queue,
+        "weights": [weight for weight, _ in context.reward.terms],
+        "method": {key: value for key, value in method.items() if not isinstance(value, Tensor)},
+        "scaler": scaler.state_dict() if scaler else None,
+        "ema_step": updates.ema.optimization_step if updates.ema is not None else 0,
+    }, tensors
+
+
+def load_train_state(
+    updates: Updates, state: Mapping[str, Any], tensors: Mapping[str, Tensor], changed: Collection[str] = ()
+) -> None:
+    """Restore the state that `train_state` returned.
+
+    Args:
+        updates: The updates of the resumed run.
+        state: Values from JSON.
+        tensors: Tensors by name.
+        changed: Names of settings that differ from the earlier run's; state that depends on them is not restored.
+
+    Raises:
+        DraftuneError: the LoRA belongs to another network.
+    """
+    context, parameters = updates.context, updates.parameters
+    for name, parameter in parameters.items():
+        saved = tensors.get(f"lora/{name}")
+        if saved is None or saved.shape != parameter.shape:
+            problem = "no such layer" if saved is None else f"the shape {tuple(saved.shape)} there"
+            raise DraftuneError(
+                f"the LoRA of the run does not fit {context.model.name!r}: {name} has {problem}; give another folder "
+                "(--output)"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"lora/{name}"])
+        if updates.ema is not None:
+            # A run that was made without an average begins it at its present weights.
+            for average, (name, parameter) in zip(updates.ema.shadow_params, parameters.items(), strict=True):
+                average.copy_(tensors.get(f"ema/{name}", parameter))
+            updates.ema.optimization_step = state["ema_step"]
+    if "optimizer" not in changed:
+        load_optimizer(updates.optimizer, list(parameters), tensors)
+    same_reward = not {"reward", "normalize_reward"} & set(changed)
+    for name, learned in carried(context.reward).items() if same_reward else ():
+        learned.resize_as_(tensors[name]).copy_(tensors[name])
+    updates.generator.set_state(tensors["generator"])
+    updates.scorer.queries, updates.seconds = state["reward_queries"], state["seconds"]
+    updates.skipped, updates.skipped_in_a_row, updates.overflows = state["skipped"]
+    if "prompts" not in changed:
+        updates.order.queue = state["prompts"]
+    if "retain_prompts" not in changed:
+        updates.kept_order.queue = state.get("kept_prompts", [])
+    if not set(changed) & set(COMPUTED):
+        # Started batches depend on nearly all settings: after a change, fresh ones are started.
+        stride = context.settings.prefix_stride
+        updates.starts = read_starts(state, tensors, context.processes, context.model.device, stride)
+    if isinstance(context.reward, WeightedSum) and same_reward:
+        # Normalizing again may give weights that differ in their last digits.
+        context.reward.weights = state["weights"]
+    if not METHOD_STATE & set(changed):
+        own = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
+        context.method.load_state_dict(state["method"] | own)
+    if context.accelerator.scaler and state["scaler"]:
+        context.accelerator.scaler.load_state_dict(state["scaler"])
