@@ -81,7 +81,8 @@ def drawn(model: Model, names: Sequence[str], steps: int, sampler: str = DETERMI
         some, generator = prompts[start : start + AT_ONCE], torch.Generator().manual_seed(start)
         denoise, base = model.denoisers(some, schedule, GUIDANCE, "")
         noise = Latents(model.noise(generator, len(some)))
-        *_, (*_, clean) = ancestral(Batch(some, noise, schedule, denoise, base, lambda clean: clean, generator))
+        batch = Batch(some, noise, schedule, denoise, base, lambda clean: clean, generator)
+        *_, (*_, clean) = ancestral(denoise, schedule, batch.noise, batch.fresh_noise)
         pictures.append(model.decode(clean).cpu())
     return torch.cat(pictures)
 
