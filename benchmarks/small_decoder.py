@@ -30,7 +30,8 @@ from torch.nn.functional import cosine_similarity
 
 import draftune
 from draftune.models import Model, load_model
-from draftune.models.tiny_decoder import decode_small, load_small_decoder
+from draftune.models.common import decode_vae
+from draftune.models.tiny_decoder import load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.sampling.sampler import rollout
@@ -87,7 +88,7 @@ def distil(model: Model, latents: Tensor, minutes: float, folder: Path) -> None:
     while (passed := (time.perf_counter() - start) / (60 * minutes)) < 1:
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - passed)
         some, wanted = seen[step % len(seen)]
-        error = decode_small(small, some) - wanted
+        error = decode_vae(small, some, mean=small.config.shift_factor) - wanted
         # What differs between neighbouring pixels is what a gradient lives on.
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         loss = error.abs().mean() + error.square().mean() + edges

@@ -1,13 +1,16 @@
-"""Gradient checkpointing of one denoiser call: only its input is stored, and the backward pass repeats the call."""
+"""Gradient checkpointing: store only the inputs of a denoiser call or block, and repeat it in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -52,3 +55,31 @@ class Recomputed(torch.autograd.Function):
         targets = [value for value, is_needed in zip(inputs, needed, strict=True) if is_needed]
         gradients = iter(torch.autograd.grad(result, targets, grad_outputs, allow_unused=True))
         return None, *(next(gradients) if is_needed else None for is_needed in needed)
+
+
+_checkpoint_blocks = ContextVar("checkpoint_blocks", default=True)
+
+
+def checkpoint_block(block: Callable[..., Any], *args: Any) -> Any:
+    """Call one block of a network with gradient checkpointing, for `enable_gradient_checkpointing` of diffusers.
+
+    The blocks must be deterministic: the random state is not restored. Inside `without_block_checkpointing` the block
+    is called directly.
+    """
+    if not _checkpoint_blocks.get():
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def without_block_checkpointing() -> Iterator[None]:
+    """Call blocks without checkpointing inside this context.
+
+    A call of the base model needs this: in the backward pass, a repeated block would run with the LoRA. Setting one
+    variable avoids two walks over all modules of the network per call.
+    """
+    token = _checkpoint_blocks.set(False)
+    try:
+        yield
+    finally:
+        _checkpoint_blocks.reset(token)
