@@ -351,7 +351,7 @@ def test_a_loaded_lora_is_saved_as_it_is(pipeline_folder: Path, with_text: Path,
     again = read_deltas(tmp_path / "saved", str(pipeline_folder)).layers
     assert again.keys() == whole.keys()
     assert all(torch.allclose(again[name].change, delta.change, atol=1e-6) for name, delta in whole.items())
-    with pytest.raises(DraftuneError, match="carries a LoRA 'default' already"):
+    with pytest.raises(DraftuneError, match="has a LoRA 'default'"):
         load_lora(model, with_text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from odd_models import families
 from torch import nn
 
 from draftune.errors import DraftuneError
+from draftune.lora import add_lora
 from draftune.models import load_model
 
 
@@ -95,5 +97,28 @@ def test_what_is_refused_is_not_changed_at_all(saved: dict[str, Path], family: s
     before, others = kept(pipeline), changeable(pipeline)
     with pytest.raises(DraftuneError, match="EDMEulerScheduler"):
         load_model(pipeline)
+    assert_same(before, kept(pipeline))
+    assert changeable(pipeline) == others
+
+
+@pytest.mark.parametrize("family", ["sd", "dit", "ddpm"])
+def test_a_lora_changes_neither_classes_nor_weights(saved: dict[str, Path], family: str) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(saved[family])
+    model = load_model(pipeline)
+    denoiser, weights = type(model.denoiser), [(p, p.detach().clone()) for p in model.denoiser.parameters()]
+    add_lora(model, 2)
+    assert type(model.denoiser) is denoiser
+    present = {id(parameter): parameter for parameter in model.denoiser.parameters()}
+    for parameter, value in weights:
+        assert torch.equal(present[id(parameter)], value)
+        assert not parameter.requires_grad
+
+
+def test_a_copy_leaves_the_pipeline_unchanged(saved: dict[str, Path]) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(saved["sd"])
+    before, others = kept(pipeline), changeable(pipeline)
+    model = load_model(copy.deepcopy(pipeline))
+    add_lora(model, 2)
+    model.generate(["1"], [0], model.schedule(1), 2.0)
     assert_same(before, kept(pipeline))
     assert changeable(pipeline) == others
