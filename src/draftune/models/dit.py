@@ -45,11 +45,6 @@ class DiT(Model):
         self.pipeline.register_to_config(id2label=id2label)
 
     @property
-    def own_size(self) -> tuple[int, int]:
-        size: int = self.denoiser.config.sample_size
-        return size, size
-
-    @property
     def pixels_per_latent(self) -> int:
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.models.common import check_size, decode_vae
-from draftune.models.needs import Need, check_diffusion
+from draftune.models.needs import Need, check_diffusion, pair
 from draftune.sampling.schedule import GRID, Schedule, ddim_schedule
 from draftune.utils.loading import Truncation, truncation
 from draftune.utils.processes import tell
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Family(ABC):
     """The part of `Model` that differs between model families.
 
-    A family must define the abstract members. All others have a default that fits a diffusion model with an
-    autoencoder. The defaults are described in docs/how-to/new-model.md, with a complete example.
+    A family must define `lora_prefix`, `required` and the abstract members. All others have defaults, which fit a
+    diffusion model with an autoencoder. docs/how-to/new-model.md has a complete example.
     """
 
     pipeline: DiffusionPipeline
@@ -54,11 +54,6 @@ class Family(ABC):
 
     @property
     @abstractmethod
-    def own_size(self) -> tuple[int, int]:
-        """The default (height, width) of a latent."""
-
-    @property
-    @abstractmethod
     def size_multiple(self) -> int:
         """The number of pixels that height and width must be a multiple of."""
 
@@ -76,6 +71,13 @@ class Family(ABC):
     def decode_raw(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, nominally in [0, 1]."""
         return decode_vae(self.pipeline.vae, latents)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """The default (height, width) of a latent: `sample_size` in the denoiser's config, which `needs` must check."""
+        size = pair(self.denoiser.config.sample_size)
+        assert size is not None
+        return size
 
     @property
     def channels(self) -> int:

@@ -45,11 +45,6 @@ class PixArt(Model):
             yield multiple("transformer.attention_head_dim", inner, 3, "times its heads, as three numbers are embedded")
 
     @property
-    def own_size(self) -> tuple[int, int]:
-        size: int = self.denoiser.config.sample_size
-        return size, size
-
-    @property
     def size_multiple(self) -> int:
         patch: int = self.denoiser.config.patch_size
         return self.pixels_per_latent * patch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draftune.models.base import Model
 from draftune.models.common import apply_cfg
-from draftune.models.needs import Need, autoencoder_needs, equal, pair, reader_needs, size_need, unet_needs
+from draftune.models.needs import Need, autoencoder_needs, equal, reader_needs, size_need, unet_needs
 from draftune.utils.quiet import quiet
 
 OTHER_PIPELINES = (
@@ -26,15 +26,9 @@ def width_needs(unet: Any, width: int | None) -> Iterator[Need]:
 
 
 class UNetFamily(Model):
-    """The sizes of a family whose denoiser is a UNet."""
+    """Base class of families whose denoiser is a UNet."""
 
     lora_prefix = "unet"
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        size = pair(self.denoiser.config.sample_size)
-        assert size is not None  # checked by `size_need` in `needs`
-        return size
 
     @property
     def size_multiple(self) -> int:
