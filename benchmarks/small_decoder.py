@@ -30,7 +30,8 @@ from torch.nn.functional import cosine_similarity
 
 import draftune
 from draftune.models import Model, load_model
-from draftune.models.tiny_decoder import decode_small, load_small_decoder
+from draftune.models.common import decode_vae
+from draftune.models.tiny_decoder import load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.sampling.sampler import rollout
@@ -90,7 +91,7 @@ def distill_decoder(model: Model, latents: Tensor, minutes: float, folder: Path)
     while (progress := (time.perf_counter() - start) / (60 * minutes)) < 1:
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - progress)
         inputs, targets = batches[step % len(batches)]
-        error = decode_small(small, inputs) - targets
+        error = decode_vae(small, inputs, mean=small.config.shift_factor) - targets
         # Differences between neighboring pixels matter for the reward gradient.
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         loss = error.abs().mean() + error.square().mean() + edges

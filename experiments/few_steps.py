@@ -12,12 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from draftune.evaluation.kid import kernel_distance
-from draftune.methods import Batch
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.sampling.ancestral import ancestral
-from draftune.sampling.sampler import Latents
 from draftune.utils.images import grid, open_image
 from experiments.budget import Budget
 from experiments.examples import EXAMPLES, example_files, example_images
@@ -72,9 +70,12 @@ def sample_images(model: Model, names: Sequence[str], steps: int, sampler: str) 
         return model.generate(prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=EVAL_BATCH)
     for start in range(0, len(prompts), EVAL_BATCH):
         batch, generator = prompts[start : start + EVAL_BATCH], torch.Generator().manual_seed(start)
-        denoise, base = model.denoisers(batch, schedule, GUIDANCE_SCALE, "")
-        noise = Latents(model.noise(generator, len(batch)))
-        *_, (*_, clean) = ancestral(Batch(batch, noise, schedule, denoise, base, lambda clean: clean, generator))
+        denoise, noise = model.denoise(batch, schedule, GUIDANCE_SCALE, ""), model.noise(generator, len(batch))
+
+        def fresh_noise(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator)  # noqa: B023
+
+        *_, (*_, clean) = ancestral(denoise, schedule, noise, fresh_noise)
         images.append(model.decode(clean).cpu())
     return torch.cat(images)
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
 from draftune.models import StableDiffusion
-from draftune.models.clamp import clamp_unit
-from draftune.models.tiny_decoder import decode_small
+from draftune.models.common import clamp_unit, decode_vae
 from draftune.sampling.sampler import Denoiser, Latents
 from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
 from helpers.draws import injected, noises
@@ -532,7 +531,8 @@ def test_out_of_range_pixels_are_clamped_as_the_model_says(tmp_path: Path, small
         model.small_decoder = AutoencoderTiny(**widths, **blocks).eval().requires_grad_(False)
     latents = 40 * model.noise(torch.Generator().manual_seed(0), 1)
     latents.requires_grad_()
-    raw = decode_small(model.small_decoder, latents) if small else model.decode_raw(latents)
+    tiny = model.small_decoder
+    raw = decode_vae(tiny, latents, mean=tiny.config.shift_factor) if small else model.decode_raw(latents)
     outside = (raw < 0) | (raw > 1)
     assert outside.any()
     assert not outside.all()

@@ -68,7 +68,7 @@ def test_a_model_that_is_published_in_half_precision_alone(monkeypatch: pytest.M
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "model_index.json")
-    assert fetch_pipeline("some/one") == str(tmp_path)
+    assert fetch_pipeline("some/one") == tmp_path
     assert asked == [None, "fp16"]
 
 

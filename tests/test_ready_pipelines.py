@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
-from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 
 from draftune.errors import DraftuneError
+from draftune.lora import add_lora
 from draftune.models import load_model
 from helpers.odd_models import families
 
@@ -72,15 +73,14 @@ def test_config_scheduler_and_weights_stay(saved: dict[str, Path], family: str) 
     pipeline = DiffusionPipeline.from_pretrained(saved[family])
     for network in networks(pipeline).values():
         network.train()
-    before, names = kept(pipeline), {name: type(part).__name__ for name, part in networks(pipeline).items()}
+    before, classes = kept(pipeline), {name: type(part) for name, part in networks(pipeline).items()}
     model = load_model(pipeline)
     assert model.pipeline is pipeline
     assert_same(before, kept(pipeline))
     for name, network in networks(pipeline).items():
-        assert type(network).__name__ == names[name]
+        assert type(network) is classes[name]
         assert not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
-    assert isinstance(model.denoiser, PeftAdapterMixin)
     if family != "dev":
         # Nor does drawing change any of it.
         model.set_grid("trailing")
@@ -97,5 +97,28 @@ def test_what_is_refused_is_not_changed_at_all(saved: dict[str, Path], family: s
     before, others = kept(pipeline), changeable(pipeline)
     with pytest.raises(DraftuneError, match="EDMEulerScheduler"):
         load_model(pipeline)
+    assert_same(before, kept(pipeline))
+    assert changeable(pipeline) == others
+
+
+@pytest.mark.parametrize("family", ["sd", "dit", "ddpm"])
+def test_a_lora_changes_neither_classes_nor_weights(saved: dict[str, Path], family: str) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(saved[family])
+    model = load_model(pipeline)
+    denoiser, weights = type(model.denoiser), [(p, p.detach().clone()) for p in model.denoiser.parameters()]
+    add_lora(model, 2)
+    assert type(model.denoiser) is denoiser
+    present = {id(parameter): parameter for parameter in model.denoiser.parameters()}
+    for parameter, value in weights:
+        assert torch.equal(present[id(parameter)], value)
+        assert not parameter.requires_grad
+
+
+def test_a_copy_leaves_the_pipeline_unchanged(saved: dict[str, Path]) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(saved["sd"])
+    before, others = kept(pipeline), changeable(pipeline)
+    model = load_model(copy.deepcopy(pipeline))
+    add_lora(model, 2)
+    model.generate(["1"], [0], model.schedule(1), 2.0)
     assert_same(before, kept(pipeline))
     assert changeable(pipeline) == others

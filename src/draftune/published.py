@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from draftune.errors import DraftuneError
-from draftune.utils.hub import is_hub_id
+from draftune.utils.hub import cached_folder
 from draftune.utils.paths import user_path
 
 
@@ -155,16 +155,7 @@ def model_folder(model: str) -> Path | None:
             return folder
     except (DraftuneError, OSError, ValueError):
         return None
-    if not is_hub_id(model):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        index = try_to_load_from_cache(model, "model_index.json")
-    except HFValidationError:
-        return None
-    return Path(index).parent if isinstance(index, str) else None
+    return cached_folder(model, "model_index.json")
 
 
 def config_reader(folder: Path) -> ConfigOf:

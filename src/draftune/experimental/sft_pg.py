@@ -110,7 +110,10 @@ class SFTPG(Method):
     @torch.no_grad()
     def rollout(self, batch: Batch) -> list[Transition]:
         """Sample and score a batch with the current weights, and train the value network (and an online reward)."""
-        path = [(step, x, following) for step, x, _, following in ancestral(batch)]
+        path = [
+            (step, x, following)
+            for step, x, _, following in ancestral(batch.denoise, batch.schedule, batch.noise, batch.fresh_noise)
+        ]
         random = [(step, x, following) for step, x, following in path if step.tau > 0]
         latents = torch.stack([x for _, x, _ in random], 1)
         if self.learner is None:

@@ -1,4 +1,4 @@
-"""LoRA: adding one to a model, reading and writing files, the algebra of what they add to weights."""
+"""LoRA: adding it to a model, reading and writing files, and low-rank algebra."""
 
 from draftune.lora.adapter import (
     ADAPTER,

@@ -1,4 +1,4 @@
-"""LoRAs on a model: adding one to train, attaching those of files, their strengths, saving."""
+"""Add, load, scale and save LoRAs on a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,36 +21,53 @@ from draftune.lora.reader import read_lora
 from draftune.utils.logging import logger
 from draftune.utils.quiet import quiet
 
-if TYPE_CHECKING:
-    from draftune.models import Model
-
 ADAPTER = "default"
-"""The name of the LoRA that is trained, or loaded alone."""
+"""The adapter name of the LoRA that is trained, or of a single loaded LoRA."""
 KEPT = "kept"
-"""The name of a frozen LoRA that belongs to the base of a training, where there is one."""
+"""The adapter name of a frozen LoRA that belongs to the base model of a training run."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The default target modules: the attention layers."""
+
+
+class Model(Protocol):
+    """The members of `draftune.models.Model` that LoRA functions use."""
+
+    name: str
+    lora_prefix: str
+    kept: LoRADeltas | None
+
+    @property
+    def denoiser(self) -> Any: ...
+
+    @property
+    def lora_networks(self) -> dict[str, Any]: ...
+
+    @property
+    def grid(self) -> dict[str, Any]: ...
+
+    def unused_layers(self) -> frozenset[str]: ...
 
 
 def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
-    """Add a trainable LoRA to the model's denoiser: A Gaussian, B zero, so that nothing changes yet.
+    """Add a trainable LoRA to the model's denoiser (Hu et al., 2021, arXiv:2106.09685).
 
-    The LoRA's weights are float32 whatever the model's precision.
+    W = W_0 + (alpha / rank) * B @ A, with A Gaussian and B zero, so that the model's output does not change yet.
+    A and B are float32 whatever the model's precision.
 
     Args:
-        model: carries no LoRA of this name yet.
-        rank: of every layer.
-        alpha: the LoRA acts at alpha / rank; the rank where None.
-        targets: ends of the names of the layers to adapt.
+        model: A model without a trainable LoRA.
+        rank: The rank of every layer.
+        alpha: The numerator of the scale alpha / rank; None for `rank`, that is a scale of 1.
+        targets: The ends of the names of the layers to adapt (`target_modules` in peft).
 
     Raises:
-        DraftuneError: no layer has such a name or reaches the image, or the model carries a LoRA already.
+        DraftuneError: No layer has such a name, no such layer affects the image, or the model already has a LoRA.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
-        raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to train another")
-    targets = [target.strip() for target in targets]
-    targets = used_targets(model, targets)
+        raise DraftuneError(f"{model.name!r} already has a LoRA: load the model again to train another one")
+    targets = used_targets(model, [target.strip() for target in targets])
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
@@ -58,70 +75,73 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         init_lora_weights="gaussian",
     )
     with quiet():
-        model.denoiser.add_adapter(config, adapter_name=ADAPTER)
+        # The method `add_adapter` of diffusers exists only for some classes of networks.
+        inject_adapter_in_model(config, model.denoiser, ADAPTER)
+    model.denoiser._hf_peft_config_loaded = True
+    set_lora_scale(model, 1.0)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-    if model.kept is not None:
-        set_lora_scale(model, 1.0)  # or the new one would be active alone
 
 
 def used_targets(model: Model, targets: Sequence[str]) -> list[str]:
-    """Return the targets, or, if some of their layers never reach the image, the full names of the others.
+    """Return the targets, or the full names of their layers if some of these layers do not affect the image.
 
     Raises:
-        DraftuneError: a target ends no layer's name, or no layer is left.
+        DraftuneError: A target matches no layer, or no matching layer affects the image.
     """
     modules = model.denoiser.named_modules()
-    # A layer that carries another LoRA lies one deeper.
+    # peft moves a layer that has a LoRA to LAYER.base_layer.
     layers = [name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)]
     chosen: dict[str, None] = {}
     for target in targets:
-        found = [name for name in layers if name == target or name.endswith("." + target)]
-        if not found:
+        matches = [name for name in layers if name == target or name.endswith("." + target)]
+        if not matches:
             raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
-        chosen |= dict.fromkeys(found)
+        chosen |= dict.fromkeys(matches)
     unused = sorted(chosen.keys() & model.unused_layers())
     if not unused:
         return list(targets)
     if len(unused) == len(chosen):
         raise DraftuneError(
-            f"no layer that lora_targets names changes what {model.name!r} draws: the output of {unused[0]} is not used"
+            f"no layer of lora_targets affects the images of {model.name!r}: the output of {unused[0]}, for example, "
+            "is not used"
         )
     logger.warning(
-        f"{len(unused)} of the {len(chosen)} layers that lora_targets names get no LoRA, such as {unused[0]}: their "
-        "output never reaches the image"
+        f"{len(unused)} of the {len(chosen)} layers of lora_targets get no LoRA, such as {unused[0]}: their output "
+        "never reaches the image"
     )
     return [name for name in chosen if name not in unused]
 
 
 def lora_parameters(model: Model) -> dict[str, nn.Parameter]:
-    """Return the trainable tensors by name."""
+    """Return the trainable parameters of the denoiser by name."""
     return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
 
 
 def set_lora_scale(model: Model, scale: float) -> None:
-    """Set the LoRA's strength: 0 is the base model, 1 is as trained."""
+    """Set the LoRA's scale: 0 gives the base model, 1 the fine-tuned model."""
     set_lora_scales(model, {ADAPTER: scale} if model.kept is None else {KEPT: 1.0, ADAPTER: scale})
 
 
 def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
-    """Set the strength of each LoRA by the name it was loaded under: the weights are W_0 + sum_i scale_i dW_i.
+    """Set the scale of each LoRA by its adapter name: W = W_0 + sum_i scale_i * dW_i. All others are deactivated.
 
-    A LoRA of which nothing is said is not active.
+    Raises:
+        DraftuneError: The model has no LoRA of this name.
     """
     from diffusers.utils import set_weights_and_activate_adapters
 
     known = {name for network in model.lora_networks.values() for name in getattr(network, "peft_config", {})}
     if missing := set(scales) - known:
-        raise DraftuneError(f"{model.name!r} carries no LoRA {min(missing)!r}, only {sorted(known)}")
+        raise DraftuneError(f"{model.name!r} has no LoRA {min(missing)!r}, only {sorted(known)}")
     for network in model.lora_networks.values():
-        # The network's own set_adapters does the same, but in some versions of diffusers not for every network.
+        # The method `set_adapters` does the same, but some versions of diffusers lack it for some networks.
         set_weights_and_activate_adapters(network, list(scales), list(scales.values()))
     freeze_loaded(model)
 
 
 def freeze_loaded(model: Model) -> None:
-    """Freeze all LoRAs but the denoiser's that is trained: peft makes all that is active trainable."""
+    """Freeze all loaded LoRAs: peft makes every active LoRA trainable."""
     for network in model.lora_networks.values():
         configs = getattr(network, "peft_config", {})
         loaded = [f".{name}." for name, config in configs.items() if is_loaded(config)]
@@ -131,18 +151,18 @@ def freeze_loaded(model: Model) -> None:
 
 
 def is_loaded(config: Any) -> bool:
-    """Return whether an adapter's config is one of `attach`, which names its layers by an expression."""
+    """Return whether an adapter's config comes from `attach`, whose `target_modules` is a regular expression."""
     return isinstance(config.target_modules, str)
 
 
 @contextmanager
 def adapted_by(network: nn.Module, name: str) -> Iterator[None]:
-    """Activate a network's adapter of this name alone, or none where it has no such adapter, inside this block."""
+    """Activate only the adapter of this name inside this context, or no adapter if the network has no such adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
     active = [layer._active_adapter for layer in layers]
-    # peft's own way to choose would also turn on and off what is trained.
+    # `set_adapter` of peft would also change which parameters are trainable.
     try:
         for layer in layers:
             layer._active_adapter = [name]
@@ -153,19 +173,19 @@ def adapted_by(network: nn.Module, name: str) -> Iterator[None]:
 
 
 def load_lora(model: Model, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False) -> LoRADeltas:
-    """Load a LoRA of any tool onto the model, frozen.
+    """Load a LoRA file of any tool into the model, frozen.
 
     Args:
-        model: any.
-        source: a LoRA file, its folder or a run's folder.
-        name: under which it is loaded, where there are several.
-        skip_text_encoder: whether its layers of text encoders are left out.
+        model: A model without a LoRA of this name.
+        source: A LoRA file, its folder or a run's folder.
+        name: The adapter name, to load several LoRAs.
+        skip_text_encoder: Whether to skip layers of text encoders.
 
     Returns:
-        What it adds to each layer.
+        The weight change of each layer.
 
     Raises:
-        DraftuneError: the file can't be read, or does not fit the model.
+        DraftuneError: The file can't be read or does not fit the model.
     """
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     attach(model, deltas, name)
@@ -173,20 +193,18 @@ def load_lora(model: Model, source: Path | str, name: str = ADAPTER, skip_text_e
 
 
 def attach(model: Model, deltas: LoRADeltas, name: str = ADAPTER) -> None:
-    """Attach a LoRA that was read for this model, at strength 1 and frozen; no random number is drawn."""
+    """Add a LoRA that was read for this model, frozen and with scale 1. No random numbers are used."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if any(name in getattr(network, "peft_config", {}) for network in model.lora_networks.values()):
-        raise DraftuneError(
-            f"{model.name!r} carries a LoRA {name!r} already: give another name, or load the model anew"
-        )
+        raise DraftuneError(f"{model.name!r} already has a LoRA {name!r}: give another name, or load the model again")
     for part, network in model.lora_networks.items():
         layers = {in_network(part, layer, network): delta for layer, delta in deltas.of_part(part).items()}
         if not layers:
             continue
         ranks = Counter(delta.rank for delta in layers.values())
         (most, _), *_ = ranks.most_common(1)
-        # Names as regular expressions, since peft takes a plain one for the end of any name as well.
+        # Regular expressions, since peft matches a plain name with the end of every layer's name.
         patterns = {f"^{exactly([n for n, d in layers.items() if d.rank == r])}": r for r in ranks if r != most}
         config = LoraConfig(
             r=most,
@@ -203,63 +221,70 @@ def attach(model: Model, deltas: LoRADeltas, name: str = ADAPTER) -> None:
 
 
 def exactly(names: Sequence[str]) -> str:
+    """Return a regular expression that matches only these names."""
     return f"(?:{'|'.join(map(re.escape, sorted(names)))})"
 
 
 def fill(network: nn.Module, layers: Mapping[str, LoRADelta], name: str) -> None:
-    """Put the changes into a network's adapter of the same layers and ranks, whose strength is 1."""
+    """Copy weight changes into a network's adapter with the same layers and ranks and scale 1."""
     modules = dict(network.named_modules())
     for layer, delta in layers.items():
-        wrapped = modules[layer]
-        for halves, tensor in ((wrapped.lora_A, delta.down), (wrapped.lora_B, delta.up)):
-            weight: torch.Tensor = wrapped.get_base_layer().weight
-            stored = tensor.to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True)
-            halves[name].weight = nn.Parameter(stored, requires_grad=False)
+        module = modules[layer]
+        for factors, tensor in ((module.lora_A, delta.down), (module.lora_B, delta.up)):
+            weight: torch.Tensor = module.get_base_layer().weight
+            values = tensor.to(weight.device, torch.promote_types(weight.dtype, torch.float32), copy=True)
+            factors[name].weight = nn.Parameter(values, requires_grad=False)
 
 
 def attached(model: Model, name: str = ADAPTER) -> dict[str, LoRADelta]:
-    """Return the changes that a model's LoRA of this name makes at strength 1, by PART.LAYER."""
+    """Return the weight changes of a model's LoRA at scale 1, by PART.LAYER."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = {}
+    deltas = {}
     for part, network in model.lora_networks.items():
         for layer, module in network.named_modules():
             if isinstance(module, BaseTunerLayer) and name in module.lora_A:
                 down, up = (half[name].weight.detach().float().cpu() for half in (module.lora_A, module.lora_B))
-                strength = module.lora_alpha[name] / module.r[name]
-                found[f"{part}.{canonical(part, layer)}"] = LoRADelta(down, up).scaled(strength)
-    return found
+                scale = module.lora_alpha[name] / module.r[name]
+                deltas[f"{part}.{canonical(part, layer)}"] = LoRADelta(down, up).scaled(scale)
+    return deltas
 
 
 def freeze_lora(model: Model, source: Path | str, skip_text_encoder: bool = False) -> None:
-    """Make a LoRA part of the base before another is added: frozen, active, and saved with that one as their sum.
+    """Make a LoRA a frozen part of the base model, before `add_lora` adds the one to train.
 
-    It is never added to the weights, whose precision may be too coarse to hold it. Raises DraftuneError if it does not
-    fit the model, can't be saved again, or the model carries a LoRA already.
+    `save_lora` saves the sum of both. The frozen LoRA is not merged into the weights, since half precision would round
+    it.
+
+    Raises:
+        DraftuneError: The LoRA does not fit the model or can't be saved, or the model already has a LoRA.
     """
     if getattr(model.denoiser, "peft_config", {}):
-        raise DraftuneError(f"{model.name!r} carries a LoRA already: load the model anew to go on from another")
+        raise DraftuneError(f"{model.name!r} already has a LoRA: load the model again to continue from another one")
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
-    deltas.tensors()
+    deltas.tensors()  # raises for a LoRA that can't be saved
     attach(model, deltas, KEPT)
     model.kept = deltas
 
 
 def save_lora(model: Model, folder: Path | str) -> Path:
-    """Write the LoRA in diffusers' format, with its alpha, the base model's name and the sampler's settings.
+    """Write the LoRA in diffusers' format, with alpha, the base model's name and the timestep settings as metadata.
 
-    With a LoRA that belongs to the base the file holds the sum of both, so that it is one of the model itself.
+    If the model has a frozen LoRA (`freeze_lora`), the file contains the sum of both.
 
     Returns:
-        The file's path.
+        The path of the file in `folder`.
+
+    Raises:
+        DraftuneError: The model has no LoRA.
     """
     from peft.utils import get_peft_model_state_dict
 
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
-        raise DraftuneError(f"{model.name!r} carries no LoRA to save")
+        raise DraftuneError(f"{model.name!r} has no LoRA to save")
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
     if is_loaded(config):
-        # It was loaded: its ranks may differ, and it may adapt text encoders.
+        # A loaded LoRA can have layers of different ranks and adapt text encoders.
         return LoRADeltas(attached(model), model.name, json.dumps(model.grid)).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}

@@ -1,4 +1,4 @@
-"""LoRA files: finding them, their metadata, the tensors that are in them by layer, and writing them for diffusers."""
+"""LoRA files: find them, read their tensors and metadata, and write them in diffusers' format."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from draftune.utils.tensors import save_tensors
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "lora_adapter_metadata"
-"""The metadata key under which diffusers and peft store rank and alpha, as JSON."""
+"""The metadata key of rank and alpha in files of diffusers and peft, as JSON."""
 GRID_SAID = "sampler_grid"
-"""The metadata key of the sampler settings that the LoRA was trained with, as JSON of what `Model.set_grid` takes."""
+"""The metadata key of the timestep settings that the LoRA was trained with, as JSON: the arguments of `set_grid`."""
 
-# What stands after a layer's name in the keys of diffusers, peft, kohya's sd-scripts, LyCORIS, ai-toolkit, SimpleTuner
-# and OneTrainer. peft may put an adapter's name before ".weight".
+# The suffixes after a layer's name in the keys of diffusers, peft, kohya's sd-scripts, LyCORIS, ai-toolkit, SimpleTuner
+# and OneTrainer. peft may insert an adapter's name before ".weight".
 SUFFIXES: dict[str, str] = {
     "down": r"\.lora_(?:down|A)(?:\.\w+)?\.weight|\.lora(?:_linear_layer)?\.down\.weight",
     "up": r"\.lora_(?:up|B)(?:\.\w+)?\.weight|\.lora(?:_linear_layer)?\.up\.weight",
@@ -37,14 +37,20 @@ SUFFIXES: dict[str, str] = {
     "dora_scale": r"\.dora_scale",
     "magnitude": r"\.lora_magnitude_vector(?:\.(?!weight)\w+)?(?:\.weight)?",
 }
-# The oldest format of diffusers ("attn1.processor.to_q_lora.down.weight") and that of XLabs ("qkv_lora1.down.weight"):
-# "_lora" belongs to the layer's name.
+# In the oldest format of diffusers ("attn1.processor.to_q_lora.down.weight") and in that of XLabs
+# ("qkv_lora1.down.weight"), "_lora" is part of the layer's name.
 NAMED_LORA = re.compile(r"(_lora\d?)\.(down|up)\.weight$")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Rank and alpha of the layers of one network, as peft stores them."""
+    """The peft config of the LoRA of one network.
+
+    Attributes:
+        rank: The rank of all layers.
+        alpha: The numerator of the scale alpha / rank.
+        targets: The names of the layers, or their ends.
+    """
 
     rank: int
     alpha: float
@@ -56,11 +62,11 @@ class LoRAFile:
     """The contents of a LoRA file.
 
     Attributes:
-        path: the file.
-        layers: by the name of a layer as the file spells it, its tensors by kind: "down", "up", "mid", "alpha",
-            "dora_scale", "magnitude".
-        metadata: the file's own metadata.
-        config: rank and alpha by the metadata or by peft's adapter_config.json, keys as in peft, empty if not there.
+        path: The file.
+        layers: For each layer, by its name in the file: its tensors by kind ("down", "up", "mid", "alpha",
+            "dora_scale", "magnitude").
+        metadata: The file's metadata.
+        config: Rank and alpha from the metadata or from peft's adapter_config.json, with peft's keys; may be empty.
     """
 
     path: Path
@@ -70,23 +76,25 @@ class LoRAFile:
 
     @property
     def base_model(self) -> str | None:
+        """The name of the base model, if the file states it."""
         return self.metadata.get("base_model") or self.config.get("base_model_name_or_path") or None
 
     @property
     def is_dora(self) -> bool:
+        """Whether a layer is a DoRA."""
         return any("dora_scale" in tensors or "magnitude" in tensors for tensors in self.layers.values())
 
 
 def lora_file(source: Path | str) -> Path:
-    """Find a LoRA's file, given itself, its folder or a run's folder.
+    """Return the path of a LoRA file, given the file, its folder or a run's folder.
 
     Raises:
-        DraftuneError: there is none, or the file holds a whole model.
+        DraftuneError: There is no LoRA file, or the file is a single-file checkpoint.
     """
     source = user_path(source)
-    found = sorted(source.glob("*.safetensors")) if source.is_dir() else []
-    alone = found if len(found) == 1 and not (source / "config.json").exists() else []
-    for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME, source / PEFT_FILE, *alone):
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else []
+    only = files if len(files) == 1 and not (source / "config.json").exists() else []
+    for path in (source, source / FILE_NAME, source / "lora" / FILE_NAME, source / PEFT_FILE, *only):
         if path.is_file():
             if error := single_file_error(path):
                 raise error
@@ -94,7 +102,7 @@ def lora_file(source: Path | str) -> Path:
     pickled = [path.name for path in sorted(source.glob("*")) if path.suffix in PICKLES] if source.is_dir() else []
     if pickled:
         raise not_safetensors(source / pickled[0])
-    more = f" ({len(found)} .safetensors files lie there: name one)" if len(found) > 1 else ""
+    more = f" (it has {len(files)} .safetensors files: give the path of one)" if len(files) > 1 else ""
     raise DraftuneError(
         f"no LoRA at {str(source)!r}{more}: give a run's folder, a .safetensors file, or a folder with {FILE_NAME} or "
         f"{PEFT_FILE}"
@@ -102,15 +110,16 @@ def lora_file(source: Path | str) -> Path:
 
 
 def not_safetensors(path: Path) -> DraftuneError:
+    """Return the error for a pickle file."""
     return DraftuneError(
-        f"{str(path)!r} is a pickle file, which can run code when it is read: convert it to safetensors "
+        f"{str(path)!r} is a pickle file, which can run code when it is loaded: convert it to safetensors "
         "(safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW))"
     )
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises DraftuneError if it is none."""
+    """Open a safetensors file. Raises DraftuneError if it is not readable as safetensors."""
     if path.suffix.lower() in PICKLES:
         raise not_safetensors(path)
     try:
@@ -124,7 +133,8 @@ def read_file(source: Path | str) -> LoRAFile:
     """Read a LoRA file in the format of any tool.
 
     Raises:
-        DraftuneError: not a safetensors file, no LoRA, a kind of adapter that is not one, or damaged metadata.
+        DraftuneError: The file is not a safetensors file, contains no LoRA or another kind of adapter, or its metadata
+            is damaged.
     """
     path = lora_file(source)
     with opened(path) as file:
@@ -137,27 +147,27 @@ def read_file(source: Path | str) -> LoRAFile:
         if not kind:
             others.append(key)
         elif kind in layers.setdefault(name, {}):
-            raise DraftuneError(f"{str(path)!r} holds two tensors of one kind for {name}, one of them is {key}")
+            raise DraftuneError(f"{str(path)!r} holds two {kind!r} tensors for {name}, one of them is {key}")
         else:
             layers[name][kind] = tensor
-    if not any("down" in found or "up" in found for found in layers.values()):
+    if not any("down" in kinds or "up" in kinds for kinds in layers.values()):
         raise no_lora(path, others)
     if others:
         raise DraftuneError(
-            f"{str(path)!r} is no plain LoRA: {len(others)} of its {len(tensors)} tensors can't be applied, such as "
-            f"{others[0]}"
+            f"{str(path)!r} is not a plain LoRA: {len(others)} of its {len(tensors)} tensors are not supported, such "
+            f"as {others[0]}"
         )
     return LoRAFile(path, layers, metadata, adapter_config(path, metadata))
 
 
 def no_lora(path: Path, keys: Sequence[str]) -> DraftuneError:
-    """Return the error for a file with these tensors, none of which is a half of a LoRA."""
+    """Return the error for a file with these keys, none of which is a LoRA factor."""
     example = f": it holds {keys[0]}; LoHa, LoKr and whole weights are not supported" if keys else ""
     return DraftuneError(f"{str(path)!r} holds no LoRA{example}")
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Split a tensor's key into a layer's name and a kind of tensor, which is empty where none is known."""
+    """Split a tensor's key into the layer's name and the kind of tensor, which is "" if it is unknown."""
     for kind, suffix in SUFFIXES.items():
         if match := re.search(f"(?:{suffix})$", key):
             return key[: match.start()], kind
@@ -167,23 +177,23 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Read rank and alpha of a file: of its metadata, else of peft's adapter_config.json beside it.
+    """Read rank and alpha from a file's metadata, or from peft's adapter_config.json in the same folder.
 
     Returns:
-        The entries as they are stored: diffusers puts "unet." or "text_encoder." before peft's names.
+        The entries as they are stored: diffusers adds the prefix "unet." or "text_encoder." to peft's keys.
 
     Raises:
-        DraftuneError: they can't be read.
+        DraftuneError: The config can't be read, or belongs to another kind of adapter.
     """
-    beside = path.with_name(PEFT_CONFIG)
+    peft_config = path.with_name(PEFT_CONFIG)
     where = CONFIG if CONFIG in metadata else PEFT_CONFIG
     try:
         if CONFIG in metadata:
             config = json.loads(metadata[CONFIG])
-        elif path.name == PEFT_FILE and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+        elif path.name == PEFT_FILE and peft_config.is_file():
+            config = json.loads(peft_config.read_text(encoding="utf-8"))
             if (kind := config.get("peft_type", "LORA")) != "LORA":
-                raise DraftuneError(f"{str(path)!r} is no LoRA: its {PEFT_CONFIG} says {kind}")
+                raise DraftuneError(f"{str(path)!r} is not a LoRA: peft_type in its {PEFT_CONFIG} is {kind!r}")
         else:
             return {}
         for name, value in config.items():
@@ -193,14 +203,14 @@ def adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
                 {str(key): float(number) for key, number in (value or {}).items()}
         return dict(config)
     except (ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        raise DraftuneError(f"the metadata of {str(path)!r} is no LoRA's: {where} can't be read") from error
+        raise DraftuneError(f"the metadata of {str(path)!r} is damaged: {where} can't be read") from error
 
 
 def base_model(source: Path | str) -> str | None:
-    """Return the name of the model that a LoRA was trained on, where its file says so.
+    """Return the name of the base model of a LoRA file; None if the file does not state it.
 
     Raises:
-        DraftuneError: there is no such file, or it holds no LoRA.
+        DraftuneError: There is no such file, or it contains no LoRA.
     """
     path = lora_file(source)
     with opened(path) as file:
@@ -211,14 +221,18 @@ def base_model(source: Path | str) -> str | None:
 
 
 def saved_grid(source: Path | str) -> dict[str, Any]:
-    """Return the sampler settings that a LoRA was trained with, as far as its file says so. Raises DraftuneError."""
+    """Return the timestep settings that a LoRA was trained with, from its file's metadata; may be empty.
+
+    Raises:
+        DraftuneError: There is no such file, or its metadata is damaged.
+    """
     with opened(lora_file(source)) as file:
-        stored = (file.metadata() or {}).get(GRID_SAID, "{}")
+        text = (file.metadata() or {}).get(GRID_SAID, "{}")
     try:
-        found = json.loads(stored)
-        return {name: found[name] for name in GRID if name in found}
+        settings = json.loads(text)
+        return {name: settings[name] for name in GRID if name in settings}
     except (ValueError, TypeError) as error:
-        raise DraftuneError(f"the metadata of {str(source)!r} is no LoRA's: {GRID_SAID} can't be read") from error
+        raise DraftuneError(f"the metadata of {str(source)!r} is damaged: {GRID_SAID} can't be read") from error
 
 
 def write_lora(
@@ -227,24 +241,24 @@ def write_lora(
     """Write a LoRA in diffusers' format, FOLDER/pytorch_lora_weights.safetensors.
 
     Args:
-        folder: made if it is not there.
-        tensors: PART.LAYER.lora_A.weight and PART.LAYER.lora_B.weight.
-        configs: by PART ("unet", "text_encoder") the rank and alpha of all of its layers.
-        metadata: more of the file's metadata.
+        folder: Created if it does not exist.
+        tensors: By PART.LAYER.lora_A.weight and PART.LAYER.lora_B.weight.
+        configs: By PART ("unet", "text_encoder"): the rank and alpha of its layers.
+        metadata: More metadata of the file.
 
     Returns:
         The file's path.
     """
-    # From the denoiser's first name diffusers takes whether all of them are peft's, and drops those that are not
-    # without a word. For a text encoder it wants peft's names.
+    # diffusers decides by the first name of the denoiser whether all names are peft's, and silently ignores the others.
+    # For text encoders it expects peft's names.
     names = {
         name: name
         if name.startswith(TEXT_ENCODER)
         else name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
         for name in tensors
     }
-    # diffusers takes alpha from the metadata alone; without it, another strength is loaded silently. No more than what
-    # every version of peft understands; older versions of diffusers want the patterns, empty or not.
+    # diffusers reads alpha only from the metadata, and otherwise silently loads another scale. Only keys that every
+    # version of peft knows are written; older versions of diffusers require the patterns, even if empty.
     config: dict[str, Any] = {
         f"{part}.{key}": value
         for part, c in configs.items()

@@ -1,6 +1,6 @@
-"""Which layer of a network a name in a LoRA file means, in the spelling of any tool.
+"""Map the layer names in LoRA files of any tool to layers of the pipeline's networks.
 
-A name is looked up with dots as underscores, as kohya's sd-scripts write them. So one table serves diffusers' names
+Names are compared with dots replaced by underscores, as in kohya's sd-scripts. So one table covers diffusers' names
 ("down_blocks.0.attentions.0.proj_in"), kohya's ("lora_unet_down_blocks_0_attentions_0_proj_in"), and those of the
 networks' original code ("input_blocks.1.1.proj_in", "double_blocks.0.img_attn.qkv").
 """
@@ -16,36 +16,41 @@ from torch import nn
 LAYERS = (nn.Linear, nn.Conv2d)
 TEXT_ENCODER = "text_encoder"
 TEXT_NAME = re.compile(r"lora_te\d?_|text_encoders?_|te\d?_|clip_[lg]_|t5(?:xxl)?_")
-"""How the names of layers of text encoders begin, with underscores."""
+"""The prefixes of text encoder layers, with underscores."""
 WRAPPERS = (
     *("base_model_model_", "module_", "_orig_mod_", "model_diffusion_model_", "diffusion_model_"),
     *("lora_unet_", "lora_transformer_", "lycoris_", "unet_", "transformer_"),
 )
-"""What tools put before a denoiser's layer."""
+"""The prefixes that tools put before a denoiser layer's name."""
 
 
 class Target(NamedTuple):
-    """The layers that one matrix of a file stands for: several where the original network fuses them."""
+    """The layers that one LoRA matrix applies to: several if the original network fuses them into one.
+
+    Attributes:
+        layers: PART.LAYER, in the order of the rows of `up`.
+        halves_swapped: Whether the two halves of the rows are swapped, as scale and shift in FLUX's last normalization.
+    """
 
     layers: tuple[str, ...]
-    """PART.LAYER, in the order of the rows of `up`."""
     halves_swapped: bool = False
-    """Whether the rows' two halves are swapped, as scale and shift are in FLUX's last normalization."""
 
 
 class NameTable:
-    """The layers of a pipeline's networks by all names that LoRA files have for them.
+    """A lookup table from the names in LoRA files to the layers of a pipeline's networks.
 
     Args:
-        networks: by PART, the denoiser's prefix ("unet", "transformer") first, then the text encoders by their names
-            in the pipeline ("text_encoder", "text_encoder_2", ...).
+        networks: By PART: the denoiser ("unet" or "transformer"), then the text encoders by their names in the pipeline
+            ("text_encoder", "text_encoder_2", ...).
+
+    Attributes:
+        layers: The layers by PART.LAYER.
+        targets: By a name with underscores; None for a name that is ambiguous.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self.layers: dict[str, nn.Module] = {}
-        """The layers by PART.LAYER."""
         self.targets: dict[str, Target | None] = {}
-        """By a name with underscores; None where two layers have it."""
         encoders = [part for part in networks if part.startswith(TEXT_ENCODER)]
         for part, network in networks.items():
             layers = dict(adaptable_layers(network))
@@ -64,6 +69,7 @@ class NameTable:
                         self.add([alias], target._replace(layers=names))
 
     def add(self, names: list[str], target: Target) -> None:
+        """Add names of one target; a name that already has another target becomes ambiguous."""
         for name in names:
             flat = name.replace(".", "_")
             known = self.targets.setdefault(flat, target)
@@ -71,26 +77,26 @@ class NameTable:
                 self.targets[flat] = None
 
     def find(self, name: str) -> Target | None:
-        """Return the layers that a file's name means, None where there are none or it is not clear which."""
+        """Return the target of a name in a file; None if the name is unknown or ambiguous."""
         targets = {self.targets.get(n) for n in unwrapped(name)} - {None}
         return targets.pop() if len(targets) == 1 else None
 
 
 def unwrapped(name: str) -> set[str]:
-    """Return a name with underscores, and what is left of it without what tools put before it."""
-    found = {name.replace(".", "_")}
-    while more := {n.removeprefix(w) for n in found for w in WRAPPERS if n.startswith(w)} - found:
-        found |= more
-    return found
+    """Return a name with underscores, and the same name without any combination of the prefixes of tools."""
+    names = {name.replace(".", "_")}
+    while more := {n.removeprefix(w) for n in names for w in WRAPPERS if n.startswith(w)} - names:
+        names |= more
+    return names
 
 
 def is_text(name: str) -> bool:
-    """Return whether a name is that of a text encoder's layer."""
+    """Return whether a name belongs to a text encoder's layer."""
     return any(TEXT_NAME.match(n) for n in unwrapped(name))
 
 
 def adaptable_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the linear and convolution layers by name; of a layer that carries LoRAs already, the layer itself."""
+    """Yield the linear and convolution layers by name; for layers with a LoRA, the original layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     inside: tuple[str, ...] = ()
@@ -103,19 +109,19 @@ def adaptable_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def canonical(part: str, name: str) -> str:
-    """Return a layer's name as LoRA files spell it: with the "text_model." of CLIP, which transformers 5 dropped."""
+    """Return a layer's name as in LoRA files: with CLIP's prefix "text_model.", which transformers 5 removed."""
     return f"text_model.{name}" if part.startswith(TEXT_ENCODER) and name.startswith("encoder.layers.") else name
 
 
 def in_network(part: str, name: str, network: nn.Module) -> str:
-    """Return the name in the network of a layer by its canonical name."""
+    """Return a layer's name in the network, given its canonical name."""
     plain = name.removeprefix("text_model.")
     is_clip = part.startswith(TEXT_ENCODER) and not hasattr(network, "text_model")
     return plain if is_clip else name
 
 
 def own_aliases(name: str) -> Iterator[str]:
-    """Yield the names of diffusers' oldest format, in which a LoRA belonged to an attention processor."""
+    """Yield a layer's names in diffusers' oldest format, in which LoRAs belonged to attention processors."""
     attention, _, layer = name.removesuffix(".0").rpartition(".")
     if layer in ("to_q", "to_k", "to_v", "to_out"):
         yield f"{attention}.processor.{layer}_lora"
@@ -123,18 +129,18 @@ def own_aliases(name: str) -> Iterator[str]:
 
 
 def text_prefixes(part: str, encoders: list[str]) -> list[str]:
-    """Return what the names of a text encoder's layers begin with."""
+    """Return the possible prefixes of a text encoder's layers."""
     number = part.removeprefix(f"{TEXT_ENCODER}_") if part != TEXT_ENCODER else "1"
     prefixes = [f"{part}_", f"lora_te{number}_"]
     if part == TEXT_ENCODER:
         prefixes.append("lora_te_")
     if f"{TEXT_ENCODER}_3" not in encoders and part == f"{TEXT_ENCODER}_2":
-        prefixes.append("lora_te3_")  # kohya calls T5 the third one in FLUX too, whose pipeline has two
+        prefixes.append("lora_te3_")  # kohya's name of T5, also for FLUX, which has only two text encoders
     return prefixes
 
 
 def text_aliases(name: str) -> Iterator[str]:
-    """Yield the names of a text encoder's layer, with and without CLIP's "text_model.", and diffusers' oldest ones."""
+    """Yield a text encoder layer's names: with and without CLIP's "text_model.", and in diffusers' oldest format."""
     plain = name.removeprefix("text_model.")
     attention, _, layer = plain.rpartition(".")
     spellings = [plain]
@@ -146,7 +152,7 @@ def text_aliases(name: str) -> Iterator[str]:
 
 
 def original_aliases(network: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Yield the names of the network's original code, with diffusers' layers; some may not be there."""
+    """Yield the names in the network's original code and their layers in diffusers, some of which may not exist."""
     kind = type(network).__name__
     if kind == "UNet2DConditionModel":
         yield from ldm_names(network)
@@ -155,31 +161,25 @@ def original_aliases(network: nn.Module) -> Iterator[tuple[str, Target]]:
 
 
 def ldm_names(unet: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Yield the names of CompVis' and Stability's UNets, which kohya's trainer uses for SDXL."""
+    """Yield the names of the original UNets of CompVis and Stability AI, which kohya's trainer uses for SDXL."""
     inner = (
         *(("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("conv2", "out_layers.3")),
         ("conv_shortcut", "skip_connection"),
     )
     blocks: dict[str, str] = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     blocks["mid_block.attentions.0"] = "middle_block.1"
-    number = 1
-    for i, block in enumerate(unet.down_blocks):  # type: ignore[arg-type]
-        for j in range(len(block.resnets)):
-            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
-            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
-            number += 1
-        if getattr(block, "downsamplers", None):
-            yield f"input_blocks.{number}.0.op", Target((f"down_blocks.{i}.downsamplers.0.conv",))
-            number += 1
-    number = 0
-    for i, block in enumerate(unet.up_blocks):  # type: ignore[arg-type]
-        last = 2 if getattr(block, "attentions", None) else 1
-        for j in range(len(block.resnets)):
-            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
-            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
-            number += 1
-        if getattr(block, "upsamplers", None):
-            yield f"output_blocks.{number - 1}.{last}.conv", Target((f"up_blocks.{i}.upsamplers.0.conv",))
+    for ours, theirs, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
+        for i, block in enumerate(getattr(unet, ours)):
+            for j in range(len(block.resnets)):
+                blocks[f"{ours}.{i}.resnets.{j}"] = f"{theirs}.{number}.0"
+                blocks[f"{ours}.{i}.attentions.{j}"] = f"{theirs}.{number}.1"
+                number += 1
+            if getattr(block, "downsamplers", None):
+                yield f"{theirs}.{number}.0.op", Target((f"{ours}.{i}.downsamplers.0.conv",))
+                number += 1
+            if getattr(block, "upsamplers", None):
+                last = 2 if getattr(block, "attentions", None) else 1
+                yield f"{theirs}.{number - 1}.{last}.conv", Target((f"{ours}.{i}.upsamplers.0.conv",))
     others = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -199,7 +199,7 @@ def ldm_names(unet: nn.Module) -> Iterator[tuple[str, Target]]:
 
 
 def flux_names(transformer: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Yield the names of Black Forest Labs' FLUX.1, which kohya's trainer uses, and of XLabs' LoRAs."""
+    """Yield the names of the original FLUX.1 code, which kohya's trainer uses, and those of XLabs' LoRAs."""
     for i in range(len(transformer.transformer_blocks)):  # type: ignore[arg-type]
         ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
         image = tuple(f"{ours}.attn.{name}" for name in ("to_q", "to_k", "to_v"))

@@ -55,7 +55,7 @@ class AdjointMatching(Method):
         for batch in batches:
             path = []
             with torch.no_grad():
-                for step, x, _, following in ancestral(batch):
+                for step, x, _, following in ancestral(batch.denoise, batch.schedule, batch.noise, batch.fresh_noise):
                     path.append((step, x))
                     clean = following
             clean.requires_grad_()

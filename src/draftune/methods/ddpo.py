@@ -123,7 +123,7 @@ class DDPO(Method):
         rollouts = []
         for batch in batches:
             steps = []
-            for step, x, policy, following in ancestral(batch):
+            for step, x, policy, following in ancestral(batch.denoise, batch.schedule, batch.noise, batch.fresh_noise):
                 if step.tau > 0:
                     steps.append((step, x, following, log_probability(following, policy, step)))
             rollouts.append((batch, steps, batch.reward(following)))

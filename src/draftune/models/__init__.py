@@ -1,8 +1,9 @@
-"""Text-to-image models: one adapter per family of diffusers pipelines."""
+"""Text-to-image models: one class per family of diffusers pipelines, and `load_model`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ FAMILIES: dict[str, type[Model]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
 }
+"""The family of each supported pipeline class. An added entry makes its pipelines loadable."""
 MODELS = {
     "emoji": "emoji at 64x64 from their names, shipped with this package",
     "CompVis/stable-diffusion-v1-4": "Stable Diffusion 1.4, the paper's model (from the hub)",
@@ -48,92 +50,118 @@ MODELS = {
 
 
 def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> Model:
-    """A model by its name ("emoji"), the folder of a saved pipeline, a hub id, or a ready diffusers pipeline.
+    """Load a model.
 
-    Weights are read from safetensors alone, as float32; with the `precision` that `Model.to` is asked for next, "bf16"
-    or "fp16", the denoiser's in that one and all others as they were saved.
+    A pipeline object is used in place, not copied. Loading and training change its networks as follows:
 
-    A ready pipeline is used and not copied, so that its networks change: they are put into evaluation mode, frozen
-    (`requires_grad`), laid out in memory with channels last, and made to compute their blocks again in a backward pass
-    (the denoiser's according to `Model.set_checkpointing`); a denoiser whose class has no methods for adapters gets a
-    class of the same name that has them. `Model.to` moves and casts them, and a LoRA is added to the denoiser. The
-    pipeline's config, its scheduler and the values of its weights stay as they are.
+    - evaluation mode, `requires_grad=False`, and channels-last memory layout;
+    - gradient checkpointing of their blocks is enabled or disabled, see `Model.set_checkpointing`;
+    - `Model.to` moves and casts them;
+    - a LoRA adds its layers and the attribute `peft_config` to the denoiser.
 
-    Raises DraftuneError for a model that is not there, whose pipeline class is not supported, or whose parts do not fit
-    each other; a pipeline that is refused is not changed.
+    The pipeline's config, its scheduler, the classes of its networks and the values of their weights do not change.
+    To keep a pipeline unchanged, pass a copy (`copy.deepcopy(pipeline)`) or its folder.
+
+    Args:
+        model: "emoji", the folder of a saved pipeline, a hub id, or a diffusers pipeline.
+        precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
+            of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
+            "no". Pass the same precision to `Model.to`.
+
+    Raises:
+        DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
+            other. A pipeline that is refused is not changed.
     """
     if not isinstance(model, (str, Path)):
         return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
-    name = str(model)
-    source = EMBEDDED[name] if name == "emoji" else user_path(name)
+    return read(pipeline_folder(str(model), fetch_pipeline), str(model), precision)
+
+
+def pipeline_folder(model: str, download: Callable[[str], Path]) -> Path:
+    """Return the folder of a pipeline, which is downloaded if `model` is a hub id.
+
+    Args:
+        model: "emoji", the folder of a saved pipeline, or a hub id.
+        download: Fetches a hub id and returns its folder.
+
+    Raises:
+        DraftuneError: There is no such model, or it can't be downloaded.
+    """
+    source = EMBEDDED[model] if model == "emoji" else user_path(model)
     if (source / "model_index.json").is_file():
-        return read(str(source), name, precision)
+        return source
     if source.exists():
         raise no_pipeline_error(source)
-    if not is_hub_id(name):
-        raise DraftuneError(f"unknown model {name!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
-    return read(fetch_pipeline(name), name, precision)
+    if not is_hub_id(model):
+        raise DraftuneError(f"unknown model {model!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
+    try:
+        return download(model)
+    except Exception as error:
+        raise unreachable(model, "--model", error=error) from error
 
 
-def fetch_pipeline(name: str) -> str:
-    """The folder of a pipeline from the hub, downloaded if it is not here yet."""
+def fetch_pipeline(name: str) -> Path:
+    """Download the configs and safetensors of a pipeline from the hub, or return its folder in the hub's cache."""
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
 
     options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    fetch(hf_hub_download, name, "model_index.json")
     try:
-        fetch(hf_hub_download, name, "model_index.json")
-        try:
-            return str(fetch(DiffusionPipeline.download, name, **options))
-        except OSError:
-            # Some are published in half precision alone, of which the plain weights are not there.
-            return str(fetch(DiffusionPipeline.download, name, variant="fp16", **options))
-    except Exception as error:
-        raise unreachable(name, "--model", error=error) from error
+        return fetch(DiffusionPipeline.download, name, **options)
+    except OSError:
+        # Some pipelines are published in half precision only, as the variant "fp16".
+        return fetch(DiffusionPipeline.download, name, variant="fp16", **options)
 
 
 def adapter(pipeline_class: str) -> type[Model]:
+    """Return the family of a pipeline class. Raises DraftuneError if it is not supported."""
     if pipeline_class not in FAMILIES:
         raise DraftuneError(f"{pipeline_class} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[pipeline_class]
 
 
 def adapted(pipeline: DiffusionPipeline, name: str) -> Model:
-    """Return the model of a pipeline's family. Raises DraftuneError for a pipeline that it can't draw with."""
+    """Return the model of a loaded pipeline. Raises DraftuneError if the pipeline does not fit its family."""
     family = adapter(type(pipeline).__name__)
     try:
         return family(pipeline, name)
     except DraftuneError:
         raise
     except Exception as error:
-        # Of a config that was edited or damaged, nearly every kind of exception can come.
+        # An edited or damaged config can cause any kind of exception.
         if out_of_memory(error):
             raise
         raise DraftuneError(f"{name!r} can't be used: {type(error).__name__}: {first_line(error)}") from error
 
 
-def part_folder(source: str, part: str) -> Path:
-    """Where a part of a pipeline lies; the first unconditional ones were published with their UNet beside the index."""
-    folder = Path(source) / part
-    return Path(source) if part == "unet" and not folder.exists() else folder
+def part_folder(source: Path, part: str) -> Path:
+    """Return a component's folder. The first unconditional pipelines were published without a folder for the UNet."""
+    folder = source / part
+    return source if part == "unet" and not folder.exists() else folder
 
 
 def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
-    """What a part is loaded in; `Model.to`, which knows what may not be half as wide, does the rest."""
-    asked = DTYPES[precision]
-    if asked is None:
+    """Return the precision in which a component is loaded. `Model.to` casts those that need another one."""
+    dtype = DTYPES[precision]
+    if dtype is None:
         return torch.float32
-    return asked if part in ("unet", "transformer") else saved_dtype(folder)
+    return dtype if part in ("unet", "transformer") else saved_dtype(folder)
 
 
-def read(source: str, name: str, precision: str) -> Model:
+def read(source: Path, name: str, precision: str) -> Model:
+    """Load the pipeline in a folder and return its model.
+
+    Raises:
+        DraftuneError: The pipeline can't be loaded, is not supported, or does not fit its family.
+    """
     try:
-        index = json.loads((Path(source) / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
         adapter(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftuneError(f"{name!r} is not a diffusers pipeline: its model_index.json can't be read") from error
     try:
-        # What looks at pictures would be loaded for nothing: rewards look at them as they are, and none is a prompt.
+        # Safety checkers and image encoders are not loaded: no feature here uses them.
         left_out = {"safety_checker": None, "requires_safety_checker": False}
         left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
@@ -144,13 +172,15 @@ def read(source: str, name: str, precision: str) -> Model:
             if any((folder := part_folder(source, part)).glob("*.safetensors"))
         }
         for part, entry in index.items():
-            held = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])
-            if held and not any((part_folder(source, part) / file).is_file() for file in TOKENIZER_FILES):
-                raise DraftuneError(f"{name!r} has no {part}: one of {', '.join(TOKENIZER_FILES)} is wanted in it")
+            is_tokenizer = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])
+            if is_tokenizer and not any((part_folder(source, part) / file).is_file() for file in TOKENIZER_FILES):
+                raise DraftuneError(
+                    f"{name!r} has no {part}: its folder needs one of the files {', '.join(TOKENIZER_FILES)}"
+                )
         with quiet():
-            # Asked through their common parent, diffusers would load some of what is left out.
+            # The pipeline's own class: `DiffusionPipeline.from_pretrained` would load some of what is left out.
             kind = getattr(import_module("diffusers"), index["_class_name"])
-            pipeline = kind.from_pretrained(source, use_safetensors=True, **networks, **left_out)
+            pipeline = kind.from_pretrained(str(source), use_safetensors=True, **networks, **left_out)
     except DraftuneError:
         raise
     except Exception as error:

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from draftune.models.common import Condition
 from draftune.models.flow import Flow, unused_context_layers
 from draftune.models.needs import Need, equal, reader_needs
-
-
-class Condition(NamedTuple):
-    """What the transformer is told of the prompts."""
-
-    text: Tensor
-    """[B, tokens, width], of T5."""
-    pooled: Tensor
-    """[B, width], of CLIP."""
 
 
 class Flux(Flow):
     """A FluxPipeline: transformer, CLIP and T5 text encoders, autoencoder.
 
-    The guidance scale is an input of the network (dev, which is called once a step whatever it is) or nothing to it
-    (schnell). There is no negative prompt.
+    Guidance is distilled: the guidance scale is an input of dev's transformer, and schnell ignores it. Each step makes
+    one denoiser call, and there is no negative prompt. The text embeddings are T5's, the pooled ones CLIP's.
     """
 
     encoders = ("text_encoder", "text_encoder_2")
     t5 = "text_encoder_2"
     network = "FluxTransformer2DModel"
-    no_negative_prompt = "FLUX.1 takes no negative prompt, as it is called once a step"
+    no_negative_prompt = "FLUX.1 takes no negative prompt, since its guidance is distilled"
 
     def needs(self) -> Iterator[Need]:
         yield from super().needs()
@@ -44,10 +35,10 @@ class Flux(Flow):
             "transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "the width of text_encoder"
         )
         axes, head = sum(config.axes_dims_rope), config.attention_head_dim
-        yield equal("transformer.axes_dims_rope", axes, head, "in sum its attention_head_dim")
+        yield equal("transformer.axes_dims_rope", axes, head, "its sum must equal attention_head_dim")
 
     def read_channels(self, latent_channels: int) -> int:
-        return 4 * latent_channels  # two by two of them side by side
+        return 4 * latent_channels  # each token packs 2 x 2 latents
 
     @property
     def channels(self) -> int:
@@ -55,7 +46,7 @@ class Flux(Flow):
         return packed // 4
 
     def unused_layers(self) -> frozenset[str]:
-        # The single blocks read the text tokens that the last of the others leaves.
+        # The single blocks use the text tokens of the last double block.
         if len(self.denoiser.single_transformer_blocks):
             return frozenset()
         return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
@@ -65,7 +56,7 @@ class Flux(Flow):
 
     @property
     def t5_tokens(self) -> int:
-        # As many as the published models were made for.
+        # The limits that the published models were trained with.
         return 512 if self.denoiser.config.guidance_embeds else 256
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
@@ -76,12 +67,12 @@ class Flux(Flow):
     def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
         batch, device = len(x), x.device
         rows, columns = (side // 2 for side in x.shape[2:])
-        # A token's place is (0, row, column); every word is at the origin.
+        # Position ids: (0, row, column) for image tokens, the origin for text tokens.
         axes = (torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         guidance = torch.full((batch,), guidance_scale, device=device, dtype=torch.float32)
         output: Tensor = self.denoiser(
             pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
-            # In the network's precision, as the official pipeline has it.
+            # The timestep has the network's precision, as in the official pipeline.
             timestep=torch.full((batch,), timestep, device=device, dtype=self.denoiser.dtype) / 1000,
             guidance=guidance if self.denoiser.config.guidance_embeds else None,
             encoder_hidden_states=condition.text,

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from draftune.errors import DraftuneError
 from draftune.models.base import Model
-from draftune.models.needs import Need, autoencoder_needs, equal, pair, reader_needs, size_need, unet_needs
+from draftune.models.common import apply_cfg
+from draftune.models.needs import Need, autoencoder_needs, equal, reader_needs, size_need, unet_needs
 from draftune.utils.quiet import quiet
 
 OTHER_PIPELINES = (
@@ -19,16 +19,26 @@ OTHER_PIPELINES = (
 
 
 def width_needs(unet: Any, width: int | None) -> Iterator[Need]:
-    """Yield the need that the UNet's cross-attention reads what the text encoders give."""
-    found = unet.config.cross_attention_dim
-    for dim in dict.fromkeys(found if isinstance(found, (list, tuple)) else (found,)):
+    """Yield the need that the UNet's cross-attention dimension equals the width of the text embeddings."""
+    dims = unet.config.cross_attention_dim
+    for dim in dict.fromkeys(dims if isinstance(dims, (list, tuple)) else (dims,)):
         yield equal("unet.cross_attention_dim", dim, width, "the width of the text encoder's output")
 
 
-class StableDiffusion(Model):
-    """A StableDiffusionPipeline: UNet, CLIP text encoder, autoencoder; epsilon or v prediction."""
+class UNetFamily(Model):
+    """Base class of families whose denoiser is a UNet."""
 
     lora_prefix = "unet"
+
+    @property
+    def size_multiple(self) -> int:
+        # Each level but the last halves the latent, and the decoding half of the UNet must return to its size.
+        levels: int = len(self.denoiser.config.block_out_channels)
+        return self.pixels_per_latent * 2 ** (levels - 1)
+
+
+class StableDiffusion(UNetFamily):
+    """A StableDiffusionPipeline: UNet, CLIP text encoder, autoencoder; epsilon, v or x_0 prediction."""
 
     required = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 
@@ -41,7 +51,7 @@ class StableDiffusion(Model):
         yield from reader_needs("text_encoder", self.pipeline.tokenizer, encoder)
 
     def network_needs(self, addition_embed_type: str | None) -> Iterator[Need]:
-        """Yield what both families of UNets need of the UNet and of the autoencoder."""
+        """Yield the needs of UNet and autoencoder that Stable Diffusion and Stable Diffusion XL share."""
         unet, vae = self.pipeline.unet, self.pipeline.vae
         yield from autoencoder_needs(vae)
         yield from unet_needs(unet)
@@ -55,44 +65,11 @@ class StableDiffusion(Model):
         yield equal("unet.encoder_hid_dim_type", unet.config.encoder_hid_dim_type, None)
         yield equal("unet.dual_cross_attention", unet.config.dual_cross_attention, False)
 
-    @property
-    def denoiser(self) -> Any:
-        return self.pipeline.unet
-
-    @property
-    def parts(self) -> Sequence[nn.Module]:
-        return self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.vae
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.pipeline.unet.config.in_channels, *self.latent_size
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """Height and width of a latent that the UNet was trained for."""
-        size = pair(self.pipeline.unet.config.sample_size)
-        assert size is not None  # one of the needs
-        return size
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        return getattr(self, "_latent_size", self.own_size)
-
-    def set_size(self, height: int | None, width: int | None) -> None:
-        scale = self.pipeline.vae_scale_factor
-        # The UNet halves the latent at every level but the last and must come back to the same size.
-        multiple = scale * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and (value < multiple or value % multiple):
-                raise DraftuneError(f"{name} must be a multiple of {multiple} for this model, not {value}")
-        rows, columns = self.own_size
-        self._latent_size = (height // scale if height else rows, width // scale if width else columns)
-
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         return [("tokenizer", self.pipeline.tokenizer.model_max_length, prompts)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
-        with quiet():  # a prompt that is cut to what the encoder reads is announced at every call
+        with quiet():  # diffusers warns about each truncated prompt at every call
             positive, negative = self.pipeline.encode_prompt(
                 list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
             )
@@ -100,18 +77,14 @@ class StableDiffusion(Model):
         return condition.to(self.denoiser.dtype)
 
     def predict(self, x: Tensor, timestep: float, condition: Any, guidance_scale: float) -> Tensor:
-        return self.guided(x, timestep, condition, guidance_scale)
+        return self.call_unet(x, timestep, condition, guidance_scale)
 
-    def guided(self, x: Tensor, timestep: float, text: Tensor, guidance_scale: float, **told: Any) -> Tensor:
-        """The UNet's guided output; guided where `text` has the negative prompts too, before the others."""
-        guided = len(text) > len(x)
+    def call_unet(self, x: Tensor, timestep: float, text: Tensor, guidance_scale: float, **inputs: Any) -> Tensor:
+        """Return the UNet's output with guidance; `inputs` are more arguments of the UNet."""
         t = torch.tensor(timestep, device=x.device)
-        output = self.pipeline.unet(torch.cat([x, x]) if guided else x, t, encoder_hidden_states=text, **told).sample
-        if not guided:
-            return output
-        negative, positive = output.chunk(2)
-        return negative + guidance_scale * (positive - negative)
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample / 2 + 0.5
+        def network(x: Tensor) -> Tensor:
+            output: Tensor = self.denoiser(x, t, encoder_hidden_states=text, **inputs).sample
+            return output
+
+        return apply_cfg(network, x, len(text), guidance_scale)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from draftune.models.common import Condition, apply_cfg
 from draftune.models.flow import Flow, unused_context_layers
 from draftune.models.needs import Need, equal, multiple, of_class, reader_needs
 
 
-class Condition(NamedTuple):
-    """What the transformer is told; where guided, of the negative prompts first."""
-
-    text: Tensor
-    """[B, tokens, width]: both CLIP encoders side by side, then T5, or zeros where the pipeline has none."""
-    pooled: Tensor
-    """[B, width]: the CLIP encoders' whole texts side by side."""
-
-
 class StableDiffusion3(Flow):
-    """A StableDiffusion3Pipeline: transformer, two CLIP text encoders, T5 where it is there, autoencoder."""
+    """A StableDiffusion3Pipeline: transformer, two CLIP text encoders, optionally T5, autoencoder.
+
+    The text embeddings of both CLIP encoders are concatenated and followed by T5's, or zeros without T5. The pooled
+    embeddings of both CLIP encoders are concatenated.
+    """
 
     encoders = ("text_encoder", "text_encoder_2")
     t5 = "text_encoder_3"
@@ -31,7 +26,7 @@ class StableDiffusion3(Flow):
     def needs(self) -> Iterator[Need]:
         yield from super().needs()
         config, encoders = self.denoiser.config, [getattr(self.pipeline, part) for part in self.encoders]
-        # Both are padded to the first tokenizer's length.
+        # diffusers pads the prompts of both CLIP encoders to the first tokenizer's length.
         length = self.pipeline.tokenizer.model_max_length
         for part, encoder in zip(self.encoders, encoders, strict=True):
             yield of_class(part, encoder, ("CLIPTextModelWithProjection",))
@@ -39,11 +34,11 @@ class StableDiffusion3(Flow):
             yield from reader_needs(part, tokenizer, encoder, length)
         pooled = sum(encoder.config.projection_dim for encoder in encoders)
         yield equal("transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "of both CLIP encoders")
-        # diffusers pads the narrower text with zeros, and would cut the wider one.
+        # diffusers pads CLIP's narrower embeddings with zeros. A negative padding would cut wider ones.
         width = sum(encoder.config.hidden_size for encoder in encoders)
         wide = config.joint_attention_dim
         yield Need(
-            "transformer.joint_attention_dim", wide, width <= wide, f"at least {width}, that of both CLIP encoders"
+            "transformer.joint_attention_dim", wide, width <= wide, f"at least {width}, the width of both CLIP encoders"
         )
         inner = config.num_attention_heads * config.attention_head_dim
         yield equal(
@@ -54,19 +49,14 @@ class StableDiffusion3(Flow):
         yield Need("transformer.sample_size", config.sample_size, config.sample_size <= most, f"at most {most}")
 
     @property
-    def channels(self) -> int:
-        channels: int = self.denoiser.config.in_channels
-        return channels
-
-    @property
     def patch_size(self) -> int:
         size: int = self.denoiser.config.patch_size
         return size
 
     @property
-    def largest(self) -> int | None:
+    def largest(self) -> int:  # type: ignore[override]
         side: int = self.denoiser.config.pos_embed_max_size  # in tokens
-        return side * self.patch_size
+        return side * self.size_multiple
 
     @property
     def t5_tokens(self) -> int:
@@ -90,14 +80,11 @@ class StableDiffusion3(Flow):
         return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))
 
     def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
-        guided = len(condition.text) > len(x)
-        output: Tensor = self.denoiser(
-            torch.cat([x, x]) if guided else x,
-            timestep=torch.full((len(condition.text),), timestep, device=x.device),
-            encoder_hidden_states=condition.text,
-            pooled_projections=condition.pooled,
-        ).sample
-        if not guided:
+        text, pooled = condition
+        t = torch.full((len(text),), timestep, device=x.device)
+
+        def network(x: Tensor) -> Tensor:
+            output: Tensor = self.denoiser(x, timestep=t, encoder_hidden_states=text, pooled_projections=pooled).sample
             return output
-        negative, positive = output.chunk(2)
-        return negative + guidance_scale * (positive - negative)
+
+        return apply_cfg(network, x, len(text), guidance_scale)

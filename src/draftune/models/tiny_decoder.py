@@ -1,4 +1,4 @@
-"""A small decoder for the gradient: diffusers' AutoencoderTiny in the place of the model's own, in training alone."""
+"""The tiny decoder: an AutoencoderTiny of diffusers that decodes latents with gradient during training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.sampling.sampler import rollout
@@ -24,13 +23,17 @@ OPTION = "--gradient-decoder"
 CLASS = "AutoencoderTiny"
 FILES = ["config.json", "diffusion_pytorch_model*.safetensors"]
 ALIKE = 0.5
-"""The least share of the variance of the model's own pictures that its small decoder must explain."""
+"""The minimal explained variance (R^2) of the full decoder's images by the tiny decoder's images."""
 
 
 def find_small_decoder(name: str) -> Path:
-    """The folder of an AutoencoderTiny, by its path or by its hub id; nothing is loaded yet.
+    """Return the folder of an AutoencoderTiny, downloaded if necessary, without loading it.
 
-    Raises DraftuneError where there is none, or it holds another class or no safetensors.
+    Args:
+        name: Its path or its hub id.
+
+    Raises:
+        DraftuneError: There is no such folder, or it has another class or no safetensors.
     """
     folder = user_path(name)
     if not folder.exists():
@@ -39,19 +42,20 @@ def find_small_decoder(name: str) -> Path:
         folder = fetched(name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = config["_class_name"]
+        class_name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftuneError(
             f"{name!r} is not the folder of an {CLASS}: its config.json can't be read ({OPTION})"
         ) from error
-    if found != CLASS:
-        raise DraftuneError(f"{name!r} holds a {found}, not an {CLASS} ({OPTION})")
+    if class_name != CLASS:
+        raise DraftuneError(f"{name!r} holds a {class_name}, not an {CLASS} ({OPTION})")
     if not any(folder.glob("*.safetensors")):
         raise DraftuneError(f"{name!r} holds no .safetensors file; other formats are not read ({OPTION})")
     return folder
 
 
 def fetched(name: str) -> Path:
+    """Return the folder of a hub id, downloaded or from the cache. Raises DraftuneError if it is not complete."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -59,49 +63,43 @@ def fetched(name: str) -> Path:
     except Exception as error:
         raise unreachable(name, OPTION, error=error) from error
     if not (folder / FILES[0]).is_file():
-        raise unreachable(name, OPTION)  # what was fetched before is not all of it
+        raise unreachable(name, OPTION)  # without a network, the cache may hold only some of the files
     return folder
 
 
 def load_small_decoder(folder: Path, model: Model) -> Any:
-    """The AutoencoderTiny in a folder, frozen. Raises DraftuneError where it does not fit the model's latents."""
+    """Load the AutoencoderTiny in a folder, frozen. Raises DraftuneError if it does not fit the model's latents."""
     from diffusers import AutoencoderTiny
 
     if model.in_pixels:
-        raise DraftuneError(f"{model.name!r} works in pixels, which nothing decodes: leave out {OPTION}")
+        raise DraftuneError(f"{model.name!r} works in pixel space and has no decoder: leave out {OPTION}")
     small = load_part(AutoencoderTiny, folder).eval().requires_grad_(False)
     own, config = model.pipeline.vae.config, small.config
     levels = len(config.decoder_block_out_channels) - 1
-    for what, its, wanted in (
-        ("channels of a latent", config.latent_channels, model.latent_shape[0]),
-        (
-            "pixels along a latent's side",
-            config.upsampling_scaling_factor**levels,
-            2 ** (len(own.block_out_channels) - 1),
-        ),
-        ("colours of a picture", config.out_channels, 3),
+    scale = config.upsampling_scaling_factor**levels
+    for what, value, expected in (
+        ("latent channels", config.latent_channels, model.latent_shape[0]),
+        ("pixels per latent side", scale, 2 ** (len(own.block_out_channels) - 1)),
+        ("image channels", config.out_channels, 3),
     ):
-        if its != wanted:
+        if value != expected:
             raise DraftuneError(
-                f"the decoder in {str(folder)!r} has {its} {what}, and {model.name!r} has {wanted}: give one that was "
-                f"made for this model ({OPTION})"
+                f"the decoder in {str(folder)!r} has {value} {what}, and {model.name!r} has {expected}: give a decoder "
+                f"that was trained for this model ({OPTION})"
             )
     return small
-
-
-def decode_small(small: Any, latents: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W], nominally in [0, 1], of clean latents as the pipeline holds them."""
-    latents = latents.to(small.dtype) / small.config.scaling_factor + small.config.shift_factor
-    pictures: Tensor = small.decode(latents).sample / 2 + 0.5
-    return pictures
 
 
 def check_likeness(
     model: Model, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
 ) -> float:
-    """The share of the variance of the model's own pictures that its small decoder's explain, at most 1.
+    """Compare the images of the tiny decoder with those of the model's own decoder, on sampled latents.
 
-    Raises DraftuneError where it is so low that the decoder was made for other latents of the same shape.
+    Returns:
+        The explained variance R^2 = 1 - MSE / variance, at most 1.
+
+    Raises:
+        DraftuneError: R^2 is below 0.5, as for a decoder of other latents with the same shape.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     with torch.no_grad():
@@ -112,7 +110,7 @@ def check_likeness(
     explained = 1 - float((own - other).square().mean() / own.var())
     if explained < ALIKE:
         raise DraftuneError(
-            f"the small decoder explains {max(0.0, explained):.0%} of the variance of the pictures that {model.name!r} "
-            f"draws: give one that was made for this model ({OPTION})"
+            f"the tiny decoder explains {max(0.0, explained):.0%} of the variance of the images of {model.name!r}, and "
+            f"at least {ALIKE:.0%} is needed: give a decoder that was trained for this model ({OPTION})"
         )
     return explained

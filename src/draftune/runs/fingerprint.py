@@ -13,7 +13,7 @@ from typing import Any
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
-from draftune.utils.hub import is_hub_id
+from draftune.utils.hub import cached_folder
 from draftune.utils.paths import user_path
 
 INDEX = "model_index.json"
@@ -72,7 +72,7 @@ def find_source(text: str) -> Source | None:
     try:
         path: Path | None = EMBEDDED.get(text) or user_path(text)
         if path is not None and not path.exists():
-            path = cached(text) if is_hub_id(text) else None
+            path = cached_folder(text, INDEX, "config.json")
         if path is None or not text.strip():
             return None
         path = path.resolve()
@@ -86,16 +86,6 @@ def same_source(first: str, second: str) -> bool:
     """Return whether two names or paths stand for the same contents."""
     a, b = find_source(first), find_source(second)
     return first == second if a is None or b is None else a.holds(b)
-
-
-def cached(name: str) -> Path | None:
-    """Return the folder of a hub id in the hub's cache on this machine, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for file in (INDEX, "config.json"):
-        if isinstance(found := try_to_load_from_cache(name, file), str):
-            return Path(found).parent
-    return None
 
 
 def fingerprint(path: Path) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Noise schedules and samplers: pure functions that know no model, no reward and no LoRA."""
+"""Noise schedules, samplers and gradient checkpointing. Independent of models, rewards and LoRA."""

@@ -1,41 +1,57 @@
-"""The ancestral sampler, whose steps are Gaussian: what policy gradients and adjoint matching draw with."""
+"""Ancestral (DDPM) sampling, whose steps are Gaussian: used by policy gradients and adjoint matching."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.sampling.sampler import advance
+from draftune.sampling.sampler import Denoiser, advance
 from draftune.sampling.schedule import Prediction, Schedule, Step
-
-if TYPE_CHECKING:
-    from draftune.methods.base import Batch
 
 
 def wants_noise(schedule: Schedule) -> None:
-    """Raises DraftuneError where the ancestral sampler has no random step."""
+    """Raise DraftuneError unless the schedule has a stochastic step (`Step.tau` > 0)."""
     if not any(step.tau > 0 for step in schedule.steps):
-        raise DraftuneError("this method wants a random step before the last: at least 2 of num_inference_steps")
+        raise DraftuneError(
+            f"this method needs a stochastic step before the last one: set num_inference_steps to at least 2, not "
+            f"{len(schedule)}"
+        )
 
 
 def mean(prediction: Prediction, step: Step) -> Tensor:
-    """Where the ancestral sampler's step leads on average."""
+    """Return the mean of the ancestral step, `[B, C, H, W]`: p(x_s | x_t) = N(mean, tau^2 * I)."""
     return advance(prediction, step, step.tau)
 
 
-def ancestral(batch: Batch) -> Iterator[tuple[Step, Tensor, Tensor, Tensor]]:
-    """The steps of the batch: (step, x before it, its mean, x after it)."""
-    x = batch.noise
-    for step in batch.schedule.steps:
-        middle = mean(batch.denoise(x, step), step)
-        following = middle + step.tau * batch.fresh_noise(x)
-        yield step, x, middle, following
+def ancestral(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, fresh_noise: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Step, Tensor, Tensor, Tensor]]:
+    """Sample with the ancestral sampler: x_s = mean + tau * eps, eps ~ N(0, I).
+
+    Args:
+        denoise: The guided denoiser.
+        schedule: The sampling schedule.
+        x: The initial noise `[B, C, H, W]`.
+        fresh_noise: Returns N(0, I) noise in the shape of its argument.
+
+    Yields:
+        For each step: the step, x_t, the mean of x_s and x_s, each `[B, C, H, W]`.
+    """
+    for step in schedule.steps:
+        center = mean(denoise(x, step), step)
+        following = center + step.tau * fresh_noise(x)
+        yield step, x, center, following
         x = following
 
 
 def log_probability(x: Tensor, mean: Tensor, step: Step) -> Tensor:
-    """Of x under N(mean, tau^2), the mean over its numbers without the constant [B]."""
+    """Compute log N(x; mean, tau^2 * I), up to a constant, averaged over the elements of each latent.
+
+    -mean_i((x_i - mean_i)^2) / (2 * tau^2)
+
+    Returns:
+        One value per latent, `[B]`.
+    """
     return -((x - mean) / step.tau).square().flatten(1).mean(1) / 2

@@ -1,40 +1,85 @@
-"""A call that keeps its input alone and is made again in the backward pass."""
+"""Gradient checkpointing: store only the inputs of a denoiser call or block, and repeat it in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """`function(x)`, with gradients by x and by those of `parameters` that it depends on, and no second derivative.
+    """Compute `function(x)` with gradient checkpointing (Chen et al., 2016, arXiv:1604.06174).
 
-    The first call builds no graph, where torch's own checkpoint builds one to throw it away. What the function reads
-    besides, such as autocast, it must set itself, and random numbers it must not draw.
+    The forward pass builds no graph and stores only `x`; the backward pass calls `function` again. Unlike
+    `torch.utils.checkpoint`, the forward pass runs under `no_grad`, so that blocks inside `function` that are
+    checkpointed too store nothing then. Second derivatives are not supported.
+
+    Args:
+        function: Must be deterministic. It must set any context that it depends on itself, such as autocast: the
+            backward pass does not restore it.
+        x: The input.
+        parameters: The trainable tensors that `function` depends on. No other tensor except `x` gets a gradient.
+
+    Returns:
+        `function(x)`.
     """
     result: Tensor = Recomputed.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
 class Recomputed(torch.autograd.Function):
+    """The autograd function behind `recomputed`."""
+
     @staticmethod
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        """Call `function(x)` without a graph (autograd functions run under `no_grad`)."""
         ctx.function = function
         ctx.save_for_backward(x, *parameters)
         return function(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Call `function` again with a graph and backpropagate through that graph."""
         x, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(needed[0]), *parameters]
         with torch.enable_grad():
             result = ctx.function(inputs[0])
-        wanted = [value for value, wants in zip(inputs, needed, strict=True) if wants]
-        found = iter(torch.autograd.grad(result, wanted, outer, allow_unused=True))
-        return None, *(next(found) if wants else None for wants in needed)
+        targets = [value for value, is_needed in zip(inputs, needed, strict=True) if is_needed]
+        gradients = iter(torch.autograd.grad(result, targets, grad_outputs, allow_unused=True))
+        return None, *(next(gradients) if is_needed else None for is_needed in needed)
+
+
+_checkpoint_blocks = ContextVar("checkpoint_blocks", default=True)
+
+
+def checkpoint_block(block: Callable[..., Any], *args: Any) -> Any:
+    """Call one block of a network with gradient checkpointing, for `enable_gradient_checkpointing` of diffusers.
+
+    The blocks must be deterministic: the random state is not restored. Inside `without_block_checkpointing` the block
+    is called directly.
+    """
+    if not _checkpoint_blocks.get():
+        return block(*args)
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def without_block_checkpointing() -> Iterator[None]:
+    """Call blocks without checkpointing inside this context.
+
+    A call of the base model needs this: in the backward pass, a repeated block would run with the LoRA. Setting one
+    variable avoids two walks over all modules of the network per call.
+    """
+    token = _checkpoint_blocks.set(False)
+    try:
+        yield
+    finally:
+        _checkpoint_blocks.reset(token)

@@ -1,4 +1,4 @@
-"""One sampler step for every prediction type, and the rollout. Pure functions; gradient flows through all of it."""
+"""The DDIM / flow-matching Euler step, the sampling loop and the prefix cache. All functions are differentiable."""
 
 from __future__ import annotations
 
@@ -11,24 +11,37 @@ from torch import Tensor
 from draftune.sampling.schedule import Prediction, Step
 
 Denoiser = Callable[[Tensor, Step], Prediction]
-"""The guided network: a noisy latent [B, C, H, W] at a step to the clean latent and the noise in it."""
+"""The guided denoiser: maps a noisy latent x_t `[B, C, H, W]` and its step to the predicted x_0 and noise."""
 
 
 def advance(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
-    """alpha_s * x_0 + sqrt(sigma_s^2 - tau^2) * noise.
+    """Compute the deterministic part of one sampling step from level t to level s.
 
-    With tau = 0 this is DDIM for diffusion models and Euler's step for flow models; with tau up to sigma_s, and tau
-    times fresh noise added to it, the ancestral sampler.
+    x_s = alpha_s * x_0 + sqrt(sigma_s^2 - tau^2) * noise
+
+    With `tau=0` this is the DDIM step (Song et al., 2020, arXiv:2010.02502, Eq. 12) for diffusion models, and the Euler
+    step of flow matching for flow models. With `tau > 0` it is the mean of a stochastic step, to which the caller adds
+    tau * eps, eps ~ N(0, I). `tau=step.tau` gives ancestral (DDPM) sampling.
+
+    Args:
+        prediction: The predicted x_0 and noise at level t, each `[B, C, H, W]`.
+        step: The step, which holds alpha_s and sigma_s.
+        tau: The standard deviation of the noise to be added, from 0 to sigma_s.
+
+    Returns:
+        x_s, or its mean if `tau > 0`, `[B, C, H, W]`.
     """
-    clean, noise = prediction
-    kept = math.sqrt(max(0.0, step.sigma_next**2 - tau**2)) if tau else step.sigma_next
-    return step.alpha_next * clean + kept * noise
+    noise_scale = math.sqrt(max(0.0, step.sigma_next**2 - tau**2)) if tau else step.sigma_next
+    return step.alpha_next * prediction.clean + noise_scale * prediction.noise
 
 
 class Latents:
-    """The latents [B, C, H, W] that a batch of noise passes, without a graph, where they were asked for.
+    """The prefix cache: latents of one batch after given numbers of sampling steps, computed without gradient.
 
-    known: by the number of steps made; 0 is the noise. stride: how many steps are made as one.
+    Args:
+        noise: The initial noise `[B, C, H, W]`, which is the latent after 0 steps.
+        known: Latents that were computed before, by the number of steps that lead to them.
+        stride: How many schedule steps are merged into one denoiser call.
     """
 
     def __init__(self, noise: Tensor, known: Mapping[int, Tensor] | None = None, stride: int = 1) -> None:
@@ -37,7 +50,7 @@ class Latents:
 
     @torch.no_grad()
     def after(self, count: int, denoise: Denoiser, steps: Sequence[Step]) -> Tensor:
-        """The latent after the first `count` of these steps, from the nearest one that is known."""
+        """Return the latent after the first `count` of `steps`, starting from the nearest cached latent before it."""
         if count not in self.known:
             start = max(known for known in self.known if known < count)
             self.known[count] = rollout(denoise, strides(steps[start:count], self.stride), self.known[start])
@@ -45,14 +58,17 @@ class Latents:
 
 
 def strides(steps: Sequence[Step], stride: int) -> list[Step]:
-    """The same way with `stride` steps made as one; where they don't come out even, the first stride is shorter."""
+    """Merge every `stride` consecutive steps into one larger step between the same first and last noise levels.
+
+    If `stride` does not divide the number of steps, the first merged step spans the remainder.
+    """
     ends = range(len(steps), 0, -stride)
     parts = [steps[max(0, end - stride) : end] for end in reversed(ends)]
     return [part[0]._replace(alpha_next=part[-1].alpha_next, sigma_next=part[-1].sigma_next) for part in parts]
 
 
 def rollout(denoise: Denoiser, steps: Iterable[Step], x: Tensor) -> Tensor:
-    """The latent [B, C, H, W] after `steps`, starting from `x`."""
+    """Run the sampling loop over `steps` from the latent `x` and return the final latent `[B, C, H, W]`."""
     for step in steps:
         x = advance(denoise(x, step), step)
     return x

@@ -1,4 +1,9 @@
-"""A sampler's grid: which noise levels the network is called at, and where each call leads."""
+"""Noise schedules and sampling steps for DDIM (diffusion) and Euler (flow matching).
+
+Notation: a noisy latent at noise level t is x_t = alpha_t * x_0 + sigma_t * noise, with noise ~ N(0, I). Diffusion
+models have alpha^2 + sigma^2 = 1, flow models alpha + sigma = 1. A sampling step goes from level t to the next level s,
+which has less noise.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,18 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 
 GRID = ("timestep_spacing", "set_alpha_to_one")
-"""The settings of a sampler's grid, by their names in diffusers."""
+"""The settings that choose the sampling timesteps, by their names in diffusers."""
 
 
 class Step(NamedTuple):
-    """One call of the denoiser, from the level (alpha, sigma) to the level (alpha_next, sigma_next).
+    """One sampling step: one denoiser call at level t, then an update to the next level s.
 
-    A noisy latent at a level is alpha * x_0 + sigma * noise. `timestep` is what the network is told.
+    Attributes:
+        timestep: The denoiser's timestep input at level t, in units of training steps.
+        alpha: alpha_t, the coefficient of x_0 in x_t.
+        sigma: sigma_t, the coefficient of the noise in x_t.
+        alpha_next: alpha_s.
+        sigma_next: sigma_s; 0 for a last step that ends at the clean latent.
     """
 
     timestep: float
@@ -30,16 +40,26 @@ class Step(NamedTuple):
 
     @property
     def tau(self) -> float:
-        """The noise of the ancestral sampler's step, with which x_T is forgotten: DDPM's, DDIM's with eta = 1.
+        """The standard deviation of the noise that the ancestral sampler adds in this step.
 
-        sigma_s * sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2), the posterior's; for flow models it is memoryless.
+        tau = sigma_s * sqrt(1 - (alpha_t * sigma_s / (alpha_s * sigma_t))^2)
+
+        For diffusion models this is the standard deviation of the DDPM posterior q(x_s | x_t, x_0) (Ho et al., 2020,
+        arXiv:2006.11239, Eq. 7), equal to DDIM with eta = 1 (Song et al., 2020, arXiv:2010.02502, Eq. 16). For flow
+        models it is the memoryless noise schedule, under which x_0 is independent of the initial noise (Domingo-Enrich
+        et al., 2024, arXiv:2409.08861).
         """
-        kept = self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
-        return self.sigma_next * math.sqrt(max(0.0, 1 - kept**2))
+        ratio = self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
+        return self.sigma_next * math.sqrt(max(0.0, 1 - ratio**2))
 
 
 class Prediction(NamedTuple):
-    """What the network says of a noisy latent: the clean latent and the noise in it, both [B, C, H, W]."""
+    """The denoiser's estimate for a noisy latent, whatever the network was trained to predict.
+
+    Attributes:
+        clean: The estimate of x_0, `[B, C, H, W]`.
+        noise: The estimate of the noise, `[B, C, H, W]`.
+    """
 
     clean: Tensor
     noise: Tensor
@@ -47,29 +67,44 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """Keeps the clean picture that is read from the network's output in its range, -`limit` to `limit`.
+    """Clip the predicted x_0 of pixel-space models (`clip_sample` and `thresholding` in diffusers).
 
-    With a `quantile` it is Imagen's dynamic thresholding (Saharia et al., arXiv 2205.11487): each picture is clipped at
-    that quantile of its magnitudes, at least 1 and at most `limit`, and divided by it.
+    Attributes:
+        limit: x_0 is clipped to [-limit, limit].
+        quantile: If set, apply dynamic thresholding (Saharia et al., 2022, arXiv:2205.11487, Sec. 2.3). Each image is
+            clipped at this quantile of its absolute values, bounded to [1, limit], and divided by that bound.
     """
 
     limit: float
     quantile: float | None = None
 
     def __call__(self, clean: Tensor) -> Tensor:
+        """Return the clipped x_0, `[B, C, H, W]`."""
         if self.quantile is None:
             return clean.clamp(-self.limit, self.limit)
         bound = clean.abs().flatten(1).quantile(self.quantile, 1).clamp(1, self.limit)[:, None, None, None]
         return clean.clamp(-bound, bound) / bound
 
     def passes(self, clean: Tensor) -> Tensor:
-        """Where what was clipped to `clean` moves with what it was: its derivative, if there is no quantile."""
+        """Return a mask of the values of an already clipped x_0 that carry gradient. For `quantile=None` only."""
         return clean.abs() < self.limit
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps from pure noise to the image, noisiest first, and how the network's output is to be read."""
+    """A sampling schedule and the prediction type of the network.
+
+    Attributes:
+        steps: The sampling steps, noisiest first.
+        prediction_type: What the network predicts. With z its output: "epsilon": z = noise. "sample": z = x_0.
+            "v_prediction": z = alpha * noise - sigma * x_0 (Salimans & Ho, 2022, arXiv:2202.00512, App. D). "flow": the
+            velocity z = noise - x_0 (Liu et al., 2022, arXiv:2209.03003).
+        clip: The clipping of the predicted x_0; None for latent-space models.
+
+    Raises:
+        DraftuneError: The prediction type is unknown. Or it is "epsilon" and a step has alpha = 0, that is zero
+            signal-to-noise ratio, where the noise does not determine x_0.
+    """
 
     steps: tuple[Step, ...]
     prediction_type: str = "epsilon"
@@ -79,35 +114,45 @@ class Schedule:
         if self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
             raise DraftuneError(f"unsupported prediction_type {self.prediction_type!r}")
         if self.prediction_type == "epsilon" and any(step.alpha == 0 for step in self.steps):
-            raise DraftuneError("a network that predicts the noise says nothing at zero signal-to-noise ratio")
+            raise DraftuneError(
+                "prediction_type='epsilon' can't be combined with zero signal-to-noise ratio (alpha = 0), where the "
+                "noise does not determine x_0: use a model with prediction_type='v_prediction' or 'sample'"
+            )
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def read(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
-        """The clean latent, clipped where it is to be, and the noise, from the output for the noisy latent `x`."""
+        """Convert the network's output to x_0 and noise, and clip x_0 if the schedule has a `clip`.
+
+        Args:
+            output: The network's output for `x`, `[B, C, H, W]`.
+            x: The noisy latent x_t, `[B, C, H, W]`.
+            step: The step whose level t `x` has.
+        """
         prediction = self.unclipped(output, x, step)
         return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
 
     def prediction_error(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
-        """Subtract prediction `b` from prediction `a`, both of the same noisy latent at `step`.
+        """Subtract prediction `b` from prediction `a`, both for the same noisy latent at `step`.
 
-        The space is that of the network's own output. With d_noise and d_x_0 the differences of noise and x_0:
+        The difference is taken in the space of the network's output. With d_noise and d_x_0 the differences of the
+        noise and of x_0:
 
         - epsilon: d_noise.
         - v_prediction: the velocity, alpha * d_noise - sigma * d_x_0.
         - flow: the velocity, d_noise - d_x_0.
-        - sample: x_0, written as -sigma * (alpha * d_noise - sigma * d_x_0).
+        - sample: x_0, computed as -sigma * (alpha * d_noise - sigma * d_x_0).
 
-        A change of the output by delta is then delta at every noise level. Other spaces scale it by a factor that
-        depends on the level. The noise scales v by alpha and x_0 by alpha / sigma, both 0 at zero terminal SNR. The
-        velocity scales x_0 by 1 / sigma, which grows without bound towards the clean latent.
+        If two outputs differ by delta, the result is delta at every noise level. In another space the factor depends on
+        the level. Measured in the noise, v is scaled by alpha and x_0 by alpha / sigma, both 0 at zero terminal SNR.
+        Measured in the velocity, x_0 is scaled by 1 / sigma, which is unbounded near the clean latent.
 
-        The sampler uses x_0 clipped where the schedule has a `clip`, and the noise unclipped. The sum for "sample" is
-        d_x_0 without a clip; with one it also sees what changes the noise alone.
+        If the schedule has a `clip`, only x_0 is clipped, not the noise. The formula for "sample" equals d_x_0 without
+        a clip. With one, it also includes a difference in the noise where the clipped x_0 are equal.
 
         Returns:
-            A tensor of the latents' shape [B, C, H, W].
+            The difference, `[B, C, H, W]`.
         """
         noise = a.noise - b.noise
         if self.prediction_type == "epsilon":
@@ -119,34 +164,40 @@ class Schedule:
         return -step.sigma * velocity if self.prediction_type == "sample" else velocity
 
     def unclipped(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
-        """The same before it is clipped: linear in `x` and in the output."""
+        """Convert the network's output to x_0 and noise without clipping: linear in `x` and in the output."""
         _, alpha, sigma, *_ = step
         if self.prediction_type == "epsilon":
             return Prediction((x - sigma * output) / alpha, output)
         if self.prediction_type == "v_prediction":
             return Prediction(alpha * x - sigma * output, sigma * x + alpha * output)
         if self.prediction_type == "flow":
-            # The velocity noise - x_0 of x = (1 - sigma) x_0 + sigma * noise.
+            # The output is the velocity noise - x_0, and x = (1 - sigma) * x_0 + sigma * noise.
             return Prediction(x - sigma * output, x + alpha * output)
         return Prediction(output, (x - alpha * output) / sigma)
 
 
 def ddim_schedule(config: Mapping[str, Any], num_inference_steps: int, clipped: bool = False) -> Schedule:
-    """The DDIM grid of a diffusers scheduler's config (Song et al., arXiv 2010.02502).
+    """Build the DDIM schedule (Song et al., 2020, arXiv:2010.02502) of a diffusers scheduler config.
 
-    What matters of the config beside its betas: `timestep_spacing` ("leading", "trailing", "linspace"),
-    `steps_offset`, and `set_alpha_to_one`, whether the last step leads to the clean latent or to the first training
-    level; and where `clipped` is true also "clip_sample" and "thresholding", which latents have no range for. The
-    numbers are those of diffusers' DDIMScheduler; as there, a "trailing" grid whose number of steps does not divide
-    that of training ends a little above the clean latent whatever the config. Raises DraftuneError for more steps
-    than the model was trained with.
+    The noise levels equal those of diffusers' `DDIMScheduler`. As there, a "trailing" schedule ends slightly above the
+    clean latent if the number of steps does not divide the number of training steps.
+
+    Args:
+        config: Of any scheduler whose noise levels are defined by betas. Apart from the betas these keys are used:
+            `timestep_spacing` ("leading", "trailing" or "linspace"), `steps_offset`, and `set_alpha_to_one` (whether
+            the last step ends at the clean latent, or else at the first training level).
+        num_inference_steps: The number of denoiser calls, from 1 to `num_train_timesteps`.
+        clipped: Whether `clip_sample` and `thresholding` of the config apply; for pixel-space models only, since
+            latents have no fixed range.
+
+    Raises:
+        DraftuneError: `num_inference_steps` is out of range.
     """
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_config(dict(config))
     train_steps = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= train_steps:
-        raise DraftuneError(f"num_inference_steps must be between 1 and {train_steps}, not {num_inference_steps}")
+    check_steps(num_inference_steps, train_steps)
     scheduler.set_timesteps(num_inference_steps)
 
     def level(alpha_bar: Tensor) -> tuple[float, float]:
@@ -171,18 +222,24 @@ def ddim_schedule(config: Mapping[str, Any], num_inference_steps: int, clipped: 
 def flow_schedule(
     config: Mapping[str, Any], num_inference_steps: int, sigmas: Sequence[float] | None = None, mu: float | None = None
 ) -> Schedule:
-    """The grid of a diffusers FlowMatchEulerDiscreteScheduler's config: x = (1 - sigma) * x_0 + sigma * noise.
+    """Build the flow-matching Euler schedule of a diffusers `FlowMatchEulerDiscreteScheduler` config.
 
-    `sigmas` before they are shifted, and `mu` where the shift depends on the picture's size, as in diffusers'
-    `set_timesteps`. One step is Euler's (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206). Raises
-    DraftuneError for more steps than the model was trained with.
+    Here alpha = 1 - sigma, so that the DDIM update equals the Euler step x_s = x_t + (sigma_s - sigma_t) * velocity
+    (Liu et al., 2022, arXiv:2209.03003; Esser et al., 2024, arXiv:2403.03206).
+
+    Args:
+        config: The scheduler's config.
+        num_inference_steps: The number of denoiser calls, from 1 to `num_train_timesteps`.
+        sigmas: The noise levels before the scheduler's shift; None for the scheduler's own.
+        mu: The resolution-dependent shift, as in diffusers' `set_timesteps`; None for schedulers without one.
+
+    Raises:
+        DraftuneError: `num_inference_steps` is out of range.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    train_steps = scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= train_steps:
-        raise DraftuneError(f"num_inference_steps must be between 1 and {train_steps}, not {num_inference_steps}")
+    check_steps(num_inference_steps, scheduler.config.num_train_timesteps)
     if sigmas is None:
         scheduler.set_timesteps(num_inference_steps, mu=mu)
     else:
@@ -193,3 +250,9 @@ def flow_schedule(
         for timestep, sigma, following in zip(scheduler.timesteps.tolist(), levels[:-1], levels[1:], strict=True)
     ]
     return Schedule(tuple(steps), "flow")
+
+
+def check_steps(num_inference_steps: int, train_steps: int) -> None:
+    """Raise DraftuneError unless 1 <= num_inference_steps <= train_steps."""
+    if not 1 <= num_inference_steps <= train_steps:
+        raise DraftuneError(f"num_inference_steps must be between 1 and {train_steps}, not {num_inference_steps}")

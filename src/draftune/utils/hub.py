@@ -1,64 +1,95 @@
-"""Names of models on the hub, fetching them, and what to say when it can't be reached."""
+"""Hub ids, downloads from the Hugging Face hub, and lookups in its cache."""
 
 from __future__ import annotations
 
 import logging
-import socket
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from draftune.errors import DraftuneError
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/name and not that of a path."""
+    """Return whether a name has the form owner/name and is not a path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def reachable() -> bool:
-    """Whether the hub's name can be resolved, or a proxy would do that; the hub's client tries for half a minute."""
-    from huggingface_hub import constants
+def cached_folder(name: str, *files: str) -> Path | None:
+    """Return the folder of a hub id in the hub's cache that contains one of these files; None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(scheme != "no" for scheme in urllib.request.getproxies()):
-        return True
     try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
+        paths = [try_to_load_from_cache(name, file) for file in files] if is_hub_id(name) else []
+    except HFValidationError:
+        return None
+    return next((Path(path).parent for path in paths if isinstance(path, str)), None)
+
+
+def reachable(name: str) -> bool:
+    """Return whether the hub responds to one request for a repository's metadata.
+
+    The request takes at most HF_HUB_ETAG_TIMEOUT seconds (an environment variable of huggingface_hub, default 10). With
+    HF_HUB_OFFLINE set no request is made.
+
+    Raises:
+        RepositoryNotFoundError: The hub responds that the repository does not exist, or that access is denied.
+    """
+    from huggingface_hub import constants, model_info
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except RepositoryNotFoundError:
+        raise
+    except Exception:  # the HTTP library behind huggingface_hub, and so its exceptions, depend on the version
         return False
     return True
 
 
-def fetch(download: Callable[..., str], *args: Any, **options: Any) -> Path:
-    """What one of the hub client's functions downloads, or has downloaded before where there is no network now."""
+def fetch(download: Callable[..., str], name: str, *args: Any, **options: Any) -> Path:
+    """Download from the hub, or return the cached copy if the hub can't be reached.
+
+    Without the check by `reachable`, huggingface_hub retries a missing file for half a minute or more.
+
+    Args:
+        download: A function of huggingface_hub or diffusers with an argument `local_files_only`.
+        name: The hub id, the function's first argument.
+        args: More of its arguments.
+        options: Its keyword arguments.
+
+    Returns:
+        The downloaded file or folder.
+    """
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    # Its remarks about retries would bury the one message that counts.
+    # Warnings about retries would hide the error message that follows.
     log.setLevel(logging.ERROR)
     try:
-        return Path(download(*args, local_files_only=not reachable(), **options))
+        return Path(download(name, *args, local_files_only=not reachable(name), **options))
     finally:
         log.setLevel(level)
 
 
 def unreachable(name: str, option: str, file: str = "", error: Exception | None = None) -> DraftuneError:
-    """The error for a model that is neither on this machine nor to be fetched; `option` takes its folder or file.
+    """Return the error for a model that is neither on this machine nor can be downloaded.
 
-    `error`: what the hub's client raised, which may say that there is no such model.
+    Args:
+        name: The hub id.
+        option: The command line option that takes the model's folder or file.
+        file: The one file that is needed; empty for the whole repository.
+        error: The exception of huggingface_hub, which can mean that the repository or file does not exist.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    what, given = (f"{file!r} of {name!r}", "path") if file else (repr(name), "folder")
-    # Without a network the first of these is raised too, as its subclass.
+    what, kind = (f"{file!r} of {name!r}", "path") if file else (repr(name), "folder")
+    # LocalEntryNotFoundError, raised without a network, is a subclass of EntryNotFoundError.
     if isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)) and not isinstance(
         error, LocalEntryNotFoundError
     ):
         return DraftuneError(f"there is no {what} on the hub, or none that you may read ({option})")
     return DraftuneError(
         f"{what} is not on this machine and could not be fetched from the hub: download it where there is a network "
-        f"({' '.join(['hf download', name, file]).strip()}) and give the {given} to {option}"
+        f"({' '.join(['hf download', name, file]).strip()}) and give the {kind} to {option}"
     )

@@ -1,4 +1,4 @@
-"""Loading saved networks and tokenizers, and refusing those that are not all there."""
+"""Load networks and tokenizers from folders, and raise errors for incomplete ones."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.utils.quiet import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-"""One of these holds a tokenizer's words; without any, the library makes one that knows none, without a word."""
+"""The possible vocabulary files of a tokenizer. Without any, transformers silently makes an empty tokenizer."""
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+"""The half precisions by their names in safetensors."""
 WHOLE = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
-"""As safetensors calls the precisions, and what has none."""
-
-
+"""The integer types in safetensors."""
 WEIGHTS = ("diffusion_pytorch_model", "model")
-"""How diffusers and transformers call a part's weights."""
+"""The file names of a network's weights in diffusers and transformers."""
 VARIANTS = ("fp16", "bf16")
-"""What stands in the names of weights that were saved a second time, or only, in half precision."""
+"""The variants of diffusers and transformers, for weights saved in half precision."""
 
 
 def weights_variant(folder: Path) -> str | None:
-    """Return the variant to read from a folder that has no plain weights, as "fp16"; None where there are plain ones.
+    """Return the variant to load if a folder has no plain weights, such as "fp16"; None if it has plain ones.
 
-    A variant is one file, diffusion_pytorch_model.fp16.safetensors, or several with an index of that name.
+    A variant is one file, such as diffusion_pytorch_model.fp16.safetensors, or several files with an index.
     """
     for variant in (None, *VARIANTS):
         dot = f".{variant}" if variant else ""
@@ -42,99 +41,119 @@ def weights_variant(folder: Path) -> str | None:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """Return the safetensors that are read of a folder: those of its variant, or the plain ones."""
-    found = {path: next((v for v in VARIANTS if f".{v}" in path.name), None) for path in folder.glob("*.safetensors")}
+    """Return the safetensors files that are loaded from a folder: the plain ones, or those of its variant."""
+    files = {path: next((v for v in VARIANTS if f".{v}" in path.name), None) for path in folder.glob("*.safetensors")}
     variant = weights_variant(folder)
-    return [path for path, its in found.items() if its == variant] or list(found)
+    return [path for path, of_file in files.items() if of_file == variant] or list(files)
 
 
 def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A network of diffusers or transformers from a folder's safetensors, in this precision.
+    """Load a network of diffusers or transformers from a folder's safetensors.
 
-    Raises DraftuneError if it can't be loaded, or weights are missing or of another shape: the libraries would draw
-    these at random and say so in a warning. Where a folder has only a variant in half precision, that is read.
+    Args:
+        cls: The network's class.
+        folder: The folder; if it has only a half-precision variant, that is loaded.
+        dtype: The network's precision.
+        options: More arguments of `cls.from_pretrained`.
+
+    Raises:
+        DraftuneError: The network can't be loaded, or weights are missing or have another shape. The libraries only
+            warn about these weights and initialize them at random.
     """
     if (variant := weights_variant(folder)) is not None:
         options["variant"] = variant
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet():
-            # By the name that all versions of both libraries know.
-            network, found = cls.from_pretrained(folder, torch_dtype=dtype, **options)
+            # `torch_dtype` is the name that all versions of both libraries accept.
+            network, info = cls.from_pretrained(folder, torch_dtype=dtype, **options)
             network = network.to(dtype)
     except Exception as error:
         if out_of_memory(error):
             raise
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise DraftuneError(f"the weights in {str(folder)!r} lack {len(missing)} tensors, such as {missing[0]}")
-    if misshapen := list(found["mismatched_keys"]):
-        # Some versions name the tensors, others give their two shapes as well.
+    if misshapen := list(info["mismatched_keys"]):
+        # A name, or in some versions a tuple of the name and both shapes.
         name = misshapen[0] if isinstance(misshapen[0], str) else misshapen[0][0]
-        raise DraftuneError(f"the weights in {str(folder)!r} have another shape than their config says: {name}")
+        raise DraftuneError(f"the weights in {str(folder)!r} have another shape than in their config: {name}")
     return network
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
-    """The precision of a folder's safetensors: a half one where all of them are of that one, else float32."""
+    """Return the precision of a folder's safetensors: a half precision if all weights have it, or float32."""
     try:
-        found = set()
+        dtypes = set()
         for path in weights_files(folder):
             with safe_open(path, "pt") as file:
-                found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
-        return torch.float32  # loading them says what is wrong
-    return HALVES.get("".join(found - WHOLE), torch.float32)
+        return torch.float32  # loading the file raises the error
+    return HALVES.get("".join(dtypes - WHOLE), torch.float32)
 
 
 def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) -> Any:
-    """A network of transformers from a config and all its tensors, as float32 and in evaluation mode."""
+    """Build a network of transformers from its config and state dict, in float32 and evaluation mode."""
     with quiet():
         return cls.from_pretrained(None, config=config, state_dict=state, **options).float()
 
 
 def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -> Any:
-    """A tokenizer of transformers from a folder.
+    """Load a tokenizer of transformers from a folder.
 
-    Raises DraftuneError if it can't be loaded, or has more tokens than the network's vocabulary, or less than
-    `at_least`: it would be another network's, and its scores wrong without a word.
+    Args:
+        cls: The tokenizer's class.
+        folder: The folder.
+        vocabulary: The size of the network's vocabulary, the maximal number of tokens.
+        at_least: The minimal number of tokens.
+
+    Raises:
+        DraftuneError: The tokenizer can't be loaded or its size is out of range. It would belong to another network,
+            and scores would silently be wrong.
     """
     try:
         with quiet():
             tokenizer = cls.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
-        raise DraftuneError(f"the tokenizer in {str(folder)!r} wants: pip install sentencepiece protobuf") from error
+        raise DraftuneError(f"the tokenizer in {str(folder)!r} needs: pip install sentencepiece protobuf") from error
     except Exception as error:
         raise DraftuneError(f"no tokenizer in {str(folder)!r}: {first_line(error)}") from error
     if not at_least <= len(tokenizer) <= vocabulary:
         raise DraftuneError(
-            f"the tokenizer in {str(folder)!r} is another network's: it has {len(tokenizer)} tokens, not {vocabulary}"
+            f"the tokenizer in {str(folder)!r} belongs to another network: it has {len(tokenizer)} tokens, not "
+            f"{vocabulary}"
         )
     return tokenizer
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str], length: int) -> Any:
-    """Token ids and mask [B, length] of texts: the shorter padded, the longer cut."""
+    """Return the token ids and the mask of texts, padded or truncated to `length`, each `[B, length]`."""
     return tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
 class Truncation(NamedTuple):
-    """How many texts are longer than what a text encoder reads of each; it does not see the rest of them."""
+    """The number of texts that a text encoder truncates.
+
+    Attributes:
+        reader: The name of the encoder or the reward, for messages.
+        limit: The encoder's maximal number of tokens, including special tokens.
+        cut: The number of longer texts.
+    """
 
     reader: str
-    """The encoder or the reward, as a message names it."""
     limit: int
-    """Tokens, the special ones included."""
     cut: int
 
 
 def truncation(reader: str, tokenizer: Any, texts: Sequence[str], limit: int) -> Truncation:
     """Count the texts with more tokens than an encoder's limit."""
-    with quiet():  # which warns of the first long text, whatever the encoder reads
+    with quiet():  # the tokenizer warns about texts longer than its own limit
         tokens = tokenizer(list(texts)).input_ids if texts else []
     return Truncation(reader, limit, sum(len(ids) > limit for ids in tokens))
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters, or its class name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

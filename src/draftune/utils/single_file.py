@@ -1,4 +1,4 @@
-"""Checkpoints in one file, as most community models are published: told apart from LoRAs, and not read."""
+"""Detect single-file checkpoints, the format of most community models, which are not supported."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ KINDS = {
     "model.diffusion_model.": "StableDiffusionPipeline",
     "joint_blocks.": "StableDiffusion3Pipeline",
 }
-"""The beginnings of a whole model's keys, and the pipeline of diffusers that reads it; the first one counts."""
+"""Prefixes of a checkpoint's keys and the diffusers pipeline that loads it. The first match counts."""
 ADAPTERS = ("lora", "lokr", "loha", "hada_", "dora_scale")
-"""What stands in keys of adapters, some of which begin as those of a whole model do."""
+"""Parts of the keys of adapters, whose prefixes can equal those of a checkpoint."""
 
 
 def pipeline_of(keys: Collection[str]) -> str | None:
-    """Return the class of diffusers' pipeline that reads a checkpoint with these keys; None for anything else."""
+    """Return the class of the diffusers pipeline that loads a checkpoint with these keys; None for other files."""
     if any(word in key.lower() for key in keys for word in ADAPTERS):
         return None
     return next((kind for start, kind in KINDS.items() if any(key.startswith(start) for key in keys)), None)
 
 
 def single_file_error(path: Path) -> DraftuneError | None:
-    """Return the error for a file that holds a whole model, with the way out; None for a file that holds none.
+    """Return the error for a single-file checkpoint, with the conversion command; None for other files.
 
-    Pickle files are not opened, since that could run code. A .ckpt is assumed to be a model.
+    Pickle files are not opened, since that could run code. A .ckpt file is assumed to be a checkpoint.
     """
     kind = "StableDiffusionPipeline" if path.suffix == ".ckpt" else None
     if path.suffix not in PICKLES:
@@ -51,7 +51,7 @@ def single_file_error(path: Path) -> DraftuneError | None:
 
 
 def no_pipeline_error(path: Path) -> DraftuneError:
-    """Return the error for a file or a folder that is no pipeline, where one is to be loaded."""
+    """Return the error for a path that was given as a model but is not the folder of a pipeline."""
     if path.is_file():
         other = DraftuneError(f"{str(path)!r} is a file, not the folder of a diffusers pipeline")
         return single_file_error(path) or other

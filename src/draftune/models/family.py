@@ -1,0 +1,190 @@
+"""What defines a model family: encoding prompts, calling the denoiser, decoding, sizes and the sampler."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from draftune.errors import DraftuneError
+from draftune.models.common import check_size, decode_vae
+from draftune.models.needs import Need, check_diffusion, pair
+from draftune.sampling.schedule import GRID, Schedule, ddim_schedule
+from draftune.utils.loading import Truncation, truncation
+from draftune.utils.logging import logger
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Family(ABC):
+    """The part of `Model` that differs between model families.
+
+    A family must define `lora_prefix`, `required` and the abstract members. All others have defaults, which fit a
+    diffusion model with an autoencoder. docs/how-to/new-model.md has a complete example.
+    """
+
+    pipeline: DiffusionPipeline
+    name: str
+    """The model's name, path or hub id, for messages."""
+    scheduler_config: dict[str, Any]
+    """The config of the pipeline's scheduler, with the changes of `set_grid`."""
+    latent_size: tuple[int, int]
+    """(height, width) of a latent; set by `set_size`."""
+    lora_prefix: str
+    """The denoiser's name in the pipeline and in the keys of LoRA files: "unet" or "transformer"."""
+    required: Sequence[str]
+    """The components that the pipeline must have."""
+    optional: Sequence[str] = ()
+    """More networks that are used if the pipeline has them."""
+    in_pixels = False
+    """Whether the model works on pixels in [-1, 1] instead of latents. Only then may the sampler clip x_0."""
+    no_negative_prompt = ""
+    """Why the family takes no negative prompt; empty if it takes one."""
+    largest: int | None = None
+    """The largest possible height and width in pixels; None for no limit."""
+    _reported_negative_prompt = False
+
+    @abstractmethod
+    def needs(self) -> Iterator[Need]:
+        """Yield the conditions on the configs of the pipeline's components. Those in `required` are present."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """The number of pixels that height and width must be a multiple of."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
+        """Encode the prompts into the condition that `predict` takes; with `guided`, the negative prompt's part first.
+
+        Runs without gradient.
+        """
+
+    @abstractmethod
+    def predict(self, x: Tensor, timestep: float, condition: Any, guidance_scale: float) -> Tensor:
+        """Return the denoiser's output with guidance, `[B, C, H, W]`, for the noisy latents `x` of the same shape."""
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Decode clean latents into images `[B, 3, H, W]`, nominally in [0, 1]."""
+        return decode_vae(self.pipeline.vae, latents)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """The default (height, width) of a latent: `sample_size` in the denoiser's config, which `needs` must check."""
+        size = pair(self.denoiser.config.sample_size)
+        assert size is not None
+        return size
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of a latent."""
+        channels: int = self.denoiser.config.in_channels
+        return channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """The number of pixels along one side of a latent."""
+        scale: int = self.pipeline.vae_scale_factor
+        return scale
+
+    def check_scheduler(self) -> None:
+        """Raise DraftuneError if the sampler can't reproduce the noise levels of the pipeline's scheduler."""
+        check_diffusion(self.pipeline, self.name)
+
+    def check_schedule(self) -> None:
+        """Raise DraftuneError if no schedule can be built from the scheduler's config."""
+        self.schedule(1)
+        self.schedule(int(self.scheduler_config["num_train_timesteps"]))
+
+    def complete_config(self) -> None:  # noqa: B027
+        """Before the pipeline is saved: add to its config what diffusers reads but does not save."""
+
+    def unused_layers(self) -> frozenset[str]:
+        """Return the names of denoiser layers whose output never reaches the image."""
+        return frozenset()
+
+    def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
+        """Return for each text encoder: its tokenizer's name in the pipeline, its token limit, and its input texts."""
+        return []
+
+    def without_effect(self, guidance_scale: float) -> str:
+        """Return why a negative prompt has no effect at this guidance scale; empty if it has one."""
+        return "" if guidance_scale > 1 else f"guidance_scale is {guidance_scale:g}, and guidance needs more than 1"
+
+    @property
+    def denoiser(self) -> Any:
+        """The network that a LoRA is added to."""
+        return getattr(self.pipeline, self.lora_prefix)
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The networks of the pipeline that sampling uses."""
+        components = [getattr(self.pipeline, name) for name in dict.fromkeys((*self.required, *self.optional))]
+        return [component for component in components if isinstance(component, nn.Module)]
+
+    @property
+    def device(self) -> torch.device:
+        """The denoiser's device."""
+        return next(self.denoiser.parameters()).device
+
+    # Size, schedule and prompts.
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent."""
+        return self.channels, *self.latent_size
+
+    def set_size(self, height: int | None, width: int | None) -> None:
+        """Set the image size in pixels; None for the model's default. Raises DraftuneError for an impossible size."""
+        check_size(height, width, self.size_multiple, self.largest)
+        scale, (rows, columns) = self.pixels_per_latent, self.own_size
+        self.latent_size = (height // scale if height else rows, width // scale if width else columns)
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """Build the sampling schedule with this number of steps."""
+        return ddim_schedule(self.scheduler_config, num_inference_steps, self.in_pixels)
+
+    def sampler(self) -> Any:
+        """Return the diffusers scheduler that samples the same images as `schedule`."""
+        from diffusers import DDIMScheduler
+
+        unclipped = {} if self.in_pixels else {"clip_sample": False, "thresholding": False}
+        return DDIMScheduler.from_config({**self.scheduler_config, **unclipped})
+
+    def set_grid(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
+        """Change the sampling timesteps; None keeps the value of the scheduler's config."""
+        values = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": set_alpha_to_one}
+        self.scheduler_config |= {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """The current values of the arguments of `set_grid`."""
+        return {name: self.scheduler_config[name] for name in GRID if name in self.scheduler_config}
+
+    def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
+        """Raise DraftuneError for prompts that the model can't take."""
+        if negative_prompt and self.no_negative_prompt:
+            raise DraftuneError(f"{self.no_negative_prompt}: leave it empty (--negative-prompt)")
+
+    def check_negative_prompt(self, negative_prompt: str, guidance_scale: float) -> None:
+        """Raise DraftuneError if the family takes no negative prompt; warn once if the prompt has no effect."""
+        self.check_prompts((), negative_prompt)
+        if negative_prompt and not self._reported_negative_prompt and (why := self.without_effect(guidance_scale)):
+            self._reported_negative_prompt = True
+            logger.warning(f"the negative prompt has no effect: {why}")
+
+    def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
+        """Count for each text encoder the prompts that are longer than its token limit."""
+        return [
+            truncation(
+                f"the {name.replace('tokenizer', 'text_encoder')} of {self.name!r}",
+                getattr(self.pipeline, name),
+                texts,
+                limit,
+            )
+            for name, limit, texts in self.text_readers(prompts)
+        ]
