@@ -162,15 +162,15 @@ BROKEN_ROWS: dict[str, bytes] = {
     "text-step": b'{"step": "1", "reward": 1}\n',
     "null-step": b'{"step": null}\n',
     "list-step": b'{"step": [1]}\n',
-    "text-reward": b'{"step": 1, "reward": "high", "reward_queries": 1, "seconds": 1, "held-out/x": "high"}\n',
-    "list-reward": b'{"step": 1, "reward": [1], "reward_queries": {}, "seconds": 1}\n',
+    "text-reward": b'{"step": 1, "reward": "high", "reward_queries": 1, "train_seconds": 1, "eval/x": "high"}\n',
+    "list-reward": b'{"step": 1, "reward": [1], "reward_queries": {}, "train_seconds": 1}\n',
     "only-step": b'{"step": 1}\n',
     "utf-16": "{}\n".encode("utf-16"),
     "nul": b"\x00" * 64 + b"\n",
     "deep": b"[" * 100_000 + b"\n",
     "half": b'{"step": 1, "rewa\n',
     "cut-character": b'{"step": 1, "x": "\xc3\n',
-    "errors": b'{"step": 0, "errors": 3, "prompts": 3, "scores": "x"}\n',
+    "stderr": b'{"step": 0, "stderr": 3, "prompts": 3, "scores": "x"}\n',
     "html": HTML,
 }
 

@@ -122,7 +122,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     },
     "preflight": {"--memory": ["0", "-1", "nan", "inf", "x", "", "8GB", "1e400"]},
     "train": {
-        "--best-by": ["brightness +", "x(k=1)", "held-out/x + "],
+        "--best-by": ["brightness +", "x(k=1)", "eval/x + "],
         "--patience": ["3"],
         "--height": ["7", "1"],
         "--lora-targets": ["nothing", "to_q,", ","],

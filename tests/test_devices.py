@@ -75,7 +75,7 @@ def test_updates_equal_those_of_one_process(
         written = json.loads((together / f"{name}-{i}.json").read_text())
         for row, other in zip(rows, written["rows"], strict=True):
             assert row["reward_queries"] == other["reward_queries"]
-            assert {**other, "seconds": 0} == pytest.approx({**row, "seconds": 0}, abs=1e-6)
+            assert {**other, "train_seconds": 0} == pytest.approx({**row, "train_seconds": 0}, abs=1e-6)
         assert written["method"].get("rewards", {}).keys() == trainer.method.state_dict().get("rewards", {}).keys()
 
 
@@ -182,7 +182,14 @@ def test_a_killed_run_goes_on_by_one_process_and_then_by_two(pipeline_folder: Pa
         assert len(seen) == len(rows)
         assert {row["step"] for row in others} <= seen.keys()
         for row, other in ((seen[other["step"]], other) for other in others):
-            for key in ("reward", "brightness", "held-out/saturation", "distance", "denoiser_mse_from_base", "scores"):
+            for key in (
+                "reward",
+                "brightness",
+                "eval/saturation",
+                "pixel_l1_from_base",
+                "denoiser_mse_from_base",
+                "scores",
+            ):
                 if key in row:
                     assert row[key] == pytest.approx(other[key], abs=1e-5)
 

@@ -187,7 +187,7 @@ def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path]
     assert (plain - together[:2]).abs().max() < 1e-5
     text = board.table().splitlines()
     assert text[0] == "base → tuned, 6 pictures of 3 prompts, the same seeds"
-    assert [line.split()[0] for line in text if "95 % interval" in line] == ["brightness", "held-out/saturation"]
+    assert [line.split()[0] for line in text if "95 % interval" in line] == ["brightness", "eval/saturation"]
     assert max(map(len, text)) <= 100
 
 
@@ -206,7 +206,7 @@ def test_the_highest_score_is_first() -> None:
 def test_ranked_by_the_reward_or_as_asked(runs: list[Path], tmp_path: Path) -> None:
     command = ["eval", *map(str, runs), str(runs[0] / "best"), "--num-images", "1"]
     orders = {}
-    for sort in ("brightness", "held-out/saturation"):
+    for sort in ("brightness", "eval/saturation"):
         path = tmp_path / "scores.csv"
         assert main([*command, "--sort", sort, "--output", str(path)]) == 0
         rows = list(csv.DictReader(path.open()))
@@ -282,11 +282,11 @@ def test_mistakes_get_one_line(runs: list[Path], tmp_path: Path, capsys: pytest.
         "no LoRA at": ["eval", str(tmp_path / "missing")],
         "no prompt file": ["eval", run, "--prompts", str(tmp_path / "missing.txt")],
         "did you mean 'brightness'": ["eval", run, "--reward", "brightnes"],
-        "unknown score 'held-out/saturatio': did you mean 'held-out/saturation'?": [
+        "unknown score 'eval/saturatio': did you mean 'eval/saturation'?": [
             "eval",
             run,
             "--sort",
-            "held-out/saturatio",
+            "eval/saturatio",
         ],
         "takes a .csv or a .json file": ["eval", run, "--output", "x.txt"],
         "--pictures takes a folder": ["eval", run, "--pictures", str(plain)],

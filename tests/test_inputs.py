@@ -98,7 +98,7 @@ def test_held_out_rewards_in_place_see_and_leave_the_same(pipeline_folder: Path,
             steps=1,
         )
         rows = map(json.loads, (run / "evaluations.jsonl").read_text().split("\n")[:-1])
-        evaluations.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+        evaluations.append([{name: value for name, value in row.items() if name != "train_seconds"} for row in rows])
     assert evaluations[0] == evaluations[1] == evaluations[2]
 
 
@@ -142,7 +142,7 @@ class Features(Reward):
 def test_features_and_learning_have_their_own_images(pipeline_folder: Path, tmp_path: Path) -> None:
     images = torch.rand(4, 3, 8, 8)
     found = evaluate(lambda *_: images, load_reward("brightness"), Features(), ["a", "b"], 2)
-    assert "held-out/diversity" in found.values
+    assert "eval/diversity" in found.values
     assert images.any()
     plain = trained(pipeline_folder, tmp_path / "plain", "brightness", sample_every=0)
     both = trained(pipeline_folder, tmp_path / "both", load_reward("brightness") + 0.0 * Features(), sample_every=0)

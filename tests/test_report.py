@@ -58,7 +58,7 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
             "reward_queries": 12 * step,
             "grad_norm": 10 ** (step / 20),
             "learning_rate": 1e-3,
-            "seconds": 90.0 * step,
+            "train_seconds": 90.0 * step,
         }
         for step in range(1, 41)
     ]
@@ -68,17 +68,17 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
         {
             "step": step,
             "reward_queries": 12 * step,
-            "seconds": 90.0 * step,
+            "train_seconds": 90.0 * step,
             REWARD: 4 + 0.1 * step,
-            "held-out/judge": score,
-            "held-out/diversity": 0.4 - 0.001 * step,
-            "distance": 0.01 * step,
+            "eval/judge": score,
+            "eval/diversity": 0.4 - 0.001 * step,
+            "pixel_l1_from_base": 0.01 * step,
             "denoiser_mse_from_base": 1e-4 * step,
-            "errors": {
+            "stderr": {
                 REWARD: 0.25,
-                "held-out/judge": 0.01,
-                "held-out/diversity": 0.1,
-                "distance": 0.0,
+                "eval/judge": 0.01,
+                "eval/diversity": 0.1,
+                "pixel_l1_from_base": 0.0,
                 "denoiser_mse_from_base": 0.0,
             },
             "best": step <= 20,
@@ -88,11 +88,11 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
     lines(folder / "evaluations.jsonl", evaluations)
     show(folder, shown, size)
     (folder / "environment.json").write_text(json.dumps({"draftune": "0.1.0", "device": "cpu"}))
-    (folder / "audit.json").write_text(json.dumps({REWARD: {"score": 4.0, "gradient_norm": 0.12}}))
+    (folder / "reward_check.json").write_text(json.dumps({REWARD: {"score": 4.0, "gradient_norm": 0.12}}))
     sweep = folder / "sweep"
     for i, scale in enumerate(("0.00", "1.00")):
         colored(sweep / scale / "00.png", (i * 100, 50, 0), size)
-    found = {"scales": [0, 1], "columns": {REWARD: [4, 8]}, "errors": {REWARD: [0.1, 0.2]}, "rule": None}
+    found = {"scales": [0, 1], "columns": {REWARD: [4, 8]}, "stderr": {REWARD: [0.1, 0.2]}, "rule": None}
     found |= {"recommended": 1, "prompts": ["cat"], "pictures": [["0.00/00.png"], ["1.00/00.png"]]}
     (sweep / "sweep.json").write_text(json.dumps(found))
     return folder
@@ -167,7 +167,7 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
         "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
-        "Over-optimisation: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600. "
+        "Over-optimisation: the reward rises to 8.000, but eval/judge fell from 0.900 at update 20 to 0.600. "
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
@@ -190,7 +190,7 @@ def test_words_for_numbers() -> None:
     assert [duration(seconds) for seconds in (0, 59.6, 200, 7500, 277_000)] == [
         "0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"
     ]  # fmt: skip
-    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": None, "skipped": 2}]
+    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": None, "nonfinite_steps": 2}]
     said = verdict(Settings(steps=9), rows, [], None)
     assert said == (
         "In 2 of 9 updates the reward of the training pictures is not known. "
@@ -200,18 +200,26 @@ def test_words_for_numbers() -> None:
 
 def test_the_curves(run: Path) -> None:
     charts = {chart["key"]: chart for chart in collect(run)["charts"]}
-    keys = ["reward", REWARD, "held-out/judge", "held-out/diversity", "distance", "denoiser_mse_from_base", "grad_norm"]
+    keys = [
+        "reward",
+        REWARD,
+        "eval/judge",
+        "eval/diversity",
+        "pixel_l1_from_base",
+        "denoiser_mse_from_base",
+        "grad_norm",
+    ]
     assert list(charts) == keys
-    judge = charts["held-out/judge"]
+    judge = charts["eval/judge"]
     assert judge["values"] == [0.5, 0.7, 0.9, 0.8, 0.6]
     assert judge["spread"] == [0.02] * 5
     assert judge["x"] == {
         "step": [0, 10, 20, 30, 40],
         "reward_queries": [0, 120, 240, 360, 480],
-        "seconds": [0.0, 900.0, 1800.0, 2700.0, 3600.0],
+        "train_seconds": [0.0, 900.0, 1800.0, 2700.0, 3600.0],
     }
     assert charts["reward"]["spread"] == [0.5] * 40
-    assert charts["distance"]["spread"] is None
+    assert charts["pixel_l1_from_base"]["spread"] is None
     assert [key for key in keys if charts[key]["log"]] == ["grad_norm"]
     assert charts["grad_norm"]["values"][19] == 10.0
     scale = collect(run)["sweep"]["charts"][0]
@@ -220,7 +228,7 @@ def test_the_curves(run: Path) -> None:
 
 def test_parts_and_numbers_that_are_none(run: Path) -> None:
     (run / "evaluations.jsonl").unlink()
-    row = {"reward_queries": 1, "seconds": 1, "reward/clip": 1.0, "reward": 2.0, "grad_norm": float("inf")}
+    row = {"reward_queries": 1, "train_seconds": 1, "reward/clip": 1.0, "reward": 2.0, "grad_norm": float("inf")}
     lines(run / "metrics.jsonl", [{"step": 1, **row}, {"step": 2, **row, "reward/clip": None}])
     charts = {chart["key"]: chart["values"] for chart in collect(run)["charts"]}
     assert charts == {"reward": [2, 2], "reward/clip": [1, None], "grad_norm": [None, None]}
@@ -283,7 +291,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     data = collect(tmp_path)
     assert data["verdict"] == "No update has been made yet."
     assert dict(data["facts"])["Updates"] == "0 of 7"
-    assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["audit"] == []
+    assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["reward_check"] == []
     write_report(tmp_path, tmp_path / "page" / "new.html")
     assert (tmp_path / "page" / "new.html").stat().st_size > 10_000
 
@@ -423,15 +431,15 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
     data = collect(folder)
     charts = {chart["key"]: chart["values"] for chart in data["charts"]}
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert charts["held-out/saturation"] == pytest.approx([row["held-out/saturation"] for row in rows], rel=1e-4)
-    assert {"brightness", "saturation", "distance", "denoiser_mse_from_base", "grad_norm"} <= set(charts)
+    assert charts["eval/saturation"] == pytest.approx([row["eval/saturation"] for row in rows], rel=1e-4)
+    assert {"brightness", "saturation", "pixel_l1_from_base", "denoiser_mse_from_base", "grad_norm"} <= set(charts)
     assert data["best"] in (0, 1, 2)
     assert [frame["at"] for frame in data["samples"]["frames"]] == [0, 1, 2]
     assert data["samples"]["prompts"] == ["cat", "dog", "bird"]
     with Image.open(folder / "samples" / "step-000002" / "01.png") as picture:
         shown = opened(data["pictures"][data["samples"]["frames"][2]["pictures"][1]])
         assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(shown))
-    assert [part for part, _ in data["audit"]] == ["brightness", "saturation"]
+    assert [part for part, _ in data["reward_check"]] == ["brightness", "saturation"]
     assert dict(data["environment"])["draftune"]
     assert write_report(folder).stat().st_size > 10_000
 

@@ -343,7 +343,7 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
         for text in (*said, "--output", f"--continue-from {output}"):
             assert text in str(error.value)
-    for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "distance"}):
+    for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "pixel_l1_from_base"}):
         with pytest.raises(DraftuneError, match=f"its {next(iter(values))} is") as error:
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
         assert "--allow-changes" not in str(error.value)

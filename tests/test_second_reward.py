@@ -131,7 +131,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     # The base is the first run's model, whose reward is measured at every evaluation on the prompts of its own.
     start, end = second.evaluations
     assert start["kept/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
-    assert start["denoiser_mse_from_base"] == start["distance"] == 0
+    assert start["denoiser_mse_from_base"] == start["pixel_l1_from_base"] == 0
     assert end["denoiser_mse_from_base"] > 0
     assert abs(end["symmetry"] - start["symmetry"]) > 1e-4
     assert second.comparison is not None

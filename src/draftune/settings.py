@@ -138,7 +138,7 @@ class Settings:
     )
     eval_every: int = setting(0, "updates between evaluations on these prompts; 0: only first and last", low=0)
     best_by: str = setting(
-        "", "columns of the evaluations whose sum picks the best LoRA, such as held-out/hpsv2; unless set --held-out"
+        "", "columns of the evaluations whose sum picks the best LoRA, such as eval/hpsv2; unless set --held-out"
     )
     patience: int = setting(0, "evaluations without a better one after which the run ends; 0: it goes on", low=0)
     eval_images: int = setting(2, "pictures of each of these prompts", low=1)

@@ -131,7 +131,7 @@ class Sweep:
             for label in columns
         ]
         write_csv(folder / "sweep.csv", table)
-        said: dict[str, Any] = {"scales": self.scales, "columns": columns, "errors": errors}
+        said: dict[str, Any] = {"scales": self.scales, "columns": columns, "stderr": errors}
         said |= {"rule": self.rule, "recommended": self.recommended, "prompts": self.prompts}
         write_json(folder / "sweep.json", said | {"pictures": files})
 
@@ -192,7 +192,7 @@ def sweep(
         if not marks:
             base = now.images
         distance = (now.images - base).abs().mean((1, 2, 3))
-        now.values["distance"] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
+        now.values["pixel_l1_from_base"] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
         if DENOISER_MSE in asked:
             few = yardstick.prompts[: settings.batch_size]
             schedule = model.schedule(settings.num_inference_steps)

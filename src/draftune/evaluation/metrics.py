@@ -232,8 +232,8 @@ def evaluate(
     scores = {reward.label: total} | parts
     if held_out is not None:
         _, judged = score_batches(held_out, images, repeated, device)
-        scores |= {f"held-out/{name}": values for name, values in judged.items()}
+        scores |= {f"eval/{name}": values for name, values in judged.items()}
     values = {name: found.reshape(len(prompts), images_per_prompt) for name, found in scores.items()}
     if held_out is not None and (spread := diversity(held_out, images, images_per_prompt, device)) is not None:
-        values["held-out/diversity"] = spread[:, None]
+        values["eval/diversity"] = spread[:, None]
     return Evaluation(values, repeated, images)

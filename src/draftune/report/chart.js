@@ -46,7 +46,7 @@ function smoothed(values, log = false) {
 
 // Seconds in the unit that suits the longest of them.
 function axisUnit(axis, most) {
-  if (axis === "seconds") return [...UNITS].reverse().find(([, size]) => most >= 2 * size) ?? UNITS[0];
+  if (axis === "train_seconds") return [...UNITS].reverse().find(([, size]) => most >= 2 * size) ?? UNITS[0];
   return [{ step: "updates", reward_queries: "scored pictures", scale: "scale of the LoRA" }[axis], 1];
 }
 

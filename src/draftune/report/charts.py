@@ -10,10 +10,10 @@ from draftune.report.pictures import evenly
 from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT
 
 Rows = Sequence[Mapping[str, Any]]
-AXES = ("step", "reward_queries", "seconds")
+AXES = ("step", "reward_queries", "train_seconds")
 PART = "reward/"
 MOST_POINTS = 1500
-UNDRAWN = ("errors", "best")
+UNDRAWN = ("stderr", "best")
 BAND = ", ± 2 standard errors"
 
 
@@ -37,7 +37,7 @@ def looks(key: str) -> tuple[str, str, str]:
     """A column's title, what is said of it, and its kind, which decides its colour."""
     known = {
         DIVERSITY: ("Diversity", "within a prompt", "diversity"),
-        "distance": ("Distance", "mean change of a pixel from the base model", "plain"),
+        "pixel_l1_from_base": ("Distance", "mean change of a pixel from the base model", "plain"),
         DENOISER_MSE: ("Denoiser MSE from base", "how far the denoiser has moved", "plain"),
     }
     if key.startswith(HELD_OUT):
@@ -58,7 +58,7 @@ def in_training(rows: Rows, key: str, title: str, note: str, kind: str, log: boo
 
 def evaluated(rows: Rows, key: str, title: str, note: str, kind: str) -> dict[str, Any]:
     """A column of the evaluations; its band is ± two standard errors, where these are known."""
-    bands = [doubled(row.get("errors", {}).get(key)) for row in rows]
+    bands = [doubled(row.get("stderr", {}).get(key)) for row in rows]
     return drawn(key, title, note + BAND * any(bands), kind, along(rows), [row.get(key) for row in rows], bands)
 
 
@@ -66,7 +66,7 @@ def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The columns of a sweep over the LoRA's scale, the reward first."""
     found: list[dict[str, Any]] = []
     for key, values in sweep.get("columns", {}).items():
-        bands = [doubled(error) for error in sweep.get("errors", {}).get(key, [])]
+        bands = [doubled(error) for error in sweep.get("stderr", {}).get(key, [])]
         title, note, kind = looks(key)
         note = (note if found else "the reward") + BAND * any(bands)
         found.append(drawn(key, title, note, kind, {"scale": sweep["scales"]}, values, bands))

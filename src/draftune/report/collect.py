@@ -20,7 +20,7 @@ MOST_FRAMES = 24
 MOST_PROMPTS = 16
 MOST_PAIRS = 8
 SWEEP = Path("sweep") / "sweep.json"
-FILES = (CONFIG, METRICS, EVALUATIONS, SAMPLES, "environment.json", "audit.json", SWEEP)
+FILES = (CONFIG, METRICS, EVALUATIONS, SAMPLES, "environment.json", "reward_check.json", SWEEP)
 """All that is read of a run but for the pictures, which these name."""
 
 
@@ -46,7 +46,9 @@ def collect(run: Path | str, pictures: Pictures | None = None) -> dict[str, Any]
         "settings": table(settings),
         "command": command(settings),
         "environment": [[name, str(value)] for name, value in environment.items()],
-        "audit": [[part, found] for part, found in read_json(folder / "audit.json").items() if isinstance(found, dict)],
+        "reward_check": [
+            [part, found] for part, found in read_json(folder / "reward_check.json").items() if isinstance(found, dict)
+        ],
         **shown(folder, samples, best, read_json(folder / SWEEP), pictures),
     }
     return finite(data)

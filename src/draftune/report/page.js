@@ -1,7 +1,7 @@
 // The page: each section is built from its part of the data, and built again only when that part has changed.
 
 const EVERY = 2000; // milliseconds between two questions for what is new
-const AXES = [["step", "updates"], ["reward_queries", "scored pictures"], ["seconds", "time"]];
+const AXES = [["step", "updates"], ["reward_queries", "scored pictures"], ["train_seconds", "time"]];
 
 // What the reader has set; it outlives the sections.
 const state = { axis: "step", wipes: {}, places: {}, open: {} };
@@ -89,7 +89,7 @@ function settings({ settings, command, environment, audit }) {
   ];
   if (audit.length) {
     const columns = [...new Set(audit.flatMap(([, found]) => Object.keys(found)))];
-    built.push(details("audit", "The reward, tried on the base model before training",
+    built.push(details("reward_check", "The reward, tried on the base model before training",
       table("Means of the pictures it was tried on", ["part", ...columns.map((name) => name.replaceAll("_", " "))],
         audit.map(([part, found]) => [part, ...columns.map((name) => number(found[name]))]))));
   }

@@ -18,7 +18,7 @@ ENDS = 10
 
 def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[str]]:
     """What was asked and what it took, as pairs of a name and a value."""
-    last = metrics[-1] if metrics else {"step": 0, "seconds": 0, "reward_queries": 0}
+    last = metrics[-1] if metrics else {"step": 0, "train_seconds": 0, "reward_queries": 0}
     found = {
         "Reward": settings.reward,
         "Held out": settings.held_out,
@@ -30,7 +30,7 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Compared on": settings.eval_prompts,
         "Updates": f"{last['step']:,} of {settings.steps:,}",
         "Scored pictures": f"{last['reward_queries']:,}",
-        "Training time": duration(last["seconds"]),
+        "Training time": duration(last["train_seconds"]),
         "Device": device,
     }
     return [[name, value] for name, value in found.items() if value]
@@ -61,7 +61,7 @@ def verdict(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
         since = sum(row["step"] > best for row in evaluations)
         if done < settings.steps and settings.patience and since >= settings.patience:
             said.append(f"The run ended since {since} evaluations after it were no better.")
-    if skipped := metrics[-1].get("skipped"):
+    if skipped := metrics[-1].get("nonfinite_steps"):
         said.append(f"{skipped:,} updates were left out, since a reward or a gradient was not finite.")
     return " ".join(said)
 

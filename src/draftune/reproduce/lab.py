@@ -31,9 +31,9 @@ from draftune.utils.memory import peak_memory
 from draftune.utils.paths import written_whole
 
 REWARD = "emoji-aesthetic"
-JUDGE = "held-out/emoji-judge-style"
-NAMED = "held-out/emoji-judge-name"
-DIVERSITY = "held-out/diversity"
+JUDGE = "eval/emoji-judge-style"
+NAMED = "eval/emoji-judge-name"
+DIVERSITY = "eval/diversity"
 LV, ONE = "draft-lv(n=2)", "draft-k(k=1)"
 GUIDANCE = recommended("emoji")["guidance_scale"]
 

@@ -24,8 +24,8 @@ SPREAD = 2.0
 """Of `emoji-aesthetic` from picture to picture of the base model."""
 ABOVE = f"above({REWARD}, level={LEVEL:g}, spread={SPREAD:g})"
 JUDGES = "emoji-judge-name + emoji-judge-style(style=3d)"
-SIZE = f"held-out/{BYTES}"
-SHARE, CLIMBED = f"held-out/above({REWARD})", f"held-out/{REWARD}"
+SIZE = f"eval/{BYTES}"
+SHARE, CLIMBED = f"eval/above({REWARD})", f"eval/{REWARD}"
 POLICY = "ddpo(min_count=4, timestep_fraction=0.25)"
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which the policy has the best, by its first seed; 0.01 loses names, and 0.03 all of them.

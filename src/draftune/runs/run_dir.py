@@ -33,11 +33,11 @@ SAMPLES = "samples.jsonl"
 LOCK = ".draftune.lock"
 LOGS = (METRICS, EVALUATIONS, SAMPLES)
 COUNTERS = {
-    METRICS: ("step", "reward_queries", "seconds"),
-    EVALUATIONS: ("step", "reward_queries", "seconds"),
+    METRICS: ("step", "reward_queries", "train_seconds"),
+    EVALUATIONS: ("step", "reward_queries", "train_seconds"),
     SAMPLES: ("step",),
 }
-NO_NUMBERS: dict[str, Any] = {"errors": {}, "scores": [], "prompts": []}
+NO_NUMBERS: dict[str, Any] = {"stderr": {}, "scores": [], "prompts": []}
 """Columns of the logs that are tables or lists."""
 CHANGES = "changes"
 """The file that says what changed while the run went on."""
@@ -215,7 +215,7 @@ class RunFolder:
             return True
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
-        prefix = "" if name == METRICS else "eval/"
+        prefix = "" if name == METRICS else "validation/"
         try:
             for key, value in numbers(row).items():
                 if key != "step" and self.events:
@@ -300,10 +300,10 @@ def is_row(row: Any, log: str) -> bool:
     apart: dict[str, Any] = {key: row.get(key, default) for key, default in NO_NUMBERS.items()}
     if log == SAMPLES and not (row.keys() >= {"prompts", "scores"} and isinstance(apart["prompts"], list)):
         return False
-    if not isinstance(apart["errors"], dict) or not isinstance(apart["scores"], list):
+    if not isinstance(apart["stderr"], dict) or not isinstance(apart["scores"], list):
         return False
     values = (value for key, value in row.items() if key not in NO_NUMBERS)
-    return all(isinstance(v, int | float | None) for v in (*values, *apart["errors"].values(), *apart["scores"]))
+    return all(isinstance(v, int | float | None) for v in (*values, *apart["stderr"].values(), *apart["scores"]))
 
 
 def read_settings(config: Path) -> Settings:

@@ -12,18 +12,18 @@ from draftune.registry.expression import Call, parse
 if TYPE_CHECKING:
     from draftune.rewards import Reward
 
-HELD_OUT = "held-out/"
+HELD_OUT = "eval/"
 DIVERSITY = f"{HELD_OUT}diversity"
 DENOISER_MSE = "denoiser_mse_from_base"
 """The column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
-APART = ("errors", "best")
+APART = ("stderr", "best")
 Row = Mapping[str, Any]
-"""A line of evaluations.jsonl: columns, null for what is not finite, and under "errors" their standard errors."""
+"""A line of evaluations.jsonl: columns, null for what is not finite, and under "stderr" their standard errors."""
 T = TypeVar("T", bound=Any)
 
 
 def weights_of(rule: str) -> dict[str, float]:
-    """A weighted sum of columns, "held-out/judge + 0.5*held-out/diversity", by column. Raises DraftuneError."""
+    """A weighted sum of columns, "eval/judge + 0.5*eval/diversity", by column. Raises DraftuneError."""
     tree = parse(rule)
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
     if any(call.settings or call.inner for _, call in terms):
@@ -114,4 +114,4 @@ def spread(key: str, *rows: Row) -> float:
 
     As if they were independent: drawn with the same seeds they differ by less chance, so it errs on the careful side.
     """
-    return math.hypot(*(row.get("errors", {}).get(key) or 0.0 for row in rows))
+    return math.hypot(*(row.get("stderr", {}).get(key) or 0.0 for row in rows))

@@ -141,7 +141,7 @@ class Updates:
             "grad_norm": norms[0],
             "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
             "learning_rate": rate,
-            "seconds": round(self.seconds, 4),
+            "train_seconds": round(self.seconds, 4),
             **self.method.report(),
         }
         if self.noise is not None:
@@ -151,7 +151,7 @@ class Updates:
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:
-            row["skipped"] = self.skipped
+            row["nonfinite_steps"] = self.skipped
         return row
 
     def optimizer_step(self, step: int, drawn: list[Drawn]) -> None:
@@ -288,8 +288,8 @@ class Updates:
             **starts,
             "kept_prompts": self.kept_order.queue,
             "reward_queries": self.scorer.queries,
-            "seconds": self.seconds,
-            "skipped": [self.skipped, self.skipped_in_a_row, self.overflows],
+            "train_seconds": self.seconds,
+            "nonfinite_steps": [self.skipped, self.skipped_in_a_row, self.overflows],
             "prompts": self.order.queue,
             "weights": [weight for weight, _ in self.scorer.reward.terms],
             "method": {key: value for key, value in method.items() if not isinstance(value, Tensor)},
@@ -318,8 +318,8 @@ class Updates:
         for name, learned in carried(self.scorer.reward).items() if same_reward else ():
             learned.resize_as_(tensors[name]).copy_(tensors[name])
         self.generator.set_state(tensors["generator"])
-        self.scorer.queries, self.seconds = state["reward_queries"], state["seconds"]
-        self.skipped, self.skipped_in_a_row, self.overflows = state["skipped"]
+        self.scorer.queries, self.seconds = state["reward_queries"], state["train_seconds"]
+        self.skipped, self.skipped_in_a_row, self.overflows = state["nonfinite_steps"]
         if "prompts" not in changed:
             self.order.queue = state["prompts"]
         if "keep" not in changed:

@@ -123,7 +123,7 @@ def prepare(
         kept = past.columns if past is not None else []
         for column in weights:
             if column not in (
-                known := [score.label, *score.columns, *held, *kept, DIVERSITY, "distance", DENOISER_MSE]
+                known := [score.label, *score.columns, *held, *kept, DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
             ):
                 raise unknown("column of the evaluations", column, known)
         decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None

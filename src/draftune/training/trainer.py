@@ -145,7 +145,9 @@ class Trainer:
         try:
             with self.processes.together():
                 if self.processes.main:
-                    self.folder.create(s, self.space(), audit=found, environment=environment(self.accelerator.device))
+                    self.folder.create(
+                        s, self.space(), reward_check=found, environment=environment(self.accelerator.device)
+                    )
             if not self.folder.checkpoint:
                 self.save_checkpoint()
             # The LoRA does nothing yet, in a run that goes on too: what is drawn now is the base's.
@@ -194,7 +196,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         made = self.updates
-        self.watch.evaluate(self.done, {"reward_queries": made.scorer.queries, "seconds": round(made.seconds, 4)})
+        self.watch.evaluate(self.done, {"reward_queries": made.scorer.queries, "train_seconds": round(made.seconds, 4)})
 
     def probe(self) -> dict[str, dict[str, float]]:
         """Tries the rewards on two pictures of the base model, so that what is wrong with them is said at once."""

@@ -103,8 +103,8 @@ class Watch:
         # Only the first and the last are compared in the end; pictures take memory.
         self.evaluations = {0: self.evaluations.get(0, found), step: found}
         distance = float((found.images - self.evaluations[0].images).abs().mean())
-        moved = {"distance": distance, DENOISER_MSE: self.denoiser_mse(self.eval_prompts[: s.batch_size])}
-        measured = {"step": step, **counted, **found.scores, **moved, "errors": found.errors}
+        moved = {"pixel_l1_from_base": distance, DENOISER_MSE: self.denoiser_mse(self.eval_prompts[: s.batch_size])}
+        measured = {"step": step, **counted, **found.scores, **moved, "stderr": found.errors}
         # The others may have measured something else in the last digits, and all are to decide alike.
         row = self.processes.of_main(measured)
         if self.guard is None:
