@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from draftune.evaluation.criterion import HELD_OUT
 from draftune.figures import figure, save
 from draftune.runs.run_dir import EVALUATIONS, SAMPLES, read_rows
-from draftune.training.early_stopping import HELD_OUT
 from draftune.utils.images import grid, open_image, save_image
 
 

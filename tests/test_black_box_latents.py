@@ -14,13 +14,13 @@ from torch.nn.functional import interpolate
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.guidance.methods import sample_guided
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.models import load_model
 from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries
 from draftune.rewards.black_box import BlackBox
-from draftune.training.checks import probe_reward
 
 PROMPTS = ["a cat", "a dog"]
 LATENTS = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -14,9 +14,10 @@ from test_resume import rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import weights_of
 from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.models import load_model
-from draftune.training.early_stopping import Guard, weights_of
+from draftune.training.early_stopping import Guard
 
 
 def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, float]]:

@@ -15,12 +15,12 @@ from test_eval import make_run
 
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import rule_of, weighed, weights_of
 from draftune.evaluation.eval_spec import find_yardstick
 from draftune.evaluation.lora_scale import Mark, Sweep, recommend, scale_name, sweep
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
 from draftune.rewards import load_reward
 from draftune.runs.load import find_tuned, open_source
-from draftune.training.early_stopping import rule_of, weighed, weights_of
 from draftune.utils.images import to_pil
 
 

@@ -20,11 +20,11 @@ from test_resume import lora, noisy_brightness, rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.rewards import load_reward
 from draftune.runs import checkpoint
 from draftune.runs.run_dir import RunFolder, first_free
 from draftune.settings import Settings
-from draftune.training.checks import probe_reward
 
 
 def failing(at: Sequence[int], gradient: bool) -> Callable[..., Tensor]:

@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
     output, one_file = image_output(args.output)
-    from draftune.training.checks import tell_truncated
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.utils.images import grid, save_image, to_pil
 
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
 
 def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, str]:
     """The pictures [B, 3, H, W], and a line about their reward."""
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.methods import load_guide, sample_guided
     from draftune.rewards import find_reward
-    from draftune.training.checks import tell_truncated
 
     # What is missing of the reward or wrong with the method is said before the model is read.
     method = args.guide_method or "ratio"

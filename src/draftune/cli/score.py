@@ -29,10 +29,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     output = table_output(args.output, args.prompts)
     from draftune.evaluation.image_files import find_images, prompts_of, score_files
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
     from draftune.rewards.base import check_prompts, taught
-    from draftune.training.checks import tell_truncated
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)

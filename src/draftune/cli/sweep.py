@@ -33,10 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
     scales = numbers(args.scales)
+    from draftune.evaluation.criterion import weights_of
     from draftune.evaluation.eval_spec import find_yardstick
     from draftune.evaluation.lora_scale import sweep
     from draftune.runs.load import find_tuned
-    from draftune.training.early_stopping import weights_of
 
     if args.best_by:
         weights_of(args.best_by)

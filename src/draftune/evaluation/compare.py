@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from draftune.errors import unknown
 from draftune.evaluation.eval_spec import Yardstick
 from draftune.evaluation.metrics import Comparison, Paired
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import set_lora_scales
 from draftune.models.base import default_device
 from draftune.runs.load import Tuned, open_loras
-from draftune.training.checks import tell_truncated
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
 

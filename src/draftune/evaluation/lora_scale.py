@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, rule_of, weighed, weights_of
 from draftune.evaluation.eval_spec import Yardstick
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.figures import figure, save
 from draftune.lora import ADAPTER, set_lora_scale
 from draftune.models.base import default_device
 from draftune.registry.expression import Call, Sum
 from draftune.runs.load import Tuned, open_loras
-from draftune.training.checks import tell_truncated
-from draftune.training.early_stopping import DENOISER_MSE, rule_of, weighed, weights_of
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.paths import written_whole
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
@@ -192,7 +192,7 @@ def sweep(
         if not marks:
             base = now.images
         distance = (now.images - base).abs().mean((1, 2, 3))
-        now.values["pixel_l1_from_base"] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
+        now.values[PIXEL_L1] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
         if DENOISER_MSE in asked:
             few = yardstick.prompts[: settings.batch_size]
             schedule = model.schedule(settings.num_inference_steps)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError, gather
 from draftune.evaluation.eval_spec import recalled
 from draftune.evaluation.metrics import interval, score_batches
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.experimental.zeroth_order import Estimator, Values
 from draftune.lora import set_lora_scales
 from draftune.models import Model, load_model
@@ -25,7 +26,6 @@ from draftune.rewards.base import check_prompts, taught
 from draftune.runs.load import find_all, open_loras
 from draftune.runs.merge import check_weights, mix_loras
 from draftune.settings import Settings
-from draftune.training.checks import tell_truncated
 from draftune.training.data import PromptOrder
 from draftune.utils.tables import write_csv, write_json
 

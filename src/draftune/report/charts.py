@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, PIXEL_L1
 from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.report.pictures import evenly
-from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = ("step", "reward_queries", "train_seconds")
@@ -37,7 +37,7 @@ def looks(key: str) -> tuple[str, str, str]:
     """A column's title, what is said of it, and its kind, which decides its colour."""
     known = {
         DIVERSITY: ("Diversity", "within a prompt", "diversity"),
-        "pixel_l1_from_base": ("Distance", "mean change of a pixel from the base model", "plain"),
+        PIXEL_L1: ("Distance", "mean change of a pixel from the base model", "plain"),
         DENOISER_MSE: ("Denoiser MSE from base", "how far the denoiser has moved", "plain"),
     }
     if key.startswith(HELD_OUT):

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import DIVERSITY, HELD_OUT
 from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.registry.expression import Call, parse
 from draftune.settings import Settings
-from draftune.training.early_stopping import DIVERSITY, HELD_OUT, Guard, spread
+from draftune.training.early_stopping import Guard, spread
 
 Rows = Sequence[Mapping[str, Any]]
 ENDS = 10

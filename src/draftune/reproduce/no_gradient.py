@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.figures import band, figure
 from draftune.models.base import default_device
 from draftune.reproduce.lab import DIVERSITY, JUDGE, LV, NAMED, ONE, REWARD, Lab, Record, Scale, Work
 from draftune.reproduce.optimizers import READ
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
-from draftune.training.checks import probe_reward
 
 BYTES = "jpeg-bytes"
 LEVEL = 6.0

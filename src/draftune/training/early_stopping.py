@@ -4,50 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from draftune.errors import DraftuneError, unknown
-from draftune.registry.expression import Call, parse
+from draftune.evaluation.criterion import DIVERSITY, HELD_OUT, weighed
 
-if TYPE_CHECKING:
-    from draftune.rewards import Reward
-
-HELD_OUT = "eval/"
-DIVERSITY = f"{HELD_OUT}diversity"
-DENOISER_MSE = "denoiser_mse_from_base"
-"""The column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
 APART = ("stderr", "best")
 Row = Mapping[str, Any]
-"""A line of evaluations.jsonl: columns, null for what is not finite, and under "stderr" their standard errors."""
-T = TypeVar("T", bound=Any)
-
-
-def weights_of(rule: str) -> dict[str, float]:
-    """A weighted sum of columns, "eval/judge + 0.5*eval/diversity", by column. Raises DraftuneError."""
-    tree = parse(rule)
-    terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
-    if any(call.settings or call.inner for _, call in terms):
-        raise DraftuneError(f"best_by is a sum of columns of the evaluations, not {rule!r}")
-    weights: dict[str, float] = {}
-    for weight, call in terms:
-        weights[call.name] = weights.get(call.name, 0.0) + weight
-    return weights
-
-
-def rule_of(best_by: str, held_out: Reward | None) -> dict[str, float]:
-    """By which columns the best is chosen: as asked, else the held-out rewards as they were weighed; else by none."""
-    if best_by or held_out is None:
-        return weights_of(best_by) if best_by else {}
-    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in held_out.columns.items()}
-
-
-def weighed(weights: Mapping[str, float], row: Mapping[str, T]) -> T:
-    """The weighted sum of a row's columns, numbers or tensors. Raises DraftuneError for a column that is not there."""
-    for column in weights:
-        if column not in row:
-            raise unknown("column of the evaluations", column, row)
-    total: Any = sum(weight * row[column] for column, weight in weights.items())
-    return total
+"""A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
 
 
 class Guard:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, gather, unknown
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, PIXEL_L1, weights_of
 from draftune.methods import load_method
 from draftune.methods.retention import Keep
 from draftune.models import Model, load_model
@@ -20,7 +21,6 @@ from draftune.runs.run_dir import RunFolder
 from draftune.settings import Settings
 from draftune.training.continued import find_past
 from draftune.training.distributed import accelerator, processes_of, tell_unheeded
-from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT, weights_of
 from draftune.training.optim import check_optimizer
 from draftune.training.trainer import Run, Trainer
 from draftune.utils.processes import tell
@@ -122,9 +122,7 @@ def prepare(
         held = [f"{HELD_OUT}{label}" for label in judge.columns] if judge is not None else []
         kept = past.columns if past is not None else []
         for column in weights:
-            if column not in (
-                known := [score.label, *score.columns, *held, *kept, DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
-            ):
+            if column not in (known := [score.label, *score.columns, *held, *kept, DIVERSITY, PIXEL_L1, DENOISER_MSE]):
                 raise unknown("column of the evaluations", column, known)
         decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
         wanted = settings.model if model is None else model

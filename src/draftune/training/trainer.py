@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import Comparison, normalized, score_batches
+from draftune.evaluation.reward_check import probe_reward, tell_truncated
 from draftune.experimental.threshold_smoothing import smoothed
 from draftune.lora import add_lora, freeze_lora, save_lora
 from draftune.methods import Method
@@ -33,7 +34,7 @@ from draftune.runs.checkpoint import (
 from draftune.runs.environment import environment
 from draftune.runs.run_dir import EVALUATIONS, METRICS, RunFolder
 from draftune.settings import Settings
-from draftune.training.checks import AUDITED, probe_reward, tell_truncated
+from draftune.training.checks import AUDITED
 from draftune.training.continued import Past
 from draftune.training.distributed import accelerator
 from draftune.training.fsdp import shard, wants_shards

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, rule_of
 from draftune.evaluation.metrics import (
     KEPT_COLUMN,
     Comparison,
@@ -22,7 +23,7 @@ from draftune.runs.run_dir import EVALUATIONS, SAMPLES, RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
 from draftune.training.continued import Past
-from draftune.training.early_stopping import DENOISER_MSE, Guard, rule_of
+from draftune.training.early_stopping import Guard
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.processes import tell
 
@@ -103,7 +104,7 @@ class Watch:
         # Only the first and the last are compared in the end; pictures take memory.
         self.evaluations = {0: self.evaluations.get(0, found), step: found}
         distance = float((found.images - self.evaluations[0].images).abs().mean())
-        moved = {"pixel_l1_from_base": distance, DENOISER_MSE: self.denoiser_mse(self.eval_prompts[: s.batch_size])}
+        moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(self.eval_prompts[: s.batch_size])}
         measured = {"step": step, **counted, **found.scores, **moved, "stderr": found.errors}
         # The others may have measured something else in the last digits, and all are to decide alike.
         row = self.processes.of_main(measured)
