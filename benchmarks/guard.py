@@ -17,7 +17,7 @@ from PIL import Image
 
 from draftune.evaluation.criterion import HELD_OUT
 from draftune.figures import figure, save
-from draftune.runs.run_dir import EVALUATIONS, SAMPLES, read_rows
+from draftune.runs.logs import EVALUATIONS, SAMPLES, read_rows
 from draftune.utils.images import grid, open_image, save_image
 
 

@@ -61,7 +61,7 @@ def lora_file(m: Making) -> Bad:
     return Bad(m.good(source=m.here if folder else path), [repr(path)])
 
 
-@bad("sample", "eval", "sweep", "reno", "mix", "distill", "knobs", "export")
+@bad("sample", "eval", "sweep", "reno", "merge", "distill", "knobs", "export")
 def lora_tensors(m: Making) -> Bad:
     """A readable file whose tensors are not those of a LoRA of this model."""
     file = m.world.run / "lora" / FILE_NAME
@@ -112,11 +112,11 @@ def lora_metadata(m: Making) -> Bad:
     return Bad(m.good(source=path), ["lora.safetensors'", "nowhere", "someone/gone", repr(str(m.here))])
 
 
-@bad("sample", "eval", "sweep", "reno", "mix")
+@bad("sample", "eval", "sweep", "reno", "merge")
 def another_model(m: Making) -> Bad:
     """A LoRA with a model that it was not trained on."""
-    if m.command == "mix":
-        return Bad(["mix", str(m.world.run), str(m.world.other), "--output", str(m.here / "new")], ["other"])
+    if m.command == "merge":
+        return Bad(["merge", str(m.world.run), str(m.world.other), "--output", str(m.here / "new")], ["other"])
     return Bad(m.good("--model", str(m.world.model), source=m.world.other), ["other"])
 
 

@@ -73,7 +73,7 @@ class Making:
             "sample": [run, "--prompt", "cat", "--output", f"{out}.png", *drawing],
             "eval": [run, *measured, "--output", f"{out}.csv", *drawing],
             "sweep": [run, *measured, "--output", out, "--scales", "1", *drawing],
-            "mix": [run, f"{world.run}@0.5", "--output", out],
+            "merge": [run, f"{world.run}@0.5", "--output", out],
             "distill": [run, "--prompts", str(world.prompts), "--rank", "1", "--paths", "1", "--output", out],
             "knobs": [run, *measured[:4], "--steps", "1", "--batch-size", "1", "--output", out, *drawing],
             "export": [run, "--format", "diffusers", "--output", out],
@@ -89,7 +89,7 @@ class Making:
 Maker = Callable[[Making], Bad]
 MAKERS: dict[str, tuple[Maker, tuple[str, ...]]] = {}
 TRAINING = ("train", "preflight")
-OF_A_LORA = ("sample", "eval", "sweep", "mix", "distill", "knobs", "export", "reno")
+OF_A_LORA = ("sample", "eval", "sweep", "merge", "distill", "knobs", "export", "reno")
 OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", "distill", "knobs", "export", "reno")
 
 
@@ -108,7 +108,7 @@ def words(m: Making) -> Bad:
     """Flags that are not there, and arguments too many or too few."""
     flag = m.any("--lerning-rate", "--outptu", "--h", "--Output", "--no-resum", "--\u00fcber", "--", "-x", "--\x1b[31m")
     if flag == "--":
-        rest = [] if m.command == "mix" else ["a", "--b", "c", "d"]
+        rest = [] if m.command == "merge" else ["a", "--b", "c", "d"]
         return Bad([m.command, "--", *rest], ["argument", "required", "no ", "flag", "'a'"])
     if m.random.random() < 0.3 and m.command not in (*TRAINING, "reproduce", "list", "env"):
         return Bad([m.command], ["required"])

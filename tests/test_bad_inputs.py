@@ -31,7 +31,7 @@ from draftune.errors import DraftuneError
 from draftune.lora import add_lora, save_lora
 from draftune.models import load_model
 from draftune.prompts import load_prompts
-from draftune.runs.run_dir import read_rows
+from draftune.runs.logs import read_rows
 from draftune.settings import Settings, read_yaml
 
 COUNT = int(os.environ.get("DRAFTUNE_BAD_INPUTS", "300"))

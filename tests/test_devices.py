@@ -20,7 +20,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.runs.checkpoint import checkpoints, read_state
-from draftune.runs.run_dir import read_rows
+from draftune.runs.logs import read_rows
 from draftune.utils.processes import Processes
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftune.runs.run_dir import read_rows
+from draftune.runs.logs import read_rows
 
 KILLS = int(os.environ.get("DRAFTUNE_KILLS", "20"))
 IMPORTED = ("accelerate", "draftune.training.train", "peft", "torch.utils.tensorboard")

@@ -140,7 +140,7 @@ def test_the_command_writes_the_numbers_and_the_mix(
     assert "16 scored pictures" in printed
     assert ("nothing was found that chance does not explain" in printed) == (said["interval"][0] <= 0)
     mixed = tmp_path / "mixed"
-    draftune.mix_loras([(lora, said["knobs"][lora]) for lora in loras], mixed)
+    draftune.merge_loras([(lora, said["knobs"][lora]) for lora in loras], mixed)
     expected = load_file(mixed / FILE_NAME)
     assert all(torch.equal(v, expected[k]) for k, v in load_file(out / "lora" / FILE_NAME).items())
     assert main(argv) == 2

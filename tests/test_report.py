@@ -30,11 +30,11 @@ from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
 from draftune.report import collect, write_report
-from draftune.report.asked import changed, command
 from draftune.report.collect import MOST_FRAMES
-from draftune.report.pictures import PIXELS, evenly, fitting
+from draftune.report.images import PIXELS, evenly, fitting
 from draftune.report.serve import Server, is_loopback
-from draftune.report.verdict import duration, moved, number, verdict
+from draftune.report.settings_table import changed, command
+from draftune.report.summary import duration, moved, number, summary
 from draftune.settings import Settings
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "a 'quoted' \u2028 & plain one"]
@@ -92,8 +92,8 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
     sweep = folder / "sweep"
     for i, scale in enumerate(("0.00", "1.00")):
         colored(sweep / scale / "00.png", (i * 100, 50, 0), size)
-    found = {"scales": [0, 1], "columns": {REWARD: [4, 8]}, "stderr": {REWARD: [0.1, 0.2]}, "rule": None}
-    found |= {"recommended": 1, "prompts": ["cat"], "pictures": [["0.00/00.png"], ["1.00/00.png"]]}
+    found = {"scales": [0, 1], "columns": {REWARD: [4, 8]}, "stderr": {REWARD: [0.1, 0.2]}, "criterion": None}
+    found |= {"recommended": 1, "prompts": ["cat"], "images": [["0.00/00.png"], ["1.00/00.png"]]}
     (sweep / "sweep.json").write_text(json.dumps(found))
     return folder
 
@@ -161,7 +161,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
-    assert data["verdict"] == (
+    assert data["summary"] == (
         "In 40 updates the reward rose from 4 to 8. Held out, judge rose from 0.5 to 0.6 and was highest, 0.9, at "
         "update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is that of update 20 "
         "(aesthetic 6, judge 0.9, diversity 0.38)."
@@ -175,7 +175,7 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     (run / "evaluations.jsonl").unlink()
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
-    assert data["verdict"] == (
+    assert data["summary"] == (
         "In 40 updates the reward of the training pictures rose from 4.55 to 7.55, as means of 10 updates."
     )
     assert data["warning"] is data["best"] is None
@@ -191,7 +191,7 @@ def test_words_for_numbers() -> None:
         "0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"
     ]  # fmt: skip
     rows = [{"step": 1, "reward": None}, {"step": 2, "reward": None, "nonfinite_steps": 2}]
-    said = verdict(Settings(steps=9), rows, [], None)
+    said = summary(Settings(steps=9), rows, [], None)
     assert said == (
         "In 2 of 9 updates the reward of the training pictures is not known. "
         "2 updates were left out, since a reward or a gradient was not finite."
@@ -244,16 +244,14 @@ def test_the_pictures_are_those_of_the_run(run: Path) -> None:
         (40, [40, 41, 42]),
     ]
     for frame in frames:
-        for i, digest in enumerate(frame["pictures"]):
+        for i, digest in enumerate(frame["images"]):
             # As small as they are they are kept exactly.
-            assert opened(data["pictures"][digest]).getcolors() == [(32 * 32, (frame["at"], 80 * i, 200))]
+            assert opened(data["images"][digest]).getcolors() == [(32 * 32, (frame["at"], 80 * i, 200))]
     assert [frame["at"] for frame in data["pairs"]["frames"]] == [0, 40]
-    swept = [opened(data["pictures"][frame["pictures"][0]]).getpixel((0, 0)) for frame in data["sweep"]["frames"]]
+    swept = [opened(data["images"][frame["images"][0]]).getpixel((0, 0)) for frame in data["sweep"]["frames"]]
     assert swept == [(0, 50, 0), (100, 50, 0)]
-    used = {
-        key for part in ("samples", "pairs", "sweep") for frame in data[part]["frames"] for key in frame["pictures"]
-    }
-    assert set(data["pictures"]) == used
+    used = {key for part in ("samples", "pairs", "sweep") for frame in data[part]["frames"] for key in frame["images"]}
+    assert set(data["images"]) == used
     assert len(used) == 3 * 3 + 2
 
 
@@ -263,8 +261,8 @@ def test_large_pictures_become_smaller(tmp_path: Path) -> None:
     Image.fromarray(noise).save(run / "samples" / "step-000040" / "01.png")
     data = collect(run)
     first, last = data["pairs"]["frames"]
-    assert opened(data["pictures"][first["pictures"][0]]).size == (384, 384)
-    assert opened(data["pictures"][last["pictures"][1]]).size == (192, 384)
+    assert opened(data["images"][first["images"][0]]).size == (384, 384)
+    assert opened(data["images"][last["images"][1]]).size == (192, 384)
 
 
 def test_a_long_run_is_thinned_out(tmp_path: Path) -> None:
@@ -289,7 +287,7 @@ def test_a_long_run_is_thinned_out(tmp_path: Path) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: 7\n")
     data = collect(tmp_path)
-    assert data["verdict"] == "No update has been made yet."
+    assert data["summary"] == "No update has been made yet."
     assert dict(data["facts"])["Updates"] == "0 of 7"
     assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["reward_check"] == []
     write_report(tmp_path, tmp_path / "page" / "new.html")
@@ -300,12 +298,18 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
     colored(tmp_path / "private.png", (1, 2, 3), 8)
     found = json.loads((run / "sweep" / "sweep.json").read_text())
     for name in ("../../private.png", str(tmp_path / "private.png")):
-        found["pictures"][1] = [name]
+        found["images"][1] = [name]
         (run / "sweep" / "sweep.json").write_text(json.dumps(found))
         assert [frame["at"] for frame in collect(run)["sweep"]["frames"]] == [0]
     for text in ("[1", "[]", '{"columns": {"a": [1]}}'):
         (run / "sweep" / "sweep.json").write_text(text)
-        assert collect(run)["sweep"] == {"prompts": [], "frames": [], "charts": [], "rule": None, "recommended": None}
+        assert collect(run)["sweep"] == {
+            "prompts": [],
+            "frames": [],
+            "charts": [],
+            "criterion": None,
+            "recommended": None,
+        }
 
 
 @pytest.mark.parametrize(
@@ -378,11 +382,9 @@ def test_the_live_page_follows_the_run(server: Server, run: Path) -> None:
     assert status == 200
     assert after["stamp"] != before["stamp"]
     assert [frame["at"] for frame in after["samples"]["frames"]] == [0, 20, 40, 60]
-    new = set(after["pictures"]) - set(before["pictures"])
-    assert new == set(after["samples"]["frames"][-1]["pictures"])
-    colors = [
-        opened(ask(server, f"/pictures/{d}")[1]).getpixel((0, 0)) for d in after["samples"]["frames"][-1]["pictures"]
-    ]
+    new = set(after["images"]) - set(before["images"])
+    assert new == set(after["samples"]["frames"][-1]["images"])
+    colors = [opened(ask(server, f"/images/{d}")[1]).getpixel((0, 0)) for d in after["samples"]["frames"][-1]["images"]]
     assert colors == [(60, 80 * i, 200) for i in range(3)]
     # While a file is half written, the page shows what was there.
     (run / "config.yaml").write_text("steps: [")
@@ -391,7 +393,7 @@ def test_the_live_page_follows_the_run(server: Server, run: Path) -> None:
 
 def test_nothing_but_the_page_is_served_and_only_to_this_machine(server: Server, run: Path) -> None:
     assert server.server_address[0] == "127.0.0.1"
-    paths = ["/config.yaml", "/pictures/", "/pictures/../config.yaml", "/../run/config.yaml", "/%2e%2e/config.yaml"]
+    paths = ["/config.yaml", "/images/", "/images/../config.yaml", "/../run/config.yaml", "/%2e%2e/config.yaml"]
     for path in [*paths, f"/{run}/config.yaml", "/data/", "/report.html"]:
         status, text = ask(server, path)
         assert status == 404, path
@@ -437,7 +439,7 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
     assert [frame["at"] for frame in data["samples"]["frames"]] == [0, 1, 2]
     assert data["samples"]["prompts"] == ["cat", "dog", "bird"]
     with Image.open(folder / "samples" / "step-000002" / "01.png") as picture:
-        shown = opened(data["pictures"][data["samples"]["frames"][2]["pictures"][1]])
+        shown = opened(data["images"][data["samples"]["frames"][2]["images"][1]])
         assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(shown))
     assert [part for part, _ in data["reward_check"]] == ["brightness", "saturation"]
     assert dict(data["environment"])["draftune"]

@@ -361,7 +361,7 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
 
 
 def test_nothing_is_not_distilled(thick: Path, tmp_path: Path, kept: str) -> None:
-    draftune.mix_loras([(thick, 0.0)], tmp_path / "nothing")
+    draftune.merge_loras([(thick, 0.0)], tmp_path / "nothing")
     with pytest.raises(DraftuneError, match="changes nothing that the model draws"):
         draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, cpu=True)
 

@@ -129,7 +129,7 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
         assert scores["pixel_l1_from_base"] == pytest.approx(float((images - base).abs().mean()), abs=1e-7)
         mse = denoiser_mse_from_base(model, yardstick.prompts[: settings.batch_size], schedule, 2.0)
         assert scores["denoiser_mse_from_base"] == pytest.approx(mse, rel=1e-5, abs=1e-12)
-        values = found.judged[found.scales.index(mark.scale)].mean()
+        values = found.criterion[found.scales.index(mark.scale)].mean()
         assert float(values) == pytest.approx(
             scores["eval/saturation"] - 0.1 * scores["denoiser_mse_from_base"] + scores["pixel_l1_from_base"], abs=1e-6
         )
@@ -137,18 +137,18 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
     assert distances[0] == 0
     assert min(distances[1:]) > 0.01
     assert list(found.columns) == ["brightness", "eval/saturation", "pixel_l1_from_base", "denoiser_mse_from_base"]
-    assert found.recommended == recommend(found.scales, found.judged)
+    assert found.recommended == recommend(found.scales, found.criterion)
 
 
 def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(run), "--scales", "1,0.333", "--num-images", "1"]) == 0
     printed = capsys.readouterr().out
     said: dict[str, Any] = json.loads((run / "sweep" / "sweep.json").read_text())
-    assert list(said) == ["scales", "columns", "stderr", "rule", "recommended", "prompts", "pictures"]
+    assert list(said) == ["scales", "columns", "stderr", "criterion", "recommended", "prompts", "images"]
     assert said["scales"] == [0.0, 0.333, 1.0]
     assert said["prompts"] == ["a cat", "a dog", "fish"]
-    assert said["pictures"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]
-    assert said["rule"] == "eval/saturation"
+    assert said["images"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]
+    assert said["criterion"] == "eval/saturation"
     assert said["recommended"] in said["scales"]
     assert f"recommended: {said['recommended']:g}, by eval/saturation" in printed
     assert ("draftune export" in printed) == bool(said["recommended"])
@@ -157,13 +157,13 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     for row in rows:
         i = said["scales"].index(float(row["scale"]))
         assert float(row["value"]) == said["columns"][row["score"]][i]
-        assert float(row["error"]) == said["stderr"][row["score"]][i]
+        assert float(row["stderr"]) == said["stderr"][row["score"]][i]
     assert len(rows) == 9
     assert max(map(len, printed.splitlines()[:8])) <= 100
     # The picture shown at scale 1 is what sample draws.
     model, _ = open_source(str(run), cpu=True)
     drawn = to_pil(model.generate(["a cat", "a dog", "fish"], [0] * 3, model.schedule(2), 2.0))
-    for path, picture in zip(said["pictures"][2], drawn, strict=True):
+    for path, picture in zip(said["images"][2], drawn, strict=True):
         with Image.open(run / "sweep" / path) as kept:
             assert kept.tobytes() == picture.tobytes()
     for name in ("sweep.png", "curve.png"):
@@ -175,13 +175,13 @@ def test_without_anything_held_out(run: Path, tmp_path: Path, capsys: pytest.Cap
     command = ["sweep", str(run / "best"), "--scales", "1", "--num-images", "1", "--held-out", ""]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     said = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert (said["rule"], said["recommended"]) == (None, None)
+    assert (said["criterion"], said["recommended"]) == (None, None)
     printed = capsys.readouterr().out
     assert "no scale is recommended" in printed
     assert "--lora-scale" not in printed
     # Unless a rule is given.
     assert main([*command, "--best-by", "brightness", "--output", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rule"] == "brightness"
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["criterion"] == "brightness"
 
 
 def test_names_of_scales() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from draftune.report import write_report
     from draftune.rewards import Reward, load_reward
     from draftune.runs.export import export_lora
-    from draftune.runs.merge import mix_loras
+    from draftune.runs.merge import merge_loras
     from draftune.training import train
 
 __version__ = "0.1.0"
@@ -28,7 +28,7 @@ __all__ = [
     "load_method",
     "load_model",
     "load_reward",
-    "mix_loras",
+    "merge_loras",
     "optimize_noise",
     "sample_guided",
     "save_lora",
@@ -47,7 +47,7 @@ HOMES = {
     "load_method": "methods",
     "load_model": "models",
     "load_reward": "rewards",
-    "mix_loras": "runs.merge",
+    "merge_loras": "runs.merge",
     "optimize_noise": "guidance.noise_optimization",
     "sample_guided": "guidance.methods",
     "save_lora": "lora",

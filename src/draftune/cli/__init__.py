@@ -1,4 +1,4 @@
-"""The commands, one file each. None imports torch before it runs."""
+"""The commands of the command line, one file each. Importing them does not import torch."""
 
 from draftune.cli import (
     distill,
@@ -6,7 +6,7 @@ from draftune.cli import (
     evaluate,
     export,
     knobs,
-    mix,
+    merge,
     preflight,
     reno,
     report,
@@ -32,7 +32,7 @@ COMMANDS: tuple[Command, ...] = (
     sample.COMMAND,
     evaluate.COMMAND,
     sweep.COMMAND,
-    mix.COMMAND,
+    merge.COMMAND,
     knobs.COMMAND,
     distill.COMMAND,
     export.COMMAND,

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     drawn = f" --guidance-scale {found.found[GUIDANCE]:.3g}" if guidance else ""
     loras = [shlex.quote(f"{source}@{weight:.3g}") for source, weight in found.weights]
     if loras and not args.mix:
-        print(f"  draftune mix {' '.join(loras)} --output …")
+        print(f"  draftune merge {' '.join(loras)} --output …")
     source = args.output if args.mix else "…" if loras else args.model
     print(f"  draftune sample {shlex.quote(source) if source != '…' else source}{drawn} --prompt … --output …")
 

@@ -24,7 +24,7 @@ from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
 from draftune.rewards.base import check_prompts, taught
 from draftune.runs.load import find_all, open_loras
-from draftune.runs.merge import check_weights, mix_loras
+from draftune.runs.merge import check_weights, merge_loras
 from draftune.settings import Settings
 from draftune.training.data import PromptOrder
 from draftune.utils.tables import write_csv, write_json
@@ -85,12 +85,12 @@ class KnobSearch:
 
     @property
     def weights(self) -> list[tuple[str, float]]:
-        """The LoRAs as `mix_loras` takes them."""
+        """The LoRAs as `merge_loras` takes them."""
         return [(name, value) for name, value in self.found.items() if name != GUIDANCE]
 
     def mix(self, output: Path | str) -> Path:
         """Writes the LoRAs, at the weights found, as one; returns the file's path."""
-        return mix_loras(self.weights, output, self.model, self.skip_text_encoder)
+        return merge_loras(self.weights, output, self.model, self.skip_text_encoder)
 
     def write(self, folder: Path) -> None:
         """FOLDER/knobs.json and FOLDER/steps.csv."""

@@ -32,7 +32,7 @@ function logTicks(low, high) {
   return ticks(low, high, 4).filter(([value]) => value > 0);
 }
 
-// The running mean, of logarithms where asked; what is missing is left out of it.
+// Running mean, of logarithms if `log` is set; missing values are skipped.
 function smoothed(values, log = false) {
   const reach = Math.max(2, Math.round(values.length / 40));
   const levels = log ? values.map((value) => (value > 0 ? Math.log(value) : null)) : values;
@@ -47,7 +47,7 @@ function smoothed(values, log = false) {
 // Seconds in the unit that suits the longest of them.
 function axisUnit(axis, most) {
   if (axis === "train_seconds") return [...UNITS].reverse().find(([, size]) => most >= 2 * size) ?? UNITS[0];
-  return [{ step: "updates", reward_queries: "scored pictures", scale: "scale of the LoRA" }[axis], 1];
+  return [{ step: "updates", reward_queries: "scored images", scale: "scale of the LoRA" }[axis], 1];
 }
 
 const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftune.evaluation.kid import kernel_distance
+from draftune.evaluation.kid import kid
 from draftune.figures import figure
 from draftune.methods import Batch
 from draftune.models import Model
@@ -99,18 +99,20 @@ class Ruler:
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> list[Tensor]:
-        return [torch.cat([network(some) for some in pictures.split(AT_ONCE)]) for network in self.networks]
+        # Unit vectors times sqrt(D): the kernel of KID then is (cosine + 1)^3.
+        features = [torch.cat([network(some) for some in pictures.split(AT_ONCE)]) for network in self.networks]
+        return [feature * feature.shape[1] ** 0.5 for feature in features]
 
     def distances(self, model: Model, steps: int, sampler: str = DETERMINISTIC) -> Distances:
         found = zip(DISTANCES, self.features(drawn(model, self.names, steps, sampler)), self.real, strict=True)
-        return {name: 1000 * kernel_distance(ours, real) for name, ours, real in found}
+        return {name: 1000 * kid(ours, real) for name, ours, real in found}
 
     def halves(self) -> Distances:
         """The standard deviation of the distance between halves of the real pictures, over ways to halve them."""
         generator, half = torch.Generator().manual_seed(0), len(self.pictures) // 2
         orders = [torch.randperm(2 * half, generator=generator) for _ in range(20)]
         return {
-            name: 1000 * float(np.std([kernel_distance(real[order[:half]], real[order[half:]]) for order in orders]))
+            name: 1000 * float(np.std([kid(real[order[:half]], real[order[half:]]) for order in orders]))
             for name, real in zip(DISTANCES, self.real, strict=True)
         }
 

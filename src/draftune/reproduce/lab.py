@@ -24,7 +24,7 @@ from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.reproduce.real import with_examples
 from draftune.rewards import Reward, load_reward
-from draftune.runs.run_dir import EVALUATIONS, METRICS, read_rows
+from draftune.runs.logs import EVALUATIONS, METRICS, read_rows
 from draftune.sampling.sampler import Latents
 from draftune.training import train
 from draftune.utils.memory import peak_memory

@@ -19,8 +19,8 @@ from draftune.reproduce.lab import GUIDANCE, NAMED, ONE, REWARD, Lab, Scale, Wor
 from draftune.reproduce.loras import ORANGE, at_reward
 from draftune.reproduce.report import Claim, Experiment, Report, compared, spread
 from draftune.rewards import load_reward
-from draftune.runs.merge import mix_loras
-from draftune.runs.run_dir import METRICS, read_rows
+from draftune.runs.logs import METRICS, read_rows
+from draftune.runs.merge import merge_loras
 from draftune.training import train
 from draftune.utils.paths import written_whole
 
@@ -86,7 +86,7 @@ def trained(lab: Lab, way: str, seed: int, prompts: Sequence[str], reward: str, 
 
 def mixed(lab: Lab, way: str, seed: int, *sources: tuple[Path, float]) -> Path:
     folder = lab.folder / called(way, seed)
-    mix_loras(sources, folder)
+    merge_loras(sources, folder)
     return folder
 
 

@@ -67,7 +67,7 @@ def find_past(settings: Settings) -> Past | None:
     if (base := base_model(lora)) is not None and not same_source(base, s.model):
         raise DraftuneError(
             f"the LoRA {s.continue_from!r} is one of {base!r}, and this run trains {s.model!r} (--model); if these "
-            f"are one model, 'draftune mix {s.continue_from} --model {s.model}' writes it under this name"
+            f"are one model, 'draftune merge {s.continue_from} --model {s.model}' writes it under this name"
         )
     past = Past(lora, checksum(lora), load_prompts(s.keep) if s.keep else ())
     earlier = run_settings(lora)

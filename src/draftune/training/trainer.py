@@ -32,7 +32,8 @@ from draftune.runs.checkpoint import (
     undisturbed,
 )
 from draftune.runs.environment import environment
-from draftune.runs.run_dir import EVALUATIONS, METRICS, RunFolder
+from draftune.runs.logs import EVALUATIONS, METRICS
+from draftune.runs.run_dir import RunFolder
 from draftune.settings import Settings
 from draftune.training.checks import AUDITED
 from draftune.training.continued import Past

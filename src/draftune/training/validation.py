@@ -19,7 +19,8 @@ from draftune.lora import save_lora
 from draftune.models import Model
 from draftune.rewards import Reward
 from draftune.runs.checkpoint import undisturbed
-from draftune.runs.run_dir import EVALUATIONS, SAMPLES, RunFolder
+from draftune.runs.logs import EVALUATIONS, SAMPLES
+from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
 from draftune.training.continued import Past
@@ -105,7 +106,7 @@ class Watch:
         self.evaluations = {0: self.evaluations.get(0, found), step: found}
         distance = float((found.images - self.evaluations[0].images).abs().mean())
         moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(self.eval_prompts[: s.batch_size])}
-        measured = {"step": step, **counted, **found.scores, **moved, "stderr": found.errors}
+        measured = {"step": step, **counted, **found.scores, **moved, "stderr": found.stderr}
         # The others may have measured something else in the last digits, and all are to decide alike.
         row = self.processes.of_main(measured)
         if self.guard is None:
