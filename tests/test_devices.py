@@ -215,3 +215,21 @@ def test_shares_are_equal_parts_in_order() -> None:
     assert Processes(1, 2).share(torch.arange(4)).tolist() == [2, 3]
     with pytest.raises(DraftuneError, match="alone"), Processes().together():
         raise DraftuneError("alone")
+
+
+def test_a_collective_inside_a_block_fails_with_one_process_too() -> None:
+    processes = Processes()
+    for collective in (
+        lambda: processes.gather(torch.ones(1)),
+        lambda: processes.mean_([]),
+        lambda: processes.any(True),
+        lambda: processes.of_main(1),
+        lambda: processes.texts("a"),
+        lambda: processes.together().__enter__(),
+    ):
+        with pytest.raises(RuntimeError, match="together"), processes.together():
+            collective()
+    assert processes.any(True)
+    assert not processes.any(False)
+    assert processes.of_main([1, None]) == [1, None]
+    assert processes.texts("é") == ["é"]

@@ -58,7 +58,7 @@ def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
 
 
 def is_row(row: Any, log: str) -> bool:
-    """Return whether a value is a row of the log of this name: numbers by column, null for those that are not finite."""
+    """Return whether a value is a row of the log of this name: numbers by column, null if not finite."""
     if not isinstance(row, dict) or any(not isinstance(row.get(key), int | float) for key in COUNTERS.get(log, ())):
         return False
     other: dict[str, Any] = {key: row.get(key, default) for key, default in NO_NUMBERS.items()}

@@ -87,7 +87,7 @@ class RunFolder:
             self.lock.acquire()
         except Timeout as error:
             raise DraftuneError(
-                f"another process is training in {str(self.path)!r}: wait until it ends, or give another folder (--output)"
+                f"another process is training in {str(self.path)!r}: wait, or give another folder (--output)"
             ) from error
         except NotImplementedError:
             pass  # the file system has no locks
