@@ -21,7 +21,7 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation.image_files import find_images, prompts_of
+from draftune.evaluation.image_files import prompts_of
 from draftune.evaluation.metrics import evaluate
 from draftune.experimental.tune_weights import tune_knobs
 from draftune.guidance.methods import sample_guided
@@ -31,7 +31,7 @@ from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.black_box import BlackBox
-from draftune.utils.images import open_image
+from draftune.utils.images import find_images, open_image
 from draftune.utils.paths import folder_output, image_output
 
 LONG = "a photo of a cat"  # sixteen tokens of the small tokenizer, with its two special ones, of which twelve are read

@@ -28,11 +28,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table of scores; return 1 if an image could not be read."""
     output = table_output(args.output, args.prompts)
-    from draftune.evaluation.image_files import find_images, prompts_of, score_files
+    from draftune.evaluation.image_files import prompts_of, score_files
     from draftune.evaluation.reward_check import tell_truncated
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
     from draftune.rewards.base import check_prompts, taught
+    from draftune.utils.images import find_images
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)

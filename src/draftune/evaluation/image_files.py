@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import score_batches
 from draftune.prompts import metadata, read_prompts
 from draftune.rewards import Reward
-from draftune.utils.images import image_endings, is_hidden, open_image
+from draftune.utils.images import open_image
 from draftune.utils.paths import user_path
 from draftune.utils.tables import write_csv, write_json
 
@@ -51,33 +50,6 @@ class Scores:
         """Write the table as .csv or .json, atomically."""
         records = [{"image": str(image), **row} for image, row in self.rows.items()]
         (write_json if path.suffix.lower() == ".json" else write_csv)(path, records)
-
-
-def find_images(sources: Sequence[str]) -> list[Path]:
-    """Return image files, each once.
-
-    Args:
-        sources: Files, glob patterns, and folders. A folder stands for all files in it with the ending of an image,
-            readable or not, without hidden files and folders.
-
-    Raises:
-        DraftuneError: a source matches nothing.
-    """
-    images: dict[Path, None] = {}
-    for source in sources:
-        path = user_path(source)
-        if path.is_dir():
-            candidates = (p for p in path.rglob("*") if p.suffix.lower() in image_endings())
-            paths = sorted(p for p in candidates if not is_hidden(p.relative_to(path)) and p.is_file())
-        elif path.exists():
-            paths = [path]
-        else:
-            paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-        if not paths:
-            raise DraftuneError(f"no image at {source!r}: give a file, a folder or a pattern such as 'out/*.png'")
-        known = {path.resolve() for path in images}
-        images |= dict.fromkeys(path for path in paths if path.resolve() not in known)
-    return list(images)
 
 
 def prompts_of(images: Sequence[Path], table: str) -> list[str]:

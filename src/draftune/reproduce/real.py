@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.image_files import find_images
 from draftune.prompts import load_prompts
-from draftune.utils.images import open_image
+from draftune.utils.images import find_images, open_image
 from draftune.utils.paths import written_whole
 
 EXAMPLES = "EXAMPLES"

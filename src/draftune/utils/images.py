@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.utils.paths import IMAGE_ENDINGS, written_whole
+from draftune.utils.paths import IMAGE_ENDINGS, user_path, written_whole
 
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}
 """Endings in Pillow's list of documents, videos and arrays."""
@@ -56,6 +57,33 @@ def image_endings() -> frozenset[str]:
 def is_hidden(path: Path) -> bool:
     """Return whether a part of the path begins with a dot or is __MACOSX, which macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """Return image files, each once.
+
+    Args:
+        sources: Files, glob patterns, and folders. A folder stands for all files in it with the ending of an image,
+            readable or not, without hidden files and folders.
+
+    Raises:
+        DraftuneError: a source matches nothing.
+    """
+    images: dict[Path, None] = {}
+    for source in sources:
+        path = user_path(source)
+        if path.is_dir():
+            candidates = (p for p in path.rglob("*") if p.suffix.lower() in image_endings())
+            paths = sorted(p for p in candidates if not is_hidden(p.relative_to(path)) and p.is_file())
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        if not paths:
+            raise DraftuneError(f"no image at {source!r}: give a file, a folder or a pattern such as 'out/*.png'")
+        known = {path.resolve() for path in images}
+        images |= dict.fromkeys(path for path in paths if path.resolve() not in known)
+    return list(images)
 
 
 def open_image(path: Path) -> Tensor:
