@@ -115,7 +115,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     },
     "reno": {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
     "watch": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
-    "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
+    "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "], "--dtype": ["fp8", "", "FP16"]},
     "reproduce": {
         "--part": ["0/2", "3/2", "1/0", "1", "1/2/3", "a/b", "", "²/3", "1/", "-1/2", "1 / 2"],
         "--seeds": ["0", "-3", "x", "1.5"],

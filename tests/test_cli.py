@@ -141,7 +141,7 @@ def test_score_of_folders_patterns_and_broken_files(tmp_path: Path, capsys: pyte
     command = ["score", str(tmp_path / "in"), str(tmp_path / "in" / "*.webp"), "--reward", "brightness + 2*saturation"]
     assert main([*command, "--output", str(tmp_path / "out" / "scores.csv")]) == 1
     printed = capsys.readouterr()
-    assert "skipped: cannot read the picture" in printed.err
+    assert "skipped: cannot read the image" in printed.err
     assert "broken.png" in printed.err
     assert "Traceback" not in printed.err
     assert [line.split()[0].rpartition("/")[2] for line in printed.out.splitlines()] == [
@@ -232,8 +232,8 @@ def test_mistakes_get_one_line_and_code_2(
         "binary.txt' is not a text file": [*train, "--prompts", str(tmp_path / "binary.txt")],
         "no prompt file": [*train, "--prompts", str(tmp_path / "missing.txt")],
         "did you mean 'animals'": [*train, "--prompts", "animal"],
-        "holds another run": [*train, "--output", str(run_folder)],
-        "holds other files": [*train, "--output", str(tmp_path)],
+        "contains another run": [*train, "--output", str(run_folder)],
+        "contains other files": [*train, "--output", str(tmp_path)],
         "is a file; give a folder": [*train, "--output", str(tmp_path / "empty.txt")],
         "is not YAML, line 2": [*train, "--config", str(tmp_path / "bad.yaml")],
         "did you mean 'learning_rate'": [*train, "--config", str(tmp_path / "key.yaml")],
@@ -259,12 +259,12 @@ def test_mistakes_get_one_line_and_code_2(
         ],
         "no LoRA at": ["sample", str(tmp_path / "folder"), "--prompt", "x", "--output", out],
         "not a readable safetensors": ["sample", str(tmp_path / "lora.safetensors"), "--prompt", "x", "--output", out],
-        "takes a .png file or a folder": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],
+        ".png file or a folder": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],
         "adam_beta1 must be at most": [*train, "--adam-beta1", "1.5"],
         "seed must be at most": [*train, "--seed", "9" * 30],
         "--num-images must be at least 1": ["sample", "x", "--prompt", "x", "--num-images", "0", "--output", out],
         "none of the 1 pictures can be read": ["score", str(tmp_path / "text.png"), "--reward", "brightness"],
-        "no picture at": ["score", str(tmp_path / "*.jpg"), "--reward", "brightness"],
+        "no image at": ["score", str(tmp_path / "*.jpg"), "--reward", "brightness"],
         "takes a .csv or a .json file": ["score", "x.png", "--reward", "brightness", "--output", "x.txt"],
         "not allowed with argument": ["score", "x.png", "--reward", "clip", "--prompt", "a", "--prompts", "b"],
         "hf download xswu/HPSv2": [*train, "--reward", "brightness + hpsv2"],

@@ -167,7 +167,7 @@ def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path]
     assert torch.equal(kept[str(runs[1])].base.images, together)
     assert (plain - together[:2]).abs().max() < 1e-5
     text = board.table().splitlines()
-    assert text[0] == "base → tuned, 6 pictures of 3 prompts, the same seeds"
+    assert text[0] == "base → tuned, 6 images of 3 prompts, the same seeds"
     assert [line.split()[0] for line in text if "95 % interval" in line] == ["brightness", "eval/saturation"]
     assert max(map(len, text)) <= 100
 
@@ -195,7 +195,7 @@ def test_ranked_by_the_reward_or_as_asked(runs: list[Path], tmp_path: Path) -> N
         values = [float(row["tuned"]) for row in ranked]
         assert values == sorted(values, reverse=True)
         orders[sort] = [row["source"] for row in ranked]
-    header = "source,score,base,tuned,difference,low,high,win_rate,pictures,prompts"
+    header = "source,score,base,tuned,difference,low,high,win_rate,images,prompts"
     assert path.read_text().splitlines()[0] == header
     assert [(row["images"], row["prompts"]) for row in rows] == [("3", "3")] * 6
     assert main([*command, "--output", str(tmp_path / "scores.json")]) == 0
@@ -218,7 +218,7 @@ def test_other_ways_of_drawing_have_their_own_base(
     finer = make_run(tmp_path / "finer", pipeline_folder, num_inference_steps=3)
     path = tmp_path / "a.json"
     assert main(["eval", *map(str, [*runs, other, finer]), "--num-images", "1", "--output", str(path)]) == 0
-    assert "those with the same base pictures are in one line" in capsys.readouterr().out
+    assert "LoRAs in one line have the same base images" in capsys.readouterr().out
     said = json.loads(path.read_text())
     sets = {source: how["base_images"] for source, how in said["settings"]["sources"].items()}
     assert sets == {str(runs[0]): 0, str(runs[1]): 0, str(other): 1, str(finer): 2}
@@ -269,11 +269,11 @@ def test_mistakes_get_one_line(runs: list[Path], tmp_path: Path, capsys: pytest.
             "--sort",
             "eval/saturatio",
         ],
-        "takes a .csv or a .json file": ["eval", run, "--output", "x.txt"],
-        "--image-dir takes a folder": ["eval", run, "--image-dir", str(plain)],
-        "lies in no run's folder: say --prompts and --reward": ["eval", str(plain)],
-        "the prompts of the run can't be had again (give --prompts)": ["eval", str(gone)],
-        "the reward of the run can't be had again (give --reward)": ["eval", str(gone), "--prompts", "animals"],
+        "must be a .csv or .json file, not 'x.txt'": ["eval", run, "--output", "x.txt"],
+        "--image-dir must be a folder": ["eval", run, "--image-dir", str(plain)],
+        "give --prompts and --reward": ["eval", str(plain)],
+        "(give --prompts)": ["eval", str(gone)],
+        "(give --reward)": ["eval", str(gone), "--prompts", "animals"],
         "--num-images must be at least 1": ["eval", run, "--num-images", "0"],
         "required: RUN": ["eval"],
     }

@@ -12,7 +12,7 @@ from conftest import build_pipeline
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_mixing import draw, drawn_with, saved_lora
+from test_merge import draw, drawn_with, saved_lora
 from torch import Tensor
 
 from draftune.cli.main import main
@@ -64,7 +64,7 @@ def test_diffusers_with_the_scale_in_the_weights(
     assert (drawn - drawn_with(pipeline_folder, (run, 0.6))).abs().max() < 1e-5
     assert (drawn - drawn_with(pipeline_folder, (run, 1.0))).abs().max() > 1e-2
     assert main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("best", [False, True])
@@ -193,9 +193,9 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     cases = {
         "invalid choice: 'onnx'": [str(run), "--format", "onnx", "--output", new],
         "takes a .safetensors file with --format kohya": [str(run), "--format", "kohya", "--output", new],
-        "takes a folder with --format merged": [str(run), "--format", "merged", "--output", file],
-        "full' is there already": [str(run), "--format", "merged", "--output", str(tmp_path / "full")],
-        "there.safetensors' is there already": [
+        "must be a folder with --format merged": [str(run), "--format", "merged", "--output", file],
+        "full' already exists": [str(run), "--format", "merged", "--output", str(tmp_path / "full")],
+        "there.safetensors' already exists": [
             *(str(run), "--format", "kohya", "--output", str(tmp_path / "there.safetensors"))
         ],
         "--lora-scale must be a number": [str(run), "--format", "diffusers", "--output", new, "--lora-scale", "nan"],

@@ -339,7 +339,7 @@ def test_an_output_is_a_file_by_its_ending_alone(tmp_path: Path, monkeypatch: py
         assert folder_output(text, "--output") == Path(text), text
     for text in ("x.png", "sd1.5/x.PNG", "old.png", "a.b.png"):
         assert image_output(text) == (Path(text), True), text
-        with pytest.raises(DraftuneError, match="--image-dir takes a folder"):
+        with pytest.raises(DraftuneError, match="--image-dir must be a folder"):
             folder_output(text, "--image-dir")
     for text in ("x.jpg", "x.JPEG", "x.webp", "x.heic", "sd1.5/x.tif", "file", "file/", "old.png/"):
         with pytest.raises(DraftuneError, match="--output takes a"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_mixing import ATTENTION, CONVOLUTIONS, drawn_with, saved_lora
+from test_merge import ATTENTION, CONVOLUTIONS, drawn_with, saved_lora
 from torch import Tensor
 
 import draftune

@@ -229,7 +229,7 @@ def test_the_same_command_again_replaces_its_own_file_alone(
     first = (out / FILE_NAME).read_bytes()
     assert len(read_deltas(out).layers) > 1
     assert main(["merge", f"{a}@0.6", b, "--output", str(out)]) == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "contains other files" in capsys.readouterr().err
     (out / "notes.txt").write_text("mine")
     assert main(command) == 2
     assert (out / FILE_NAME).read_bytes() == first
@@ -281,7 +281,7 @@ def test_mistakes(
         "hada_w1_a": [str(tmp_path / "loha.safetensors")],
         "can't be read": [variant("metadata.safetensors", {}, {CONFIG: "[1]"})],
         "not a readable safetensors": [str(tmp_path / "text.safetensors")],
-        "does not say which model it belongs to: give --model": [variant("nobody.safetensors", {})],
+        "does not name its base model: give --model": [variant("nobody.safetensors", {})],
     }  # fmt: skip
     for message, sources in cases.items():
         code = main(["merge", *sources, "--output", str(tmp_path / "new")])

@@ -86,7 +86,7 @@ def test_reference_by_pixels_and_by_clip(tmp_path: Path) -> None:
     by_clip = score(f"reference(image={tmp_path / 'cat.png'}, model=emoji-clip)", CAT, coffee)
     assert by_clip[0] == pytest.approx(1, abs=1e-5)
     assert by_clip[1] < 0.99
-    with pytest.raises(DraftuneError, match="cannot read the picture"):
+    with pytest.raises(DraftuneError, match="cannot read the image"):
         load_reward("reference(image=nowhere.png)")
 
 

@@ -193,7 +193,7 @@ def test_mistakes_get_one_line_and_code_2(
         "did you mean 'brightness'": [*rewarded, "--reward", "brightnes"],
         "--steps must be at least 1": [*rewarded, "--steps", "0"],
         "--learning-rate must be at least 0 and finite": [*rewarded, "--learning-rate", "inf"],
-        "takes a .png file or a folder": [*rewarded, "--output", "x.jpg"],
+        ".png file or a folder": [*rewarded, "--output", "x.jpg"],
         "required: --reward": [*command, "--output", str(tmp_path / "x.png")],
         "no LoRA at": [*rewarded[:1], str(tmp_path), *rewarded[2:]],
     }

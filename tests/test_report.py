@@ -162,8 +162,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     assert data["summary"] == (
-        "In 40 updates the reward rose from 4 to 8. Held out, judge rose from 0.5 to 0.6 and was highest, 0.9, at "
-        "update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is that of update 20 "
+        "In 40 updates the reward rose from 4 to 8. The evaluation reward judge rose from 0.5 to 0.6 and was highest, 0.9, "
+        "at update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is from update 20 "
         "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
@@ -185,7 +185,7 @@ def test_words_for_numbers() -> None:
     assert moved(1.0, 1.1, error=0.04) == "rose from 1 to 1.1"
     assert moved(1.0, 0.9, error=0.06) == "went from 1 to 0.9 (within its error)"
     assert moved(2.0, 2.0) == "stayed at 2"
-    assert moved(None, 2.0) == "is not known"
+    assert moved(None, 2.0) == "is unknown"
     assert [number(value) for value in (0.12345, 12345.6, -3.0)] == ["0.1235", "12,346", "-3"]
     assert [duration(seconds) for seconds in (0, 59.6, 200, 7500, 277_000)] == [
         "0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"
@@ -339,12 +339,12 @@ def test_mistakes_get_one_line_and_code_2(run: Path, tmp_path: Path, capsys: pyt
         taken.listen()
         cases = {
             "no run at": ["report", str(tmp_path)],
-            "a folder with a config.yaml is wanted": ["watch", str(tmp_path / "nowhere")],
+            "nowhere': give a folder with a config.yaml": ["watch", str(tmp_path / "nowhere")],
             "is a folder; give a file": ["report", str(run), "--output", str(tmp_path)],
             "cannot write to": ["report", str(run), "--output", str(tmp_path / "file" / "page.html")],
             "metrics.jsonl' is not a log": ["report", str(tmp_path / "broken")],
             "--port must be from 0 to 65535": ["watch", str(run), "--port", "70000"],
-            f"port {taken.getsockname()[1]} is taken": ["watch", str(run), "--port", str(taken.getsockname()[1])],
+            f"port {taken.getsockname()[1]}": ["watch", str(run), "--port", str(taken.getsockname()[1])],
         }
         for message, argv in cases.items():
             code = main(argv)

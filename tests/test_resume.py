@@ -134,7 +134,7 @@ def test_a_signal_ends_a_run_after_its_update(
 def test_a_finished_run_can_be_made_longer(pipeline_folder: Path, tmp_path: Path) -> None:
     whole = train(pipeline_folder, tmp_path / "whole")
     train(pipeline_folder, tmp_path / "grown", steps=3)
-    with pytest.raises(DraftuneError, match="has made its 3 updates: ask for more"):
+    with pytest.raises(DraftuneError, match="has finished its 3 updates"):
         train(pipeline_folder, tmp_path / "grown", steps=3)
     grown = train(pipeline_folder, tmp_path / "grown")
     assert all(torch.equal(a, b) for a, b in zip(lora(whole.folder).values(), lora(grown.folder).values(), strict=True))
@@ -146,13 +146,13 @@ def test_a_finished_run_can_be_made_longer(pipeline_folder: Path, tmp_path: Path
 
 def test_another_run_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:
     train(pipeline_folder, tmp_path / "run", steps=2)
-    with pytest.raises(DraftuneError, match=r"holds another run: its learning_rate is 0.01, not 0.02"):
+    with pytest.raises(DraftuneError, match=r"contains another run: its learning_rate is 0.01, not 0.02"):
         train(pipeline_folder, tmp_path / "run", learning_rate=0.02)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "note.txt").write_text("mine")
-    with pytest.raises(DraftuneError, match="holds another run: the contents of its prompts"):
+    with pytest.raises(DraftuneError, match="contains another run: the contents of its prompts"):
         train(pipeline_folder, tmp_path / "run", prompts=["a cat", "a dog", "a bear"], steps=3)
-    with pytest.raises(DraftuneError, match="holds other files"):
+    with pytest.raises(DraftuneError, match="contains other files"):
         train(pipeline_folder, tmp_path / "files")
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["note.txt"]
 
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(pipeline_folder: Path, tmp_path
     train(pipeline_folder, tmp_path / "run", steps=4)
     newest = tmp_path / "run" / "checkpoints" / "step-000004"
     files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    message = r"step-000004' is damaged: .*remove the folder to go on from step-00000[23]$"
+    message = r"step-000004' is damaged: .*resume from step-00000[23]$"
     assert set(files) == {"state.json", "tensors.safetensors", "checksums.json"}
     for name, whole in files.items():
         flipped = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]

@@ -122,7 +122,7 @@ def test_other_contents_are_another_run(here: Path, name: str, value: str, file:
     os.utime(here / file)
     now = asked(**{name: value})
     assert now.differences(before) == [name]
-    assert f"the files that its {name} {value!r} names have changed" == now.said(name, before)
+    assert f"the files of its {name} {value!r} changed" == now.said(name, before)
     rewrite(here / file)  # back again
     assert asked(**{name: value}).differences(before) == []
     rewrite(here / file)
@@ -298,9 +298,9 @@ def test_what_concerns_memory_and_device_alone_may_change(
     capsys.readouterr()
     train(pipeline_folder, tmp_path / "cut", **SHORT | {"steps": 2} | then)
     (name,) = then
-    said = [line for line in capsys.readouterr().err.splitlines() if "the run goes on with" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "the run resumes with" in line]
     assert len(said) == 1
-    assert f"{name} {then[name]!r} in place of {first[name]!r}" in said[0]
+    assert f"{name}={then[name]!r} instead of {first[name]!r}" in said[0]
     assert torch.allclose(learned(whole.folder), learned(tmp_path / "cut"), atol=1e-6)
     (change,) = json.loads((tmp_path / "cut" / "changes.json").read_text())
     assert change == {"step": 1, "setting": name, "was": first[name], "now": then[name]}
@@ -317,7 +317,7 @@ def test_what_is_only_measured_or_saved_may_change(
     free |= {"patience": 0, "on_nonfinite": "skip", "save_every": 0, "allow_changes": "learning_rate"}
     assert set(free) | {"steps", "output", "resume"} == set(FREE)
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 3} | free)
-    assert "the run goes on with" not in capsys.readouterr().err
+    assert "the run resumes with" not in capsys.readouterr().err
     assert torch.equal(learned(whole.folder), learned(tmp_path / "cut"))
 
 
@@ -334,12 +334,12 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
                 "--allow-changes batch_size,learning",
             ),
         ),
-        ({"prompts": ["a bear"]}, ("its prompts are", "--allow-changes prompts")),
+        ({"prompts": ["a bear"]}, ("its prompts is", "--allow-changes prompts")),
         ({"mixed_precision": "bf16"}, ("its mixed_precision is 'no', not 'bf16'", "--allow-changes mixed_precision")),
         ({"reward": lambda images, prompts: images.mean((1, 2, 3))}, ()),
     ]
     for values, said in cases[:3]:
-        with pytest.raises(DraftuneError, match="holds another run") as error:
+        with pytest.raises(DraftuneError, match="contains another run") as error:
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
         for text in (*said, "--output", f"--continue-from {output}"):
             assert text in str(error.value)
@@ -377,7 +377,7 @@ def test_who_insists_goes_on_with_the_change(pipeline_folder: Path, tmp_path: Pa
     # From here on it is a run with the new settings, and one with the old ones is another.
     train(pipeline_folder, output, **values | {"steps": 4} | change)
     assert json.loads((output / "changes.json").read_text()) == changes
-    with pytest.raises(DraftuneError, match="holds another run"):
+    with pytest.raises(DraftuneError, match="contains another run"):
         train(pipeline_folder, output, **values | {"steps": 5})
 
 

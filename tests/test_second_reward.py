@@ -282,7 +282,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     assert "kept/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
     load_lora(again := load_model(str(pipeline_folder)), first.folder)
     save_lora(again, tmp_path / "lora")
-    with pytest.raises(DraftuneError, match=r"another run: the files that its continue_from .* names have changed"):
+    with pytest.raises(DraftuneError, match=r"another run: the files of its continue_from .* changed"):
         train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=2)
 
 
@@ -423,7 +423,7 @@ def test_a_distilled_lora(
     # Into its own folder it may be written again, into no other.
     assert main([*arguments, "--output", str(tmp_path / "cut")]) == 0
     for more, message in (
-        (["--output", str(thick)], "holds other files; give another (--output)"),
+        (["--output", str(thick)], "contains other files; give another (--output)"),
         (["--output", str(tmp_path / "new"), "--rank", "4"], "lower than that of"),
         (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "does not work in fp16"),
         (["--output", str(tmp_path / "new"), "--beta", "1"], "beta must be at least 0 and less than 1"),

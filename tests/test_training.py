@@ -147,7 +147,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert again.method == "draft-lv(n=2)"
     assert result.comparison is not None
     assert len(result.comparison.base.images) == 64
-    with pytest.raises(DraftuneError, match="holds another run"):
+    with pytest.raises(DraftuneError, match="contains another run"):
         run(str(pipeline_folder), tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_the_audit_names_the_tensor_left_behind() -> None:
         (lambda images, prompts: torch.zeros(2, requires_grad=True), "does not depend"),
         (
             lambda images, prompts: images[:1].mean() * torch.ones(2),
-            r"no gradient to 1 of 2 pictures: picture 2 \(a dog\)",
+            r"no gradient to 1 of 2 images: image 2 \(a dog\)",
         ),
         (lambda images, prompts: (images.mean((1, 2, 3)) * 0).sqrt(), "not finite"),
     ],

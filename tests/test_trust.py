@@ -116,7 +116,7 @@ def test_a_run_that_another_process_went_on_with_is_not_overwritten(pipeline_fol
 
     train(pipeline_folder, tmp_path / "run", steps=2)
     done: list[int] = []
-    with pytest.raises(DraftuneError, match="another process went on with the run"):
+    with pytest.raises(DraftuneError, match="another process has resumed the run"):
         train(pipeline_folder, tmp_path / "run", meanwhile)
     assert len(rows(tmp_path / "run", "metrics.jsonl")) == 4
 
@@ -168,7 +168,7 @@ def test_a_disk_that_is_nearly_full_is_noticed_before(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(DraftuneError, match="has 0 MiB left, and the run takes at least"):
+    with pytest.raises(DraftuneError, match="has 0 MiB free, and the run needs at least"):
         train(pipeline_folder, tmp_path / "run")
 
 
@@ -179,7 +179,7 @@ def test_the_share_of_pixels_without_a_gradient(capsys: pytest.CaptureFixture[st
     images = torch.full((2, 3, 8, 8), 0.5)
     found = probe_reward(load_reward(corner), images, ["a", "b"])
     assert found == {"corner": {"score": 24.0, "gradient_norm": 12.0, "pixels_without_gradient": 0.75}}
-    assert "'corner' gives no gradient to 75% of the pixels of the base model's pictures" in capsys.readouterr().err
+    assert "'corner' gives no gradient to 75% of the pixels of the base model's images" in capsys.readouterr().err
     assert probe_reward(load_reward(corner), images, ["a", "b"], gradient=False) == {"corner": {"score": 24.0}}
 
 
@@ -246,7 +246,7 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
     assert_equal(lora(whole.folder), lora(tmp_path / "run"))
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert rows(whole.folder, name) == rows(tmp_path / "run", name)
-    with pytest.raises(DraftuneError, match="has made its 6 updates"):
+    with pytest.raises(DraftuneError, match="has finished its 6 updates"):
         train(pipeline_folder, tmp_path / "run", save_every=0)
 
 

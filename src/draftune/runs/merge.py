@@ -91,4 +91,4 @@ def check_folder(folder: Path, **metadata: str) -> None:
         with opened(folder / FILE_NAME) as file:
             names = [] if metadata.items() <= (file.metadata() or {}).items() else names
     if names:
-        raise DraftuneError(f"the output folder {str(folder)!r} holds other files; give another (--output)")
+        raise DraftuneError(f"the output folder {str(folder)!r} contains other files; give another (--output)")
