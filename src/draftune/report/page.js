@@ -5,14 +5,14 @@ const AXES = [["step", "updates"], ["reward_queries", "scored images"], ["train_
 
 // State of the controls, which survives rebuilding the sections.
 const state = { axis: "step", wipes: {}, places: {}, open: {} };
-const built = {};
+const rendered = {};
 
 const update = (step) => `update ${grouped(step, 0)}`;
 
 function section(id, part, build) {
   const text = part ? JSON.stringify(part) : "";
-  if (built[id] === text) return;
-  built[id] = text;
+  if (rendered[id] === text) return;
+  rendered[id] = text;
   const element = find(id), focused = document.activeElement?.id;
   element.hidden = !part;
   if (!part) return;
