@@ -21,22 +21,22 @@ from test_resume import PROMPTS, lora, rows, train
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.runs.fingerprint import files_of, find_source, fingerprint
-from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
+from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.training.train import prepare
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def asked(**values: Any) -> Asked:
+def asked(**values: Any) -> RunIdentity:
     """What a run with these settings is asked to compute, by the files as they are now."""
-    return Asked(asdict(Settings(**({"reward": "brightness"} | values))), {})
+    return RunIdentity(asdict(Settings(**({"reward": "brightness"} | values))), {})
 
 
-def saved(run: Asked) -> Asked:
+def saved(run: RunIdentity) -> RunIdentity:
     """The same after it went through a checkpoint."""
     settings, sources = json.loads(json.dumps([run.settings, run.saved_sources(None)]))
-    return Asked(settings, {}, sources)
+    return RunIdentity(settings, {}, sources)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_other_contents_are_another_run(here: Path, name: str, value: str, file:
     os.utime(here / file)
     now = asked(**{name: value})
     assert now.differences(before) == [name]
-    assert f"the files of its {name} {value!r} changed" == now.said(name, before)
+    assert f"the files of its {name} {value!r} changed" == now.describe_difference(name, before)
     rewrite(here / file)  # back again
     assert asked(**{name: value}).differences(before) == []
     rewrite(here / file)
@@ -223,7 +223,7 @@ def test_what_is_computed_counts(here: Path, values: dict[str, tuple[Any, Any]],
 
 def test_a_checkpoint_that_knows_no_sources_is_compared_by_names(here: Path) -> None:
     before = asked(model="sd")
-    old = Asked(before.settings, {}, ())
+    old = RunIdentity(before.settings, {}, ())
     assert asked(model="sd").differences(old) == []
     assert asked(model="./sd").differences(old) == ["model"]
 

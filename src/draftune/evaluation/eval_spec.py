@@ -66,12 +66,12 @@ class Yardstick:
         """Sample images with the steps and the guidance of the settings, and score them."""
         schedule = model.schedule(settings.num_inference_steps)
 
-        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return model.generate(
                 prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
             )
 
-        return evaluate(draw, self.reward, self.held_out, self.prompts, self.num_images, model.device)
+        return evaluate(sample, self.reward, self.held_out, self.prompts, self.num_images, model.device)
 
 
 def find_yardstick(

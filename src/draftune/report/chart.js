@@ -11,22 +11,22 @@ function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10].find((factor) => factor * power >= least * 0.999) * power;
   const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
-  const found = [];
+  const result = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
     const value = i * step + 0; // avoids negative zero
-    found.push([value, step >= 1000 ? `${grouped(value / 1000, step % 1000 ? 1 : 0)}k` : grouped(value, digits)]);
+    result.push([value, step >= 1000 ? `${grouped(value / 1000, step % 1000 ? 1 : 0)}k` : grouped(value, digits)]);
   }
-  return found;
+  return result;
 }
 
 // Ticks at powers of ten, with ticks in between if these are few.
 function logTicks(low, high) {
-  const found = [];
+  const result = [];
   for (const factors of [[1], [1, 2, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9]]) {
-    found.length = 0;
+    result.length = 0;
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
-      found.push(...factors.map((factor) => Number((factor * 10 ** power).toPrecision(1))));
-    const inside = found.filter((value) => value >= low && value <= high);
+      result.push(...factors.map((factor) => Number((factor * 10 ** power).toPrecision(1))));
+    const inside = result.filter((value) => value >= low && value <= high);
     if (inside.length > 2) return inside.map((value) => [value, number(value)]);
   }
   return ticks(low, high, 4).filter(([value]) => value > 0);
@@ -54,9 +54,9 @@ const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(
 
 // The segments of a line between missing values.
 function stretches(points) {
-  const found = [[]];
-  for (const point of points) point.slice(1).includes(null) ? found.push([]) : found.at(-1).push(point);
-  return found.filter((stretch) => stretch.length);
+  const segments = [[]];
+  for (const point of points) point.slice(1).includes(null) ? segments.push([]) : segments.at(-1).push(point);
+  return segments.filter((stretch) => stretch.length);
 }
 
 class Chart {
@@ -174,7 +174,7 @@ class Chart {
     const { spec, group } = this, places = spec.x[group.base];
     const i = place === null ? places.length - 1 : nearest(places, place);
     const spread = spec.spread?.[i];
-    const text = `${group.said(places[i])}: ${number(spec.values[i])}${spread ? ` ± ${number(Number(spread.toPrecision(2)))}` : ""}`;
+    const text = `${group.describe(places[i])}: ${number(spec.values[i])}${spread ? ` ± ${number(Number(spread.toPrecision(2)))}` : ""}`;
     this.readout.textContent = text;
     this.keys.setAttribute("aria-valuetext", text);
     if (!this.cursor) return;
@@ -190,8 +190,8 @@ class Chart {
 
 // Charts with a common axis and cursor.
 class Charts {
-  constructor(id, specs, axis, said, mark) {
-    Object.assign(this, { axis, said, base: "step" in specs[0].x ? "step" : "scale", cursor: null });
+  constructor(id, specs, axis, describe, mark) {
+    Object.assign(this, { axis, describe, base: "step" in specs[0].x ? "step" : "scale", cursor: null });
     this.list = specs.map((spec, i) => new Chart(spec, `${id}-${i}`, this, mark));
     this.specs = specs;
     this.element = make("div", { class: "charts" }, ...this.list.map((chart) => chart.element));

@@ -94,8 +94,8 @@ def cached(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for file in (INDEX, "config.json"):
-        if isinstance(found := try_to_load_from_cache(name, file), str):
-            return Path(found).parent
+        if isinstance(local := try_to_load_from_cache(name, file), str):
+            return Path(local).parent
     return None
 
 

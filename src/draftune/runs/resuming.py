@@ -102,7 +102,7 @@ def changeable(text: str) -> set[str]:
     return names
 
 
-class Asked:
+class RunIdentity:
     """The settings of a run with the contents of files that they name.
 
     Args:
@@ -130,19 +130,19 @@ class Asked:
             texts += paths_in(self.trees[name], kind)
         return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
 
-    def saved_sources(self, earlier: Asked | None) -> list[dict[str, Any]]:
+    def saved_sources(self, earlier: RunIdentity | None) -> list[dict[str, Any]]:
         """Return the sources for JSON. Hashes of files that did not change are taken from the earlier run."""
         before = {(s.path, s.stamp): s.known for s in earlier.sources.values()} if earlier is not None else {}
         return [replace(s, known=before.get((s.path, s.stamp), {})).saved() for s in self.sources.values()]
 
-    def differences(self, earlier: Asked) -> list[str]:
+    def differences(self, earlier: RunIdentity) -> list[str]:
         """Return the names of the settings that differ from an earlier run's, except those in FREE."""
         names = [f.name for f in fields(Settings) if f.name not in FREE]
         # Settings that this version does not know.
         names += sorted(earlier.settings.keys() - self.settings.keys())
         return [name for name in names if not self.same(name, earlier)]
 
-    def same(self, name: str, earlier: Asked) -> bool:
+    def same(self, name: str, earlier: RunIdentity) -> bool:
         """Return whether a setting has the same meaning in both runs."""
         now, was = self.settings.get(name), earlier.settings.get(name)
         if name in CONTENTS and name in self.contents and name in earlier.contents:
@@ -157,7 +157,7 @@ class Asked:
             now, was = (sorted(target.strip() for target in str(value).split(",")) for value in (now, was))
         return bool(now == was)
 
-    def same_tree(self, now: Tree, was: Tree, earlier: Asked, kind: str) -> bool:
+    def same_tree(self, now: Tree, was: Tree, earlier: RunIdentity, kind: str) -> bool:
         """Return whether two expressions are equal, apart from written defaults and the paths of equal files."""
         if isinstance(now, Sum) and isinstance(was, Sum):
             # The order counts: checkpoints store weights and state of the terms by index.
@@ -180,7 +180,7 @@ class Asked:
             )
         return now == was
 
-    def same_value(self, now: Value, was: Value, earlier: Asked) -> bool:
+    def same_value(self, now: Value, was: Value, earlier: RunIdentity) -> bool:
         """Return whether two values, or the contents of the files or folders that they name, are equal."""
         if isinstance(now, str) and isinstance(was, str):
             first, second = self.sources.get(now), earlier.sources.get(was)
@@ -188,7 +188,7 @@ class Asked:
                 return first.holds(second)
         return now == was
 
-    def said(self, name: str, earlier: Asked) -> str:
+    def describe_difference(self, name: str, earlier: RunIdentity) -> str:
         """Describe how a setting differs from an earlier run's."""
         now, was = self.settings.get(name), earlier.settings.get(name)
         if name in CONTENTS and name != "continue_from":

@@ -18,7 +18,7 @@ from draftune.errors import DraftuneError
 from draftune.lora.files import FILE_NAME
 from draftune.prompts import metadata
 from draftune.runs.logs import EVALUATIONS, LOGS, METRICS, SAMPLES, read_rows
-from draftune.runs.resuming import COMPUTED, ROUNDING, Asked, changeable
+from draftune.runs.resuming import COMPUTED, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings, read_yaml
 from draftune.utils.paths import user_path, written_whole
 from draftune.utils.processes import ALONE, Processes, tell
@@ -58,9 +58,9 @@ class RunFolder:
         settings.allow_changes = ""
         self.lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         # The settings as given. config.yaml holds the resolved ones, such as normalized weights.
-        self.asked = asdict(settings)
+        self.given = asdict(settings)
         self.contents = {name: digest(items) for name, items in texts.items()}
-        self.earlier: Asked | None = None
+        self.earlier: RunIdentity | None = None
         self.changed: list[str] = []
         self.changes: list[dict[str, Any]] = []
         self.sources: list[dict[str, str]] = []
@@ -111,27 +111,27 @@ class RunFolder:
         self.done = state["step"]
         self.rows = {name: read_rows(self.path / name, self.done) for name in (METRICS, SAMPLES)}
         self.rows[EVALUATIONS] = state["evaluations"]
-        self.earlier = Asked(state["settings"], state["contents"], state.get("sources", ()))
+        self.earlier = RunIdentity(state["settings"], state["contents"], state.get("sources", ()))
         self.changed = self.now.differences(self.earlier)
         self.changes = state.get("changes", [])
         self.check_changes(self.earlier)
         # After the last update, the final evaluation may be missing.
-        if self.done > self.asked["steps"] or (self.done == self.asked["steps"] and state["finished"]):
+        if self.done > self.given["steps"] or (self.done == self.given["steps"] and state["finished"]):
             raise DraftuneError(
                 f"the run in {str(self.path)!r} has finished its {self.done} updates: give more (--steps) or another "
                 "folder (--output)"
             )
 
     @cached_property
-    def now(self) -> Asked:
+    def now(self) -> RunIdentity:
         """Return what the run is to compute with the present settings."""
-        return Asked(self.asked, self.contents)
+        return RunIdentity(self.given, self.contents)
 
-    def check_changes(self, earlier: Asked) -> None:
+    def check_changes(self, earlier: RunIdentity) -> None:
         """Record the settings that differ from the earlier run. Raises DraftuneError unless they are allowed to."""
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
         if refused:
-            differences = [self.now.said(name, earlier) for name in refused]
+            differences = [self.now.describe_difference(name, earlier) for name in refused]
             differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
             options = ["give another (--output)"]
             if set(refused) <= set(COMPUTED):
@@ -140,7 +140,7 @@ class RunFolder:
             raise DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
         messages: dict[str, list[str]] = {}
         for name in self.changed:
-            was, value = earlier.settings.get(name), self.asked.get(name)
+            was, value = earlier.settings.get(name), self.given.get(name)
             how = "results differ by rounding only" if name in ROUNDING else "allowed by --allow-changes"
             new = f"{value!r} instead of {was!r}" if value != was else f"{value!r}, whose contents changed"
             messages.setdefault(how, []).append(f"{name}={new}")
@@ -232,7 +232,7 @@ class RunFolder:
         for name in LOGS:
             if (self.path / name).exists():
                 synced(self.path / name)
-        run = {"step": step, "settings": self.asked, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
+        run = {"step": step, "settings": self.given, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
         run |= {"sources": self.sources, "changes": self.changes}
         save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
 
