@@ -112,7 +112,7 @@ def test_killed_at_random_moments(context: Any, tmp_path: Path, values: dict[str
     for i in range(kills):
         moment = ("update", "start", "update", "save")[i % 4]
         delay = chance.uniform(0, 4 if moment == "start" else 0.4)
-        # RunIdentity for so many updates, it never ends by itself, however fast the machine.
+        # Asked for so many updates, it never ends by itself, however fast the machine.
         in_time = killed(started(context, {**cut, "steps": 100_000}), tmp_path / "cut", moment, delay)
         assert in_time, f"the run ended before kill {i + 1} of {kills}"
         saves += saving(tmp_path / "cut")

@@ -162,8 +162,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     assert data["summary"] == (
-        "In 40 updates the reward rose from 4 to 8. The evaluation reward judge rose from 0.5 to 0.6 and was highest, 0.9, "
-        "at update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is from update 20 "
+        "In 40 updates the reward rose from 4 to 8. The evaluation reward judge rose from 0.5 to 0.6 and was highest, "
+        "0.9, at update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is from update 20 "
         "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
