@@ -174,7 +174,7 @@ def test_score_with_a_prompt_for_each_picture(tmp_path: Path, capsys: pytest.Cap
     assert "has no prompt for" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("pumpkin\n")
     assert main([*command, str(tmp_path / "prompts.txt")]) == 2
-    assert "does not say which prompt is whose" in capsys.readouterr().err
+    assert "has no column 'image'" in capsys.readouterr().err
 
 
 def test_score_shows_the_total_where_it_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +234,7 @@ def test_mistakes_get_one_line_and_code_2(
         "did you mean 'animals'": [*train, "--prompts", "animal"],
         "contains another run": [*train, "--output", str(run_folder)],
         "contains other files": [*train, "--output", str(tmp_path)],
-        "is a file; give a folder": [*train, "--output", str(tmp_path / "empty.txt")],
+        "empty.txt' is a file": [*train, "--output", str(tmp_path / "empty.txt")],
         "is not YAML, line 2": [*train, "--config", str(tmp_path / "bad.yaml")],
         "did you mean 'learning_rate'": [*train, "--config", str(tmp_path / "key.yaml")],
         "must hold 'setting: value' lines": [*train, "--config", str(tmp_path / "list.yaml")],

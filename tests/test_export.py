@@ -192,7 +192,7 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     best = str(run / "lora")
     cases = {
         "invalid choice: 'onnx'": [str(run), "--format", "onnx", "--output", new],
-        "takes a .safetensors file with --format kohya": [str(run), "--format", "kohya", "--output", new],
+        "must be a .safetensors file with --format kohya": [str(run), "--format", "kohya", "--output", new],
         "must be a folder with --format merged": [str(run), "--format", "merged", "--output", file],
         "full' already exists": [str(run), "--format", "merged", "--output", str(tmp_path / "full")],
         "there.safetensors' already exists": [

@@ -342,7 +342,7 @@ def test_an_output_is_a_file_by_its_ending_alone(tmp_path: Path, monkeypatch: py
         with pytest.raises(DraftuneError, match="--image-dir must be a folder"):
             folder_output(text, "--image-dir")
     for text in ("x.jpg", "x.JPEG", "x.webp", "x.heic", "sd1.5/x.tif", "file", "file/", "old.png/"):
-        with pytest.raises(DraftuneError, match="--output takes a"):
+        with pytest.raises(DraftuneError, match="--output must be"):
             image_output(text)
 
 

@@ -171,12 +171,12 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
-    assert (facts["Updates"], facts["Scored pictures"], facts["Training time"]) == ("40 of 40", "480", "1 h")
+    assert (facts["Updates"], facts["Scored images"], facts["Training time"]) == ("40 of 40", "480", "1 h")
     (run / "evaluations.jsonl").unlink()
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
     assert data["summary"] == (
-        "In 40 updates the reward of the training pictures rose from 4.55 to 7.55, as means of 10 updates."
+        "In 40 updates the reward of the training images rose from 4.55 to 7.55, as means of 10 updates."
     )
     assert data["warning"] is data["best"] is None
 
@@ -193,8 +193,8 @@ def test_words_for_numbers() -> None:
     rows = [{"step": 1, "reward": None}, {"step": 2, "reward": None, "nonfinite_steps": 2}]
     said = summary(Settings(steps=9), rows, [], None)
     assert said == (
-        "In 2 of 9 updates the reward of the training pictures is not known. "
-        "2 updates were left out, since a reward or a gradient was not finite."
+        "In 2 of 9 updates the reward of the training images is unknown. "
+        "2 updates were skipped, since a reward or a gradient was not finite."
     )
 
 

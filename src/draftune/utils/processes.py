@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftune.errors import DraftuneError
@@ -67,10 +67,6 @@ def lost(error: RuntimeError) -> bool:
     return launched()[1] > 1 and known
 
 
-blocks = 0
-"""Number of blocks of `Processes.together` that this process is in."""
-
-
 @dataclass(frozen=True)
 class Processes:
     """This process and the collectives that it shares with the others. A single process holds everything.
@@ -88,6 +84,8 @@ class Processes:
     index: int = 0
     count: int = 1
     device: torch.device | str = "cpu"
+    blocks: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """An item while this process is inside a block of `together`."""
 
     @property
     def main(self) -> bool:
@@ -106,7 +104,7 @@ class Processes:
 
     def gather(self, own: Tensor) -> Tensor:
         """Concatenate the tensors [N, …] of all processes, which have the same shape, to [count * N, …]."""
-        check_outside_block()
+        self.check_outside_block()
         if self.count == 1:
             return own
         import torch
@@ -119,7 +117,7 @@ class Processes:
 
     def mean_(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average gradients over the processes, in place. A gradient that is None in all processes stays None."""
-        check_outside_block()
+        self.check_outside_block()
         if self.count == 1:
             return
         import torch
@@ -145,7 +143,7 @@ class Processes:
 
     def of_main(self, value: Any) -> Any:
         """Broadcast a JSON value from process 0, such as a measurement whose last digits differ between processes."""
-        check_outside_block()
+        self.check_outside_block()
         return json.loads(self.texts(json.dumps(value))[0]) if self.count > 1 else value
 
     def texts(self, own: str) -> list[str]:
@@ -165,16 +163,15 @@ class Processes:
 
         No process leaves the block alone, so that none waits forever for one that has failed.
         """
-        global blocks
-        check_outside_block()
-        blocks += 1
+        self.check_outside_block()
+        self.blocks.append("together")
         failure = None
         try:
             yield
         except DraftuneError as error:
             failure = error
         finally:
-            blocks -= 1
+            self.blocks.pop()
         if self.count == 1:
             if failure is not None:
                 raise failure
@@ -188,11 +185,10 @@ class Processes:
         message = messages[first] if first == 0 else f"process {first}: {messages[first]}"
         raise (DraftuneError if self.main else SaidByMainError)(message) from failure
 
-
-def check_outside_block() -> None:
-    """Raise RuntimeError if this process is inside a block of `Processes.together`."""
-    if blocks:
-        raise RuntimeError("a collective inside Processes.together() hangs if another process fails: move it out")
+    def check_outside_block(self) -> None:
+        """Raise RuntimeError if this process is inside a block of `together`."""
+        if self.blocks:
+            raise RuntimeError("a collective inside Processes.together() hangs if another process fails: move it out")
 
 
 ALONE = Processes()
