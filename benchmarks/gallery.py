@@ -32,9 +32,9 @@ from draftune.utils.images import from_pil, grid, save_image, to_pil
 DOCS = Path(__file__).parent.parent / "docs"
 RUNS = Path("runs/gallery")
 NAMES = {
-    "held-out/emoji-judge-name": "judge: shows what the prompt names",
-    "held-out/emoji-judge-style": "judge: probability of the 3D style",
-    "held-out/diversity": "diversity within a prompt",
+    "eval/emoji-judge-name": "judge: shows what the prompt names",
+    "eval/emoji-judge-style": "judge: probability of the 3D style",
+    "eval/diversity": "diversity within a prompt",
 }
 OVERVIEW = ("emoji-aesthetic", "color", "symmetry", "jpeg-compressibility", "jpeg-incompressibility", "classify")
 HEAD = """# What the rewards do
@@ -176,7 +176,7 @@ def run(experiment: Experiment) -> None:
     saved = to_pil(base), to_pil(tuned)
     rows = [[NAMES.get(name, f"`{name}`"), *values] for name, values in both.scores.items()]
     rows += [[name, *map(measure, saved)] for name, measure in experiment.measures.items()]
-    result = {"rows": rows, "images": len(both.prompts), "seconds": done.metrics[-1]["seconds"]}
+    result = {"rows": rows, "images": len(both.prompts), "seconds": done.metrics[-1]["train_seconds"]}
     (RUNS / f"{experiment.name}.json").write_text(json.dumps(result, indent=1))
     shown = slice(0, None, len(both.prompts) // 8)
     before, after = base[shown].contiguous(), tuned[shown].contiguous()

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from draftune.runs.run_dir import EVALUATIONS, SAMPLES, read_rows
-from draftune.training.early_stopping import HELD_OUT
+from draftune.evaluation.criterion import HELD_OUT
+from draftune.runs.logs import EVALUATIONS, SAMPLES, read_rows
 from draftune.utils.images import grid, open_image, save_image
 from draftune.utils.plotting import figure, save
 

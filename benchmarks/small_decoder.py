@@ -141,7 +141,7 @@ def trained(settings: dict[str, Any], small: Any) -> dict[str, float]:
         last = run.metrics[-1]
         scores = {name: tuned for name, (_, tuned) in run.comparison.scores.items()}
         print_similarity("fine-tuned model", model, small)
-        return {"seconds": last["seconds"] / last["step"], "in training": last["reward"], **scores}
+        return {"seconds": last["train_seconds"] / last["step"], "in training": last["reward"], **scores}
 
 
 def timed(settings: dict[str, Any], decoders: Sequence[str | None], rounds: int = 7) -> list[float]:

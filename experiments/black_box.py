@@ -73,13 +73,13 @@ def runs(budget: Budget) -> list[RunSpec]:
 
 
 def measure(runner: ExperimentRunner) -> list[Row]:
-    budget, size = runner.budget, f"held-out/{FILE_SIZE}"
+    budget, size = runner.budget, f"eval/{FILE_SIZE}"
     searched = {rate: runner.run(spec).final for rate, spec in search(budget).items()}
-    valid = [rate for rate, row in searched.items() if row["held-out/emoji-judge-name"] >= MIN_NAME_ACCURACY]
+    valid = [rate for rate, row in searched.items() if row["eval/emoji-judge-name"] >= MIN_NAME_ACCURACY]
     rate = max(valid or searched, key=lambda rate: searched[rate][size])
     specs = {v.name: [v.spec(seed, budget) for seed in range(budget.seeds)] for v in (*SIZES, *THRESHOLDS)}
     specs[f"DDPO, learning rate {rate:g}"] = [ddpo(rate, seed, budget) for seed in range(budget.seeds)]
-    columns = {f"held-out/above({REWARD})": "above", f"held-out/{REWARD}": "reward"}
+    columns = {f"eval/above({REWARD})": "above", f"eval/{REWARD}": "reward"}
     rows = []
     for name, spec in ((name, spec) for name, own in specs.items() for spec in own):
         result = runner.run(spec)

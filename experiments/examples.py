@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.image_files import find_images
-from draftune.utils.images import open_image
+from draftune.utils.images import find_images, open_image
 from draftune.utils.paths import written_whole
 
 EXAMPLES = "EXAMPLES"

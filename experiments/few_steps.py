@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from draftune.evaluation.kid import kernel_distance
+from draftune.evaluation.kid import kid
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
@@ -103,14 +103,14 @@ class KIDEvaluator:
 
     def kid(self, model: Model, steps: int, sampler: str) -> dict[str, float]:
         features = self.features(sample_images(model, self.names, steps, sampler))
-        return {key: 1000 * kernel_distance(features[key], real) for key, real in self.real.items()}
+        return {key: 1000 * kid(features[key], real) for key, real in self.real.items()}
 
     def noise(self) -> dict[str, float]:
         """Return the standard deviation of KID between random halves of the real images."""
         generator, total = torch.Generator().manual_seed(0), len(next(iter(self.real.values()))) // 2 * 2
         orders = [torch.randperm(total, generator=generator).chunk(2) for _ in range(20)]
         return {
-            key: 1000 * float(np.std([kernel_distance(real[first], real[second]) for first, second in orders]))
+            key: 1000 * float(np.std([kid(real[first], real[second]) for first, second in orders]))
             for key, real in self.real.items()
         }
 

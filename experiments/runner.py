@@ -24,7 +24,7 @@ from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
-from draftune.runs.run_dir import EVALUATIONS, METRICS, read_rows
+from draftune.runs.logs import EVALUATIONS, METRICS, read_rows
 from draftune.sampling.sampler import Latents
 from draftune.training import train
 from draftune.utils.memory import peak_memory
@@ -36,9 +36,9 @@ REWARD = "emoji-aesthetic"
 JUDGES = "emoji-judge-name + emoji-judge-style(style=3d)"
 COLUMNS = {
     REWARD: "reward",
-    "held-out/emoji-judge-style": "p_3d",
-    "held-out/emoji-judge-name": "name_accuracy",
-    "held-out/diversity": "diversity",
+    "eval/emoji-judge-style": "p_3d",
+    "eval/emoji-judge-name": "name_accuracy",
+    "eval/diversity": "diversity",
 }
 """Columns of an evaluation, and their names in the tables."""
 DRAFT_1, DRAFT_LV = "draft-k(k=1)", "draft-lv(n=2)"

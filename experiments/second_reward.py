@@ -11,7 +11,7 @@ from draftune.evaluation.metrics import evaluate
 from draftune.experimental.distill import distill_lora
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
-from draftune.runs.merge import mix_loras
+from draftune.runs.merge import merge_loras
 from experiments.budget import Budget
 from experiments.lora_merging import ORANGE
 from experiments.report import Experiment, Panel, aggregate, value_at
@@ -81,7 +81,7 @@ class Variants:
 
     def merge(self, variant: str, *sources: tuple[Path, float]) -> Path:
         folder = self.runner.folder / folder_name(variant, self.seed)
-        mix_loras(sources, folder)
+        merge_loras(sources, folder)
         return folder
 
     def half(self) -> Path:

@@ -30,7 +30,7 @@ from draftune.lora import add_lora, save_lora
 from draftune.models import load_model
 from draftune.presets import read_yaml
 from draftune.prompts import load_prompts
-from draftune.runs.run_dir import read_rows
+from draftune.runs.logs import read_rows
 from draftune.settings import Settings
 from helpers.bad_inputs import MAKERS, SMALL, Bad, Making, World
 from helpers.errors import normalized, raises
@@ -180,7 +180,7 @@ def test_what_is_odd_but_good(tmp_path: Path) -> None:
         "",
         1000,
     )
-    for flag, value in (("--best-by", "-held-out/judge"), ("--reward", "-2*brightness"), ("--best-by", "-1*a + b")):
+    for flag, value in (("--best-by", "-eval/judge"), ("--reward", "-2*brightness"), ("--best-by", "-1*a + b")):
         args = build_parser().parse_args(expressions_joined(["train", flag, value]))
         assert getattr(args, flag[2:].replace("-", "_")) == value
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.experimental.zeroth_order import Estimator, along_coordinates, along_directions, best_chances
 from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries
 from draftune.rewards.black_box import BlackBox, Patterns, blocks, waves
-from draftune.training.checks import probe_reward
 from draftune.utils.images import to_pil
 from helpers.errors import raises
 

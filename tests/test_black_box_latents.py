@@ -14,13 +14,13 @@ from torch.nn.functional import interpolate
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.rewards import load_reward
 from draftune.rewards.base import carried, extra_queries
 from draftune.rewards.black_box import BlackBox
-from draftune.training.checks import probe_reward
 from helpers.errors import raises
 
 PROMPTS = ["a cat", "a dog"]

@@ -152,7 +152,7 @@ def test_the_curves_answer_to_axis_pointer_and_keys(visit: Visit, report: str) -
     visit.page.get_by_role("radio", name="time").check()
     assert judge.locator("svg text").filter(has_text="minutes").count() == 1
     assert "50" in judge.locator("svg text").all_text_contents()
-    visit.page.get_by_role("radio", name="scored pictures").check()
+    visit.page.get_by_role("radio", name="scored images").check()
     assert "200" in judge.locator("svg text").all_text_contents()
 
     keys = visit.page.locator("#curve-2")

@@ -20,7 +20,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.runs.checkpoint import checkpoints, read_state
-from draftune.runs.run_dir import read_rows
+from draftune.runs.logs import read_rows
 from draftune.utils.processes import Processes
 from helpers import two_processes
 from helpers.errors import mentions, raises
@@ -83,7 +83,7 @@ def test_updates_equal_those_of_one_process(
         written = json.loads((together / f"{name}-{i}.json").read_text())
         for row, other in zip(rows, written["rows"], strict=True):
             assert row["reward_queries"] == other["reward_queries"]
-            assert {**other, "seconds": 0} == pytest.approx({**row, "seconds": 0}, abs=1e-6)
+            assert {**other, "train_seconds": 0} == pytest.approx({**row, "train_seconds": 0}, abs=1e-6)
         assert written["method"].get("rewards", {}).keys() == trainer.method.state_dict().get("rewards", {}).keys()
 
 
@@ -192,7 +192,14 @@ def test_a_killed_run_goes_on_by_one_process_and_then_by_two(pipeline_folder: Pa
         assert len(seen) == len(rows)
         assert {row["step"] for row in others} <= seen.keys()
         for row, other in ((seen[other["step"]], other) for other in others):
-            for key in ("reward", "brightness", "held-out/saturation", "distance", "denoiser_mse_from_base", "scores"):
+            for key in (
+                "reward",
+                "brightness",
+                "eval/saturation",
+                "pixel_l1_from_base",
+                "denoiser_mse_from_base",
+                "scores",
+            ):
                 if key in row:
                     assert row[key] == pytest.approx(other[key], abs=1e-5)
 
@@ -218,3 +225,21 @@ def test_shares_are_equal_parts_in_order() -> None:
     assert Processes(1, 2).share(torch.arange(4)).tolist() == [2, 3]
     with raises(DraftuneError, "alone"), Processes().together():
         raise DraftuneError("alone")
+
+
+def test_a_collective_inside_a_block_fails_with_one_process_too() -> None:
+    processes = Processes()
+    for collective in (
+        lambda: processes.gather(torch.ones(1)),
+        lambda: processes.mean_([]),
+        lambda: processes.any(True),
+        lambda: processes.of_main(1),
+        lambda: processes.texts("a"),
+        lambda: processes.together().__enter__(),
+    ):
+        with pytest.raises(RuntimeError, match="together"), processes.together():
+            collective()
+    assert processes.any(True)
+    assert not processes.any(False)
+    assert processes.of_main([1, None]) == [1, None]
+    assert processes.texts("é") == ["é"]

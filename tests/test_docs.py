@@ -102,12 +102,12 @@ def test_examples_are_read_and_links_lead_somewhere(document: Path) -> None:
 def test_the_names_of_the_package_are_there_and_are_those_that_are_shown() -> None:
     assert {name: getattr(draftune, name).__name__ for name in draftune.__all__} == {n: n for n in draftune.__all__}
     shown = {name for document in DOCUMENTS for name in re.findall(r"\bdraftune\.(\w+)\(", document.read_text())}
-    assert {"train", "mix_loras", "write_report"} <= shown <= set(draftune.__all__)
+    assert {"train", "merge_loras", "write_report"} <= shown <= set(draftune.__all__)
 
 
 def test_these_tests_see_what_is_wrong() -> None:
-    text = "draftune list a & draftune mix 'b; c@1' ''; wait  # draftune d\npip install draftune"
-    assert list(calls(text)) == [["list", "a"], ["mix", "b; c@1", ""]]
+    text = "draftune list a & draftune merge 'b; c@1' ''; wait  # draftune d\npip install draftune"
+    assert list(calls(text)) == [["list", "a"], ["merge", "b; c@1", ""]]
     for wrong in (
         "draftune trian",
         "draftune train --stepz 3",

@@ -85,7 +85,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     assert run.comparison is not None
     base, tuned = run.comparison.scores["emoji-aesthetic"]
     assert tuned > base + 0.5
-    base, tuned = run.comparison.scores["held-out/emoji-judge-style"]
+    base, tuned = run.comparison.scores["eval/emoji-judge-style"]
     assert tuned > base
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "emoji", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)

@@ -17,13 +17,13 @@ from scipy import stats
 from test_resume import rows
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.guidance.methods import load_guide
 from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.settings import Settings
-from draftune.training.checks import probe_reward
 from draftune.utils.images import save_image, to_pil
 from experiments import black_box, few_steps, guidance, lv_samples, optimizers, second_reward, symmetry
 from experiments.__main__ import EXPERIMENTS, main, shard_runs
@@ -45,8 +45,8 @@ class FakeRunner(ExperimentRunner):
     def run(self, spec: RunSpec) -> RunResult:
         evaluations = []
         for step in range(0, spec.steps + 1, 10):
-            row = {"emoji-aesthetic": 4.0, "held-out/emoji-judge-style": 0.5, "held-out/emoji-judge-name": 1.0}
-            row |= {"step": float(step), "reward_queries": 4.0 * step, "held-out/diversity": 0.4}
+            row = {"emoji-aesthetic": 4.0, "eval/emoji-judge-style": 0.5, "eval/emoji-judge-name": 1.0}
+            row |= {"step": float(step), "reward_queries": 4.0 * step, "eval/diversity": 0.4}
             evaluations.append(row | self.scores(spec, step))
         updates = [{"step": float(i + 1), "grad_norm": 1.0, "reward": float(i)} for i in range(spec.steps)]
         return RunResult(updates, evaluations, self.folder)
@@ -220,7 +220,7 @@ def test_ddpo_has_the_best_rate_that_keeps_the_names(tmp_path: Path) -> None:
         rate = spec.settings.get("learning_rate", 0.0)
         size = -1.5 + 10 * rate * step / 40
         named = 0.8 if rate == 0.01 else 1.0
-        return {"held-out/jpeg-bytes": size, "held-out/emoji-judge-name": named}
+        return {"eval/jpeg-bytes": size, "eval/emoji-judge-name": named}
 
     data = black_box.measure(FakeRunner(tmp_path, scores))
     (line,) = (row for row in black_box.EXPERIMENT.table(data) if row["variant"].startswith("DDPO"))

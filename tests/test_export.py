@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_mixing import draw, drawn_with, saved_lora
+from test_merge import draw, drawn_with, saved_lora
 from torch import Tensor
 
 from draftune.cli.main import main
@@ -130,13 +130,13 @@ def test_kohya_is_read_as_a_source(pipeline_folder: Path, run: Path, tmp_path: P
     command = ["--prompt", "cat", "--num-inference-steps", "2", "--device", "cpu"]
     assert main(["sample", str(out), *command, "--output", str(tmp_path / "a.png")]) == 0
     assert main(["sample", str(run / "lora" / FILE_NAME), *command, "--output", str(tmp_path / "b.png")]) == 0
-    assert main(["mix", f"{out}@0.5", f"{run}@-0.5", "--output", str(tmp_path / "nothing")]) == 0
+    assert main(["merge", f"{out}@0.5", f"{run}@-0.5", "--output", str(tmp_path / "nothing")]) == 0
     nothing = drawn_with(pipeline_folder, (tmp_path / "nothing", 1.0))
     assert (nothing - drawn_with(pipeline_folder)).abs().max() < 1e-5
 
 
 def test_half(pipeline_folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["export", str(run), "--format", "kohya", "--half"]
+    command = ["export", str(run), "--format", "kohya", "--dtype", "fp16"]
     assert main([*command, "--output", str(tmp_path / "half.safetensors")]) == 0
     tensors = load_file(tmp_path / "half.safetensors")
     assert {t.dtype for name, t in tensors.items() if not name.endswith("alpha")} == {torch.float16}
@@ -145,7 +145,7 @@ def test_half(pipeline_folder: Path, run: Path, tmp_path: Path, capsys: pytest.C
         assert torch.allclose(
             layer.change, original[name].change, rtol=0, atol=1e-3 * original[name].change.abs().max()
         )
-    export_lora(run, tmp_path / "merged", "merged", half=True)
+    export_lora(run, tmp_path / "merged", "merged", dtype="fp16")
     stored = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert (draw(load_model(tmp_path / "merged")) - tuned(pipeline_folder, run)).abs().max() < 1e-2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from draftune.evaluation.kid import kernel_distance
+from draftune.evaluation.kid import kid
 from draftune.training.gradient_noise import GradientNoise
 
 
@@ -58,4 +58,4 @@ def test_gradient_noise() -> None:
 
 def test_distances_of_sets() -> None:
     a, b = on_device(6, 3), on_device(5, 3) + 1
-    assert kernel_distance(a, b) == pytest.approx(kernel_distance(a.as_subclass(Tensor), b.as_subclass(Tensor)))
+    assert kid(a, b) == pytest.approx(kid(a.as_subclass(Tensor), b.as_subclass(Tensor)))

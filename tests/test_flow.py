@@ -37,7 +37,7 @@ import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import ATTENTION, add_lora, lora_parameters
 from draftune.models import Model, load_model
-from draftune.runs.export import grid
+from draftune.runs.export import sampler_options, source_file
 from draftune.sampling.ancestral import mean
 from draftune.sampling.sampler import advance, rollout
 from helpers.errors import mentions, raises
@@ -218,7 +218,7 @@ def test_sd3_without_t5(sd3: Path, tmp_path: Path) -> None:
 
 def test_sd3_training(sd3: Path, tmp_path: Path) -> None:
     check_training(sd3, tmp_path, drawing(5.0, 16), 5.0, lora_rank=2, lora_alpha=4.0)
-    assert grid(tmp_path / "draft-k") == {}  # whatever the run's settings say of DDIM's
+    assert sampler_options(source_file(tmp_path / "draft-k")) == {}  # whatever the run's settings say of DDIM's
 
 
 def test_flux_dev_pictures(dev: Path) -> None:

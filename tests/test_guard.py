@@ -13,31 +13,32 @@ from test_resume import rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import weights_of
 from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.models import load_model
-from draftune.training.early_stopping import Guard, weights_of
+from draftune.training.early_stopping import Guard
 from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora
 
 
 def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, float]]:
     return [
-        {"step": 10.0 * i, "aesthetic": reward, "held-out/judge": judge}
+        {"step": 10.0 * i, "aesthetic": reward, "eval/judge": judge}
         for i, (reward, judge) in enumerate(zip(rewards, judged, strict=True))
     ]
 
 
 def test_the_best_is_that_of_the_rule() -> None:
-    guard = Guard({"held-out/judge": 1.0, "aesthetic": -0.1}, patience=2, reward="aesthetic")
+    guard = Guard({"eval/judge": 1.0, "aesthetic": -0.1}, patience=2, reward="aesthetic")
     seen = [(guard.see(row), guard.exhausted) for row in told([1, 2, 3, 4, 5], [0.2, 0.5, 0.5, 0.58, 0.6])]
     # 0.1, 0.3, 0.2, 0.18, 0.1
     assert seen == [(True, False), (True, False), (False, False), (False, True), (False, True)]
     assert guard.best is not None
     assert guard.best["step"] == 10
-    with raises(DraftuneError, "held-out/juge held-out/judge"):
-        Guard({"held-out/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
-    assert weights_of("held-out/judge - 0.5*denoiser_mse_from_base") == {
-        "held-out/judge": 1.0,
+    with raises(DraftuneError, "eval/juge eval/judge"):
+        Guard({"eval/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
+    assert weights_of("eval/judge - 0.5*denoiser_mse_from_base") == {
+        "eval/judge": 1.0,
         "denoiser_mse_from_base": -0.5,
     }
     for rule in ("judge(k=2)", "judge(clip)"):
@@ -48,14 +49,14 @@ def test_the_best_is_that_of_the_rule() -> None:
 @pytest.mark.parametrize(
     ("rewards", "judged", "said"),
     [
-        ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7], "held-out/judge 0.900 10 0.700"),
+        ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7], "eval/judge 0.900 10 0.700"),
         ([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.95], None),  # it came back
         ([1, 2, 3], [0.5, 0.9, 0.8], None),  # once may be chance
         ([1, 5, 3, 4], [0.5, 0.9, 0.8, 0.7], None),  # the reward fell too
     ],
 )
 def test_the_warning(rewards: list[float], judged: list[float], said: str | None) -> None:
-    guard = Guard({"held-out/judge": 1.0}, 0, "aesthetic")
+    guard = Guard({"eval/judge": 1.0}, 0, "aesthetic")
     for row in told(rewards, judged):
         guard.see(row)
     warning = guard.warning()
@@ -66,22 +67,22 @@ def test_the_warning(rewards: list[float], judged: list[float], said: str | None
 
 
 def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
-    guard = Guard({"held-out/judge": 1.0}, 0, "aesthetic")
+    guard = Guard({"eval/judge": 1.0}, 0, "aesthetic")
     for row in told([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7]):
-        guard.see({**row, "held-out/diversity": 0.5 - row["step"] / 100, "errors": {"held-out/judge": 0.06}})
+        guard.see({**row, "eval/diversity": 0.5 - row["step"] / 100, "stderr": {"eval/judge": 0.06}})
     # The difference of two such means has the error 0.085: 0.1 is no fall, and both of the last two must have fallen.
     assert guard.warning() is None
-    guard.see({**told([5], [0.72])[0], "step": 40.0, "held-out/diversity": 0.0, "errors": {"held-out/judge": 0.06}})
+    guard.see({**told([5], [0.72])[0], "step": 40.0, "eval/diversity": 0.0, "stderr": {"eval/judge": 0.06}})
     warning = guard.warning()
     assert warning is not None
-    assert mentions(warning, "held-out/judge 0.900 10 0.720")
+    assert mentions(warning, "eval/judge 0.900 10 0.720")
     assert "diversity" not in warning
 
 
 def test_a_score_that_is_not_finite_is_never_the_best() -> None:
-    guard = Guard({"held-out/judge": 1.0}, 0, "aesthetic")
+    guard = Guard({"eval/judge": 1.0}, 0, "aesthetic")
     values: list[Any] = [float("nan"), 0.2, None, float("inf"), 0.3]
-    assert [guard.see({**told([1], [0])[0], "held-out/judge": value}) for value in values] == [
+    assert [guard.see({**told([1], [0])[0], "eval/judge": value}) for value in values] == [
         True, True, False, False, True
     ]  # fmt: skip
     assert guard.warning() is None
@@ -110,8 +111,8 @@ def test_patience_ends_a_run_and_the_best_is_kept(
     # The first number goes to the trial before training.
     run = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
-    assert [round(row["held-out/judge"], 3) for row in run.evaluations] == [0.1, 0.2, 0.3, 0.2, 0.1]
-    assert mentions(caplog.text, "over-optimi held-out/judge")
+    assert [round(row["eval/judge"], 3) for row in run.evaluations] == [0.1, 0.2, 0.3, 0.2, 0.1]
+    assert mentions(caplog.text, "over-optimi eval/judge")
     second = train(pipeline_folder, tmp_path / "second", brightness, **(values | {"steps": 2}))
     best, same = (
         load_file(folder / "pytorch_lora_weights.safetensors")
@@ -129,12 +130,12 @@ def test_patience_ends_a_run_and_the_best_is_kept(
 def test_an_evaluation_says_how_far_the_model_has_gone(pipeline_folder: Path, tmp_path: Path) -> None:
     run = train(pipeline_folder, tmp_path / "run", brightness, learning_rate=0.02, method="draft-k(k=1)")
     first, *later = run.evaluations
-    assert first["denoiser_mse_from_base"] == first["distance"] == 0
-    assert all(row["denoiser_mse_from_base"] > 0 and row["distance"] > 0 for row in later)
+    assert first["denoiser_mse_from_base"] == first["pixel_l1_from_base"] == 0
+    assert all(row["denoiser_mse_from_base"] > 0 and row["pixel_l1_from_base"] > 0 for row in later)
     assert later[-1]["denoiser_mse_from_base"] > later[0]["denoiser_mse_from_base"]
     assert run.comparison is not None
     moved = (run.comparison.tuned.images - run.comparison.base.images).abs().mean()
-    assert later[-1]["distance"] == pytest.approx(float(moved), rel=1e-6)
+    assert later[-1]["pixel_l1_from_base"] == pytest.approx(float(moved), rel=1e-6)
 
 
 def test_the_denoiser_mse_by_hand(pipeline_folder: Path) -> None:
@@ -159,8 +160,8 @@ def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
     for values, message in (
         ({"patience": 2, "eval_every": 0}, "patience eval_prompts eval_every"),
         ({"patience": 2, "eval_prompts": ""}, "patience eval_prompts eval_every"),
-        ({"best_by": "held-out/x + "}, "held-out/x +"),
-        ({"best_by": "held-out/x"}, "held-out/x"),
+        ({"best_by": "eval/x + "}, "eval/x +"),
+        ({"best_by": "eval/x"}, "eval/x"),
     ):
         with raises(DraftuneError, message):
             train(pipeline_folder, tmp_path / "run", brightness, **values)
@@ -168,8 +169,8 @@ def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
 
 def test_a_held_out_reward_that_was_to_be_low() -> None:
     """A penalty that falls is no warning; one that rises is."""
-    for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "held-out/judge 0.300 0 0.900")):
-        guard = Guard({"held-out/judge": -0.5}, patience=0, reward="aesthetic")
+    for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "eval/judge 0.300 0 0.900")):
+        guard = Guard({"eval/judge": -0.5}, patience=0, reward="aesthetic")
         for row in told([1, 2, 3], judged):
             guard.see(row)
         warning = guard.warning()

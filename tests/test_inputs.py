@@ -20,7 +20,7 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation.image_files import find_images, prompts_of
+from draftune.evaluation.image_files import prompts_of
 from draftune.evaluation.metrics import evaluate
 from draftune.experimental.tune_weights import tune_weights
 from draftune.guidance.noise_optimization import optimize_noise
@@ -30,7 +30,7 @@ from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.black_box import BlackBox
-from draftune.utils.images import open_image
+from draftune.utils.images import find_images, open_image
 from draftune.utils.paths import folder_output, image_output
 from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
@@ -101,7 +101,7 @@ def test_held_out_rewards_in_place_see_and_leave_the_same(pipeline_folder: Path,
             steps=1,
         )
         rows = map(json.loads, (run / "evaluations.jsonl").read_text().split("\n")[:-1])
-        evaluations.append([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+        evaluations.append([{name: value for name, value in row.items() if name != "train_seconds"} for row in rows])
     assert evaluations[0] == evaluations[1] == evaluations[2]
 
 
@@ -145,7 +145,7 @@ class Features(Reward):
 def test_features_and_learning_have_their_own_images(pipeline_folder: Path, tmp_path: Path) -> None:
     images = torch.rand(4, 3, 8, 8)
     found = evaluate(lambda *_: images, load_reward("brightness"), Features(), ["a", "b"], 2)
-    assert "held-out/diversity" in found.values
+    assert "eval/diversity" in found.values
     assert images.any()
     plain = trained(pipeline_folder, tmp_path / "plain", "brightness", sample_every=0)
     both = trained(pipeline_folder, tmp_path / "both", load_reward("brightness") + 0.0 * Features(), sample_every=0)
@@ -343,8 +343,8 @@ def test_an_output_is_a_file_by_its_ending_alone(tmp_path: Path, monkeypatch: py
         assert folder_output(text, "--output") == Path(text), text
     for text in ("x.png", "sd1.5/x.PNG", "old.png", "a.b.png"):
         assert image_output(text) == (Path(text), True), text
-        with raises(DraftuneError, "--pictures folder"):
-            folder_output(text, "--pictures")
+        with raises(DraftuneError, "--image-dir folder"):
+            folder_output(text, "--image-dir")
     for text in ("x.jpg", "x.JPEG", "x.webp", "x.heic", "sd1.5/x.tif", "file", "file/", "old.png/"):
         with raises(DraftuneError, "--output", text):
             image_output(text)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftune.runs.run_dir import read_rows
+from draftune.runs.logs import read_rows
 
 KILLS = int(os.environ.get("DRAFTUNE_KILLS", "20"))
 IMPORTED = ("accelerate", "draftune.training.train", "peft", "torch.utils.tensorboard")
@@ -129,7 +129,7 @@ def test_killed_at_random_moments(context: Any, tmp_path: Path, values: dict[str
     assert updates(tmp_path / "whole") == updates(tmp_path / "cut") == list(range(1, steps + 1))
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         first, second = (
-            [{**json.loads(line), "seconds": 0} for line in (tmp_path / run / name).read_text().splitlines()]
+            [{**json.loads(line), "train_seconds": 0} for line in (tmp_path / run / name).read_text().splitlines()]
             for run in ("whole", "cut")
         )
         assert first == second

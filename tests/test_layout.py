@@ -86,6 +86,18 @@ def test_modules_import_each_other_without_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def test_training_is_imported_by_nothing_below_it() -> None:
+    files = [
+        (name, path) for name, path in module_names().items() if name.split(".")[1:2] in (["evaluation"], ["utils"])
+    ]
+    assert len(files) > 10
+    for name, path in files:
+        # Imports inside functions count too.
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (module or "").startswith("draftune.training"), name
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

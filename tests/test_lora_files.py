@@ -202,7 +202,7 @@ def test_a_file_of_another_family_is_refused_before_anything_is_written(
     path = str(write(tmp_path / "flux.safetensors", flux_halves(FUSED, "lora_unet_"), KOHYA))
     for command in (
         ["sample", path, *PROMPT, "--output", str(tmp_path / "out.png")],
-        ["mix", path, "--output", str(tmp_path / "out")],
+        ["merge", path, "--output", str(tmp_path / "out")],
         ["export", path, "--format", "diffusers", "--output", str(tmp_path / "out")],
         ["train", "--continue-from", path, "--reward", "brightness", "--prompts", "animals", "--steps", "1"],
     ):
@@ -256,7 +256,7 @@ def test_dora(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     base = ["--model", str(pipeline_folder)]
     assert main(["export", str(path), *base, "--format", "merged", "--output", str(tmp_path / "merged")]) == 0
     assert (draw(load_model(tmp_path / "merged")) - drawn).abs().max() < 1e-4
-    for command in (["mix", str(path), "--output"], ["export", str(path), "--format", "kohya", "--output"]):
+    for command in (["merge", str(path), "--output"], ["export", str(path), "--format", "kohya", "--output"]):
         capsys.readouterr()
         assert main([*command, str(tmp_path / "out.safetensors"), *base]) == 2
         assert mentions(capsys.readouterr().err, "--format merged")
@@ -287,10 +287,10 @@ def test_text_encoders(with_text: Path, pipeline_folder: Path, tmp_path: Path) -
         load_lora(model, path)
         return draw(model)
 
-    assert main(["mix", str(with_text), "--output", str(tmp_path / "mixed"), *base]) == 0
+    assert main(["merge", str(with_text), "--output", str(tmp_path / "mixed"), *base]) == 0
     assert (loaded(tmp_path / "mixed") - expected).abs().max() < 1e-5
     same_as_diffusers(pipeline_folder, tmp_path / "mixed" / FILE_NAME)
-    assert main(["mix", str(with_text), "--output", str(tmp_path / "less"), *base, *skip]) == 0
+    assert main(["merge", str(with_text), "--output", str(tmp_path / "less"), *base, *skip]) == 0
     assert (loaded(tmp_path / "less") - draw(denoiser_alone)).abs().max() < 1e-5
     assert main(["export", str(with_text), "--format", "merged", "--output", str(tmp_path / "merged"), *base]) == 0
     assert (draw(load_model(tmp_path / "merged")) - expected).abs().max() < 1e-4

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 import draftune.rewards
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.registry.custom import run_file
 from draftune.rewards import REWARDS, find_reward, load_reward
-from draftune.training.checks import probe_reward
 from helpers.errors import mentions, raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "new-reward.md"

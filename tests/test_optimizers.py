@@ -414,7 +414,7 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
     load_train_state(again, state, load_file(tmp_path / "tensors.safetensors"))
     load_random_state(*random)
     for row in found[2:]:
-        assert again.update(int(row["step"])) | {"seconds": 0} == row | {"seconds": 0}
+        assert again.update(int(row["step"])) | {"train_seconds": 0} == row | {"train_seconds": 0}
     for name, parameter in updates.parameters.items():
         assert torch.equal(parameter, again.parameters[name])
         assert not torch.equal(parameter, start[name])
@@ -474,7 +474,7 @@ def test_extrapolation_by_nothing_changes_no_run(pipeline_folder: Path, tmp_path
         metrics = []
         for step in (1, 2, 3):
             torch.manual_seed(step)  # for the reward
-            metrics.append(updates.update(step) | {"seconds": 0})
+            metrics.append(updates.update(step) | {"train_seconds": 0})
         found.append((metrics, torch.cat([p.detach().flatten() for p in updates.parameters.values()])))
     (plain, first), (same, second), (other, third) = found
     assert plain == same

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.prompts import Prompt, metadata
 from draftune.rewards import Reward, load_reward
-from draftune.training.checks import probe_reward
 from draftune.utils.images import from_pil, to_pil
 from helpers.errors import mentions, raises
 

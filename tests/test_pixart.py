@@ -24,7 +24,7 @@ from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME
 from draftune.models import load_model
 from draftune.runs.export import export_lora
-from draftune.runs.merge import mix_loras
+from draftune.runs.merge import merge_loras
 from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
 from helpers.pipelines import add_random_lora
@@ -141,7 +141,7 @@ def test_loras_are_mixed_and_exported(folder: Path, tmp_path: Path) -> None:
     again = load_model(folder)
     assert (drawn(again, "a cat", 0, 4.5) - tuned).abs().max() > 1e-2
     halves = [(str(tmp_path / "lora"), 0.5)] * 2
-    draftune.load_lora(again, mix_loras(halves, str(tmp_path / "mixed")))
+    draftune.load_lora(again, merge_loras(halves, str(tmp_path / "mixed")))
     assert (drawn(again, "a cat", 0, 4.5) - tuned).abs().max() <= 1e-4
     export_lora(tmp_path / "lora", tmp_path / "merged", "merged")
     assert (draw(DiffusionPipeline.from_pretrained(tmp_path / "merged"), "a cat", 0) - tuned).abs().max() <= 1e-3

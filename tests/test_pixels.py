@@ -30,7 +30,7 @@ from draftune.methods import load_method
 from draftune.methods.drtune import attached
 from draftune.models import load_model
 from draftune.runs.export import export_lora
-from draftune.runs.merge import mix_loras
+from draftune.runs.merge import merge_loras
 from draftune.sampling.sampler import rollout
 from draftune.sampling.schedule import Clip, Prediction, Schedule, Step, ddim_schedule
 from helpers.errors import raises
@@ -192,7 +192,7 @@ def test_loras_are_mixed_scaled_and_exported(folder: Path, tmp_path: Path) -> No
     tuned = drawn(model, "", 0, 1.0)
     assert (tuned - base).abs().max() > 0.01
     draftune.save_lora(model, tmp_path / "lora")
-    mixed = mix_loras([(str(tmp_path / "lora"), 0.25), (str(tmp_path / "lora"), 0.75)], str(tmp_path / "mixed"))
+    mixed = merge_loras([(str(tmp_path / "lora"), 0.25), (str(tmp_path / "lora"), 0.75)], str(tmp_path / "mixed"))
     again = load_model(folder)
     draftune.load_lora(again, mixed)
     assert (drawn(again, "", 0, 1.0) - tuned).abs().max() <= 1e-4

@@ -30,11 +30,11 @@ from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
 from draftune.report import collect, write_report
-from draftune.report.asked import changed, command
 from draftune.report.collect import MOST_FRAMES
-from draftune.report.pictures import PIXELS, evenly, fitting
+from draftune.report.images import PIXELS, evenly, fitting
 from draftune.report.serve import Server, is_loopback
-from draftune.report.verdict import duration, moved, number, verdict
+from draftune.report.settings_table import changed, command
+from draftune.report.summary import duration, moved, number, summary
 from draftune.settings import Settings
 from helpers.errors import mentions, raises
 
@@ -59,7 +59,7 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
             "reward_queries": 12 * step,
             "grad_norm": 10 ** (step / 20),
             "learning_rate": 1e-3,
-            "seconds": 90.0 * step,
+            "train_seconds": 90.0 * step,
         }
         for step in range(1, 41)
     ]
@@ -69,17 +69,17 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
         {
             "step": step,
             "reward_queries": 12 * step,
-            "seconds": 90.0 * step,
+            "train_seconds": 90.0 * step,
             REWARD: 4 + 0.1 * step,
-            "held-out/judge": score,
-            "held-out/diversity": 0.4 - 0.001 * step,
-            "distance": 0.01 * step,
+            "eval/judge": score,
+            "eval/diversity": 0.4 - 0.001 * step,
+            "pixel_l1_from_base": 0.01 * step,
             "denoiser_mse_from_base": 1e-4 * step,
-            "errors": {
+            "stderr": {
                 REWARD: 0.25,
-                "held-out/judge": 0.01,
-                "held-out/diversity": 0.1,
-                "distance": 0.0,
+                "eval/judge": 0.01,
+                "eval/diversity": 0.1,
+                "pixel_l1_from_base": 0.0,
                 "denoiser_mse_from_base": 0.0,
             },
             "best": step <= 20,
@@ -89,12 +89,12 @@ def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32
     lines(folder / "evaluations.jsonl", evaluations)
     show(folder, shown, size)
     (folder / "environment.json").write_text(json.dumps({"draftune": "0.1.0", "device": "cpu"}))
-    (folder / "audit.json").write_text(json.dumps({REWARD: {"score": 4.0, "gradient_norm": 0.12}}))
+    (folder / "reward_check.json").write_text(json.dumps({REWARD: {"score": 4.0, "gradient_norm": 0.12}}))
     sweep = folder / "sweep"
     for i, scale in enumerate(("0.00", "1.00")):
         colored(sweep / scale / "00.png", (i * 100, 50, 0), size)
-    found = {"scales": [0, 1], "columns": {REWARD: [4, 8]}, "errors": {REWARD: [0.1, 0.2]}, "rule": None}
-    found |= {"recommended": 1, "prompts": ["cat"], "pictures": [["0.00/00.png"], ["1.00/00.png"]]}
+    found = {"scales": [0, 1], "columns": {REWARD: [4, 8]}, "stderr": {REWARD: [0.1, 0.2]}, "criterion": None}
+    found |= {"recommended": 1, "prompts": ["cat"], "images": [["0.00/00.png"], ["1.00/00.png"]]}
     (sweep / "sweep.json").write_text(json.dumps(found))
     return folder
 
@@ -162,22 +162,22 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
-    assert data["verdict"] == (
-        "In 40 updates the reward rose from 4 to 8. Held out, judge rose from 0.5 to 0.6 and was highest, 0.9, at "
-        "update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is that of update 20 "
+    assert data["summary"] == (
+        "In 40 updates the reward rose from 4 to 8. The evaluation reward judge rose from 0.5 to 0.6 and was highest, "
+        "0.9, at update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is from update 20 "
         "(aesthetic 6, judge 0.9, diversity 0.38)."
     )
     assert data["warning"] == (
-        "Over-optimization: the reward rises to 8.000, but held-out/judge fell from 0.900 at update 20 to 0.600. "
+        "Over-optimization: the reward rises to 8.000, but eval/judge fell from 0.900 at update 20 to 0.600. "
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
-    assert (facts["Updates"], facts["Scored pictures"], facts["Training time"]) == ("40 of 40", "480", "1 h")
+    assert (facts["Updates"], facts["Scored images"], facts["Training time"]) == ("40 of 40", "480", "1 h")
     (run / "evaluations.jsonl").unlink()
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
-    assert data["verdict"] == (
-        "In 40 updates the reward of the training pictures rose from 4.55 to 7.55, as means of 10 updates."
+    assert data["summary"] == (
+        "In 40 updates the reward of the training images rose from 4.55 to 7.55, as means of 10 updates."
     )
     assert data["warning"] is data["best"] is None
 
@@ -186,33 +186,41 @@ def test_words_for_numbers() -> None:
     assert moved(1.0, 1.1, error=0.04) == "rose from 1 to 1.1"
     assert moved(1.0, 0.9, error=0.06) == "went from 1 to 0.9 (within its error)"
     assert moved(2.0, 2.0) == "stayed at 2"
-    assert moved(None, 2.0) == "is not known"
+    assert moved(None, 2.0) == "is unknown"
     assert [number(value) for value in (0.12345, 12345.6, -3.0)] == ["0.1235", "12,346", "-3"]
     assert [duration(seconds) for seconds in (0, 59.6, 200, 7500, 277_000)] == [
         "0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"
     ]  # fmt: skip
-    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": None, "skipped": 2}]
-    said = verdict(Settings(steps=9), rows, [], None)
+    rows = [{"step": 1, "reward": None}, {"step": 2, "reward": None, "nonfinite_steps": 2}]
+    said = summary(Settings(steps=9), rows, [], None)
     assert said == (
-        "In 2 of 9 updates the reward of the training pictures is not known. "
-        "2 updates were left out, since a reward or a gradient was not finite."
+        "In 2 of 9 updates the reward of the training images is unknown. "
+        "2 updates were skipped, since a reward or a gradient was not finite."
     )
 
 
 def test_the_curves(run: Path) -> None:
     charts = {chart["key"]: chart for chart in collect(run)["charts"]}
-    keys = ["reward", REWARD, "held-out/judge", "held-out/diversity", "distance", "denoiser_mse_from_base", "grad_norm"]
+    keys = [
+        "reward",
+        REWARD,
+        "eval/judge",
+        "eval/diversity",
+        "pixel_l1_from_base",
+        "denoiser_mse_from_base",
+        "grad_norm",
+    ]
     assert list(charts) == keys
-    judge = charts["held-out/judge"]
+    judge = charts["eval/judge"]
     assert judge["values"] == [0.5, 0.7, 0.9, 0.8, 0.6]
     assert judge["spread"] == [0.02] * 5
     assert judge["x"] == {
         "step": [0, 10, 20, 30, 40],
         "reward_queries": [0, 120, 240, 360, 480],
-        "seconds": [0.0, 900.0, 1800.0, 2700.0, 3600.0],
+        "train_seconds": [0.0, 900.0, 1800.0, 2700.0, 3600.0],
     }
     assert charts["reward"]["spread"] == [0.5] * 40
-    assert charts["distance"]["spread"] is None
+    assert charts["pixel_l1_from_base"]["spread"] is None
     assert [key for key in keys if charts[key]["log"]] == ["grad_norm"]
     assert charts["grad_norm"]["values"][19] == 10.0
     scale = collect(run)["sweep"]["charts"][0]
@@ -221,7 +229,7 @@ def test_the_curves(run: Path) -> None:
 
 def test_parts_and_numbers_that_are_none(run: Path) -> None:
     (run / "evaluations.jsonl").unlink()
-    row = {"reward_queries": 1, "seconds": 1, "reward/clip": 1.0, "reward": 2.0, "grad_norm": float("inf")}
+    row = {"reward_queries": 1, "train_seconds": 1, "reward/clip": 1.0, "reward": 2.0, "grad_norm": float("inf")}
     lines(run / "metrics.jsonl", [{"step": 1, **row}, {"step": 2, **row, "reward/clip": None}])
     charts = {chart["key"]: chart["values"] for chart in collect(run)["charts"]}
     assert charts == {"reward": [2, 2], "reward/clip": [1, None], "grad_norm": [None, None]}
@@ -237,16 +245,14 @@ def test_the_pictures_are_those_of_the_run(run: Path) -> None:
         (40, [40, 41, 42]),
     ]
     for frame in frames:
-        for i, digest in enumerate(frame["pictures"]):
+        for i, digest in enumerate(frame["images"]):
             # As small as they are they are kept exactly.
-            assert opened(data["pictures"][digest]).getcolors() == [(32 * 32, (frame["at"], 80 * i, 200))]
+            assert opened(data["images"][digest]).getcolors() == [(32 * 32, (frame["at"], 80 * i, 200))]
     assert [frame["at"] for frame in data["pairs"]["frames"]] == [0, 40]
-    swept = [opened(data["pictures"][frame["pictures"][0]]).getpixel((0, 0)) for frame in data["sweep"]["frames"]]
+    swept = [opened(data["images"][frame["images"][0]]).getpixel((0, 0)) for frame in data["sweep"]["frames"]]
     assert swept == [(0, 50, 0), (100, 50, 0)]
-    used = {
-        key for part in ("samples", "pairs", "sweep") for frame in data[part]["frames"] for key in frame["pictures"]
-    }
-    assert set(data["pictures"]) == used
+    used = {key for part in ("samples", "pairs", "sweep") for frame in data[part]["frames"] for key in frame["images"]}
+    assert set(data["images"]) == used
     assert len(used) == 3 * 3 + 2
 
 
@@ -256,8 +262,8 @@ def test_large_pictures_become_smaller(tmp_path: Path) -> None:
     Image.fromarray(noise).save(run / "samples" / "step-000040" / "01.png")
     data = collect(run)
     first, last = data["pairs"]["frames"]
-    assert opened(data["pictures"][first["pictures"][0]]).size == (384, 384)
-    assert opened(data["pictures"][last["pictures"][1]]).size == (192, 384)
+    assert opened(data["images"][first["images"][0]]).size == (384, 384)
+    assert opened(data["images"][last["images"][1]]).size == (192, 384)
 
 
 def test_a_long_run_is_thinned_out(tmp_path: Path) -> None:
@@ -282,9 +288,9 @@ def test_a_long_run_is_thinned_out(tmp_path: Path) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: 7\n")
     data = collect(tmp_path)
-    assert data["verdict"] == "No update has been made yet."
+    assert data["summary"] == "No update has been made yet."
     assert dict(data["facts"])["Updates"] == "0 of 7"
-    assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["audit"] == []
+    assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["reward_check"] == []
     write_report(tmp_path, tmp_path / "page" / "new.html")
     assert (tmp_path / "page" / "new.html").stat().st_size > 10_000
 
@@ -293,12 +299,18 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
     colored(tmp_path / "private.png", (1, 2, 3), 8)
     found = json.loads((run / "sweep" / "sweep.json").read_text())
     for name in ("../../private.png", str(tmp_path / "private.png")):
-        found["pictures"][1] = [name]
+        found["images"][1] = [name]
         (run / "sweep" / "sweep.json").write_text(json.dumps(found))
         assert [frame["at"] for frame in collect(run)["sweep"]["frames"]] == [0]
     for text in ("[1", "[]", '{"columns": {"a": [1]}}'):
         (run / "sweep" / "sweep.json").write_text(text)
-        assert collect(run)["sweep"] == {"prompts": [], "frames": [], "charts": [], "rule": None, "recommended": None}
+        assert collect(run)["sweep"] == {
+            "prompts": [],
+            "frames": [],
+            "charts": [],
+            "criterion": None,
+            "recommended": None,
+        }
 
 
 @pytest.mark.parametrize(
@@ -376,11 +388,9 @@ def test_the_live_page_follows_the_run(server: Server, run: Path) -> None:
     assert status == 200
     assert after["stamp"] != before["stamp"]
     assert [frame["at"] for frame in after["samples"]["frames"]] == [0, 20, 40, 60]
-    new = set(after["pictures"]) - set(before["pictures"])
-    assert new == set(after["samples"]["frames"][-1]["pictures"])
-    colors = [
-        opened(ask(server, f"/pictures/{d}")[1]).getpixel((0, 0)) for d in after["samples"]["frames"][-1]["pictures"]
-    ]
+    new = set(after["images"]) - set(before["images"])
+    assert new == set(after["samples"]["frames"][-1]["images"])
+    colors = [opened(ask(server, f"/images/{d}")[1]).getpixel((0, 0)) for d in after["samples"]["frames"][-1]["images"]]
     assert colors == [(60, 80 * i, 200) for i in range(3)]
     # While a file is half written, the page shows what was there.
     (run / "config.yaml").write_text("steps: [")
@@ -389,7 +399,7 @@ def test_the_live_page_follows_the_run(server: Server, run: Path) -> None:
 
 def test_nothing_but_the_page_is_served_and_only_to_this_machine(server: Server, run: Path) -> None:
     assert server.server_address[0] == "127.0.0.1"
-    paths = ["/config.yaml", "/pictures/", "/pictures/../config.yaml", "/../run/config.yaml", "/%2e%2e/config.yaml"]
+    paths = ["/config.yaml", "/images/", "/images/../config.yaml", "/../run/config.yaml", "/%2e%2e/config.yaml"]
     for path in [*paths, f"/{run}/config.yaml", "/data/", "/report.html"]:
         status, text = ask(server, path)
         assert status == 404, path
@@ -429,15 +439,15 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
     data = collect(folder)
     charts = {chart["key"]: chart["values"] for chart in data["charts"]}
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    assert charts["held-out/saturation"] == pytest.approx([row["held-out/saturation"] for row in rows], rel=1e-4)
-    assert {"brightness", "saturation", "distance", "denoiser_mse_from_base", "grad_norm"} <= set(charts)
+    assert charts["eval/saturation"] == pytest.approx([row["eval/saturation"] for row in rows], rel=1e-4)
+    assert {"brightness", "saturation", "pixel_l1_from_base", "denoiser_mse_from_base", "grad_norm"} <= set(charts)
     assert data["best"] in (0, 1, 2)
     assert [frame["at"] for frame in data["samples"]["frames"]] == [0, 1, 2]
     assert data["samples"]["prompts"] == ["cat", "dog", "bird"]
     with Image.open(folder / "samples" / "step-000002" / "01.png") as picture:
-        shown = opened(data["pictures"][data["samples"]["frames"][2]["pictures"][1]])
+        shown = opened(data["images"][data["samples"]["frames"][2]["images"][1]])
         assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(shown))
-    assert [part for part, _ in data["audit"]] == ["brightness", "saturation"]
+    assert [part for part, _ in data["reward_check"]] == ["brightness", "saturation"]
     assert dict(data["environment"])["draftune"]
     assert write_report(folder).stat().st_size > 10_000
 

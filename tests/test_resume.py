@@ -67,7 +67,7 @@ def lora(folder: Path) -> dict[str, Tensor]:
 
 def rows(folder: Path, name: str) -> list[dict[str, float]]:
     read = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read]
+    return [{key: value for key, value in row.items() if key != "train_seconds"} for row in read]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from test_resume import PROMPTS, lora, rows, train
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.runs.fingerprint import files_of, find_source, fingerprint
-from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, Asked, changeable
+from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.training.trainer import Trainer
 from helpers.errors import mentions, raises
@@ -29,15 +29,15 @@ from helpers.pipelines import build_pipeline
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def asked(**values: Any) -> Asked:
+def asked(**values: Any) -> RunIdentity:
     """What a run with these settings is asked to compute, by the files as they are now."""
-    return Asked(asdict(Settings(**({"reward": "brightness"} | values))), {})
+    return RunIdentity(asdict(Settings(**({"reward": "brightness"} | values))), {})
 
 
-def saved(run: Asked) -> Asked:
+def saved(run: RunIdentity) -> RunIdentity:
     """The same after it went through a checkpoint."""
     settings, sources = json.loads(json.dumps([run.settings, run.saved_sources(None)]))
-    return Asked(settings, {}, sources)
+    return RunIdentity(settings, {}, sources)
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_what_is_computed_counts(here: Path, values: dict[str, tuple[Any, Any]],
 
 def test_a_checkpoint_that_knows_no_sources_is_compared_by_names(here: Path) -> None:
     before = asked(model="sd")
-    old = Asked(before.settings, {}, ())
+    old = RunIdentity(before.settings, {}, ())
     assert asked(model="sd").differences(old) == []
     assert asked(model="./sd").differences(old) == ["model"]
 
@@ -339,7 +339,7 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
     for values, said in cases[:3]:
         with raises(DraftuneError, *said, "--output --continue-from", output):
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
-    for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "distance"}):
+    for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "pixel_l1_from_base"}):
         with raises(DraftuneError, next(iter(values))) as error:
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
         assert not mentions(str(error.value), "--allow-changes")

@@ -135,7 +135,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     # The base is the first run's model, whose reward is measured at every evaluation on the prompts of its own.
     start, end = second.evaluations
     assert start["retained/brightness"] == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
-    assert start["denoiser_mse_from_base"] == start["distance"] == 0
+    assert start["denoiser_mse_from_base"] == start["pixel_l1_from_base"] == 0
     assert end["denoiser_mse_from_base"] > 0
     assert abs(end["symmetry"] - start["symmetry"]) > 1e-4
     assert second.comparison is not None
@@ -373,7 +373,7 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
 
 
 def test_nothing_is_not_distilled(thick: Path, tmp_path: Path, kept: str) -> None:
-    draftune.mix_loras([(thick, 0.0)], tmp_path / "nothing")
+    draftune.merge_loras([(thick, 0.0)], tmp_path / "nothing")
     with raises(DraftuneError, "LoRA nothing"):
         draftune.distill_lora(str(tmp_path / "nothing"), [kept], tmp_path / "small", 2, device="cpu")
 

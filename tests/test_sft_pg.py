@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation.kid import kernel_distance
+from draftune.evaluation.kid import kid
 from draftune.experimental.learner import Learner, missed
 from draftune.experimental.sft_pg import SFTPG
 from draftune.methods import Batch
@@ -452,17 +452,17 @@ def test_a_critic_that_knows_nothing_is_not_asked(
         assert mentions(said[-1], "examples training")
 
 
-def test_the_kernel_distance_by_hand() -> None:
+def test_kid_equals_the_formula() -> None:
     a, b = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
 
     def k(x: Tensor, y: Tensor) -> float:
-        return float((x @ y + 1) ** 3)
+        return float((x @ y / 2 + 1) ** 3)
 
     within = sum(k(a[i], a[j]) for i in range(3) for j in range(3) if i != j) / 6 + k(b[0], b[1])
     across = sum(k(x, y) for x in a for y in b) / 6
-    assert kernel_distance(a, b) == pytest.approx(within - 2 * across)
+    assert kid(a, b) == pytest.approx(within - 2 * across)
     generator = torch.Generator().manual_seed(0)
-    alike = [kernel_distance(*torch.randn(2, 20, 3, generator=generator)) for _ in range(300)]
+    alike = [kid(*torch.randn(2, 20, 3, generator=generator)) for _ in range(300)]
     # Without bias: its mean is 0 where the sets are of one distribution.
     assert abs(sum(alike) / 300) < 3 * float(torch.tensor(alike).std()) / 300**0.5
-    assert kernel_distance(torch.zeros(20, 3), torch.ones(20, 3)) == pytest.approx(1 + 64 - 2)
+    assert kid(torch.zeros(20, 3), torch.ones(20, 3)) == pytest.approx(1 + 64 - 2)

@@ -15,12 +15,12 @@ from test_eval import make_run
 
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import rule_of, weighed, weights_of
 from draftune.evaluation.eval_spec import find_yardstick
 from draftune.evaluation.lora_scale import Mark, Sweep, recommend, scale_name, sweep
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
 from draftune.rewards import load_reward
 from draftune.runs.load import find_tuned, open_source
-from draftune.training.early_stopping import rule_of, weighed, weights_of
 from draftune.utils.images import to_pil
 from helpers.errors import mentions, raises
 
@@ -66,15 +66,15 @@ def test_one_prompt_recommends_nothing_and_signs_do_not_count() -> None:
 
 def test_the_rule() -> None:
     held_out = load_reward("brightness - 0.5*saturation")
-    columns = ["reward", "held-out/brightness", "held-out/saturation", "held-out/diversity", "distance"]
-    assert rule_of("", held_out) == {"held-out/brightness": 1.0, "held-out/saturation": -0.5}
-    assert rule_of("reward - 2*distance", held_out) == {"reward": 1.0, "distance": -2.0}
+    columns = ["reward", "eval/brightness", "eval/saturation", "eval/diversity", "pixel_l1_from_base"]
+    assert rule_of("", held_out) == {"eval/brightness": 1.0, "eval/saturation": -0.5}
+    assert rule_of("reward - 2*pixel_l1_from_base", held_out) == {"reward": 1.0, "pixel_l1_from_base": -2.0}
     assert rule_of("", None) == {}
-    assert rule_of("", held_out + 2 * held_out) == {"held-out/brightness": 3.0, "held-out/saturation": -1.5}
+    assert rule_of("", held_out + 2 * held_out) == {"eval/brightness": 3.0, "eval/saturation": -1.5}
     assert weights_of("a + 2*b - 3*a") == {"a": -2.0, "b": 2.0}
     assert weighed({"a": 1.0, "b": -0.5}, {"a": 3.0, "b": 4.0, "c": 9.0}) == 1.0
-    with raises(DraftuneError, "'held-out/brightnes' 'held-out/brightness'"):
-        weighed({"held-out/brightnes": 1.0}, dict.fromkeys(columns, 0.0))
+    with raises(DraftuneError, "'eval/brightnes' 'eval/brightness'"):
+        weighed({"eval/brightnes": 1.0}, dict.fromkeys(columns, 0.0))
 
 
 def dial(*columns: list[float], weights: dict[str, float] | None = None) -> Sweep:
@@ -116,7 +116,7 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
     tuned = find_tuned(str(run))
     yardstick = find_yardstick([tuned], num_images=2)
     found = sweep(
-        tuned, yardstick, [1.0, 2.0, 0.5], best_by="held-out/saturation - 0.1*denoiser_mse_from_base + distance"
+        tuned, yardstick, [1.0, 2.0, 0.5], best_by="eval/saturation - 0.1*denoiser_mse_from_base + pixel_l1_from_base"
     )
     assert found.scales == [0.0, 0.5, 1.0, 2.0]
     repeated = [prompt for prompt in yardstick.prompts for _ in range(2)]
@@ -129,44 +129,44 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
         assert scores["brightness"] == pytest.approx(float(yardstick.reward(images, repeated).mean()))
         if mark.scale == 0:
             base = images
-        assert scores["distance"] == pytest.approx(float((images - base).abs().mean()), abs=1e-7)
+        assert scores["pixel_l1_from_base"] == pytest.approx(float((images - base).abs().mean()), abs=1e-7)
         mse = denoiser_mse_from_base(model, yardstick.prompts[: settings.batch_size], schedule, 2.0)
         assert scores["denoiser_mse_from_base"] == pytest.approx(mse, rel=1e-5, abs=1e-12)
-        values = found.judged[found.scales.index(mark.scale)].mean()
+        values = found.criterion[found.scales.index(mark.scale)].mean()
         assert float(values) == pytest.approx(
-            scores["held-out/saturation"] - 0.1 * scores["denoiser_mse_from_base"] + scores["distance"], abs=1e-6
+            scores["eval/saturation"] - 0.1 * scores["denoiser_mse_from_base"] + scores["pixel_l1_from_base"], abs=1e-6
         )
-    distances = found.columns["distance"]
+    distances = found.columns["pixel_l1_from_base"]
     assert distances[0] == 0
     assert min(distances[1:]) > 0.01
-    assert list(found.columns) == ["brightness", "held-out/saturation", "distance", "denoiser_mse_from_base"]
-    assert found.recommended == recommend(found.scales, found.judged)
+    assert list(found.columns) == ["brightness", "eval/saturation", "pixel_l1_from_base", "denoiser_mse_from_base"]
+    assert found.recommended == recommend(found.scales, found.criterion)
 
 
 def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(run), "--scales", "1,0.333", "--num-images", "1"]) == 0
     printed = capsys.readouterr().out
     said: dict[str, Any] = json.loads((run / "sweep" / "sweep.json").read_text())
-    assert list(said) == ["scales", "columns", "errors", "rule", "recommended", "prompts", "pictures"]
+    assert list(said) == ["scales", "columns", "stderr", "criterion", "recommended", "prompts", "images"]
     assert said["scales"] == [0.0, 0.333, 1.0]
     assert said["prompts"] == ["a cat", "a dog", "fish"]
-    assert said["pictures"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]
-    assert said["rule"] == "held-out/saturation"
+    assert said["images"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]
+    assert said["criterion"] == "eval/saturation"
     assert said["recommended"] in said["scales"]
-    assert mentions(printed, f"{said['recommended']:g} held-out/saturation")
+    assert mentions(printed, f"{said['recommended']:g} eval/saturation")
     assert ("draftune export" in printed) == bool(said["recommended"])
-    assert list(said["columns"]) == list(said["errors"]) == ["brightness", "held-out/saturation", "distance"]
+    assert list(said["columns"]) == list(said["stderr"]) == ["brightness", "eval/saturation", "pixel_l1_from_base"]
     rows = list(csv.DictReader((run / "sweep" / "sweep.csv").open()))
     for row in rows:
         i = said["scales"].index(float(row["scale"]))
         assert float(row["value"]) == said["columns"][row["score"]][i]
-        assert float(row["error"]) == said["errors"][row["score"]][i]
+        assert float(row["stderr"]) == said["stderr"][row["score"]][i]
     assert len(rows) == 9
     assert max(map(len, printed.splitlines()[:8])) <= 100
     # The picture shown at scale 1 is what sample draws.
     model, _ = open_source(str(run), device="cpu")
     drawn = to_pil(model.generate(["a cat", "a dog", "fish"], [0] * 3, model.schedule(2), 2.0))
-    for path, picture in zip(said["pictures"][2], drawn, strict=True):
+    for path, picture in zip(said["images"][2], drawn, strict=True):
         with Image.open(run / "sweep" / path) as kept:
             assert kept.tobytes() == picture.tobytes()
     for name in ("sweep.png", "curve.png"):
@@ -178,13 +178,13 @@ def test_without_anything_held_out(run: Path, tmp_path: Path, capsys: pytest.Cap
     command = ["sweep", str(run / "best"), "--scales", "1", "--num-images", "1", "--held-out", ""]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     said = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert (said["rule"], said["recommended"]) == (None, None)
+    assert (said["criterion"], said["recommended"]) == (None, None)
     printed = capsys.readouterr().out
     assert mentions(printed, "no scale")
     assert "--lora-scale" not in printed
     # Unless a rule is given.
     assert main([*command, "--best-by", "brightness", "--output", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rule"] == "brightness"
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["criterion"] == "brightness"
 
 
 def test_names_of_scales() -> None:
@@ -202,7 +202,7 @@ def test_mistakes_get_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         "LoRA missing": ["sweep", str(tmp_path / "missing")],
         "--output folder": ["sweep", str(run), "--output", str(tmp_path / "file")],
         "missing.txt": ["sweep", str(run), "--prompts", str(tmp_path / "missing.txt")],
-        "'held-out/saturatio' 'held-out/saturation'": ["sweep", str(run), "--best-by", "held-out/saturatio"],
+        "'eval/saturatio' 'eval/saturation'": ["sweep", str(run), "--best-by", "eval/saturatio"],
         "saturation(k=2)": ["sweep", str(run), "--best-by", "saturation(k=2)"],
         "--lora-scale": ["sweep", str(run), "--lora-scale", "1"],
     }

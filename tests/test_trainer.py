@@ -374,7 +374,7 @@ def test_a_tracker_that_fails_is_stopped(caplog: pytest.LogCaptureFixture) -> No
 
     trackers, other = Trackers([]), FakeTracker("other")
     trackers.trackers = {"full": Full("full"), "other": other}
-    trackers.on_step_end(1, {"reward": 1.0, "best": True, "errors": {}})
+    trackers.on_step_end(1, {"reward": 1.0, "best": True, "stderr": {}})
     trackers.on_step_end(2, {"reward": 2.0})
     assert other.rows == [(1, {"reward": 1.0}), (2, {"reward": 2.0})]
     assert caplog.text.count("the tracker full is stopped: No space left on device") == 1

@@ -87,7 +87,7 @@ def test_every_kind_of_method_logs_the_same(pipeline: Any, tmp_path: Path, metho
     result = run(pipeline, tmp_path, method=method, steps=2, gradient_accumulation_steps=2, learning_rate=0.02)
     keys = ["step", "reward", "reward_std", "reward_queries", "grad_norm", "grad_clip_fraction", "learning_rate"]
     own = ["clip_fraction"] if "ddpo" in method or "dpok" in method else []
-    assert [list(row) for row in result.metrics] == [[*keys, "seconds", *own]] * 2
+    assert [list(row) for row in result.metrics] == [[*keys, "train_seconds", *own]] * 2
     assert [row["reward_queries"] for row in result.metrics] == [queries, 2 * queries]
     assert all(row["grad_norm"] > 0 for row in result.metrics)
 
@@ -121,11 +121,11 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     assert [row["reward_queries"] for row in rows] == [12, 24, 36, 48]
     for row in rows:
         wanted = {"step", "reward", "reward_std", "reward_queries", "grad_norm", "grad_clip_fraction"}
-        wanted |= {"learning_rate", "seconds"}
+        wanted |= {"learning_rate", "train_seconds"}
         assert wanted < row.keys()
         parts = row["reward/jpeg-compressibility"], row["reward/jpeg-incompressibility"]
         assert row["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
-    assert rows[-1]["seconds"] > rows[0]["seconds"] > 0
+    assert rows[-1]["train_seconds"] > rows[0]["train_seconds"] > 0
     assert sorted(p.name for p in (folder / "samples").glob("*.png")) == [f"step-00000{i}.png" for i in (0, 2, 4)]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 2, 4]
@@ -134,7 +134,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
         pictures = [open_image(path) for path in sorted((folder / "samples" / f"step-{row['step']:06d}").iterdir())]
         assert len(pictures) == len(row["prompts"]) == len(row["scores"])
         assert row["scores"] == pytest.approx(reward(torch.cat(pictures), row["prompts"]).tolist(), rel=0.01)
-    audit = json.loads((folder / "audit.json").read_text())
+    audit = json.loads((folder / "reward_check.json").read_text())
     assert list(audit) == ["jpeg-compressibility", "jpeg-incompressibility"]
     assert 0 <= audit["jpeg-compressibility"]["pixels_without_gradient"] < 0.5
     known = json.loads((folder / "environment.json").read_text())

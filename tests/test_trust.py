@@ -20,11 +20,11 @@ from test_resume import lora, noisy_brightness, rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.rewards import load_reward
 from draftune.runs import checkpoint
 from draftune.runs.run_dir import RunFolder, first_free
 from draftune.settings import Settings
-from draftune.training.checks import probe_reward
 from helpers.errors import mentions, raises
 
 
@@ -79,7 +79,7 @@ def test_what_is_not_finite_ends_a_run_and_is_kept_to_look_at(
 def test_what_is_not_finite_can_be_left_out(pipeline_folder: Path, tmp_path: Path, gradient: bool) -> None:
     reward = failing([3, 4], gradient)
     run = train(pipeline_folder, tmp_path / "run", reward, on_nonfinite="skip", **KNOWN)
-    assert [row.get("skipped") for row in run.metrics] == [None, 1, 2, 2, 2, 2]
+    assert [row.get("nonfinite_steps") for row in run.metrics] == [None, 1, 2, 2, 2, 2]
     assert [row["grad_norm"] is None for row in run.metrics] == [False, True, True, False, False, False]
     assert [row["reward"] is None for row in run.metrics] == [not gradient and i in (1, 2) for i in range(6)]
     assert all(tensor.isfinite().all() for tensor in lora(run.folder).values())

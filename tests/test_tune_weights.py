@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_mixing import ATTENTION, CONVOLUTIONS, drawn_with, saved_lora
+from test_merge import ATTENTION, CONVOLUTIONS, drawn_with, saved_lora
 from torch import Tensor
 
 import draftune
@@ -143,7 +143,7 @@ def test_the_command_writes_the_numbers_and_the_mix(
     assert "16 reward queries" in printed
     assert ("no measurable improvement" in printed) == (said["interval"][0] <= 0)
     mixed = tmp_path / "mixed"
-    draftune.mix_loras([(lora, said["values"][lora]) for lora in loras], mixed)
+    draftune.merge_loras([(lora, said["values"][lora]) for lora in loras], mixed)
     expected = load_file(mixed / FILE_NAME)
     assert all(torch.equal(v, expected[k]) for k, v in load_file(out / "lora" / FILE_NAME).items())
     assert main(argv) == 2

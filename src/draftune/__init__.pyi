@@ -14,7 +14,7 @@ from draftune.report import write_report as write_report
 from draftune.rewards import Reward as Reward
 from draftune.rewards import load_reward as load_reward
 from draftune.runs.export import export_lora as export_lora
-from draftune.runs.merge import mix_loras as mix_loras
+from draftune.runs.merge import merge_loras as merge_loras
 from draftune.sampling.schedule import Schedule as Schedule
 from draftune.settings import Settings as Settings
 from draftune.training import Callback as Callback

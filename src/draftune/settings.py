@@ -177,7 +177,7 @@ class Settings:
     eval_images: int = setting(2, "Images of each evaluation prompt.", low=1)
     best_by: str = setting(
         "",
-        "Evaluation columns whose sum selects the best LoRA, such as held-out/hpsv2 (default: the sum of --held-out, "
+        "Evaluation columns whose sum selects the best LoRA, such as eval/hpsv2 (default: the sum of --held-out, "
         "else the reward).",
     )
     patience: int = setting(

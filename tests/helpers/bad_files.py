@@ -76,7 +76,7 @@ def lora_file(m: Making) -> Bad:
     return Bad(m.good(source=m.here if folder else path), [repr(path)])
 
 
-@bad("sample", "eval", "sweep", NOISE, "mix", DISTILL, TUNE, "export")
+@bad("sample", "eval", "sweep", NOISE, "merge", DISTILL, TUNE, "export")
 def lora_tensors(m: Making) -> Bad:
     """A readable file whose tensors are not those of a LoRA of this model."""
     file = m.world.run / "lora" / FILE_NAME
@@ -127,11 +127,11 @@ def lora_metadata(m: Making) -> Bad:
     return Bad(m.good(source=path), ["lora.safetensors'", "nowhere", "someone/gone", repr(str(m.here))])
 
 
-@bad("sample", "eval", "sweep", NOISE, "mix")
+@bad("sample", "eval", "sweep", NOISE, "merge")
 def another_model(m: Making) -> Bad:
     """A LoRA with a model that it was not trained on."""
-    if m.command == "mix":
-        return Bad(["mix", str(m.world.run), str(m.world.other), "--output", str(m.here / "new")], ["other"])
+    if m.command == "merge":
+        return Bad(["merge", str(m.world.run), str(m.world.other), "--output", str(m.here / "new")], ["other"])
     return Bad(m.good("--model", str(m.world.model), source=m.world.other), ["other"])
 
 
@@ -177,15 +177,15 @@ BROKEN_ROWS: dict[str, bytes] = {
     "text-step": b'{"step": "1", "reward": 1}\n',
     "null-step": b'{"step": null}\n',
     "list-step": b'{"step": [1]}\n',
-    "text-reward": b'{"step": 1, "reward": "high", "reward_queries": 1, "seconds": 1, "held-out/x": "high"}\n',
-    "list-reward": b'{"step": 1, "reward": [1], "reward_queries": {}, "seconds": 1}\n',
+    "text-reward": b'{"step": 1, "reward": "high", "reward_queries": 1, "train_seconds": 1, "eval/x": "high"}\n',
+    "list-reward": b'{"step": 1, "reward": [1], "reward_queries": {}, "train_seconds": 1}\n',
     "only-step": b'{"step": 1}\n',
     "utf-16": "{}\n".encode("utf-16"),
     "nul": b"\x00" * 64 + b"\n",
     "deep": b"[" * 100_000 + b"\n",
     "half": b'{"step": 1, "rewa\n',
     "cut-character": b'{"step": 1, "x": "\xc3\n',
-    "errors": b'{"step": 0, "errors": 3, "prompts": 3, "scores": "x"}\n',
+    "stderr": b'{"step": 0, "stderr": 3, "prompts": 3, "scores": "x"}\n',
     "html": HTML,
 }
 

@@ -73,7 +73,7 @@ class Making:
             "sample": [run, "--prompt", "cat", "--output", f"{out}.png", *drawing],
             "eval": [run, *measured, "--output", f"{out}.csv", *drawing],
             "sweep": [run, *measured, "--output", out, "--scales", "1", *drawing],
-            "mix": [run, f"{world.run}@0.5", "--output", out],
+            "merge": [run, f"{world.run}@0.5", "--output", out],
             DISTILL: [run, *measured[:2], "--rank", "1", "--num-trajectories", "1", "--output", out],
             TUNE: [run, *measured[:4], "--steps", "1", "--batch-size", "1", "--output", out, *drawing],
             "export": [run, "--format", "diffusers", "--output", out],
@@ -89,7 +89,7 @@ Maker = Callable[[Making], Bad]
 MAKERS: dict[str, tuple[Maker, tuple[str, ...]]] = {}
 TRAINING = ("train", "preflight")
 TUNE, DISTILL, NOISE = "experimental tune-weights", "experimental distill", "optimize-noise"
-OF_A_LORA = ("sample", "eval", "sweep", "mix", DISTILL, TUNE, "export", NOISE)
+OF_A_LORA = ("sample", "eval", "sweep", "merge", DISTILL, TUNE, "export", NOISE)
 OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", DISTILL, TUNE, "export", NOISE)
 
 
@@ -108,7 +108,7 @@ def words(m: Making) -> Bad:
     """Flags that are not there, and arguments too many or too few."""
     flag = m.any("--lerning-rate", "--outptu", "--h", "--Output", "--no-resum", "--\u00fcber", "--", "-x", "--\x1b[31m")
     if flag == "--":
-        rest = [] if m.command == "mix" else ["a", "--b", "c", "d"]
+        rest = [] if m.command == "merge" else ["a", "--b", "c", "d"]
         return Bad([*m.command.split(), "--", *rest], [m.command, "'a'"])
     if m.random.random() < 0.3 and m.command not in (*TRAINING, "list", "env"):
         return Bad(m.command.split(), [m.command])

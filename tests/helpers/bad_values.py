@@ -37,7 +37,7 @@ def bad_output(m: Making, suffix: str = "") -> str:
 SUFFIXES = {"report": ".html", "sample": ".png", NOISE: ".png", "eval": ".csv", "score": ".csv"}
 
 
-@bad("report", "sample", NOISE, "eval", "score", "sweep", "mix", DISTILL, TUNE, "export")
+@bad("report", "sample", NOISE, "eval", "score", "sweep", "merge", DISTILL, TUNE, "export")
 def output(m: Making) -> Bad:
     """An output that can't be written, is of another kind, or is what is read."""
     suffix, w = SUFFIXES.get(m.command, ""), m.world
@@ -54,7 +54,7 @@ def output(m: Making) -> Bad:
         kinds += [str(w.prompts), str(w.picture)]
     if m.command not in ("sweep", "sample", NOISE):
         kinds += [str(folder)]
-    if m.command in ("mix", DISTILL, TUNE, "export"):
+    if m.command in ("merge", DISTILL, TUNE, "export"):
         kinds += [str(w.run), str(w.model), str(w.run / "lora"), str(w.prompts.parent)]
     path = m.any(*kinds)
     argv = m.good("--output", path)
@@ -84,7 +84,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     "eval": {
         "--num-images": ["0", "-2", "x", "9" * 18],
         "--sort": ["nothing", "", "Brightness"],
-        "--pictures": ["FILE", "INSIDE"],
+        "--image-dir": ["FILE", "INSIDE"],
     },
     "sweep": {
         "--scales": ["", ",", "0,,1", "a", "nan", "0,inf", "1;2", "0 1", "0,1,", "1e400", "½"],
@@ -117,7 +117,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
     "preflight": {"--memory": ["0", "-1", "nan", "inf", "x", "", "8GB", "1e400"]},
     "train": {
-        "--best-by": ["brightness +", "x(k=1)", "held-out/x + "],
+        "--best-by": ["brightness +", "x(k=1)", "eval/x + "],
         "--patience": ["3"],
         "--height": ["7", "1"],
         "--lora-targets": ["nothing", "to_q,", ","],
@@ -185,7 +185,7 @@ def pictures(m: Making) -> Bad:
     return Bad(source_replaced(m, path), quoted(path))
 
 
-@bad("mix")
+@bad("merge")
 def mixed(m: Making) -> Bad:
     run = str(m.world.run)
     source = m.any(
@@ -204,7 +204,7 @@ def mixed(m: Making) -> Bad:
         f"{run} @0.5",
         f"{run}@ 0.5 0.6",
     )
-    return Bad(["mix", source, run, "--output", str(m.here / "new")], [*quoted(source), run, "'@'", "''"])
+    return Bad(["merge", source, run, "--output", str(m.here / "new")], [*quoted(source), run, "'@'", "''"])
 
 
 @bad("export")
@@ -215,7 +215,7 @@ def exported(m: Making) -> Bad:
         (["--output", f"{out}.safetensors"], "diffusers"),
         (["--format", "merged", "--output", f"{out}.safetensors"], "merged"),
         (["--format", "kohya", "--output", f"{out}.ckpt"], "kohya"),
-        (["--half", "--lora-scale", "1e30"], "finite"),
+        (["--dtype", "fp16", "--lora-scale", "1e30"], "finite"),
         (["--lora-scale", "1e60"], "finite"),
     )
     if m.random.random() < 0.2:

@@ -1,11 +1,11 @@
-"""The commands, one file each. None imports torch before it runs."""
+"""The commands of the command line, one file each. Importing them does not import torch."""
 
 from draftune.cli import (
     distill,
     env,
     evaluate,
     export,
-    mix,
+    merge,
     optimize_noise,
     preflight,
     report,
@@ -31,7 +31,7 @@ COMMANDS: tuple[Command, ...] = (
     sample.COMMAND,
     evaluate.COMMAND,
     sweep.COMMAND,
-    mix.COMMAND,
+    merge.COMMAND,
     export.COMMAND,
     optimize_noise.COMMAND,
     score.COMMAND,

@@ -1,4 +1,4 @@
-"""What the commands share: how one is described, flags that several have, and how a source becomes a model."""
+"""Arguments and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,22 @@ if TYPE_CHECKING:
     from draftune.models import Model
 
 
-MOST_PICTURES = 10**6
-"""Of one prompt: all of them are held in memory."""
+MOST_IMAGES = 10**6
+"""Maximum number of images of one prompt: all of them are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One word of the command line: what its help says, its flags, and what it does (an exit code, or None for 0)."""
+    """A command of the command line.
+
+    Attributes:
+        name: The name.
+        help: One line for the list of commands.
+        description: Description above the command's options.
+        example: An example command line.
+        arguments: Adds the arguments to a parser.
+        run: Runs the command and returns its exit code, None for 0.
+    """
 
     name: str
     """One word, or two for a command of a group: "experimental distill"."""
@@ -36,13 +45,17 @@ class Command:
 
 
 def filled(text: str) -> str:
-    """An argument that says something; a shell variable that was never set does not."""
+    """Return the argument. Raises ArgumentTypeError if it is empty, as an unset shell variable is."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
-def add_number(parser: argparse.ArgumentParser, flag: str, default: float, metavar: str, text: str) -> None:
+Arguments = argparse._ActionsContainer
+"""A parser or one of its groups."""
+
+
+def add_number(parser: Arguments, flag: str, default: float, metavar: str, text: str) -> None:
     """Add a number of the default's type, with the default at the end of its help."""
     help_text = f"{text} (default: {default:g})"
     parser.add_argument(flag, type=type(default), default=default, metavar=metavar, help=help_text)
@@ -55,29 +68,51 @@ def device_name(text: str) -> str:
     return text
 
 
-def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
-    """What `load_source` reads."""
+def add_lora(parser: Arguments, name: str = "source", metavar: str = "RUN_OR_LORA", also: str = "") -> None:
+    """Add the positional argument of a LoRA. `also` names what else the command accepts."""
+    text = "run folder, LoRA file, or folder of a LoRA file" + also
+    parser.add_argument(name, type=filled, metavar=metavar, help=text)
+
+
+def add_weighted_loras(parser: Arguments, nargs: str) -> None:
+    """Add the positional argument of LoRAs with weights, which `draftune.runs.merge.weighted` splits."""
+    text = "run folder, LoRA file, or folder of a LoRA file, with a weight, any number (default: 1)"
+    parser.add_argument("loras", type=filled, nargs=nargs, metavar="LORA@WEIGHT", help=text)
+
+
+def add_base_model(parser: Arguments) -> None:
+    """Add --model and --skip-text-encoder-lora, which say how a LoRA is loaded."""
     parser.add_argument(
-        "--model", type=filled, help="the base model, where the LoRA does not say it or it lies elsewhere"
+        "--model", type=filled, metavar="MODEL", help="base model (default: the one named in the LoRA's file or run)"
     )
-    if scale:
-        parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="0: base model, 1: as trained")
     add_skip_text_encoder(parser)
-    parser.add_argument("--num-inference-steps", type=int, metavar="T", help="sampling steps; as in the run unless set")
-    parser.add_argument("--guidance-scale", type=float, metavar="W", help="as in the run unless set")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="as in the run unless set")
-    add_device(parser)
 
 
-def add_skip_text_encoder(parser: argparse.ArgumentParser) -> None:
+def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
+    """Add the groups of options that `load_source` reads."""
+    group = parser.add_argument_group("model")
+    add_base_model(group)
+    if scale:
+        add_number(group, "--lora-scale", 1.0, "A", "LoRA scale, any number; 0 is the base model")
+    add_device(group)
+    group = parser.add_argument_group("sampling")
+    of_run = "(default: that of the run)"
+    group.add_argument("--num-inference-steps", type=int, metavar="T", help=f"sampling steps, 1 or more {of_run}")
+    group.add_argument("--guidance-scale", type=float, metavar="W", help=f"guidance scale, 0 or more {of_run}")
+    group.add_argument("--negative-prompt", metavar="TEXT", help=f"negative prompt {of_run}")
+
+
+def add_skip_text_encoder(parser: Arguments) -> None:
+    """Add --skip-text-encoder-lora."""
     parser.add_argument(
         "--skip-text-encoder-lora",
         action="store_true",
-        help="leave out a LoRA's layers of text encoders (default: they are applied)",
+        help="ignore the LoRA's layers of text encoders (default: they are applied)",
     )
 
 
-def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
+def add_device(parser: Arguments, precision: bool = True) -> None:
+    """Add the device and, with `precision`, the precision of the model."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -86,40 +121,73 @@ def add_device(parser: argparse.ArgumentParser, precision: bool = True) -> None:
         help="auto, cpu, mps, cuda or cuda:N (default: auto, a GPU if there is one)",
     )
     if precision:
-        parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="of the model (default: no)")
+        parser.add_argument(
+            "--mixed-precision", choices=PRECISIONS, default="no", help="precision of the model (default: no, float32)"
+        )
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the group of options that `find_yardstick` reads."""
+    group = parser.add_argument_group("evaluation")
+    of_run = "(default: those of the run's evaluations)"
+    group.add_argument("--prompts", type=filled, metavar="FILE_OR_SET", help=f"prompt file or set {of_run}")
+    group.add_argument(
+        "--reward", type=filled, metavar="EXPR", help="reward, see 'draftune list rewards' (default: that of the run)"
+    )
+    group.add_argument("--held-out", metavar="EXPR", help=f"evaluation rewards; '' for none {of_run}")
+    add_number(group, "--num-images", 2, "N", "images of each prompt, 1 or more")
 
 
 def check_numbers(args: argparse.Namespace, **lowest: float) -> None:
-    """Raises DraftuneError for a flag out of range, before anything is loaded."""
+    """Check the range of numeric options before anything is loaded.
+
+    Args:
+        args: The parsed arguments.
+        lowest: Minimum by option, besides those of the options that several commands share.
+
+    Raises:
+        DraftuneError: a value is out of range.
+    """
     for name, low in {**lowest, "num_inference_steps": 1, "guidance_scale": 0, "seed": 0}.items():
         value = getattr(args, name, None)
-        flag, most = f"--{name.replace('_', '-')}", MOST_PICTURES if name == "num_images" else MOST
+        flag, most = f"--{name.replace('_', '-')}", MOST_IMAGES if name == "num_images" else MOST
         if value is not None and not low <= value < math.inf:
             raise DraftuneError(f"{flag} must be at least {low} and finite, not {value}")
         if value is not None and value > most:
             raise DraftuneError(f"{flag} must be at most {most}, not {value}")
     if not math.isfinite(getattr(args, "lora_scale", 1.0)):
-        raise DraftuneError(f"--lora-scale must be a number, not {args.lora_scale}")
+        raise DraftuneError(f"--lora-scale must be finite, not {args.lora_scale}")
 
 
 def table_output(text: str | None, *read: str | None) -> Path | None:
-    """A .csv or .json file, if one is asked for. Raises DraftuneError for any other, and for one of those `read`."""
+    """Check the path of a table to write.
+
+    Args:
+        text: The value of --output, None if it was not given.
+        read: Files that the command reads, which must not be overwritten.
+
+    Returns:
+        The path, None without --output.
+
+    Raises:
+        DraftuneError: the path is no .csv or .json file, cannot be written, or is one of `read`.
+    """
     if text is None:
         return None
     output = user_path(text)
     if names_folder(text):
-        raise DraftuneError(f"--output takes a file, and {text!r} is a folder")
+        raise DraftuneError(f"--output must be a .csv or .json file, {text!r} is a folder")
     if output.suffix.lower() not in (".csv", ".json"):
-        raise DraftuneError(f"--output takes a .csv or a .json file, not {text!r}")
+        raise DraftuneError(f"--output must be a .csv or .json file, not {text!r}")
     if output.exists() and any(path and user_path(path).exists() and output.samefile(path) for path in read):
-        raise DraftuneError(f"--output would take the place of {text!r}, which is read; give another")
+        raise DraftuneError(f"--output {text!r} is an input of this command; give another file")
     check_writable(output)
     return output
 
 
 @contextmanager
 def writing_to(output: Path) -> Iterator[None]:
-    """Says in one line that a file could not be written."""
+    """Turn an OSError in the block into a DraftuneError that names the output."""
     try:
         yield
     except OSError as error:
@@ -127,7 +195,11 @@ def writing_to(output: Path) -> Iterator[None]:
 
 
 def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
-    """The model of a name, a run or a LoRA on its device, and how to draw with it: as in the run, but for the flags."""
+    """Load the model of `args.source`, a model's name, a run or a LoRA.
+
+    Returns:
+        The model on its device, and the run's settings with those changed that the options give.
+    """
     from draftune.runs.load import open_source
 
     model, settings = open_source(
@@ -137,6 +209,6 @@ def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
 
 
 def drawing_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of drawing that the flags of `add_drawing` change."""
+    """Return the sampling settings that were given as options of `add_drawing`."""
     flags = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
     return {name: value for name, value in flags.items() if value is not None}

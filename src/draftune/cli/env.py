@@ -1,4 +1,4 @@
-"""The software and the machine, for a bug report."""
+"""The command `draftune env`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from draftune.cli.common import Command
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the command has no flags."""
+    """Add nothing: the command has no options."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -22,9 +22,8 @@ def run(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "env",
-    "versions and machine, for a bug report",
-    "Prints the versions of the software and the properties of the machine. The lines hold no path, no user name "
-    "and no host name, so that they can be pasted into a bug report.",
+    "print versions and hardware for a bug report",
+    "Print the versions of the software and the properties of the machine, without paths, user name or host name.",
     "draftune env",
     arguments,
     run,

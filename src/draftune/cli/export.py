@@ -1,42 +1,45 @@
-"""A LoRA for other tools."""
+"""The command `draftune export`."""
 
 from __future__ import annotations
 
 import argparse
 
-from draftune.cli.common import Command, add_skip_text_encoder, filled, writing_to
+from draftune.cli.common import Command, add_base_model, add_lora, add_number, filled, writing_to
 from draftune.utils.paths import user_path
 
 LOAD = {
     "diffusers": "in diffusers: pipe.load_lora_weights({path!r})",
-    "kohya": "put it into ComfyUI's models/loras or AUTOMATIC1111's models/Lora, or pipe.load_lora_weights({path!r})",
+    "kohya": "copy it to ComfyUI's models/loras or AUTOMATIC1111's models/Lora, or pipe.load_lora_weights({path!r})",
     "merged": "in diffusers: DiffusionPipeline.from_pretrained({path!r})",
 }
 
+DTYPES = ("fp32", "fp16")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=filled, metavar="RUN_OR_LORA", help="a run's folder, a LoRA file or its folder")
+    """Add the command's arguments."""
+    add_lora(parser)
     parser.add_argument(
         "--format",
         required=True,
         choices=LOAD,
-        help="diffusers: a LoRA's folder; kohya: a LoRA's .safetensors file, as ComfyUI and AUTOMATIC1111 read it; "
-        "merged: the folder of a whole pipeline with the LoRA in its weights",
+        help="diffusers: folder of a LoRA; kohya: .safetensors file for ComfyUI and AUTOMATIC1111; "
+        "merged: folder of a pipeline with the LoRA merged into its weights",
     )
     parser.add_argument(
-        "--output", type=filled, required=True, metavar="PATH", help="the folder or file; it must not be there yet"
+        "--output", type=filled, required=True, metavar="PATH", help="folder or file, which must not exist"
     )
-    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="A", help="the strength that becomes 1")
-    parser.add_argument("--best", action="store_true", help="the run's best LoRA by its evaluations, not its last")
-    parser.add_argument("--half", action="store_true", help="store float16 (default: float32)")
+    add_number(parser, "--lora-scale", 1.0, "A", "factor of the LoRA's weights, any number")
     parser.add_argument(
-        "--model", type=filled, help="the base model, where the LoRA does not say it or it lies elsewhere"
+        "--best", action="store_true", help="export the run's best LoRA by its evaluations (default: the last one)"
     )
-    add_skip_text_encoder(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="data type of the weights (default: fp32)")
+    add_base_model(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from draftune.runs.export import export_lora, grid
+    """Export the LoRA, and print how other tools load it."""
+    from draftune.runs.export import export_lora, sampler_options, source_file
 
     with writing_to(user_path(args.output)):
         path = export_lora(
@@ -45,12 +48,12 @@ def run(args: argparse.Namespace) -> None:
             args.format,
             args.lora_scale,
             args.best,
-            args.half,
+            args.dtype,
             args.model,
             args.skip_text_encoder_lora,
         )
     load = LOAD[args.format].format(path=str(path))
-    if args.format == "diffusers" and (trained := grid(args.source, args.best)):
+    if args.format == "diffusers" and (trained := sampler_options(source_file(args.source, args.best))):
         options = ", ".join(f"{name}={value!r}" for name, value in trained.items())
         load += f"; pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {options})"
     print(f"{path}\n{load}")
@@ -58,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "export",
-    "write a LoRA as other tools read it",
-    "Writes a run's LoRA, or a LoRA file, for diffusers, for ComfyUI and AUTOMATIC1111, or merged into its base model.",
+    "export a LoRA for other tools",
+    "Export a LoRA for diffusers, for ComfyUI and AUTOMATIC1111, or merged into its base model.",
     "draftune export runs/first --format kohya --lora-scale 0.7 --output glossy.safetensors",
     arguments,
     run,

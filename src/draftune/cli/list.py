@@ -1,4 +1,4 @@
-"""What there is."""
+"""The command `draftune list`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from draftune.errors import unknown
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument(
         "what",
         nargs="?",
@@ -20,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the lists, one list, or the documentation of one name."""
     from draftune.guidance.methods import GUIDES
     from draftune.methods import all_methods
     from draftune.models import MODELS
@@ -56,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def description(name: str, described: Callable[..., Any]) -> str:
-    """All that is said of a reward, a method or the like, and its settings with their defaults."""
+    """Return the signature and the docstring of a reward, a method, or the like."""
     signature = inspect.signature(described, eval_str=True)
-    given = ("params", "lr", "gradient")
-    settings = ", ".join(str(parameter) for key, parameter in signature.parameters.items() if key not in given)
+    not_settings = ("params", "lr", "gradient")
+    settings = ", ".join(str(parameter) for key, parameter in signature.parameters.items() if key not in not_settings)
     return f"{name}({settings})\n\n{inspect.getdoc(described)}"
 
 
@@ -69,13 +71,14 @@ def experimental(described: Callable[..., Any]) -> str:
 
 
 def first_sentence(text: str | None) -> str:
+    """Return the first paragraph of a docstring as one line."""
     return " ".join((text or "").split("\n\n")[0].split())
 
 
 COMMAND = Command(
     "list",
-    "what there is: models, rewards, methods, optimizers, prompts, presets",
-    "Lists what there is, or says everything about one reward, method, optimiser or preset.",
+    "list models, rewards, methods, optimizers, prompts, presets",
+    "List all names, or show the documentation of one reward, method, optimizer or preset.",
     "draftune list rewards; draftune list hpsv2",
     arguments,
     run,

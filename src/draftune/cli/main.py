@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Imports torch only once a command runs."""
+"""The command line: parse the arguments, run a command, print errors. Imports torch only when a command runs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from draftune.utils.logging import log_to_terminal
 from draftune.utils.processes import launched, lost, to_say
 
 EXPRESSIONS = ("--reward", "--guidance-reward", "--held-out", "--best-by", "--scales", "--weight-bounds")
-"""Flags whose values may begin with a minus."""
+"""Options whose values may begin with a minus."""
 GROUPS = {"experimental": "commands that may change or be removed without notice"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, not a page of usage."""
+    """Parser that raises DraftuneError instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise DraftuneError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="draftune", description="Fine-tunes diffusion and flow image models on a reward.")
-    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    """Return the parser of all commands."""
+    parser = Parser(prog="draftune", description="Fine-tune diffusion and flow image models on a reward.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", parser_class=Parser, metavar="COMMAND")
     groups = {"": commands}
 
@@ -52,11 +53,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 where it worked, 2 for a mistake of the user's, with one line that says which."""
+    """Run a command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 after an error in the input, 130 after Ctrl-C, or the command's own.
+    """
     argv = expressions_joined(sys.argv[1:] if argv is None else list(argv))
     parser = build_parser()
     if isinstance(sys.stdout, TextIOWrapper):
-        # An arrow that the terminal doesn't know, or a file's name that is no text, is no reason to fail.
+        # Characters that the terminal's encoding lacks are escaped instead of raising an error.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for argument in argv:
@@ -74,26 +82,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         if launched()[1] > 1 and args.command != "train":
-            raise DraftuneError(f"'draftune {args.command}' is the work of one process: start it without a launcher")
-        # Torch's and tokenizers' advice about their own innards is not for the user's screen.
+            raise DraftuneError(f"'draftune {args.command}' runs in one process: start it without a launcher")
+        # Silences warnings of tokenizers about forked processes.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        # OpenMP reads it when torch is imported. Threads that wait must not spin: on cores that another process uses
-        # too, they take the time that the threads they wait for need.
+        # Read by OpenMP when torch is imported. Idle threads that busy-wait would slow working threads on shared cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         with log_to_terminal():
             return args.run(args) or 0
     except DraftuneError as error:
-        if (said := to_say(error)) is not None:
-            print(f"draftune: {said}", file=sys.stderr)
+        if (message := to_say(error)) is not None:
+            print(f"draftune: {message}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and lost(error):
-            print("draftune: another process of this run has ended before it began", file=sys.stderr)
+            print("draftune: another process of this run ended before training began", file=sys.stderr)
             return 2
         if not out_of_memory(error):
             raise
-        advice = "'draftune preflight' with the flags of training says what fits; elsewhere draw fewer pictures at once"
+        advice = "run 'draftune preflight' with the options of 'train' to see what fits; elsewhere use fewer images"
         print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -103,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def expressions_joined(argv: Sequence[str]) -> list[str]:
-    """The arguments with an expression that starts with a minus joined to its flag: argparse would take it for one."""
+    """Join expressions that begin with a minus to their option, since argparse would take them for options."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1] in EXPRESSIONS and argument[:1] == "-" and argument[:2] != "--":
@@ -114,6 +121,7 @@ def expressions_joined(argv: Sequence[str]) -> list[str]:
 
 
 def unrecognized(parser: argparse.ArgumentParser, argument: str) -> DraftuneError:
+    """Return the error of an unknown argument, with the most similar option."""
     if not argument.startswith("--"):
         return DraftuneError(f"unexpected argument {argument!r} (see {parser.prog} --help)")
     return unknown("flag", argument.partition("=")[0], parser._option_string_actions)

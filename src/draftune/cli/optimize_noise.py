@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
     output, one_file = image_output(args.output)
     import torch
 
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.noise_optimization import optimize_noise
     from draftune.rewards import find_reward
-    from draftune.training.checks import tell_truncated
     from draftune.utils.images import grid, save_image, to_pil
 
     # Before the model is loaded, so that a missing reward fails early.

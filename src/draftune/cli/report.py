@@ -1,4 +1,4 @@
-"""One page that shows what a run did."""
+"""The command `draftune report`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from draftune.cli.common import Command, filled
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=filled, metavar="RUN", help="a run's folder, finished or not")
-    parser.add_argument("--output", type=filled, metavar="FILE", help="of the page (default: RUN/report.html)")
+    """Add the command's arguments."""
+    parser.add_argument("run_folder", type=filled, metavar="RUN", help="run folder, finished or not")
+    parser.add_argument("--output", type=filled, metavar="FILE", help="the .html file (default: RUN/report.html)")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Write the page and print its path."""
     from draftune.report import write_report
 
     print(write_report(args.run_folder, args.output))
@@ -20,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "report",
-    "write a page that shows what a run did",
-    "Writes one HTML file with a run's pictures, curves and settings, which asks for nothing else.",
+    "write an HTML page of a run",
+    "Write one HTML file with a run's images, curves and settings. It loads nothing from elsewhere.",
     "draftune report runs/first",
     arguments,
     run,

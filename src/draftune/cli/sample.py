@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_numbers(args, num_images=1)
     output, one_file = image_output(args.output)
-    from draftune.training.checks import tell_truncated
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.utils.images import grid, save_image, to_pil
 
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
@@ -87,10 +87,10 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
     Returns:
         Images [B, 3, H, W] and a line with the mean reward of each round.
     """
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.methods import load_guide
     from draftune.guidance.sample import sample_guided
     from draftune.rewards import find_reward
-    from draftune.training.checks import tell_truncated
 
     # Before the model is loaded, so that a wrong method or a missing reward fails early.
     method = args.guidance_method or GUIDANCE_METHOD

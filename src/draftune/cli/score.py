@@ -1,4 +1,4 @@
-"""Scoring picture files."""
+"""The command `draftune score`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from draftune.errors import DraftuneError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "images", type=filled, nargs="+", metavar="IMAGE", help="picture files, folders of them, or patterns"
-    )
-    parser.add_argument("--reward", required=True, metavar="EXPR", help="see 'draftune list rewards'")
+    """Add the command's arguments."""
+    parser.add_argument("images", type=filled, nargs="+", metavar="IMAGE", help="image file, folder, or glob pattern")
+    parser.add_argument("--reward", required=True, metavar="EXPR", help="reward, see 'draftune list rewards'")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", default="", metavar="TEXT", help="what all the pictures should show")
+    prompt.add_argument("--prompt", default="", metavar="TEXT", help="prompt of all images (default: '')")
     prompt.add_argument(
         "--prompts",
         type=filled,
         metavar="FILE",
-        help="a table (.csv, .jsonl, …) of images and their prompts",
+        help="prompt file (.csv, .jsonl, …) with the columns 'image' and 'prompt'",
     )
-    parser.add_argument("--output", type=filled, metavar="FILE", help="also writes the table there, as .csv or .json")
+    parser.add_argument("--output", type=filled, metavar="FILE", help="also write the table, as .csv or .json")
     add_device(parser, precision=False)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the table of scores; return 1 if an image could not be read."""
     output = table_output(args.output, args.prompts)
-    from draftune.evaluation.image_files import find_images, prompts_of, score_files
+    from draftune.evaluation.image_files import prompts_of, score_files
+    from draftune.evaluation.reward_check import tell_truncated
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
     from draftune.rewards.base import check_prompts, taught
-    from draftune.training.checks import tell_truncated
+    from draftune.utils.images import find_images
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     scores = score_files(reward, images, prompts, device)
     problems = list(scores.broken.values())
     if not scores.rows:
-        raise DraftuneError(f"none of the {len(images)} pictures can be read: {problems[0]}")
+        raise DraftuneError(f"none of the {len(images)} images can be read: {problems[0]}")
     for problem in problems:
         print(f"draftune: skipped: {problem}", file=sys.stderr)
     print(scores.table())
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "score",
-    "score pictures",
-    "Scores picture files with a reward. Exit code 1: some could not be read and were skipped.",
+    "score image files",
+    "Score image files with a reward. Exit code 1: some could not be read and were skipped.",
     "draftune score out/ 'more/*.jpg' --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt cat",
     arguments,
     run,

@@ -1,4 +1,4 @@
-"""The LoRA's scale as a dial."""
+"""The command `draftune sweep`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import math
 import shlex
 from dataclasses import replace
 
-from draftune.cli.common import Command, add_drawing, check_numbers, drawing_flags, filled, writing_to
-from draftune.cli.evaluate import add_yardstick
+from draftune.cli.common import (
+    Command,
+    add_drawing,
+    add_evaluation,
+    add_lora,
+    check_numbers,
+    drawing_flags,
+    filled,
+    writing_to,
+)
 from draftune.errors import DraftuneError
 from draftune.utils.paths import folder_output, user_path
 
@@ -16,27 +24,34 @@ DEFAULT = "0,0.25,0.5,0.75,1,1.25,1.5"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=filled, metavar="RUN", help="a run's folder, a LoRA file or its folder")
+    """Add the command's arguments."""
+    add_lora(parser)
     parser.add_argument(
-        "--scales", default=DEFAULT, metavar="A,B,…", help=f"0, the base model, is always one (default: {DEFAULT})"
+        "--scales",
+        default=DEFAULT,
+        metavar="A,B,…",
+        help=f"LoRA scales, any numbers; 0, the base model, is always added (default: {DEFAULT})",
     )
-    add_yardstick(parser)
     parser.add_argument(
-        "--best-by", metavar="RULE", help="what is to be highest, as in the run unless set: a sum of scores"
+        "--best-by",
+        metavar="CRITERION",
+        help="weighted sum of columns by which a scale is recommended (default: that of the run)",
     )
     parser.add_argument(
-        "--output", type=filled, metavar="DIR", help="of pictures, curves and tables (default: RUN/sweep)"
+        "--output", type=filled, metavar="DIR", help="folder for images, curves and tables (default: RUN/sweep)"
     )
+    add_evaluation(parser)
     add_drawing(parser, scale=False)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Evaluate the scales, write the results and print the recommendation."""
     check_numbers(args, num_images=1)
     scales = numbers(args.scales)
+    from draftune.evaluation.criterion import weights_of
     from draftune.evaluation.eval_spec import find_yardstick
     from draftune.evaluation.lora_scale import sweep
     from draftune.runs.load import find_tuned
-    from draftune.training.early_stopping import weights_of
 
     if args.best_by:
         weights_of(args.best_by)
@@ -47,33 +62,33 @@ def run(args: argparse.Namespace) -> None:
     tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    found = sweep(tuned, yardstick, scales, args.best_by, args.device, args.mixed_precision)
+    result = sweep(tuned, yardstick, scales, args.best_by, args.device, args.mixed_precision)
     with writing_to(output):
-        found.write(output)
+        result.write(output)
     prompts, each = len(yardstick.prompts), yardstick.num_images
-    print(f"{prompts * each} pictures of {prompts} prompts at each scale, the same seeds\n{found.table()}")
-    print(f"\npictures  {output / 'sweep.png'}\ncurves    {output / 'curve.png'}\n\n{found.advice}")
-    if found.recommended:
-        chosen = f"{shlex.quote(args.source)} --lora-scale {found.recommended:g}"
+    print(f"{prompts * each} images of {prompts} prompts at each scale, the same seeds\n{result.table()}")
+    print(f"\nimages  {output / 'sweep.png'}\ncurves  {output / 'curve.png'}\n\n{result.advice}")
+    if result.recommended:
+        chosen = f"{shlex.quote(args.source)} --lora-scale {result.recommended:g}"
         print(f"  draftune sample {chosen} --prompt … --output …")
         print(f"  draftune export {chosen} --format diffusers --output …")
 
 
 def numbers(text: str) -> list[float]:
-    """Raises DraftuneError for anything but finite numbers with commas between them."""
+    """Parse finite numbers separated by commas. Raises DraftuneError for any other text."""
     try:
-        found = [float(word) for word in text.split(",")]
+        scales = [float(word) for word in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
-        raise DraftuneError(f"--scales takes numbers such as 0,0.5,1, not {text!r}")
-    return found
+        scales = [math.nan]
+    if not all(map(math.isfinite, scales)):
+        raise DraftuneError(f"--scales must be finite numbers such as 0,0.5,1, not {text!r}")
+    return scales
 
 
 COMMAND = Command(
     "sweep",
-    "try a LoRA at several scales and recommend one",
-    "Draws the same prompts and seeds at several scales of a LoRA, and recommends one by the held-out rewards.",
+    "evaluate a LoRA at several scales and recommend one",
+    "Score images of a LoRA at several scales, with the same prompts and seeds, and recommend a scale.",
     "draftune sweep runs/a --scales 0,0.5,0.75,1 --num-images 4",
     arguments,
     run,

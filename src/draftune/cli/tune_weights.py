@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if args.merge and not args.loras:
         raise DraftuneError("--merge needs at least one LoRA")
     from draftune.experimental.tune_weights import GUIDANCE, tune_weights
-    from draftune.runs.merge import mix_loras, weighted
+    from draftune.runs.merge import merge_loras, weighted
 
     assert weights is not None
     search = tune_weights(
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     with writing_to(folder):
         search.write(folder)
         if args.merge:
-            mix_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora)
+            merge_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora)
     width = max(len(knob.name) for knob in search.knobs)
     for knob in search.knobs:
         print(f"{knob.name:{width}}  {knob.start:7.3f} → {search.values[knob.name]:7.3f}")
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     scale = f" --guidance-scale {search.values[GUIDANCE]:.3g}" if guidance else ""
     loras = [shlex.quote(f"{source}@{weight:.3g}") for source, weight in search.weights]
     if loras and not args.merge:
-        print(f"  draftune mix {' '.join(loras)} --output …")
+        print(f"  draftune merge {' '.join(loras)} --output …")
     source = args.output if args.merge else "…" if loras else args.model
     print(f"  draftune sample {shlex.quote(source) if source != '…' else source}{scale} --prompt … --output …")
 

@@ -1,4 +1,4 @@
-"""LoRAs beside their base model and beside each other: the same prompts, seeds and rewards for all."""
+"""Compare LoRAs with their base model and with each other, by the same prompts, seeds and rewards."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from tqdm.auto import tqdm
 from draftune.errors import unknown
 from draftune.evaluation.eval_spec import Yardstick
 from draftune.evaluation.metrics import Comparison, Paired
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import set_lora_scales
 from draftune.models.base import default_device
 from draftune.runs.load import Tuned, open_loras
-from draftune.training.checks import tell_truncated
-from draftune.utils.images import grid, save_image, to_pil
+from draftune.utils.images import grid, save_image, save_images
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
 
 
 @dataclass
 class Entry:
-    """A LoRA, its scores beside those of its base model's pictures, and which set of these it was, from 0."""
+    """A LoRA and its scores.
+
+    Attributes:
+        tuned: The LoRA.
+        scores: Its scores and the base model's, by column.
+        base: Number of the set of base images, from 0: LoRAs of one set have the same base images.
+    """
 
     tuned: Tuned
     scores: dict[str, Paired]
@@ -32,7 +38,7 @@ class Entry:
 
 @dataclass
 class Leaderboard:
-    """LoRAs, the one with the highest score by the name `sort` first."""
+    """LoRAs sorted by the column `sort`, the highest first."""
 
     entries: list[Entry]
     yardstick: Yardstick
@@ -40,31 +46,31 @@ class Leaderboard:
     sort: str
 
     def table(self) -> str:
-        """One LoRA: a row for each score. Several: for each score a row for each LoRA, the deciding score first."""
+        """Format a row for each score of one LoRA, or a table for each score of several; the sorting score first."""
         prompts, each = len(self.yardstick.prompts), self.yardstick.num_images
-        lines = [f"base → tuned, {prompts * each} pictures of {prompts} prompts, the same seeds"]
+        lines = [f"base → tuned, {prompts * each} images of {prompts} prompts, the same seeds"]
         names = list(self.entries[0].scores)
         if len(self.entries) == 1:
             return "\n".join([*lines, *block("score", self.entries[0].scores.items())])
         sets = [[e.tuned.source for e in self.entries if e.base == i] for i in sorted({e.base for e in self.entries})]
         if len(sets) > 1:
-            lines.append("Models or ways of drawing differ; those with the same base pictures are in one line:")
+            lines.append("Base models or sampling settings differ. LoRAs in one line have the same base images:")
             lines += [f"  {', '.join(sources)}" for sources in sets]
         for name in sorted(names, key=lambda name: name != self.sort):
             lines += ["", *block(name, ((e.tuned.source, e.scores[name]) for e in self.entries))]
         return "\n".join(lines)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each LoRA and score."""
+        """Return a row for each LoRA and score."""
         prompts, each = len(self.yardstick.prompts), self.yardstick.num_images
         return [
-            {"source": e.tuned.source, "score": name, **asdict(score), "pictures": prompts * each, "prompts": prompts}
+            {"source": e.tuned.source, "score": name, **asdict(score), "images": prompts * each, "prompts": prompts}
             for e in self.entries
             for name, score in e.scores.items()
         ]
 
     def write(self, path: Path) -> None:
-        """Writes the rows as .csv, or as .json with what they were measured by."""
+        """Write the rows as .csv, or as .json with the specification of the evaluation."""
         if path.suffix.lower() == ".csv":
             write_csv(path, self.rows())
             return
@@ -75,13 +81,13 @@ class Leaderboard:
             "prompts": list(map(str, y.prompts)),
             "num_images": y.num_images,
             "lora_scale": self.lora_scale,
-            "sources": {e.tuned.source: {**e.tuned.drawing, "base_pictures": e.base} for e in self.entries},
+            "sources": {e.tuned.source: {**e.tuned.drawing, "base_images": e.base} for e in self.entries},
         }
         write_json(path, {"settings": settings, "scores": self.rows()})
 
 
 def block(title: str, rows: Iterable[tuple[str, Paired]]) -> list[str]:
-    """A printed table of scores."""
+    """Format a table of scores: means, difference with its 95 % confidence interval, win rate."""
     rows = list(rows)
     width = min(NAME, max(len(title), *(len(name) for name, _ in rows)))
     lines = [
@@ -102,12 +108,21 @@ def compare(
     lora_scale: float = 1.0,
     device: str = "auto",
     precision: str = "no",
-    keep: Callable[[Tuned, Comparison], None] | None = None,
+    on_comparison: Callable[[Tuned, Comparison], None] | None = None,
 ) -> Leaderboard:
-    """Measures LoRAs against their base models, whose pictures are drawn once where they would be the same.
+    """Evaluate LoRAs and their base models. LoRAs with the same sampling settings share the base images.
 
-    `sort` is the name of the score that decides, the reward's unless set. `keep` is shown each comparison with its
-    pictures, which are then let go. Raises DraftuneError for a LoRA that does not fit its model.
+    Args:
+        loras: The LoRAs.
+        yardstick: The specification of the evaluation.
+        sort: Column to sort by; the reward's by default.
+        lora_scale: Scale of the LoRAs.
+        cpu: Whether to use the CPU only.
+        precision: "no", "bf16" or "fp16".
+        on_comparison: Called with each LoRA and its comparison, whose images are released afterwards.
+
+    Raises:
+        DraftuneError: a LoRA does not fit its model, or there is no column `sort`.
     """
     groups: dict[str, list[int]] = {}
     for i, tuned in enumerate(loras):
@@ -115,7 +130,7 @@ def compare(
     sort = sort or yardstick.reward.label
     entries = {}
     yardstick.ready(default_device(device))
-    with tqdm(total=len(loras) + len(groups), desc="measuring", leave=False, disable=None) as progress:
+    with tqdm(total=len(loras) + len(groups), desc="evaluating", leave=False, disable=None) as progress:
         for number, group in enumerate(groups.values()):
             settings = loras[group[0]].settings
             model = open_loras({f"lora{i}": loras[i] for i in group}, device, precision)
@@ -129,26 +144,24 @@ def compare(
                 set_lora_scales(model, {f"lora{i}": lora_scale})
                 comparison = Comparison(base, yardstick.measure(model, settings))
                 entries[i] = Entry(loras[i], comparison.paired(), number)
-                if keep:
-                    keep(loras[i], comparison)
+                if on_comparison:
+                    on_comparison(loras[i], comparison)
                 progress.update()
-            del model  # before the next group's is loaded beside it
+            del model  # or two models would be in memory while the next one is loaded
     ranked = sorted(entries.items(), key=lambda item: (-rank(item[1].scores[sort].tuned), item[0]))
     return Leaderboard([entry for _, entry in ranked], yardstick, lora_scale, sort)
 
 
 def rank(score: float) -> float:
-    """What is not a number comes last."""
+    """Return the score, or -inf for NaN, which is sorted last."""
     return -math.inf if math.isnan(score) else score
 
 
-def save_pictures(comparison: Comparison, yardstick: Yardstick, folder: Path) -> None:
-    """base/NN.png and tuned/NN.png, the pictures of one prompt beside each other, and before_after.png of a few."""
+def save_comparison(comparison: Comparison, yardstick: Yardstick, folder: Path) -> None:
+    """Write all images as base/NN.png and tuned/NN.png, and a grid of some prompts as before_after.png."""
     both = {"base": comparison.base, "tuned": comparison.tuned}
-    digits = max(2, len(str(len(comparison.prompts) - 1)))
     for name, evaluation in both.items():
-        for i, picture in enumerate(to_pil(evaluation.images)):
-            save_image(picture, folder / name / f"{i:0{digits}d}.png")
+        save_images(evaluation.images, folder / name)
     rows, captions = zip(*map(yardstick.show, both.values()), strict=True)
     save_image(
         grid(rows, list(both), [yardstick.prompts[i] for i in yardstick.shown], captions), folder / "before_after.png"

@@ -1,4 +1,4 @@
-"""What LoRAs are measured by: prompts, seeds and rewards, those of a run unless others are asked for."""
+"""Prompts, seeds and rewards of an evaluation: those of a run unless the caller gives others."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ from draftune.settings import Settings
 
 T = TypeVar("T")
 SHOWN = 8
-"""Prompts whose pictures are shown."""
+"""Number of prompts whose images are in the image grids."""
 
 
 @dataclass
 class Yardstick:
-    """Prompts, how many pictures of each, the reward, and those that nothing was trained on, or None."""
+    """Specification of an evaluation.
+
+    Attributes:
+        prompts: The prompts.
+        num_images: Number of images of each prompt, with the seeds 0, 1, ….
+        reward: The reward of training.
+        held_out: Evaluation rewards, which were not trained on, or None.
+    """
 
     prompts: list[str]
     num_images: int
@@ -34,36 +41,37 @@ class Yardstick:
 
     @property
     def rewards(self) -> list[Reward]:
+        """Return the reward and the evaluation rewards."""
         return [self.reward] if self.held_out is None else [self.reward, self.held_out]
 
     @property
     def shown(self) -> list[int]:
-        """Which prompts' pictures are shown: a few, evenly."""
+        """Return the indices of the prompts in the image grids, evenly spaced."""
         count = min(SHOWN, len(self.prompts))
         return [i * len(self.prompts) // count for i in range(count)]
 
     def show(self, evaluation: Evaluation) -> tuple[Tensor, list[str]]:
-        """Of each prompt that is shown the first picture [N, 3, H, W], and its reward."""
+        """Return the first image of each prompt in the grids [N, 3, H, W], and its reward as a caption."""
         rewards = evaluation.values[self.reward.label][self.shown, 0].tolist()
         return evaluation.images[[i * self.num_images for i in self.shown]], [f"{reward:.3g}" for reward in rewards]
 
     def ready(self, device: torch.device | str = "cpu") -> Yardstick:
-        """With the rewards' weights read. Raises DraftuneError for prompts that they can't score."""
+        """Load the rewards on a device. Raises DraftuneError for prompts that a reward cannot score."""
         for reward in self.rewards:
             reward.ready().to(device)
             check_prompts(reward, self.prompts)
         return self
 
     def measure(self, model: Model, settings: Settings) -> Evaluation:
-        """The scores of what the model draws now, with the steps and the guidance of the settings."""
+        """Sample images with the steps and the guidance of the settings, and score them."""
         schedule = model.schedule(settings.num_inference_steps)
 
-        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return model.generate(
                 prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
             )
 
-        return evaluate(draw, self.reward, self.held_out, self.prompts, self.num_images, model.device)
+        return evaluate(sample, self.reward, self.held_out, self.prompts, self.num_images, model.device)
 
 
 def find_yardstick(
@@ -73,35 +81,47 @@ def find_yardstick(
     held_out: Any = None,
     num_images: int = 2,
 ) -> Yardstick:
-    """What is asked for, and else what the first LoRA that lies in a run was evaluated by; '' for no held-out rewards.
+    """Return the given specification, completed by the settings of the first LoRA that belongs to a run.
 
-    Raises one DraftuneError that says all that is missing, before any weights are read.
+    No weights are loaded.
+
+    Args:
+        loras: The LoRAs to evaluate.
+        prompts: A prompt set, a prompt file or a list of prompts.
+        reward: An expression or a reward.
+        held_out: Evaluation rewards; '' for none.
+        num_images: Number of images of each prompt.
+
+    Raises:
+        DraftuneError: one error that lists everything that is missing.
     """
     run = next((tuned.settings for tuned in loras if tuned.in_run), None)
     if run is None and not (prompts and reward):
-        raise DraftuneError(f"the LoRA {loras[0].source!r} lies in no run's folder: say --prompts and --reward")
-    judged = held_out if held_out is not None or run is None else run.held_out
-    wanted: list[Callable[[], Any]] = [
+        raise DraftuneError(f"the LoRA {loras[0].source!r} belongs to no run: give --prompts and --reward")
+    evaluated_by = held_out if held_out is not None or run is None else run.held_out
+    parts: list[Callable[[], Any]] = [
         lambda: recalled("prompts", prompts, run and (run.eval_prompts or run.prompts), load_prompts),
         lambda: recalled("reward", reward, run and run.reward, find_taught),
-        lambda: recalled("held-out", held_out, judged, find_taught) if judged else None,
+        lambda: recalled("held_out", held_out, evaluated_by, find_taught) if evaluated_by else None,
     ]
-    texts, score, judge = gather(*wanted)
-    yardstick = Yardstick(texts, num_images, score, judge)
+    texts, trained, evaluation = gather(*parts)
+    yardstick = Yardstick(texts, num_images, trained, evaluation)
     for scored in yardstick.rewards:
         scored.set_chunk_size((run or loras[0].settings).reward_batch_size)
     return yardstick
 
 
 def find_taught(reward: Any) -> Reward:
+    """Parse a reward. Raises DraftuneError if it has to learn in training before it can score."""
     return taught(find_reward(reward))
 
 
-def recalled(flag: str, asked: Any, kept: Any, find: Callable[[Any], T]) -> T:
-    """What was asked for, else what the run's settings say, which need not be there any more."""
-    if asked:
-        return find(asked)
+def recalled(name: str, given: Any, run_setting: Any, load: Callable[[Any], T]) -> T:
+    """Load the given value, else the run's setting. Raises DraftuneError that names the flag if that fails."""
+    if given:
+        return load(given)
     try:
-        return find(kept)
+        return load(run_setting)
     except DraftuneError as error:
-        raise DraftuneError(f"the {flag} of the run can't be had again (give --{flag}): {error}") from error
+        flag = "--" + name.replace("_", "-")
+        raise DraftuneError(f"{name} of the run cannot be loaded (give {flag}): {error}") from error

@@ -1,8 +1,7 @@
-"""Scores of picture files: finding them, scoring them, the table."""
+"""Find image files, score them with a reward, and format the scores as a table."""
 
 from __future__ import annotations
 
-import glob
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,23 +15,30 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import score_batches
 from draftune.prompts import metadata, read_prompts
 from draftune.rewards import Reward
-from draftune.utils.images import image_endings, is_hidden, open_image
+from draftune.utils.images import open_image
 from draftune.utils.paths import user_path
 from draftune.utils.tables import write_csv, write_json
 
 
 @dataclass
 class Scores:
-    """One row for each picture that could be read, in the order given, and what was wrong with the others."""
+    """Scores of image files.
+
+    Attributes:
+        rows: Scores by column, of each image that could be read, in the given order.
+        broken: Error of each image that could not be read.
+    """
 
     rows: dict[Path, dict[str, float]]
     broken: dict[Path, str]
 
     @property
     def columns(self) -> list[str]:
+        """Return the column names: "image", then the labels of the reward."""
         return ["image", *next(iter(self.rows.values()))]
 
     def table(self) -> str:
+        """Format the scores as a table, a line for each image."""
         width = max(map(len, map(str, self.rows)))
         lines = [f"{'image':{width}}  " + "  ".join(f"{label:>10}" for label in self.columns[1:])]
         for path, row in self.rows.items():
@@ -41,49 +47,25 @@ class Scores:
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
-        """Writes the table as .csv or .json, whole or not at all."""
+        """Write the table as .csv or .json, atomically."""
         records = [{"image": str(image), **row} for image, row in self.rows.items()]
         (write_json if path.suffix.lower() == ".json" else write_csv)(path, records)
 
 
-def find_images(sources: Sequence[str]) -> list[Path]:
-    """Return the files that are named or fit the patterns, and the images in the named folders; each once.
-
-    A folder's images are those whose ending is one of an image file, whether it can be read or not; hidden files and
-    folders are left out.
-
-    Raises:
-        DraftuneError: for a name that is no file, folder or pattern that fits one.
-    """
-    found: dict[Path, None] = {}
-    for source in sources:
-        path = user_path(source)
-        if path.is_dir():
-            named = (p for p in path.rglob("*") if p.suffix.lower() in image_endings())
-            paths = sorted(p for p in named if not is_hidden(p.relative_to(path)) and p.is_file())
-        elif path.exists():
-            paths = [path]
-        else:
-            paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-        if not paths:
-            raise DraftuneError(
-                f"no picture at {source!r}: a file, a folder or a pattern such as 'out/*.png' is wanted"
-            )
-        known = {path.resolve() for path in found}
-        found |= dict.fromkeys(path for path in paths if path.resolve() not in known)
-    return list(found)
-
-
 def prompts_of(images: Sequence[Path], table: str) -> list[str]:
-    """Return each image's prompt from a prompt file with a column "image" (a name, or a path from the file's folder).
+    """Read the prompt of each image from a prompt file.
+
+    Args:
+        images: The images.
+        table: A prompt file with a column "image": a file name, or a path relative to the prompt file's folder.
 
     Raises:
-        DraftuneError: for an image that the file does not name, or names with two prompts.
+        DraftuneError: the file has no prompt for an image, or two different ones.
     """
     path = user_path(table)
     rows = read_prompts(path)
     if not any("image" in metadata(prompt) for prompt in rows):
-        raise DraftuneError(f"{table!r} does not say which prompt is whose: give a table with 'image' and 'prompt'")
+        raise DraftuneError(f"{table!r} has no column 'image': give a table with the columns 'image' and 'prompt'")
     named: dict[str, str] = {}
     for row in rows:
         name = metadata(row).get("image", "")
@@ -101,19 +83,19 @@ def prompts_of(images: Sequence[Path], table: str) -> list[str]:
 
 
 def score_files(reward: Reward, images: Sequence[Path], prompts: Sequence[str], device: torch.device | str) -> Scores:
-    """Scores pictures of any size; those that can't be read are left out and named in `broken`."""
+    """Score images of any size, in batches of one size. Images that cannot be read are left out."""
     scores = Scores({}, {})
-    with tqdm(total=len(images), desc="scoring", unit="picture", leave=False, disable=None) as progress:
+    with tqdm(total=len(images), desc="scoring", unit="image", leave=False, disable=None) as progress:
         for batch in batches(zip(images, prompts, strict=True), scores.broken, reward.chunk_size):
-            pictures = torch.cat([picture for *_, picture in batch])
-            total, parts = score_batches(reward, pictures, [prompt for _, prompt, _ in batch], device)
+            pixels = torch.cat([image for *_, image in batch])
+            total, parts = score_batches(reward, pixels, [prompt for _, prompt, _ in batch], device)
             for i, (path, *_) in enumerate(batch):
                 row = {label: float(values[i]) for label, values in parts.items()}
                 scores.rows[path] = {**row, "total": float(total[i])}
             progress.n = len(scores.rows) + len(scores.broken)
             progress.refresh()
     if all(len(row) == 2 and len(set(row.values())) == 1 for row in scores.rows.values()):
-        # The only part says it all.
+        # With a single term, the total repeats it.
         for row in scores.rows.values():
             del row["total"]
     return scores
@@ -122,7 +104,10 @@ def score_files(reward: Reward, images: Sequence[Path], prompts: Sequence[str], 
 def batches(
     pairs: Iterator[tuple[Path, str]], broken: dict[Path, str], size: int
 ) -> Iterator[list[tuple[Path, str, Tensor]]]:
-    """Pictures of one size that follow each other, read as they are needed."""
+    """Read images lazily and yield batches of consecutive (path, prompt, image) of one size.
+
+    Errors of images that cannot be read are added to `broken`.
+    """
 
     def read() -> Iterator[tuple[Path, str, Tensor]]:
         for path, prompt in pairs:

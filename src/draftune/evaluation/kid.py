@@ -1,21 +1,30 @@
-"""How far a set of pictures is from another, as sets: no picture has a partner."""
+"""The kernel inception distance between two sets of images."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-def kernel_distance(first: Tensor, second: Tensor) -> float:
-    """The squared distance of two distributions, estimated without bias from their features [N, D] and [M, D].
+def kid(first: Tensor, second: Tensor) -> float:
+    """Compute the unbiased squared maximum mean discrepancy of two sets of features with KID's polynomial kernel.
 
-    The maximum mean discrepancy with the kernel (x · y + 1)^3, as KID has it (Bińkowski et al., arXiv 1801.01401) with
-    x · y / D for features that are no unit vectors. It may be less than 0 where the sets are alike. N and M at least 2.
+    k(x, y) = (x · y / D + 1)^3
+    MMD^2 = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+    Bińkowski et al., 2018, arXiv:1801.01401, Section 4. The estimate can be negative for similar sets.
+
+    Args:
+        first: Features [N, D], N at least 2.
+        second: Features [M, D], M at least 2.
     """
     # On the CPU, since MPS has no float64.
-    a, b = first.cpu().double(), second.cpu().double()
+    x, y = first.cpu().double(), second.cpu().double()
 
-    def within(x: Tensor) -> float:
-        kernel = (x @ x.T + 1) ** 3
-        return float(kernel.sum() - kernel.diagonal().sum()) / (len(x) * (len(x) - 1))
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
 
-    return within(a) + within(b) - 2 * float(((a @ b.T + 1) ** 3).mean())
+    def within(a: Tensor) -> float:
+        values = kernel(a, a)
+        return float(values.sum() - values.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return within(x) + within(y) - 2 * float(kernel(x, y).mean())

@@ -1,4 +1,4 @@
-"""The LoRA's scale as a dial: the same prompts and seeds at each of its marks, and which of them to take."""
+"""Evaluate a LoRA at several scales with the same prompts and seeds, and recommend a scale."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, rule_of, weighed, weights_of
 from draftune.evaluation.eval_spec import Yardstick
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, set_lora_scale
 from draftune.models.base import default_device
 from draftune.registry.expression import Call, Sum
 from draftune.runs.load import Tuned, open_loras
-from draftune.training.checks import tell_truncated
-from draftune.training.early_stopping import DENOISER_MSE, rule_of, weighed, weights_of
-from draftune.utils.images import grid, save_image, to_pil
+from draftune.utils.images import grid, save_image, save_images
 from draftune.utils.paths import written_whole
 from draftune.utils.plotting import figure, save
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
@@ -33,7 +33,13 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 @dataclass
 class Mark:
-    """One scale of the dial: the scores, the pictures of the prompts that are shown, and their captions."""
+    """The evaluation at one scale.
+
+    Attributes:
+        scale: The LoRA scale.
+        evaluation: Scores of all images; prompts and images only of those in the grids.
+        captions: Captions of these images.
+    """
 
     scale: float
     evaluation: Evaluation
@@ -42,107 +48,111 @@ class Mark:
 
 @dataclass
 class Sweep:
-    """A LoRA at several scales, the least first. `weights` is the rule of the best, by column; empty for none."""
+    """Evaluations of a LoRA at several scales.
+
+    Attributes:
+        marks: The evaluations, by increasing scale.
+        weights: The criterion of the best scale, a weight for each column; empty for none.
+    """
 
     marks: list[Mark]
     weights: dict[str, float]
 
     @property
     def scales(self) -> list[float]:
+        """Return the scales, in increasing order."""
         return [mark.scale for mark in self.marks]
 
     @property
     def columns(self) -> dict[str, list[float]]:
-        """For each score its mean at every scale."""
+        """Return the mean at every scale, by column."""
         return by_name([mark.evaluation.scores for mark in self.marks])
 
     @property
-    def errors(self) -> dict[str, list[float]]:
-        """For each score the standard error of its mean at every scale."""
-        return by_name([mark.evaluation.errors for mark in self.marks])
+    def stderr(self) -> dict[str, list[float]]:
+        """Return the standard error of the mean at every scale, by column."""
+        return by_name([mark.evaluation.stderr for mark in self.marks])
 
     @property
-    def judged(self) -> Tensor:
-        """What the rule says [scales, prompts]. Raises DraftuneError for a column that is not there."""
+    def criterion(self) -> Tensor:
+        """Return the criterion's values [scales, prompts]. Raises DraftuneError for an unknown column."""
         rows = [{name: v.double().mean(1) for name, v in mark.evaluation.values.items()} for mark in self.marks]
         return torch.stack([weighed(self.weights, row) for row in rows])
 
     @property
     def recommended(self) -> float | None:
-        return recommend(self.scales, self.judged) if self.weights else None
+        """Return the recommended scale, None without a criterion (see `recommend`)."""
+        return recommend(self.scales, self.criterion) if self.weights else None
 
     @property
     def prompts(self) -> list[str]:
-        """Those that are shown."""
+        """Return the prompts in the image grids."""
         return list(map(str, self.marks[0].evaluation.prompts))
 
     @property
     def rule(self) -> str | None:
-        """As it would be written for --best-by."""
+        """Return the criterion as an expression, None without one."""
         terms = tuple((weight, Call(column)) for column, weight in self.weights.items())
         return str(Sum(terms)) or None
 
     @property
     def advice(self) -> str:
-        """What is recommended and why, or why nothing is."""
+        """Explain the recommendation in one sentence, or why there is none."""
         if not self.weights:
             return (
-                "no scale is recommended: nothing held out was measured (--held-out), and the training reward alone "
-                "always says more"
+                "no scale is recommended: there are no evaluation rewards (--held-out), and the training reward "
+                "usually rises with the scale"
             )
         if self.recommended is None:
-            return "no scale is recommended: the rule wants finite scores of at least two prompts"
-        values = self.judged.mean(1).tolist()
+            return "no scale is recommended: this needs finite scores of at least two prompts"
+        values = self.criterion.mean(1).tolist()
         here, top = values[self.scales.index(self.recommended)], max(filter(math.isfinite, values))
         text = f"recommended: {self.recommended:g}, by {self.rule}: {here:.4f}"
         if here < top:
-            text += f"; {top:.4f} at {self.scales[values.index(top)]:g} is not more by over a standard error"
+            text += f"; {top:.4f} at {self.scales[values.index(top)]:g} is higher by at most one standard error"
         if self.recommended == 0:
-            text += "; the LoRA is no gain by this rule"
+            text += "; the LoRA does not improve on the base model by this criterion"
         elif self.recommended == self.scales[-1]:
-            text += "; try larger ones too (--scales)"
+            text += "; try larger scales too (--scales)"
         return text
 
     def table(self) -> str:
-        """A column for each scale; below each score its standard error."""
+        """Format a table: a column for each scale, a line for each score and one for its standard error."""
         width = min(NAME, max(len("LoRA scale"), *map(len, self.columns)))
         lines = [f"{'LoRA scale':{width}}" + "".join(f" {scale:>8g}" for scale in self.scales)]
         for label, values in self.columns.items():
             lines.append(f"{shortened(label, width):{width}}" + "".join(f" {value:8.4f}" for value in values))
-            lines.append(f"{'±':>{width}}" + "".join(f" {error:8.4f}" for error in self.errors[label]))
+            lines.append(f"{'±':>{width}}" + "".join(f" {error:8.4f}" for error in self.stderr[label]))
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """sweep.png, curve.png, sweep.csv, sweep.json and, in a folder for each scale, the pictures shown."""
+        """Write sweep.png, curve.png, sweep.csv, sweep.json and a folder of images for each scale."""
         names = [scale_name(scale) for scale in self.scales]
         rows = [mark.evaluation.images for mark in self.marks]
-        files = [[f"{name}/{i:02d}.png" for i in range(len(self.prompts))] for name in names]
-        for paths, pictures in zip(files, rows, strict=True):
-            for path, picture in zip(paths, to_pil(pictures), strict=True):
-                save_image(picture, folder / path)
+        files = [save_images(images, folder / name) for name, images in zip(names, rows, strict=True)]
         captions = [mark.captions for mark in self.marks]
         save_image(grid(rows, names, self.prompts, captions), folder / "sweep.png")
         with written_whole(folder / "curve.png") as temporary:
             save(self.figure(), str(temporary))
-        columns, errors = self.columns, self.errors
+        columns, stderr = self.columns, self.stderr
         table = [
-            {"scale": scale, "score": label, "value": columns[label][i], "error": errors[label][i]}
+            {"scale": scale, "score": label, "value": columns[label][i], "stderr": stderr[label][i]}
             for i, scale in enumerate(self.scales)
             for label in columns
         ]
         write_csv(folder / "sweep.csv", table)
-        said: dict[str, Any] = {"scales": self.scales, "columns": columns, "errors": errors}
-        said |= {"rule": self.rule, "recommended": self.recommended, "prompts": self.prompts}
-        write_json(folder / "sweep.json", said | {"pictures": files})
+        data: dict[str, Any] = {"scales": self.scales, "columns": columns, "stderr": stderr}
+        data |= {"criterion": self.rule, "recommended": self.recommended, "prompts": self.prompts}
+        images = [[f"{name}/{path.name}" for path in paths] for name, paths in zip(names, files, strict=True)]
+        write_json(folder / "sweep.json", data | {"images": images})
 
     def figure(self) -> Figure:
-        """Each score by the scale, with twice its standard error on both sides; the recommended scale is a line."""
-        panels = {label: (values, self.errors[label]) for label, values in self.columns.items()}
+        """Plot each score against the scale, ± 2 standard errors, with a vertical line at the recommended scale."""
+        panels = {label: (values, self.stderr[label]) for label, values in self.columns.items()}
         if self.rule and self.rule not in panels:
-            judged = self.judged
-            panels["the rule of the best"] = judged.mean(1).tolist(), standard_error(judged).tolist()
+            panels["criterion"] = self.criterion.mean(1).tolist(), standard_error(self.criterion).tolist()
         across = min(3, len(panels))
-        drawn, axes = figure(math.ceil(len(panels) / across), across, width=3.4, height=2.6)
+        plot, axes = figure(math.ceil(len(panels) / across), across, width=3.4, height=2.6)
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for axis, (label, (values, errors)) in zip(axes.flat, panels.items(), strict=False):
@@ -153,11 +163,11 @@ class Sweep:
                 axis.axvline(self.recommended, color="#666666", linewidth=0.8, linestyle="--")
             axis.set_title(shortened(label), fontsize=9)
             axis.set_xlabel("LoRA scale")
-        return drawn
+        return plot
 
 
 def scale_name(scale: float) -> str:
-    """ "0.75", "1.00", "0.333": two digits where they say it all."""
+    """Format a scale as a folder name, with two decimals where these are exact: "0.75", "1.00", "0.333"."""
     short = f"{scale:.2f}"
     return short if float(short) == scale else str(scale)
 
@@ -170,21 +180,29 @@ def sweep(
     device: str = "auto",
     precision: str = "no",
 ) -> Sweep:
-    """Draws the same prompts and seeds at every scale, and at 0, which is the base model.
+    """Evaluate a LoRA at several scales and at 0, the base model.
 
-    `best_by` is the rule of the best, as in the settings of a run and as its run's unless set. Raises DraftuneError
-    for a LoRA that does not fit its model, and for a column of the rule that is not there.
+    Args:
+        tuned: The LoRA.
+        yardstick: The specification of the evaluation.
+        scales: The scales.
+        best_by: The criterion, a weighted sum of columns as in `Settings.best_by`; that of the LoRA's run by default.
+        cpu: Whether to use the CPU only.
+        precision: "no", "bf16" or "fp16".
+
+    Raises:
+        DraftuneError: the LoRA does not fit its model, or the criterion has an unknown column.
     """
     settings = tuned.settings
     best_by = settings.best_by if best_by is None else best_by
-    asked = weights_of(best_by) if best_by else {}
+    columns = weights_of(best_by) if best_by else {}
     yardstick.ready(default_device(device))
     model = open_loras({ADAPTER: tuned}, device, precision)
     tell_truncated(yardstick.prompts, model, yardstick.rewards, settings.negative_prompt)
     shown = [yardstick.prompts[i] for i in yardstick.shown]
     marks: list[Mark] = []
     weights: dict[str, float] = {}
-    # The base model comes first: the distance is from its pictures.
+    # The base model is first: the other images are compared with its images.
     order = [0.0, *sorted({*scales} - {0.0})]
     for scale in tqdm(order, desc="scales", leave=False, disable=None):
         set_lora_scale(model, scale)
@@ -192,40 +210,48 @@ def sweep(
         if not marks:
             base = now.images
         distance = (now.images - base).abs().mean((1, 2, 3))
-        now.values["distance"] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
-        if DENOISER_MSE in asked:
+        now.values[PIXEL_L1] = distance.reshape(len(yardstick.prompts), yardstick.num_images)
+        if DENOISER_MSE in columns:
             few = yardstick.prompts[: settings.batch_size]
             schedule = model.schedule(settings.num_inference_steps)
             mse = denoiser_mse_from_base(model, few, schedule, settings.guidance_scale, settings.negative_prompt)
             now.values[DENOISER_MSE] = torch.full((len(yardstick.prompts), 1), mse)
         if not marks:
             weights = rule_of(best_by, yardstick.held_out)
-            weighed(weights, now.scores)  # a column that is not there is said now, not at the end
-        pictures, captions = yardstick.show(now)
-        # The other pictures would take memory.
-        marks.append(Mark(scale, Evaluation(now.values, shown, pictures), captions))
+            weighed(weights, now.scores)  # an unknown column fails now, not after all scales
+        images, captions = yardstick.show(now)
+        # All images of all scales would take too much memory.
+        marks.append(Mark(scale, Evaluation(now.values, shown, images), captions))
     return Sweep(sorted(marks, key=lambda mark: mark.scale), weights)
 
 
 def standard_error(values: Tensor) -> Tensor:
-    """Of the means of the rows of [scales, prompts]; one prompt has none."""
+    """Return the standard error of the mean of each row of [scales, prompts]; NaN with one prompt."""
     return values.std(1) / values.shape[1] ** 0.5
 
 
 def by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Turn rows into columns."""
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def recommend(scales: Sequence[float], values: Tensor) -> float | None:
-    """The scale nearest to 0 that the rule, [scales, prompts], puts no more than a standard error below its highest.
+    """Choose the scale nearest to 0 whose criterion is at most one standard error below the highest.
 
-    The error is that of the difference from prompt to prompt: that some prompts are judged higher than others at every
-    scale says nothing of the scales. None with one prompt, which has no error, and where nothing is finite.
+    The standard error is that of the difference to the best scale, paired by prompt: the spread between prompts does
+    not count. This is the one-standard-error rule (Breiman et al., 1984, Classification and Regression Trees).
+
+    Args:
+        scales: The scales.
+        values: The criterion [scales, prompts].
+
+    Returns:
+        The scale, or None with one prompt or without finite values.
     """
     means = values.mean(1)
     if values.shape[1] < 2 or not means.isfinite().any():
         return None
     best = int(means.nan_to_num(-math.inf, -math.inf, -math.inf).argmax())
-    lost = values[best] - values
-    close = lost.mean(1) <= standard_error(lost)
+    loss = values[best] - values
+    close = loss.mean(1) <= standard_error(loss)
     return min((scale for scale, near in zip(scales, close.tolist(), strict=True) if near), key=abs)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, KEPT, LoRADeltas, add_lora, deltas_of_peft, lora_parameters
 from draftune.models import Model
 from draftune.prompts import load_prompts
@@ -19,7 +20,6 @@ from draftune.runs.merge import check_folder
 from draftune.sampling.sampler import Denoiser, advance
 from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
-from draftune.training.checks import tell_truncated
 from draftune.training.data import PromptOrder
 from draftune.utils.logging import logger
 from draftune.utils.paths import user_path

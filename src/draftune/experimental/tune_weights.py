@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError, gather
 from draftune.evaluation.eval_spec import recalled
 from draftune.evaluation.metrics import interval, score_batches
+from draftune.evaluation.reward_check import tell_truncated
 from draftune.experimental.zeroth_order import Estimator
 from draftune.lora import set_lora_scales
 from draftune.models import Model, load_model
@@ -25,7 +26,6 @@ from draftune.rewards.base import check_prompts, taught
 from draftune.runs.load import find_all, open_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
-from draftune.training.checks import tell_truncated
 from draftune.training.data import PromptOrder
 from draftune.utils.tables import write_csv, write_json
 
@@ -88,7 +88,7 @@ class KnobSearch:
 
     @property
     def weights(self) -> list[tuple[str, float]]:
-        """Tuned LoRA weights as pairs (source, weight), as `mix_loras` takes them."""
+        """Tuned LoRA weights as pairs (source, weight), as `merge_loras` takes them."""
         return [(name, value) for name, value in self.values.items() if name != GUIDANCE]
 
     def write(self, folder: Path) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.reward_check import probe_reward
 from draftune.models import Model
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts, extra_queries, taught
 from draftune.sampling.sampler import rollout
-from draftune.training.checks import probe_reward
 
 
 @dataclass(frozen=True)

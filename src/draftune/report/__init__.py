@@ -1,4 +1,4 @@
-"""One page that shows what a run did: written to a file, or served while the run goes on."""
+"""The HTML page of a training run: written to a file, or served while the run is training."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ __all__ = ["collect", "page", "write_report"]
 
 
 def write_report(run: Path | str, output: Path | str | None = None) -> Path:
-    """Writes the page of a run's folder, RUN/report.html unless `output` says otherwise; returns its path.
+    """Write the page of a run.
 
-    Raises DraftuneError where there is no run, or the file can't be written.
+    Args:
+        run: The run's folder.
+        output: The .html file; RUN/report.html by default.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        DraftuneError: there is no run, or the file cannot be written.
     """
     path = user_path(output) if output is not None else user_path(run) / "report.html"
     if names_folder(str(path if output is None else output)):
-        raise DraftuneError(f"the output {str(path)!r} is a folder; give a file, such as {str(path / 'report.html')!r}")
+        raise DraftuneError(f"the output {str(path)!r} is a folder; give a file such as {str(path / 'report.html')!r}")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise DraftuneError(f"the page is an .html file, not {str(path)!r} (--output)")
+        raise DraftuneError(f"--output must be an .html file, not {str(path)!r}")
     text = page(collect(run))
     try:
         with written_whole(path) as temporary:

@@ -1,38 +1,38 @@
-// One curve, drawn for the width that it has: axes, band, line, a mark, and the value under the pointer.
+// A chart of one curve: axes, band, line, a mark, and the value under the pointer.
 
 const HEIGHT = 190, TOP = 14, RIGHT = 12, BOTTOM = 24;
-const FEW = 32; // points that are drawn as dots
-const NOISY = 24; // points from which on a line of training is smoothed
+const FEW = 32; // maximum number of points that are drawn as dots
+const NOISY = 24; // number of points from which on a training curve is smoothed
 const UNITS = [["seconds", 1], ["minutes", 60], ["hours", 3600], ["days", 86400]];
 
-// Steps of 1, 2 or 5 times a power of ten.
+// Ticks at multiples of 1, 2 or 5 times a power of ten.
 function ticks(low, high, most) {
   const least = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(least));
   const step = [1, 2, 5, 10].find((factor) => factor * power >= least * 0.999) * power;
   const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
-  const found = [];
+  const result = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
-    const value = i * step + 0; // no negative zero
-    found.push([value, step >= 1000 ? `${grouped(value / 1000, step % 1000 ? 1 : 0)}k` : grouped(value, digits)]);
+    const value = i * step + 0; // avoids negative zero
+    result.push([value, step >= 1000 ? `${grouped(value / 1000, step % 1000 ? 1 : 0)}k` : grouped(value, digits)]);
   }
-  return found;
+  return result;
 }
 
-// Powers of ten, with what lies between them where these are few.
+// Ticks at powers of ten, with ticks in between if these are few.
 function logTicks(low, high) {
-  const found = [];
+  const result = [];
   for (const factors of [[1], [1, 2, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9]]) {
-    found.length = 0;
+    result.length = 0;
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
-      found.push(...factors.map((factor) => Number((factor * 10 ** power).toPrecision(1))));
-    const inside = found.filter((value) => value >= low && value <= high);
+      result.push(...factors.map((factor) => Number((factor * 10 ** power).toPrecision(1))));
+    const inside = result.filter((value) => value >= low && value <= high);
     if (inside.length > 2) return inside.map((value) => [value, number(value)]);
   }
   return ticks(low, high, 4).filter(([value]) => value > 0);
 }
 
-// The running mean, of logarithms where asked; what is missing is left out of it.
+// Running mean, of logarithms if `log` is set; missing values are skipped.
 function smoothed(values, log = false) {
   const reach = Math.max(2, Math.round(values.length / 40));
   const levels = log ? values.map((value) => (value > 0 ? Math.log(value) : null)) : values;
@@ -44,23 +44,23 @@ function smoothed(values, log = false) {
   });
 }
 
-// Seconds in the unit that suits the longest of them.
+// The time unit for an axis that ends at `most` seconds.
 function axisUnit(axis, most) {
-  if (axis === "seconds") return [...UNITS].reverse().find(([, size]) => most >= 2 * size) ?? UNITS[0];
-  return [{ step: "updates", reward_queries: "scored pictures", scale: "scale of the LoRA" }[axis], 1];
+  if (axis === "train_seconds") return [...UNITS].reverse().find(([, size]) => most >= 2 * size) ?? UNITS[0];
+  return [{ step: "updates", reward_queries: "scored images", scale: "scale of the LoRA" }[axis], 1];
 }
 
 const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`).join("");
 
-// The stretches of a line between what is missing.
+// The segments of a line between missing values.
 function stretches(points) {
-  const found = [[]];
-  for (const point of points) point.slice(1).includes(null) ? found.push([]) : found.at(-1).push(point);
-  return found.filter((stretch) => stretch.length);
+  const segments = [[]];
+  for (const point of points) point.slice(1).includes(null) ? segments.push([]) : segments.at(-1).push(point);
+  return segments.filter((stretch) => stretch.length);
 }
 
 class Chart {
-  // group: the charts that share an axis and a cursor; mark: a place on the axis "step" or "scale", and its name.
+  // group: charts with a common axis and cursor; mark: a position on the axis "step" or "scale", and its name.
   constructor(spec, id, group, mark) {
     Object.assign(this, { spec, group, mark });
     this.readout = make("output", { class: "readout" });
@@ -86,7 +86,7 @@ class Chart {
     return `${this.spec.title}: from ${number(known[0])} to ${number(known.at(-1))}, ${known.length} values`;
   }
 
-  // Where a value lies on the axis that all charts of the group know.
+  // The x position of a value on the group's axis.
   place(index) {
     return this.spec.x[this.group.base][index];
   }
@@ -96,7 +96,7 @@ class Chart {
     return this.place(nearest(this.spec.x[this.group.axis], x));
   }
 
-  // What is drawn: the line, smoothed where it is noisy, the edges of its band, and where both lie in the figure.
+  // The line (smoothed if noisy), the edges of its band, and their scales.
   measure(full) {
     const { spec, group } = this, { values } = spec;
     this.smooth = spec.noisy && values.length >= NOISY;
@@ -107,7 +107,7 @@ class Chart {
     const seen = [...values, ...this.edges.flat()].filter((v) => v !== null && (!spec.log || v > 0));
     let bottom = Math.min(...seen), top = Math.max(...seen);
     if (top - bottom < 1e-9 * Math.max(1, Math.abs(top))) {
-      const room = Math.abs(top) / 2 || 1; // a constant lies in the middle
+      const room = Math.abs(top) / 2 || 1; // a constant curve is centered
       [bottom, top] = [bottom - room, top + room];
     }
     this.rows = spec.log ? logTicks(bottom, top) : ticks(bottom, top, 5);
@@ -144,7 +144,7 @@ class Chart {
     this.point(this.group.cursor);
   }
 
-  // Lines and numbers of both axes; the last numbers make room for the unit.
+  // Grid lines and numbers of both axes; the last number leaves room for the unit.
   scale() {
     const [unit, size] = axisUnit(this.group.axis, this.high), foot = HEIGHT - 6;
     const columns = ticks(this.low / size, this.high / size, Math.max(2, Math.min(8, (this.right - this.left) / 60)));
@@ -159,7 +159,7 @@ class Chart {
     ];
   }
 
-  // The mark, with its name.
+  // The mark and its name.
   flag(xs) {
     if (!this.mark) return [];
     const x = xs[nearest(this.spec.x[this.group.base], this.mark.at)];
@@ -169,12 +169,12 @@ class Chart {
     ];
   }
 
-  // Shows the value at a place, or the last one.
+  // Shows the value at an index, or the last value.
   point(place) {
     const { spec, group } = this, places = spec.x[group.base];
     const i = place === null ? places.length - 1 : nearest(places, place);
     const spread = spec.spread?.[i];
-    const text = `${group.said(places[i])}: ${number(spec.values[i])}${spread ? ` ± ${number(Number(spread.toPrecision(2)))}` : ""}`;
+    const text = `${group.describe(places[i])}: ${number(spec.values[i])}${spread ? ` ± ${number(Number(spread.toPrecision(2)))}` : ""}`;
     this.readout.textContent = text;
     this.keys.setAttribute("aria-valuetext", text);
     if (!this.cursor) return;
@@ -188,10 +188,10 @@ class Chart {
   }
 }
 
-// Charts that are read together.
+// Charts with a common axis and cursor.
 class Charts {
-  constructor(id, specs, axis, said, mark) {
-    Object.assign(this, { axis, said, base: "step" in specs[0].x ? "step" : "scale", cursor: null });
+  constructor(id, specs, axis, describe, mark) {
+    Object.assign(this, { axis, describe, base: "step" in specs[0].x ? "step" : "scale", cursor: null });
     this.list = specs.map((spec, i) => new Chart(spec, `${id}-${i}`, this, mark));
     this.specs = specs;
     this.element = make("div", { class: "charts" }, ...this.list.map((chart) => chart.element));
@@ -207,7 +207,7 @@ class Charts {
     for (const chart of this.list) chart.draw();
   }
 
-  // Back to what the keyboard points at, if anything.
+  // Returns to the keyboard's position, if any.
   rest() {
     const held = this.list.find((chart) => chart.keys === document.activeElement);
     this.point(held ? held.place(Number(held.keys.value)) : null);

@@ -1,90 +1,96 @@
-"""The curves of a run as plain lists: where each value lies on the three axes, and how wide its band is."""
+"""Curves of a run as lists for JSON: values, their place on three x axes, and the width of their bands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, PIXEL_L1
 from draftune.evaluation.metrics import KEPT_COLUMN
-from draftune.report.pictures import evenly
-from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT
+from draftune.report.images import evenly
 
 Rows = Sequence[Mapping[str, Any]]
-AXES = ("step", "reward_queries", "seconds")
+AXES = ("step", "reward_queries", "train_seconds")
 PART = "reward/"
 MOST_POINTS = 1500
-UNDRAWN = ("errors", "best")
+NOT_PLOTTED = ("stderr", "best")
 BAND = ", ± 2 standard errors"
 
 
 def charts(metrics: Rows, evaluations: Rows, reward: str | None) -> list[dict[str, Any]]:
-    """Every curve of a run, in the order in which they are looked at; those without a number are left out."""
+    """Return the curves of a run in display order, without those that have no number.
+
+    Args:
+        metrics: Rows of metrics.jsonl.
+        evaluations: Rows of evaluations.jsonl.
+        reward: The reward's column in the evaluations, None without evaluations.
+    """
     metrics = [metrics[i] for i in evenly(len(metrics), MOST_POINTS)]
-    noted = "mean ± standard deviation of the batch"
-    found = [in_training(metrics, "reward", "Reward in training", noted, "reward")]
+    note = "mean ± standard deviation of the batch"
+    curves = [in_training(metrics, "reward", "Reward in training", note, "reward")]
     if reward is not None:
-        columns = dict.fromkeys(key for row in evaluations for key in row if key not in (*AXES, reward, *UNDRAWN))
-        found.append(evaluated(evaluations, reward, "Reward", "at the evaluations", "reward"))
-        found += [evaluated(evaluations, key, *looks(key)) for key in columns]
+        columns = dict.fromkeys(key for row in evaluations for key in row if key not in (*AXES, reward, *NOT_PLOTTED))
+        curves.append(evaluated(evaluations, reward, "Reward", "at the evaluations", "reward"))
+        curves += [evaluated(evaluations, key, *looks(key)) for key in columns]
     else:
         parts = dict.fromkeys(key for row in metrics for key in row if key.startswith(PART))
-        found += [in_training(metrics, key, *looks(key.removeprefix(PART))) for key in parts]
-    found.append(in_training(metrics, "grad_norm", "Gradient norm", "before clipping, logarithmic", "plain", log=True))
-    return [chart for chart in found if any(value is not None for value in chart["values"])]
+        curves += [in_training(metrics, key, *looks(key.removeprefix(PART))) for key in parts]
+    curves.append(in_training(metrics, "grad_norm", "Gradient norm", "before clipping, logarithmic", "plain", log=True))
+    return [chart for chart in curves if any(value is not None for value in chart["values"])]
 
 
 def looks(key: str) -> tuple[str, str, str]:
-    """A column's title, what is said of it, and its kind, which decides its colour."""
+    """Return a column's title, note, and kind, which selects its color."""
     known = {
         DIVERSITY: ("Diversity", "within a prompt", "diversity"),
-        "distance": ("Distance", "mean change of a pixel from the base model", "plain"),
-        DENOISER_MSE: ("Denoiser MSE from base", "how far the denoiser has moved", "plain"),
+        PIXEL_L1: ("Pixel L1 from base", "mean absolute difference to the base model's images", "plain"),
+        DENOISER_MSE: ("Denoiser MSE from base", "mean squared difference to the base model's predictions", "plain"),
     }
     if key.startswith(HELD_OUT):
-        return known.get(key, (key.removeprefix(HELD_OUT), "held out", "held-out"))
+        return known.get(key, (key.removeprefix(HELD_OUT), "evaluation reward", "eval"))
     if key.startswith(KEPT_COLUMN):
-        return key.removeprefix(KEPT_COLUMN), "what was trained before", "held-out"
+        return key.removeprefix(KEPT_COLUMN), "reward of the earlier training", "eval"
     return known.get(key, (key, "part of the reward", "reward"))
 
 
 def in_training(rows: Rows, key: str, title: str, note: str, kind: str, log: bool = False) -> dict[str, Any]:
-    """A column of the updates, which is smoothed where there is much of it; its band is ± one standard deviation."""
+    """Return the curve of a column of the updates, which the page smooths; its band is ± one standard deviation."""
     bands = [row.get(f"{key}_std") for row in rows]
-    return drawn(key, title, note, kind, along(rows), [row.get(key) for row in rows], bands) | {
+    return curve(key, title, note, kind, along(rows), [row.get(key) for row in rows], bands) | {
         "noisy": True,
         "log": log,
     }
 
 
 def evaluated(rows: Rows, key: str, title: str, note: str, kind: str) -> dict[str, Any]:
-    """A column of the evaluations; its band is ± two standard errors, where these are known."""
-    bands = [doubled(row.get("errors", {}).get(key)) for row in rows]
-    return drawn(key, title, note + BAND * any(bands), kind, along(rows), [row.get(key) for row in rows], bands)
+    """Return the curve of a column of the evaluations; its band is ± two standard errors, if these are known."""
+    bands = [doubled(row.get("stderr", {}).get(key)) for row in rows]
+    return curve(key, title, note + BAND * any(bands), kind, along(rows), [row.get(key) for row in rows], bands)
 
 
 def sweep_charts(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The columns of a sweep over the LoRA's scale, the reward first."""
-    found: list[dict[str, Any]] = []
+    """Return the curves of a sweep over LoRA scales, the reward first."""
+    curves: list[dict[str, Any]] = []
     for key, values in sweep.get("columns", {}).items():
-        bands = [doubled(error) for error in sweep.get("errors", {}).get(key, [])]
+        bands = [doubled(error) for error in sweep.get("stderr", {}).get(key, [])]
         title, note, kind = looks(key)
-        note = (note if found else "the reward") + BAND * any(bands)
-        found.append(drawn(key, title, note, kind, {"scale": sweep["scales"]}, values, bands))
-    return found
+        note = (note if curves else "the reward") + BAND * any(bands)
+        curves.append(curve(key, title, note, kind, {"scale": sweep["scales"]}, values, bands))
+    return curves
 
 
 def along(rows: Rows) -> dict[str, list[float]]:
-    """Where rows lie on each of the axes."""
+    """Return the x values of rows on each axis."""
     return {axis: [row.get(axis, 0) for row in rows] for axis in AXES}
 
 
-def drawn(
+def curve(
     key: str, title: str, note: str, kind: str, x: Mapping[str, Any], values: Sequence[Any], bands: Sequence[Any]
 ) -> dict[str, Any]:
-    """A curve as the page draws it."""
+    """Return a curve as the page reads it."""
     spread = list(bands) if any(bands) else None
-    said = {"key": key, "title": title, "note": note, "kind": kind}
-    return {**said, "x": x, "values": list(values), "spread": spread, "noisy": False, "log": False}
+    text = {"key": key, "title": title, "note": note, "kind": kind}
+    return {**text, "x": x, "values": list(values), "spread": spread, "noisy": False, "log": False}
 
 
 def doubled(error: float | None) -> float | None:
@@ -92,5 +98,5 @@ def doubled(error: float | None) -> float | None:
 
 
 def reward_column(evaluations: Rows) -> str | None:
-    """The column of the reward: the first after the counters."""
+    """Return the reward's column: the first one after the counters."""
     return next((key for row in evaluations[:1] for key in row if key not in AXES), None)

@@ -1,4 +1,4 @@
-"""From a run's folder to one table of all that its page shows. Nothing of it needs the model or a network."""
+"""Read all data of a run's page from the run's folder. Loads no model and needs no network."""
 
 from __future__ import annotations
 
@@ -9,29 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.report.asked import command, table
 from draftune.report.charts import charts, reward_column, sweep_charts
-from draftune.report.pictures import SIZES, Pictures, evenly, fitting
-from draftune.report.verdict import best_step, facts, verdict, warning
-from draftune.runs.run_dir import CONFIG, EVALUATIONS, METRICS, SAMPLES, read_rows, read_settings
+from draftune.report.images import SIZES, ImageStore, evenly, fitting
+from draftune.report.settings_table import command, table
+from draftune.report.summary import best_step, facts, summary, warning
+from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
+from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.utils.paths import user_path
 
 MOST_FRAMES = 24
 MOST_PROMPTS = 16
 MOST_PAIRS = 8
 SWEEP = Path("sweep") / "sweep.json"
-FILES = (CONFIG, METRICS, EVALUATIONS, SAMPLES, "environment.json", "audit.json", SWEEP)
-"""All that is read of a run but for the pictures, which these name."""
+FILES = (CONFIG, METRICS, EVALUATIONS, SAMPLES, "environment.json", "reward_check.json", SWEEP)
+"""Files of a run that the page reads, besides the images that they name."""
 
 
-def collect(run: Path | str, pictures: Pictures | None = None) -> dict[str, Any]:
-    """All that the page of a run's folder shows, as JSON can hold it; what the folder lacks is None or empty.
+def collect(run: Path | str, images: ImageStore | None = None) -> dict[str, Any]:
+    """Read the data of a run's page.
 
-    `pictures` keeps what was read for the next time. Raises DraftuneError where there is no run.
+    Args:
+        run: The run's folder.
+        images: Images that were read before, which are reused.
+
+    Returns:
+        Data for JSON. Parts whose files are missing are None or empty.
+
+    Raises:
+        DraftuneError: there is no run.
     """
-    folder, pictures = user_path(run), pictures or Pictures()
+    folder, images = user_path(run), images or ImageStore()
     if not (folder / CONFIG).is_file():
-        raise DraftuneError(f"no run at {str(folder)!r}: a folder with a {CONFIG} is wanted")
+        raise DraftuneError(f"no run at {str(folder)!r}: give a folder with a {CONFIG}")
     settings = read_settings(folder / CONFIG)
     metrics, evaluations, samples = (read_rows(folder / name) for name in (METRICS, EVALUATIONS, SAMPLES))
     environment = read_json(folder / "environment.json")
@@ -39,33 +48,35 @@ def collect(run: Path | str, pictures: Pictures | None = None) -> dict[str, Any]
     data = {
         "name": folder.resolve().name,
         "facts": facts(settings, metrics, environment.get("device")),
-        "verdict": verdict(settings, metrics, evaluations, reward),
+        "summary": summary(settings, metrics, evaluations, reward),
         "warning": warning(settings, evaluations, reward),
         "best": best,
         "charts": charts(metrics, evaluations, reward),
         "settings": table(settings),
         "command": command(settings),
         "environment": [[name, str(value)] for name, value in environment.items()],
-        "audit": [[part, found] for part, found in read_json(folder / "audit.json").items() if isinstance(found, dict)],
-        **shown(folder, samples, best, read_json(folder / SWEEP), pictures),
+        "reward_check": [
+            [part, row] for part, row in read_json(folder / "reward_check.json").items() if isinstance(row, dict)
+        ],
+        **shown(folder, samples, best, read_json(folder / SWEEP), images),
     }
     return finite(data)
 
 
 def shown(
-    folder: Path, samples: Sequence[dict[str, Any]], best: int | None, sweep: dict[str, Any], pictures: Pictures
+    folder: Path, samples: Sequence[dict[str, Any]], best: int | None, sweep: dict[str, Any], images: ImageStore
 ) -> dict[str, Any]:
-    """The pictures over time, before and after, and over scales, in a size that all of them fit in."""
+    """Return the images over time, before and after training and over scales, in one size that fits the page."""
     always = [i for i, row in enumerate(samples) if row["step"] == best]
     rows = [samples[i] for i in evenly(len(samples), MOST_FRAMES, always)]
     prompts = [str(prompt) for prompt in rows[0]["prompts"]][:MOST_PROMPTS] if rows else []
-    if not {"scales", "columns", "prompts", "pictures"} <= sweep.keys():
+    if not {"scales", "columns", "prompts", "images"} <= sweep.keys():
         sweep = {}
     scales, swept = sweep.get("scales", []), [str(prompt) for prompt in sweep.get("prompts", [])][:MOST_PROMPTS]
     size = fitting(len(rows) * len(prompts) + len(scales) * len(swept))
 
     def frame(at: float, paths: Sequence[Path], scores: Sequence[float] = (), size: int = size) -> dict[str, Any]:
-        return {"at": at, "pictures": [pictures.take(path, size) for path in paths], "scores": list(scores)}
+        return {"at": at, "images": [images.take(path, size) for path in paths], "scores": list(scores)}
 
     def sample(row: dict[str, Any], count: int, size: int = size) -> dict[str, Any]:
         at = folder / "samples" / f"step-{row['step']:06d}"
@@ -75,45 +86,45 @@ def shown(
     pairs = [sample(row, min(len(prompts), MOST_PAIRS), SIZES[0]) for row in (rows[:1] + rows[-1:])]
     over_scales = [
         frame(scale, [inside(folder / SWEEP.parent, name) for name in names[: len(swept)]])
-        for scale, names in zip(scales, sweep.get("pictures", []), strict=False)
+        for scale, names in zip(scales, sweep.get("images", []), strict=False)
     ]
-    found: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "pairs": {"prompts": prompts[:MOST_PAIRS], "frames": whole(pairs)},
         "samples": {"prompts": prompts, "frames": whole(frames)},
         "sweep": {
             "prompts": swept,
             "frames": whole(over_scales),
             "charts": sweep_charts(sweep),
-            "rule": sweep.get("rule"),
+            "criterion": sweep.get("criterion"),
             "recommended": sweep.get("recommended"),
         },
     }
-    used = {key for name in found for frame in found[name]["frames"] for key in frame["pictures"]}
-    return {**found, "pictures": {key: pictures.uris[key] for key in sorted(used)}}
+    used = {key for part in parts.values() for frame in part["frames"] for key in frame["images"]}
+    return {**parts, "images": {key: images.uris[key] for key in sorted(used)}}
 
 
 def whole(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those whose pictures can all be read."""
-    return [frame for frame in frames if frame["pictures"] and None not in frame["pictures"]]
+    """Return the frames whose images can all be read."""
+    return [frame for frame in frames if frame["images"] and None not in frame["images"]]
 
 
 def inside(folder: Path, name: object) -> Path:
-    """A file of the folder; a name that leads out of it is that of no file."""
+    """Return the path of a file in the folder; of a missing file if the name points outside of it."""
     path = (folder / str(name)).resolve()
     return path if path.is_relative_to(folder.resolve()) else folder / "outside"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a file; an empty one where there is none."""
+    """Read a JSON object; an empty one if the file holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def finite(value: Any) -> Any:
-    """The same with five digits of each number, and None for one that JSON can't hold."""
+    """Round numbers to five significant digits and replace those that are not finite by None."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -2,7 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// Attributes are set one by one and text goes in as text: nothing from the data is ever read as markup.
+// Sets attributes one by one and adds text as text nodes: data are never parsed as HTML.
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") element.addEventListener(name, value);
@@ -16,7 +16,7 @@ const make = (name, attributes = {}, ...children) => fill(document.createElement
 const draw = (name, attributes = {}, ...children) => fill(document.createElementNS(SVG, name), attributes, children);
 const find = (id) => document.getElementById(id);
 
-// Four digits that count, as a person would write them.
+// A number with four significant digits.
 function number(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
@@ -29,5 +29,5 @@ const grouped = (value, digits) =>
   value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
 const minus = (text) => text.replace("-", "−");
 
-const nearest = (values, wanted) =>
-  values.reduce((best, value, i) => (Math.abs(value - wanted) < Math.abs(values[best] - wanted) ? i : best), 0);
+const nearest = (values, target) =>
+  values.reduce((best, value, i) => (Math.abs(value - target) < Math.abs(values[best] - target) ? i : best), 0);

@@ -1,18 +1,18 @@
-// The page: each section is built from its part of the data, and built again only when that part has changed.
+// The page. Each section is built from its part of the data, and rebuilt only when that part changes.
 
-const EVERY = 2000; // milliseconds between two questions for what is new
-const AXES = [["step", "updates"], ["reward_queries", "scored pictures"], ["seconds", "time"]];
+const EVERY = 2000; // milliseconds between two requests for new data
+const AXES = [["step", "updates"], ["reward_queries", "scored images"], ["train_seconds", "time"]];
 
-// What the reader has set; it outlives the sections.
+// State of the controls, which survives rebuilding the sections.
 const state = { axis: "step", wipes: {}, places: {}, open: {} };
-const drawn = {};
+const rendered = {};
 
 const update = (step) => `update ${grouped(step, 0)}`;
 
 function section(id, part, build) {
   const text = part ? JSON.stringify(part) : "";
-  if (drawn[id] === text) return;
-  drawn[id] = text;
+  if (rendered[id] === text) return;
+  rendered[id] = text;
   const element = find(id), focused = document.activeElement?.id;
   element.hidden = !part;
   if (!part) return;
@@ -21,9 +21,9 @@ function section(id, part, build) {
   if (focused) find(focused)?.focus({ preventScroll: true });
 }
 
-function asked({ facts, verdict, warning }) {
+function summary({ facts, summary, warning }) {
   return [
-    make("p", { class: "verdict" }, verdict),
+    make("p", { class: "summary" }, summary),
     warning ? make("p", { class: "warning", role: "note" }, warning) : "",
     make("dl", { class: "facts" }, ...facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
   ];
@@ -35,7 +35,7 @@ function pairs(data) {
   if (data.best !== null && data.best !== after) note += ` The LoRA in best/ is from ${update(data.best)}.`;
   return [
     make("p", { class: "note" }, note),
-    make("div", { class: "pictures" }, ...prompts.map((prompt, i) => wipe(data, prompt, i, ends, state))),
+    make("div", { class: "images" }, ...prompts.map((prompt, i) => wipe(data, prompt, i, ends, state))),
   ];
 }
 
@@ -49,15 +49,15 @@ function curves({ charts, best }) {
 }
 
 function samples(data) {
-  const said = (step) => [step ? update(step) : "base model", step === data.best ? "best" : ""];
-  return frames(data, "at-update", "Update", data.samples, said, data.samples.frames.at(-1).at, state);
+  const describe = (step) => [step ? update(step) : "base model", step === data.best ? "best" : ""];
+  return frames(data, "at-update", "Update", data.samples, describe, data.samples.frames.at(-1).at, state);
 }
 
 function sweep(data) {
-  const { charts, recommended, rule } = data.sweep, built = [];
+  const { charts, recommended, criterion } = data.sweep, built = [];
   const scale = (value) => `scale ${number(value)}`;
   if (recommended !== null)
-    built.push(make("p", { class: "note" }, `The LoRA at several strengths: 0 is the base model, 1 is as trained. Recommended${rule ? `, by ${rule}` : ""}: ${number(recommended)}.`));
+    built.push(make("p", { class: "note" }, `The LoRA at several scales: 0 is the base model, 1 the LoRA as trained. Recommended${criterion ? `, by ${criterion}` : ""}: ${number(recommended)}.`));
   if (charts.length)
     built.push(new Charts("scale", charts, "scale", scale, recommended === null ? null : { at: recommended, name: "recommended" }).element);
   if (data.sweep.frames.length)
@@ -66,7 +66,7 @@ function sweep(data) {
   return built;
 }
 
-// A name that may be broken after an underscore.
+// A name with line-break opportunities after underscores.
 const broken = (name) => name.split(/(?<=_)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 
 function table(caption, head, rows) {
@@ -80,31 +80,31 @@ function details(id, summary, ...children) {
     make("summary", { id: `${id}-summary` }, summary), ...children);
 }
 
-function settings({ settings, command, environment, audit }) {
+function settings({ settings, command, environment, reward_check: check }) {
   const { changed, usual } = settings, head = ["setting", "value", "default"];
   const built = [
     make("pre", {}, make("code", {}, command)),
-    make("p", { class: "note" }, "The command with these settings. To run it beside this one, give another --output; what was given in Python as an object has only its name here."),
-    details("all-settings", "All settings", changed.length ? table("Changed", head, changed) : null, table("As by default", head.slice(0, 2), usual.map((row) => row.slice(0, 2)))),
+    make("p", { class: "note" }, "The command with these settings. To repeat the run, give another --output. Objects that were passed in Python are shown by name only."),
+    details("all-settings", "All settings", changed.length ? table("Changed", head, changed) : null, table("Defaults", head.slice(0, 2), usual.map((row) => row.slice(0, 2)))),
   ];
-  if (audit.length) {
-    const columns = [...new Set(audit.flatMap(([, found]) => Object.keys(found)))];
-    built.push(details("audit", "The reward, tried on the base model before training",
-      table("Means of the pictures it was tried on", ["part", ...columns.map((name) => name.replaceAll("_", " "))],
-        audit.map(([part, found]) => [part, ...columns.map((name) => number(found[name]))]))));
+  if (check.length) {
+    const columns = [...new Set(check.flatMap(([, row]) => Object.keys(row)))];
+    built.push(details("reward_check", "Check of the reward before training",
+      table("Means over images of the base model", ["part", ...columns.map((name) => name.replaceAll("_", " "))],
+        check.map(([part, row]) => [part, ...columns.map((name) => number(row[name]))]))));
   }
-  if (environment.length) built.push(details("versions", "Versions and machine", table("What it ran with", ["name", "value"], environment)));
+  if (environment.length) built.push(details("versions", "Versions and machine", table("Environment", ["name", "value"], environment)));
   return built;
 }
 
 function render(data) {
   const any = (part) => (part.frames.length || part.charts?.length ? part : null);
-  section("asked", [data.facts, data.verdict, data.warning], () => asked(data));
+  section("summary", [data.facts, data.summary, data.warning], () => summary(data));
   section("pairs", data.pairs.frames.length === 2 && data.pairs.frames[0].at !== data.pairs.frames[1].at ? [data.pairs, data.best] : null, () => pairs(data));
   section("curves", data.charts.length ? [data.charts, data.best] : null, () => curves(data));
   section("samples", any(data.samples) && [data.samples, data.best], () => samples(data));
   section("sweep", any(data.sweep), () => sweep(data));
-  section("settings", [data.settings, data.command, data.environment, data.audit], () => settings(data));
+  section("settings", [data.settings, data.command, data.environment, data.reward_check], () => settings(data));
   const present = [...document.querySelectorAll("main > section:not([hidden]) > h2")];
   section("contents", present.map((title) => title.textContent), () =>
     present.map((title) => make("a", { href: `#${title.parentElement.id}` }, title.textContent)));
@@ -116,21 +116,21 @@ async function ask(path, stamp = "") {
   return answer;
 }
 
-// Asks the page's own server for what is new; pictures that are here already are not asked for again.
+// Polls the page's own server for new data; images that are already here are not requested again.
 async function follow(data) {
   const live = find("live");
   for (;;) {
     try {
       const answer = await ask("data", data.stamp);
       if (answer.status !== 304) {
-        const next = await answer.json(), pictures = {};
-        for (const digest of next.pictures) pictures[digest] = data.pictures[digest] ?? (await (await ask(`pictures/${digest}`)).text());
-        data = { ...next, pictures };
+        const next = await answer.json(), images = {};
+        for (const digest of next.images) images[digest] = data.images[digest] ?? (await (await ask(`images/${digest}`)).text());
+        data = { ...next, images };
         render(data);
       }
       live.textContent = "· live";
     } catch {
-      live.textContent = "· no longer followed: this is what was there last";
+      live.textContent = "· disconnected: this is the last state received";
     }
     do await new Promise((resume) => setTimeout(resume, EVERY)); while (document.hidden);
   }

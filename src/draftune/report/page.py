@@ -1,4 +1,4 @@
-"""The page: its parts put into one file that asks for nothing else."""
+"""Build the HTML page from its data: one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-SCRIPTS = ("dom.js", "chart.js", "pictures.js", "page.js")
+SCRIPTS = ("dom.js", "chart.js", "images.js", "page.js")
 
 
 def page(data: Mapping[str, Any], live: bool = False) -> str:
-    """HTML with all of the data inside; a live one asks its own server for what is new, and no other."""
+    """Return HTML that contains the data.
+
+    Args:
+        data: Data from `collect`.
+        live: Whether the page polls the server that it came from, and no other, for new data.
+    """
     style, script = part("page.css"), "\n".join(part(name) for name in SCRIPTS)
     return Template(part("page.html")).substitute(
         title=html.escape(f"{data['name']} – draftune"),
         name=html.escape(data["name"]),
         policy=policy(style, script, live),
         style=style,
-        # "<" never stands in the data: nothing in it can end the element.
+        # Without "<" in it, the data cannot end the script element.
         data=json.dumps({**data, "live": live}, allow_nan=False).replace("<", "\\u003c"),
         script=script,
     )
 
 
 def policy(style: str, script: str, live: bool) -> str:
-    """What the browser is to allow: this style and this script by their digests, pictures inside the page, no more."""
+    """Return the Content-Security-Policy: only this style and script, by digest, and embedded images."""
     allowed = {
         "default-src": "'none'",
         "img-src": "data:",
@@ -44,8 +49,10 @@ def policy(style: str, script: str, live: bool) -> str:
 
 
 def source(text: str) -> str:
+    """Return a policy source that allows exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
 
 
 def part(name: str) -> str:
+    """Read a file of this package."""
     return files("draftune.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The page of a run while it goes on, for the browser of this machine alone."""
+"""Serve the page of a run to browsers on this machine while the run is training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from draftune.errors import DraftuneError
 from draftune.report.collect import FILES, collect
+from draftune.report.images import ImageStore
 from draftune.report.page import page
-from draftune.report.pictures import Pictures
 from draftune.utils.paths import user_path
 
 ADDRESS = "127.0.0.1"
@@ -32,41 +32,44 @@ HEADERS = {
 
 
 class Live:
-    """What the page shows of a run, collected anew only when one of its files has changed.
+    """The data of a run's page, read again only if a file has changed.
 
-    Raises DraftuneError where there is no run; one that vanishes or is half written later stays as it was last seen.
+    If the run disappears or a file is half written, the last data are served.
+
+    Raises:
+        DraftuneError: there is no run.
     """
 
     def __init__(self, run: Path | str) -> None:
-        self.folder, self.pictures, self.lock = user_path(run), Pictures(), Lock()
-        self.stamp, self.data = self.stamped(), collect(run, self.pictures)
+        self.folder, self.images, self.lock = user_path(run), ImageStore(), Lock()
+        self.stamp, self.data = self.stamped(), collect(run, self.images)
 
     def stamped(self) -> str:
-        """Another text whenever a file that is read has changed."""
+        """Return a digest of the inodes, times and sizes of the files that the page reads."""
         stats = [path.stat() for name in FILES if (path := self.folder / name).is_file()]
         return hashlib.sha256(repr([(s.st_ino, s.st_mtime_ns, s.st_size) for s in stats]).encode()).hexdigest()[:16]
 
     def now(self) -> dict[str, Any]:
-        """The data as of now, with its stamp."""
+        """Return the current data and their stamp."""
         with self.lock:
             try:
                 stamp = self.stamped()
                 if stamp != self.stamp:
-                    self.data, self.stamp = collect(self.folder, self.pictures), stamp
+                    self.data, self.stamp = collect(self.folder, self.images), stamp
             except (DraftuneError, OSError):
-                pass  # what is being written at this moment is whole the next time
+                pass  # a file that is being written is complete at the next request
             return {**self.data, "stamp": self.stamp}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The page at /, its data without the pictures at /data, one picture by its digest at /pictures/DIGEST."""
+    """Serve the page at /, its data without images at /data, and each image at /images/DIGEST."""
 
     server: Server
 
     def do_GET(self) -> None:
-        # A name that someone else's DNS points here is no way in, whatever the browser believes.
+        # Against DNS rebinding: a foreign host name that resolves to this machine is refused.
         if not is_loopback(self.headers.get("Host", "")):
-            self.send_error(HTTPStatus.FORBIDDEN, "this address is for this machine's own browser")
+            self.send_error(HTTPStatus.FORBIDDEN, "only browsers on this machine are served")
             return
         path, data = urlsplit(self.path).path, self.server.live.now()
         if path == "/":
@@ -74,13 +77,14 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/data" and self.headers.get("If-None-Match") == data["stamp"]:
             self.answer("", "application/json", HTTPStatus.NOT_MODIFIED)
         elif path == "/data":
-            self.answer(json.dumps(data | {"pictures": sorted(data["pictures"])}), "application/json")
-        elif uri := self.server.live.pictures.uris.get(path.removeprefix("/pictures/")):
+            self.answer(json.dumps(data | {"images": sorted(data["images"])}), "application/json")
+        elif uri := self.server.live.images.uris.get(path.removeprefix("/images/")):
             self.answer(uri, "text/plain")
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def answer(self, text: str, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        """Send a response with the security headers."""
         body = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
@@ -94,14 +98,22 @@ class Handler(BaseHTTPRequestHandler):
         return "draftune"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal has the address and no more."""
+        """Log nothing: the terminal shows the address only."""
 
 
 class Server(ThreadingHTTPServer):
-    """A run's page on a port of 127.0.0.1, 0 for any that is free. Raises DraftuneError for one that can't be had."""
+    """Server of a run's page on 127.0.0.1.
+
+    Args:
+        run: The run's folder.
+        port: The port, 0 for any free one.
+
+    Raises:
+        DraftuneError: there is no run, or the port cannot be used.
+    """
 
     daemon_threads = True
-    allow_reuse_address = os.name != "nt"  # where it would let two servers have the same port
+    allow_reuse_address = os.name != "nt"  # Windows would let two servers share a port
 
     def __init__(self, run: Path | str, port: int) -> None:
         self.live = Live(run)
@@ -109,21 +121,22 @@ class Server(ThreadingHTTPServer):
             super().__init__((ADDRESS, port), Handler)
         except (OSError, OverflowError) as error:
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            problem = "is taken" if taken else f"can't be had ({getattr(error, 'strerror', error)})"
+            problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
             raise DraftuneError(f"port {port} {problem}: give another (--port)") from error
 
     @property
     def address(self) -> str:
+        """Return the page's URL."""
         return f"http://{ADDRESS}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A browser that goes away in the middle of an answer is no error.
+        # A browser may close the connection during a response.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a Host header names this machine; the port may be another, as through a tunnel."""
+    """Return whether a Host header names this machine, with any port, as through a tunnel."""
     try:
         return urlsplit(f"//{host}").hostname in LOOPBACK
     except ValueError:

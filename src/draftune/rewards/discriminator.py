@@ -97,7 +97,7 @@ def read_examples(folder: str, preprocess: Preprocess) -> Tensor:
 
     Raises DraftuneError for one that can't be read, or where there are none.
     """
-    from draftune.evaluation.image_files import find_images
+    from draftune.utils.images import find_images
 
     path = user_path(folder)
     if not folder.strip() or not path.is_dir():

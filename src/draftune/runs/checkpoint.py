@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: what goes on from it is, bit for bit, what an undisturbed run would have been."""
+"""Checkpoints of a run. A run that resumes from one gives the same numbers, bit for bit, as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ FORMAT = 3
 def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], best: int | None = None
 ) -> None:
-    """Writes FOLDER/step-000040 whole or not at all, and lets go of all but the newest and the best."""
+    """Write FOLDER/step-000040 atomically, and delete all checkpoints except the newest two and the best.
+
+    Args:
+        folder: The folder of the run's checkpoints.
+        step: Number of updates.
+        state: State for JSON.
+        tensors: State as tensors by name.
+        best: Step of the checkpoint to retain.
+    """
     target = folder / f"step-{step:06d}"
     temporary = folder / f".{target.name}"
     for stale in folder.glob(".*"):
@@ -54,14 +62,14 @@ def save_checkpoint(
 
 
 def remove(checkpoint: Path) -> None:
-    """Takes the checkpoint away in one step, whatever interrupts its deletion."""
+    """Delete a checkpoint. An interrupted deletion leaves no half checkpoint."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}-old")), ignore_errors=True)
 
 
 def synced(path: Path) -> None:
-    """On the disk, and not only on its way there."""
+    """Flush a file or folder to disk (fsync)."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,16 +78,17 @@ def synced(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def check(checkpoint: Path) -> None:
-    """Raises DraftuneError that names the file of a checkpoint that is not what was written, and a way on."""
+    """Raise DraftuneError if a checkpoint is damaged; the error names the file and what to do."""
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
         damaged = [name for name in (STATE, TENSORS) if checksum(checkpoint / name) != sums[name]]
@@ -88,16 +97,16 @@ def check(checkpoint: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         damaged = [CHECKSUMS]
     if damaged:
-        found = checkpoints(checkpoint.parent)
-        older = found[: found.index(checkpoint)]
-        way = f"remove the folder to go on from {older[-1].name}" if older else "--no-resume begins anew"
+        all_checkpoints = checkpoints(checkpoint.parent)
+        older = all_checkpoints[: all_checkpoints.index(checkpoint)]
+        advice = f"delete its folder to resume from {older[-1].name}" if older else "start a new run with --no-resume"
         raise DraftuneError(
-            f"the checkpoint {str(checkpoint)!r} is damaged: {damaged[0]} is not what was written; {way}"
+            f"the checkpoint {str(checkpoint)!r} is damaged: the checksum of {damaged[0]} differs; {advice}"
         )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told. Raises DraftuneError for a damaged checkpoint, or one of another version."""
+    """Read the state of a checkpoint. Raises DraftuneError if it is damaged or of another version."""
     check(checkpoint)
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
@@ -106,6 +115,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint."""
     return load_file(checkpoint / TENSORS)
 
 
@@ -144,16 +154,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: 
 
 
 def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Every global random generator that a reward or a network might draw from."""
+    """Return the states of the global random generators of Python, NumPy and torch."""
     kind, keys, *rest = np.random.get_state()
     tensors = {"random/torch": torch.get_rng_state()}
     for i in range(count := torch.cuda.device_count()):
-        # From this process's device on: with several, another one goes on with the same numbers on its own.
+        # Numbered from this process's device on, so that a single process with another device can resume the run.
         tensors[f"random/cuda-{i}"] = torch.cuda.get_rng_state((torch.cuda.current_device() + i) % count)
     return {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}, tensors
 
 
 def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Restore the states of `random_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
@@ -166,7 +177,7 @@ def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """What is only looked at in this block draws random numbers, but training goes on as if it had not."""
+    """Restore the global random generators after the block, so that evaluations do not change training."""
     state, tensors = random_state()
     yield
     load_random_state(state, tensors)

@@ -1,4 +1,4 @@
-"""What a run is made with: written to a run's environment.json, and printed by `draftune env`."""
+"""Versions of the software and properties of the machine, for environment.json and `draftune env`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from draftune import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 VARIABLES = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-"""Environment variables that change speed or what can be loaded. None of them holds a path."""
+"""Environment variables that affect speed or which files can be loaded. None of them contains a path."""
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """Return the versions of the software and the properties of the machine.
 
-    The values are meant to be published in a bug report: they hold no path, no user name and no host name.
+    The values can be published in a bug report: they contain no path, user name or host name.
 
     Args:
         device: The device that a run uses, or would use.
@@ -50,7 +50,7 @@ def total_memory() -> str:
 
 
 def installed(package: str) -> str:
-    """Return the version of an installed package, "unknown" where it has no metadata."""
+    """Return the version of an installed package, "unknown" if it has no metadata."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -58,11 +58,12 @@ def installed(package: str) -> str:
 
 
 def gpus() -> list[str]:
-    """Return the name and the memory of each GPU of CUDA or ROCm that torch finds."""
+    """Return the name and the memory of each CUDA or ROCm GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [torch.cuda.get_device_properties(index) for index in range(count)]
-    return [f"{gpu.name} ({gibibytes(gpu.total_memory)})" for gpu in found]
+    properties = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return [f"{gpu.name} ({gibibytes(gpu.total_memory)})" for gpu in properties]
 
 
 def gibibytes(size: int) -> str:
+    """Format a number of bytes in GiB."""
     return f"{size / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""A trained LoRA as other tools read it: a LoRA for diffusers, a LoRA for kohya's readers, or a whole pipeline."""
+"""Export a LoRA for diffusers, for readers of kohya's format, or merged into a pipeline."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.lora import FILE_NAME, GRID_SAID, LoRADeltas, lora_file, opened, saved_grid
+from draftune.lora import FILE_NAME, GRID_SAID, LoRADeltas, lora_file
 from draftune.lora.names import in_network
 from draftune.models import Model, load_model
 from draftune.models.layout import load_layout
+from draftune.runs import load
 from draftune.runs.load import read_deltas
 from draftune.runs.run_dir import run_settings
-from draftune.sampling.schedule import GRID
 from draftune.settings import Settings
 from draftune.utils.logging import logger
 from draftune.utils.paths import check_writable, user_path, written_whole
@@ -29,8 +29,9 @@ from draftune.utils.quiet import quiet
 from draftune.utils.tensors import save_tensors
 
 KOHYA_SUFFIX = ".safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 UNCONDITIONAL = re.compile(r"attentions\.\d+\.to_")
-"""Names of layers in UNets without a prompt: the others have transformer blocks in between."""
+"""Names of attention layers in unconditional UNets; conditional ones have transformer blocks in between."""
 
 
 def export_lora(
@@ -39,81 +40,87 @@ def export_lora(
     format: str = "diffusers",
     lora_scale: float = 1.0,
     best: bool = False,
-    half: bool = False,
+    dtype: str = "fp32",
     model: str | None = None,
     skip_text_encoder: bool = False,
 ) -> Path:
-    """Writes the LoRA of a run, a LoRA file or its folder as another tool reads it; returns `output`.
+    """Export a LoRA for another tool.
 
-    "diffusers": a folder with the LoRA; "kohya": a .safetensors file, for ComfyUI and others; "merged": the folder of
-    the base model's pipeline with the LoRA in its weights and the run's grid in its scheduler. `best` takes the
-    run's best LoRA, not its last; `half` stores float16; `model` is the base model, where the LoRA does not say it or
-    it lies elsewhere; `skip_text_encoder` leaves out layers of text encoders. Raises DraftuneError, also where the
-    output is there already.
+    Args:
+        source: A run's folder, a LoRA file or its folder.
+        output: The file or folder to write, which must not exist.
+        format: "diffusers": a folder with the LoRA. "kohya": a .safetensors file for ComfyUI and others. "merged": the
+            folder of the base model's pipeline with the LoRA merged into its weights and the run's sampler.
+        lora_scale: Factor of the LoRA's weights.
+        best: Whether to take the run's best LoRA by its evaluations instead of the last one.
+        dtype: "fp32" or "fp16".
+        model: The base model; the one named in the LoRA's metadata or run by default.
+        skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+
+    Returns:
+        The path of `output`.
+
+    Raises:
+        DraftuneError: the LoRA cannot be read or does not fit, or `output` exists.
     """
     target = user_path(output)
-    check(target, format, lora_scale)
+    check(target, format, lora_scale, dtype)
     path = source_file(source, best)
-    grid(path)  # a run that can't be read is said before anything is written
+    sampler_options(path)  # fails before anything is written if the run cannot be read
     lora = read_deltas(path, model, skip_text_encoder).scaled(lora_scale)
-    WRITERS[format](lora, path, target, torch.float16 if half else torch.float32)
+    WRITERS[format](lora, path, target, DTYPES[dtype])
     return target
 
 
-def check(target: Path, format: str, lora_scale: float) -> None:
-    """What is wrong before anything is read. Raises DraftuneError."""
+def check(target: Path, format: str, lora_scale: float, dtype: str) -> None:
+    """Check the arguments before anything is read. Raises DraftuneError."""
     if format not in WRITERS:
         raise unknown("format", format, WRITERS)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     if not math.isfinite(lora_scale):
-        raise DraftuneError(f"--lora-scale must be a number, not {lora_scale}")
+        raise DraftuneError(f"--lora-scale must be finite, not {lora_scale}")
     if (target.suffix == KOHYA_SUFFIX) != (format == "kohya"):
-        wanted = f"a {KOHYA_SUFFIX} file" if format == "kohya" else "a folder"
-        raise DraftuneError(f"--output takes {wanted} with --format {format}, not {str(target)!r}")
+        kind = f"a {KOHYA_SUFFIX} file" if format == "kohya" else "a folder"
+        raise DraftuneError(f"--output must be {kind} with --format {format}, not {str(target)!r}")
     if target.exists() and not (format != "kohya" and target.is_dir() and not any(target.iterdir())):
-        raise DraftuneError(f"the output {str(target)!r} is there already; give another (--output)")
+        raise DraftuneError(f"the output {str(target)!r} already exists; give another (--output)")
     check_writable(target)
 
 
 def source_file(source: Path | str, best: bool = False) -> Path:
-    """The LoRA's file, of a run the last or the best. Raises DraftuneError if there is none."""
+    """Return the LoRA file of a source; of a run the last or the best. Raises DraftuneError if there is none."""
     path = user_path(source) / "best" / FILE_NAME
     if best and not path.is_file():
-        raise DraftuneError(f"{str(source)!r} has no best LoRA: it is no run with evaluations (--eval-prompts)")
+        raise DraftuneError(f"{str(source)!r} has no best LoRA: only runs with evaluations (--eval-prompts) have one")
     return path if best else lora_file(source)
 
 
-def grid(source: Path | str, best: bool = False) -> dict[str, Any]:
-    """Where the sampler's steps lay in the training of a LoRA, as far as its run, or else its file, says so."""
-    path = source_file(source, best)
-    settings = run_settings(path)
-    with opened(path) as file:
-        if (file.metadata() or {}).get(GRID_SAID) == "{}":
-            return {}  # that of a flow model, in which the run's settings have no say
-    said = {name: getattr(settings, name) for name in GRID} if settings else saved_grid(path)
-    return {name: value for name, value in said.items() if value is not None}
+def sampler_options(lora: Path) -> dict[str, Any]:
+    """Return the sampler options that a LoRA was trained with (see `draftune.runs.load.sampler_options`)."""
+    return load.sampler_options(lora, run_settings(lora))
 
 
 def write_diffusers(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the LoRA in diffusers' format."""
     if t5 := [name for name in lora.layers if ".encoder.block." in name]:
         logger.warning(
-            f"diffusers' load_lora_weights leaves out the LoRA's {len(t5)} layers of T5; --format merged holds them"
+            f"diffusers' load_lora_weights ignores the LoRA's {len(t5)} layers of T5; --format merged includes them"
         )
     lora.write(target, dtype)
 
 
 def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
-    """The LoRA by kohya's names, which have no dots: lora_unet_mid_block_attentions_0_proj_in.lora_down.weight.
+    """Write the LoRA in kohya's format: lora_unet_mid_block_attentions_0_proj_in.lora_down.weight, ….
 
-    diffusers' own conversion takes every alpha to be the rank, whatever it was; here it is so.
+    Alpha is written as the rank, which diffusers' conversion of this format assumes.
     """
     if "unet" not in lora.parts:
-        raise DraftuneError("kohya's names are known for UNets only: give a transformer's LoRA --format diffusers")
+        raise DraftuneError("--format kohya supports UNets only: use --format diffusers for a transformer's LoRA")
     if any(UNCONDITIONAL.search(name) for name in lora.layers):
-        raise DraftuneError(
-            "no reader of kohya's names draws with unconditional models: give --format diffusers or merged"
-        )
+        raise DraftuneError("--format kohya does not support unconditional models: use --format diffusers or merged")
     named, rank = lora.tensors(dtype)
-    # Text encoders are numbered where the pipeline has two, even if one alone is adapted.
+    # Text encoders are numbered if the pipeline has two, even if the LoRA changes only one.
     numbered = len(lora.parts) > 1 and "text_encoder_2" in load_layout(str(lora.base_model))
     encoders = {"text_encoder": "te1" if numbered else "te", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
@@ -123,7 +130,7 @@ def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) 
         key = f"lora_{encoders.get(part, part)}_{inner.replace('.', '_')}"
         tensors[f"{key}.{'lora_down' if half == 'A.weight' else 'lora_up'}.weight"] = tensor
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
-    said = {
+    info = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -131,19 +138,19 @@ def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) 
         "ss_output_name": target.stem,
     }
     if any(max(layer.shape[2:], default=1) > 1 for layer in lora.layers.values()):
-        said["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))})
+        info["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))})
     if lora.base_model:
-        said |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
+        info |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
     if lora.grid:
-        said[GRID_SAID] = lora.grid
+        info[GRID_SAID] = lora.grid
     if settings := run_settings(path):
-        said |= training_said(settings)
+        info |= training_metadata(settings)
     with written_whole(target) as temporary:
-        save_tensors(temporary, tensors, said)
+        save_tensors(temporary, tensors, info)
 
 
-def training_said(settings: Settings) -> dict[str, str]:
-    """A run's settings by kohya's names where they mean the same, the others in its comment."""
+def training_metadata(settings: Settings) -> dict[str, str]:
+    """Return a run's settings under kohya's names where these mean the same, others in the comment."""
     s = settings
     return {
         "ss_max_train_steps": str(s.steps),
@@ -158,15 +165,16 @@ def training_said(settings: Settings) -> dict[str, str]:
 
 
 def write_merged(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the base model's pipeline with the LoRA merged into its weights."""
     model = load_model(str(lora.base_model))
-    model.set_grid(**grid(path))
+    model.set_grid(**sampler_options(path))
     merge(model, lora)
     save_pipeline(model, target, dtype)
 
 
 @torch.no_grad()
 def merge(model: Model, lora: LoRADeltas) -> None:
-    """Add the LoRA to the weights of the model's networks, for good. It was read for this model."""
+    """Add the LoRA, which was read for this model, to the weights of the model's networks."""
     for part, network in model.lora_networks.items():
         for name, delta in lora.of_part(part).items():
             weight = network.get_submodule(in_network(part, name, network)).weight
@@ -174,20 +182,20 @@ def merge(model: Model, lora: LoRADeltas) -> None:
 
 
 def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
-    """Writes the model's pipeline, whole or not at all, with the sampler that draws here on the model's grid."""
+    """Write the model's pipeline atomically, with the scheduler of draftune's sampler."""
     with quiet():
         model.pipeline.scheduler = model.sampler()
         model.complete_config()
         model.pipeline.to(dtype=dtype)
         for part in (model.pipeline, *model.pipeline.components.values()):
             if hasattr(part, "register_to_config"):
-                part.register_to_config(_name_or_path="")  # where the base lay is nobody's business
+                part.register_to_config(_name_or_path="")  # the path of the base model is private
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             model.pipeline.save_pretrained(Path(folder) / "model", safe_serialization=True)
             readable = (Path(folder) / "model" / "model_index.json").stat().st_mode
             for weights in Path(folder).rglob("*.safetensors"):
-                weights.chmod(readable)  # the library lets nobody but the owner read them
+                weights.chmod(readable)  # safetensors writes files that only the owner can read
             os.replace(Path(folder) / "model", target)
 
 

@@ -1,4 +1,4 @@
-"""Identify files and folders by their contents, so that one model under two names is one model. Imports no torch."""
+"""Identify files and folders by their contents, so that a model has one identity under any path. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ NOT_LOADED = ("feature_extractor", "image_encoder", "safety_checker")
 LOADED = (".json", ".model", ".safetensors", ".txt")
 """Endings of the files that a pipeline's components are loaded from."""
 NOT_READ = (".bin", ".ckpt", ".h5", ".md", ".msgpack", ".onnx", ".pt", ".pth")
-"""Endings of files that are not read where a folder is given: its weights are those in safetensors."""
+"""Endings of files that are never loaded from a folder: weights are loaded from safetensors only."""
 VARIANT = re.compile(r"\.(fp16|bf16)(?=[.-])")
-"""In the names of half-precision files: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors."""
+"""Part of the names of half-precision files: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors."""
 CHUNK = 2**24
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or folder that a run reads, as it is named in the settings and as it was found.
+    """A file or folder that a run reads.
 
     Attributes:
-        text: The name in the settings, which may be a hub id.
-        path: The absolute path without links.
-        stamp: Names, sizes and times of the files: where path and stamp are the same, so are the contents.
-        known: The SHA-256 of each file by its name in the folder, where they were computed before.
+        text: The name or path in the settings, which may be a hub id.
+        path: The absolute path with links resolved.
+        stamp: Digest of names, sizes and modification times: equal paths and stamps imply equal contents.
+        known: The SHA-256 of each file by its name in the folder, if they were computed before.
     """
 
     text: str
@@ -46,18 +46,19 @@ class Source:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """The SHA-256 of each file, which takes seconds for weights of gigabytes."""
+        """Return the SHA-256 of each file by its name in the folder; slow for large weights."""
         return dict(self.known) or fingerprint(Path(self.path))
 
     def holds(self, earlier: Source) -> bool:
-        """Return whether the contents are those of an earlier source; they are only read where path or stamp differ.
+        """Return whether the contents equal those of an earlier source.
 
-        Files that came into a folder since then do not count, except in a pipeline's, where they would be loaded.
+        Files are hashed only if the path or the stamp differs. Files added to a folder since then are ignored, except
+        in a pipeline's folder, from which they would be loaded.
         """
         if (self.path, self.stamp) == (earlier.path, earlier.stamp):
             return True
         if not earlier.sha256:
-            return self.path == earlier.path  # a folder of nothing that is known to be read
+            return self.path == earlier.path  # no file in it can be loaded
         if INDEX in earlier.sha256:
             return self.sha256 == earlier.sha256
         return earlier.sha256.items() <= self.sha256.items()
@@ -79,20 +80,20 @@ def find_source(text: str) -> Source | None:
         facts = [(name, (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in files_of(path)]
         return Source(text, str(path), hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
     except (DraftuneError, OSError, ValueError, AttributeError):
-        return None  # loading it says what is wrong
+        return None  # loading it reports the error
 
 
 def same_source(first: str, second: str) -> bool:
-    """Return whether two names or paths stand for the same contents."""
+    """Return whether two names or paths refer to the same contents."""
     a, b = find_source(first), find_source(second)
     return first == second if a is None or b is None else a.holds(b)
 
 
 def fingerprint(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a folder by its name there, or of a file, whose name is then "".
+    """Return the SHA-256 of each file of a folder by its name in the folder; of a single file under the name "".
 
     Raises:
-        DraftuneError: a file can't be read.
+        DraftuneError: a file cannot be read.
     """
     try:
         return {name: sha256_of(file) for name, file in files_of(path)}
@@ -101,7 +102,7 @@ def fingerprint(path: Path) -> dict[str, str]:
 
 
 def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file; in the hub's cache large files are named by it, and are not read."""
+    """Return the SHA-256 of a file. In the hub cache it is the name of large files, which are not read."""
     target = file.resolve()
     if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name):
         return target.name
@@ -113,7 +114,7 @@ def sha256_of(file: Path) -> str:
 
 
 def files_of(path: Path) -> list[tuple[str, Path]]:
-    """List (name in the folder, path) of the files to hash of a file, a pipeline, a run or another folder, sorted."""
+    """Return (name in the folder, path) of the files to hash, sorted, for a file, pipeline, run or other folder."""
     if path.is_file():
         return [("", path)]
     files = pipeline_files(path) if (path / INDEX).is_file() else folder_files(path)
@@ -126,21 +127,21 @@ def pipeline_files(path: Path) -> Iterator[Path]:
     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     for part, entry in index.items():
         if isinstance(entry, list) and entry != [None, None] and part not in NOT_LOADED:
-            # The first unconditional pipelines were published with their network beside the index.
+            # The first published unconditional pipelines have their network beside the index.
             folder = path / part if (path / part).is_dir() else path
             files = {file.name: file for file in folder.iterdir() if file.suffix in LOADED and file != path / INDEX}
-            # A half-precision variant is loaded where the plain file is missing.
+            # A half-precision variant is loaded if the plain file is missing.
             yield from (file for name, file in files.items() if VARIANT.sub("", name) == name or not plain(name, files))
 
 
 def plain(name: str, names: Collection[str]) -> bool:
-    """Return whether the plain form of a variant's file is among these names, as one file or in shards."""
+    """Return whether the full-precision form of a file is among these names, as one file or in shards."""
     whole = VARIANT.sub("", name)
     return whole in names or f"{whole.partition('.')[0].partition('-0')[0]}.safetensors.index.json" in names
 
 
 def folder_files(path: Path) -> Iterator[Path]:
-    """Yield the files of a folder and of those in it; of a run's folder those of its checkpoints."""
+    """Yield the files of a folder and its subfolders; for a run's folder those of its checkpoints."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for file in root.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(root).parts)

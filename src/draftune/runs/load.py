@@ -1,4 +1,4 @@
-"""From what a user points at, a run, a LoRA or a model, to a model that draws as it did there."""
+"""Load models for sampling from a run, a LoRA file or a model's name, with the sampling settings of the run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from draftune.errors import DraftuneError, gather
 from draftune.lora import (
     ADAPTER,
+    GRID_SAID,
     LoRADeltas,
     base_model,
     load_lora,
     lora_file,
+    opened,
     read_file,
     saved_grid,
     set_lora_scale,
@@ -33,9 +35,15 @@ DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", "height",
 
 @dataclass(frozen=True)
 class Tuned:
-    """A LoRA: what was pointed at, its file, its base model, and how to draw with it.
+    """A LoRA and how to sample with it.
 
-    The settings are those of its run, or where it lies in none, `in_run` False, those that its model is recommended.
+    Attributes:
+        source: What the user gave: a run's folder, a LoRA file or its folder.
+        lora: The LoRA file.
+        base: The base model.
+        settings: The settings of its run; outside of a run the recommended settings of its model.
+        in_run: Whether the LoRA belongs to a run.
+        skip_text_encoder: Whether its layers of text encoders are ignored.
     """
 
     source: str
@@ -44,44 +52,66 @@ class Tuned:
     settings: Settings
     in_run: bool
     skip_text_encoder: bool = False
-    """Whether its layers of text encoders are left out."""
 
     @property
     def grid(self) -> dict[str, Any]:
-        """The sampler's grid: the run's, outside of a run what the file says, else the model's own, which is empty."""
-        return {name: getattr(self.settings, name) for name in GRID} if self.in_run else saved_grid(self.lora)
+        """Return the sampler options (see `sampler_options`)."""
+        return sampler_options(self.lora, self.settings if self.in_run else None)
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """What its base model's pictures depend on."""
+        """Return everything that images of the base model depend on, besides prompts and seeds."""
         return {"model": self.base, **{name: getattr(self.settings, name) for name in DRAWING}, **self.grid}
 
 
-def find_tuned(source: str, base: str | None = None, skip_text_encoder: bool = False) -> Tuned:
-    """The LoRA of a run's folder, a LoRA file or its folder; nothing is loaded yet.
+def sampler_options(lora: Path, settings: Settings | None) -> dict[str, Any]:
+    """Return the timestep spacing and the last step that a LoRA was trained with, as keywords of `Model.set_grid`.
 
-    `base` is the base model where the LoRA does not say it or it lies elsewhere. Raises DraftuneError.
+    Args:
+        lora: The LoRA file.
+        settings: The settings of its run. Outside of a run, the file's metadata are read.
+
+    Returns:
+        The options that are known; empty for flow models, which have none.
+    """
+    with opened(lora) as file:
+        if (file.metadata() or {}).get(GRID_SAID) == "{}":
+            return {}  # a flow model: the run's settings have no effect
+    options = {name: getattr(settings, name) for name in GRID} if settings else saved_grid(lora)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def find_tuned(source: str, base: str | None = None, skip_text_encoder: bool = False) -> Tuned:
+    """Find a LoRA and its base model. No weights are loaded.
+
+    Args:
+        source: A run's folder, a LoRA file or its folder.
+        base: The base model; the one named in the LoRA's metadata or run by default.
+        skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+
+    Raises:
+        DraftuneError: there is no LoRA, or its base model is unknown.
     """
     path = lora_file(source)
     base = base or base_model(source)
     if base is None:
-        raise DraftuneError(f"the LoRA {source!r} does not say which model it belongs to: give --model")
+        raise DraftuneError(f"the LoRA {source!r} does not name its base model: give --model")
     settings = run_settings(path)
     return Tuned(source, path, base, settings or Settings(model=base), settings is not None, skip_text_encoder)
 
 
 def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: bool = False) -> LoRADeltas:
-    """Read what a LoRA adds to each layer of its base model.
+    """Read the weight differences of a LoRA, by layer of its base model.
 
-    Only the base's configs are read, but for DoRA, whose change of a weight depends on it.
+    Of the base model only configs are read; its weights only for DoRA, which depends on them.
 
     Args:
-        source: a run's folder, a LoRA file or its folder.
-        base: the base model, where the LoRA does not say it or it lies elsewhere.
-        skip_text_encoder: whether layers of text encoders are left out.
+        source: A run's folder, a LoRA file or its folder.
+        base: The base model; the one named in the LoRA's metadata or run by default.
+        skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
 
     Raises:
-        DraftuneError: the file can't be read or does not fit, or the base can't be had.
+        DraftuneError: the file cannot be read or does not fit, or the base model cannot be loaded.
     """
     tuned = find_tuned(str(source), base)
     file = read_file(tuned.lora)
@@ -90,17 +120,18 @@ def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: 
 
 
 def find_all(sources: Sequence[str], base: str | None = None, skip_text_encoder: bool = False) -> list[Tuned]:
-    """Each of several LoRAs once; one that lies in no run draws as the first run of its model does.
+    """Find several LoRAs, each once. A LoRA outside of a run gets the settings of the first run of its model.
 
-    Raises one DraftuneError that says all that is wrong.
+    Raises:
+        DraftuneError: one error that lists everything that is wrong.
     """
-    found = gather(*(partial(find_tuned, source, base, skip_text_encoder) for source in dict.fromkeys(sources)))
-    runs = {tuned.base: tuned for tuned in reversed(found) if tuned.in_run}
+    loras = gather(*(partial(find_tuned, source, base, skip_text_encoder) for source in dict.fromkeys(sources)))
+    runs = {tuned.base: tuned for tuned in reversed(loras) if tuned.in_run}
     return [
         replace(tuned, settings=runs[tuned.base].settings, in_run=True)
         if tuned.base in runs and not tuned.in_run
         else tuned
-        for tuned in found
+        for tuned in loras
     ]
 
 
@@ -112,10 +143,21 @@ def open_source(
     precision: str = "no",
     skip_text_encoder: bool = False,
 ) -> tuple[Model, Settings]:
-    """The model of a run's folder, a LoRA or a model's name, on its device, and the settings to draw with.
+    """Load a model for sampling.
 
-    `base` is the base model where the LoRA does not say it or it lies elsewhere; precision "no", "bf16" or "fp16".
-    Raises DraftuneError.
+    Args:
+        source: A model's name, a pipeline's folder, a run's folder, a LoRA file or its folder.
+        base: The base model of the LoRA; the one named in its metadata or run by default.
+        lora_scale: Scale of the LoRA.
+        cpu: Whether to use the CPU only.
+        precision: "no", "bf16" or "fp16".
+        skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+
+    Returns:
+        The model on its device, and the settings to sample with.
+
+    Raises:
+        DraftuneError: the model or the LoRA cannot be loaded.
     """
     if source in MODELS or (user_path(source) / "model_index.json").exists():
         model = load_model(source, precision).to(default_device(device), precision)
@@ -127,15 +169,21 @@ def open_source(
 
 
 def open_loras(loras: Mapping[str, Tuned], device: str = "auto", precision: str = "no") -> Model:
-    """The base model that LoRAs share, set to draw as they do, with each of them loaded under its name.
+    """Load a base model with several LoRAs as adapters, which `lora.set_lora_scales` switches.
 
-    `lora.set_lora_scales` chooses among them. Raises DraftuneError if one does not fit.
+    Args:
+        loras: LoRAs of one base model with the same sampling settings, by adapter name.
+        cpu: Whether to use the CPU only.
+        precision: "no", "bf16" or "fp16".
+
+    Raises:
+        DraftuneError: a LoRA does not fit.
     """
     first = next(iter(loras.values()))
     model = load_model(first.base, precision)
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
-    # After the LoRAs, which take the same precision.
+    # After loading the LoRAs, which are converted too.
     model.to(default_device(device), precision)
     model.set_grid(**first.grid)
     model.set_size(first.settings.height, first.settings.width)

@@ -1,4 +1,4 @@
-"""Several LoRAs of one base model added to one LoRA, exactly."""
+"""Merge LoRAs of one base model into one LoRA, exactly: the ranks add up."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from draftune.runs.load import read_deltas
 from draftune.utils.paths import check_writable, user_path
 
 
-def mix_loras(
+def merge_loras(
     sources: Sequence[tuple[Path | str, float]],
     output: Path | str,
     model: str | None = None,
     skip_text_encoder: bool = False,
 ) -> Path:
-    """Add LoRAs, each at its weight, and write their sum as one LoRA in a folder.
+    """Write the weighted sum of LoRAs as one LoRA.
 
-    W_0 + sum_i weight_i dW_i: the images are those of all the LoRAs active at these weights.
+    dW = sum_i weight_i dW_i
 
     Args:
-        sources: runs, LoRA files or their folders, and their weights.
-        output: the folder; it may hold nothing but the same mix.
-        model: the base model, where the LoRAs name it differently or not at all.
-        skip_text_encoder: whether layers of text encoders are left out.
+        sources: Runs, LoRA files or their folders, and their weights.
+        output: The folder to write. It must be empty, or hold the result of the same merge.
+        model: The base model; by default the one that all LoRAs name.
+        skip_text_encoder: Whether to ignore the LoRAs' layers of text encoders.
 
     Returns:
-        The file's path.
+        The path of the LoRA file.
 
     Raises:
-        DraftuneError: the LoRAs can't be added, or `output` holds something else.
+        DraftuneError: the LoRAs do not fit together, or `output` holds other files.
     """
     folder = user_path(output)
-    mixed_from = " + ".join(f"{source}@{weight}" for source, weight in sources)
-    mixed_from += " without text encoders" if skip_text_encoder else ""
+    merged_from = " + ".join(f"{source}@{weight}" for source, weight in sources)
+    merged_from += " without text encoders" if skip_text_encoder else ""
     check_weights(sources)
-    check_folder(folder, mixed_from=mixed_from)
+    check_folder(folder, merged_from=merged_from)
     base = model or common_base([str(source) for source, _ in sources])
     first, *others = [read_deltas(source, base, skip_text_encoder).scaled(weight) for source, weight in sources]
-    mixed: LoRADeltas = first
+    merged: LoRADeltas = first
     for other in others:
-        mixed = mixed.plus(other.layers)
-        mixed.grid = mixed.grid if mixed.grid == other.grid else ""
-    return mixed.write(folder, mixed_from=mixed_from)
+        merged = merged.plus(other.layers)
+        merged.grid = merged.grid if merged.grid == other.grid else ""
+    return merged.write(folder, merged_from=merged_from)
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """Split a source and its weight: "runs/a@0.7", or "runs/a" for 1. What follows the last @ is it if a number."""
+    """Split "runs/a@0.7" at the last @ into source and weight; the weight is 1 if no number follows."""
     source, _, number = text.rpartition("@")
     try:
         return (source, float(number)) if source else (text, 1.0)
@@ -58,36 +58,37 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def common_base(sources: Sequence[str]) -> str:
-    """Return the base model that LoRAs name. Raises DraftuneError where they name several or none."""
+    """Return the base model that LoRAs name. Raises DraftuneError if they name several or none."""
     named = {source: base for source in sources if (base := base_model(source))}
     if not named:
-        raise DraftuneError(f"the LoRA {sources[0]!r} does not say which model it belongs to: give --model")
+        raise DraftuneError(f"the LoRA {sources[0]!r} does not name its base model: give --model")
     (first, base), *others = named.items()
     for source, other in others:
         if other != base:
             raise DraftuneError(
-                f"{first!r} is a LoRA of {base!r} and {source!r} one of {other!r}; if these are one model, give its "
-                "name (--model)"
+                f"{first!r} is a LoRA of {base!r}, but {source!r} is a LoRA of {other!r}; if these are the same model, "
+                "give its name (--model)"
             )
     return base
 
 
 def check_weights(sources: Sequence[tuple[Path | str, float]]) -> None:
+    """Raise DraftuneError if there are no LoRAs, or a weight is not finite."""
     if not sources:
-        raise DraftuneError("a mix wants at least one LoRA")
+        raise DraftuneError("give at least one LoRA to merge")
     for source, weight in sources:
         if not math.isfinite(weight):
             raise DraftuneError(f"the weight of {str(source)!r} must be finite, not {weight}")
 
 
 def check_folder(folder: Path, **metadata: str) -> None:
-    """Raise DraftuneError where the folder holds anything but a LoRA with this metadata."""
+    """Raise DraftuneError if the folder holds anything but a LoRA with this metadata."""
     if folder.exists() and not folder.is_dir():
         raise DraftuneError(f"the output {str(folder)!r} is a file; give a folder")
     check_writable(folder)
-    held = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if held == [FILE_NAME]:
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if names == [FILE_NAME]:
         with opened(folder / FILE_NAME) as file:
-            held = [] if metadata.items() <= (file.metadata() or {}).items() else held
-    if held:
-        raise DraftuneError(f"the output folder {str(folder)!r} holds other files; give another (--output)")
+            names = [] if metadata.items() <= (file.metadata() or {}).items() else names
+    if names:
+        raise DraftuneError(f"the output folder {str(folder)!r} contains other files; give another (--output)")

@@ -1,4 +1,4 @@
-"""Compare the run in a folder with the run that is asked for: by what is computed, not by how it is spelled."""
+"""Compare a saved run with the settings that resume it: by what is computed, not by how it is written."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FREE = (
     "patience",
     "report_to",
 )
-"""Settings that may change while a run goes on: how far it goes, and what is only measured, logged or saved."""
+"""Settings that may differ when a run is resumed: its length, and what is evaluated, logged or saved."""
 ROUNDING = ("reward_batch_size", "gradient_checkpointing", "compile", "device")
-"""Settings that may change too: memory, speed and device. The same is computed, with other rounding."""
+"""Settings that may differ too: memory, speed and device. They change results by rounding only."""
 COMPUTED = (
     "model",
     "reward",
@@ -68,7 +68,7 @@ COMPUTED = (
     "gradient_decoder",
     "pixel_clamp",
 )
-"""Settings that are part of what is computed: they change only where `allow_changes` names them."""
+"""Settings that affect results: they may differ only if `allow_changes` names them."""
 FIXED = (
     "continue_from",
     "skip_text_encoder_lora",
@@ -80,42 +80,42 @@ FIXED = (
     "held_out",
     "best_by",
 )
-"""Settings that cannot change while a run goes on: the LoRA's own shape and start, and what its best is chosen by."""
+"""Settings that may never differ: the LoRA's shape and start, and how the best LoRA is chosen."""
 
 CONTENTS = ("prompts", "eval_prompts", "retain_prompts", "continue_from")
-"""Settings that are compared by the digest of what they hold: prompts, and the weights of a LoRA."""
+"""Settings that are compared by a digest of their contents: prompts, and the weights of a LoRA."""
 SOURCES = ("model", "gradient_decoder")
-"""Settings that name a model, which is compared by its files."""
+"""Settings that name a model. They are compared by the model's files."""
 CONSTANT = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps."""
 EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimizer"}
 EXPRESSIONS |= {"gradient_filter": "gradient filter"}
-"""Settings that are expressions, and the kind of what these name."""
+"""Settings that are expressions, and the kind of their names."""
 PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "file", "path")
-"""Settings inside expressions whose values are files, folders or models."""
+"""Arguments in expressions whose values are files, folders or models."""
 
 
 def changeable(text: str) -> set[str]:
-    """Read the names of `allow_changes`. Raises DraftuneError for a name that is no setting, or that is fixed."""
+    """Parse the names in `allow_changes`. Raises DraftuneError for unknown names and for settings in FIXED."""
     names = {name.strip().replace("-", "_") for name in text.split(",") if name.strip()}
     for name in sorted(names):
         if name not in (known := [f.name for f in fields(Settings)]):
             raise unknown("setting in allow_changes", name, known)
         if name in FIXED:
             raise DraftuneError(
-                f"allow_changes={name} is not possible: {name} cannot change while a run goes on; train another LoRA "
-                "on top of the run's (--continue-from)"
+                f"allow_changes={name} is not possible: {name} must be the same when a run is resumed; train another "
+                "LoRA on top of the run's (--continue-from)"
             )
     return names
 
 
-class Asked:
-    """What a run is asked to compute.
+class RunIdentity:
+    """The settings of a run with the contents of files that they name.
 
     Args:
         settings: All settings by name, resolved.
-        contents: Digests of what the settings of CONTENTS hold.
-        sources: The files and folders that the settings name, as `saved_sources` gave them; looked for unless given.
+        contents: Digests of the contents of the settings in CONTENTS.
+        sources: The files and folders that the settings name, from `saved_sources`; found on this machine if None.
     """
 
     def __init__(
@@ -127,32 +127,32 @@ class Asked:
         self.contents = contents
         self.settings: dict[str, Any] = {f.name: f.default for f in fields(Settings)} | dict(settings)
         self.trees = {name: parsed(self.settings[name]) for name in EXPRESSIONS}
-        found = map(find_source, self.names()) if sources is None else (Source(**source) for source in sources)
-        self.sources = {source.text: source for source in found if source is not None}
+        known = map(find_source, self.names()) if sources is None else (Source(**source) for source in sources)
+        self.sources = {source.text: source for source in known if source is not None}
 
     def names(self) -> list[str]:
-        """Return all names in the settings that may be a file's, a folder's or a model's."""
+        """Return all texts in the settings that may name a file, a folder or a model."""
         texts = [self.settings[name] for name in SOURCES]
         for name, kind in EXPRESSIONS.items():
             texts += paths_in(self.trees[name], kind)
         return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
 
-    def saved_sources(self, earlier: Asked | None) -> list[dict[str, Any]]:
-        """Return the sources for JSON; the SHA-256 of unchanged paths and stamps are those of the earlier run."""
+    def saved_sources(self, earlier: RunIdentity | None) -> list[dict[str, Any]]:
+        """Return the sources for JSON. Hashes of files that did not change are taken from the earlier run."""
         before = {(s.path, s.stamp): s.known for s in earlier.sources.values()} if earlier is not None else {}
         return [replace(s, known=before.get((s.path, s.stamp), {})).saved() for s in self.sources.values()]
 
-    def differences(self, earlier: Asked) -> list[str]:
-        """Return the names of the settings that differ from an earlier run's, except those that are free."""
+    def differences(self, earlier: RunIdentity) -> list[str]:
+        """Return the names of the settings that differ from an earlier run's, except those in FREE."""
         names = [f.name for f in fields(Settings) if f.name not in FREE]
         if any(run.settings["lr_scheduler"] not in CONSTANT for run in (self, earlier)):
             names.append("steps")  # the learning rate decays over all of them
-        # Settings of another version: what they did is not known.
+        # Settings that this version does not know.
         names += sorted(earlier.settings.keys() - self.settings.keys())
         return [name for name in names if not self.same(name, earlier)]
 
-    def same(self, name: str, earlier: Asked) -> bool:
-        """Return whether a setting computes the same in both."""
+    def same(self, name: str, earlier: RunIdentity) -> bool:
+        """Return whether a setting has the same meaning in both runs."""
         now, was = self.settings.get(name), earlier.settings.get(name)
         if name in CONTENTS and name in self.contents and name in earlier.contents:
             return self.contents[name] == earlier.contents[name]
@@ -166,10 +166,10 @@ class Asked:
             now, was = (sorted(target.strip() for target in str(value).split(",")) for value in (now, was))
         return bool(now == was)
 
-    def same_tree(self, now: Tree, was: Tree, earlier: Asked, kind: str) -> bool:
-        """Return whether two expressions are the same, up to defaults and to where the files that they name lie."""
+    def same_tree(self, now: Tree, was: Tree, earlier: RunIdentity, kind: str) -> bool:
+        """Return whether two expressions are equal, apart from written defaults and the paths of equal files."""
         if isinstance(now, Sum) and isinstance(was, Sum):
-            # In the same order: a checkpoint holds the weights and the state of the parts by their places.
+            # The order counts: checkpoints store weights and state of the terms by index.
             return len(now.terms) == len(was.terms) and all(
                 a == b and self.same_tree(first, second, earlier, kind)
                 for (a, first), (b, second) in zip(now.terms, was.terms, strict=True)
@@ -178,9 +178,9 @@ class Asked:
             (file, _, name), (other, _, second) = now.name.rpartition(":"), was.name.rpartition(":")
             custom = is_custom(now.name) and is_custom(was.name)
             called = name == second and self.same_value(file, other, earlier) if custom else now.name == was.name
-            # The earlier run's own file may be gone.
-            usual = defaults(now, kind)
-            mine, its = usual | now.settings, usual | was.settings
+            # The file of the earlier run may no longer exist, so its defaults are not looked up.
+            default = defaults(now, kind)
+            mine, its = default | now.settings, default | was.settings
             return (
                 called
                 and self.same_tree(now.inner, was.inner, earlier, kind)
@@ -189,32 +189,32 @@ class Asked:
             )
         return now == was
 
-    def same_value(self, now: Value, was: Value, earlier: Asked) -> bool:
-        """Return whether two values are equal or, where both are files or folders, whether their contents are."""
+    def same_value(self, now: Value, was: Value, earlier: RunIdentity) -> bool:
+        """Return whether two values, or the contents of the files or folders that they name, are equal."""
         if isinstance(now, str) and isinstance(was, str):
             first, second = self.sources.get(now), earlier.sources.get(was)
             if first is not None and second is not None:
                 return first.holds(second)
         return now == was
 
-    def said(self, name: str, earlier: Asked) -> str:
-        """Say how a setting differs from an earlier run's."""
+    def describe_difference(self, name: str, earlier: RunIdentity) -> str:
+        """Describe how a setting differs from an earlier run's."""
         now, was = self.settings.get(name), earlier.settings.get(name)
         if name in CONTENTS and name != "continue_from":
             return (
-                f"its {name} are {was!r}, not {now!r}" if now != was else f"the contents of its {name} {was!r} changed"
+                f"its {name} is {was!r}, not {now!r}" if now != was else f"the contents of its {name} {was!r} changed"
             )
         if now == was:
-            return f"the files that its {name} {was!r} names have changed"
+            return f"the files of its {name} {was!r} changed"
         return f"its {name} is {was!r}, not {now!r}"
 
 
 Tree = Call | Sum | str | None
-"""An expression; as text where it can't be parsed, such as the name of a Python object."""
+"""An expression, or its text if it cannot be parsed, such as the name of a Python object."""
 
 
 def parsed(text: Any) -> Tree:
-    """Parse an expression, where there is one and it can be."""
+    """Parse an expression; return its text if that fails, and None for an empty one."""
     try:
         return parse(str(text)) if text else None
     except DraftuneError:
@@ -222,9 +222,9 @@ def parsed(text: Any) -> Tree:
 
 
 def defaults(call: Call, kind: str) -> dict[str, Value]:
-    """Return the default settings of what a call names; none where it can't be imported: loading it says why."""
+    """Return the default arguments of a call's factory; none if it cannot be imported, which loading it reports."""
     if (kind, call.name) == ("optimizer", "adamw"):
-        return {}  # its defaults are settings of the run
+        return {}  # its arguments are settings of the run
     try:
         factory = defined(call.name, kind) if is_custom(call.name) else tables()[kind].get(call.name)
         parameters = signature_of(factory).parameters.values() if factory is not None else ()
@@ -234,7 +234,7 @@ def defaults(call: Call, kind: str) -> dict[str, Value]:
 
 
 def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
-    """Return the factories of everything that an expression can name, by kind."""
+    """Return the factories of all names in expressions, by kind."""
     from draftune.methods import all_methods
     from draftune.rewards import REWARDS
     from draftune.training.optim import gradient_filters, optimizers
@@ -248,7 +248,7 @@ def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
 
 
 def paths_in(tree: Tree, kind: str) -> Iterator[str]:
-    """Yield the texts in an expression that may be paths: values of settings, and users' own files."""
+    """Yield the texts in an expression that may be paths: arguments, and files of user code."""
     if isinstance(tree, Sum):
         for _, call in tree.terms:
             yield from paths_in(call, kind)
@@ -256,8 +256,8 @@ def paths_in(tree: Tree, kind: str) -> Iterator[str]:
         if is_custom(tree.name):
             yield tree.name.rpartition(":")[0]
         for key, value in (defaults(tree, kind) | tree.settings).items():
-            # Of a user's own code it is not known which settings name files.
-            named = key in PATHS or (is_custom(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
-            if isinstance(value, str) and named:
+            # Any text with a file ending may be a path for user code.
+            is_path = key in PATHS or (is_custom(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
+            if isinstance(value, str) and is_path:
                 yield value
         yield from paths_in(tree.inner, kind)

@@ -1,4 +1,4 @@
-"""A run's folder: settings, versions, metrics, evaluations, samples, checkpoints, the LoRA."""
+"""The folder of a run: settings, versions, logs, samples, checkpoints and LoRAs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from draftune.errors import DraftuneError
 from draftune.lora.files import FILE_NAME
 from draftune.presets import read_yaml
 from draftune.prompts import metadata
-from draftune.runs.resuming import COMPUTED, ROUNDING, Asked, changeable
+from draftune.runs.logs import EVALUATIONS, LOGS, METRICS, SAMPLES, read_rows
+from draftune.runs.resuming import COMPUTED, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.utils.logging import logger
 from draftune.utils.paths import user_path, written_whole
@@ -28,26 +29,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
-SAMPLES = "samples.jsonl"
 LOCK = ".draftune.lock"
-LOGS = (METRICS, EVALUATIONS, SAMPLES)
-COUNTERS = {
-    METRICS: ("step", "reward_queries", "seconds"),
-    EVALUATIONS: ("step", "reward_queries", "seconds"),
-    SAMPLES: ("step",),
-}
-NO_NUMBERS: dict[str, Any] = {"errors": {}, "scores": [], "prompts": []}
-"""Columns of the logs that are tables or lists."""
 CHANGES = "changes"
-"""The file that says what changed while the run went on."""
+"""File of the settings that were changed when the run was resumed."""
 
 
 class RunFolder:
-    """The files of one run, which the main process writes. Nothing is written before `create`.
+    """The files of a run. The main process writes them, and nothing before `create`.
 
-    Raises DraftuneError where the folder can't be written to or holds anything but a run with these settings.
+    Args:
+        settings: The settings of the run.
+        texts: The contents of settings that name prompts or LoRAs, by setting.
+        processes: The processes of the run.
+
+    Raises:
+        DraftuneError: the folder cannot be written, or contains anything but a run with these settings.
     """
 
     def __init__(self, settings: Settings, texts: Mapping[str, Sequence[str]], processes: Processes = ALONE) -> None:
@@ -56,16 +52,16 @@ class RunFolder:
         self.processes = processes
         self.path = path = user_path(settings.output)
         if not settings.resume:
-            # From here on it is a run like any other, which its config.yaml goes on with.
+            # Its config.yaml can resume the run.
             self.path = path = first_free(path)
             settings = replace(settings, output=str(path), resume=True)
         self.allowed = changeable(settings.allow_changes)
         self.settings = settings = replace(settings, allow_changes="")
         self.lock = FileLock(path / LOCK, timeout=0, thread_local=False)
-        # What the run was asked for; what comes of it, such as normalised weights, is in its config.yaml.
-        self.asked = asdict(settings)
-        self.contents = {name: digest(given) for name, given in texts.items()}
-        self.earlier: Asked | None = None
+        # The settings as given. config.yaml holds the resolved ones, such as normalized weights.
+        self.given = asdict(settings)
+        self.contents = {name: digest(items) for name, items in texts.items()}
+        self.earlier: RunIdentity | None = None
         self.changed: list[str] = []
         self.changes: list[dict[str, Any]] = []
         self.sources: list[dict[str, str]] = []
@@ -74,103 +70,105 @@ class RunFolder:
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in LOGS}
         try:
             if path.exists() and not path.is_dir():
-                raise DraftuneError(f"the output {str(path)!r} is a file; give a folder")
+                raise DraftuneError(f"--output must be a folder, {str(path)!r} is a file")
             if path.is_dir() and any(path.iterdir()):
                 self.find()
             existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
-            raise DraftuneError(f"cannot look into the output folder {str(path)!r}: {error.strerror}") from error
+            raise DraftuneError(f"cannot read the output folder {str(path)!r}: {error.strerror}") from error
         if not os.access(existing, os.W_OK):
             raise DraftuneError(f"cannot write to the output folder {str(path)!r}; give another (--output)")
 
     def take(self) -> None:
-        """Keeps every other process out of the folder until `close`, or until this one ends in whatever way.
-
-        Raises DraftuneError where another is at work in it.
-        """
+        """Lock the folder until `close` or the end of the process. Raises DraftuneError if another process has it."""
         from filelock import Timeout
 
         try:
             self.lock.acquire()
         except Timeout as error:
             raise DraftuneError(
-                f"another process is training in {str(self.path)!r}: wait for it, or give another folder (--output)"
+                f"another process is training in {str(self.path)!r}: wait, or give another folder (--output)"
             ) from error
         except NotImplementedError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
 
     def find(self) -> None:
-        """Finds where the run in the folder stands, if it is this one."""
+        """Read the last checkpoint of the run in the folder, and compare the run with this one."""
         from draftune.runs.checkpoint import checkpoints, read_state
 
         if self.processes.main and (self.path / LOCK).exists():
-            # Said at once, and not after everything was loaded.
+            # Fails now, not after everything was loaded.
             self.take()
             self.lock.release()
-        found = checkpoints(self.path / "checkpoints")
-        if not found and (self.path / LOCK).exists() and not read_rows(self.path / METRICS):
-            return  # it ended before its first checkpoint: there is nothing to lose
-        if not found:
-            held = "another run" if (self.path / CONFIG).exists() else "other files"
-            raise DraftuneError(f"the output folder {str(self.path)!r} holds {held}; give another (--output)")
-        self.checkpoint = found[-1]
+        saved = checkpoints(self.path / "checkpoints")
+        if not saved and (self.path / LOCK).exists() and not read_rows(self.path / METRICS):
+            return  # the run ended before its first checkpoint and has no data
+        if not saved:
+            content = "another run" if (self.path / CONFIG).exists() else "other files"
+            raise DraftuneError(f"the output folder {str(self.path)!r} contains {content}; give another (--output)")
+        self.checkpoint = saved[-1]
         state = read_state(self.checkpoint)
         self.done = state["step"]
         self.rows = {name: read_rows(self.path / name, self.done) for name in (METRICS, SAMPLES)}
         self.rows[EVALUATIONS] = state["evaluations"]
-        self.earlier = Asked(state["settings"], state["contents"], state.get("sources", ()))
+        self.earlier = RunIdentity(state["settings"], state["contents"], state.get("sources", ()))
         self.changed = self.now.differences(self.earlier)
         self.changes = state.get("changes", [])
         self.check_changes(self.earlier)
-        # A run that ended in its last look at the pictures has that left to do.
-        if self.done > self.asked["steps"] or (self.done == self.asked["steps"] and state["finished"]):
+        # After the last update, the final evaluation may be missing.
+        if self.done > self.given["steps"] or (self.done == self.given["steps"] and state["finished"]):
             raise DraftuneError(
-                f"the run in {str(self.path)!r} has made its {self.done} updates: ask for more (--steps) or give "
-                "another folder (--output)"
+                f"the run in {str(self.path)!r} has finished its {self.done} updates: give more (--steps) or another "
+                "folder (--output)"
             )
 
     @cached_property
-    def now(self) -> Asked:
-        """What the run is asked to compute now."""
-        return Asked(self.asked, self.contents)
+    def now(self) -> RunIdentity:
+        """Return what the run is to compute with the present settings."""
+        return RunIdentity(self.given, self.contents)
 
-    def check_changes(self, earlier: Asked) -> None:
-        """Note what differs from the earlier run. Raises DraftuneError for differences that were not allowed."""
+    def check_changes(self, earlier: RunIdentity) -> None:
+        """Record the settings that differ from the earlier run. Raises DraftuneError unless they are allowed to."""
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
         if refused:
-            said = [self.now.said(name, earlier) for name in refused]
-            said[0] = f"the output folder {str(self.path)!r} holds another run: {said[0]}"
-            ways = ["give another (--output)"]
+            differences = [self.now.describe_difference(name, earlier) for name in refused]
+            differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
+            options = ["give another (--output)"]
             if set(refused) <= {*COMPUTED, "steps"}:
-                ways.append(f"insist (--allow-changes {','.join(refused)})")
-            ways.append(f"train another LoRA on top of that run's (--continue-from {self.path})")
-            raise DraftuneError(*said, f"{', '.join(ways[:-1])}, or {ways[-1]}")
-        told: dict[str, list[str]] = {}
+                options.append(f"allow the change (--allow-changes {','.join(refused)})")
+            options.append(f"train another LoRA on top of that run's (--continue-from {self.path})")
+            raise DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
+        messages: dict[str, list[str]] = {}
         for name in self.changed:
-            was, value = earlier.settings.get(name), self.asked.get(name)
-            how = "the same is computed, with other rounding" if name in ROUNDING else "as --allow-changes says"
-            new = f"{value!r} in place of {was!r}" if value != was else f"{value!r}, whose contents changed"
-            told.setdefault(how, []).append(f"{name} {new}")
+            was, value = earlier.settings.get(name), self.given.get(name)
+            how = "results differ by rounding only" if name in ROUNDING else "allowed by --allow-changes"
+            new = f"{value!r} instead of {was!r}" if value != was else f"{value!r}, whose contents changed"
+            messages.setdefault(how, []).append(f"{name}={new}")
             self.changes.append({"step": self.done, "setting": name, "was": was, "now": value})
-        for how, changes in told.items():
-            logger.warning(f"the run goes on with {', '.join(changes)}: {how}")
+        for how, changes in messages.items():
+            logger.warning(f"the run resumes with {', '.join(changes)}: {how}")
 
     def agree(self) -> None:
-        """Raises DraftuneError where the processes do not see one and the same folder."""
+        """Raise DraftuneError if the processes see different folders or different states of the run."""
         here = [str(self.path), self.done]
         main = self.processes.of_main(here)
         with self.processes.together():
             if here != main:
                 raise DraftuneError(
-                    f"the run in {here[0]!r} stands at update {here[1]} here, and where the main process is that in "
-                    f"{main[0]!r} at {main[1]}: all machines must share the output folder"
+                    f"this process sees the run in {here[0]!r} at update {here[1]}, and the main process that in "
+                    f"{main[0]!r} at update {main[1]}: all machines must share the output folder"
                 )
 
     def create(self, settings: Settings, space: int, **known: Any) -> None:
-        """Makes the folder, or takes it back to the checkpoint, and writes the resolved settings.
+        """Create the folder, or reset its logs to the checkpoint, and write the resolved settings.
 
-        `space`: bytes that the run is sure to take. Each of `known` becomes a .json file. Raises DraftuneError where
-        the folder can't be written to, is in use, or has too little space.
+        Args:
+            settings: The resolved settings.
+            space: Bytes that the run needs at least.
+            known: Values to write as .json files, by name.
+
+        Raises:
+            DraftuneError: the folder cannot be written, is in use, or its disk has too little space.
         """
         from draftune.runs.checkpoint import checkpoints
 
@@ -180,13 +178,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take()
             for stale in self.path.rglob("*.*[0-9].tmp"):
-                stale.unlink()  # of a process that was killed
+                stale.unlink()  # a killed process left it
             if checkpoints(self.path / "checkpoints")[-1:] != ([self.checkpoint] if self.checkpoint else []):
-                raise DraftuneError(f"another process went on with the run in {str(self.path)!r}: start again")
+                raise DraftuneError(f"another process has resumed the run in {str(self.path)!r}: start again")
             if (free := shutil.disk_usage(self.path).free) < space:
                 raise DraftuneError(
-                    f"the disk of {str(self.path)!r} has {free / 2**20:.0f} MiB left, and the run takes at least "
-                    f"{space / 2**20:.0f}: make room or give another folder (--output)"
+                    f"the disk of {str(self.path)!r} has {free / 2**20:.0f} MiB free, and the run needs at least "
+                    f"{space / 2**20:.0f} MiB: free some space or give another folder (--output)"
                 )
             texts = {CONFIG: settings.to_yaml()}
             texts |= {f"{name}.json": json.dumps(value, indent=1) + "\n" for name, value in known.items()}
@@ -200,9 +198,10 @@ class RunFolder:
             raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
 
     def log(self, name: str, row: Mapping[str, Any]) -> bool:
-        """Append one line to one of the logs, on disk at once.
+        """Append a row to a log.
 
-        Whether it is new: a run that goes on measures its start again.
+        Returns:
+            False if the log has a row of this step already: a resumed run evaluates its start again.
         """
         if self.rows[name] and row["step"] <= self.rows[name][-1]["step"]:
             return False
@@ -217,17 +216,18 @@ class RunFolder:
     def save_checkpoint(
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], best: int | None
     ) -> None:
+        """Write a checkpoint of the run; see `draftune.runs.checkpoint.save_checkpoint`."""
         from draftune.runs.checkpoint import save_checkpoint, synced
 
         for name in LOGS:
             if (self.path / name).exists():
                 synced(self.path / name)
-        run = {"step": step, "settings": self.asked, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
+        run = {"step": step, "settings": self.given, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
         run |= {"sources": self.sources, "changes": self.changes}
         save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
 
     def sample_path(self, step: int) -> Path:
-        """The grid of pictures after an update; the single ones are in a folder of that name."""
+        """Return the path of the image grid after an update; without its ending, the folder of the single images."""
         return self.path / "samples" / f"step-{step:06d}.png"
 
     def close(self) -> None:
@@ -235,69 +235,30 @@ class RunFolder:
 
 
 def first_free(path: Path) -> Path:
-    """The folder, or the first of FOLDER-2, FOLDER-3, … where nothing lies."""
+    """Return the first of FOLDER, FOLDER-2, FOLDER-3, … that does not exist or is empty."""
     others = (path.with_name(f"{path.name}-{i}") for i in count(2))
     return next(f for f in chain([path], others) if not f.exists() or (f.is_dir() and not any(f.iterdir())))
 
 
 def digest(texts: Sequence[str]) -> str:
-    """The same for the same prompts, with what they carry, in the same order."""
-    known = [[str(text), metadata(text)] for text in texts]
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
-    """The lines of a log up to an update; what a run that was cut off left of its last line does not count.
-
-    Raises DraftuneError for any other line that is not of this log.
-    """
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DraftuneError(f"cannot read the log {str(path)!r}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if is_row(row, path.name):
-            rows.append(row)
-        elif number < len(lines):
-            raise DraftuneError(
-                f"{str(path)!r} is not a log as 'draftune train' writes it: mend line {number}, or take it out"
-            )
-    return [row for row in rows if row["step"] <= last]
-
-
-def is_row(row: Any, log: str) -> bool:
-    """Whether this is a line of the log of that name: a table of numbers, null for what is not finite."""
-    if not isinstance(row, dict) or any(not isinstance(row.get(key), int | float) for key in COUNTERS.get(log, ())):
-        return False
-    apart: dict[str, Any] = {key: row.get(key, default) for key, default in NO_NUMBERS.items()}
-    if log == SAMPLES and not (row.keys() >= {"prompts", "scores"} and isinstance(apart["prompts"], list)):
-        return False
-    if not isinstance(apart["errors"], dict) or not isinstance(apart["scores"], list):
-        return False
-    values = (value for key, value in row.items() if key not in NO_NUMBERS)
-    return all(isinstance(v, int | float | None) for v in (*values, *apart["errors"].values(), *apart["scores"]))
+    """Return a digest of prompts with their metadata, in order."""
+    items = [[str(text), metadata(text)] for text in texts]
+    return hashlib.sha256(json.dumps(items, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_settings(config: Path) -> Settings:
-    """The settings of a run. Raises DraftuneError that names the file where it is not what a run wrote."""
+    """Read the settings of a run. Raises DraftuneError if the file is not what a run wrote."""
     values = read_yaml(config)
     try:
         if not values:
             raise DraftuneError("it is empty")
         return Settings.from_mapping(values)
     except DraftuneError as error:
-        raise DraftuneError(f"{str(config)!r} is not what 'draftune train' wrote: {error}") from error
+        raise DraftuneError(f"{str(config)!r} is not a config of 'draftune train': {error}") from error
 
 
 def run_settings(lora: Path) -> Settings | None:
-    """The settings of the run that wrote a LoRA file, where it still lies in the run's folder."""
+    """Return the settings of the run that wrote a LoRA file, None if the file is not in a run's folder."""
     config = lora.parent.parent / CONFIG
     in_run = lora.name == FILE_NAME and lora.parent.name in ("lora", "best") and config.is_file()
     return read_settings(config) if in_run else None

@@ -77,7 +77,7 @@ def find_past(settings: Settings) -> Past | None:
     if (base := base_model(lora)) is not None and not same_source(base, s.model):
         raise DraftuneError(
             f"the LoRA {s.continue_from!r} was trained for {base!r}, not for {s.model!r} (--model); if these are the "
-            f"same model, 'draftune mix {s.continue_from} --model {s.model}' writes the LoRA for this name"
+            f"same model, 'draftune merge {s.continue_from} --model {s.model}' writes the LoRA for this name"
         )
     past = Past(lora, checksum(lora), load_prompts(s.retain_prompts) if s.retain_prompts else ())
     earlier = run_settings(lora)

@@ -4,57 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from draftune.errors import DraftuneError, unknown
-from draftune.registry.expression import Call, parse
+from draftune.evaluation.criterion import DIVERSITY, HELD_OUT, weighed
 
-if TYPE_CHECKING:
-    from draftune.rewards import Reward
-
-HELD_OUT = "held-out/"
-DIVERSITY = f"{HELD_OUT}diversity"
-DENOISER_MSE = "denoiser_mse_from_base"
-"""The column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
-APART = ("errors", "best")
+APART = ("stderr", "best")
 Row = Mapping[str, Any]
-"""A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "errors"."""
-T = TypeVar("T", bound=Any)
-
-
-def weights_of(rule: str) -> dict[str, float]:
-    """Parse a weighted sum of columns, such as "held-out/judge + 0.5*held-out/diversity".
-
-    Returns:
-        The weights by column.
-
-    Raises:
-        DraftuneError: the text is no such sum.
-    """
-    tree = parse(rule)
-    terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
-    if any(call.settings or call.inner for _, call in terms):
-        raise DraftuneError(f"best_by must be a sum of evaluation columns, not {rule!r}")
-    weights: dict[str, float] = {}
-    for weight, call in terms:
-        weights[call.name] = weights.get(call.name, 0.0) + weight
-    return weights
-
-
-def rule_of(best_by: str, held_out: Reward | None) -> dict[str, float]:
-    """Return the weights of `best_by`, else those of the evaluation rewards; empty without both."""
-    if best_by or held_out is None:
-        return weights_of(best_by) if best_by else {}
-    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in held_out.columns.items()}
-
-
-def weighed(weights: Mapping[str, float], row: Mapping[str, T]) -> T:
-    """Return the weighted sum of a row's columns, numbers or tensors. Raises DraftuneError for an unknown column."""
-    for column in weights:
-        if column not in row:
-            raise unknown("column of the evaluations", column, row)
-    total: Any = sum(weight * row[column] for column, weight in weights.items())
-    return total
+"""A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
 
 
 class Guard:
@@ -129,4 +85,4 @@ def spread(key: str, *rows: Row) -> float:
 
     It assumes independent rows. Evaluations share their seeds, so it overestimates the error.
     """
-    return math.hypot(*(row.get("errors", {}).get(key) or 0.0 for row in rows))
+    return math.hypot(*(row.get("stderr", {}).get(key) or 0.0 for row in rows))

@@ -7,11 +7,12 @@ from itertools import cycle, islice
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import score_batches
+from draftune.evaluation.reward_check import probe_reward, tell_truncated
 from draftune.experimental.threshold_smoothing import smoothed
 from draftune.models.tiny_decoder import check_likeness
 from draftune.rewards.base import check_prompts
 from draftune.runs.checkpoint import undisturbed
-from draftune.training.checks import AUDITED, probe_reward, tell_truncated
+from draftune.training.checks import AUDITED
 from draftune.training.context import TrainContext
 from draftune.training.step import Updates
 from draftune.utils.logging import logger

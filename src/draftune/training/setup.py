@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, gather, unknown
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, weights_of
 from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
@@ -27,7 +28,6 @@ from draftune.settings import Settings
 from draftune.training.context import TrainContext
 from draftune.training.continued import Past, find_past
 from draftune.training.distributed import accelerator, processes_of, tell_unheeded
-from draftune.training.early_stopping import DENOISER_MSE, DIVERSITY, HELD_OUT, weights_of
 from draftune.training.fsdp import shard, wants_shards
 from draftune.training.optim import check_optimizer
 from draftune.training.trackers import installed_trackers
@@ -180,7 +180,7 @@ def check_columns(columns: dict[str, float], reward: Reward, held_out: Reward | 
     """Raise DraftuneError for a column in `best_by` that the evaluations will not have."""
     known = [reward.label, *reward.columns, *(past.columns if past is not None else ())]
     known += [f"{HELD_OUT}{label}" for label in held_out.columns] if held_out is not None else []
-    known += [DIVERSITY, "distance", DENOISER_MSE]
+    known += [DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
     for column in columns:
         if column not in known:
             raise unknown("column of the evaluations", column, known)

@@ -42,8 +42,8 @@ def train_state(updates: Updates) -> tuple[dict[str, Any], dict[str, Tensor]]:
         **starts,
         "kept_prompts": updates.kept_order.queue,
         "reward_queries": updates.scorer.queries,
-        "seconds": updates.seconds,
-        "skipped": [updates.skipped, updates.skipped_in_a_row, updates.overflows],
+        "train_seconds": updates.seconds,
+        "nonfinite_steps": [updates.skipped, updates.skipped_in_a_row, updates.overflows],
         "prompts": updates.order.queue,
         "weights": [weight for weight, _ in context.reward.terms],
         "method": {key: value for key, value in method.items() if not isinstance(value, Tensor)},
@@ -89,8 +89,8 @@ def load_train_state(
     for name, learned in carried(context.reward).items() if same_reward else ():
         learned.resize_as_(tensors[name]).copy_(tensors[name])
     updates.generator.set_state(tensors["generator"])
-    updates.scorer.queries, updates.seconds = state["reward_queries"], state["seconds"]
-    updates.skipped, updates.skipped_in_a_row, updates.overflows = state["skipped"]
+    updates.scorer.queries, updates.seconds = state["reward_queries"], state["train_seconds"]
+    updates.skipped, updates.skipped_in_a_row, updates.overflows = state["nonfinite_steps"]
     if "prompts" not in changed:
         updates.order.queue = state["prompts"]
     if "retain_prompts" not in changed:

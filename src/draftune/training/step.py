@@ -241,7 +241,7 @@ class Updates:
             "grad_norm": norms[0],
             "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
             "learning_rate": rate,
-            "seconds": round(self.seconds, 4),
+            "train_seconds": round(self.seconds, 4),
             **self.context.method.report(),
         }
         if self.noise is not None:
@@ -251,7 +251,7 @@ class Updates:
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:
-            row["skipped"] = self.skipped
+            row["nonfinite_steps"] = self.skipped
         return row
 
     @contextmanager

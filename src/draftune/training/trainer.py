@@ -21,7 +21,7 @@ from draftune.rewards import Reward
 from draftune.rewards.base import carried
 from draftune.runs.checkpoint import KEPT, checkpoints, load_random_state, random_state, read_state, read_tensors
 from draftune.runs.environment import environment
-from draftune.runs.run_dir import EVALUATIONS, METRICS
+from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
 from draftune.training.callbacks import Callback
 from draftune.training.checks import AUDITED
@@ -251,7 +251,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate the model, with the averaged LoRA if there is a moving average."""
-        counted = {"reward_queries": self.updates.scorer.queries, "seconds": round(self.updates.seconds, 4)}
+        counted = {"reward_queries": self.updates.scorer.queries, "train_seconds": round(self.updates.seconds, 4)}
         with self.updates.averaged():
             row = self.watch.evaluate(self.done, counted)
         if row is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, rule_of
 from draftune.evaluation.metrics import (
     KEPT_COLUMN,
     Comparison,
@@ -17,9 +18,9 @@ from draftune.evaluation.metrics import (
 )
 from draftune.lora import save_lora
 from draftune.runs.checkpoint import undisturbed
-from draftune.runs.run_dir import EVALUATIONS, SAMPLES
+from draftune.runs.logs import EVALUATIONS, SAMPLES
 from draftune.training.context import TrainContext
-from draftune.training.early_stopping import DENOISER_MSE, Guard, rule_of
+from draftune.training.early_stopping import Guard
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.logging import logger
 
@@ -90,8 +91,8 @@ class Watch:
         # Images take memory: only the first and the last evaluation are compared in the end.
         self.evaluations = {0: self.evaluations.get(0, evaluation), step: evaluation}
         distance = float((evaluation.images - self.evaluations[0].images).abs().mean())
-        moved = {"distance": distance, DENOISER_MSE: self.denoiser_mse(context.eval_prompts[: s.batch_size])}
-        measured = {"step": step, **counted, **evaluation.scores, **moved, "errors": evaluation.errors}
+        moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(context.eval_prompts[: s.batch_size])}
+        measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": evaluation.stderr}
         # Processes may differ in the last digits, but must decide alike.
         row = context.processes.of_main(measured)
         guard = self.guard = self.guard or self.resumed_guard()

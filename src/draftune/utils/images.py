@@ -1,7 +1,8 @@
-"""Pictures in and out: tensors, PIL, grids with captions."""
+"""Images: conversion between tensors and PIL, files, and grids with labels and captions."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,26 +13,30 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.utils.paths import IMAGE_ENDINGS, written_whole
+from draftune.utils.paths import IMAGE_ENDINGS, user_path, written_whole
 
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}
-"""Endings that Pillow knows of documents, films and tables of numbers."""
-CELL = 128  # pixels of a picture in a grid
+"""Endings in Pillow's list of documents, videos and arrays."""
+CELL = 128
+"""Width of an image in a grid, in pixels."""
 GAP = 6
 TEXT = 16
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in [0, 1] to B pictures of 8 bits."""
+    """Convert images [B, 3, H, W] in [0, 1] to 8-bit PIL images."""
     array = images.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
+    return [Image.fromarray(image) for image in array]
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A picture to [1, 3, H, W] in [0, 1], upright; transparency becomes white, 16 bits a channel keep their scale."""
+    """Convert a PIL image to [1, 3, H, W] in [0, 1].
+
+    The EXIF orientation is applied, transparent pixels become white, and 16-bit channels are divided by 65535.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        # PIL's own conversion to RGB clips these at 255.
+        # PIL's conversion to RGB clips these modes at 255.
         levels = torch.from_numpy(np.asarray(image).astype(np.float32))
         most = 65535 if image.mode.startswith("I") else 255 if levels.max() > 1 else 1
         return (levels / most).clamp(0, 1).expand(1, 3, *levels.shape).clone()
@@ -44,30 +49,66 @@ def from_pil(image: Image.Image) -> Tensor:
 
 @cache
 def image_endings() -> frozenset[str]:
-    """Return the endings of image files, in lower case: those that Pillow reads here, and those that it does not."""
+    """Return the endings of image files in lower case, whether this Pillow reads them or not."""
     Image.init()
     return IMAGE_ENDINGS | Image.registered_extensions().keys() - NO_IMAGES
 
 
 def is_hidden(path: Path) -> bool:
-    """Return whether a path in a folder is hidden: a part of it begins with a dot, or is macOS's folder in archives."""
+    """Return whether a part of the path begins with a dot or is __MACOSX, which macOS adds to archives."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
+def find_images(sources: Sequence[str]) -> list[Path]:
+    """Return image files, each once.
+
+    Args:
+        sources: Files, glob patterns, and folders. A folder stands for all files in it with the ending of an image,
+            readable or not, without hidden files and folders.
+
+    Raises:
+        DraftuneError: a source matches nothing.
+    """
+    images: dict[Path, None] = {}
+    for source in sources:
+        path = user_path(source)
+        if path.is_dir():
+            candidates = (p for p in path.rglob("*") if p.suffix.lower() in image_endings())
+            paths = sorted(p for p in candidates if not is_hidden(p.relative_to(path)) and p.is_file())
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        if not paths:
+            raise DraftuneError(f"no image at {source!r}: give a file, a folder or a pattern such as 'out/*.png'")
+        known = {path.resolve() for path in images}
+        images |= dict.fromkeys(path for path in paths if path.resolve() not in known)
+    return list(images)
+
+
 def open_image(path: Path) -> Tensor:
-    """The picture in a file, [1, 3, H, W]. Raises DraftuneError if there is none."""
+    """Read an image file as [1, 3, H, W] in [0, 1]. Raises DraftuneError if that fails."""
     try:
         with Image.open(path) as image:
             return from_pil(image)
     except Exception as error:
-        # Of a damaged file, a plugin may raise nearly anything.
-        raise DraftuneError(f"cannot read the picture {str(path)!r}: {error}") from error
+        # Pillow's plugins raise nearly any exception for damaged files.
+        raise DraftuneError(f"cannot read the image {str(path)!r}: {error}") from error
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Writes a PNG whole or not at all."""
+    """Write a PNG file atomically."""
     with written_whole(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def save_images(images: Tensor, folder: Path) -> list[Path]:
+    """Write images [N, 3, H, W] to 00.png, 01.png, … in a folder, and return the paths."""
+    digits = max(2, len(str(len(images) - 1)))
+    paths = [folder / f"{i:0{digits}d}.png" for i in range(len(images))]
+    for path, image in zip(paths, to_pil(images), strict=True):
+        save_image(image, path)
+    return paths
 
 
 def grid(
@@ -76,7 +117,14 @@ def grid(
     column_labels: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """A grid of pictures: each row is [N, 3, H, W] in [0, 1], with a caption under each picture where given."""
+    """Draw a grid of images.
+
+    Args:
+        rows: Images [N, 3, H, W] in [0, 1] of each row.
+        row_labels: Text left of each row.
+        column_labels: Text above each column.
+        captions: Text below each image, by row.
+    """
     font = ImageFont.load_default(13)
     left = GAP + (max(int(font.getlength(label)) for label in row_labels) + GAP if row_labels else 0)
     top = GAP + (TEXT if column_labels else 0)
@@ -90,12 +138,12 @@ def grid(
         y = top + i * height
         if row_labels:
             draw.text((GAP, y + CELL // 2 - 8), row_labels[i], "black", font)
-        for j, picture in enumerate(to_pil(row)):
+        for j, image in enumerate(to_pil(row)):
             x = left + j * (CELL + GAP)
-            picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-            if picture.height < CELL:
-                picture = picture.resize((CELL, CELL * picture.height // picture.width), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (x, y))
+            image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+            if image.height < CELL:
+                image = image.resize((CELL, CELL * image.height // image.width), Image.Resampling.BICUBIC)
+            sheet.paste(image, (x, y))
             if captions:
                 centered(draw, captions[i][j], x, y + CELL + 1, font)
     return sheet
@@ -104,7 +152,7 @@ def grid(
 def centered(
     draw: ImageDraw.ImageDraw, text: str, x: int, y: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> None:
-    """The text in the middle of a cell, cut where it is too long."""
+    """Draw text centered in a cell that begins at `x`; too long a text ends in an ellipsis."""
     if font.getlength(text) > CELL:
         while text and font.getlength(text + "…") > CELL:
             text = text[:-1]

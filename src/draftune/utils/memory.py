@@ -1,4 +1,4 @@
-"""How much memory something takes: a number, and not a matter of luck."""
+"""Measure the peak memory of a function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch.utils._pytree import tree_iter
 
 
 class PeakMemory(TorchDispatchMode):
-    """Inside this block: `peak`, the largest sum of the storages that were made in it and are still alive."""
+    """Count the memory of CPU tensors that are created in a block.
+
+    Attributes:
+        live: Bytes of the storages that were created and still exist.
+        peak: Maximum of `live`.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -20,15 +25,16 @@ class PeakMemory(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A view of what was there before, such as a transposed weight, is nothing new.
-        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
+        # A view of an existing storage, such as a transposed weight, takes no memory.
+        existing = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for tensor in tensors(out):
-            if (storage := tensor.untyped_storage())._cdata not in given:
+            if (storage := tensor.untyped_storage())._cdata not in existing:
                 self.add(storage)
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
         key = storage._cdata
         if key in self.seen:
             return
@@ -38,17 +44,18 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, self.drop, key, storage.nbytes())
 
     def drop(self, key: int, size: int) -> None:
+        """Stop counting a storage that was freed."""
         self.seen.discard(key)
         self.live -= size
 
 
 def tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Those among an operation's arguments or results."""
+    """Yield the tensors in an operation's arguments or results."""
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes that tensors made in `function` take at once; on CUDA as its allocator counts them."""
+    """Return the peak memory of tensors created in `function` in bytes; on CUDA as the allocator counts them."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Paths that users type, and files that are written whole."""
+"""Check paths that users give, and write files atomically."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 from draftune.errors import DraftuneError
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Bytes that the usual file systems take."""
+"""Maximum length of a name and of a path in bytes, on common file systems."""
 
 
 def user_path(path: str | Path) -> Path:
-    """The path with a leading ~ resolved; one that can't be is a name like any other.
+    """Return the path with a leading ~ expanded, if that user exists.
 
-    Raises DraftuneError for a text that no file can be named by.
+    Raises:
+        DraftuneError: no file can have this name: it is too long or contains a null byte.
     """
-    found = Path(os.path.expanduser(path))
-    sizes = [len(part.encode(errors="surrogatepass")) for part in (str(found), *found.parts)]
-    if "\0" in str(found) or sizes[0] > LONGEST_PATH or max(sizes[1:], default=0) > LONGEST_NAME:
+    expanded = Path(os.path.expanduser(path))
+    sizes = [len(part.encode(errors="surrogatepass")) for part in (str(expanded), *expanded.parts)]
+    if "\0" in str(expanded) or sizes[0] > LONGEST_PATH or max(sizes[1:], default=0) > LONGEST_NAME:
         raise DraftuneError(f"no file can have the name {str(path)!r}")
-    return found
+    return expanded
 
 
 def check_writable(path: Path) -> None:
-    """Raises DraftuneError where nothing can be written, before the work whose result is to be kept there."""
+    """Raise DraftuneError if a path cannot be written; called before long work starts."""
     existing = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
     if not existing.is_dir():
-        raise DraftuneError(f"cannot write to {str(path)!r}: {str(existing)!r} is no folder")
+        raise DraftuneError(f"cannot write to {str(path)!r}: {str(existing)!r} is not a folder")
     if not os.access(path if path.is_dir() else existing, os.W_OK):
         raise DraftuneError(f"cannot write to {str(path)!r}: no permission")
 
@@ -39,47 +40,49 @@ IMAGE_ENDINGS = frozenset({
     ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".ico", ".icns", ".svg", ".tga", ".ppm", ".pgm",
     ".pbm", ".pnm", ".qoi", ".psd", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2",
 })  # fmt: skip
-"""Endings of image files, whether Pillow reads them or not, in lower case."""
+"""Endings of image files in lower case, whether Pillow reads them or not."""
 
 
 def folder_output(text: str, flag: str) -> Path:
-    """Return the folder that a flag names; its name may hold a dot.
+    """Return the folder that an option names.
 
     Raises:
-        DraftuneError: for a file, for the name of an image file without a slash after it, and where nothing can be
-            written.
+        DraftuneError: the text names a file, ends like an image file without a slash after it, or cannot be written.
     """
     output = user_path(text)
     if output.exists() and not output.is_dir():
-        raise DraftuneError(f"{flag} takes a folder, and {text!r} is a file")
+        raise DraftuneError(f"{flag} must be a folder, {text!r} is a file")
     if output.suffix.lower() in IMAGE_ENDINGS and not names_folder(text):
-        raise DraftuneError(f"{flag} takes a folder, and {text!r} is the name of an image: end a folder's with a slash")
+        raise DraftuneError(
+            f"{flag} must be a folder, {text!r} ends like an image file; end a folder's name with a slash"
+        )
     check_writable(output)
     return output
 
 
 def image_output(text: str, flag: str = "--output") -> tuple[Path, bool]:
-    """Return the .png file or the folder that a flag names, and whether it is the file.
+    """Return the .png file or the folder that an option names, and whether it is the file.
 
-    The name of another image file is refused; anything else is a folder, and so is what ends in a slash.
+    Raises:
+        DraftuneError: the text ends like another image file, or cannot be written.
     """
     output = user_path(text)
     if names_folder(text) or output.suffix.lower() not in IMAGE_ENDINGS:
         return folder_output(text, flag), False
     if output.suffix.lower() != ".png":
-        raise DraftuneError(f"{flag} takes a .png file or a folder, not {text!r}: end a folder's name with a slash")
+        raise DraftuneError(f"{flag} must be a .png file or a folder, not {text!r}; end a folder's name with a slash")
     check_writable(output)
     return output, True
 
 
 def names_folder(text: str) -> bool:
-    """Return whether a text names a folder: one that is there, or anything that ends in a slash."""
+    """Return whether a text names an existing folder or ends in a slash."""
     return text.endswith(("/", os.sep)) or user_path(text).is_dir()
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, in whose place it is put at the end: the old one or the new, never half of one."""
+    """Yield a temporary path beside `path`, and replace `path` by it after the block (atomic write)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""The processes that make one run together. Imports no torch, so that the command line can ask which of them it is."""
+"""The processes of a distributed run, with plain torch.distributed. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftune.errors import DraftuneError
@@ -20,17 +20,17 @@ T = TypeVar("T", bound="Sequence[Any] | Tensor")
 
 
 def launched() -> tuple[int, int]:
-    """Which of the processes that a launcher started this one is, and how many they are: (0, 1) without one."""
+    """Return the rank of this process and the number of processes of its launcher: (0, 1) without a launcher."""
     count = int(os.environ.get("WORLD_SIZE") or 1)
     return int(os.environ.get("RANK") or 0) if count > 1 else 0, count
 
 
 class SaidByMainError(DraftuneError):
-    """A mistake that the main process has too, and says."""
+    """An error that process 0 raises and prints too."""
 
 
 def leave() -> int:
-    """Ends what the processes of a launcher share, after the work; which of them this one was."""
+    """Destroy the process group after the work, and return the rank of this process."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -39,12 +39,12 @@ def leave() -> int:
 
 
 def to_say(error: DraftuneError) -> str | None:
-    """What this process prints of a mistake: the main one everything, the others what the main one can't know."""
+    """Return what this process prints of an error: process 0 all, the others what process 0 cannot know."""
     index, _ = launched()
     if index == 0:
         return str(error)
     distributed = sys.modules.get("torch.distributed")
-    # Until the processes know each other, those of one machine have read the same arguments and files.
+    # Before the process group exists, all processes of a machine fail alike, since they read the same files.
     alike = distributed is None or not distributed.is_initialized()
     if isinstance(error, SaidByMainError) or (alike and os.environ.get("LOCAL_RANK") != "0"):
         return None
@@ -52,7 +52,7 @@ def to_say(error: DraftuneError) -> str | None:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether it says that another process is no longer there."""
+    """Return whether an error was raised because another process of the run has ended."""
     from torch import distributed
 
     known = isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
@@ -61,110 +61,126 @@ def lost(error: RuntimeError) -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is and what it shares with the others; one alone has all of everything.
+    """This process and the collectives that it shares with the others. A single process holds everything.
 
-    Whatever makes the processes wait for each other is to be called by all of them, in the same order.
+    All processes must call the same collectives (`gather`, `mean_`, `any`, `of_main`, `texts`, `together`) in the same
+    order. A collective inside a block of `together` raises RuntimeError, with one process too: it would hang if
+    another process had left the block with an error.
+
+    Attributes:
+        index: Rank of this process; process 0 is the main process.
+        count: Number of processes.
+        device: Device on which collectives run.
     """
 
     index: int = 0
     count: int = 1
     device: torch.device | str = "cpu"
-    """On which tensors travel."""
+    blocks: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """An item while this process is inside a block of `together`."""
 
     @property
     def main(self) -> bool:
-        """Whether it is the one that writes files and speaks to the user."""
+        """Return whether this process writes files and prints."""
         return self.index == 0
 
     def share(self, values: T) -> T:
-        """This process's part of what all of them have: equal parts in order, of a multiple of their number."""
+        """Return this process's part of values that all processes hold; their number is a multiple of `count`."""
         size = len(values) // self.count
         own: Any = values[self.index * size : (self.index + 1) * size]
         return own
 
     def padded_share(self, values: list[Any]) -> list[Any]:
-        """As `share` for any number of values but none: the last one is repeated, and `gather` gives it too often."""
+        """Return this process's part of any number of values, at least 1; the last one is repeated as padding."""
         return self.share(values + values[-1:] * (-len(values) % self.count))
 
     def gather(self, own: Tensor) -> Tensor:
-        """Every process's tensor [N, …] of the same shape, one after the other [count * N, …]."""
+        """Concatenate the tensors [N, …] of all processes, which have the same shape, to [count * N, …]."""
+        self.check_outside_block()
         if self.count == 1:
             return own
         import torch
         from torch import distributed
 
-        sent = own.detach().to(self.device).contiguous()
-        parts = [torch.empty_like(sent) for _ in range(self.count)]
-        distributed.all_gather(parts, sent)
+        part = own.detach().to(self.device).contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.count)]
+        distributed.all_gather(parts, part)
         return torch.cat(parts).to(own.device)
 
     def mean_(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Puts the mean over the processes in the place of each gradient; where none has one, there stays none."""
+        """Average gradients over the processes, in place. A gradient that is None in all processes stays None."""
+        self.check_outside_block()
         if self.count == 1:
             return
         import torch
         from torch import distributed
 
         known = list(parameters)
-        # One message: the gradients and, after them, who has one.
-        whole = torch.cat(
+        # One message: all gradients, then a flag for each that tells whether this process has one.
+        flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in known]
             + [torch.tensor([p.grad is not None for p in known], device=known[0].device, dtype=known[0].dtype)]
         )
-        distributed.all_reduce(whole)
-        whole /= self.count
-        *gradients, had = whole.split([*(p.numel() for p in known), len(known)])
-        for parameter, gradient, some in zip(known, gradients, had.tolist(), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone() if some else None
+        distributed.all_reduce(flat)
+        flat /= self.count
+        *gradients, flags = flat.split([*(p.numel() for p in known), len(known)])
+        for parameter, gradient, flag in zip(known, gradients, flags.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone() if flag else None
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any of the processes."""
-        if self.count == 1:
-            return flag
+        """Return whether the flag is set in any process."""
         import torch
 
-        return bool(self.gather(torch.tensor([int(flag)])).any())
+        return bool(self.gather(torch.tensor([flag], dtype=torch.uint8)).any())
 
     def of_main(self, value: Any) -> Any:
-        """What the main process has, as JSON has it, where others may have measured something else."""
-        if self.count == 1:
-            return value
-        return json.loads(self.texts(json.dumps(value) if self.main else "")[0])
+        """Broadcast a JSON value from process 0, such as a measurement whose last digits differ between processes."""
+        self.check_outside_block()
+        return json.loads(self.texts(json.dumps(value))[0]) if self.count > 1 else value
 
     def texts(self, own: str) -> list[str]:
-        """The text of every process."""
+        """Return the texts of all processes. They are sent as bytes, since unpickling could run code."""
         import torch
 
         encoded = own.encode()
         sizes = self.gather(torch.tensor([len(encoded)])).tolist()
-        if not any(sizes):
-            return [""] * self.count
-        padded = torch.tensor(list(encoded.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+        # With one byte more, since NCCL does not send empty tensors.
+        padded = torch.tensor(list(encoded.ljust(max(sizes) + 1, b"\0")), dtype=torch.uint8)
         rows = self.gather(padded[None]).tolist()
         return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A mistake that one process finds inside this block ends all of them at its end, with the same words.
+        """Raise a DraftuneError of one process in all processes, at the end of the block, with the same message.
 
-        Nothing inside may wait for the other processes.
+        No process leaves the block alone, so that none waits forever for one that has failed.
         """
-        if self.count == 1:
-            yield
-            return
-        mistake = None
+        self.check_outside_block()
+        self.blocks.append("together")
+        failure = None
         try:
             yield
         except DraftuneError as error:
-            mistake = error
-        said = self.texts("" if mistake is None else str(mistake))
-        found = next((i for i, text in enumerate(said) if text), None)
-        if found is None:
+            failure = error
+        finally:
+            self.blocks.pop()
+        if self.count == 1:
+            if failure is not None:
+                raise failure
             return
-        if self.main and mistake is not None:
-            raise mistake
-        message = said[found] if found == 0 else f"process {found}: {said[found]}"
-        raise (DraftuneError if self.main else SaidByMainError)(message) from mistake
+        messages = self.texts("" if failure is None else str(failure))
+        first = next((i for i, text in enumerate(messages) if text), None)
+        if first is None:
+            return
+        if self.main and failure is not None:
+            raise failure
+        message = messages[first] if first == 0 else f"process {first}: {messages[first]}"
+        raise (DraftuneError if self.main else SaidByMainError)(message) from failure
+
+    def check_outside_block(self) -> None:
+        """Raise RuntimeError if this process is inside a block of `together`."""
+        if self.blocks:
+            raise RuntimeError("a collective inside Processes.together() hangs if another process fails: move it out")
 
 
 ALONE = Processes()

@@ -1,4 +1,4 @@
-"""Keeps the libraries' remarks about torchvision, safety checkers and the like from the user's screen."""
+"""Silence warnings and progress bars of diffusers, transformers and huggingface_hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, log lines or progress bars of diffusers and transformers inside this block."""
+    """Suppress warnings, log lines and progress bars of these libraries inside the block."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 

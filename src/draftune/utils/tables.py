@@ -1,4 +1,4 @@
-"""Tables in files."""
+"""Write tables as CSV and JSON, and format them for the terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from draftune.utils.paths import written_whole
 
 NAME = 35
-"""Characters of a name in a printed table, which is to fit into 100."""
+"""Maximum width of names in a printed table, so that a line has at most 100 characters."""
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows with the same columns, whole or not at all; what is not finite is an empty cell."""
+    """Write rows with the same columns atomically; numbers that are not finite are empty cells."""
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -27,13 +27,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all; what is not finite, which JSON does not know, is null."""
+    """Write JSON atomically; numbers that are not finite are null."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite."""
+    """Replace numbers that are not finite by None, recursively."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,5 +42,5 @@ def finite(value: Any) -> Any:
 
 
 def shortened(text: str, width: int = NAME) -> str:
-    """The text, or its end, where names and paths differ."""
+    """Return the text, shortened to its end, where paths differ."""
     return text if len(text) <= width else "…" + text[1 - width :]

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors and nothing else."""
+"""Write safetensors files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 LENGTH = 8
-"""Bytes at the start of a safetensors file that hold the length of its JSON header; headers end at multiples of it."""
+"""Bytes at the start of a safetensors file with the length of its JSON header, which is padded to a multiple of it."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file: equal tensors and metadata give equal bytes.
+    """Write a safetensors file. Equal tensors and metadata give equal bytes.
 
     Raises:
-        OSError: it can't be written, such as on a full disk.
+        OSError: the file cannot be written.
     """
-    # The library's own way to write a file lets nobody but its owner read it.
+    # safetensors' own function writes files that only the owner can read.
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     header, end = sorted_header(data)
     with path.open("wb") as file:
@@ -28,10 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def sorted_header(data: bytes) -> tuple[bytes, int]:
-    """Return the header of a safetensors file with its metadata sorted, and where the tensors begin in `data`.
-
-    The library writes the metadata in a random order.
-    """
+    """Return the header with sorted metadata, which the library writes in random order, and its end in `data`."""
     end = LENGTH + int.from_bytes(data[:LENGTH], "little")
     header = json.loads(data[LENGTH:end])
     if "__metadata__" in header:

@@ -1,4 +1,4 @@
-"""A run in words: what was asked, what was reached, and whether the reward is to be believed."""
+"""A summary of a run in sentences: its settings, its results, and a warning of over-optimization."""
 
 from __future__ import annotations
 
@@ -6,76 +6,77 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import DIVERSITY, HELD_OUT
 from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.registry.expression import Call, parse
 from draftune.settings import Settings
-from draftune.training.early_stopping import DIVERSITY, HELD_OUT, Guard, spread
+from draftune.training.early_stopping import Guard, spread
 
 Rows = Sequence[Mapping[str, Any]]
 ENDS = 10
-"""Updates at each end of a run whose mean is told, since one batch's reward says little."""
+"""Number of updates at each end of a run whose rewards are averaged, since single batches are noisy."""
 
 
 def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[str]]:
-    """What was asked and what it took, as pairs of a name and a value."""
-    last = metrics[-1] if metrics else {"step": 0, "seconds": 0, "reward_queries": 0}
-    found = {
+    """Return the main settings and the cost of a run as pairs of name and value."""
+    last = metrics[-1] if metrics else {"step": 0, "train_seconds": 0, "reward_queries": 0}
+    values = {
         "Reward": settings.reward,
-        "Held out": settings.held_out,
+        "Evaluation rewards": settings.held_out,
         "Method": settings.method,
         "Model": settings.model,
         "Prompts": settings.prompts,
         "Continued from": settings.continue_from,
-        "Kept on": settings.retain_prompts,
-        "Compared on": settings.eval_prompts,
+        "Retained prompts": settings.retain_prompts,
+        "Evaluation prompts": settings.eval_prompts,
         "Updates": f"{last['step']:,} of {settings.steps:,}",
-        "Scored pictures": f"{last['reward_queries']:,}",
-        "Training time": duration(last["seconds"]),
+        "Scored images": f"{last['reward_queries']:,}",
+        "Training time": duration(last["train_seconds"]),
         "Device": device,
     }
-    return [[name, value] for name, value in found.items() if value]
+    return [[name, value] for name, value in values.items() if value]
 
 
-def verdict(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | None) -> str:
-    """One paragraph; `reward` is its column in the evaluations."""
+def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | None) -> str:
+    """Return a paragraph on the results. `reward` is the reward's column in the evaluations."""
     if not metrics:
         return "No update has been made yet."
     done, count = metrics[-1]["step"], min(ENDS, (len(metrics) + 1) // 2)
     first, last = (mean([row.get("reward") for row in rows]) for rows in (metrics[:count], metrics[-count:]))
     start = f"In {done:,} updates" if done >= settings.steps else f"In {done:,} of {settings.steps:,} updates"
     mean_of = "" if count == 1 else f", as means of {count} updates"
-    said = [f"{start} the reward of the training pictures {moved(first, last)}{mean_of}."]
+    sentences = [f"{start} the reward of the training images {moved(first, last)}{mean_of}."]
     if reward is not None and len(evaluations) > 1:
-        said[0] = f"{start} the reward {course(evaluations, reward)}."
+        sentences[0] = f"{start} the reward {course(evaluations, reward)}."
         held_out = [key for key in evaluations[0] if key.startswith(HELD_OUT) and key != DIVERSITY]
         for key in held_out:
-            said.append(f"Held out, {key.removeprefix(HELD_OUT)} {course(evaluations, key)}.")
+            sentences.append(f"The evaluation reward {key.removeprefix(HELD_OUT)} {course(evaluations, key)}.")
         for key in evaluations[0]:
             if key.startswith(KEPT_COLUMN):
-                said.append(f"Of the training before, {key.removeprefix(KEPT_COLUMN)} {course(evaluations, key)}.")
+                sentences.append(f"The earlier reward {key.removeprefix(KEPT_COLUMN)} {course(evaluations, key)}.")
         if DIVERSITY in evaluations[0]:
-            said.append(f"Diversity {course(evaluations, DIVERSITY)}.")
+            sentences.append(f"Diversity {course(evaluations, DIVERSITY)}.")
     best = best_step(evaluations)
     if best is not None:
-        said.append(f"The LoRA in best/ is that of update {best:,}{known_of(evaluations, best, reward)}.")
+        sentences.append(f"The LoRA in best/ is from update {best:,}{known_of(evaluations, best, reward)}.")
         since = sum(row["step"] > best for row in evaluations)
         if done < settings.steps and settings.patience and since >= settings.patience:
-            said.append(f"The run ended since {since} evaluations after it were no better.")
-    if skipped := metrics[-1].get("skipped"):
-        said.append(f"{skipped:,} updates were left out, since a reward or a gradient was not finite.")
-    return " ".join(said)
+            sentences.append(f"The run stopped early: {since} evaluations after it were not better.")
+    if skipped := metrics[-1].get("nonfinite_steps"):
+        sentences.append(f"{skipped:,} updates were skipped, since a reward or a gradient was not finite.")
+    return " ".join(sentences)
 
 
 def known_of(evaluations: Rows, step: int, reward: str | None) -> str:
-    """The scores of one evaluation, in brackets."""
+    """Return the scores of one evaluation in parentheses."""
     row = next(row for row in evaluations if row["step"] == step)
     columns = [key for key in row if key == reward or key.startswith(HELD_OUT)]
-    told = [f"{key.removeprefix(HELD_OUT)} {number(row[key])}" for key in columns if row[key] is not None]
-    return f" ({', '.join(told)})" if told else ""
+    scores = [f"{key.removeprefix(HELD_OUT)} {number(row[key])}" for key in columns if row[key] is not None]
+    return f" ({', '.join(scores)})" if scores else ""
 
 
 def course(rows: Rows, key: str) -> str:
-    """How a column went from the first evaluation to the last, and its highest value where that lies between."""
+    """Describe how a column changed from the first evaluation to the last, and its maximum if that lies between."""
     known = [row for row in rows if row.get(key) is not None]
     if not known:
         return "was never finite"
@@ -87,9 +88,9 @@ def course(rows: Rows, key: str) -> str:
 
 
 def moved(first: float | None, last: float | None, error: float = 0.0) -> str:
-    """From one number to another; a difference of at most two standard errors is called that."""
+    """Describe a change. `error` is the standard error of the difference; up to two of them are marked as noise."""
     if first is None or last is None:
-        return "is not known"
+        return "is unknown"
     if first == last:
         return f"stayed at {number(first)}"
     if abs(last - first) <= 2 * error:
@@ -98,45 +99,46 @@ def moved(first: float | None, last: float | None, error: float = 0.0) -> str:
 
 
 def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | None:
-    """The guard's warning after the last evaluation, and the update at which it was first given."""
+    """Return the over-optimization warning after the last evaluation, with the update of its first occurrence."""
     if reward is None:
         return None
     weights = {key: weight for key, weight in held_out_weights(settings).items() if all(key in r for r in evaluations)}
-    guard, since, said = Guard(weights, 0, reward), None, None
+    guard, since, text = Guard(weights, 0, reward), None, None
     for row in evaluations:
         guard.see(row)
-        said = guard.warning()
-        since = (since or row["step"]) if said else None
-    return f"{said[0].upper()}{said[1:]}. This was first seen at update {since:,}." if said else None
+        text = guard.warning()
+        since = (since or row["step"]) if text else None
+    return f"{text[0].upper()}{text[1:]}. This was first seen at update {since:,}." if text else None
 
 
 def held_out_weights(settings: Settings) -> dict[str, float]:
-    """The held-out columns by their weights, as far as the settings' words tell them."""
+    """Return the weights of the evaluation rewards by column, as far as the settings contain them."""
     try:
         tree = parse(settings.held_out or "")
     except DraftuneError:
-        return {}  # rewards that were given in Python
+        return {}  # rewards that were passed as Python objects
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
     return {f"{HELD_OUT}{call.name}": weight for weight, call in terms}
 
 
 def best_step(evaluations: Rows) -> int | None:
-    """The update that the best LoRA is from."""
+    """Return the update of the best evaluation, None without evaluations."""
     return next((row["step"] for row in reversed(evaluations) if row.get("best") is True), None)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def number(value: float) -> str:
-    """Four digits that count, and never an exponent above 1."""
+    """Format a number with four significant digits, or without decimals from 1000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h, 3 d 4 h: the two largest units."""
+    """Format a duration by its two largest units: "12 s", "3 min 20 s", "2 h", "3 d 4 h"."""
     left, parts = round(seconds), list[tuple[int, str]]()
     for unit, size in {"d": 86400, "h": 3600, "min": 60, "s": 1}.items():
         count, left = divmod(left, size)

@@ -1,4 +1,4 @@
-"""What a run was asked: its settings beside the defaults, and the command that asks the same again."""
+"""The settings of a run beside their defaults, and the command line that repeats the run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from draftune.settings import Settings
 
 
 def defaults(settings: Settings) -> dict[str, Any]:
-    """What every setting would be had only the model been named, and what depends on it, the method."""
-    usual = asdict(Settings(model=settings.model)) | {"model": Settings.model}
-    return usual | {"prefix_reuse": Settings(model=settings.model, method=settings.method).prefix_reuse}
+    """Return the defaults of all settings for the run's model and method."""
+    values = asdict(Settings(model=settings.model)) | {"model": Settings.model}
+    return values | {"prefix_reuse": Settings(model=settings.model, method=settings.method).prefix_reuse}
 
 
 def changed(settings: Settings) -> list[str]:
-    """The names of the settings that differ from the defaults."""
+    """Return the names of the settings that differ from the defaults."""
     usual = defaults(settings)
     return [name for name, value in asdict(settings).items() if value != usual[name]]
 
 
 def command(settings: Settings) -> str:
-    """The command line of these settings, quoted for a shell."""
+    """Return the command line with these settings, quoted for a shell."""
     words = ["draftune", "train"]
     for name in changed(settings):
         flag, value = name.replace("_", "-"), getattr(settings, name)
@@ -36,7 +36,7 @@ def command(settings: Settings) -> str:
 
 
 def table(settings: Settings) -> dict[str, list[list[str]]]:
-    """Name, value and default of every setting: those that were changed, then the others."""
+    """Return name, value and default of every setting, those that differ from the default apart."""
     usual, different = defaults(settings), changed(settings)
     rows = {f.name: [f.name, written(getattr(settings, f.name)), written(usual[f.name])] for f in fields(settings)}
     return {
@@ -46,7 +46,7 @@ def table(settings: Settings) -> dict[str, list[list[str]]]:
 
 
 def written(value: Any) -> str:
-    """A setting as config.yaml has it; one that is unset or empty is a dash."""
+    """Format a value as in config.yaml; None and '' as a dash."""
     if isinstance(value, bool):
         return str(value).lower()
     return "–" if value in (None, "") else str(value)

@@ -28,7 +28,7 @@ from draftune.lora import (
 )
 from draftune.models import Model, load_model
 from draftune.runs.load import open_source, read_deltas
-from draftune.runs.merge import mix_loras, weighted
+from draftune.runs.merge import merge_loras, weighted
 from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
 
@@ -87,7 +87,7 @@ def test_a_lora_of_convolutions_and_attention_is_loaded_whole(pipeline_folder: P
 def test_a_mix_draws_what_both_draw(pipeline_folder: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = loras
     out = tmp_path / "mixed"
-    assert main(["mix", f"{a}@0.7", f"{b / FILE_NAME}@-0.5", "--output", str(out)]) == 0
+    assert main(["merge", f"{a}@0.7", f"{b / FILE_NAME}@-0.5", "--output", str(out)]) == 0
     both = drawn_with(pipeline_folder, (a, 0.7), (b, -0.5))
     mixed = drawn_with(pipeline_folder, (out, 1.0))
     assert (mixed - both).abs().max() < 1e-5
@@ -97,7 +97,7 @@ def test_a_mix_draws_what_both_draw(pipeline_folder: Path, loras: tuple[Path, Pa
     with safe_open(out / FILE_NAME, "pt") as file:
         said = file.metadata()
     assert said["base_model"] == str(pipeline_folder)
-    assert said["mixed_from"] == f"{a}@0.7 + {b / FILE_NAME}@-0.5"
+    assert said["merged_from"] == f"{a}@0.7 + {b / FILE_NAME}@-0.5"
     config = json.loads(said[CONFIG])
     assert (config["unet.r"], config["unet.lora_alpha"]) == (5, 5)
     assert len(config["unet.target_modules"]) * 2 == len(load_file(out / FILE_NAME))
@@ -108,8 +108,8 @@ def test_a_mix_is_drawn_on_the_grid_of_its_loras(pipeline_folder: Path, tmp_path
         model = random_lora(pipeline_folder, 0, 2, 2, ATTENTION)
         model.set_grid(spacing, True)
         save_lora(model, tmp_path / name)
-    mix_loras([(tmp_path / "a", 1.0), (tmp_path / "b", 0.5)], tmp_path / "same")
-    mix_loras([(tmp_path / "a", 1.0), (tmp_path / "c", 0.5)], tmp_path / "differ")
+    merge_loras([(tmp_path / "a", 1.0), (tmp_path / "b", 0.5)], tmp_path / "same")
+    merge_loras([(tmp_path / "a", 1.0), (tmp_path / "c", 0.5)], tmp_path / "differ")
     assert saved_grid(tmp_path / "same") == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert saved_grid(tmp_path / "differ") == {}
     drawn, _ = open_source(str(tmp_path / "same"), device="cpu")
@@ -145,8 +145,8 @@ def test_others_may_read_a_lora(loras: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_a_mix_is_mixed_again(pipeline_folder: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = loras
-    mix_loras([(a, 1.0), (b, 0.5)], tmp_path / "once")
-    mix_loras([(tmp_path / "once", 0.5), (a, -0.5)], tmp_path / "twice")
+    merge_loras([(a, 1.0), (b, 0.5)], tmp_path / "once")
+    merge_loras([(tmp_path / "once", 0.5), (a, -0.5)], tmp_path / "twice")
     expected = drawn_with(pipeline_folder, (b, 0.25))
     assert (drawn_with(pipeline_folder, (tmp_path / "twice", 1.0)) - expected).abs().max() < 1e-5
 
@@ -156,7 +156,7 @@ def test_layers_that_only_one_lora_changes_get_no_more_ranks_than_the_others(
 ) -> None:
     a = saved_lora(pipeline_folder, tmp_path / "a", 0, 4, 4, ("to_q",))
     b = saved_lora(pipeline_folder, tmp_path / "b", 1, 2, 2, ("to_k",))
-    tensors = load_file(mix_loras([(a, 1), (b, 1)], tmp_path / "mixed"))
+    tensors = load_file(merge_loras([(a, 1), (b, 1)], tmp_path / "mixed"))
     assert {len(tensor) for name, tensor in tensors.items() if "lora.down" in name} == {4}
     expected = drawn_with(pipeline_folder, (a, 1), (b, 1))
     assert (drawn_with(pipeline_folder, (tmp_path / "mixed", 1)) - expected).abs().max() < 1e-5
@@ -173,7 +173,7 @@ def test_a_lora_of_another_tool(pipeline_folder: Path, loras: tuple[Path, Path],
     else:
         renamed = {key: in_peft(key) if names == "lora_A" else key for key in tensors}
     save_file({renamed[key]: tensor for key, tensor in tensors.items()}, tmp_path / "foreign.safetensors")
-    mix_loras([(tmp_path / "foreign.safetensors", 0.5)], tmp_path / "mixed", str(pipeline_folder))
+    merge_loras([(tmp_path / "foreign.safetensors", 0.5)], tmp_path / "mixed", str(pipeline_folder))
     # The file that it was made of has the alpha 1.5 and the rank 3.
     expected = drawn_with(pipeline_folder, (b, 1.0))
     assert (drawn_with(pipeline_folder, (tmp_path / "mixed", 1)) - expected).abs().max() < 1e-5
@@ -224,18 +224,18 @@ def test_the_same_command_again_replaces_its_own_file_alone(
     a, b = (str(lora) for lora in loras)
     out = tmp_path / "mixed"
     out.mkdir()
-    command = ["mix", f"{a}@0.7", b, "--output", str(out)]
-    save_file({"old": torch.ones(1)}, out / FILE_NAME, {"mixed_from": f"{a}@0.7 + {b}@1.0"})
+    command = ["merge", f"{a}@0.7", b, "--output", str(out)]
+    save_file({"old": torch.ones(1)}, out / FILE_NAME, {"merged_from": f"{a}@0.7 + {b}@1.0"})
     assert main(command) == 0
     first = (out / FILE_NAME).read_bytes()
     assert len(read_deltas(out).layers) > 1
-    assert main(["mix", f"{a}@0.6", b, "--output", str(out)]) == 2
+    assert main(["merge", f"{a}@0.6", b, "--output", str(out)]) == 2
     assert mentions(capsys.readouterr().err, out)
     (out / "notes.txt").write_text("mine")
     assert main(command) == 2
     assert (out / FILE_NAME).read_bytes() == first
-    assert main(["mix", a, "--output", str(loras[1])]) == 2
-    assert main(["mix", a, "--output", str(out / "notes.txt")]) == 2
+    assert main(["merge", a, "--output", str(loras[1])]) == 2
+    assert main(["merge", a, "--output", str(out / "notes.txt")]) == 2
     assert mentions(capsys.readouterr().err, "notes.txt folder")
     assert (out / "notes.txt").read_text() == "mine"
 
@@ -285,7 +285,7 @@ def test_mistakes(
         "nobody.safetensors --model": [variant("nobody.safetensors", {})],
     }  # fmt: skip
     for message, sources in cases.items():
-        code = main(["mix", *sources, "--output", str(tmp_path / "new")])
+        code = main(["merge", *sources, "--output", str(tmp_path / "new")])
         lines = capsys.readouterr().err.strip().splitlines()
         assert (code, len(lines)) == (2, 1), (sources, lines)
         assert mentions(lines[0], message), (message, lines[0])
@@ -297,8 +297,8 @@ def test_one_model_under_two_names(pipeline_folder: Path, loras: tuple[Path, Pat
     shutil.copytree(pipeline_folder, tmp_path / "copy")
     c = saved_lora(tmp_path / "copy", tmp_path / "c", 2, 1, 1, ATTENTION)
     out = str(tmp_path / "mixed")
-    assert main(["mix", str(a), str(c), "--output", out]) == 2
-    assert main(["mix", str(a), str(c), "--output", out, "--model", str(tmp_path / "copy")]) == 0
+    assert main(["merge", str(a), str(c), "--output", out]) == 2
+    assert main(["merge", str(a), str(c), "--output", out, "--model", str(tmp_path / "copy")]) == 0
     assert read_deltas(out).base_model == str(tmp_path / "copy")
     assert main(["sample", out, "--prompt", "cat", "--num-inference-steps", "2", "--output", f"{out}.png"]) == 0
     expected = drawn_with(pipeline_folder, (a, 1.0), (c, 1.0))

@@ -1,4 +1,4 @@
-"""A run's pictures as text that a page can hold: small, and each of them once."""
+"""Images of a run as data URIs: small, and each one once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from PIL import Image
 
 SIZES = (384, 256, 192, 128)
 PIXELS = 12_000_000
-"""Of all the pictures of a page together, which makes about 3 MB of them."""
+"""Pixels of all images of a page together, about 3 MB."""
 LOSSLESS = 128
-"""Pixels up to which a picture is kept exactly: it is shown larger than it is, where lost detail would be seen."""
+"""Width up to which images are stored without loss: the page enlarges them, which shows compression artifacts."""
 
 
-class Pictures:
-    """Data URIs by a short digest of each; a file is read again only when it has changed."""
+class ImageStore:
+    """Data URIs of images by digest. A file is read again only if it has changed."""
 
     def __init__(self) -> None:
         self.uris: dict[str, str] = {}
         self.seen: dict[tuple[Path, int, int, int], str] = {}
 
     def take(self, path: Path, size: int) -> str | None:
-        """The digest of the picture in a file, made at most `size` pixels wide and high; None if it can't be read."""
+        """Add an image, at most `size` pixels wide and high, and return its digest; None if it cannot be read."""
         try:
             stat = path.stat()
             known = path, stat.st_mtime_ns, stat.st_size, size
@@ -39,32 +39,35 @@ class Pictures:
 
 
 def data_uri(path: Path, size: int) -> str:
-    """The picture in a file as WebP inside a URI."""
+    """Return an image file as a WebP data URI."""
     with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+        image = opened.convert("RGB")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=85, lossless=max(picture.size) <= LOSSLESS)
+    image.save(buffer, format="WEBP", quality=85, lossless=max(image.size) <= LOSSLESS)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def fitting(count: int) -> int:
-    """The largest size in which so many pictures fit on a page."""
+    """Return the largest of `SIZES` in which `count` images fit on a page."""
     return next((size for size in SIZES if count * size**2 <= PIXELS), SIZES[-1])
 
 
 def evenly(count: int, most: int, always: Iterable[int] = ()) -> list[int]:
-    """At most `most` of the indices 0 to count - 1, evenly: the first and the last are there, and so is `always`.
+    """Return at most `most` evenly spaced indices from 0 to count - 1, in increasing order.
 
-    most: at least 2, and more than there are in `always`.
+    Args:
+        count: Number of items.
+        most: Number of indices, at least 2 and greater than the number of those in `always`.
+        always: Indices to include, besides the first and the last.
     """
     if count <= most:
         return list(range(count))
     chosen = {i * (count - 1) // (most - 1) for i in range(most)}
-    kept = {0, count - 1}
-    for wanted in always:
-        if wanted not in chosen:
-            chosen.remove(min(chosen - kept, key=lambda i: abs(i - wanted)))
-            chosen.add(wanted)
-        kept.add(wanted)
+    fixed = {0, count - 1}
+    for index in always:
+        if index not in chosen:
+            chosen.remove(min(chosen - fixed, key=lambda i: abs(i - index)))
+            chosen.add(index)
+        fixed.add(index)
     return sorted(chosen)
