@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from draftune.registry.custom import run_file
 from safetensors.torch import save_file
 
 import draftune.rewards
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.registry.custom import run_file
 from draftune.rewards import REWARDS, find_reward, load_reward
 from draftune.training.checks import probe_reward
 

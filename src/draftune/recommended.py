@@ -9,7 +9,7 @@ from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
-from draftune.registry.expression import Call, Sum, Value, parse
+from draftune.registry.expression import Value, parse, with_defaults
 from draftune.utils.hub import is_hub_id
 from draftune.utils.paths import user_path
 from draftune.utils.processes import tell
@@ -39,7 +39,7 @@ EMOJI: dict[str, Any] = {
     "prefix_reuse": 4,
     "prompts": "emoji",
     "eval_prompts": "emoji-common",
-    "held_out": "emoji-judge-name + emoji-judge-style(style=3d)",
+    "held_out": 'emoji_name_accuracy + emoji_style_probability(style="3d")',
     "steps": 40,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
@@ -63,17 +63,9 @@ def same_method(first: str, second: str) -> bool:
     An expression that cannot be read equals nothing but itself: `load_method` says what is wrong with it.
     """
     try:
-        return filled_in(parse(first)) == filled_in(parse(second))
+        return with_defaults(parse(first), METHOD_DEFAULTS) == with_defaults(parse(second), METHOD_DEFAULTS)
     except DraftuneError:
         return first == second
-
-
-def filled_in(tree: Call | Sum) -> Call | Sum:
-    """Return the expression of a method with all settings whose defaults are known here."""
-    if isinstance(tree, Sum):
-        return tree
-    inner = None if tree.inner is None else filled_in(tree.inner)
-    return Call(tree.name, METHOD_DEFAULTS.get(tree.name, {}) | tree.settings, inner)
 
 
 def recommended(model: str) -> dict[str, Any]:

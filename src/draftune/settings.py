@@ -14,7 +14,7 @@ from typing import Any
 from draftune.errors import DraftuneError, unknown
 from draftune.prompts import is_text
 from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
-from draftune.registry.expression import NAMES
+from draftune.registry.factories import TYPE_NAMES
 from draftune.utils.paths import user_path
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -49,10 +49,6 @@ class Settings:
     normalize_reward: int = setting(
         0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
     )
-    smoothing: float = setting(
-        0.0, "width of the rewards' smoothed thresholds at the first update, in units of their guards; 0: hard", low=0
-    )
-    smoothing_power: float = setting(0.5, "that width falls as update^-power; 0: it stays", low=0)
     method: str = setting(None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')")
     prompts: str = setting(
         None,
@@ -237,7 +233,7 @@ def checked(f: Field[Any], value: Any) -> Any:
         with suppress(ValueError, OverflowError):
             value = float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise DraftuneError(f"{f.name} must be {NAMES[wanted]}, not {value!r}")
+        raise DraftuneError(f"{f.name} must be {TYPE_NAMES[wanted]}, not {value!r}")
     if isinstance(value, str) and not (value.strip() or f.default == "" or optional(f)):
         raise DraftuneError(f"{f.name} must not be empty")
     if isinstance(value, str) and ("\0" in value or not is_text(value)):

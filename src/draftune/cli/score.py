@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from draftune.evaluation.image_files import find_images, prompts_of, score_files
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
-    from draftune.rewards.base import check_prompts, taught
+    from draftune.rewards.base import check_prompts
+    from draftune.rewards.online import taught
     from draftune.training.checks import tell_truncated
 
     images = find_images(args.images)

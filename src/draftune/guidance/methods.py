@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError
 from draftune.experimental.denoising_loss import Fit
 from draftune.guidance.sampler import Fresh, Uphill, by_ratio, by_variance, pulled, rounds_ahead
 from draftune.lora import add_lora, lora_parameters
 from draftune.models import Model
-from draftune.registry.expression import Call, parse
+from draftune.registry.factories import build, parse_call
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import check_prompts, extra_queries, taught
+from draftune.rewards.base import check_prompts
 from draftune.rewards.chunked import at_once
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import extra_queries, taught
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Schedule, Step
 
@@ -131,12 +133,7 @@ def check(guide: str, **numbers: tuple[float, float, float]) -> None:
 
 def load_guide(text: str) -> Guide:
     """From a name and its settings, as in "ratio(strength=0.2)". Raises DraftuneError for what is not there."""
-    call = parse(text)
-    if not isinstance(call, Call) or call.inner is not None:
-        raise DraftuneError(f"one name with its settings is wanted, such as ratio(strength=0.1), not {text!r}")
-    if call.name not in GUIDES:
-        raise unknown("guidance", call.name, GUIDES)
-    return call.apply(GUIDES[call.name], "guidance")
+    return build(parse_call(text, "guidance", "ratio(strength=0.1)"), "guidance", GUIDES, Guide)  # type: ignore[type-abstract]
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ class Slope:
         """The rewards [B]. Raises DraftuneError where one is not finite."""
 
         def scored(some: Tensor, part: slice) -> Tensor:
-            return self.reward.parts_of(some, self.model.decode, self.prompts[part])[0]
+            return parts_of(self.reward, some, self.model.decode, self.prompts[part])[0]
 
         before = extra_queries(self.reward)
         rewards = at_once(scored, latents, self.reward.chunk_size)

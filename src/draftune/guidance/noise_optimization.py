@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError
 from draftune.models import Model
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import check_prompts, extra_queries, taught
+from draftune.rewards.base import check_prompts
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import extra_queries, taught
 from draftune.sampling.sampler import rollout
 from draftune.training.checks import probe_reward
 
@@ -96,7 +98,7 @@ def optimize_noise(
             if step == 0:
                 probe_reward(score, model.decode(clean.detach()), [prompt])
                 before = extra_queries(score)
-            scores, _, picture = score.parts_of(clean, model.decode, [prompt])
+            scores, _, picture = parts_of(score, clean, model.decode, [prompt])
             value = scores.sum()
         rewards.append(float(value.detach()))
         bar.set_postfix(reward=f"{rewards[-1]:.3f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from draftune.errors import DraftuneError
 from draftune.methods.adjoint_matching import AdjointMatching
 from draftune.methods.base import METHODS, Batch, Method, RewardGradient, register
 from draftune.methods.ddpo import DDPO, DPOK
@@ -11,8 +10,7 @@ from draftune.methods.drtune import DRTune
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
 from draftune.methods.sft_pg import SFTPG
-from draftune.registry.expression import Call, parse
-from draftune.registry.factories import found, inner_call, made
+from draftune.registry.factories import build, parse_call
 
 __all__ = [
     "DDPO",
@@ -37,17 +35,9 @@ __all__ = [
 
 
 def load_method(text: str) -> Method:
-    """A method from its name and settings: "draft", "draft-lv(n=4)", "kl(draft-k(k=5), beta=0.1)", "my.py:Mine(k=2)".
+    """Return a method from an expression: "draft", "draft_lv(n=4)", "kl(draft_k(k=5), beta=0.1)", '"my.py:Mine"(k=2)'.
 
-    Raises DraftuneError for a name or a setting that is not there.
+    Raises:
+        DraftuneError: for an unknown name or setting.
     """
-    tree = parse(text)
-    if not isinstance(tree, Call):
-        raise DraftuneError(f"a method is one name with its settings, such as draft-k(k=10), not {text!r}")
-    return build(tree)
-
-
-def build(call: Call) -> Method:
-    factory = found(call.name, "method", METHODS)
-    inner = inner_call(call, factory, Method, "method", "draft-lv")
-    return made(call, factory, Method, "method", "Method", *([build(inner)] if inner else []))
+    return build(parse_call(text, "method", "draft_k(k=10)"), "method", METHODS, Method)

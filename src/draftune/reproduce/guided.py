@@ -16,7 +16,7 @@ from draftune.experimental.denoising_loss import LEVELS
 from draftune.guidance.methods import load_guide, sample_guided
 from draftune.models import Model
 from draftune.reproduce.lab import GUIDANCE, ONE, Lab, Scale, Work, slug, tidy
-from draftune.rewards.properties import Matches
+from draftune.rewards.pixel import ImageMatch
 from draftune.utils.images import open_image, save_image, to_pil
 
 RATIOS = (0.0, 0.05, 0.1, 0.2, 0.5)
@@ -175,8 +175,8 @@ def pictures(lab: Lab, folder: Path) -> dict[str, float]:
         path = folder / f"whole-{i}.png"
         save_image(to_pil(whole[i : i + 1])[0], path)
         for name, reward in (
-            ("filled", Matches(str(path), mask=str(folder / "mask.png"))),
-            ("coloured", Matches(str(path), "grey")),
+            ("filled", ImageMatch(str(path), mask=str(folder / "mask.png"))),
+            ("coloured", ImageMatch(str(path), "gray")),
         ):
             drawn = sample_guided(model, reward, prompt, f"ratio(strength={STRENGTH})", seeds=[0], **options)
             found[name].append(drawn.pictures)

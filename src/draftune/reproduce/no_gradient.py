@@ -22,10 +22,10 @@ BYTES = "jpeg-bytes"
 LEVEL = 6.0
 SPREAD = 2.0
 """Of `emoji-aesthetic` from picture to picture of the base model."""
-ABOVE = f"above({REWARD}, level={LEVEL:g}, spread={SPREAD:g})"
+ABOVE = f"threshold({REWARD}, at={LEVEL:g})"
 JUDGES = "emoji-judge-name + emoji-judge-style(style=3d)"
 SIZE = f"held-out/{BYTES}"
-SHARE, CLIMBED = f"held-out/above({REWARD})", f"held-out/{REWARD}"
+SHARE, CLIMBED = f"held-out/threshold({REWARD})", f"held-out/{REWARD}"
 POLICY = "ddpo(min_count=4, timestep_fraction=0.25)"
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which the policy has the best, by its first seed; 0.01 loses names, and 0.03 all of them.
@@ -45,8 +45,13 @@ class Way:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-PICTURES = f"black-box({BYTES}, coordinates=4, step=0.02, basis=detail, size=2)"
-LATENTS = f"black-box({BYTES}, coordinates=8, step=0.1, size=2, space=latent)"
+def annealed(width: float, power: float) -> str:
+    """The threshold, with a width in units of the reward's spread that falls as update^-power."""
+    return f"threshold({REWARD}, at={LEVEL:g}, temperature={SPREAD * width:g}, decay={power:g})"
+
+
+PICTURES = f"black-box({BYTES}, coordinates=4, perturbation_std=0.02, basis=high_pass, size=2)"
+LATENTS = f"black-box({BYTES}, coordinates=8, perturbation_std=0.1, size=2, space=latent)"
 ESTIMATED = (
     Way("estimated in pictures, DRaFT-1", ONE, PICTURES),
     Way("estimated in latents, DRaFT-1", ONE, LATENTS),
@@ -58,8 +63,8 @@ RULERS = (
     Way("differentiable JPEG, DRaFT-LV", LV, "jpeg-compressibility"),
 )
 OVER = (
-    Way("width stays at 0.15", ONE, ABOVE, {"smoothing": 0.15, "smoothing_power": 0.0}),
-    Way("width falls from 0.6", ONE, ABOVE, {"smoothing": 0.6}),
+    Way("width stays at 0.15", ONE, annealed(0.15, 0.0)),
+    Way("width falls from 0.6", ONE, annealed(0.6, 0.5)),
     Way("without the threshold", ONE, REWARD),
 )
 WAYS = (*ESTIMATED, *RULERS, *OVER)

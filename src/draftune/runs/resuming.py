@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.registry.custom import defined, is_custom
-from draftune.registry.expression import Call, Sum, Value, parse, signature_of
+from draftune.registry.expression import Call, Sum, Value, parse
+from draftune.registry.factories import is_in_file, load_from_file, signature_of
 from draftune.runs.fingerprint import Source, find_source
 from draftune.settings import Settings
 
@@ -33,8 +33,6 @@ COMPUTED = (
     "model",
     "reward",
     "normalize_reward",
-    "smoothing",
-    "smoothing_power",
     "method",
     "prompts",
     "keep",
@@ -81,7 +79,7 @@ CONTENTS = ("prompts", "eval_prompts", "keep", "continue_from")
 """Settings that are compared by the digest of what they hold: prompts, and the weights of a LoRA."""
 SOURCES = ("model", "gradient_decoder")
 """Settings that name a model, which is compared by its files."""
-EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimiser"}
+EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimizer"}
 EXPRESSIONS |= {"gradient_filter": "gradient filter"}
 """Settings that are expressions, and the kind of what these name."""
 PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "file", "path")
@@ -167,7 +165,7 @@ class Asked:
             )
         if isinstance(now, Call) and isinstance(was, Call):
             (file, _, name), (other, _, second) = now.name.rpartition(":"), was.name.rpartition(":")
-            custom = is_custom(now.name) and is_custom(was.name)
+            custom = is_in_file(now.name) and is_in_file(was.name)
             called = name == second and self.same_value(file, other, earlier) if custom else now.name == was.name
             # The earlier run's own file may be gone.
             usual = defaults(now, kind)
@@ -214,10 +212,10 @@ def parsed(text: Any) -> Tree:
 
 def defaults(call: Call, kind: str) -> dict[str, Value]:
     """Return the default settings of what a call names; none where it can't be imported: loading it says why."""
-    if (kind, call.name) == ("optimiser", "adamw"):
+    if (kind, call.name) == ("optimizer", "adamw"):
         return {}  # its defaults are settings of the run
     try:
-        factory = defined(call.name, kind) if is_custom(call.name) else tables()[kind].get(call.name)
+        factory = load_from_file(call.name, kind) if is_in_file(call.name) else tables()[kind].get(call.name)
         parameters = signature_of(factory).parameters.values() if factory is not None else ()
     except (DraftuneError, TypeError, ValueError):
         return {}
@@ -230,7 +228,7 @@ def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     from draftune.methods import METHODS
     from draftune.rewards import REWARDS
 
-    return {"reward": REWARDS, "method": METHODS, "optimiser": OPTIMIZERS, "gradient filter": FILTERS}
+    return {"reward": REWARDS, "method": METHODS, "optimizer": OPTIMIZERS, "gradient filter": FILTERS}
 
 
 def paths_in(tree: Tree, kind: str) -> Iterator[str]:
@@ -239,11 +237,11 @@ def paths_in(tree: Tree, kind: str) -> Iterator[str]:
         for _, call in tree.terms:
             yield from paths_in(call, kind)
     elif isinstance(tree, Call):
-        if is_custom(tree.name):
+        if is_in_file(tree.name):
             yield tree.name.rpartition(":")[0]
         for key, value in (defaults(tree, kind) | tree.settings).items():
             # Of a user's own code it is not known which settings name files.
-            named = key in PATHS or (is_custom(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
+            named = key in PATHS or (is_in_file(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
             if isinstance(value, str) and named:
                 yield value
         yield from paths_in(tree.inner, kind)

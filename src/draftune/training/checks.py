@@ -12,6 +12,7 @@ from draftune.errors import DraftuneError
 from draftune.prompts import copied, metadata
 from draftune.rewards import Reward
 from draftune.rewards.base import checked_score, explained, inside
+from draftune.rewards.latent import has_latent_gradient
 from draftune.utils.processes import tell
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def probe_reward(
     found = {}
     for _, part in reward.terms:
         # One that is past the decoder has none by pictures; that something is learned from it is the audit's to see.
-        wanted = gradient and not part.past_decoder
+        wanted = gradient and not has_latent_gradient(part)
         found[part.label] = said = probe_part(part, images.detach().float(), prompts, wanted)
         if (blind := said.get("pixels_without_gradient", 0.0)) > FEW_PIXELS:
             tell(
@@ -85,7 +86,7 @@ def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[s
     if not score.requires_grad:
         raise DraftuneError(
             f"{name} has no gradient for any of the {count} pictures: look for no_grad, detach, .item(), NumPy, PIL or "
-            "argmax on the way from the pictures to the score, or estimate one: black-box(…)"
+            "argmax on the way from the pictures to the score, or estimate one: zeroth_order(…)"
         )
     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
     if gradient is None:

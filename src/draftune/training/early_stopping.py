@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,8 @@ HELD_OUT = "held-out/"
 DIVERSITY = f"{HELD_OUT}diversity"
 DENOISER_MSE = "denoiser_mse_from_base"
 """The column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
+COLUMN = re.compile(r"""(?!-)[^\s"'*+]*/[^\s"'*+]*""")
+"""A single column, which needs no quotes."""
 APART = ("errors", "best")
 Row = Mapping[str, Any]
 """A line of evaluations.jsonl: columns, null for what is not finite, and under "errors" their standard errors."""
@@ -23,11 +26,18 @@ T = TypeVar("T", bound=Any)
 
 
 def weights_of(rule: str) -> dict[str, float]:
-    """A weighted sum of columns, "held-out/judge + 0.5*held-out/diversity", by column. Raises DraftuneError."""
-    tree = parse(rule)
+    """Parse one column, as `held-out/judge`, or a sum of quoted ones, as `"held-out/judge" + 0.5*"distance"`.
+
+    Returns:
+        The weights by column.
+
+    Raises:
+        DraftuneError: for anything else.
+    """
+    tree = Call(rule) if COLUMN.fullmatch(rule) else parse(rule)
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
     if any(call.settings or call.inner for _, call in terms):
-        raise DraftuneError(f"best_by is a sum of columns of the evaluations, not {rule!r}")
+        raise DraftuneError(f"best_by must be a sum of quoted columns of the evaluations, not {rule!r}")
     weights: dict[str, float] = {}
     for weight, call in terms:
         weights[call.name] = weights.get(call.name, 0.0) + weight

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.experimental.threshold_smoothing import smoothed, width_at
 from draftune.models import Model
 from draftune.rewards import Reward
-from draftune.rewards.base import extra_queries, learn_all, learners
 from draftune.rewards.chunked import at_once
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import extra_queries, learn_all, learners
 from draftune.settings import Settings
 from draftune.training.data import Drawn
 from draftune.utils.processes import ALONE, Processes
@@ -44,20 +44,12 @@ class Scorer:
         pictures: list[Tensor] = []
         totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
-        width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(self.reward)
-        # What is logged has hard thresholds.
-        first = batch.reward is None
-        hard = width > 0 and first
+        before, first = extra_queries(self.reward), batch.reward is None
 
         def scored(latents: Tensor, some: slice) -> Tensor:
-            with smoothed(width):
-                score, found, shown = self.reward.parts_of(latents, self.model.decode, prompts[some])
-            total = score
-            if hard:
-                with torch.no_grad():
-                    total, found = self.reward.parts(shown, prompts[some])
+            score, found, shown = parts_of(self.reward, latents, self.model.decode, prompts[some])
             pictures.append(shown)
-            totals.append(total.detach())
+            totals.append(score.detach())
             for label, values in found.items():
                 parts.setdefault(label, []).append(values)
             return score
@@ -67,7 +59,7 @@ class Scorer:
             own = at_once(scored, clean, s.reward_batch_size, scale)
         total = self.processes.gather(torch.cat(totals))
         more = self.processes.gather(torch.tensor([extra_queries(self.reward) - before])).sum()
-        self.queries += len(batch.prompts) * (2 if hard else 1) + int(more)
+        self.queries += len(batch.prompts) + int(more)
         if first or not total.isfinite().all():
             batch.pictures, batch.reward = torch.cat(pictures), total
             batch.parts = {label: self.processes.gather(torch.cat(scores)) for label, scores in parts.items()}

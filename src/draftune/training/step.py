@@ -16,12 +16,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from draftune.errors import DraftuneError
 from draftune.experimental.optimizers import Evaluating
-from draftune.experimental.threshold_smoothing import width_at
 from draftune.lora import lora_parameters
 from draftune.methods import Batch, Method
 from draftune.models import Model
 from draftune.rewards import Reward, WeightedSum
-from draftune.rewards.base import carried
+from draftune.rewards.base import begin_step
+from draftune.rewards.online import carried
 from draftune.runs.checkpoint import checkpoints, load_optimizer, optimizer_tensors
 from draftune.runs.resuming import COMPUTED
 from draftune.sampling.sampler import Latents
@@ -40,7 +40,7 @@ from draftune.utils.tensors import save_tensors
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-METHOD_STATE = {"model", "reward", "normalize_reward", "smoothing", "smoothing_power", "method", "height", "width"}
+METHOD_STATE = {"model", "reward", "normalize_reward", "method", "height", "width"}
 METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
 """Settings that a method's state depends on: statistics of the reward, networks for the steps of the sampler."""
 PATIENCE_WITH_NONFINITE = 20
@@ -104,6 +104,7 @@ class Updates:
         rate = s.learning_rate * min(1.0, step / max(1, s.lr_warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        begin_step(self.scorer.reward, step)
         self.draw_starts()
         drawn: list[Drawn] = []
         self.norms = []
@@ -146,8 +147,6 @@ class Updates:
         }
         if self.noise is not None:
             row["signal_to_noise"] = self.noise.ratio
-        if s.smoothing:
-            row["smoothing"] = width_at(step, s.smoothing, s.smoothing_power)
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:

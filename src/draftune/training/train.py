@@ -15,7 +15,7 @@ from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import find_reward
-from draftune.rewards.base import taught
+from draftune.rewards.online import taught
 from draftune.runs.run_dir import RunFolder
 from draftune.settings import Settings
 from draftune.training.continued import find_past
@@ -100,8 +100,6 @@ def prepare(
         )
     if settings.gradient_decoder and not method.needs_gradient:
         raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no gradient_decoder")
-    if settings.smoothing and not method.needs_gradient:
-        raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no smoothing")
     judged = held_out or settings.held_out
     # Known to each other from here on: how transformers loads weights depends on it.
     processes = processes_of(accelerator(settings))

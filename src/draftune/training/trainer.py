@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import Comparison, normalized, score_batches
-from draftune.experimental.threshold_smoothing import smoothed
 from draftune.lora import add_lora, freeze_lora, save_lora
 from draftune.methods import Method
 from draftune.models import Model
 from draftune.models.tiny_decoder import check_likeness
 from draftune.rewards import Reward
-from draftune.rewards.base import carried, check_prompts
+from draftune.rewards.base import check_prompts
+from draftune.rewards.online import carried
 from draftune.runs.checkpoint import (
     KEPT,
     checkpoints,
@@ -213,8 +213,7 @@ class Trainer:
             if self.model.small_decoder is not None:
                 s = self.settings
                 check_likeness(self.model, prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-            with smoothed(self.settings.smoothing):
-                found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
+            found = probe_reward(self.reward, pictures.to(self.model.device), prompts, self.method.needs_gradient)
             if self.held_out is not None:
                 shown = list(islice(cycle(self.watch.eval_prompts or prompts), 2))
                 score_batches(self.held_out, pictures, shown, self.model.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from draftune.experimental.optimizers.channels import channel_mean, channel_sobo
 from draftune.experimental.optimizers.extrapolate import Extrapolate
 from draftune.experimental.optimizers.meka import MEKA
 from draftune.experimental.optimizers.step_tuned import StepTunedSGD
-from draftune.registry.expression import Call, Value, parse
-from draftune.registry.factories import found, inner_call, made
+from draftune.registry.expression import Call, Value, with_defaults
+from draftune.registry.factories import bind, build, find_factory, parse_call
 
 __all__ = [
     "FILTERS",
@@ -66,38 +65,32 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
 def make_optimizer(
     text: str, params: Parameters, lr: float, defaults: Mapping[str, Mapping[str, Value]] | None = None
 ) -> Optimizer:
-    """An optimiser from its name and settings: "sgd(momentum=0.9)", "extrapolate(adamw, rate=0.1)", "my.py:Mine(k=2)".
+    """Return an optimizer from an expression: "sgd(momentum=0.9)", "extrapolate(adamw, rate=0.1)", '"my.py:Mine"(k=2)'.
 
-    `defaults`: settings by an optimiser's name, where the expression does not say. Raises DraftuneError for a name or a
-    setting that is not there.
+    Args:
+        text: The expression.
+        params: The parameters to optimize.
+        lr: The learning rate.
+        defaults: Settings by an optimizer's name, for those that the expression does not set.
+
+    Raises:
+        DraftuneError: for an unknown name or setting.
     """
-    return build(one(text, "optimiser"), list(params), lr, defaults or {})
-
-
-def build(call: Call, params: list[nn.Parameter], lr: float, defaults: Mapping[str, Mapping[str, Value]]) -> Optimizer:
-    factory = found(call.name, "optimiser", OPTIMIZERS)
-    call = Call(call.name, {**defaults.get(call.name, {}), **call.settings}, call.inner)
-    inner = inner_call(call, factory, Optimizer, "optimiser", "adamw")
-    given: tuple[Any, ...] = (build(inner, params, lr, defaults),) if inner else (params, lr)
-    return made(call, factory, Optimizer, "optimiser", "torch.optim.Optimizer", *given)
+    call = with_defaults(parse_call(text, "optimizer", "adamw"), defaults or {})
+    assert isinstance(call, Call)
+    return build(call, "optimizer", OPTIMIZERS, Optimizer, list(params), lr)
 
 
 def make_filter(text: str) -> Filter:
-    """A gradient filter from its name and settings: "channel-mean(weight=2)". Raises DraftuneError as above."""
-    call = one(text, "gradient filter")
-    factory = found(call.name, "gradient filter", FILTERS)
+    """Return a gradient filter from an expression: "channel_mean(weight=2)". Raises DraftuneError as above."""
+    call = parse_call(text, "gradient filter", "channel_mean(weight=2)")
     if call.inner is not None:
         raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
+    factory = find_factory(call.name, "gradient filter", FILTERS)
+    settings = bind(call, "gradient filter", factory, 1)
 
     def filtered(gradient: Tensor) -> Tensor:
-        return call.apply(factory, "gradient filter", gradient)
+        return factory(gradient, **settings)
 
-    filtered(torch.zeros(2, 1))  # what is wrong with its settings is said at once
+    filtered(torch.zeros(2, 1))  # reports settings out of range before training
     return filtered
-
-
-def one(text: str, kind: str) -> Call:
-    tree = parse(text)
-    if not isinstance(tree, Call):
-        raise DraftuneError(f"{kind}: one name with its settings is wanted, not {text!r}")
-    return tree
