@@ -1,14 +1,14 @@
 """draftune against TRL's AlignPropTrainer: what an update takes, and the reward that training time buys.
 
     pip install . torch==2.13.0 transformers==4.57.1 diffusers==0.35.2 peft==0.17.1 accelerate==1.10.1 trl==0.23.1
-    python benchmarks/alignprop.py [--model emoji] [--reward emoji-aesthetic] [--k 1 10] [--rounds 7]
+    python benchmarks/alignprop.py [--model emoji] [--reward emoji_aesthetic] [--k 1 10] [--rounds 7]
     python benchmarks/alignprop.py --rounds 0 --minutes 10 [--own-minutes 4] [--output race.csv]
 
 In an environment of its own, with releases of TRL's time. Both train in turn in one process, so that the machine's mood
 falls on both, on the same model folder, reward object, prompts, batch, sampling steps and guidance, in float32. TRL's
 code runs as it is, by its own `step`; epoch 0 keeps it from saving a checkpoint after every one.
 
-Updates: the gradient flows through the last k steps, draft-k(k) here, the fixed truncation there, into LoRAs of rank 4,
+Updates: the gradient flows through the last k steps, draft_k(k) here, the fixed truncation there, into LoRAs of rank 4,
 as TRL has it, on the same layers. TRL's DDIM takes the spacing of the model's scheduler, with eta = 0 no noise, and
 always ends at the first training level; draftune is told to do so too (set_alpha_to_one=False). Printed first: from the
 same noise and LoRA, how far the pictures are apart, and the two gradients of the LoRA. These differ where the decoder
@@ -129,7 +129,7 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
     # As for any model: TRL's trainer recomputes whole calls too, and draws a path for each update.
     same |= {"gradient_checkpointing": "blocks" if k == 1 else "calls", "prefix_reuse": 1}
-    ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **same)
+    ours = draftune(args, model, method=f"draft_k(k={k})", lora_rank=4, held_out="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
     print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)

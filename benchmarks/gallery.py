@@ -32,11 +32,11 @@ from draftune.utils.images import from_pil, grid, save_image, to_pil
 DOCS = Path(__file__).parent.parent / "docs"
 RUNS = Path("runs/gallery")
 NAMES = {
-    "held-out/emoji-judge-name": "judge: shows what the prompt names",
-    "held-out/emoji-judge-style": "judge: probability of the 3D style",
+    "held-out/emoji_name_accuracy": "judge: shows what the prompt names",
+    "held-out/emoji_style_probability": "judge: probability of the 3D style",
     "held-out/diversity": "diversity within a prompt",
 }
-OVERVIEW = ("emoji-aesthetic", "color", "symmetry", "jpeg-compressibility", "jpeg-incompressibility", "classify")
+OVERVIEW = ("emoji_aesthetic", "color", "symmetry", "jpeg_compressibility", "jpeg_incompressibility", "classify")
 HEAD = """# What the rewards do
 
 Each is one command on the embedded model: prompts of the set `emoji`, pictures of the 64 names of `emoji-common`, none
@@ -97,17 +97,17 @@ class Experiment:
 
 
 SIZE: dict[str, Measure] = {"bytes as a JPEG of quality 75": jpeg_bytes}
-LAYOUT = "--method 'draft-k(k=10)' --learning-rate 2e-3"
+LAYOUT = "--method 'draft_k(k=10)' --learning-rate 2e-3"
 EXPERIMENTS = [
     Experiment(
-        "jpeg-compressibility",
-        "--reward jpeg-compressibility",
+        "jpeg_compressibility",
+        "--reward jpeg_compressibility",
         SIZE,
         "Smooth pictures: spots, toppings and faces go first. Trained on, the background and then the subject follow.",
     ),
     Experiment(
-        "jpeg-incompressibility",
-        "--reward jpeg-incompressibility",
+        "jpeg_incompressibility",
+        "--reward jpeg_incompressibility",
         SIZE,
         "Busy pictures: outlines, gaps, specks. It ends in noise.",
     ),
@@ -116,7 +116,7 @@ EXPERIMENTS = [
         f"--reward symmetry {LAYOUT}",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
         "Left and right alike: what has a front turns to show it, and what is only drawn from the side loses its "
-        "shape. The reward is about layout, so the gradient runs through ten steps. With `--method 'draft-k(k=1)'` it "
+        "shape. The reward is about layout, so the gradient runs through ten steps. With `--method 'draft_k(k=1)'` it "
         "rises as well, to 0.907, but by blurring what is not alike: the judge names 0.594; with `'drtune(k=5, m=5)'` "
         "0.874 and 0.758.",
     ),
@@ -140,14 +140,14 @@ EXPERIMENTS = [
         "and there is none in them.",
     ),
     Experiment(
-        "emoji-aesthetic",
-        "--reward emoji-aesthetic",
+        "emoji_aesthetic",
+        "--reward emoji_aesthetic",
         {},
         "The run of `make demo`: glossy 3D emoji. The judge that says so was not trained against.",
     ),
     Experiment(
-        "emoji-clip",
-        "--reward emoji-clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
+        "emoji_clip",
+        "--reward emoji_clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
         {},
         "Without guidance the base model misses most of the rare names. Trained on the cosine of picture and prompt, "
         "it draws more of them so that the judge can name them; to the eye they stay rough. (Here the pictures are of "
@@ -155,7 +155,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "sum",
-        "--reward 'emoji-aesthetic + 0.03*jpeg-compressibility'",
+        "--reward 'emoji_aesthetic + 0.03*jpeg_compressibility'",
         SIZE,
         "A sum of two: the gloss without the detail. Each part is logged apart.",
     ),

@@ -1,6 +1,6 @@
 """How an update's time and memory grow with T, K, the batch, the picture's size, the LoRA's rank and checkpointing.
 
-    python benchmarks/growth.py [--model emoji] [--reward emoji-aesthetic] [--rounds 5]
+    python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5]
 
 One setting at a time is changed from DRaFT-1 with 20 steps, batches of 4, rank 8 and a path for each update. Every
 update is timed in turn with one of the unchanged settings, and the median ratio of the pairs is told: what else the
@@ -28,7 +28,7 @@ from draftune.utils.memory import peak_memory
 from overhead import seconds
 
 BASE: dict[str, Any] = {
-    "method": "draft-k(k=1)",
+    "method": "draft_k(k=1)",
     "gradient_checkpointing": "blocks",
     "num_inference_steps": 20,
     "prefix_reuse": 1,
@@ -37,11 +37,11 @@ BASE: dict[str, Any] = {
 }
 CHANGES: list[dict[str, Any]] = [
     *({"num_inference_steps": steps} for steps in (5, 10, 50)),
-    {"method": "draft-lv"},
+    {"method": "draft_lv"},
     *({"prefix_reuse": updates} for updates in (2, 4, 8)),
     *({"prefix_stride": steps} for steps in (2, 4)),
     *(
-        {"method": f"draft-k(k={k})", "gradient_checkpointing": mode}
+        {"method": f"draft_k(k={k})", "gradient_checkpointing": mode}
         for mode, ks in (("no", (1, 10)), ("blocks", (2, 10)), ("calls", (1, 2, 5, 10, 20)), ("both", (1, 10, 20)))
         for k in ks
     ),
@@ -71,7 +71,7 @@ def several(update: Callable[[], object], count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -1,6 +1,6 @@
 """What makes a call of the denoiser faster, and what sharing the steps before the cut does to the gradient.
 
-    python benchmarks/levers.py [--model emoji] [--reward emoji-aesthetic] [--rounds 9] [--compile]
+    python benchmarks/levers.py [--model emoji] [--reward emoji_aesthetic] [--rounds 9] [--compile]
 
 The first table times one guided call without a graph, and one with its backward pass, in each way in turn: medians, and
 the median of the ratios to the plain way. The second trains with DRaFT-1 and asks, after j updates more, how far the
@@ -127,7 +127,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def bias(args: argparse.Namespace) -> None:
     """Prints, for paths that are j updates old, how far the latent and the gradient have moved."""
     with TemporaryDirectory() as folder:
-        settings = {"method": "draft-k(k=1)", "held_out": "", "eval_prompts": ""}
+        settings = {"method": "draft_k(k=1)", "held_out": "", "eval_prompts": ""}
         trainer = prepare(args.model, args.reward, output=f"{folder}/run", **settings)
     model, last = trainer.model, len(trainer.schedule) - 1
     rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
@@ -167,7 +167,7 @@ def signal(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
-            settings = {"method": f"draft-lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
+            settings = {"method": f"draft_lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
             trainer = prepare(args.model, args.reward, held_out="", eval_prompts="", **settings)
         for step in range(5):
             trainer.updates.update(step + 1)
@@ -192,7 +192,7 @@ def signal(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="time the compiled network too; wants a C++ compiler")
     parser.add_argument("--batches", type=int, default=6)

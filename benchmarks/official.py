@@ -130,7 +130,7 @@ def versions(packages: str) -> str:
 
 def save_tokenizer(folder: Path, **config: Any) -> Any:
     """Any CLIP tokenizer does where the official code is transformers': that of the embedded CLIP."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["emoji-clip"], **config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["emoji_clip"], **config)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

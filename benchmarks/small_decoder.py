@@ -36,7 +36,7 @@ from draftune.rewards import load_reward
 from draftune.sampling.sampler import rollout
 from draftune.training.train import prepare
 
-REWARD = "emoji-aesthetic"
+REWARD = "emoji_aesthetic"
 WIDTH, BLOCKS = 32, (3, 1, 0)
 SAMPLED, HELD_OUT = 192, 32
 """Latents to learn from, and to measure on."""
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the small decoder's folder")
     parser.add_argument("--minutes", type=float, default=4, help="of distillation")
-    parser.add_argument("--method", default="draft-lv")
+    parser.add_argument("--method", default="draft_lv")
     parser.add_argument("--steps", type=int, default=45, help="updates of each run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     args = parser.parse_args()

@@ -13,22 +13,22 @@ from draftune.rewards import load_reward
 
 
 def test_a_name_with_settings() -> None:
-    assert parse("jpeg-compressibility(quality=80)") == Call("jpeg-compressibility", {"quality": 80})
-    assert parse("clip(model=openai/clip-vit-large-patch14, scaled=true)") == Call(
+    assert parse("jpeg_compressibility(quality=80)") == Call("jpeg_compressibility", {"quality": 80})
+    assert parse("clip(model='openai/clip-vit-large-patch14', scaled=True)") == Call(
         "clip", {"model": "openai/clip-vit-large-patch14", "scaled": True}
     )
-    assert parse("a(x='two words', y=-1.5, z=none, style=3d,)") == Call(
+    assert parse("a(x='two words', y=-1.5, z=None, style='3d',)") == Call(
         "a", {"x": "two words", "y": -1.5, "z": None, "style": "3d"}
     )
 
 
 def test_a_sum_with_weights() -> None:
-    tree = parse("hpsv2 + 0.1*aesthetic - jpeg-incompressibility(quality=80) - clip * 1e-2")
+    tree = parse("hpsv2 + 0.1*aesthetic - jpeg_incompressibility(quality=80) - clip * 1e-2")
     assert tree == Sum(
         (
             (1.0, Call("hpsv2")),
             (0.1, Call("aesthetic")),
-            (-1.0, Call("jpeg-incompressibility", {"quality": 80})),
+            (-1.0, Call("jpeg_incompressibility", {"quality": 80})),
             (-0.01, Call("clip")),
         )
     )
@@ -36,7 +36,7 @@ def test_a_sum_with_weights() -> None:
 
 
 def test_an_expression_inside_another() -> None:
-    tree = parse("0.5*robust(clip + 0.1*my/file.py:sharp(k=3), rho=0.02)")
+    tree = parse("0.5*sharpness_aware(clip + 0.1*'my/file.py:sharp'(k=3), rho=0.02)")
     inner = Sum(((1.0, Call("clip")), (0.1, Call("my/file.py:sharp", {"k": 3}))))
     assert tree == Sum(((0.5, Call("robust", {"rho": 0.02}, inner)),))
 
@@ -44,8 +44,8 @@ def test_an_expression_inside_another() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "robust(clip + 0.1*my/rewards.py:sharp(k=3), rho=0.02)",
-        'a(b(c), x="#ff 8", y=-1.5, z=none, e=1e-05, f=true)',
+        "sharpness_aware(clip + 0.1*'my/rewards.py:sharp'(k=3), rho=0.02)",
+        'a(b(c), x="#ff 8", y=-1.5, z=None, e=1e-05, f=True)',
         '"my dir/x.py:f"(k=1)',
         'a - 0.5*b + c(q="3d", r=\'say "hi"\')',
     ],
@@ -64,20 +64,20 @@ def test_what_makes_no_sense_is_refused(text: str) -> None:
 
 
 def test_methods_by_name() -> None:
-    assert load_method("draft-k(k=10)") == DraftK(10)
-    assert load_method("draft-lv") == DraftLV(2)
+    assert load_method("draft_k(k=10)") == DraftK(10)
+    assert load_method("draft_lv") == DraftLV(2)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("draft-kk", "did you mean 'draft-k'"),
-        ("draft-k(n=2)", "setting of method draft-k"),
-        ("draft-k(k=0)", "at least 1"),
-        ("draft-k(k=1.5)", "whole number"),
-        ("draft-k(k=true)", "whole number"),
-        ("draft-lv(n=-1)", "at least 0"),
-        ("refl(m=none)", "whole number"),
+        ("draft_kk", "did you mean 'draft_k'"),
+        ("draft_k(n=2)", "setting of method draft_k"),
+        ("draft_k(k=0)", "at least 1"),
+        ("draft_k(k=1.5)", "whole number"),
+        ("draft_k(k=True)", "whole number"),
+        ("draft_lv(n=-1)", "at least 0"),
+        ("refl(m=None)", "whole number"),
         ("draft + refl", "one name"),
     ],
 )
@@ -102,22 +102,22 @@ def test_methods_that_are_refused(text: str, message: str) -> None:
     ],
 )
 def test_a_value_is_a_path_up_to_the_comma_or_the_closing_parenthesis(text: str, value: object) -> None:
-    assert parse(f"a(x={text})") == Call("a", {"x": value})
-    tree = parse(f"b + 0.5*robust(a(x={text}, y=2) - c, rho={text}) + d")
+    assert parse(f"a(x='{text}')") == Call("a", {"x": value})
+    tree = parse(f"b + 0.5*sharpness_aware(a(x='{text}', y=2) - c, rho={text}) + d")
     inner = Sum(((1.0, Call("a", {"x": value, "y": 2})), (-1.0, Call("c"))))
     assert tree == Sum(((1.0, Call("b")), (0.5, Call("robust", {"rho": value}, inner)), (1.0, Call("d"))))
 
 
 def test_a_file_of_the_user_may_have_spaces_in_its_path() -> None:
     fine = Call("my rewards/r [2] & co.py:fine", {"k": 3})
-    assert parse("my rewards/r [2] & co.py:fine(k=3)") == fine
-    assert parse("0.1*my rewards/r [2] & co.py:fine(k=3) - a") == Sum(((0.1, fine), (-1.0, Call("a"))))
-    assert parse("robust(2024 runs/r.py:f + a, rho=1)").inner == Sum(  # type: ignore[union-attr]
+    assert parse("my rewards/r [2] & 'co.py:fine'(k=3)") == fine
+    assert parse("0.1*my rewards/r [2] & 'co.py:fine'(k=3) - a") == Sum(((0.1, fine), (-1.0, Call("a"))))
+    assert parse("sharpness_aware(2024 'runs/r.py:f' + a, rho=1)").inner == Sum(  # type: ignore[union-attr]
         ((1.0, Call("2024 runs/r.py:f")), (1.0, Call("a")))
     )
-    for minus in ("a - b/r.py:f", "a -b/r.py:f", "a- b/r.py:f"):
+    for minus in ("a - 'b/r.py:f'", "a -b/r.py:f", "a- b/r.py:f"):
         assert parse(minus) == Sum(((1.0, Call("a")), (-1.0, Call("b/r.py:f"))))
-    assert parse("a+b/r.py:f") == Sum(((1.0, Call("a")), (1.0, Call("b/r.py:f"))))
+    assert parse("a+'b/r.py:f'") == Sum(((1.0, Call("a")), (1.0, Call("b/r.py:f"))))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_an_ambiguous_path_is_refused_with_the_way_out(text: str) -> None:
     with pytest.raises(DraftuneError, match=r"cannot read .*in quotes"):
         parse(text)
     with pytest.raises(DraftuneError, match=r"unknown reward 'my'.*in quotes"):
-        load_reward("my+rewards/r.py:f")
+        load_reward("my+'rewards/r.py:f'")
 
 
 def test_a_setting_given_twice_is_refused() -> None:

@@ -61,12 +61,12 @@ def test_round_trip_is_that_of_pil(quality: int) -> None:
 def test_reward_ranks_pictures_as_the_size_of_their_files() -> None:
     for quality in (10, 50, 80):
         sizes = [len(jpeg_bytes(image, quality)) for image in PHOTOGRAPHS]
-        scores = load_reward(f"jpeg-incompressibility(quality={quality})")(IMAGES, [""] * len(IMAGES))
+        scores = load_reward(f"jpeg_incompressibility(quality={quality})")(IMAGES, [""] * len(IMAGES))
         assert spearmanr(scores, sizes).statistic > 0.9
 
 
 def test_following_the_gradient_shrinks_the_files() -> None:
-    reward = load_reward("jpeg-compressibility")
+    reward = load_reward("jpeg_compressibility")
     images = IMAGES[::10].clone().requires_grad_()
     before = [len(jpeg_bytes(image, 75)) for image in to_pil(images)]
     optimizer = torch.optim.Adam([images], lr=0.02)
@@ -80,7 +80,7 @@ def test_following_the_gradient_shrinks_the_files() -> None:
 
 def test_the_two_rewards_are_each_others_negative() -> None:
     images: Tensor = IMAGES[:3]
-    up, down = load_reward("jpeg-incompressibility"), load_reward("jpeg-compressibility")
+    up, down = load_reward("jpeg_incompressibility"), load_reward("jpeg_compressibility")
     assert torch.equal(up(images, [""] * 3), -down(images, [""] * 3))
     assert (up(images, [""] * 3) > 0).all()
 
@@ -102,4 +102,4 @@ def test_soft_round_rounds_and_has_the_gradient_of_its_cubic() -> None:
 def test_qualities_that_are_refused() -> None:
     for quality in ("0", "101", "50.5", "best"):
         with pytest.raises(DraftuneError, match=r"from 1 to 100|whole number"):
-            load_reward(f"jpeg-compressibility(quality={quality})")
+            load_reward(f"jpeg_compressibility(quality={quality})")

@@ -61,10 +61,10 @@ def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
         (f"{tmp_path}/other.py:Other", "makes a Other, not a Method"),
         (f"{tmp_path}/other.py:broken", r"can't be made: ValueError: no"),
         (f"{tmp_path}/none.py:Other", "no file .* with a method in it"),
-        ("kl", r"kl wants one method inside it: kl\(draft-lv\)"),
-        ("kl(draft-lv + refl)", "wants one method inside it"),
-        ("draft-k(draft-lv)", "takes settings such as key=value"),
-        ("draft-lv + refl", "one name with its settings"),
+        ("kl", r"kl wants one method inside it: kl\(draft_lv\)"),
+        ("kl(draft_lv + refl)", "wants one method inside it"),
+        ("draft_k(draft_lv)", "takes settings such as key=value"),
+        ("draft_lv + refl", "one name with its settings"),
         ("kl(nothing)", "unknown method 'nothing'"),
     ):
         with pytest.raises(DraftuneError, match=message):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from draftune.registry.custom import run_file
+from draftune.registry.factories import run_file
 from safetensors.torch import save_file
 
 import draftune.rewards
@@ -29,14 +29,14 @@ def file(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "mean_color.py").write_text(block)
     save_file({"weight": WEIGHT, "bias": BIAS}, tmp_path / "linear.safetensors")
     yield tmp_path / "mean_color.py"
-    REWARDS.pop("mean-color", None)
+    REWARDS.pop("mean_color", None)
 
 
 def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
     expected = IMAGES.mean((2, 3)) @ WEIGHT[0] + BIAS
     weights = file.with_name("linear.safetensors")
-    for name in (f"{file}:mean_color", f"{file}:MeanColor", "mean-color"):
-        reward = load_reward(f"2*{name}(weights={weights}) - brightness")
+    for name in (f"{file}:mean_color", f"{file}:MeanColor", "mean_color"):
+        reward = load_reward(f"2*{name}(weights='{weights}') - brightness")
         images = IMAGES.clone().requires_grad_()
         total, parts = reward.parts(images, PROMPTS)
         assert torch.allclose(parts[name.rpartition(":")[2]], expected, atol=1e-6)
@@ -52,18 +52,18 @@ def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
 def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
     run_file(file, "reward")
     with pytest.raises(DraftuneError, match=r"nowhere.safetensors.*weights="):
-        find_reward("mean-color(weights=nowhere.safetensors)")
+        find_reward("mean_color(weights='nowhere.safetensors')")
     with pytest.raises(DraftuneError, match="weights"):
-        find_reward("mean-color")
+        find_reward("mean_color")
     save_file({"weight": WEIGHT}, file.with_name("half.safetensors"))
-    found = find_reward(f"mean-color(weights={file.with_name('half.safetensors')})")
+    found = find_reward(f"mean_color(weights='{file.with_name('half.safetensors')}')")
     with pytest.raises(DraftuneError, match="bias"):
         found.ready()
 
 
 def test_it_is_listed_with_its_docstring(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file(file, "reward")
-    assert main(["list", "mean-color"]) == 0
+    assert main(["list", "mean_color"]) == 0
     assert "Over-optimised: one plain colour." in capsys.readouterr().out
 
 

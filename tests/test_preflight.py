@@ -20,8 +20,8 @@ from draftune.training.train import prepare
 from draftune.utils.memory import peak_memory
 
 FLAGS: dict[str, Any] = {
-    "reward": "jpeg-compressibility",
-    "method": "draft-lv(n=1)",
+    "reward": "jpeg_compressibility",
+    "method": "draft_lv(n=1)",
     "steps": 10,
     "num_inference_steps": 2,
     "guidance_scale": 1.0,
@@ -85,7 +85,7 @@ def test_what_it_advises_fits(settings: Settings) -> None:
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings.method, settings.prefix_reuse, settings.eval_prompts = "draft-k(k=1)", 3, ""
+    settings.method, settings.prefix_reuse, settings.eval_prompts = "draft_k(k=1)", 3, ""
     made: list[int] = []
     update = Updates.update
     monkeypatch.setattr(Updates, "update", lambda self, step: made.append(step) or update(self, step))
@@ -133,7 +133,7 @@ def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureF
     command = ["preflight", "--config", str(tmp_path / "settings.yaml")]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert "draft-lv(n=1), 4 x 1 pictures an update, on cpu" in text
+    assert "draft_lv(n=1), 4 x 1 pictures an update, on cpu" in text
     assert "It fits" in text
     assert "10 updates" in text
     assert main([*command, "--memory", "0.0001"]) == 1
@@ -141,7 +141,7 @@ def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureF
     for bad in ("0", "-1", "nan", "inf"):
         assert main([*command, f"--memory={bad}"]) == 2
         assert "--memory must be more than 0" in capsys.readouterr().err
-    assert main([*command, "--method", "draft-k(k=9)"]) == 2
+    assert main([*command, "--method", "draft_k(k=9)"]) == 2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
 
 

@@ -62,7 +62,7 @@ class MadeUp(Lab):
         return Record([update | {"reward_queries": float(queries)}], rows, self.folder)
 
     def cost(self, method: str, batch_size: int = 4) -> dict[str, float]:
-        seconds = {"draft-k(k=1)": 1.0, "draft-lv(n=2)": 1.1}.get(method, 3.0)
+        seconds = {"draft_k(k=1)": 1.0, "draft_lv(n=2)": 1.1}.get(method, 3.0)
         return {"seconds": seconds, "megabytes": 1.0, "megabytes without": 2.0}
 
     def measured(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -146,7 +146,7 @@ def test_what_copies_bring(tmp_path: Path, gain: float, variance: list[float], w
     """The mean gradient is as long as there are terms; a variance that drowns it leaves nothing to compare."""
 
     def story(work: Work, step: int) -> dict[str, float]:
-        slope = 0.05 * (gain if work.method == "draft-lv(n=2)" else 1.0)
+        slope = 0.05 * (gain if work.method == "draft_lv(n=2)" else 1.0)
         return {REWARD: 4 + slope * step + 0.02 * work.seed * (step > 0)}
 
     gradients = {"variance": variance, "signal": [float((n + 1) ** 2) for n in FULL.copies]}
@@ -180,7 +180,7 @@ def test_what_the_last_step_can_do_for_symmetry(
     tmp_path: Path, one: tuple[float, float], deep: tuple[float, float], word: str
 ) -> None:
     def story(work: Work, step: int) -> dict[str, float]:
-        symmetry, named = one if work.method == "draft-k(k=1)" else deep
+        symmetry, named = one if work.method == "draft_k(k=1)" else deep
         return {"symmetry": symmetry, NAMED: named} if step else {}
 
     assert verdicts(layout(MadeUp(tmp_path, story))) == [word]
@@ -299,7 +299,7 @@ def test_a_quick_run_of_everything(tmp_path: Path, capsys: pytest.CaptureFixture
             assert list(csv.DictReader(file))
     with (results / "efficiency.csv").open() as file:
         written = list(csv.DictReader(file))
-    ours = [row for row in written if row["method"] == "draft-lv(n=2)"]
+    ours = [row for row in written if row["method"] == "draft_lv(n=2)"]
     logged = [json.loads(line) for line in (results / "runs" / "draft-lv-n-2-seed-0" / "evaluations.jsonl").open()]
     assert [float(row["reward"]) for row in ours] == pytest.approx([row[REWARD] for row in logged[:2]], rel=1e-4)
     assert [int(row["reward_queries"]) for row in ours] == [0, 24]

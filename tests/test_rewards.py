@@ -48,9 +48,9 @@ def test_algebra() -> None:
 
 
 def test_two_parts_of_one_kind_are_logged_apart() -> None:
-    reward = load_reward("jpeg-compressibility(quality=10) + jpeg-compressibility(quality=50)")
+    reward = load_reward("jpeg_compressibility(quality=10) + jpeg_compressibility(quality=50)")
     _, parts = reward.parts(torch.rand(1, 3, 16, 16), [""])
-    assert list(parts) == ["jpeg-compressibility", "jpeg-compressibility-2"]
+    assert list(parts) == ["jpeg_compressibility", "jpeg_compressibility-2"]
 
 
 def test_rewards_run_in_float32_under_autocast() -> None:
@@ -66,7 +66,7 @@ def test_rewards_run_in_float32_under_autocast() -> None:
 
 
 def test_gradient_reaches_the_picture_but_no_weight(clip_folder: Path, head_file: Path) -> None:
-    reward = load_reward(f"clip(model={clip_folder}) + 0.1*aesthetic(model={clip_folder}, head={head_file})")
+    reward = load_reward(f"clip(model='{clip_folder}') + 0.1*aesthetic(model='{clip_folder}', head='{head_file}')")
     images = torch.rand(2, 3, 40, 56, requires_grad=True)
     reward(images, ["a cat", "a dog"]).sum().backward()
     assert images.grad is not None
@@ -92,7 +92,7 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
             tensors["layers.7.weight"] = torch.zeros(2, 16)
         save_file(tensors, bad)
     with pytest.raises(DraftuneError, match=r"not a readable safetensors|holds other weights"):
-        load_reward(f"aesthetic(model={clip_folder}, head={bad})")
+        load_reward(f"aesthetic(model='{clip_folder}', head='{bad}')")
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
     [
         ("clipp", "did you mean 'clip'"),
         ("clip(modell=x)", "did you mean 'model'"),
-        ("clip(model=./nowhere)", "no folder"),
+        ("clip(model='./nowhere')", "no folder"),
         ("clip(model=3)", "model of reward clip must be text"),
-        ("clip(model=someone/something)", "could not be fetched.*hf download someone/something"),
+        ("clip(model='someone/something')", "could not be fetched.*hf download someone/something"),
         ("aesthetic", "head="),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_clip_that_is_not_all_there_is_refused(clip_folder: Path, tmp_path: Pa
     del tensors["visual_projection.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(DraftuneError, match=r"lack 1 tensors, such as visual_projection"):
-        load_reward(f"clip(model={tmp_path / 'clip'})")
+        load_reward(f"clip(model='{tmp_path / 'clip'}')")
 
 
 def test_every_reward_says_what_it_is() -> None:

@@ -84,7 +84,7 @@ def prepared(model: Path, output: Path, reward: Any = "brightness", **values: An
     (output.parent / "prompts.txt").write_text("a fish\na tree\n")
     settings = {
         "steps": 3,
-        "method": "draft-k(k=1)",
+        "method": "draft_k(k=1)",
         "num_inference_steps": 3,
         "guidance_scale": 3.0,
         "sample_every": 0,
@@ -223,7 +223,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("method", [DraftK(1), load_method("kl(draft-k(k=2), beta=0.3)")])
+@pytest.mark.parametrize("method", [DraftK(1), load_method("kl(draft_k(k=2), beta=0.3)")])
 def test_what_is_kept_is_added_once_for_each_batch(method: Method) -> None:
     drift = Drift()
     ours = drift.gradient(Keep(method, 0.7), drift.batch(0), drift.batch(1))
@@ -254,7 +254,7 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
 def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """Cut off between two updates that share the paths of their batches, and of what is kept."""
     values = {"continue_from": str(first.folder), "keep": kept, "keep_weight": 0.1, "steps": 4, "save_every": 1}
-    values |= {"method": "draft-k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
+    values |= {"method": "draft_k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
     values |= {"prefix_reuse": 2, "gradient_accumulation_steps": 2, "signal_to_noise": True}
     whole = noisily_trained(pipeline_folder, tmp_path / "whole", **values)
     with pytest.raises(KeyboardInterrupt):
@@ -289,7 +289,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
 def test_the_command(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = "--prompts animals --steps 2 --method draft-k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
+    few = "--prompts animals --steps 2 --method draft_k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
     given = ["--model", str(pipeline_folder), "--reward", "symmetry", "--cpu", "--guidance-scale", "3", *few.split()]
     folder = tmp_path / "second"
     asked = ["train", "--continue-from", str(first.folder), "--keep", kept, "--eval-prompts", kept, *given]

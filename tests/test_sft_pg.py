@@ -26,7 +26,7 @@ from draftune.reproduce.lab import FULL, Lab, slug
 from draftune.reproduce.real import real_pictures, with_examples
 from draftune.rewards import Reward, find_reward, load_reward
 from draftune.rewards.base import learners
-from draftune.rewards.discriminator import critic_loss
+from draftune.experimental.discriminator import critic_loss
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.training.train import prepare
 from draftune.utils.images import save_image, to_pil
@@ -197,7 +197,7 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def critic_of(red: Path, **settings: Any) -> Any:
     values = {"width": 4, "size": 16, "learning_rate": 0.01, **settings}
-    return load_reward(f"examples(folder='{red}', {', '.join(f'{k}={v}' for k, v in values.items())})")
+    return load_reward(f"discriminator(folder='{red}', {', '.join(f'{k}={v}' for k, v in values.items())})")
 
 
 def test_the_critic_learns_what_examples_have_and_drawn_pictures_lack(red: Path) -> None:
@@ -238,7 +238,7 @@ SETTINGS: dict[str, Any] = {
     "eval_images": 1,
     "learning_rate": 0.01,
     "max_grad_norm": 0.1,
-    "method": "sft-pg(generator_steps=3)",
+    "method": "sft_pg(generator_steps=3)",
 }
 
 
@@ -296,12 +296,12 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
         critic_of(red, critic=f"'{red}'")
 
 
-@pytest.mark.parametrize("wrapped", ["{}", "robust({}, rho=0.1)", "2*{} + brightness"])
+@pytest.mark.parametrize("wrapped", ["{}", "sharpness_aware({}, rho=0.1)", "2*{} + brightness"])
 def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, red: Path, wrapped: str) -> None:
     painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder))
-    reward = load_reward(wrapped.format(f"examples(folder='{red}', width=4, size=16, learning_rate=0.01)"))
+    reward = load_reward(wrapped.format(f"discriminator(folder='{red}', width=4, size=16, learning_rate=0.01)"))
     (critic,) = learners(reward)
-    values = {**SETTINGS, "method": "draft-k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    values = {**SETTINGS, "method": "draft_k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     trainer = prepare(painter, reward, **values, output="unused")
     made = trainer.updates
     made.draw_starts()
@@ -396,16 +396,16 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         (broken / f"{name}.png").write_bytes(b"no picture")
     for reward, words in (
         ("examples", "folder"),
-        (f"examples(folder='{tmp_path}/none')", "no folder"),
-        (f"examples(folder='{one}/a.png')", "takes a folder of pictures"),
-        ("examples(folder='')", "no folder ''"),
-        (f"examples(folder='{empty}')", "no picture at"),
-        (f"examples(folder='{one}')", "holds 1 picture: the reward examples wants at least 2"),
-        (f"examples(folder='{broken}')", "cannot read the picture"),
-        (f"examples(folder='{red}', width=0)", "width of reward examples must be at least 1, not 0"),
-        (f"examples(folder='{red}', size=8)", "size of reward examples must be at least 16, not 8"),
-        (f"examples(folder='{red}', baseline=-1)", "baseline of reward examples must be at least 0"),
-        (f"examples(folder='{red}', learning_rate=0)", "must be between 0 and 1, not 0"),
+        (f"discriminator(folder='{tmp_path}/none')", "no folder"),
+        (f"discriminator(folder='{one}/a.png')", "takes a folder of pictures"),
+        ("discriminator(folder='')", "no folder ''"),
+        (f"discriminator(folder='{empty}')", "no picture at"),
+        (f"discriminator(folder='{one}')", "holds 1 picture: the reward examples wants at least 2"),
+        (f"discriminator(folder='{broken}')", "cannot read the picture"),
+        (f"discriminator(folder='{red}', width=0)", "width of reward examples must be at least 1, not 0"),
+        (f"discriminator(folder='{red}', size=8)", "size of reward examples must be at least 16, not 8"),
+        (f"discriminator(folder='{red}', baseline=-1)", "baseline of reward examples must be at least 0"),
+        (f"discriminator(folder='{red}', learning_rate=0)", "must be between 0 and 1, not 0"),
     ):
         with pytest.raises(DraftuneError, match=words):
             find_reward(reward)
@@ -418,7 +418,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         "seed=-1",
         "seed=9223372036854775808",
     ):
-        assert main(["train", "--method", f"sft-pg({setting})", "--output", str(tmp_path / "run")]) == 2
+        assert main(["train", "--method", f"sft_pg({setting})", "--output", str(tmp_path / "run")]) == 2
         assert setting.partition("=")[0] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -427,7 +427,7 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     red: Path, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Outside of training it would be random numbers with an interval."""
-    reward = f"2*examples(folder='{red}', width=2, size=16)"
+    reward = f"2*discriminator(folder='{red}', width=2, size=16)"
     model, out = str(pipeline_folder), ["--cpu", "--output", str(tmp_path / "out")]
     for argv in (
         ["score", str(red), "--reward", reward],
@@ -519,8 +519,8 @@ def test_runs_are_trained_on_real_pictures_of_other_names(tmp_path: Path) -> Non
     for name in ("cat face", "accordion", "tomato"):
         for style in ("a", "b"):
             save_image(to_pil(torch.rand(1, 3, 8, 8))[0], tmp_path / "real" / style / f"{name}.png")
-    reward = with_examples("examples(folder=EXAMPLES, width=4) + brightness", tmp_path / "real", tmp_path / "runs")
-    assert reward == f"examples(folder='{tmp_path}/runs/examples', width=4) + brightness"
+    reward = with_examples("discriminator(folder=EXAMPLES, width=4) + brightness", tmp_path / "real", tmp_path / "runs")
+    assert reward == f"discriminator(folder='{tmp_path}/runs/examples', width=4) + brightness"
     copied = sorted(
         str(path.relative_to(tmp_path / "runs" / "examples")) for path in (tmp_path / "runs").rglob("*.png")
     )

@@ -172,7 +172,7 @@ def test_training_takes_the_smooth_gradient_narrows_it_and_logs_the_hard_reward(
 ) -> None:
     with pytest.raises(DraftuneError, match=r"'bright' .*gradient"):
         train(pipeline_folder, tmp_path / "hard")
-    run = train(pipeline_folder, tmp_path / "run", smoothing=2, method="draft-lv(n=1)")
+    run = train(pipeline_folder, tmp_path / "run", smoothing=2, method="draft_lv(n=1)")
     assert [row["smoothing"] for row in run.metrics] == pytest.approx([2, 2 / 2**0.5, 2 / 3**0.5])
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     # Counts of channels: of two pictures, halves are whole.

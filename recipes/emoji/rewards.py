@@ -2,7 +2,7 @@
 
     python recipes/emoji/rewards.py --data build/emoji --output build/emoji/rewards
 
-trains both (resuming the CLIP from its checkpoint in --output), writes `emoji-clip` and `emoji-aesthetic` into
+trains both (resuming the CLIP from its checkpoint in --output), writes `emoji-clip/` and `emoji-aesthetic/` into
 --assets in half precision and measures what it wrote; with --evaluate it only measures.
 """
 

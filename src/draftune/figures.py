@@ -29,11 +29,11 @@ COLORS = {
     "alignprop": "#e377c2",
     "drtune": "#bcbd22",
     "leapalign": "#17becf",
-    "adjoint-matching": "#9467bd",
-    "draft-k(k=1)": "#1f77b4",
-    "draft-k(k=10)": "#6baed6",
+    "adjoint_matching": "#9467bd",
+    "draft_k(k=1)": "#1f77b4",
+    "draft_k(k=10)": "#6baed6",
     "draft": "#08306b",
-    "draft-lv": "#d62728",
+    "draft_lv": "#d62728",
 }
 
 

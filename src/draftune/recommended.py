@@ -17,7 +17,7 @@ from draftune.utils.processes import tell
 # Clark et al., arXiv 2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, LoRA of rank 8.
 PAPER: dict[str, Any] = {
     "reward": "aesthetic",
-    "method": "draft-lv",
+    "method": "draft_lv",
     "prompts": "animals",
     "eval_prompts": None,
     "held_out": None,
@@ -32,10 +32,10 @@ PAPER: dict[str, Any] = {
     "save_every": 50,
 }
 EMOJI: dict[str, Any] = {
-    "reward": "emoji-aesthetic",
+    "reward": "emoji_aesthetic",
     # LV's copies did not make it learn sooner (RESULTS.md), and updates can share the steps before the last one
     # (docs/speed.md); another method has prefix_reuse 1.
-    "method": "draft-k(k=1)",
+    "method": "draft_k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",
     "eval_prompts": "emoji-common",
@@ -53,7 +53,7 @@ EMOJI: dict[str, Any] = {
 SAMPLING = ("num_inference_steps", "guidance_scale")
 told: set[str] = set()
 """Models of which it was said how they are drawn."""
-METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft-k": {"k": 1}, "draft-lv": {"n": 2}}
+METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft_k": {"k": 1}, "draft_lv": {"n": 2}}
 """The default settings of the methods that are recommended, as their classes have them; those import torch."""
 
 

@@ -41,7 +41,7 @@ class Settings:
 
     model: str = setting("emoji", "'emoji', the folder of a diffusers pipeline, or a hub id")
     reward: str = setting(
-        None, "expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'"
+        None, "expression, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'my/file.py:function'"
     )
     reward_batch_size: int = setting(
         1, "pictures that are decoded and scored at once; more take more memory and may be faster", low=1
@@ -49,7 +49,7 @@ class Settings:
     normalize_reward: int = setting(
         0, "base pictures by whose spread each part of the reward is divided before its weight; 0: as it is", low=0
     )
-    method: str = setting(None, "draft, draft-k(k=10), draft-lv(n=2), refl(m=20), … (see 'draftune list methods')")
+    method: str = setting(None, "draft, draft_k(k=10), draft_lv(n=2), refl(m=20), … (see 'draftune list methods')")
     prompts: str = setting(
         None,
         "a named set (see 'draftune list prompts') or a file: .txt with one a line, .csv, .tsv, .json, .jsonl, .yaml",

@@ -127,7 +127,7 @@ COMMAND = Command(
     "knobs",
     "tune LoRAs' weights and the guidance by a reward",
     "Climbs a reward, with a gradient or without, by a few numbers: the weights of LoRAs and the guidance scale.",
-    "draftune knobs runs/style@0.7 runs/orange@0.5 --reward 'emoji-aesthetic + 2*jpeg-bytes' --output runs/knobs",
+    "draftune knobs runs/style@0.7 runs/orange@0.5 --reward 'emoji_aesthetic + 2*jpeg_file_size' --output runs/knobs",
     arguments,
     run,
 )

@@ -85,7 +85,7 @@ COMMAND = Command(
     "measure what a run will take before it starts",
     "Makes real updates with the flags of 'train' and writes nothing: memory, seconds, and what to change where it "
     "does not fit. Exit code 1: not as asked.",
-    "draftune preflight --model emoji --reward emoji-aesthetic --batch-size 16 --memory 0.5",
+    "draftune preflight --model emoji --reward emoji_aesthetic --batch-size 16 --memory 0.5",
     arguments,
     run,
 )

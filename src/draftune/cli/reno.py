@@ -70,7 +70,7 @@ COMMAND = Command(
     "reno",
     "make one picture better by its noise, without training",
     "Climbs a reward by the noise that one picture starts from; no weight changes (ReNO).",
-    'draftune reno emoji --prompt "cat face" --reward emoji-aesthetic --steps 15 --output cat.png',
+    'draftune reno emoji --prompt "cat face" --reward emoji_aesthetic --steps 15 --output cat.png',
     arguments,
     run,
 )

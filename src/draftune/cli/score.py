@@ -58,7 +58,7 @@ COMMAND = Command(
     "score",
     "score pictures",
     "Scores picture files with a reward. Exit code 1: some could not be read and were skipped.",
-    "draftune score out/ 'more/*.jpg' --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt cat",
+    "draftune score out/ 'more/*.jpg' --reward 'emoji_clip + 0.1*emoji_aesthetic' --prompt cat",
     arguments,
     run,
 )

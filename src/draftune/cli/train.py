@@ -54,7 +54,7 @@ COMMAND = Command(
     "train",
     "fine-tune a LoRA on a reward",
     "Fine-tunes a LoRA on a reward. Without flags the embedded model learns to draw glossy 3D emoji.",
-    "draftune train --model emoji --reward emoji-aesthetic --output runs/first",
+    "draftune train --model emoji --reward emoji_aesthetic --output runs/first",
     arguments,
     run,
 )

@@ -36,7 +36,7 @@ class Draft(RewardGradient):
         yield rollout(batch.denoise, batch.schedule.steps, batch.noise)
 
 
-@register("draft-k")
+@register("draft_k")
 @dataclass(frozen=True)
 class DraftK(RewardGradient):
     """DRaFT-K: the gradient flows through the last k sampling steps; k = 1 is the cheapest, k = T is full DRaFT."""
@@ -63,7 +63,7 @@ class DraftK(RewardGradient):
         yield rollout(batch.denoise, batch.schedule.steps[prefix:], batch.without_graph(prefix))
 
 
-@register("draft-lv")
+@register("draft_lv")
 @dataclass(frozen=True)
 class DraftLV(RewardGradient):
     """DRaFT-LV: DRaFT-1 plus n re-noised copies of its sample, each denoised once, for a gradient of lower variance.

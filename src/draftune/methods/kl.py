@@ -16,7 +16,7 @@ from draftune.sampling.schedule import Prediction, Step
 
 @register("kl")
 class KL(Around):
-    """Any method with a penalty for leaving the base model: kl(draft-k(k=5), beta=0.1) is DRaFT+.
+    """Any method with a penalty for leaving the base model: kl(draft_k(k=5), beta=0.1) is DRaFT+.
 
     Adds beta * sum_t mean((F - F_base)^2) over the calls of the denoiser that carry gradient. F is the guided output of
     the network, as in `Schedule.prediction_error`, and F_base that of the base model at the same noisy latent. The KL

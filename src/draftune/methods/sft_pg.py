@@ -45,7 +45,7 @@ class Value(nn.Module):
         return found.view(count)
 
 
-@register("sft-pg")
+@register("sft_pg")
 @dataclass
 class SFTPG(Method):
     """SFT-PG (Fan and Lee, arXiv 2301.13362): makes steps more probable that end better than a value network expected.

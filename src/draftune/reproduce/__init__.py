@@ -48,7 +48,7 @@ HEAD = """# Results
 
 The claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)), and after them those of its
 neighbours, measured again on the embedded model: emoji at 64 x 64, {steps} sampling steps, guidance 3; unless said
-otherwise batches of 4, a LoRA of rank 8, AdamW at 1e-3 and `emoji-aesthetic` as the training reward. No two updates
+otherwise batches of 4, a LoRA of rank 8, AdamW at 1e-3 and `emoji_aesthetic` as the training reward. No two updates
 share the sampling steps before the gradient (`--prefix-reuse 1`), as they do in `make demo`. The judges are
 classifiers that nothing was trained against; all scores are means over {count} pictures of {names} names that were not
 trained on, the same seeds every time. It is a small model: a claim that is not seen here may hold on a large one, and

@@ -14,7 +14,7 @@ from draftune.reproduce.report import Claim, Experiment, Report, spread
 
 def half(scale: Scale) -> str:
     """DRaFT-10 at 20 steps."""
-    return f"draft-k(k={scale.num_inference_steps // 2})"
+    return f"draft_k(k={scale.num_inference_steps // 2})"
 
 
 def deep(scale: Scale) -> str:
@@ -44,7 +44,7 @@ def policy(scale: Scale, seed: int) -> Work:
 
 
 def matching(scale: Scale) -> Work:
-    return Work(f"adjoint-matching(scale=10, k={max(2, scale.num_inference_steps // 4)})", scale.long)
+    return Work(f"adjoint_matching(scale=10, k={max(2, scale.num_inference_steps // 4)})", scale.long)
 
 
 def efficiency_work(scale: Scale) -> list[Work]:

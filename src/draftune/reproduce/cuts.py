@@ -21,7 +21,7 @@ def depths(scale: Scale) -> list[int]:
 
 
 def depth_method(k: int, scale: Scale) -> str:
-    return "draft" if k == scale.num_inference_steps else f"draft-k(k={k})"
+    return "draft" if k == scale.num_inference_steps else f"draft_k(k={k})"
 
 
 def depth_work(scale: Scale) -> list[Work]:
@@ -83,7 +83,7 @@ def depth(lab: Lab) -> Report:
 
 
 def copies_method(n: int) -> str:
-    return f"draft-lv(n={n})" if n else ONE
+    return f"draft_lv(n={n})" if n else ONE
 
 
 def copies_work(scale: Scale) -> list[Work]:
@@ -97,7 +97,7 @@ def spread_of_gradients(lab: Lab) -> dict[str, list[float]]:
     the mean is corrected for the variance that a finite number of seeds leaves in it.
     """
     most, seeds = lab.scale.copies[-1], lab.scale.gradient_seeds
-    terms = [torch.stack(lab.gradients(f"draft-lv(n={most})", seed)) for seed in range(seeds)]
+    terms = [torch.stack(lab.gradients(f"draft_lv(n={most})", seed)) for seed in range(seeds)]
     found: dict[str, list[float]] = {"variance": [], "signal": []}
     for n in lab.scale.copies:
         gradients = torch.stack([t[: n + 1].sum(0) for t in terms]).double()
@@ -136,7 +136,7 @@ def copies(lab: Lab) -> Report:
     axes[0, 0].set(xlabel="updates", ylabel="training reward")
     axes[0, 0].legend(fontsize=8)
     for axis, key in zip(axes[0, 1:], ("gradient's variance / mean squared", "seconds an update"), strict=True):
-        axis.plot(lab.scale.copies, [row[key] for row in table], marker="o", color=color("draft-lv"))
+        axis.plot(lab.scale.copies, [row[key] for row in table], marker="o", color=color("draft_lv"))
         axis.set(xlabel="n", ylabel=key, ylim=(0, None))
     at, most = scale.copies.index(2), scale.copies[-1]
     zero, two = table[0], table[at]
@@ -217,7 +217,7 @@ def grid(lab: Lab) -> Report:
     drawn, axes = figure(1, 2)
     labels = [f"{spacing}{', to clean' if clean else ''}" for spacing, clean in GRIDS]
     for axis, key in zip(axes[0], ("first gradient's norm", "gain"), strict=True):
-        axis.bar(labels, [row[key] for row in rows], color=color("draft-k(k=1)"))
+        axis.bar(labels, [row[key] for row in rows], color=color("draft_k(k=1)"))
         axis.set_ylabel(f"{key} of the reward after {lab.scale.steps} updates" if key == "gain" else key)
         axis.tick_params(axis="x", labelsize=7)
     leading, trailing = (

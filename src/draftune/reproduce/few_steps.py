@@ -28,9 +28,9 @@ EACH = 3
 """Pictures of each name, as many as there are real ones: one of each style."""
 AT_ONCE = 32
 SIZE = 8
-CRITIC = f"examples(folder={EXAMPLES}, width=32, learning_rate=0.001)"
+CRITIC = f"discriminator(folder='{EXAMPLES}', width=32, learning_rate=0.001)"
 POLICY, PLAIN, EVEN = "SFT-PG", "DRaFT-1", "DRaFT-1 (one critic step)"
-WAYS = {POLICY: "sft-pg(generator_steps=4, value_learning_rate=0.001)", PLAIN: ONE, EVEN: ONE}
+WAYS = {POLICY: "sft_pg(generator_steps=4, value_learning_rate=0.001)", PLAIN: ONE, EVEN: ONE}
 RATE = 3e-4
 """The learning rate of all; 0.001, the embedded model's own, left each with 3 steps farther away than it began."""
 DISTANCES = ("by the judge", "by CLIP")
@@ -91,7 +91,7 @@ class Ruler:
 
     def __init__(self, lab: Lab) -> None:
         self.names = load_prompts("emoji-common")[: lab.scale.few_names]
-        judge, clip = (load_reward(name) for name in ("emoji-judge-style", "emoji-clip"))
+        judge, clip = (load_reward(name) for name in ("emoji_style_probability", "emoji_clip"))
         self.networks: list[Callable[[Tensor], Tensor]] = [judge.features, clip.clip.embed_images]  # type: ignore[union-attr,list-item]
         assert lab.examples is not None
         self.pictures = real_pictures(lab.examples, self.names)

@@ -30,11 +30,11 @@ from draftune.training import train
 from draftune.utils.memory import peak_memory
 from draftune.utils.paths import written_whole
 
-REWARD = "emoji-aesthetic"
-JUDGE = "held-out/emoji-judge-style"
-NAMED = "held-out/emoji-judge-name"
+REWARD = "emoji_aesthetic"
+JUDGE = "held-out/emoji_style_probability"
+NAMED = "held-out/emoji_name_accuracy"
 DIVERSITY = "held-out/diversity"
-LV, ONE = "draft-lv(n=2)", "draft-k(k=1)"
+LV, ONE = "draft_lv(n=2)", "draft_k(k=1)"
 GUIDANCE = recommended("emoji")["guidance_scale"]
 
 
@@ -215,7 +215,7 @@ class Lab:
 
     @cached_property
     def judges(self) -> Reward:
-        return load_reward("emoji-judge-name + emoji-judge-style(style=3d)").to(default_device())
+        return load_reward("emoji_name_accuracy + emoji_style_probability(style='3d')").to(default_device())
 
     def model(self) -> Model:
         """The embedded model, on the grid that it is trained on."""

@@ -18,12 +18,12 @@ from draftune.reproduce.report import Claim, Experiment, Report, compared, sprea
 from draftune.rewards import load_reward
 from draftune.training.checks import probe_reward
 
-BYTES = "jpeg-bytes"
+BYTES = "jpeg_file_size"
 LEVEL = 6.0
 SPREAD = 2.0
-"""Of `emoji-aesthetic` from picture to picture of the base model."""
+"""Of `emoji_aesthetic` from picture to picture of the base model."""
 ABOVE = f"threshold({REWARD}, at={LEVEL:g})"
-JUDGES = "emoji-judge-name + emoji-judge-style(style=3d)"
+JUDGES = "emoji_name_accuracy + emoji_style_probability(style='3d')"
 SIZE = f"held-out/{BYTES}"
 SHARE, CLIMBED = f"held-out/threshold({REWARD})", f"held-out/{REWARD}"
 POLICY = "ddpo(min_count=4, timestep_fraction=0.25)"
@@ -50,8 +50,8 @@ def annealed(width: float, power: float) -> str:
     return f"threshold({REWARD}, at={LEVEL:g}, temperature={SPREAD * width:g}, decay={power:g})"
 
 
-PICTURES = f"black-box({BYTES}, coordinates=4, perturbation_std=0.02, basis=high_pass, size=2)"
-LATENTS = f"black-box({BYTES}, coordinates=8, perturbation_std=0.1, size=2, space=latent)"
+PICTURES = f"zeroth_order({BYTES}, coordinates=4, perturbation_std=0.02, basis=high_pass, size=2)"
+LATENTS = f"zeroth_order({BYTES}, coordinates=8, perturbation_std=0.1, size=2, space=latent)"
 ESTIMATED = (
     Way("estimated in pictures, DRaFT-1", ONE, PICTURES),
     Way("estimated in latents, DRaFT-1", ONE, LATENTS),
@@ -59,8 +59,8 @@ ESTIMATED = (
     Way("estimated in latents, DRaFT-LV", LV, LATENTS),
 )
 RULERS = (
-    Way("differentiable JPEG, DRaFT-1", ONE, "jpeg-compressibility"),
-    Way("differentiable JPEG, DRaFT-LV", LV, "jpeg-compressibility"),
+    Way("differentiable JPEG, DRaFT-1", ONE, "jpeg_compressibility"),
+    Way("differentiable JPEG, DRaFT-LV", LV, "jpeg_compressibility"),
 )
 OVER = (
     Way("width stays at 0.15", ONE, annealed(0.15, 0.0)),

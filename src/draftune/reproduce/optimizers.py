@@ -53,7 +53,7 @@ class Rival:
 RIVALS = (
     Rival("AdamW", (3e-4, 1e-3, 3e-3), "adamw"),
     Rival("SGD, momentum 0.9", (0.03, 0.1, 0.3), "sgd(momentum=0.9)"),
-    Rival("Step-Tuned SGD", (0.3, 1.0, 3.0), "step-tuned-sgd", 2),
+    Rival("Step-Tuned SGD", (0.3, 1.0, 3.0), "step_tuned_sgd", 2),
     Rival("EXTRAP + AdamW", (3e-4, 1e-3, 3e-3), "extrapolate(adamw, rate=0.1)"),
     Rival("AdaMEKA", (1e-3, 3e-3)),
 )
@@ -90,7 +90,7 @@ def curve(lab: Lab, rival: Rival, rate: float, seed: int) -> Curve:
 
 
 def with_adameka(lab: Lab, rate: float, seed: int) -> Curve:
-    """What `draftune train --method 'draft-k(k=1)'` does, by an optimiser that wants the loss of every sample.
+    """What `draftune train --method 'draft_k(k=1)'` does, by an optimiser that wants the loss of every sample.
 
     A picture's second derivative comes from the same graph and is no further query.
     """

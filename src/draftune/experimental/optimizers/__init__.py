@@ -52,13 +52,13 @@ def sgd(
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": adamw,
     "sgd": sgd,
-    "step-tuned-sgd": StepTunedSGD,
+    "step_tuned_sgd": StepTunedSGD,
     "extrapolate": Extrapolate,
 }
 FILTERS: dict[str, Callable[..., Tensor]] = {
-    "channel-mean": channel_mean,
-    "channel-sobolev": channel_sobolev,
-    "channel-sobolev-mean": channel_sobolev_mean,
+    "channel_mean": channel_mean,
+    "channel_sobolev": channel_sobolev,
+    "channel_sobolev_mean": channel_sobolev_mean,
 }
 
 

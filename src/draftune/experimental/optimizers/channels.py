@@ -21,7 +21,7 @@ def channel_mean(gradient: Tensor, weight: float = 2.0) -> Tensor:
 
     The metric is <h, k> = <mean h, mean k> + weight * <h - mean h, k - mean k>. The order of channels does not matter.
     """
-    positive("channel-mean", "weight", weight)
+    positive("channel_mean", "weight", weight)
     mean = gradient.mean(0, keepdim=True)
     return mean + (gradient - mean) / weight
 
@@ -33,7 +33,7 @@ def channel_sobolev(gradient: Tensor, width: float = 2.0) -> Tensor:
     frequency is multiplied by 1 / (1 + lambda * (2 pi m)^2). It takes the order of channels for one that means
     something.
     """
-    positive("channel-sobolev", "width", width)
+    positive("channel_sobolev", "width", width)
     weight = (width / len(gradient)) ** 2
     return multiplied(gradient, 1 / (1 + weight * frequencies(gradient)))
 
@@ -44,7 +44,7 @@ def channel_sobolev_mean(gradient: Tensor, weight: float = 1 / (4 * math.pi**2))
     The metric <mean h, mean k> + weight * <h', k'> on a ring of length 1: the m-th frequency, from 1 on, is multiplied
     by 1 / (weight * (2 pi m)^2), which is 1 / m^2 with the weight unless set.
     """
-    positive("channel-sobolev-mean", "weight", weight)
+    positive("channel_sobolev_mean", "weight", weight)
     squares = frequencies(gradient)
     squares[0] = 1 / weight
     return multiplied(gradient, 1 / (weight * squares))

@@ -31,11 +31,11 @@ class StepTunedSGD(Evaluating):
         delta: float = 0.001,
     ) -> None:
         if not 0 < low <= high < math.inf:
-            raise DraftuneError(f"step-tuned-sgd: 0 < low <= high is wanted, not low={low}, high={high}")
+            raise DraftuneError(f"step_tuned_sgd: 0 < low <= high is wanted, not low={low}, high={high}")
         if not 0 <= beta < 1:
-            raise DraftuneError(f"step-tuned-sgd: beta must be at least 0 and less than 1, not {beta}")
+            raise DraftuneError(f"step_tuned_sgd: beta must be at least 0 and less than 1, not {beta}")
         if not (nu > 0 and -0.5 <= delta < math.inf):
-            raise DraftuneError(f"step-tuned-sgd: nu > 0 and delta >= -0.5 are wanted, not nu={nu}, delta={delta}")
+            raise DraftuneError(f"step_tuned_sgd: nu > 0 and delta >= -0.5 are wanted, not nu={nu}, delta={delta}")
         super().__init__(params, {"lr": lr})
         self.nu, self.beta, self.low, self.high, self.delta = nu, beta, low, high, delta
 
