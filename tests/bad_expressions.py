@@ -12,17 +12,18 @@ def split(table: str, *more: str) -> list[str]:
 
 EXPRESSIONS = split(
     """
-    brightness + | + | * | 2* | brightness brightness | 2 | 1e400*brightness | brightness*nan | () | (brightness)
+    brightness + | + | * | 2* | brightness brightness | 2 | 1e400*brightness | brightness*nan | ()
     brightnes | BRIGHTNESS | brightness( | brightness) | brightness(quality=1) | −brightness | brightness(quality)
     color | color() | color(target=orangy) | color(target=3) | color('a') | jpeg_compressibility(quality=0)
-    jpeg_compressibility(quality=101) | jpeg_compressibility(quality=1.5) | robust | robust()
-    sharpness_aware(brightness, rho=-1) | sharpness_aware(brightness, rho=0) | sharpness_aware(nothing) | sharpness_aware(brightness, rho=1e999)
-    --brightness | brightness & saturation | brightness; saturation | image_similarity(image=nowhere.png) | reference
-    image_similarity(image=.) | rotation(angle=45) | symmetry(axis=up) | clip(model=nowhere)
-    aesthetic(weights=nowhere.pth) | hpsv2 | pickscore | imagereward + hpsv2 | mine.py:nothing | nowhere.py:f
+    jpeg_compressibility(quality=101) | jpeg_compressibility(quality=1.5) | sharpness_aware | sharpness_aware()
+    sharpness_aware(brightness, rho=-1) | sharpness_aware(brightness, rho=0) | sharpness_aware(nothing)
+    sharpness_aware(brightness, rho=1e999)
+    brightness & saturation | brightness; saturation | image_similarity(image='nowhere.png') | image_similarity
+    image_similarity(image='.') | rotation(angle=45) | symmetry(axis=up) | clip(model=nowhere)
+    aesthetic(weights='nowhere.pth') | hpsv2 | pickscore | imagereward + hpsv2 | mine.py:nothing | nowhere.py:f
     mine.py | mine.py:f( | brightness:f | 'brightness | emoji_style_probability(style=4d) | classify(target=99999)
-    classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness | 0x10*brightness
-    1__0*brightness | brightness(a=1, a=2) | brightness(, ) | above(brightness) | above(level=0.5)
+    classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness
+    1__0*brightness | brightness(a=1, a=2) | brightness(, ) | threshold(brightness) | threshold(at=0.5)
     zeroth_order(brightness, space=latents) | sharpness_aware(zeroth_order(brightness, space=latent))
     """,
     "brightness - ",

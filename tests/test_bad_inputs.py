@@ -183,7 +183,7 @@ def test_what_is_odd_but_good(tmp_path: Path) -> None:
         "",
         1000,
     )
-    for flag, value in (("--best-by", "-held-out/judge"), ("--reward", "-2*brightness"), ("--best-by", "-1*a + b")):
+    for flag, value in (("--best-by", "-'held-out/judge'"), ("--reward", "-2*brightness"), ("--best-by", "-1*a + b")):
         args = build_parser().parse_args(expressions_joined(["train", flag, value]))
         assert getattr(args, flag[2:].replace("-", "_")) == value
 

@@ -14,12 +14,13 @@ from torch.nn.functional import interpolate
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.experimental.black_box import ZerothOrder
 from draftune.guidance.methods import sample_guided
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.models import load_model
 from draftune.rewards import load_reward
-from draftune.rewards.base import carried, extra_queries
-from draftune.experimental.black_box import ZerothOrder
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import carried, extra_queries
 from draftune.training.checks import probe_reward
 
 PROMPTS = ["a cat", "a dog"]
@@ -42,7 +43,7 @@ def seen(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def gradient(reward: draftune.Reward, show: Any = decode) -> Tensor:
     given = LATENTS.clone().requires_grad_()
-    total, _, pictures = reward.parts_of(given, show, PROMPTS)
+    total, _, pictures = parts_of(reward, given, show, PROMPTS)
     assert not pictures.requires_grad
     (found,) = torch.autograd.grad(total.sum(), given)
     return found
@@ -56,7 +57,9 @@ def test_asked_about_every_number_of_the_latents_it_has_the_gradient_without_one
         return decode(latents)
 
     exact = gradient(load_reward(seen))
-    black = ZerothOrder(load_reward(hidden), coordinates=80, basis="grid", size=4, step=0.01, space="latent")
+    black = ZerothOrder(
+        load_reward(hidden), coordinates=80, basis="grid", size=4, perturbation_std=0.01, space="latent"
+    )
     assert torch.allclose(gradient(black, watched), exact, atol=5e-3)
     assert len(graphs) == 1 + 2 * 160
     assert not any(graphs)
@@ -65,11 +68,13 @@ def test_asked_about_every_number_of_the_latents_it_has_the_gradient_without_one
 
 
 def test_in_a_sum_each_part_has_its_own_way_to_the_latents() -> None:
-    black = ZerothOrder(load_reward(hidden), coordinates=80, basis="grid", size=4, step=0.01, space="latent")
+    black = ZerothOrder(
+        load_reward(hidden), coordinates=80, basis="grid", size=4, perturbation_std=0.01, space="latent"
+    )
     both = 0.5 * black + 3 * load_reward("sharpness")
     expected = 0.5 * gradient(load_reward(seen)) + 3 * gradient(load_reward("sharpness"))
     assert torch.allclose(gradient(both), expected, atol=5e-3)
-    total, parts, pictures = both.parts_of(LATENTS, decode, PROMPTS)
+    total, parts, pictures = parts_of(both, LATENTS, decode, PROMPTS)
     assert torch.allclose(total, 0.5 * parts["zeroth_order(hidden)"] + 3 * parts["sharpness"])
     assert torch.equal(pictures, decode(LATENTS))
     assert extra_queries(black) == 2 * 160  # nobody asked for a gradient the second time
@@ -110,7 +115,9 @@ def train(model: Path, output: Path, reward: Any, **values: Any) -> draftune.tra
 
 
 def test_training_on_it_is_training_on_the_gradient(pipeline_folder: Path, tmp_path: Path) -> None:
-    black = ZerothOrder(load_reward(hidden), coordinates=256, basis="grid", size=8, step=0.02, space="latent")
+    black = ZerothOrder(
+        load_reward(hidden), coordinates=256, basis="grid", size=8, perturbation_std=0.02, space="latent"
+    )
     runs = [
         train(pipeline_folder, tmp_path / str(i), reward, method="draft_k(k=1)", batch_size=1, steps=1)
         for i, reward in enumerate((black, seen))

@@ -198,7 +198,7 @@ def test_list_says_everything_about_a_reward(capsys: pytest.CaptureFixture[str])
     assert main(["list", "hpsv2"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("hpsv2(version: float = 2.1, weights: str = '', tokenizer: str = ")
-    for word in ("arXiv", "Apache-2.0", "224x224", "Over-optimised"):
+    for word in ("arXiv", "Apache-2.0", "224x224", "Over-optimized"):
         assert word in text
 
 

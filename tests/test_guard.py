@@ -35,7 +35,7 @@ def test_the_best_is_that_of_the_rule() -> None:
     assert guard.best["step"] == 10
     with pytest.raises(DraftuneError, match=r"unknown column .*held-out/juge.*did you mean 'held-out/judge'"):
         Guard({"held-out/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
-    assert weights_of("held-out/judge - 0.5*denoiser_mse_from_base") == {
+    assert weights_of('"held-out/judge" - 0.5*denoiser_mse_from_base') == {
         "held-out/judge": 1.0,
         "denoiser_mse_from_base": -0.5,
     }
@@ -159,7 +159,7 @@ def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
     for values, message in (
         ({"patience": 2, "eval_every": 0}, "wants --eval-prompts and --eval-every"),
         ({"patience": 2, "eval_prompts": ""}, "wants --eval-prompts and --eval-every"),
-        ({"best_by": "held-out/x + "}, "cannot read"),
+        ({"best_by": "'held-out/x' + "}, "cannot read"),
         ({"best_by": "held-out/x"}, "unknown column"),
     ):
         with pytest.raises(DraftuneError, match=message):

@@ -444,7 +444,7 @@ def test_pixels_under_a_mask_are_free(picture: Path) -> None:
 def test_greys_and_colours(picture: Path) -> None:
     target = open_image(picture)
     images = torch.rand(2, 3, 8, 8)
-    grey = load_reward(f"image_match(image='{picture}', property=grey)")
+    grey = load_reward(f"image_match(image='{picture}', property=gray)")
     assert torch.allclose(grey(images, PROMPTS), -(images - target).mean(1).square().mean((1, 2)), atol=1e-6)
     swapped = target[:, [1, 2, 0]]
     assert float(grey(swapped, ["a"])) == pytest.approx(0, abs=1e-7)
@@ -554,7 +554,7 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
     with pytest.raises(DraftuneError, match="white all over"):
         load_reward(f"image_match(image='{picture}', mask='{picture.parent}/white.png')")
     with pytest.raises(DraftuneError, match="did you mean 'grey'"):
-        load_reward(f"image_match(image='{picture}', property=gray)")
+        load_reward(f"image_match(image='{picture}', property=grays)")
     model.to("cpu", "fp16")
     with pytest.raises(DraftuneError, match="vanishes in fp16"):
         sample_guided(model, "brightness", "cat", **FEW)

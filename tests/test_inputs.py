@@ -23,6 +23,7 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.image_files import find_images, prompts_of
 from draftune.evaluation.metrics import evaluate
+from draftune.experimental.black_box import ZerothOrder
 from draftune.experimental.tune_weights import tune_knobs
 from draftune.guidance.methods import sample_guided
 from draftune.guidance.noise_optimization import optimize_noise
@@ -30,7 +31,6 @@ from draftune.models import Model, load_model
 from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
-from draftune.experimental.black_box import ZerothOrder
 from draftune.utils.images import open_image
 from draftune.utils.paths import folder_output, image_output
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.rewards import load_reward
-from draftune.rewards.jpeg import CHROMINANCE, LUMINANCE, Jpeg, quantization_table, soft_round
+from draftune.rewards.jpeg import CHROMINANCE, LUMINANCE, JPEGCompressibility, quantization_table, soft_round
 from draftune.utils.images import from_pil, to_pil
 
 
@@ -51,7 +51,7 @@ def test_tables_are_those_that_pil_writes(quality: int) -> None:
 
 @pytest.mark.parametrize("quality", [20, 50, 80])
 def test_round_trip_is_that_of_pil(quality: int) -> None:
-    ours = Jpeg(quality, 1.0).round_trip(IMAGES)
+    ours = JPEGCompressibility(quality).round_trip(IMAGES)
     theirs = torch.cat([from_pil(Image.open(io.BytesIO(jpeg_bytes(image, quality)))) for image in PHOTOGRAPHS])
     # libjpeg rounds to integers in between and smooths the chroma a little differently.
     assert (ours.clamp(0, 1) - theirs).abs().mean() < 1.5 / 255
@@ -87,7 +87,7 @@ def test_the_two_rewards_are_each_others_negative() -> None:
 
 def test_any_size() -> None:
     images = IMAGES[:1, :, :50, :35]
-    assert Jpeg(50, 1.0).round_trip(images).shape == images.shape
+    assert JPEGCompressibility(50).round_trip(images).shape == images.shape
 
 
 def test_soft_round_rounds_and_has_the_gradient_of_its_cubic() -> None:

@@ -29,9 +29,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_its_gradient_is_that_of_plain_autograd(file: Path) -> None:
     schedule, network = GRIDS["clean"], Network()
-    plain = gradient_of_method(load_method(f"{file}:Fading(k=3, fade=1)"), schedule, network)
+    plain = gradient_of_method(load_method(f"'{file}:Fading'(k=3, fade=1)"), schedule, network)
     assert relative(plain, gradient_of_method(DraftK(3), schedule, network)) < 1e-12
-    ours = gradient_of_method(load_method(f"{file}:Fading(k=2, fade=0.3)"), schedule, network)
+    ours = gradient_of_method(load_method(f"'{file}:Fading'(k=2, fade=0.3)"), schedule, network)
     network.zero_grad()
     x = NOISE
     for i, step in enumerate(schedule.steps):
@@ -46,7 +46,7 @@ def test_it_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_
     output = tmp_path / "run"
     arguments = ["--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--steps", "2"]
     arguments += ["--num-inference-steps", "4", "--sample-every", "0", "--sample-prompts", "1", "--cpu"]
-    assert main(["train", *arguments, "--method", f"kl({file}:Fading(k=2), beta=0.1)", "--output", str(output)]) == 0
+    assert main(["train", *arguments, "--method", f"kl('{file}:Fading'(k=2), beta=0.1)", "--output", str(output)]) == 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward_queries"] for row in rows] == [4, 8]
     assert (output / "lora" / "pytorch_lora_weights.safetensors").is_file()
@@ -56,8 +56,8 @@ def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.py").write_text("class Other:\n    pass\n\n\ndef broken():\n    raise ValueError('no')\n")
     for text, message in (
         (f"{file}:Fadin", "did you mean 'Fading'"),
-        (f"{file}:Fading(kk=2)", "did you mean 'k'"),
-        (f"{file}:Fading(k=two)", "k of method .* must be a whole number"),
+        (f"'{file}:Fading'(kk=2)", "did you mean 'k'"),
+        (f"'{file}:Fading'(k=two)", "k of method .* must be a whole number"),
         (f"{tmp_path}/other.py:Other", "makes a Other, not a Method"),
         (f"{tmp_path}/other.py:broken", r"can't be made: ValueError: no"),
         (f"{tmp_path}/none.py:Other", "no file .* with a method in it"),
@@ -80,6 +80,6 @@ def test_a_batch_in_python(file: Path) -> None:
         calls.append(torch.is_grad_enabled())
         return schedule.read(network(x, step.timestep), x, step)
 
-    (clean,) = load_method(f"{file}:Fading(k=2)").samples(batch_of(denoise, schedule))  # type: ignore[attr-defined]
+    (clean,) = load_method(f"'{file}:Fading'(k=2)").samples(batch_of(denoise, schedule))  # type: ignore[attr-defined]
     assert clean.shape == NOISE.shape
     assert calls == [False] * (T - 2) + [True] * 2

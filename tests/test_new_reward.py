@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from draftune.registry.factories import run_file
 from safetensors.torch import save_file
 
+import draftune
 import draftune.rewards
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.registry.factories import run_file
 from draftune.rewards import REWARDS, find_reward, load_reward
 from draftune.training.checks import probe_reward
 
@@ -35,8 +38,8 @@ def file(tmp_path: Path) -> Iterator[Path]:
 def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
     expected = IMAGES.mean((2, 3)) @ WEIGHT[0] + BIAS
     weights = file.with_name("linear.safetensors")
-    for name in (f"{file}:mean_color", f"{file}:MeanColor", "mean_color"):
-        reward = load_reward(f"2*{name}(weights='{weights}') - brightness")
+    for name in (f"{file}:MeanColor", "mean_color"):
+        reward = load_reward(f"2*'{name}'(weights='{weights}') - brightness")
         images = IMAGES.clone().requires_grad_()
         total, parts = reward.parts(images, PROMPTS)
         assert torch.allclose(parts[name.rpartition(":")[2]], expected, atol=1e-6)
@@ -64,12 +67,22 @@ def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
 def test_it_is_listed_with_its_docstring(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file(file, "reward")
     assert main(["list", "mean_color"]) == 0
-    assert "Over-optimised: one plain colour." in capsys.readouterr().out
+    assert "Over-optimized: one plain colour." in capsys.readouterr().out
 
 
 def test_every_module_that_registers_rewards_is_imported() -> None:
-    """The page says that the import line in rewards/__init__.py is what makes a name known."""
-    folder = Path(draftune.rewards.__file__).parent
-    registering = {path.stem for path in folder.glob("*.py") if "\n@register(" in path.read_text()}
-    line = re.findall(r"from draftune\.rewards import \((.*?)\)", (folder / "__init__.py").read_text(), re.DOTALL)
-    assert registering == set(re.findall(r"^    (\w+),$", line[0], re.MULTILINE))
+    """The page says that the list in rewards/__init__.py is what makes a name known."""
+    root = Path(draftune.__file__).parent
+    files = (
+        path for path in root.rglob("*.py") if re.search(r"\n@register\(.*\)\nclass \w+\(.*Reward", path.read_text())
+    )
+    registering = {".".join(path.relative_to(root.parent).with_suffix("").parts) for path in files}
+    assert registering - set(draftune.rewards.MODULES) == set()
+    for module in draftune.rewards.MODULES:
+        assert "\n@register(" in (root.parent / module.replace(".", "/")).with_suffix(".py").read_text(), module
+
+
+def test_experimental_rewards_are_imported_at_the_first_lookup() -> None:
+    code = "import sys, draftune.rewards as r; assert not [m for m in sys.modules if 'draftune.experimental' in m]; "
+    code += "assert r.load_reward('threshold(brightness, at=0.5)').label == 'threshold(brightness)'"
+    subprocess.run([sys.executable, "-c", code], check=True)

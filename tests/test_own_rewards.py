@@ -64,7 +64,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_functions_and_classes_of_a_file(file: Path) -> None:
-    reward = load_reward(f"{file}:red(k=3) + 0.5*{file}:Green(power=2) - {file}:Plain")
+    reward = load_reward(f"'{file}:red'(k=3) + 0.5*'{file}:Green'(power=2) - '{file}:Plain'")
     total, parts = reward.parts(IMAGES, PROMPTS)
     red, green, blue = (IMAGES[:, i] for i in range(3))
     wanted = 6 * red.mean((1, 2)) + 0.5 * green.pow(2).mean((1, 2)) - blue.mean((1, 2))
@@ -80,8 +80,8 @@ def test_functions_and_classes_of_a_file(file: Path) -> None:
     [
         ("rewards.py:rde", r"unknown reward in .*rewards.py': 'rde': did you mean 'red'"),
         ("rewards.py:FACTOR", "known: Green, Plain, blind, breaks, half, red, round_trip$"),
-        ("'rewards.py:red'(q=1)", "unknown setting of reward red: 'q'.*k"),
-        ("'rewards.py:Green'(power=1.5)", "power of reward .*Green must be a whole number"),
+        ("rewards.py:red|(q=1)", "unknown setting of reward red: 'q'.*k"),
+        ("rewards.py:Green|(power=1.5)", "power of reward .*Green must be a whole number"),
         ("rewards.py:blind", r"'blind' must take \(images, prompts\)"),
         ("nowhere.py:red", "no file .*nowhere.py"),
         ("broken.py:red", r"broken.py' can't be run: ZeroDivisionError: division by zero \(.*broken.py, line 2\)"),
@@ -91,8 +91,9 @@ def test_functions_and_classes_of_a_file(file: Path) -> None:
 def test_files_that_do_not_work(file: Path, name: str, message: str) -> None:
     (file.parent / "broken.py").write_text("\n1 / 0\n")
     (file.parent / "syntax.py").write_text("def red(:\n")
+    name, _, settings = name.partition("|")
     with pytest.raises(DraftuneError, match=message):
-        load_reward(f"{file.parent}/{name}")
+        load_reward(f"'{file.parent}/{name}'{settings}")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_files_that_do_not_work(file: Path, name: str, message: str) -> None:
 )
 def test_what_is_wrong_is_said_before_training(file: Path, name: str, message: str) -> None:
     with pytest.raises(DraftuneError, match=message):
-        probe_reward(load_reward(f"brightness + {file}:{name}"), IMAGES, PROMPTS)
+        probe_reward(load_reward(f"brightness + '{file}:{name}'"), IMAGES, PROMPTS)
 
 
 def no_grad(images: Tensor, prompts: Sequence[str]) -> Tensor:

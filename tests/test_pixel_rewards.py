@@ -100,11 +100,11 @@ class Bowl(Reward):
 
 
 def test_robust_scores_the_locally_worst_picture() -> None:
-    from draftune.rewards.sharpness_aware import Robust
+    from draftune.rewards.sharpness_aware import SharpnessAware
 
     images = (torch.rand(3, 3, 6, 6) + 0.1).requires_grad_()
     norm = images.detach().flatten(1).norm(dim=1)
-    reward = load_reward(Robust(Bowl(), rho=0.25) + 2 * Bowl())
+    reward = load_reward(SharpnessAware(Bowl(), rho=0.25) + 2 * Bowl())
     scores, parts = reward.parts(images, [""] * 3)
     assert torch.allclose(scores, -((norm + 0.25) ** 2) / 2 - norm**2, rtol=1e-5)
     assert list(parts) == ["sharpness_aware(bowl)", "bowl"]

@@ -355,7 +355,7 @@ def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folde
     one = train(pipeline_folder, tmp_path / "first", "brightness", best_by="brightness", **values)
     (weighted,) = [key for key in one.evaluations[0] if key.endswith("*brightness")]
     assert one.evaluations[0]["brightness"] < 1 < one.evaluations[0][weighted]
-    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*kept/brightness"}
+    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*'kept/brightness'"}
     two = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
     assert two.evaluations[0]["kept/brightness"] == pytest.approx(one.evaluations[-1]["brightness"])
 

@@ -18,6 +18,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.kid import kernel_distance
+from draftune.experimental.discriminator import critic_loss
 from draftune.experimental.learner import Learner, missed
 from draftune.methods import SFTPG, Batch
 from draftune.models import load_model
@@ -25,8 +26,7 @@ from draftune.reproduce import few_steps
 from draftune.reproduce.lab import FULL, Lab, slug
 from draftune.reproduce.real import real_pictures, with_examples
 from draftune.rewards import Reward, find_reward, load_reward
-from draftune.rewards.base import learners
-from draftune.experimental.discriminator import critic_loss
+from draftune.rewards.online import learners
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.training.train import prepare
 from draftune.utils.images import save_image, to_pil
@@ -400,11 +400,11 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         (f"discriminator(folder='{one}/a.png')", "takes a folder of pictures"),
         ("discriminator(folder='')", "no folder ''"),
         (f"discriminator(folder='{empty}')", "no picture at"),
-        (f"discriminator(folder='{one}')", "holds 1 picture: the reward examples wants at least 2"),
+        (f"discriminator(folder='{one}')", "1 image.*at least 2"),
         (f"discriminator(folder='{broken}')", "cannot read the picture"),
-        (f"discriminator(folder='{red}', width=0)", "width of reward examples must be at least 1, not 0"),
-        (f"discriminator(folder='{red}', size=8)", "size of reward examples must be at least 16, not 8"),
-        (f"discriminator(folder='{red}', baseline=-1)", "baseline of reward examples must be at least 0"),
+        (f"discriminator(folder='{red}', width=0)", "width of reward discriminator must be at least 1, not 0"),
+        (f"discriminator(folder='{red}', size=8)", "size of reward discriminator must be at least 16, not 8"),
+        (f"discriminator(folder='{red}', baseline=-1)", "baseline of reward discriminator must be at least 0"),
         (f"discriminator(folder='{red}', learning_rate=0)", "must be between 0 and 1, not 0"),
     ):
         with pytest.raises(DraftuneError, match=words):

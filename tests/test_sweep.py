@@ -115,7 +115,7 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
     tuned = find_tuned(str(run))
     yardstick = find_yardstick([tuned], num_images=2)
     found = sweep(
-        tuned, yardstick, [1.0, 2.0, 0.5], best_by="held-out/saturation - 0.1*denoiser_mse_from_base + distance"
+        tuned, yardstick, [1.0, 2.0, 0.5], best_by="'held-out/saturation' - 0.1*denoiser_mse_from_base + distance"
     )
     assert found.scales == [0.0, 0.5, 1.0, 2.0]
     repeated = [prompt for prompt in yardstick.prompts for _ in range(2)]

@@ -74,7 +74,7 @@ def parse(text: str) -> Call | Sum:
     except (RecursionError, MemoryError) as error:
         raise DraftuneError(f"cannot read {shortened(text)!r}: it is nested too deeply") from error
     except SyntaxError as error:
-        start = max((error.offset or 1) - 1, 0)
+        start = (error.offset or len(parser.text) + 1) - 1  # 0 at the end of the text
         raise parser.error(start, parser.text[start:], error.msg) from error
     except ValueError as error:  # null bytes and lone surrogates
         raise DraftuneError(f"cannot read {shortened(text)!r}: {error}") from error

@@ -58,7 +58,7 @@ def soft_round(x: Tensor) -> Tensor:
     return smooth + (rounded - smooth).detach()
 
 
-class JPEGError(Reward):
+class JPEGRoundTrip(Reward):
     """Base class: ||x - d(c(x))||^2, the squared error of a JPEG round trip summed over all values in [0, 1]."""
 
     sign: float
@@ -105,7 +105,7 @@ class JPEGError(Reward):
 
 
 @register("jpeg_compressibility")
-class JPEGCompressibility(JPEGError):
+class JPEGCompressibility(JPEGRoundTrip):
     """Minus the squared error of JPEG at `quality` (1-100): smooth images score near 0, detailed ones below.
 
     Source: Clark et al., 2023, arXiv:2309.17400; their quality is not known. No weights; any size.
@@ -116,7 +116,7 @@ class JPEGCompressibility(JPEGError):
 
 
 @register("jpeg_incompressibility")
-class JPEGIncompressibility(JPEGError):
+class JPEGIncompressibility(JPEGRoundTrip):
     """The squared error of JPEG at `quality` (1-100), 0 and above: detailed images score high.
 
     Source: Clark et al., 2023, arXiv:2309.17400; their quality is not known. No weights; any size.
