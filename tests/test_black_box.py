@@ -15,7 +15,7 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.experimental.black_box import PerturbationBasis, ZerothOrder
+from draftune.experimental.black_box import PerturbationBasis, ZerothOrder, block_rows, dct_rows
 from draftune.experimental.zeroth_order import Estimator, along_coordinates, along_directions, best_chances
 from draftune.rewards import load_reward
 from draftune.rewards.online import carried, extra_queries
@@ -283,7 +283,7 @@ def test_jpeg_bytes_are_those_of_pillow() -> None:
 
 
 def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> None:
-    with pytest.raises(DraftuneError, match=r"'jpeg_file_size' has no gradient .* or estimate one: black-box\("):
+    with pytest.raises(DraftuneError, match=r"'jpeg_file_size' has no gradient .* or estimate one: zeroth_order\("):
         probe_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS)
     probe_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS, gradient=False)
     found = probe_reward(load_reward("zeroth_order(jpeg_file_size, directions=8)"), IMAGES, PROMPTS)
@@ -296,8 +296,8 @@ def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> 
         ("zeroth_order", "reward inside"),
         ("zeroth_order(brightness, basis=fourier)", "unknown basis 'fourier': known: dct, grid, high_pass"),
         ("zeroth_order(brightness, directions=-1)", "directions or coordinates must be above 0"),
-        ("zeroth_order(brightness, perturbation_std=0)", "step of reward black-box must be above 0, not 0"),
-        ("zeroth_order(brightness, size=9)", "size of reward black-box must be at most the images' 8 pixels, not 9"),
+        ("zeroth_order(brightness, perturbation_std=0)", "perturbation_std of reward zeroth_order.*above 0.*0"),
+        ("zeroth_order(brightness, size=9)", "size of reward zeroth_order must be at most the images' 8 pixels, not 9"),
         ("jpeg_file_size(quality=0)", "quality.*between 1 and 100"),
     ],
 )
@@ -339,7 +339,7 @@ def test_a_policy_takes_it_as_it_is(pipeline_folder: Path, tmp_path: Path) -> No
     )
     assert [row["reward_queries"] for row in run.metrics] == [2, 4]
     row = run.metrics[-1]
-    assert row["reward/black-box(jpeg_file_size)"] == row["reward/jpeg_file_size"] == pytest.approx(row["reward"] / 2)
+    assert row["reward/zeroth_order(jpeg_file_size)"] == row["reward/jpeg_file_size"] == pytest.approx(row["reward"] / 2)
 
 
 def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_optimizers_are_compared_at_their_best(tmp_path: Path, tuned: float, wor
 
     def story(work: Work, step: int) -> dict[str, float]:
         name, rate = work.settings["optimizer"], work.settings["learning_rate"]
-        best = tuned if name.startswith(("step-tuned", "extrapolate")) else 6.0
+        best = tuned if name.startswith(("step_tuned", "extrapolate")) else 6.0
         # Halfway counts, where AdaMEKA is compared in the end.
         return {REWARD: 6.0 - (rate != middle[name]) + 0.01 * work.seed, "training": best + 0.01 * work.seed}
 
