@@ -124,9 +124,9 @@ def test_robust_scores_the_locally_worst_picture() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("robust", "robust wants a reward inside it"),
-        ("sharpness_aware(rho=1)", "robust wants a reward inside it"),
-        ("sharpness_aware(brightness, rho=0)", "rho of reward robust must be above 0"),
+        ("sharpness_aware", "sharpness_aware.*reward inside"),
+        ("sharpness_aware(rho=1)", "sharpness_aware.*reward inside"),
+        ("sharpness_aware(brightness, rho=0)", "rho.*sharpness_aware.*above 0.*0"),
         ("sharpness_aware(britness)", "did you mean 'brightness'"),
         ("brightness(saturation)", "brightness takes settings such as key=value, not 'saturation'"),
     ],

@@ -45,7 +45,7 @@ def build(call: Call, kind: str, table: Mapping[str, Callable[..., Any]], base: 
     factory = find_factory(call.name, kind, table)
     if wraps_another(factory, base):
         if not isinstance(call.inner, Call):
-            raise DraftuneError(f"{call.name} wants one {kind} inside it: {call.name}({next(iter(table))})")
+            raise DraftuneError(f"{call.name} needs one {kind} inside it: {call.name}({next(iter(table))})")
         given = (build(call.inner, kind, table, base, *given),)
     elif call.inner is not None:
         raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
