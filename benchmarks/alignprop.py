@@ -1,7 +1,7 @@
 """Compare draftune with TRL's AlignPropTrainer: time and memory of an update, and reward over training time.
 
     pip install . torch==2.13.0 transformers==4.57.1 diffusers==0.35.2 peft==0.17.1 accelerate==1.10.1 trl==0.23.1
-    python benchmarks/alignprop.py [--model emoji] [--reward emoji-aesthetic] [--k 1 10] [--rounds 7]
+    python benchmarks/alignprop.py [--model emoji] [--reward emoji_aesthetic] [--k 1 10] [--rounds 7]
     python benchmarks/alignprop.py --rounds 0 --minutes 10 [--own-minutes 4] [--output race.csv]
 
 Use a separate environment with releases of the time of that TRL version. Both trainers run alternately in one process,
@@ -9,7 +9,7 @@ so that other load on the machine affects both. They share the model folder, rew
 steps and guidance, in float32. TRL's code is unchanged and runs by its own `step`; epoch 0 prevents a checkpoint after
 every step.
 
-Updates: the gradient flows through the last k steps (`draft-k` here, fixed truncation in TRL) into LoRAs of rank 4, as
+Updates: the gradient flows through the last k steps (`draft_k` here, fixed truncation in TRL) into LoRAs of rank 4, as
 in TRL, on the same layers. TRL's DDIM uses the spacing of the model's scheduler and ends at the first training level.
 draftune is set to the same (set_alpha_to_one=False), with eta = 0. First the script prints how far images and LoRA
 gradients differ for the same noise and LoRA. The gradients differ for pixels outside [0, 1]: TRL's clamp has gradient 0
@@ -129,7 +129,7 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
     # Like TRL's trainer: recompute whole calls, and sample a new prefix for each update.
     same |= {"gradient_checkpointing": "blocks" if k == 1 else "denoiser", "prefix_reuse": 1}
-    ours = draftune(args, model, method=f"draft-k(k={k})", lora_rank=4, held_out="", **same)
+    ours = draftune(args, model, method=f"draft_k(k={k})", lora_rank=4, held_out="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
     print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)

@@ -1,7 +1,7 @@
 """Measure time and memory of an update at published model sizes, with random weights or with fake tensors.
 
     python benchmarks/full_size.py real sd14 mixed_precision=bf16 num_inference_steps=2
-    python benchmarks/full_size.py count sdxl method='draft-k(k=5)' batch_size=4
+    python benchmarks/full_size.py count sdxl method='draft_k(k=5)' batch_size=4
     python benchmarks/full_size.py table sd14
     python benchmarks/full_size.py presets
 
@@ -41,7 +41,7 @@ from draftune.utils.memory import PeakMemory, peak_memory
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
 # Memory does not depend on the number of prefix steps, so that one is enough.
-DEFAULTS: dict[str, Any] = {"method": "draft-k(k=1)", "batch_size": 1, "guidance_scale": 7.5, "num_inference_steps": 2}
+DEFAULTS: dict[str, Any] = {"method": "draft_k(k=1)", "batch_size": 1, "guidance_scale": 7.5, "num_inference_steps": 2}
 SIZES = {"sd14": (512, 768, 1024), "sdxl": (768, 1024)}
 
 
@@ -154,7 +154,7 @@ def cells(model: str) -> Iterator[dict[str, Any]]:
     yield {"batch_size": 4, "gradient_checkpointing": "none"}
     yield {"gradient_decoder": "small"}
     for mode in ("none", "blocks", "denoiser", "both"):
-        yield {"method": "draft-k(k=5)", "num_inference_steps": 6, "gradient_checkpointing": mode}
+        yield {"method": "draft_k(k=5)", "num_inference_steps": 6, "gradient_checkpointing": mode}
     yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "denoiser"}
 
 

@@ -32,11 +32,11 @@ from draftune.utils.images import from_pil, grid, save_image, to_pil
 DOCS = Path(__file__).parent.parent / "docs"
 RUNS = Path("runs/gallery")
 NAMES = {
-    "eval/emoji-judge-name": "judge: shows what the prompt names",
-    "eval/emoji-judge-style": "judge: probability of the 3D style",
+    "eval/emoji_name_accuracy": "judge: shows what the prompt names",
+    "eval/emoji_style_probability": "judge: probability of the 3D style",
     "eval/diversity": "diversity within a prompt",
 }
-OVERVIEW = ("emoji-aesthetic", "color", "symmetry", "jpeg-compressibility", "jpeg-incompressibility", "classify")
+OVERVIEW = ("emoji_aesthetic", "color", "symmetry", "jpeg_compressibility", "jpeg_incompressibility", "classify")
 HEAD = """# What the rewards do
 
 Each run is one command on the embedded model. It trains on the prompt set `emoji` and is evaluated on the 64 names of
@@ -100,17 +100,17 @@ class Experiment:
 
 
 SIZE: dict[str, Measure] = {"bytes as a JPEG of quality 75": jpeg_bytes}
-LAYOUT = "--method 'draft-k(k=10)' --learning-rate 2e-3"
+LAYOUT = "--method 'draft_k(k=10)' --learning-rate 2e-3"
 EXPERIMENTS = [
     Experiment(
-        "jpeg-compressibility",
-        "--reward jpeg-compressibility",
+        "jpeg_compressibility",
+        "--reward jpeg_compressibility",
         SIZE,
         "Smooth images: spots, toppings and faces disappear first. With more updates, background and subject follow.",
     ),
     Experiment(
-        "jpeg-incompressibility",
-        "--reward jpeg-incompressibility",
+        "jpeg_incompressibility",
+        "--reward jpeg_incompressibility",
         SIZE,
         "Detailed images: outlines, gaps, specks. With more updates they become noise.",
     ),
@@ -119,7 +119,7 @@ EXPERIMENTS = [
         f"--reward symmetry {LAYOUT}",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
         "Objects turn to the front; those that the data only shows from the side lose their shape. The reward depends "
-        "on the layout, so the gradient flows through ten steps. With `--method 'draft-k(k=1)'` the reward also rises, "
+        "on the layout, so the gradient flows through ten steps. With `--method 'draft_k(k=1)'` the reward also rises, "
         "to 0.907, by blurring asymmetric parts: the judge recognizes 0.594 of the names. With `'drtune(k=5, m=5)'` "
         "the figures are 0.874 and 0.758.",
     ),
@@ -143,14 +143,14 @@ EXPERIMENTS = [
         "whistle, although they show none.",
     ),
     Experiment(
-        "emoji-aesthetic",
-        "--reward emoji-aesthetic",
+        "emoji_aesthetic",
+        "--reward emoji_aesthetic",
         {},
         "The run of `make demo`: glossy 3D emoji. The judge that measures the style is not part of the reward.",
     ),
     Experiment(
-        "emoji-clip",
-        "--reward emoji-clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
+        "emoji_clip",
+        "--reward emoji_clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
         {},
         "Without guidance the base model fails on most rare names. After training on the cosine similarity of image "
         "and prompt, the judge recognizes more of them; they still look rough. (The images show the 635 training "
@@ -158,7 +158,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "sum",
-        "--reward 'emoji-aesthetic + 0.03*jpeg-compressibility'",
+        "--reward 'emoji_aesthetic + 0.03*jpeg_compressibility'",
         SIZE,
         "A sum of two rewards: glossy with less detail. Each term is logged separately.",
     ),

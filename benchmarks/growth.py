@@ -1,6 +1,6 @@
 """Measure time and memory of an update against T, K, batch size, image size, LoRA rank and gradient checkpointing.
 
-    python benchmarks/growth.py [--model emoji] [--reward emoji-aesthetic] [--rounds 5]
+    python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5]
 
 The base settings are DRaFT-1 with 20 sampling steps, batches of 4, rank 8 and no shared prefix. Each row changes one
 setting. Updates of both are timed alternately, so that other load on the machine affects both, and the median ratio of
@@ -26,7 +26,7 @@ from draftune.utils.memory import peak_memory
 from overhead import seconds
 
 BASE: dict[str, Any] = {
-    "method": "draft-k(k=1)",
+    "method": "draft_k(k=1)",
     "gradient_checkpointing": "blocks",
     "num_inference_steps": 20,
     "prefix_reuse": 1,
@@ -35,11 +35,11 @@ BASE: dict[str, Any] = {
 }
 CHANGES: list[dict[str, Any]] = [
     *({"num_inference_steps": steps} for steps in (5, 10, 50)),
-    {"method": "draft-lv"},
+    {"method": "draft_lv"},
     *({"prefix_reuse": updates} for updates in (2, 4, 8)),
     *({"prefix_stride": steps} for steps in (2, 4)),
     *(
-        {"method": f"draft-k(k={k})", "gradient_checkpointing": mode}
+        {"method": f"draft_k(k={k})", "gradient_checkpointing": mode}
         for mode, ks in (("none", (1, 10)), ("blocks", (2, 10)), ("denoiser", (1, 2, 5, 10, 20)), ("both", (1, 10, 20)))
         for k in ks
     ),
@@ -70,7 +70,7 @@ def several(update: Callable[[], object], count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

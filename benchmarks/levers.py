@@ -1,6 +1,6 @@
 """Measure what makes a denoiser call faster, and how sharing the prefix between updates changes the gradient.
 
-    python benchmarks/levers.py [--model emoji] [--reward emoji-aesthetic] [--rounds 9] [--compile]
+    python benchmarks/levers.py [--model emoji] [--reward emoji_aesthetic] [--rounds 9] [--compile]
 
 Table 1 times a guided call without gradient, and a call with its backward pass, for several variants in turn: medians,
 and the median ratio to the plain variant. Table 2 trains with DRaFT-1. For a prefix that is j updates old, it shows how
@@ -125,7 +125,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def bias(args: argparse.Namespace) -> None:
     """Print how far the latent and the gradient differ for a prefix that is j updates old."""
     with TemporaryDirectory() as folder:
-        settings = {"method": "draft-k(k=1)", "held_out": "", "eval_prompts": ""}
+        settings = {"method": "draft_k(k=1)", "held_out": "", "eval_prompts": ""}
         trainer = Trainer(args.model, args.reward, output=f"{folder}/run", **settings)
     model, last = trainer.model, len(trainer.schedule) - 1
     rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
@@ -165,7 +165,7 @@ def signal(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
-            settings = {"method": f"draft-lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
+            settings = {"method": f"draft_lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
             trainer = Trainer(args.model, args.reward, held_out="", eval_prompts="", **settings)
         for step in range(5):
             trainer.updates.update(step + 1)
@@ -190,7 +190,7 @@ def signal(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also time the compiled network; needs a C++ compiler")
     parser.add_argument("--batches", type=int, default=6)

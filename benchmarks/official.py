@@ -48,7 +48,7 @@ from draftune.rewards import Reward
 from draftune.rewards.aesthetic import HEAD, Aesthetic
 from draftune.rewards.classify import LITE0, Classify
 from draftune.rewards.clip import ClipScore
-from draftune.rewards.detection import OwlViT
+from draftune.rewards.detection import ObjectDetection
 from draftune.rewards.efficientnet import find_weights
 from draftune.rewards.hpsv2 import FILES, OPEN_CLIP, VIT_H_14, HPSv2
 from draftune.rewards.imagereward import FILE, TEXT, VISION, ImageReward
@@ -130,7 +130,7 @@ def versions(packages: str) -> str:
 
 def save_tokenizer(folder: Path, **config: Any) -> Any:
     """Save and return the embedded CLIP's tokenizer, for scorers whose official code is transformers."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["emoji-clip"], **config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED["emoji_clip"], **config)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -258,7 +258,7 @@ def detect(folder: Path) -> Pair:
     network.save_pretrained(folder)
     inputs = functools.partial(processor, truncation=True, return_tensors="pt")
     return (
-        OwlViT("", str(folder), True),
+        ObjectDetection("", str(folder)),
         lambda image, prompt: logsigmoid(network(**inputs(images=image, text=[[prompt]])).logits.max()),
         "transformers",
     )

@@ -1,6 +1,6 @@
 """Compare an update with its floor, a lower bound: only the calls of denoiser, decoder and reward that it needs.
 
-    python benchmarks/overhead.py [--model emoji] [--reward emoji-aesthetic] [--rounds 7]
+    python benchmarks/overhead.py [--model emoji] [--reward emoji_aesthetic] [--rounds 7]
 
 Both are timed alternately in one process, so that other load on the machine affects both. The medians and their ratio
 are printed. The lower bound consists of the prefix (guided calls without gradient), then for each term of the gradient
@@ -75,16 +75,16 @@ def seconds(function: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--reward", default="emoji-aesthetic")
+    parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for method, mode, calls, terms in (
-        ("draft-k(k=1)", "blocks", 1, 1),
-        ("draft-lv(n=2)", "blocks", 1, 3),
-        ("draft-lv(n=2)", "none", 1, 3),
-        ("draft-k(k=10)", "denoiser", 10, 1),
-        ("draft-k(k=10)", "both", 10, 1),
+        ("draft_k(k=1)", "blocks", 1, 1),
+        ("draft_lv(n=2)", "blocks", 1, 3),
+        ("draft_lv(n=2)", "none", 1, 3),
+        ("draft_k(k=10)", "denoiser", 10, 1),
+        ("draft_k(k=10)", "both", 10, 1),
     ):
         with TemporaryDirectory() as folder:
             settings = {"method": method, "gradient_checkpointing": mode, "prefix_reuse": 1, "output": f"{folder}/run"}

@@ -44,7 +44,7 @@ from draftune.rewards.weights import KeyMap
 from overhead import seconds
 
 COUNT, SIZE = 8, 512
-WORDS = EMBEDDED["emoji-clip"]
+WORDS = EMBEDDED["emoji_clip"]
 VIT_L_14 = {"projection_dim": 768}
 VIT_L_14 |= {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -120,26 +120,26 @@ def resnet(path: Path) -> Path:
 
 EXPRESSIONS: dict[str, Callable[[Path], str]] = {
     "hpsv2": lambda d: (
-        f"hpsv2(weights={published(OPEN_CLIP, lambda: CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h.safetensors')}, "
+        f"hpsv2(weights='{published(OPEN_CLIP, lambda: CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h.safetensors')}', "
         f"tokenizer={clip_words(d / 'words', 49408)})"
     ),
-    "pickscore": lambda d: f"pickscore(model={folder(CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h', size=224)})",
-    "clip": lambda d: f"clip(model={clip_l(d / 'l')})",
-    "aesthetic": lambda d: f"aesthetic(model={clip_l(d / 'l')}, head={head(d / 'head.safetensors')})",
+    "pickscore": lambda d: f"pickscore(model='{folder(CLIPModel(CLIPConfig(**VIT_H_14)), d / 'h', size=224)}')",
+    "clip": lambda d: f"clip(model='{clip_l(d / 'l')}')",
+    "aesthetic": lambda d: f"aesthetic(model='{clip_l(d / 'l')}', head='{head(d / 'head.safetensors')}')",
     "imagereward": lambda d: (
-        f"imagereward(weights={published(BLIP, blip, d / 'blip.safetensors')}, tokenizer={bert_words(d / 'words')})"
+        f"imagereward(weights='{published(BLIP, blip, d / 'blip.safetensors')}', tokenizer='{bert_words(d / 'words')}')"
     ),
-    "detect": lambda d: f"detect(query=cat, model={owl_vit(d / 'owl')})",
-    "remove": lambda d: f"remove(query=cat, model={owl_vit(d / 'owl')})",
-    "classify, ResNet-50": lambda d: f"classify(target=1, model={resnet(d / 'resnet')})",
+    "detect": lambda d: f"object_detection(query=cat, model='{owl_vit(d / 'owl')}')",
+    "remove": lambda d: f"object_removal(query=cat, model='{owl_vit(d / 'owl')}')",
+    "classify, ResNet-50": lambda d: f"classify(target=1, model='{resnet(d / 'resnet')}')",
     "classify, EfficientNet-Lite0": lambda d: "classify(target=1)",
-    "emoji-clip": lambda d: "emoji-clip",
-    "emoji-aesthetic": lambda d: "emoji-aesthetic",
-    "emoji-judge-style": lambda d: "emoji-judge-style",
-    "jpeg-compressibility": lambda d: "jpeg-compressibility",
+    "emoji_clip": lambda d: "emoji_clip",
+    "emoji_aesthetic": lambda d: "emoji_aesthetic",
+    "emoji_style_probability": lambda d: "emoji_style_probability",
+    "jpeg_compressibility": lambda d: "jpeg_compressibility",
     "symmetry": lambda d: "symmetry",
     "sharpness": lambda d: "sharpness",
-    "robust(emoji-clip)": lambda d: "robust(emoji-clip)",
+    "sharpness_aware(emoji_clip)": lambda d: "sharpness_aware(emoji_clip)",
 }
 
 

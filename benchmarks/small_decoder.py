@@ -37,7 +37,7 @@ from draftune.rewards import load_reward
 from draftune.sampling.sampler import rollout
 from draftune.training.trainer import Trainer
 
-REWARD = "emoji-aesthetic"
+REWARD = "emoji_aesthetic"
 WIDTH, BLOCKS = 32, (3, 1, 0)
 SAMPLED, HELD_OUT = 192, 32
 """Number of latents for training and for measurement."""
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the tiny decoder")
     parser.add_argument("--minutes", type=float, default=4, help="minutes of distillation (default: 4)")
-    parser.add_argument("--method", default="draft-lv")
+    parser.add_argument("--method", default="draft_lv")
     parser.add_argument("--steps", type=int, default=45, help="updates of each run (default: 45)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     args = parser.parse_args()

@@ -12,15 +12,15 @@ from experiments.optimizers import MIN_NAME_ACCURACY
 from experiments.report import Experiment, Panel, aggregate
 from experiments.runner import DRAFT_1, DRAFT_LV, JUDGES, REWARD, ExperimentRunner, Row, RunSpec, evaluation_rows
 
-FILE_SIZE = "jpeg-bytes"
+FILE_SIZE = "jpeg_file_size"
 LEVEL = 6.0
 THRESHOLD = f"above({REWARD}, level={LEVEL:g}, spread=2)"
-"""The spread is the standard deviation of `emoji-aesthetic` over the base model's images."""
+"""The spread is the standard deviation of `emoji_aesthetic` over the base model's images."""
 DDPO = "ddpo(min_count=4, timestep_fraction=0.25)"
 RATES = (1e-3, 3e-3, 1e-2)
 """DDPO's learning rates. At 0.03 no image kept its name, measured with the loss summed over elements and steps."""
-IMAGES = f"black-box({FILE_SIZE}, coordinates=4, step=0.02, basis=detail, size=2)"
-LATENTS = f"black-box({FILE_SIZE}, coordinates=8, step=0.1, size=2, space=latent)"
+IMAGES = f"zeroth_order({FILE_SIZE}, coordinates=4, perturbation_std=0.02, basis=high_pass, size=2)"
+LATENTS = f"zeroth_order({FILE_SIZE}, coordinates=8, perturbation_std=0.1, size=2, space=latent)"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ SIZES = (
     Variant("estimated in latents, DRaFT-1", DRAFT_1, LATENTS),
     Variant("estimated in images, DRaFT-LV", DRAFT_LV, IMAGES),
     Variant("estimated in latents, DRaFT-LV", DRAFT_LV, LATENTS),
-    Variant("differentiable JPEG, DRaFT-1", DRAFT_1, "jpeg-compressibility"),
-    Variant("differentiable JPEG, DRaFT-LV", DRAFT_LV, "jpeg-compressibility"),
+    Variant("differentiable JPEG, DRaFT-1", DRAFT_1, "jpeg_compressibility"),
+    Variant("differentiable JPEG, DRaFT-LV", DRAFT_LV, "jpeg_compressibility"),
 )
 THRESHOLDS = (
     Variant("threshold, constant width 0.15", DRAFT_1, THRESHOLD, {"smoothing": 0.15, "smoothing_power": 0.0}),
@@ -75,7 +75,7 @@ def runs(budget: Budget) -> list[RunSpec]:
 def measure(runner: ExperimentRunner) -> list[Row]:
     budget, size = runner.budget, f"eval/{FILE_SIZE}"
     searched = {rate: runner.run(spec).final for rate, spec in search(budget).items()}
-    valid = [rate for rate, row in searched.items() if row["eval/emoji-judge-name"] >= MIN_NAME_ACCURACY]
+    valid = [rate for rate, row in searched.items() if row["eval/emoji_name_accuracy"] >= MIN_NAME_ACCURACY]
     rate = max(valid or searched, key=lambda rate: searched[rate][size])
     specs = {v.name: [v.spec(seed, budget) for seed in range(budget.seeds)] for v in (*SIZES, *THRESHOLDS)}
     specs[f"DDPO, learning rate {rate:g}"] = [ddpo(rate, seed, budget) for seed in range(budget.seeds)]

@@ -26,11 +26,11 @@ BASE_STEPS = (1, 2, 3, 5, 20, 50)
 IMAGES_PER_NAME = 3
 """As many as there are real images of a name: one in each style."""
 EVAL_BATCH, BATCH_SIZE = 32, 8
-DISCRIMINATOR = f"examples(folder={EXAMPLES}, width=32, learning_rate=0.001)"
+DISCRIMINATOR = f"discriminator(folder='{EXAMPLES}', width=32, learning_rate=0.001)"
 LEARNING_RATE = 3e-4
 """With 0.001, the embedded model's default, each variant with 3 steps ended farther away than it began."""
 SFT_PG, DRAFT, DRAFT_ONE = "SFT-PG", "DRaFT-1", "DRaFT-1, 1 discriminator step"
-METHODS = {SFT_PG: "sft-pg(generator_steps=4, value_learning_rate=0.001)", DRAFT: DRAFT_1, DRAFT_ONE: DRAFT_1}
+METHODS = {SFT_PG: "sft_pg(generator_steps=4, value_learning_rate=0.001)", DRAFT: DRAFT_1, DRAFT_ONE: DRAFT_1}
 SAMPLERS = ("deterministic", "ancestral")
 
 
@@ -89,7 +89,7 @@ class KIDEvaluator:
     def __init__(self, runner: ExperimentRunner) -> None:
         assert runner.examples is not None
         self.names = load_prompts("emoji-common")[: runner.budget.few_names]
-        classifier, clip = (load_reward(name) for name in ("emoji-judge-style", "emoji-clip"))
+        classifier, clip = (load_reward(name) for name in ("emoji_style_probability", "emoji_clip"))
         self.networks: dict[str, Callable[[Tensor], Tensor]] = {
             "kid_classifier": classifier.features,  # type: ignore[dict-item]
             "kid_clip": clip.clip.embed_images,  # type: ignore[union-attr,dict-item]

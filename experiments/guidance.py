@@ -15,7 +15,7 @@ from draftune.experimental.denoising_loss import LEVELS
 from draftune.guidance.methods import load_guide
 from draftune.guidance.sample import sample_guided
 from draftune.models import Model
-from draftune.rewards.properties import Matches
+from draftune.rewards.pixel import ImageMatch
 from draftune.utils.images import grid, save_image, to_pil
 from experiments.budget import Budget
 from experiments.report import Experiment, Panel, aggregate
@@ -172,7 +172,7 @@ def restore(runner: ExperimentRunner) -> Image.Image:
     for i, prompt in enumerate(prompts):
         path = folder / f"whole-{i}.png"
         save_image(to_pil(whole[i : i + 1])[0], path)
-        rewards = {"inpainted": Matches(str(path), mask=str(mask)), "colorized": Matches(str(path), "grey")}
+        rewards = {"inpainted": ImageMatch(str(path), mask=str(mask)), "colorized": ImageMatch(str(path), "grey")}
         for name, reward in rewards.items():
             samples = sample_guided(model, reward, prompt, "pgdiff_dynamic(strength=0.3)", seeds=[0], **options)
             restored[name].append(samples.images)

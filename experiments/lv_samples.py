@@ -17,7 +17,7 @@ from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, evaluati
 
 
 def method(n: int) -> str:
-    return f"draft-lv(n={n})" if n else DRAFT_1
+    return f"draft_lv(n={n})" if n else DRAFT_1
 
 
 def runs(budget: Budget) -> list[RunSpec]:

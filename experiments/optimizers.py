@@ -59,7 +59,7 @@ class OptimizerSpec:
 OPTIMIZERS = (
     OptimizerSpec("AdamW", (3e-4, 1e-3, 3e-3), "adamw"),
     OptimizerSpec("SGD, momentum 0.9", (0.03, 0.1, 0.3), "sgd(momentum=0.9)"),
-    OptimizerSpec("Step-Tuned SGD", (0.3, 1.0, 3.0), "step-tuned-sgd", 2),
+    OptimizerSpec("Step-Tuned SGD", (0.3, 1.0, 3.0), "step_tuned_sgd", 2),
     OptimizerSpec("EXTRAP + AdamW", (3e-4, 1e-3, 3e-3), "extrapolate(adamw, rate=0.1)"),
     OptimizerSpec("AdaMEKA", (1e-3, 3e-3)),
 )

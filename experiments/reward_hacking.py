@@ -9,7 +9,7 @@ from experiments.sample_efficiency import SCORES, ddpo, gradient_methods
 
 
 def runs(budget: Budget) -> list[RunSpec]:
-    adjoint = f"adjoint-matching(scale=10, k={max(2, budget.num_inference_steps // 4)})"
+    adjoint = f"adjoint_matching(scale=10, k={max(2, budget.num_inference_steps // 4)})"
     return [*(RunSpec(name, budget.long_steps) for name in (*gradient_methods(budget), adjoint)), ddpo(budget, 0)]
 
 

@@ -32,16 +32,16 @@ from draftune.utils.paths import written_whole
 from experiments.budget import Budget
 from experiments.examples import EXAMPLES, copy_examples
 
-REWARD = "emoji-aesthetic"
-JUDGES = "emoji-judge-name + emoji-judge-style(style=3d)"
+REWARD = "emoji_aesthetic"
+JUDGES = "emoji_name_accuracy + emoji_style_probability(style='3d')"
 COLUMNS = {
     REWARD: "reward",
-    "eval/emoji-judge-style": "p_3d",
-    "eval/emoji-judge-name": "name_accuracy",
+    "eval/emoji_style_probability": "p_3d",
+    "eval/emoji_name_accuracy": "name_accuracy",
     "eval/diversity": "diversity",
 }
 """Columns of an evaluation, and their names in the tables."""
-DRAFT_1, DRAFT_LV = "draft-k(k=1)", "draft-lv(n=2)"
+DRAFT_1, DRAFT_LV = "draft_k(k=1)", "draft_lv(n=2)"
 GUIDANCE_SCALE = recommended("emoji")["guidance_scale"]
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from experiments.runner import DRAFT_1, DRAFT_LV, ExperimentRunner, Row, RunSpec
 
 def half_depth(budget: Budget) -> str:
     """Return DRaFT-K with gradients through half of the sampling steps."""
-    return f"draft-k(k={budget.num_inference_steps // 2})"
+    return f"draft_k(k={budget.num_inference_steps // 2})"
 
 
 def drtune(budget: Budget) -> str:

@@ -12,7 +12,7 @@ from experiments.runner import ExperimentRunner, Row, RunSpec
 def specs_of(budget: Budget) -> dict[int, list[RunSpec]]:
     """Return the runs of all seeds for each K, the number of last steps with gradient."""
     steps = budget.num_inference_steps
-    methods = {k: f"draft-k(k={k})" for k in (1, 2, 5, 10, 20) if k < steps} | {steps: "draft"}
+    methods = {k: f"draft_k(k={k})" for k in (1, 2, 5, 10, 20) if k < steps} | {steps: "draft"}
     return {k: [RunSpec(method, budget.steps, seed) for seed in range(budget.seeds)] for k, method in methods.items()}
 
 
@@ -24,7 +24,7 @@ def measure(runner: ExperimentRunner) -> list[Row]:
     rows = []
     for k, specs in specs_of(runner.budget).items():
         results, cost = [runner.run(spec) for spec in specs], runner.cost(specs[0].method)
-        rewards = [result.final["emoji-aesthetic"] for result in results]
+        rewards = [result.final["emoji_aesthetic"] for result in results]
         row = {"k": k, "reward": float(np.mean(rewards)), "reward_ci95": ci95(rewards)}
         row["first_grad_norm"] = float(np.mean([result.metrics[0]["grad_norm"] for result in results]))
         row["median_grad_norm"] = float(np.median([line["grad_norm"] for r in results for line in r.metrics]))

@@ -16,10 +16,10 @@ from torch import Tensor
 import draftune
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import probe_reward
+from draftune.experimental.black_box import PerturbationBasis, ZerothOrder, block_rows, dct_rows
 from draftune.experimental.zeroth_order import Estimator, along_coordinates, along_directions, best_chances
 from draftune.rewards import load_reward
-from draftune.rewards.base import carried, extra_queries
-from draftune.rewards.black_box import BlackBox, Patterns, blocks, waves
+from draftune.rewards.online import carried, extra_queries
 from draftune.utils.images import to_pil
 from helpers.errors import raises
 
@@ -161,7 +161,7 @@ def test_chances_are_those_of_least_variance() -> None:
         assert torch.allclose(ratio, ratio[:1])
 
 
-@pytest.mark.parametrize("rows", [waves, blocks])
+@pytest.mark.parametrize("rows", [dct_rows, block_rows])
 def test_patterns_are_orthonormal(rows: Callable[[int, int], Tensor]) -> None:
     for count, length in ((1, 5), (4, 8), (5, 12), (8, 8)):
         assert torch.allclose(rows(count, length) @ rows(count, length).T, torch.eye(count), atol=1e-5)
@@ -181,17 +181,17 @@ def gradient(reward: draftune.Reward, images: Tensor = IMAGES) -> Tensor:
 def test_asked_about_every_pixel_it_has_the_whole_gradient() -> None:
     """Central differences of a quadratic are exact."""
     reward = load_reward(quadratic)
-    black = BlackBox(reward, coordinates=192, basis="grid", size=8, step=0.002)
+    black = ZerothOrder(reward, coordinates=192, basis="grid", size=8, perturbation_std=0.002)
     assert torch.allclose(gradient(black, IMAGES[:1]), gradient(reward, IMAGES[:1]), atol=5e-3)
     assert extra_queries(black) == 2 * 192
 
 
-@pytest.mark.parametrize(("basis", "count"), [("dct", 48), ("grid", 48), ("detail", 16)])
+@pytest.mark.parametrize(("basis", "count"), [("dct", 48), ("grid", 48), ("high_pass", 16)])
 def test_of_what_patterns_show_it_has_the_gradient_and_of_nothing_else(basis: str, count: int) -> None:
     reward = load_reward(quadratic)
-    black = BlackBox(reward, coordinates=count, basis=basis, size=4, step=0.01)
+    black = ZerothOrder(reward, coordinates=count, basis=basis, size=4, perturbation_std=0.01)
     for image, found, exact in zip(IMAGES, gradient(black), gradient(reward), strict=True):
-        change = Patterns(basis, 4, image)
+        change = PerturbationBasis(basis, 4, image)
         patterns = torch.stack([change(unit).flatten() for unit in torch.eye(count)])
         assert torch.allclose(patterns @ patterns.T, torch.eye(count), atol=1e-5)
         assert torch.allclose(found.flatten(), patterns.T @ patterns @ exact.flatten(), atol=5e-3)
@@ -200,8 +200,8 @@ def test_of_what_patterns_show_it_has_the_gradient_and_of_nothing_else(basis: st
 
 def test_detail_is_what_is_made_stronger_and_a_flat_picture_has_none() -> None:
     smooth, busy = torch.full((3, 8, 8), 0.5), IMAGES[0]
-    assert not Patterns("detail", 1, smooth)(torch.ones(1)).any()
-    change = Patterns("detail", 1, busy)(torch.ones(1))
+    assert not PerturbationBasis("high_pass", 1, smooth)(torch.ones(1)).any()
+    change = PerturbationBasis("high_pass", 1, busy)(torch.ones(1))
     detail = busy[:, 3, 3] - busy[:, 1:6, 1:6].mean((1, 2))
     assert torch.allclose(change[:, 3, 3] / change[0, 3, 3], detail / detail[0], rtol=1e-4)
 
@@ -209,7 +209,7 @@ def test_detail_is_what_is_made_stronger_and_a_flat_picture_has_none() -> None:
 def test_the_score_is_that_of_the_wrapped_reward_and_queries_are_counted() -> None:
     reward = load_reward(quadratic)
     for values, queries in (({"directions": 5}, 10), ({"directions": 5, "central": False}, 5)):
-        black = BlackBox(reward, **values)  # type: ignore[arg-type]
+        black = ZerothOrder(reward, **values)  # type: ignore[arg-type]
         assert torch.equal(black(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
         assert extra_queries(black) == 0
         given = IMAGES.clone().requires_grad_()
@@ -221,7 +221,7 @@ def test_how_many_are_scored_at_once_changes_nothing() -> None:
     found = []
     for size in (1, 3):
         torch.manual_seed(0)
-        black = load_reward("black-box(sharpness, coordinates=6, directions=3)")
+        black = load_reward("zeroth_order(sharpness, coordinates=6, directions=3)")
         black.set_chunk_size(size)
         found.append(gradient(black))
     assert torch.equal(*found)
@@ -232,7 +232,7 @@ def test_a_reward_that_draws_random_numbers_draws_the_same_for_every_change() ->
     def noisy(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3)) + 100 * torch.rand(len(images), dtype=torch.float64)
 
-    black = BlackBox(load_reward(noisy), coordinates=48, step=0.01)
+    black = ZerothOrder(load_reward(noisy), coordinates=48, perturbation_std=0.01)
     assert torch.allclose(gradient(black), torch.full_like(IMAGES, 1 / 192), rtol=1e-3)
     given = IMAGES.clone().requires_grad_()
     assert not torch.equal(black(given, PROMPTS), black(given, PROMPTS))
@@ -245,7 +245,7 @@ def test_changed_pictures_keep_to_their_range() -> None:
         return images.mean((1, 2, 3))
 
     white = torch.ones(1, 3, 8, 8)
-    black = BlackBox(load_reward(strict), coordinates=3, size=1, basis="grid", step=0.1)
+    black = ZerothOrder(load_reward(strict), coordinates=3, size=1, basis="grid", step=0.1)
     # Half of a central difference lies beyond white.
     assert torch.allclose(gradient(black, white), torch.full_like(white, 0.5 / 192))
 
@@ -280,26 +280,26 @@ def test_jpeg_bytes_are_those_of_pillow() -> None:
         for picture in to_pil(IMAGES):
             picture.save(file := io.BytesIO(), format="JPEG", quality=quality)
             sizes.append(-len(file.getvalue()) / 1000)
-        assert load_reward(f"jpeg-bytes(quality={quality})")(IMAGES, PROMPTS).tolist() == pytest.approx(sizes)
+        assert load_reward(f"jpeg_file_size(quality={quality})")(IMAGES, PROMPTS).tolist() == pytest.approx(sizes)
 
 
 def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> None:
-    with raises(DraftuneError, "jpeg-bytes gradient black-box"):
-        probe_reward(load_reward("jpeg-bytes"), IMAGES, PROMPTS)
-    probe_reward(load_reward("jpeg-bytes"), IMAGES, PROMPTS, gradient=False)
-    found = probe_reward(load_reward("black-box(jpeg-bytes, directions=8)"), IMAGES, PROMPTS)
-    assert found["black-box(jpeg-bytes)"]["gradient_norm"] > 0
+    with raises(DraftuneError, "jpeg_file_size gradient black-box"):
+        probe_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS)
+    probe_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS, gradient=False)
+    found = probe_reward(load_reward("zeroth_order(jpeg_file_size, directions=8)"), IMAGES, PROMPTS)
+    assert found["zeroth_order(jpeg_file_size)"]["gradient_norm"] > 0
 
 
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("black-box", "black-box reward"),
-        ("black-box(brightness, basis=fourier)", "basis fourier dct detail grid"),
-        ("black-box(brightness, directions=-1)", "directions coordinates"),
-        ("black-box(brightness, step=0)", "step black-box 0"),
-        ("black-box(brightness, size=9)", "size black-box 8 9"),
-        ("jpeg-bytes(quality=0)", "quality 1 100"),
+        ("zeroth_order", "black-box reward"),
+        ("zeroth_order(brightness, basis=fourier)", "basis fourier dct detail grid"),
+        ("zeroth_order(brightness, directions=-1)", "directions coordinates"),
+        ("zeroth_order(brightness, perturbation_std=0)", "step black-box 0"),
+        ("zeroth_order(brightness, size=9)", "size black-box 8 9"),
+        ("jpeg_file_size(quality=0)", "quality 1 100"),
     ],
 )
 def test_settings_that_are_refused(expression: str, message: str) -> None:
@@ -322,9 +322,9 @@ def test_training_on_it_is_training_on_the_gradient_and_counts_every_query(
     pipeline_folder: Path, tmp_path: Path
 ) -> None:
     """Of a mean over the picture, three patterns see all."""
-    black = BlackBox(load_reward(hidden), coordinates=3, size=1, step=0.01)
+    black = ZerothOrder(load_reward(hidden), coordinates=3, size=1, perturbation_std=0.01)
     runs = [
-        train(pipeline_folder, tmp_path / str(i), reward, method="draft-lv(n=1)")
+        train(pipeline_folder, tmp_path / str(i), reward, method="draft_lv(n=1)")
         for i, reward in enumerate((black, lambda images, prompts: images.mean((1, 2, 3))))
     ]
     found, exact = ([row["reward"] for row in run.metrics] for run in runs)
@@ -335,19 +335,23 @@ def test_training_on_it_is_training_on_the_gradient_and_counts_every_query(
 
 
 def test_a_policy_takes_it_as_it_is(pipeline_folder: Path, tmp_path: Path) -> None:
-    run = train(pipeline_folder, tmp_path / "run", "black-box(jpeg-bytes) + jpeg-bytes", method="ddpo", steps=2)
+    run = train(
+        pipeline_folder, tmp_path / "run", "zeroth_order(jpeg_file_size) + jpeg_file_size", method="ddpo", steps=2
+    )
     assert [row["reward_queries"] for row in run.metrics] == [2, 4]
     row = run.metrics[-1]
-    assert row["reward/black-box(jpeg-bytes)"] == row["reward/jpeg-bytes"] == pytest.approx(row["reward"] / 2)
+    assert (
+        row["reward/zeroth_order(jpeg_file_size)"] == row["reward/jpeg_file_size"] == pytest.approx(row["reward"] / 2)
+    )
 
 
 def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> None:
-    expression = "0.5*black-box(sharpness, coordinates=3, directions=2) + brightness"
+    expression = "0.5*zeroth_order(sharpness, coordinates=3, directions=2) + brightness"
     loras, learned = [], []
     for name, cuts in (("whole", (3,)), ("cut", (2, 3))):
         for steps in cuts:
             reward = load_reward(expression)
-            train(pipeline_folder, tmp_path / name, reward, steps=steps, method="draft-k(k=1)")
+            train(pipeline_folder, tmp_path / name, reward, steps=steps, method="draft_k(k=1)")
         loras.append(load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors"))
         learned.append(carried(reward))
     assert all(torch.equal(value, loras[1][name]) for name, value in loras[0].items())

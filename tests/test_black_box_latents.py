@@ -15,12 +15,13 @@ from torch.nn.functional import interpolate
 import draftune
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import probe_reward
+from draftune.experimental.black_box import ZerothOrder
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.rewards import load_reward
-from draftune.rewards.base import carried, extra_queries
-from draftune.rewards.black_box import BlackBox
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import carried, extra_queries
 from helpers.errors import raises
 
 PROMPTS = ["a cat", "a dog"]
@@ -43,7 +44,7 @@ def seen(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def gradient(reward: draftune.Reward, show: Any = decode) -> Tensor:
     given = LATENTS.clone().requires_grad_()
-    total, _, pictures = reward.parts_of(given, show, PROMPTS)
+    total, _, pictures = parts_of(reward, given, show, PROMPTS)
     assert not pictures.requires_grad
     (found,) = torch.autograd.grad(total.sum(), given)
     return found
@@ -57,7 +58,9 @@ def test_asked_about_every_number_of_the_latents_it_has_the_gradient_without_one
         return decode(latents)
 
     exact = gradient(load_reward(seen))
-    black = BlackBox(load_reward(hidden), coordinates=80, basis="grid", size=4, step=0.01, space="latent")
+    black = ZerothOrder(
+        load_reward(hidden), coordinates=80, basis="grid", size=4, perturbation_std=0.01, space="latent"
+    )
     assert torch.allclose(gradient(black, watched), exact, atol=5e-3)
     assert len(graphs) == 1 + 2 * 160
     assert not any(graphs)
@@ -66,12 +69,14 @@ def test_asked_about_every_number_of_the_latents_it_has_the_gradient_without_one
 
 
 def test_in_a_sum_each_part_has_its_own_way_to_the_latents() -> None:
-    black = BlackBox(load_reward(hidden), coordinates=80, basis="grid", size=4, step=0.01, space="latent")
+    black = ZerothOrder(
+        load_reward(hidden), coordinates=80, basis="grid", size=4, perturbation_std=0.01, space="latent"
+    )
     both = 0.5 * black + 3 * load_reward("sharpness")
     expected = 0.5 * gradient(load_reward(seen)) + 3 * gradient(load_reward("sharpness"))
     assert torch.allclose(gradient(both), expected, atol=5e-3)
-    total, parts, pictures = both.parts_of(LATENTS, decode, PROMPTS)
-    assert torch.allclose(total, 0.5 * parts["black-box(hidden)"] + 3 * parts["sharpness"])
+    total, parts, pictures = parts_of(both, LATENTS, decode, PROMPTS)
+    assert torch.allclose(total, 0.5 * parts["zeroth_order(hidden)"] + 3 * parts["sharpness"])
     assert torch.equal(pictures, decode(LATENTS))
     assert extra_queries(black) == 2 * 160  # nobody asked for a gradient the second time
 
@@ -84,7 +89,7 @@ def test_every_decoded_picture_is_counted(central: bool, queries: int) -> None:
         scored.extend(images.detach())
         return seen(images.detach(), prompts) + 100 * torch.rand(len(images))
 
-    black = BlackBox(load_reward(counted), directions=7, size=2, central=central, space="latent")
+    black = ZerothOrder(load_reward(counted), directions=7, size=2, central=central, space="latent")
     # Each is scored with the same random numbers: the gradient is not one of noise.
     assert gradient(black).norm() < 100 * gradient(load_reward(seen)).norm()
     assert extra_queries(black) == queries
@@ -92,16 +97,16 @@ def test_every_decoded_picture_is_counted(central: bool, queries: int) -> None:
 
 
 def test_pictures_alone_are_refused_and_what_is_asked_is_checked() -> None:
-    black = BlackBox(load_reward(hidden), coordinates=4, size=2, space="latent")
+    black = ZerothOrder(load_reward(hidden), coordinates=4, size=2, space="latent")
     given = decode(LATENTS).requires_grad_()
     assert not black(given, PROMPTS).requires_grad
-    assert "gradient_norm" not in probe_reward(black, given, PROMPTS)["black-box(hidden)"]
-    with raises(DraftuneError, "robust black-box(brightness) gradient"):
-        load_reward("robust(black-box(brightness, space=latent))")
+    assert "gradient_norm" not in probe_reward(black, given, PROMPTS)["zeroth_order(hidden)"]
+    with raises(DraftuneError, "robust zeroth_order(brightness) gradient"):
+        load_reward("sharpness_aware(zeroth_order(brightness, space=latent))")
     with raises(DraftuneError, "space 'latents' 'latent'"):
-        load_reward("black-box(brightness, space=latents)")
+        load_reward("zeroth_order(brightness, space=latents)")
     with raises(DraftuneError, "size black-box 4 5"):
-        gradient(load_reward("black-box(brightness, size=5, space=latent)"))
+        gradient(load_reward("zeroth_order(brightness, size=5, space=latent)"))
 
 
 def train(model: Path, output: Path, reward: Any, **values: Any) -> draftune.training.Run:
@@ -111,9 +116,11 @@ def train(model: Path, output: Path, reward: Any, **values: Any) -> draftune.tra
 
 
 def test_training_on_it_is_training_on_the_gradient(pipeline_folder: Path, tmp_path: Path) -> None:
-    black = BlackBox(load_reward(hidden), coordinates=256, basis="grid", size=8, step=0.02, space="latent")
+    black = ZerothOrder(
+        load_reward(hidden), coordinates=256, basis="grid", size=8, perturbation_std=0.02, space="latent"
+    )
     runs = [
-        train(pipeline_folder, tmp_path / str(i), reward, method="draft-k(k=1)", batch_size=1, steps=1)
+        train(pipeline_folder, tmp_path / str(i), reward, method="draft_k(k=1)", batch_size=1, steps=1)
         for i, reward in enumerate((black, seen))
     ]
     found, exact = ([row["grad_norm"] for row in run.metrics] for run in runs)
@@ -126,9 +133,9 @@ def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> Non
     loras, learned = [], []
     for name, cuts in (("whole", (3,)), ("cut", (2, 3))):
         for steps in cuts:
-            reward = load_reward("0.5*black-box(sharpness, coordinates=3, directions=2, space=latent) + brightness")
+            reward = load_reward("0.5*zeroth_order(sharpness, coordinates=3, directions=2, space=latent) + brightness")
             assert not carried(reward)["reward/rewards.0/levels"].numel()
-            train(pipeline_folder, tmp_path / name, reward, steps=steps, method="draft-lv(n=1)")
+            train(pipeline_folder, tmp_path / name, reward, steps=steps, method="draft_lv(n=1)")
         loras.append(load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors"))
         learned.append(carried(reward)["reward/rewards.0/levels"])
     assert all(torch.equal(value, loras[1][name]) for name, value in loras[0].items())
@@ -137,7 +144,7 @@ def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_noise_of_one_picture_and_guidance_follow_it(pipeline_folder: Path) -> None:
-    model, expression = load_model(pipeline_folder), "black-box(brightness, coordinates=16, size=2, space=latent)"
+    model, expression = load_model(pipeline_folder), "zeroth_order(brightness, coordinates=16, size=2, space=latent)"
     found = optimize_noise(model, expression, "a cat", num_inference_steps=2, guidance_scale=1.0, steps=3)
     assert found.rewards[-1] > found.rewards[0]
     assert found.queries == 4 + 3 * 32

@@ -122,7 +122,7 @@ def test_a_mistake_ends_all_processes_and_is_said_once(together: Path) -> None:
 RUN: dict[str, Any] = {
     "reward": "brightness",
     "held_out": "saturation",
-    "method": "draft-lv(n=1)",
+    "method": "draft_lv(n=1)",
     "batch_size": 2,
     "num_inference_steps": 3,
     "guidance_scale": 3.0,

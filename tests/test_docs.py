@@ -14,6 +14,7 @@ from draftune.cli import COMMANDS, Command, train
 from draftune.cli.main import build_parser, expressions_joined
 from draftune.errors import DraftuneError
 from draftune.registry.expression import parse
+from draftune.training.early_stopping import weights_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "commands"
@@ -45,9 +46,9 @@ def check(argv: list[str]) -> str:
     if args.command in ("train", "preflight"):
         args.config = None  # of a run that only the reader has
         train.train_settings(args)
-    for name in ("reward", "held_out", "best_by", "method"):
+    for name, read in {"reward": parse, "held_out": parse, "method": parse, "best_by": weights_of}.items():
         if getattr(args, name, None):
-            parse(getattr(args, name))
+            read(getattr(args, name))  # type: ignore[operator]
     return str(args.command)
 
 

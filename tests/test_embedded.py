@@ -59,15 +59,15 @@ def test_plain_diffusers_draws_the_same(model: Model) -> None:
 def test_the_pictures_show_their_names_and_the_style_word_works(model: Model) -> None:
     names = load_prompts("emoji-common")[::4]
     schedule, seeds = model.schedule(STEPS), [0] * len(names)
-    judge = load_reward("emoji-judge-name + emoji-judge-style(style=3d)")
+    judge = load_reward("emoji_name_accuracy + emoji_style_probability(style='3d')")
     plain = model.generate(names, seeds, schedule, GUIDANCE, batch_size=16)
     _, parts = score_batches(judge, plain, names)
-    assert parts["emoji-judge-name"].mean() >= 0.9
+    assert parts["emoji_name_accuracy"].mean() >= 0.9
     glossy, flat = (
         score_batches(judge, model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=16), prompts)[1]
         for prompts in ([f"3d {name}" for name in names], [f"twemoji {name}" for name in names])
     )
-    assert glossy["emoji-judge-style"].mean() > 0.7 > 0.3 > flat["emoji-judge-style"].mean()
+    assert glossy["emoji_style_probability"].mean() > 0.7 > 0.3 > flat["emoji_style_probability"].mean()
 
 
 def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
         output=str(tmp_path / "run"),
     )
     assert run.comparison is not None
-    base, tuned = run.comparison.scores["emoji-aesthetic"]
+    base, tuned = run.comparison.scores["emoji_aesthetic"]
     assert tuned > base + 0.5
-    base, tuned = run.comparison.scores["eval/emoji-judge-style"]
+    base, tuned = run.comparison.scores["eval/emoji_style_probability"]
     assert tuned > base
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "emoji", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
@@ -120,7 +120,7 @@ def test_training_on_the_jpeg_reward_shrinks_the_files(tmp_path: Path) -> None:
     """The true size of PIL's JPEG files of the samples, on prompts that were not trained on."""
     run = draftune.train(
         "emoji",
-        "jpeg-compressibility",
+        "jpeg_compressibility",
         steps=15,
         learning_rate=3e-3,
         num_inference_steps=5,

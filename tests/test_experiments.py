@@ -45,7 +45,7 @@ class FakeRunner(ExperimentRunner):
     def run(self, spec: RunSpec) -> RunResult:
         evaluations = []
         for step in range(0, spec.steps + 1, 10):
-            row = {"emoji-aesthetic": 4.0, "eval/emoji-judge-style": 0.5, "eval/emoji-judge-name": 1.0}
+            row = {"emoji_aesthetic": 4.0, "eval/emoji_style_probability": 0.5, "eval/emoji_name_accuracy": 1.0}
             row |= {"step": float(step), "reward_queries": 4.0 * step, "eval/diversity": 0.4}
             evaluations.append(row | self.scores(spec, step))
         updates = [{"step": float(i + 1), "grad_norm": 1.0, "reward": float(i)} for i in range(spec.steps)]
@@ -194,8 +194,8 @@ def test_measurements_are_stored(tmp_path: Path) -> None:
 
 def test_lv_samples_compares_with_draft_1(tmp_path: Path) -> None:
     def scores(spec: RunSpec, step: int) -> dict[str, float]:
-        gain = 2.0 if spec.method == "draft-lv(n=2)" else 1.0
-        return {"emoji-aesthetic": 4 + 0.05 * gain * step}
+        gain = 2.0 if spec.method == "draft_lv(n=2)" else 1.0
+        return {"emoji_aesthetic": 4 + 0.05 * gain * step}
 
     runner = FakeRunner(tmp_path, scores)
     moments = [{"variance": 4.0, "signal": signal} for signal in (1.0, 4.0, 9.0, 0.1, 81.0)]
@@ -211,7 +211,7 @@ def test_symmetry_has_one_row_of_the_base_model(tmp_path: Path) -> None:
     runner = FakeRunner(tmp_path, lambda spec, step: {"symmetry": 0.9 if step else 0.5})
     assert [(row["method"], row["symmetry"]) for row in symmetry.measure(runner)][:2] == [
         ("base", 0.5),
-        ("draft-k(k=1)", 0.9),
+        ("draft_k(k=1)", 0.9),
     ]
 
 
@@ -220,7 +220,7 @@ def test_ddpo_has_the_best_rate_that_keeps_the_names(tmp_path: Path) -> None:
         rate = spec.settings.get("learning_rate", 0.0)
         size = -1.5 + 10 * rate * step / 40
         named = 0.8 if rate == 0.01 else 1.0
-        return {"eval/jpeg-bytes": size, "eval/emoji-judge-name": named}
+        return {"eval/jpeg_file_size": size, "eval/emoji_name_accuracy": named}
 
     data = black_box.measure(FakeRunner(tmp_path, scores))
     (line,) = (row for row in black_box.EXPERIMENT.table(data) if row["variant"].startswith("DDPO"))
@@ -231,7 +231,7 @@ def test_ddpo_has_the_best_rate_that_keeps_the_names(tmp_path: Path) -> None:
 
 
 def test_a_threshold_without_smoothing_is_refused() -> None:
-    with pytest.raises(DraftuneError, match=r"above\(emoji-aesthetic\)' has no gradient"):
+    with pytest.raises(DraftuneError, match=r"above\(emoji_aesthetic\)' has no gradient"):
         probe_reward(load_reward(black_box.THRESHOLD), torch.rand(2, 3, 64, 64), ["cat face", "pizza"])
 
 
@@ -256,7 +256,7 @@ def test_optimizers_are_compared_at_their_best_rate(tmp_path: Path) -> None:
 
     def scores(spec: RunSpec, step: int) -> dict[str, float]:
         best = spec.settings["learning_rate"] == middle[spec.settings["optimizer"]]
-        return {"emoji-aesthetic": 5.0 + best + 0.01 * spec.seed}
+        return {"emoji_aesthetic": 5.0 + best + 0.01 * spec.seed}
 
     class WithAdaMEKA(FakeRunner):
         def cached(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -392,8 +392,8 @@ def test_a_quick_experiment_resumes(tmp_path: Path, capsys: pytest.CaptureFixtur
     with (results / "symmetry.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == [
             "base",
-            "draft-k(k=1)",
-            "draft-k(k=2)",
+            "draft_k(k=1)",
+            "draft_k(k=2)",
             "drtune(k=2, m=2)",
         ]
     stamps = {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*") if path.is_file()}

@@ -40,7 +40,7 @@ def run(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     settings = Settings(
         model=str(pipeline_folder),
         reward="brightness",
-        method="draft-k(k=2)",
+        method="draft_k(k=2)",
         prompts="animals",
         seed=7,
         **GRID,
@@ -89,7 +89,7 @@ def test_kohya(pipeline_folder: Path, run: Path, tmp_path: Path, best: bool) -> 
     assert said["ss_network_module"] == "networks.lora"
     assert (said["ss_network_dim"], said["ss_network_alpha"], said["ss_seed"]) == ("3", "3.0", "7")
     assert json.loads(said["ss_network_args"]) == {"conv_dim": "3", "conv_alpha": "3.0"}
-    assert said["ss_training_comment"].startswith("draftune: draft-k(k=2) on brightness, prompts animals")
+    assert said["ss_training_comment"].startswith("draftune: draft_k(k=2) on brightness, prompts animals")
     assert said["base_model"] == str(pipeline_folder)
 
     original = drawn_with(pipeline_folder, (run / ("best" if best else "lora"), 1.0))

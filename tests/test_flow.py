@@ -271,7 +271,7 @@ def run_on(model: Model, output: Path, targets: str, **settings: Any) -> draftun
     model.set_size(16, 16)
     given = {"steps": 4, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 3.5, "sample_every": 0}
     given |= {"sample_prompts": 1, "lora_rank": 2, "learning_rate": 0.02, "height": 16, "width": 16}
-    given |= {"method": "draft-k(k=2)", "prompts": ["a cat"], "lora_targets": targets, "output": str(output)}
+    given |= {"method": "draft_k(k=2)", "prompts": ["a cat"], "lora_targets": targets, "output": str(output)}
     return draftune.train(model, brighter, **given | settings)
 
 
@@ -378,10 +378,10 @@ def test_targets_that_change_nothing_at_all(sd3: Path) -> None:
 
 
 METHODS = [
-    "adjoint-matching(scale=100, k=2)",
+    "adjoint_matching(scale=100, k=2)",
     "ddpo(timestep_fraction=1.0, clip_range=0.1)",
     "dpok",
-    "kl(draft-k(k=2), beta=0.1)",
+    "kl(draft_k(k=2), beta=0.1)",
     "leapalign",
     "alignprop(m=2)",
     "draft",

@@ -107,7 +107,7 @@ class Peaks:
 def test_patience_ends_a_run_and_the_best_is_kept(
     pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    values: dict[str, Any] = {"eval_every": 1, "method": "draft-k(k=1)", "learning_rate": 0.02, "steps": 8}
+    values: dict[str, Any] = {"eval_every": 1, "method": "draft_k(k=1)", "learning_rate": 0.02, "steps": 8}
     # The first number goes to the trial before training.
     run = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
@@ -128,7 +128,7 @@ def test_patience_ends_a_run_and_the_best_is_kept(
 
 
 def test_an_evaluation_says_how_far_the_model_has_gone(pipeline_folder: Path, tmp_path: Path) -> None:
-    run = train(pipeline_folder, tmp_path / "run", brightness, learning_rate=0.02, method="draft-k(k=1)")
+    run = train(pipeline_folder, tmp_path / "run", brightness, learning_rate=0.02, method="draft_k(k=1)")
     first, *later = run.evaluations
     assert first["denoiser_mse_from_base"] == first["pixel_l1_from_base"] == 0
     assert all(row["denoiser_mse_from_base"] > 0 and row["pixel_l1_from_base"] > 0 for row in later)

@@ -388,7 +388,7 @@ def test_the_slope_is_that_of_the_decoder_by_hand(pipeline_folder: Path) -> None
 
 def test_a_picture_depends_on_its_own_seed_alone(pipeline_folder: Path) -> None:
     model = load_model(pipeline_folder)
-    for method in ("pgdiff_dynamic", "gradient_guidance(rounds=1, resample_noise=true, eta=1)"):
+    for method in ("pgdiff_dynamic", "gradient_guidance(rounds=1, resample_noise=True, eta=1)"):
         both = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], **FEW).images
         alone = sample_guided(model, "brightness", PROMPTS, method, seeds=[5, 6], batch_size=1, **FEW).images
         assert torch.allclose(both, alone, atol=1e-5)
@@ -453,24 +453,24 @@ def picture(tmp_path: Path) -> Path:
 def test_pixels_under_a_mask_are_free(picture: Path) -> None:
     target = open_image(picture)
     images = torch.rand(2, 3, 8, 8).requires_grad_()
-    reward = load_reward(f"matches(image={picture}, mask={picture.parent}/mask.png)")
+    reward = load_reward(f"image_match(image='{picture}', mask='{picture.parent}/mask.png')")
     score = reward(images, PROMPTS)
     assert torch.allclose(score, -(images - target)[..., :4].square().mean((1, 2, 3)), atol=1e-6)
     (gradient,) = torch.autograd.grad(score.sum(), images)
     assert not gradient[..., 4:].any()
     assert gradient[..., :4].all()
-    whole = load_reward(f"matches(image={picture})")(images, PROMPTS)
-    assert torch.allclose(whole, load_reward(f"reference(image={picture})")(images, PROMPTS), atol=1e-6)
+    whole = load_reward(f"image_match(image='{picture}')")(images, PROMPTS)
+    assert torch.allclose(whole, load_reward(f"image_similarity(image='{picture}')")(images, PROMPTS), atol=1e-6)
 
 
 def test_greys_and_colours(picture: Path) -> None:
     target = open_image(picture)
     images = torch.rand(2, 3, 8, 8)
-    grey = load_reward(f"matches(image={picture}, property=grey)")
+    grey = load_reward(f"image_match(image='{picture}', property=gray)")
     assert torch.allclose(grey(images, PROMPTS), -(images - target).mean(1).square().mean((1, 2)), atol=1e-6)
     swapped = target[:, [1, 2, 0]]
     assert float(grey(swapped, ["a"])) == pytest.approx(0, abs=1e-7)
-    colors = load_reward(f"matches(image={picture}, property=colors)")
+    colors = load_reward(f"image_match(image='{picture}', property=colors)")
     shuffled = target.flatten(2)[..., torch.randperm(64)].reshape(target.shape)
     assert float(colors(shuffled, ["a"])) == pytest.approx(0, abs=1e-7)
     # Half the mean squared distance to the picture recoloured by AdaIN, which moves means and spreads alone.
@@ -492,7 +492,7 @@ def test_a_picture_is_filled_in_where_the_mask_is_white(pipeline_folder: Path, t
     mask = torch.zeros(1, 3, size, size)
     mask[..., size // 2 :] = 1
     to_pil(mask)[0].save(tmp_path / "mask.png")
-    reward = f"matches(image={tmp_path}/known.png, mask={tmp_path}/mask.png)"
+    reward = f"image_match(image='{tmp_path}/known.png', mask='{tmp_path}/mask.png')"
     options = {"seeds": [0], "num_inference_steps": 8, "guidance_scale": 2.0}
     free, met = (sample_guided(model, reward, "a cat", f"pgdiff_dynamic(strength={s})", **options) for s in (0, 0.3))
     assert float(met.rewards[-1]) > 0.5 * float(free.rewards[-1])
@@ -531,7 +531,7 @@ def test_the_command_with_a_sum_and_its_prompts(
         "    signs = images.new_tensor([1 if prompt == 'day' else -1 for prompt in prompts])\n"
         "    return signs * images.mean((1, 2, 3))\n"
     )
-    guide = f"{tmp_path}/named.py:named + 0.1*saturation"
+    guide = f"'{tmp_path}/named.py:named' + 0.1*saturation"
     scores = {}
     for strength in (0, 0.5):
         for prompt in ("day", "night"):
@@ -597,9 +597,9 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
         with raises(DraftuneError, words):
             sample_guided(model, reward, "cat", **FEW)
     with raises(DraftuneError, "white.png"):
-        load_reward(f"matches(image={picture}, mask={picture.parent}/white.png)")
+        load_reward(f"image_match(image='{picture}', mask='{picture.parent}/white.png')")
     with raises(DraftuneError, "'gray' 'grey'"):
-        load_reward(f"matches(image={picture}, property=gray)")
+        load_reward(f"image_match(image='{picture}', property=gray)")
     model.to("cpu", "fp16")
     with raises(DraftuneError, "fp16"):
         sample_guided(model, "brightness", "cat", **FEW)

@@ -22,6 +22,7 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.image_files import prompts_of
 from draftune.evaluation.metrics import evaluate
+from draftune.experimental.black_box import ZerothOrder
 from draftune.experimental.tune_weights import tune_weights
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.guidance.sample import sample_guided
@@ -29,7 +30,6 @@ from draftune.models import Model, load_model
 from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
-from draftune.rewards.black_box import BlackBox
 from draftune.utils.images import find_images, open_image
 from draftune.utils.paths import folder_output, image_output
 from helpers.errors import mentions, raises
@@ -77,7 +77,7 @@ def trained(folder: Path, output: Path, reward: Any, **settings: Any) -> Path:
     return draftune.train(load_model(folder), reward, output=str(output), **values | settings).folder
 
 
-@pytest.mark.parametrize("method", ["draft-k(k=1)", "ddpo"])
+@pytest.mark.parametrize("method", ["draft_k(k=1)", "ddpo"])
 def test_a_reward_in_place_trains_as_one_that_is_not(pipeline_folder: Path, tmp_path: Path, method: str) -> None:
     runs = [trained(pipeline_folder, tmp_path / which, named(which), method=method) for which in REWARDS]
     loras = [load_file(run / "lora" / "pytorch_lora_weights.safetensors") for run in runs]
@@ -121,7 +121,7 @@ def test_an_estimated_gradient_in_place() -> None:
     for which in REWARDS:
         torch.manual_seed(0)
         here = images.clone().requires_grad_()
-        total = BlackBox(named(which), coordinates=4)
+        total = ZerothOrder(named(which), coordinates=4)
         slopes += torch.autograd.grad(total(here, ["a", "b"]).sum(), here)
     assert slopes[0].equal(slopes[1])
     assert slopes[0].any()
@@ -155,7 +155,7 @@ def test_features_and_learning_have_their_own_images(pipeline_folder: Path, tmp_
 
 @pytest.mark.parametrize("given", [[], ["--prompt", ""], ["--prompt", " \u200b\ufeff"]])
 @pytest.mark.parametrize(
-    "reward", ["emoji-clip", "brightness + 0.1*emoji-clip", "robust(emoji-clip)", "emoji-judge-name"]
+    "reward", ["emoji_clip", "brightness + 0.1*emoji_clip", "sharpness_aware(emoji_clip)", "emoji_name_accuracy"]
 )
 def test_a_reward_that_reads_prompts_refuses_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: str, given: list[str]
@@ -173,7 +173,7 @@ def test_a_reward_that_reads_prompts_refuses_none(
 def test_an_empty_prompt_is_refused_before_anything_is_sampled(
     pipeline_folder: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip = f"clip(model={clip_folder})"
+    clip = f"clip(model='{clip_folder}')"
     drawing = ["--prompt", "", "--num-inference-steps", "1", "--output", str(tmp_path / "x.png")]
     for command in (
         ["sample", str(pipeline_folder), "--guidance-reward", clip],
@@ -242,7 +242,7 @@ def test_what_is_cut_off_is_said_once(
 ) -> None:
     (tmp_path / "prompts.txt").write_text(f"a cat\n{LONG}\n{LONG} too\n")
     Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "a.png")
-    model, clip = str(pipeline_folder), f"clip(model={clip_folder})"
+    model, clip = str(pipeline_folder), f"clip(model='{clip_folder}')"
     drawing = ["--num-inference-steps", "1", "--guidance-scale", "1", "--output"]
     scored = ["--reward", clip]
     train = ["train", "--model", model, "--reward", clip, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
@@ -374,7 +374,7 @@ def test_weights_under_their_published_name(
     shutil.copytree(clip_folder, tmp_path / "my models" / "clip [1] - 2")
     head = shutil.copy(head_file, tmp_path / "my models" / "sac+logos+ava1-l14-linearMSE.safetensors")
     (tmp_path / "my models" / "r.py").write_text("def fine(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    reward = f"aesthetic(model={tmp_path}/my models/clip [1] - 2, head={head}) + 0.5*{tmp_path}/my models/r.py:fine"
+    reward = f"aesthetic(model={tmp_path}/my models/clip [1] - 2, head='{head}') + 0.5*{tmp_path}/my models/r.py:fine"
     assert main(["score", str(tmp_path / "a.png"), "--reward", reward]) == 0
     first = capsys.readouterr().out
     assert "fine" in first
@@ -402,5 +402,5 @@ def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder
         tune_weights([], Loaded(), ["a cat", "a dog"], **asked)
     with raises(DraftuneError, "class 'a dog'"):
         check_prompts(
-            (0.5 * load_reward("brightness") + BlackBox(load_reward(Loaded()), coordinates=4)).ready(), ["a dog"]
+            (0.5 * load_reward("brightness") + ZerothOrder(load_reward(Loaded()), coordinates=4)).ready(), ["a dog"]
         )

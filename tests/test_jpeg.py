@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.rewards import load_reward
-from draftune.rewards.jpeg import CHROMINANCE, LUMINANCE, Jpeg, quantization_table, soft_round
+from draftune.rewards.jpeg import CHROMINANCE, LUMINANCE, JPEGCompressibility, quantization_table, soft_round
 from draftune.utils.images import from_pil, to_pil
 from helpers.errors import raises
 
@@ -52,7 +52,7 @@ def test_tables_are_those_that_pil_writes(quality: int) -> None:
 
 @pytest.mark.parametrize("quality", [20, 50, 80])
 def test_round_trip_is_that_of_pil(quality: int) -> None:
-    ours = Jpeg(quality, 1.0).round_trip(IMAGES)
+    ours = JPEGCompressibility(quality).round_trip(IMAGES)
     theirs = torch.cat([from_pil(Image.open(io.BytesIO(jpeg_bytes(image, quality)))) for image in PHOTOGRAPHS])
     # libjpeg rounds to integers in between and smooths the chroma a little differently.
     assert (ours.clamp(0, 1) - theirs).abs().mean() < 1.5 / 255
@@ -62,12 +62,12 @@ def test_round_trip_is_that_of_pil(quality: int) -> None:
 def test_reward_ranks_pictures_as_the_size_of_their_files() -> None:
     for quality in (10, 50, 80):
         sizes = [len(jpeg_bytes(image, quality)) for image in PHOTOGRAPHS]
-        scores = load_reward(f"jpeg-incompressibility(quality={quality})")(IMAGES, [""] * len(IMAGES))
+        scores = load_reward(f"jpeg_incompressibility(quality={quality})")(IMAGES, [""] * len(IMAGES))
         assert spearmanr(scores, sizes).statistic > 0.9
 
 
 def test_following_the_gradient_shrinks_the_files() -> None:
-    reward = load_reward("jpeg-compressibility")
+    reward = load_reward("jpeg_compressibility")
     images = IMAGES[::10].clone().requires_grad_()
     before = [len(jpeg_bytes(image, 75)) for image in to_pil(images)]
     optimizer = torch.optim.Adam([images], lr=0.02)
@@ -81,14 +81,14 @@ def test_following_the_gradient_shrinks_the_files() -> None:
 
 def test_the_two_rewards_are_each_others_negative() -> None:
     images: Tensor = IMAGES[:3]
-    up, down = load_reward("jpeg-incompressibility"), load_reward("jpeg-compressibility")
+    up, down = load_reward("jpeg_incompressibility"), load_reward("jpeg_compressibility")
     assert torch.equal(up(images, [""] * 3), -down(images, [""] * 3))
     assert (up(images, [""] * 3) > 0).all()
 
 
 def test_any_size() -> None:
     images = IMAGES[:1, :, :50, :35]
-    assert Jpeg(50, 1.0).round_trip(images).shape == images.shape
+    assert JPEGCompressibility(50).round_trip(images).shape == images.shape
 
 
 def test_soft_round_rounds_and_has_the_gradient_of_its_cubic() -> None:
@@ -103,4 +103,4 @@ def test_soft_round_rounds_and_has_the_gradient_of_its_cubic() -> None:
 def test_qualities_that_are_refused() -> None:
     for quality in ("0", "101", "50.5", "best"):
         with raises(DraftuneError, "quality", quality):
-            load_reward(f"jpeg-compressibility(quality={quality})")
+            load_reward(f"jpeg_compressibility(quality={quality})")

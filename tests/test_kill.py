@@ -22,7 +22,7 @@ KILLS = int(os.environ.get("DRAFTUNE_KILLS", "20"))
 IMPORTED = ("accelerate", "draftune.training.train", "peft", "torch.utils.tensorboard")
 IMPORTED += ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip")
 SETTINGS: dict[str, Any] = {
-    "method": "draft-lv(n=1)",
+    "method": "draft_lv(n=1)",
     "num_inference_steps": 2,
     "guidance_scale": 1.0,
     "batch_size": 1,
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "sample_prompts": 1,
     "eval_every": 5,
     "eval_images": 1,
-    "best_by": "emoji-aesthetic",
+    "best_by": "emoji_aesthetic",
     "held_out": "",
     "device": "cpu",
 }
@@ -46,7 +46,7 @@ def work(settings: dict[str, Any]) -> None:
         os.dup2(nowhere.fileno(), 2)
     import draftune
 
-    draftune.train("emoji", "emoji-aesthetic", **settings)
+    draftune.train("emoji", "emoji_aesthetic", **settings)
 
 
 @pytest.fixture(scope="module")

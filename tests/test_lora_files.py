@@ -296,7 +296,7 @@ def test_text_encoders(with_text: Path, pipeline_folder: Path, tmp_path: Path) -
     assert (draw(load_model(tmp_path / "merged")) - expected).abs().max() < 1e-4
     run = tmp_path / "run"
     arguments = ["train", *base, "--reward", "brightness", "--prompts", "animals", "--steps", "1", "--batch-size", "1"]
-    arguments += ["--method", "draft-k(k=1)", "--num-inference-steps", "2", "--sample-prompts", "1", "--device", "cpu"]
+    arguments += ["--method", "draft_k(k=1)", "--num-inference-steps", "2", "--sample-prompts", "1", "--device", "cpu"]
     more = ["--learning-rate", "1e-9", "--continue-from", str(with_text), "--output", str(run)]
     assert main([*arguments, *more]) == 0
     assert read_deltas(run).parts == ["unet", "text_encoder"]

@@ -55,7 +55,7 @@ def test_it_is_said_where_the_pictures_are_the_same(
 
 def train(folder: Path, out: Path, lora: Path, words: list[str]) -> list[str]:
     short = ["--steps", "1", "--batch-size", "1", "--sample-prompts", "1", "--prompts", "animals"]
-    return ["train", "--model", str(folder), "--reward", "brightness", "--method", "draft-k(k=1)", *short, *words]
+    return ["train", "--model", str(folder), "--reward", "brightness", "--method", "draft_k(k=1)", *short, *words]
 
 
 COMMANDS: dict[str, Callable[[Path, Path, Path, list[str]], list[str]]] = {

@@ -30,9 +30,9 @@ def file(tmp_path: Path) -> Path:
 
 def test_gradient_equals_plain_autograd(file: Path) -> None:
     schedule, network = GRIDS["clean"], Network()
-    plain = gradient_of_method(load_method(f"{file}:Fading(k=3, fade=1)"), schedule, network)
+    plain = gradient_of_method(load_method(f"'{file}:Fading'(k=3, fade=1)"), schedule, network)
     assert relative(plain, gradient_of_method(DraftK(3), schedule, network)) < 1e-12
-    ours = gradient_of_method(load_method(f"{file}:Fading(k=2, fade=0.3)"), schedule, network)
+    ours = gradient_of_method(load_method(f"'{file}:Fading'(k=2, fade=0.3)"), schedule, network)
     network.zero_grad()
     x = NOISE
     for i, step in enumerate(schedule.steps):
@@ -63,9 +63,9 @@ def test_mistakes_are_reported(file: Path, tmp_path: Path) -> None:
         (f"{tmp_path}/other.py:broken", "broken ValueError: no"),
         (f"{tmp_path}/none.py:Other", "none.py"),
         ("kl", "kl method"),
-        ("kl(draft-lv + refl)", "kl method"),
-        ("draft-k(draft-lv)", "draft-k draft-lv"),
-        ("draft-lv + refl", "draft-lv + refl"),
+        ("kl(draft_lv + refl)", "kl method"),
+        ("draft_k(draft_lv)", "draft_k draft_lv"),
+        ("draft_lv + refl", "draft_lv + refl"),
         ("kl(nothing)", "method nothing"),
     ):
         with raises(DraftuneError, message):
@@ -81,6 +81,6 @@ def test_calls_with_and_without_gradient(file: Path) -> None:
         calls.append(torch.is_grad_enabled())
         return schedule.read(network(x, step.timestep), x, step)
 
-    (clean,) = load_method(f"{file}:Fading(k=2)").samples(batch_of(denoise, schedule))  # type: ignore[attr-defined]
+    (clean,) = load_method(f"'{file}:Fading'(k=2)").samples(batch_of(denoise, schedule))  # type: ignore[attr-defined]
     assert clean.shape == NOISE.shape
     assert calls == [False] * (T - 2) + [True] * 2

@@ -87,7 +87,7 @@ def test_it_samples_the_images_of_diffusers(example: ModuleType) -> None:
     assert sampled(model, "0").shape == (1, 3, 32, 24)
 
 
-@pytest.mark.parametrize("method", ["draft-k(k=2)", "kl(draft-lv(n=1), beta=1)"])
+@pytest.mark.parametrize("method", ["draft_k(k=2)", "kl(draft_lv(n=1), beta=1)"])
 def test_it_trains_and_its_lora_loads(example: ModuleType, tmp_path: Path, method: str) -> None:
     def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))

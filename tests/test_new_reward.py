@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import draftune
 import draftune.rewards
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import probe_reward
-from draftune.registry.custom import run_file
+from draftune.registry.factories import run_file
 from draftune.rewards import REWARDS, find_reward, load_reward
 from helpers.errors import mentions, raises
 
@@ -30,14 +33,14 @@ def file(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "mean_color.py").write_text(block)
     save_file({"weight": WEIGHT, "bias": BIAS}, tmp_path / "linear.safetensors")
     yield tmp_path / "mean_color.py"
-    REWARDS.pop("mean-color", None)
+    REWARDS.pop("mean_color", None)
 
 
 def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
     expected = IMAGES.mean((2, 3)) @ WEIGHT[0] + BIAS
     weights = file.with_name("linear.safetensors")
-    for name in (f"{file}:mean_color", f"{file}:MeanColor", "mean-color"):
-        reward = load_reward(f"2*{name}(weights={weights}) - brightness")
+    for name in (f"{file}:MeanColor", "mean_color"):
+        reward = load_reward(f"2*'{name}'(weights='{weights}') - brightness")
         images = IMAGES.clone().requires_grad_()
         total, parts = reward.parts(images, PROMPTS)
         assert torch.allclose(parts[name.rpartition(":")[2]], expected, atol=1e-6)
@@ -53,24 +56,34 @@ def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
 def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
     run_file(file, "reward")
     with raises(DraftuneError, "nowhere.safetensors weights="):
-        find_reward("mean-color(weights=nowhere.safetensors)")
+        find_reward("mean_color(weights='nowhere.safetensors')")
     with raises(DraftuneError, "weights"):
-        find_reward("mean-color")
+        find_reward("mean_color")
     save_file({"weight": WEIGHT}, file.with_name("half.safetensors"))
-    found = find_reward(f"mean-color(weights={file.with_name('half.safetensors')})")
+    found = find_reward(f"mean_color(weights='{file.with_name('half.safetensors')}')")
     with raises(DraftuneError, "bias"):
         found.ready()
 
 
 def test_it_is_listed_with_its_docstring(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file(file, "reward")
-    assert main(["list", "mean-color"]) == 0
+    assert main(["list", "mean_color"]) == 0
     assert mentions(capsys.readouterr().out, "over-optimi")
 
 
 def test_every_module_that_registers_rewards_is_imported() -> None:
-    """The page says that the import line in rewards/__init__.py is what makes a name known."""
-    folder = Path(draftune.rewards.__file__).parent
-    registering = {path.stem for path in folder.glob("*.py") if "\n@register(" in path.read_text()}
-    line = re.findall(r"from draftune\.rewards import \((.*?)\)", (folder / "__init__.py").read_text(), re.DOTALL)
-    assert registering == set(re.findall(r"^    (\w+),$", line[0], re.MULTILINE))
+    """The page says that the list in rewards/__init__.py is what makes a name known."""
+    root = Path(draftune.__file__).parent
+    files = (
+        path for path in root.rglob("*.py") if re.search(r"\n@register\(.*\)\nclass \w+\(.*Reward", path.read_text())
+    )
+    registering = {".".join(path.relative_to(root.parent).with_suffix("").parts) for path in files}
+    assert registering - set(draftune.rewards.MODULES) == set()
+    for module in draftune.rewards.MODULES:
+        assert "\n@register(" in (root.parent / module.replace(".", "/")).with_suffix(".py").read_text(), module
+
+
+def test_experimental_rewards_are_imported_at_the_first_lookup() -> None:
+    code = "import sys, draftune.rewards as r; assert not [m for m in sys.modules if 'draftune.experimental' in m]; "
+    code += "assert r.load_reward('threshold(brightness, at=0.5)').label == 'threshold(brightness)'"
+    subprocess.run([sys.executable, "-c", code], check=True)

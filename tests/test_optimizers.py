@@ -147,7 +147,7 @@ def test_extrapolation_does_not_spiral_out_of_a_game(ahead: float, distance: flo
     assert float(w.detach().norm()) == pytest.approx(distance, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", ["sgd", "sgd(momentum=0.9, nesterov=true)", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "sgd(momentum=0.9, nesterov=True)", "adamw"])
 def test_extrapolation_by_nothing_is_the_optimizer_inside(name: str) -> None:
     first, second = weights(0.3, -0.7, 1.1), weights(0.3, -0.7, 1.1)
     plain, around = make_optimizer(name, [first], 0.02), make_optimizer(f"extrapolate({name}, rate=0)", [second], 0.02)
@@ -193,7 +193,7 @@ def test_extrapolation_leaves_the_weights_where_a_gradient_fails() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["step-tuned-sgd", "extrapolate(adamw, rate=0.01)", "extrapolate(sgd(momentum=0.9), rate=0.01, momentum=0.9)"],
+    ["step_tuned_sgd", "extrapolate(adamw, rate=0.01)", "extrapolate(sgd(momentum=0.9), rate=0.01, momentum=0.9)"],
 )
 def test_a_state_that_was_saved_goes_on(text: str) -> None:
     w, again = (nn.Parameter(torch.tensor([0.3, -0.7, 1.1])) for _ in range(2))
@@ -218,16 +218,16 @@ def metric(name: str, h: Tensor, k: Tensor, weight: float) -> Tensor:
     slopes = [torch.fft.fft(x, dim=0) * frequencies[:, None] for x in (h, k)]
     smooth = (slopes[0] * slopes[1].conj()).real.sum() / size**2
     means = (h.mean(0) * k.mean(0)).sum()
-    if name == "channel-mean":
+    if name == "channel_mean":
         return means + weight * ((h - h.mean(0)) * (k - k.mean(0))).sum(1).mean()
-    return (means if name == "channel-sobolev-mean" else (h * k).sum(1).mean()) + weight * smooth
+    return (means if name == "channel_sobolev_mean" else (h * k).sum(1).mean()) + weight * smooth
 
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_a_filtered_gradient_is_the_gradient_in_its_metric(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     g, k = torch.randn(2, 16, 5, generator=generator, dtype=torch.float64)
-    setting, weight = ("width", (WIDTH / 16) ** 2) if name == "channel-sobolev" else ("weight", WIDTH)
+    setting, weight = ("width", (WIDTH / 16) ** 2) if name == "channel_sobolev" else ("weight", WIDTH)
     apply = make_filter(f"{name}({setting}={WIDTH})")
     new = apply(g)
     assert float(metric(name, new, k, weight)) == pytest.approx(float((g * k).sum(1).mean()), abs=1e-12)
@@ -237,10 +237,10 @@ def test_a_filtered_gradient_is_the_gradient_in_its_metric(name: str) -> None:
     assert new.mean(0) == pytest.approx(g.mean(0), abs=1e-14)
     shuffled = torch.randperm(16, generator=generator)
     error = float((apply(g[shuffled]) - new[shuffled]).abs().max())
-    if name == "channel-mean":
+    if name == "channel_mean":
         assert error < 1e-14
         assert apply(g - g.mean(0)) == pytest.approx((g - g.mean(0)) / WIDTH, abs=1e-15)
-    elif name == "channel-sobolev":
+    elif name == "channel_sobolev":
         assert error > 0.1
     else:
         assert float((make_filter(name)(g[shuffled]) - make_filter(name)(g)[shuffled]).abs().max()) > 0.1
@@ -384,7 +384,7 @@ def test_noise_above_the_signal_is_told_once(caplog: pytest.LogCaptureFixture) -
 def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: Any) -> Updates:
     """The updates of a run whose LoRA does something already."""
     settings = {"steps": 4, "num_inference_steps": 2, "batch_size": 2, "reward_batch_size": 2, "guidance_scale": 1.0}
-    settings |= {"prefix_reuse": 1, "method": "draft-lv(n=1)", "learning_rate": 0.01}
+    settings |= {"prefix_reuse": 1, "method": "draft_lv(n=1)", "learning_rate": 0.01}
     trainer = Trainer(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -394,8 +394,8 @@ def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: A
 
 
 OPTIMISED: list[dict[str, Any]] = [
-    {"optimizer": "step-tuned-sgd", "learning_rate": 3.0},
-    {"optimizer": "extrapolate(adamw, rate=0.1)", "method": "kl(draft-k(k=2))", "prefix_reuse": 2},
+    {"optimizer": "step_tuned_sgd", "learning_rate": 3.0},
+    {"optimizer": "extrapolate(adamw, rate=0.1)", "method": "kl(draft_k(k=2))", "prefix_reuse": 2},
     {"optimizer": "extrapolate(sgd(momentum=0.9), rate=1, momentum=0.9)", "learning_rate": 3.0},
 ]
 
@@ -421,15 +421,15 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
 
 
 def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> None:
-    values = {"save_every": 1, "eval_every": 0, "eval_prompts": "", "steps": 3, "optimizer": "step-tuned-sgd"}
+    values = {"save_every": 1, "eval_every": 0, "eval_prompts": "", "steps": 3, "optimizer": "step_tuned_sgd"}
     values |= {
         "guidance_scale": 1.0,
         "num_inference_steps": 2,
         "learning_rate": 10.0,
-        "gradient_filter": "channel-sobolev(width=3)",
+        "gradient_filter": "channel_sobolev(width=3)",
         "signal_to_noise": True,
     }
-    values |= {"gradient_accumulation_steps": 2, "method": "draft-k(k=1)", "max_grad_norm": 0.0}
+    values |= {"gradient_accumulation_steps": 2, "method": "draft_k(k=1)", "max_grad_norm": 0.0}
     whole = train(pipeline_folder, tmp_path / "whole", **values)
     with pytest.raises(KeyboardInterrupt):
         # The trial of the reward and the grid call it once each, an update 2 * 2 times.
@@ -452,7 +452,7 @@ def test_a_pair_of_steps_has_the_same_batch_noise_and_chance(pipeline_folder: Pa
         return score
 
     for rate in (0.0, 30.0):
-        values = {"optimizer": "step-tuned-sgd", "gradient_accumulation_steps": 2, "learning_rate": rate}
+        values = {"optimizer": "step_tuned_sgd", "gradient_accumulation_steps": 2, "learning_rate": rate}
         updates = made(pipeline_folder, tmp_path, reward, **values)
         found = updates.update(1)
         assert (found["reward_queries"], len(seen)) == (16, 8)
@@ -489,7 +489,7 @@ def test_the_filter_is_for_output_channels_and_comes_before_clipping(pipeline_fo
         return 1000 * images.mean((1, 2, 3))
 
     grads, limit = [], 1e-3
-    for gradient_filter in ("", "channel-mean(weight=4)"):
+    for gradient_filter in ("", "channel_mean(weight=4)"):
         values = {"optimizer": "sgd", "max_grad_norm": limit, "gradient_filter": gradient_filter}
         updates = made(pipeline_folder, tmp_path, bright, **values)
         norm = updates.update(1)["grad_norm"]
@@ -537,15 +537,15 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
         ({"optimizer": "extrapolate"}, "extrapolate"),
         ({"optimizer": "extrapolate(adamw)"}, "extrapolate rate"),
         ({"optimizer": "extrapolate(adamw, rate=-1)"}, "rate 0"),
-        ({"optimizer": "extrapolate(step-tuned-sgd, rate=1)"}, "extrapolate optimi gradient"),
+        ({"optimizer": "extrapolate(step_tuned_sgd, rate=1)"}, "extrapolate optimi gradient"),
         ({"optimizer": "adamw(sgd)"}, "adamw 'sgd'"),
-        ({"optimizer": "step-tuned-sgd(low=3)"}, "low high"),
-        ({"optimizer": "step-tuned-sgd(beta=1)"}, "beta 0 1"),
-        ({"optimizer": "step-tuned-sgd", "mixed_precision": "fp16"}, "step-tuned-sgd fp16"),
-        ({"optimizer": "step-tuned-sgd", "method": "ddpo"}, "ddpo adamw sgd"),
-        ({"gradient_filter": "channel-means"}, "'channel-means' 'channel-mean'"),
-        ({"gradient_filter": "channel-mean(weight=0)"}, "weight channel-mean 0"),
-        ({"gradient_filter": "channel-mean(sgd)"}, "channel-mean sgd"),
+        ({"optimizer": "step_tuned_sgd(low=3)"}, "low high"),
+        ({"optimizer": "step_tuned_sgd(beta=1)"}, "beta 0 1"),
+        ({"optimizer": "step_tuned_sgd", "mixed_precision": "fp16"}, "step_tuned_sgd fp16"),
+        ({"optimizer": "step_tuned_sgd", "method": "ddpo"}, "ddpo adamw sgd"),
+        ({"gradient_filter": "channel-means"}, "'channel-means' 'channel_mean'"),
+        ({"gradient_filter": "channel_mean(weight=0)"}, "weight channel_mean 0"),
+        ({"gradient_filter": "channel_mean(sgd)"}, "channel_mean sgd"),
         ({"signal_to_noise": True}, "signal_to_noise 2"),
     ],
 )
@@ -564,12 +564,12 @@ def test_optimizer_of_a_user_file(tmp_path: Path) -> None:
         "def negated(gradient, by=1.0):\n    return -by * gradient\n"
     )
     w = weights(2.0)
-    optimizer = make_optimizer(f"{tmp_path}/mine.py:Half(part=0.25)", [w], 1.0)
+    optimizer = make_optimizer(f"'{tmp_path}/mine.py:Half'(part=0.25)", [w], 1.0)
     optimizer.step(closure(w, quadratic(1.0)))
     assert float(w) == 1.5
     with raises(DraftuneError, "int torch.optim.Optimizer"):
         make_optimizer(f"{tmp_path}/mine.py:nothing", [w], 1.0)
-    assert make_filter(f"{tmp_path}/mine.py:negated(by=2)")(torch.ones(2, 1)).tolist() == [[-2], [-2]]
+    assert make_filter(f"'{tmp_path}/mine.py:negated'(by=2)")(torch.ones(2, 1)).tolist() == [[-2], [-2]]
 
 
 def test_they_are_listed_and_have_a_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -580,5 +580,5 @@ def test_they_are_listed_and_have_a_page(capsys: pytest.CaptureFixture[str]) -> 
         for name in table:
             assert f"\n  {name} " in printed
             assert f"`{name}" in page
-    assert main(["list", "step-tuned-sgd"]) == 0
-    assert capsys.readouterr().out.startswith("step-tuned-sgd(nu: float = 2.0, beta: float = 0.9,")
+    assert main(["list", "step_tuned_sgd"]) == 0
+    assert capsys.readouterr().out.startswith("step_tuned_sgd(nu: float = 2.0, beta: float = 0.9,")

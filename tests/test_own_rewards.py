@@ -65,7 +65,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_functions_and_classes_of_a_file(file: Path) -> None:
-    reward = load_reward(f"{file}:red(k=3) + 0.5*{file}:Green(power=2) - {file}:Plain")
+    reward = load_reward(f"'{file}:red'(k=3) + 0.5*'{file}:Green'(power=2) - '{file}:Plain'")
     total, parts = reward.parts(IMAGES, PROMPTS)
     red, green, blue = (IMAGES[:, i] for i in range(3))
     wanted = 6 * red.mean((1, 2)) + 0.5 * green.pow(2).mean((1, 2)) - blue.mean((1, 2))
@@ -81,8 +81,8 @@ def test_functions_and_classes_of_a_file(file: Path) -> None:
     [
         ("rewards.py:rde", "rewards.py 'rde' 'red'"),
         ("rewards.py:FACTOR", "FACTOR Green Plain blind breaks half red round_trip"),
-        ("rewards.py:red(q=1)", "red 'q' k"),
-        ("rewards.py:Green(power=1.5)", "power Green 1.5"),
+        ("'rewards.py:red'(q=1)", "red 'q' k"),
+        ("'rewards.py:Green'(power=1.5)", "power Green 1.5"),
         ("rewards.py:blind", "blind images prompts"),
         ("nowhere.py:red", "nowhere.py"),
         ("broken.py:red", "broken.py ZeroDivisionError line 2"),

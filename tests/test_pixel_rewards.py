@@ -80,15 +80,15 @@ def test_color_is_the_distance_to_it() -> None:
 def test_reference_by_pixels_and_by_clip(tmp_path: Path) -> None:
     CAT.save(tmp_path / "cat.png")
     coffee = Image.fromarray(skimage.data.coffee()).resize((48, 48))
-    by_pixels = f"reference(image={tmp_path / 'cat.png'})"
+    by_pixels = f"image_similarity(image='{tmp_path / 'cat.png'}')"
     wanted = -np.square((np.asarray(CAT, dtype=float) - np.asarray(coffee, dtype=float)) / 255).mean()
     assert score(by_pixels, CAT, coffee) == pytest.approx([0, wanted], abs=1e-6)
     assert score(by_pixels, CAT.resize((20, 31), Image.Resampling.BICUBIC))[0] == pytest.approx(0, abs=1e-9)
-    by_clip = score(f"reference(image={tmp_path / 'cat.png'}, model=emoji-clip)", CAT, coffee)
+    by_clip = score(f"image_similarity(image='{tmp_path / 'cat.png'}', model=emoji_clip)", CAT, coffee)
     assert by_clip[0] == pytest.approx(1, abs=1e-5)
     assert by_clip[1] < 0.99
     with raises(DraftuneError, "nowhere.png"):
-        load_reward("reference(image=nowhere.png)")
+        load_reward("image_similarity(image='nowhere.png')")
 
 
 class Bowl(Reward):
@@ -101,24 +101,24 @@ class Bowl(Reward):
 
 
 def test_robust_scores_the_locally_worst_picture() -> None:
-    from draftune.rewards.robust import Robust
+    from draftune.rewards.sharpness_aware import SharpnessAware
 
     images = (torch.rand(3, 3, 6, 6) + 0.1).requires_grad_()
     norm = images.detach().flatten(1).norm(dim=1)
-    reward = load_reward(Robust(Bowl(), rho=0.25) + 2 * Bowl())
+    reward = load_reward(SharpnessAware(Bowl(), rho=0.25) + 2 * Bowl())
     scores, parts = reward.parts(images, [""] * 3)
     assert torch.allclose(scores, -((norm + 0.25) ** 2) / 2 - norm**2, rtol=1e-5)
-    assert list(parts) == ["robust(bowl)", "bowl"]
+    assert list(parts) == ["sharpness_aware(bowl)", "bowl"]
     scores.sum().backward()
     # The way to the worse picture is held fixed.
     unit = images.detach() / norm[:, None, None, None]
     assert images.grad is not None
     assert torch.allclose(images.grad, -(images.detach() + 0.25 * unit) - 2 * images.detach(), rtol=1e-4)
-    alone = load_reward("robust(brightness + 2*saturation, rho=0.5)")
-    assert alone.expression == "robust(brightness + 2*saturation, rho=0.5)"
+    alone = load_reward("sharpness_aware(brightness + 2*saturation, rho=0.5)")
+    assert alone.expression == "sharpness_aware(brightness + 2*saturation, rho=0.5)"
     with torch.no_grad():
         total, parts = alone.parts(images.detach(), [""] * 3)
-    assert list(parts) == ["robust-brightness", "robust-saturation"]
+    assert list(parts) == ["sharpness_aware_brightness", "sharpness_aware_saturation"]
     assert (total < load_reward("brightness + 2*saturation")(images.detach(), [""] * 3)).all()
 
 
@@ -126,9 +126,9 @@ def test_robust_scores_the_locally_worst_picture() -> None:
     ("text", "message"),
     [
         ("robust", "robust reward"),
-        ("robust(rho=1)", "robust reward"),
-        ("robust(brightness, rho=0)", "rho robust 0"),
-        ("robust(britness)", "'britness' 'brightness'"),
+        ("sharpness_aware(rho=1)", "robust reward"),
+        ("sharpness_aware(brightness, rho=0)", "rho robust 0"),
+        ("sharpness_aware(britness)", "'britness' 'brightness'"),
         ("brightness(saturation)", "brightness saturation"),
     ],
 )

@@ -22,8 +22,8 @@ from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
 
 FLAGS: dict[str, Any] = {
-    "reward": "jpeg-compressibility",
-    "method": "draft-lv(n=1)",
+    "reward": "jpeg_compressibility",
+    "method": "draft_lv(n=1)",
     "steps": 10,
     "num_inference_steps": 2,
     "guidance_scale": 1.0,
@@ -87,7 +87,7 @@ def test_what_it_advises_fits(settings: Settings) -> None:
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(settings, method="draft-k(k=1)", prefix_reuse=3, eval_prompts="")
+    settings = replace(settings, method="draft_k(k=1)", prefix_reuse=3, eval_prompts="")
     made: list[int] = []
     update = Updates.update
     monkeypatch.setattr(Updates, "update", lambda self, step: made.append(step) or update(self, step))
@@ -135,14 +135,14 @@ def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureF
     command = ["preflight", "--config", str(tmp_path / "settings.yaml")]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert mentions(text, "draft-lv(n=1)", 4, 1, "cpu")
+    assert mentions(text, "draft_lv(n=1)", 4, 1, "cpu")
     assert mentions(text, "10 updates")
     assert main([*command, "--memory", "0.0001"]) == 1
     assert mentions(capsys.readouterr().out, "not fit 0 MiB")
     for bad in ("0", "-1", "nan", "inf"):
         assert main([*command, f"--memory={bad}"]) == 2
         assert mentions(capsys.readouterr().err, "--memory 0")
-    assert main([*command, "--method", "draft-k(k=9)"]) == 2
+    assert main([*command, "--method", "draft_k(k=9)"]) == 2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
 
 

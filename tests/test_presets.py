@@ -77,8 +77,8 @@ def test_presets_are_found_without_torch() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "draft-k(k=2)", "gradient_checkpointing": "denoiser", "mixed_precision": "bf16"},
-        {"method": "draft-lv(n=1)", "gradient_checkpointing": "none", "reward_batch_size": 2},
+        {"method": "draft_k(k=2)", "gradient_checkpointing": "denoiser", "mixed_precision": "bf16"},
+        {"method": "draft_lv(n=1)", "gradient_checkpointing": "none", "reward_batch_size": 2},
     ],
     ids=lambda settings: settings["method"],
 )

@@ -150,8 +150,8 @@ def test_pickscore_agrees_with_transformers(clip_folder: Path) -> None:
         pixels = cropped_pixels(picture, 32, 32, math.floor)
         return model(input_ids=tokens_of(clip_folder, prompt), pixel_values=pixels).logits_per_image[0, 0]
 
-    agree(load_reward(f"pickscore(model={clip_folder})"), ["a cat", "a dog"], official)
-    agree(load_reward(f"clip(model={clip_folder}, scaled=true)"), ["a cat", "a dog"], official)
+    agree(load_reward(f"pickscore(model='{clip_folder}')"), ["a cat", "a dog"], official)
+    agree(load_reward(f"clip(model='{clip_folder}', scaled=True)"), ["a cat", "a dog"], official)
 
 
 def test_siglip_agrees_with_transformers(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_siglip_agrees_with_transformers(tmp_path: Path) -> None:
         pixels = squashed_pixels(picture, 32, [0.5] * 3, [0.5] * 3)
         return model(input_ids=tokens_of(folder, prompt), pixel_values=pixels).logits_per_image[0, 0]
 
-    agree(load_reward(f"clip(model={folder}, scaled=true)"), ["a cat", "a dog"], official)
+    agree(load_reward(f"clip(model='{folder}', scaled=True)"), ["a cat", "a dog"], official)
 
 
 def test_aesthetic_agrees_with_openai_and_laion(clip_folder: Path, head_file: Path) -> None:
@@ -175,7 +175,7 @@ def test_aesthetic_agrees_with_openai_and_laion(clip_folder: Path, head_file: Pa
             x = x @ tensors[f"layers.{i}.weight"].T + tensors[f"layers.{i}.bias"]
         return x[0, 0]
 
-    agree(load_reward(f"aesthetic(model={clip_folder}, head={head_file})"), [""], official)
+    agree(load_reward(f"aesthetic(model='{clip_folder}', head='{head_file}')"), [""], official)
 
 
 def test_boxes_of_owlvit_are_aggregated_as_is_said(tmp_path: Path) -> None:
@@ -191,11 +191,11 @@ def test_boxes_of_owlvit_are_aggregated_as_is_said(tmp_path: Path) -> None:
         assert found.logits.shape == (1, 16, 1)
         return found.logits[0, :, 0].double().sigmoid()
 
-    detect, remove = (load_reward(f"{name}(model={folder}, query='a cat')") for name in ("detect", "remove"))
+    detect, remove = (load_reward(f"{name}(model='{folder}', query='a cat')") for name in ("detect", "remove"))
     agree(detect, ["whatever"], lambda picture, _: probabilities(picture, "a cat").max().log())
     agree(remove, ["whatever"], lambda picture, _: (1 - probabilities(picture, "a cat")).log().sum())
     # Without a setting, the prompt file's column; without one, the prompt.
-    own = load_reward(f"detect(model={folder})")
+    own = load_reward(f"object_detection(model='{folder}')")
     images = torch.rand(1, 3, 64, 64)
     assert torch.equal(own(images, [Prompt("a dog", {"query": "a cat"})]), detect(images, [""]))
     assert torch.equal(own(images, ["a cat"]), detect(images, [""]))
@@ -209,19 +209,19 @@ def test_classify_agrees_with_resnet(tmp_path: Path) -> None:
         pixels = cropped_pixels(picture, 36, 32, math.floor, IMAGENET_MEAN, IMAGENET_STD)
         return model(pixel_values=pixels).logits.log_softmax(-1)[0, 1]
 
-    reward = load_reward(f"classify(model={folder}, target=goldfish)")
+    reward = load_reward(f"classify(model='{folder}', target=goldfish)")
     agree(reward, [""], official)
     images = torch.rand(2, 3, 32, 32)
-    by_file = load_reward(f"classify(model={folder})")
+    by_file = load_reward(f"classify(model='{folder}')")
     first, second = by_file(images, [Prompt("x", {"target": "1"}), Prompt("y", {"target": "Tinca tinca"})])
     assert torch.equal(first, reward(images, ["", ""])[0])
-    assert torch.equal(second, load_reward(f"classify(model={folder}, target=0)")(images, ["", ""])[1])
+    assert torch.equal(second, load_reward(f"classify(model='{folder}', target=0)")(images, ["", ""])[1])
     with raises(DraftuneError, "target"):
         by_file(images, ["", ""])
     with raises(DraftuneError, "'goldfich' 'goldfish'"):
-        load_reward(f"classify(model={folder}, target=goldfich)")
+        load_reward(f"classify(model='{folder}', target=goldfich)")
     with raises(DraftuneError, "class 5"):
-        load_reward(f"classify(model={folder}, target=5)")
+        load_reward(f"classify(model='{folder}', target=5)")
 
 
 def test_efficientnet_knows_photographs() -> None:
@@ -257,12 +257,12 @@ def rewards(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path, head_fi
     return {
         "hpsv2": HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready(),
         "imagereward": ImageReward(str(blip), str(words), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).ready(),
-        "pickscore": load_reward(f"pickscore(model={clip_folder})"),
-        "clip": load_reward(f"clip(model={published_weights.save_siglip(root / 'siglip')})"),
-        "aesthetic": load_reward(f"aesthetic(model={clip_folder}, head={head_file})"),
-        "detect": load_reward(f"detect(model={published_weights.save_owlvit(root / 'owl')}, query=cat)"),
-        "remove": load_reward(f"remove(model={root / 'owl'}, query=cat)"),
-        "classify": load_reward(f"classify(model={published_weights.save_resnet(root / 'resnet')}, target=2)"),
+        "pickscore": load_reward(f"pickscore(model='{clip_folder}')"),
+        "clip": load_reward(f"clip(model='{published_weights.save_siglip(root / 'siglip')}')"),
+        "aesthetic": load_reward(f"aesthetic(model='{clip_folder}', head='{head_file}')"),
+        "detect": load_reward(f"object_detection(model='{published_weights.save_owlvit(root / 'owl')}', query=cat)"),
+        "remove": load_reward(f"object_removal(model='{root / 'owl'}', query=cat)"),
+        "classify": load_reward(f"classify(model='{published_weights.save_resnet(root / 'resnet')}', target=2)"),
     }
 
 
@@ -327,18 +327,18 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hpsv2(tokenizer={tokenizer})", "HPS_v2.1_compressed.pt xswu/HPSv2 weights="),
-        ("hpsv2(version=2, tokenizer={tokenizer})", "HPS_v2_compressed.pt"),
-        ("hpsv2(weights={weights})", "openai/clip-vit-large-patch14 tokenizer="),
-        ("hpsv2(weights=nowhere.pt)", "nowhere.pt weights="),
+        ("hpsv2(tokenizer='{tokenizer}')", "HPS_v2.1_compressed.pt xswu/HPSv2 weights="),
+        ("hpsv2(version=2, tokenizer='{tokenizer}')", "HPS_v2_compressed.pt"),
+        ("hpsv2(weights='{weights}')", "openai/clip-vit-large-patch14 tokenizer="),
+        ("hpsv2(weights='nowhere.pt')", "nowhere.pt weights="),
         ("hpsv2(version=3)", "2.0 2.1 3"),
-        ("imagereward(tokenizer={tokenizer})", "zai-org/ImageReward ImageReward.pt weights="),
+        ("imagereward(tokenizer='{tokenizer}')", "zai-org/ImageReward ImageReward.pt weights="),
         ("pickscore", "yuvalkirstain/PickScore_v1 model="),
-        ("detect(query=cat)", "google/owlvit-base-patch32 model="),
-        ("classify(model=microsoft/resnet-50)", "microsoft/resnet-50 model="),
+        ("object_detection(query=cat)", "google/owlvit-base-patch32 model="),
+        ("classify(model='microsoft/resnet-50')", "microsoft/resnet-50 model="),
         ("aesthetic", "https linearMSE.pth head="),
-        ("aesthetic(head={weights})", "openai/clip-vit-large-patch14 model="),
-        ("pickscore(model={tokenizer})", "config.json model="),
+        ("aesthetic(head='{weights}')", "openai/clip-vit-large-patch14 model="),
+        ("pickscore(model='{tokenizer}')", "config.json model="),
         # All that is missing, in one message.
         ("hpsv2 - 2*aesthetic", "HPS_v2.1_compressed.pt tokenizer= head= openai/clip model="),
     ],
@@ -349,21 +349,21 @@ def test_missing_weights_are_said_before_anything_is_loaded(
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     monkeypatch.setattr(Reward, "ready", lambda self: pytest.fail("something was loaded"))
     with raises(DraftuneError, message):
-        load_reward("jpeg-compressibility + " + text.format(weights=weights, tokenizer=tokenizer))
+        load_reward("jpeg_compressibility + " + text.format(weights=weights, tokenizer=tokenizer))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, clip_folder: Path) -> None:
     folder = published_weights.save_owlvit(tmp_path)
     with raises(DraftuneError, "owlvit clip siglip"):
-        load_reward(f"clip(model={folder})")
+        load_reward(f"clip(model='{folder}')")
     shutil.copytree(clip_folder, tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").write_text("<html>")
     with raises(DraftuneError, "CLIPModel", tmp_path / "clip"):
-        load_reward(f"clip(model={tmp_path / 'clip'})")
+        load_reward(f"clip(model='{tmp_path / 'clip'}')")
     (tmp_path / "clip" / "model.safetensors").unlink()
     (tmp_path / "clip" / "pytorch_model.bin").write_bytes(b"")
     with raises(DraftuneError, ".safetensors", tmp_path / "clip"):
-        load_reward(f"clip(model={tmp_path / 'clip'})")
+        load_reward(f"clip(model='{tmp_path / 'clip'}')")
 
 
 def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +373,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
     shapes = {**tensors, "classifier.1.weight": torch.zeros(5, 17)}
     save_file(shapes, folder / "model.safetensors", metadata={"format": "pt"})
     with raises(DraftuneError, "shape classifier.1.weight"):
-        load_reward(f"classify(model={folder}, target=1)")
+        load_reward(f"classify(model='{folder}', target=1)")
     config |= {
         "model_type": "own",
         "auto_map": {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.M"},
@@ -381,7 +381,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
     with raises(DraftuneError, "AutoModelForImageClassification"):
-        load_reward(f"classify(model={folder}, target=1)")
+        load_reward(f"classify(model='{folder}', target=1)")
     assert not (tmp_path / "hacked").exists()
     # Nobody was asked whether it may run.
     assert capfd.readouterr().out == ""
@@ -390,7 +390,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
 def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     with raises(DraftuneError, "tokens 2284 74"):
-        HPSv2(str(weights), "emoji-clip", HPS_CONFIG).ready()
+        HPSv2(str(weights), "emoji_clip", HPS_CONFIG).ready()
     (tokenizer / "vocab.json").write_text("{")
     with raises(DraftuneError, "tokenizer", tokenizer):
         HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready()

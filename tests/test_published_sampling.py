@@ -215,7 +215,7 @@ def test_a_run_s_config_holds_what_it_was_drawn_with(saved: dict[str, Path], tmp
         "pipeline": lambda: FluxPipeline.from_pretrained(folder),
     }[given]()
     run = draftune.train(
-        model, bright, method="draft-k(k=1)", output=str(tmp_path / "run"), height=16, width=16, **SHORT
+        model, bright, method="draft_k(k=1)", output=str(tmp_path / "run"), height=16, width=16, **SHORT
     )
     said = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert (said["num_inference_steps"], said["guidance_scale"]) == (4, 0.0)

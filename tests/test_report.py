@@ -318,14 +318,14 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
     [
         {},
         {"model": "some/model", "steps": 10, "lora_alpha": 4.0, "height": 64, "learning_rate": 1e-5},
-        {"reward": "-2*brightness + 'a b.py:f'(k=\"it's\")", "held_out": "-1*clip", "method": "draft-lv(n=3)"},
+        {"reward": "-2*brightness + 'a b.py:f'(k=\"it's\")", "held_out": "-1*clip", "method": "draft_lv(n=3)"},
         {
             "negative_prompt": "--blurry 'x'\n$HOME",
             "eval_prompts": "",
             "device": "cpu",
             "gradient_checkpointing": "both",
         },
-        {"method": "draft-lv", "prefix_reuse": 4},
+        {"method": "draft_lv", "prefix_reuse": 4},
         {"set_alpha_to_one": False, "timestep_spacing": "leading", "output": "runs/a b", "seed": 2**62},
     ],
 )

@@ -73,8 +73,8 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("values", "cuts"),
     [
-        ({"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
-        ({"method": "draft-k(k=2)", "prefix_reuse": 3}, (4, 6)),
+        ({"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
+        ({"method": "draft_k(k=2)", "prefix_reuse": 3}, (4, 6)),
         ({"method": "leapalign"}, (4, 6)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
         ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
@@ -118,15 +118,15 @@ def test_a_signal_ends_a_run_after_its_update(
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with raises(KeyboardInterrupt, "update 3"):
-        train(pipeline_folder, tmp_path / "run", reward, method="draft-k(k=1)", save_every=0)
+        train(pipeline_folder, tmp_path / "run", reward, method="draft_k(k=1)", save_every=0)
     assert mentions(caplog.text, "update")
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "step-000000",
         "step-000003",
     ]
-    train(pipeline_folder, tmp_path / "run", method="draft-k(k=1)", save_every=0)
-    whole = train(pipeline_folder, tmp_path / "whole", method="draft-k(k=1)", save_every=0)
+    train(pipeline_folder, tmp_path / "run", method="draft_k(k=1)", save_every=0)
+    whole = train(pipeline_folder, tmp_path / "whole", method="draft_k(k=1)", save_every=0)
     assert rows(whole.folder, "evaluations.jsonl") == rows(tmp_path / "run", "evaluations.jsonl")
     first, second = lora(whole.folder), lora(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -70,12 +70,12 @@ def moved(folder: Path) -> Path:
 EXPRESSIONS = {
     "reward": [
         "mine.py:red",
-        "clip(model=w/clip)",
-        "0.5*mine.py:red(k=2) + robust(clip(model=w/clip), rho=0.01)",
-        "reference(image=red.png) - mine.py:red",
+        "clip(model='w/clip')",
+        "0.5*'mine.py:red'(k=2) + sharpness_aware(clip(model='w/clip'), rho=0.01)",
+        "image_similarity(image='red.png') - 'mine.py:red'",
     ],
-    "held_out": ["clip(model=w/clip)"],
-    "method": ["mine.py:Mine(k=2)", "kl(mine.py:Mine, beta=0.2)"],
+    "held_out": ["clip(model='w/clip')"],
+    "method": ["'mine.py:Mine'(k=2)", "kl('mine.py:Mine', beta=0.2)"],
     "model": ["sd"],
     "gradient_decoder": ["sd"],
 }
@@ -110,9 +110,9 @@ def rewrite(path: Path) -> None:
         ("model", "sd", "sd/scheduler/scheduler_config.json"),
         ("model", "sd", "sd/tokenizer/tokenizer.json"),
         ("reward", "mine.py:red", "mine.py"),
-        ("reward", "brightness + 0.1*clip(model=w/clip)", "w/clip/model.safetensors"),
-        ("held_out", "reference(image=red.png)", "red.png"),
-        ("method", "kl(mine.py:Mine, beta=0.2)", "mine.py"),
+        ("reward", "brightness + 0.1*clip(model='w/clip')", "w/clip/model.safetensors"),
+        ("held_out", "image_similarity(image='red.png')", "red.png"),
+        ("method", "kl('mine.py:Mine', beta=0.2)", "mine.py"),
     ],
 )
 def test_other_contents_are_another_run(here: Path, name: str, value: str, file: str) -> None:
@@ -142,7 +142,7 @@ def test_what_a_pipeline_is_not_loaded_from_does_not_matter(here: Path) -> None:
 def test_what_is_not_read_does_not_matter(here: Path) -> None:
     """Files that came into a folder later, a variant beside the file that is loaded, a text that is a folder's name."""
     (here / "dog").mkdir()
-    values = {"model": "sd", "reward": "clip(model=w/clip)", "held_out": "remove(query=dog, model=w/clip)"}
+    values = {"model": "sd", "reward": "clip(model='w/clip')", "held_out": "object_removal(query=dog, model='w/clip')"}
     before = saved(asked(**values))
     shutil.copy(here / "w/clip/model.safetensors", here / "w/clip/other.safetensors")
     unet = here / "sd/unet/diffusion_pytorch_model.safetensors"
@@ -188,25 +188,25 @@ def test_the_hubs_cache_is_the_model_of_its_id(here: Path, tmp_path: Path, monke
 
 
 SAME: list[dict[str, tuple[Any, Any]]] = [
-    {"method": ("draft-k", " draft-k( k=1 )")},
-    {"method": ("kl(draft-lv)", "kl('draft-lv'(n=2), beta=0.1)")},
+    {"method": ("draft_k", " draft_k( k=1 )")},
+    {"method": ("kl(draft_lv)", "kl('draft_lv'(n=2), beta=0.1)")},
     {"reward": ("2*brightness", "brightness * 2.0")},
-    {"reward": ("jpeg-compressibility", "jpeg-compressibility(quality=10)")},
+    {"reward": ("jpeg_compressibility", "jpeg_compressibility(quality=10)")},
     {"optimizer": ("sgd", "sgd(momentum=0)")},
-    {"gradient_filter": ("channel-mean", "channel-mean(weight=2)")},
+    {"gradient_filter": ("channel_mean", "channel_mean(weight=2)")},
     {"lora_alpha": (None, 8.0)},
     {"lora_targets": ("to_q,to_k", "to_k, to_q")},
     {"held_out": ("", None), "model": ("other/model", "other/model")},
 ]
 OTHER: list[dict[str, tuple[Any, Any]]] = [
-    {"method": ("draft-k", "draft-k(k=2)"), "prefix_reuse": (1, 1)},
-    {"method": ("kl(draft-lv)", "kl(draft-lv, beta=0.2)")},
-    {"method": ("kl(draft-lv)", "draft-lv")},
+    {"method": ("draft_k", "draft_k(k=2)"), "prefix_reuse": (1, 1)},
+    {"method": ("kl(draft_lv)", "kl(draft_lv, beta=0.2)")},
+    {"method": ("kl(draft_lv)", "draft_lv")},
     {"reward": ("brightness", "2*brightness")},
     {"reward": ("brightness - saturation", "brightness + saturation")},
     {"reward": ("brightness", "saturation")},
-    {"reward": ("mine.py:red", "mine.py:red(k=2)")},
-    {"reward": ("clip(model=w/clip)", "clip(model=sd)")},
+    {"reward": ("mine.py:red", "'mine.py:red'(k=2)")},
+    {"reward": ("clip(model='w/clip')", "clip(model=sd)")},
     {"optimizer": ("adamw", "adamw(weight_decay=0.1)"), "weight_decay": (0.2, 0.2)},
     {"lora_alpha": (None, 4.0)},
     {"mixed_precision": ("no", "bf16")},
@@ -248,7 +248,7 @@ def test_changes_can_be_read() -> None:
             changeable(f"reward,{name}")
 
 
-SHORT: dict[str, Any] = {"save_every": 1, "eval_every": 0, "num_inference_steps": 2, "method": "draft-k(k=1)"}
+SHORT: dict[str, Any] = {"save_every": 1, "eval_every": 0, "num_inference_steps": 2, "method": "draft_k(k=1)"}
 
 
 def learned(run: Path) -> torch.Tensor:
@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
     """The same model, reward, prompts and method at another place, after the old one was taken away."""
     (here / "p.txt").write_text("\n".join(PROMPTS))
     values = SHORT | {"eval_prompts": "p.txt", "prompts": "p.txt"}
-    expression: Any = "mine.py:red + 0.1*reference(image=red.png)"
+    expression: Any = "'mine.py:red' + 0.1*image_similarity(image='red.png')"
 
     def start(reward: str, output: Path, **more: Any) -> Path:
         settings = values | {"batch_size": 2, "sample_every": 0, "sample_prompts": 1, "learning_rate": 0.01} | more
@@ -274,8 +274,8 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
     there = moved(here)
     (there / "q").mkdir()
     (there / "p.txt").rename(there / "q" / "p.txt")
-    expression = f"{there}/mine.py:red(k=1) + 0.1*reference(image=./red.png)"
-    more = {"model": "./sd", "method": "draft-k", "prompts": "q/p.txt", "eval_prompts": str(there / "q" / "p.txt")}
+    expression = f"'{there}/mine.py:red'(k=1) + 0.1*image_similarity(image='./red.png')"
+    more = {"model": "./sd", "method": "draft_k", "prompts": "q/p.txt", "eval_prompts": str(there / "q" / "p.txt")}
     start(expression, cut, steps=3, **more)
     assert torch.equal(learned(whole), learned(cut))
     assert rows(whole, "metrics.jsonl") == rows(cut, "metrics.jsonl")
@@ -433,8 +433,8 @@ def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folde
 
 
 def test_state_of_other_steps_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:
-    """The value network of sft-pg has an output for each sampling step."""
-    values = SHORT | {"method": "sft-pg", "guidance_scale": 1.0, "num_inference_steps": 3}
+    """The value network of sft_pg has an output for each sampling step."""
+    values = SHORT | {"method": "sft_pg", "guidance_scale": 1.0, "num_inference_steps": 3}
     train(pipeline_folder, tmp_path / "run", **values | {"steps": 1})
     changed = {"steps": 2, "num_inference_steps": 4, "allow_changes": "num_inference_steps"}
     run = train(pipeline_folder, tmp_path / "run", **values | changed)
@@ -445,6 +445,6 @@ def test_folders_of_nothing_that_is_read_are_told_apart_by_their_path(here: Path
     for name in ("a", "b"):
         (here / name).mkdir()
         (here / name / "w.pt").write_text(name)
-    before = saved(asked(reward="mine.py:red(folder=a)"))
-    assert asked(reward="mine.py:red(folder=a)").differences(before) == []
-    assert asked(reward="mine.py:red(folder=b)").differences(before) == ["reward"]
+    before = saved(asked(reward="'mine.py:red'(folder=a)"))
+    assert asked(reward="'mine.py:red'(folder=a)").differences(before) == []
+    assert asked(reward="'mine.py:red'(folder=b)").differences(before) == ["reward"]

@@ -49,9 +49,9 @@ def test_algebra() -> None:
 
 
 def test_two_parts_of_one_kind_are_logged_apart() -> None:
-    reward = load_reward("jpeg-compressibility(quality=10) + jpeg-compressibility(quality=50)")
+    reward = load_reward("jpeg_compressibility(quality=10) + jpeg_compressibility(quality=50)")
     _, parts = reward.parts(torch.rand(1, 3, 16, 16), [""])
-    assert list(parts) == ["jpeg-compressibility", "jpeg-compressibility-2"]
+    assert list(parts) == ["jpeg_compressibility", "jpeg_compressibility-2"]
 
 
 def test_rewards_run_in_float32_under_autocast() -> None:
@@ -67,7 +67,7 @@ def test_rewards_run_in_float32_under_autocast() -> None:
 
 
 def test_gradient_reaches_the_picture_but_no_weight(clip_folder: Path, head_file: Path) -> None:
-    reward = load_reward(f"clip(model={clip_folder}) + 0.1*aesthetic(model={clip_folder}, head={head_file})")
+    reward = load_reward(f"clip(model='{clip_folder}') + 0.1*aesthetic(model='{clip_folder}', head='{head_file}')")
     images = torch.rand(2, 3, 40, 56, requires_grad=True)
     reward(images, ["a cat", "a dog"]).sum().backward()
     assert images.grad is not None
@@ -93,7 +93,7 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
             tensors["layers.7.weight"] = torch.zeros(2, 16)
         save_file(tensors, bad)
     with raises(DraftuneError, "bad.safetensors"):
-        load_reward(f"aesthetic(model={clip_folder}, head={bad})")
+        load_reward(f"aesthetic(model='{clip_folder}', head='{bad}')")
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
     [
         ("clipp", "'clipp' 'clip'"),
         ("clip(modell=x)", "'modell' 'model'"),
-        ("clip(model=./nowhere)", "./nowhere"),
+        ("clip(model='./nowhere')", "./nowhere"),
         ("clip(model=3)", "model clip 3"),
-        ("clip(model=someone/something)", "someone/something"),
+        ("clip(model='someone/something')", "someone/something"),
         ("aesthetic", "head="),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_clip_that_is_not_all_there_is_refused(clip_folder: Path, tmp_path: Pa
     del tensors["visual_projection.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with raises(DraftuneError, "1 visual_projection"):
-        load_reward(f"clip(model={tmp_path / 'clip'})")
+        load_reward(f"clip(model='{tmp_path / 'clip'}')")
 
 
 def test_every_reward_says_what_it_is() -> None:

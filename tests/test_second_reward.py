@@ -83,7 +83,7 @@ def prepared(model: Path, output: Path, reward: Any = "brightness", **values: An
     (output.parent / "prompts.txt").write_text("a fish\na tree\n")
     settings = {
         "steps": 3,
-        "method": "draft-k(k=1)",
+        "method": "draft_k(k=1)",
         "num_inference_steps": 3,
         "guidance_scale": 3.0,
         "sample_every": 0,
@@ -227,7 +227,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("method", [DraftK(1), load_method("kl(draft-k(k=2), beta=0.3)")])
+@pytest.mark.parametrize("method", [DraftK(1), load_method("kl(draft_k(k=2), beta=0.3)")])
 def test_what_is_kept_is_added_once_for_each_batch(method: Method) -> None:
     drift = Drift()
     with injected(randint=[[0], [2]]) as ranges:
@@ -265,7 +265,7 @@ def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, 
         "steps": 4,
         "save_every": 1,
     }
-    values |= {"method": "draft-k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
+    values |= {"method": "draft_k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
     values |= {"prefix_reuse": 2, "gradient_accumulation_steps": 2, "signal_to_noise": True}
     whole = noisily_trained(pipeline_folder, tmp_path / "whole", **values)
     with pytest.raises(KeyboardInterrupt):
@@ -300,7 +300,7 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
 def test_the_command(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = "--prompts animals --steps 2 --method draft-k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
+    few = "--prompts animals --steps 2 --method draft_k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
     few += " --reward symmetry --device cpu --guidance-scale 3"
     given = ["--model", str(pipeline_folder), *few.split()]
     folder = tmp_path / "second"

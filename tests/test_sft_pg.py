@@ -18,13 +18,13 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.kid import kid
+from draftune.experimental.discriminator import critic_loss
 from draftune.experimental.learner import Learner, missed
 from draftune.experimental.sft_pg import SFTPG
 from draftune.methods import Batch
 from draftune.models import load_model
 from draftune.rewards import Reward, find_reward, load_reward
-from draftune.rewards.base import learners
-from draftune.rewards.discriminator import critic_loss
+from draftune.rewards.online import learners
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
@@ -196,7 +196,7 @@ def red(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def critic_of(red: Path, **settings: Any) -> Any:
     values = {"width": 4, "size": 16, "learning_rate": 0.01, **settings}
-    return load_reward(f"examples(folder='{red}', {', '.join(f'{k}={v}' for k, v in values.items())})")
+    return load_reward(f"discriminator(folder='{red}', {', '.join(f'{k}={v}' for k, v in values.items())})")
 
 
 def test_the_critic_learns_what_examples_have_and_drawn_pictures_lack(red: Path) -> None:
@@ -237,7 +237,7 @@ SETTINGS: dict[str, Any] = {
     "eval_images": 1,
     "learning_rate": 0.01,
     "max_grad_norm": 0.1,
-    "method": "sft-pg(generator_steps=3)",
+    "method": "sft_pg(generator_steps=3)",
 }
 
 
@@ -295,12 +295,12 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
         critic_of(red, critic=f"'{red}'")
 
 
-@pytest.mark.parametrize("wrapped", ["{}", "robust({}, rho=0.1)", "2*{} + brightness"])
+@pytest.mark.parametrize("wrapped", ["{}", "sharpness_aware({}, rho=0.1)", "2*{} + brightness"])
 def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, red: Path, wrapped: str) -> None:
     painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder))
-    reward = load_reward(wrapped.format(f"examples(folder='{red}', width=4, size=16, learning_rate=0.01)"))
+    reward = load_reward(wrapped.format(f"discriminator(folder='{red}', width=4, size=16, learning_rate=0.01)"))
     (critic,) = learners(reward)
-    values = {**SETTINGS, "method": "draft-k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+    values = {**SETTINGS, "method": "draft_k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     trainer = Trainer(painter, reward, **values, output="unused")
     made = trainer.updates
     made.draw_starts()
@@ -395,16 +395,16 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         (broken / f"{name}.png").write_bytes(b"no picture")
     for reward, words in (
         ("examples", "folder"),
-        (f"examples(folder='{tmp_path}/none')", f"{tmp_path}/none"),
-        (f"examples(folder='{one}/a.png')", "a.png folder"),
-        ("examples(folder='')", "folder ''"),
-        (f"examples(folder='{empty}')", str(empty)),
-        (f"examples(folder='{one}')", "examples 1 2"),
-        (f"examples(folder='{broken}')", str(broken)),
-        (f"examples(folder='{red}', width=0)", "width examples 1 0"),
-        (f"examples(folder='{red}', size=8)", "size examples 16 8"),
-        (f"examples(folder='{red}', baseline=-1)", "baseline examples -1 0"),
-        (f"examples(folder='{red}', learning_rate=0)", "learning_rate examples 0 1"),
+        (f"discriminator(folder='{tmp_path}/none')", f"{tmp_path}/none"),
+        (f"discriminator(folder='{one}/a.png')", "a.png folder"),
+        ("discriminator(folder='')", "folder ''"),
+        (f"discriminator(folder='{empty}')", str(empty)),
+        (f"discriminator(folder='{one}')", "examples 1 2"),
+        (f"discriminator(folder='{broken}')", str(broken)),
+        (f"discriminator(folder='{red}', width=0)", "width examples 1 0"),
+        (f"discriminator(folder='{red}', size=8)", "size examples 16 8"),
+        (f"discriminator(folder='{red}', baseline=-1)", "baseline examples -1 0"),
+        (f"discriminator(folder='{red}', learning_rate=0)", "learning_rate examples 0 1"),
     ):
         with raises(DraftuneError, words):
             find_reward(reward)
@@ -417,7 +417,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         "seed=-1",
         "seed=9223372036854775808",
     ):
-        assert main(["train", "--method", f"sft-pg({setting})", "--output", str(tmp_path / "run")]) == 2
+        assert main(["train", "--method", f"sft_pg({setting})", "--output", str(tmp_path / "run")]) == 2
         assert mentions(capsys.readouterr().err, setting.replace("=", " "))
     assert not (tmp_path / "run").exists()
 
@@ -426,7 +426,7 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     red: Path, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Outside of training it would be random numbers with an interval."""
-    reward = f"2*examples(folder='{red}', width=2, size=16)"
+    reward = f"2*discriminator(folder='{red}', width=2, size=16)"
     model, out = str(pipeline_folder), ["--device", "cpu", "--output", str(tmp_path / "out")]
     tune = ["experimental", "tune-weights", "--prompts", "animals", "--guidance-bounds", "1,9", "--model"]
     for argv in (

@@ -139,7 +139,7 @@ def test_training_decodes_by_it_alone_and_pictures_to_look_at_by_the_models_own(
     def refuse(*args: Any) -> Tensor:
         raise AssertionError
 
-    settings = SETTINGS | {"output": str(tmp_path / "run"), "method": "draft-lv"}
+    settings = SETTINGS | {"output": str(tmp_path / "run"), "method": "draft_lv"}
     plain = Trainer(alike(tmp_path), brightness, **settings)
     trainer = Trainer(alike(tmp_path), brightness, **settings, gradient_decoder=str(tmp_path / "small"))
     weights = sum(p.nbytes for p in trainer.model.small_decoder.parameters())
@@ -156,7 +156,7 @@ def test_training_decodes_by_it_alone_and_pictures_to_look_at_by_the_models_own(
 
 def test_a_run_through_it(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a fish\na tree\n")
-    settings = SETTINGS | {"steps": 6, "method": "draft-k(k=1)", "eval_prompts": str(tmp_path / "prompts.txt")}
+    settings = SETTINGS | {"steps": 6, "method": "draft_k(k=1)", "eval_prompts": str(tmp_path / "prompts.txt")}
     settings |= {"eval_images": 1, "sample_prompts": 1}
     own = Trainer(alike(tmp_path), brightness, **settings, output=str(tmp_path / "own"))
     model, small = StableDiffusion(alike(tmp_path), "pipeline"), str(tmp_path / "small")
@@ -228,7 +228,7 @@ def test_where_there_is_nothing_to_decode(tmp_path: Path) -> None:
 
 def test_on_the_command_line(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a fish\n")
-    common = ["train", "--model", str(pipeline_folder), "--reward", "jpeg-compressibility", "--output", "no"]
+    common = ["train", "--model", str(pipeline_folder), "--reward", "jpeg_compressibility", "--output", "no"]
     common += ["--prompts", str(tmp_path / "prompts.txt"), "--gradient-decoder"]
     for extra, message in (
         (["no/such/folder"], "no/such/folder"),

@@ -27,7 +27,7 @@ from draftune.training.trackers import TensorBoard, Trackers
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 SMALL: dict[str, Any] = {
-    "method": "draft-k(k=1)",
+    "method": "draft_k(k=1)",
     "steps": 4,
     "batch_size": 2,
     "num_inference_steps": 2,
@@ -116,7 +116,7 @@ def test_a_callback_that_fails_is_named(pipeline_folder: Path, tmp_path: Path) -
 
 
 def test_objects_in_place_of_names(pipeline_folder: Path, tmp_path: Path) -> None:
-    method, reward = draftune.load_method("draft-k(k=1)"), draftune.load_reward("brightness")
+    method, reward = draftune.load_method("draft_k(k=1)"), draftune.load_reward("brightness")
     values = {name: value for name, value in SMALL.items() if name != "method"}
     first = draftune.train(
         load_model(pipeline_folder), reward, PROMPTS, method=method, output=str(tmp_path / "objects"), **values
@@ -265,9 +265,9 @@ def test_optimizer_state_with_numbers() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"method": "draft-k(k=1)", "gradient_checkpointing": "blocks"},
-        {"method": "draft-k(k=2)", "gradient_checkpointing": "denoiser"},
-        {"method": "kl(draft-k(k=2))", "gradient_checkpointing": "none"},
+        {"method": "draft_k(k=1)", "gradient_checkpointing": "blocks"},
+        {"method": "draft_k(k=2)", "gradient_checkpointing": "denoiser"},
+        {"method": "kl(draft_k(k=2))", "gradient_checkpointing": "none"},
     ],
 )
 def test_compile(

@@ -50,23 +50,23 @@ def run(model: Any, tmp_path: Path, reward: Any = brightness, **values: Any) -> 
 
 CLIMBERS = [
     "draft",
-    "draft-k(k=2)",
-    "draft-lv",
+    "draft_k(k=2)",
+    "draft_lv",
     "refl(m=2)",
     "alignprop(m=3)",
     "drtune(k=2, m=2)",
     "leapalign",
-    "kl(draft-lv, beta=0.0001)",
+    "kl(draft_lv, beta=0.0001)",
 ]
 SCORED = {
-    "draft-lv": 12,
-    "kl(draft-k(k=2), beta=0.1)": 4,
-    "adjoint-matching(k=2)": 4,
+    "draft_lv": 12,
+    "kl(draft_k(k=2), beta=0.1)": 4,
+    "adjoint_matching(k=2)": 4,
     "ddpo": 4,
     "ddpo(inner_epochs=2)": 4,
     "dpok": 4,
-    "kl(sft-pg(generator_steps=2), beta=0.1)": 4,
-    "sft-pg": 4,
+    "kl(sft_pg(generator_steps=2), beta=0.1)": 4,
+    "sft_pg": 4,
     "kl(ddpo(timestep_fraction=0.5), beta=0.1)": 4,
 }
 
@@ -97,7 +97,7 @@ def test_a_reward_without_a_gradient_is_for_methods_that_need_none(pipeline_fold
         return (16 * images.detach()).round().mean((1, 2, 3))
 
     assert len(run(str(pipeline_folder), tmp_path, rounded, method="ddpo").metrics) == 3
-    for method in ("draft-lv", "adjoint-matching(k=1)", "kl(draft-lv)"):
+    for method in ("draft_lv", "adjoint_matching(k=1)", "kl(draft_lv)"):
         with raises(DraftuneError, "rounded gradient"):
             run(str(pipeline_folder), tmp_path / "other", rounded, method=method)
 
@@ -106,10 +106,10 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     result = run(
         str(pipeline_folder),
         tmp_path,
-        method="draft-lv(n=2)",
+        method="draft_lv(n=2)",
         steps=4,
         sample_every=2,
-        reward="jpeg-compressibility + 0.5*jpeg-incompressibility(quality=50)",
+        reward="jpeg_compressibility + 0.5*jpeg_incompressibility(quality=50)",
         eval_prompts="emoji-common",
         eval_images=1,
         gradient_accumulation_steps=2,
@@ -123,20 +123,20 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
         wanted = {"step", "reward", "reward_std", "reward_queries", "grad_norm", "grad_clip_fraction"}
         wanted |= {"learning_rate", "train_seconds"}
         assert wanted < row.keys()
-        parts = row["reward/jpeg-compressibility"], row["reward/jpeg-incompressibility"]
+        parts = row["reward/jpeg_compressibility"], row["reward/jpeg_incompressibility"]
         assert row["reward"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
     assert rows[-1]["train_seconds"] > rows[0]["train_seconds"] > 0
     assert sorted(p.name for p in (folder / "samples").glob("*.png")) == [f"step-00000{i}.png" for i in (0, 2, 4)]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [0, 2, 4]
-    reward = load_reward(again_reward := "jpeg-compressibility + 0.5*jpeg-incompressibility(quality=50)")
+    reward = load_reward(again_reward := "jpeg_compressibility + 0.5*jpeg_incompressibility(quality=50)")
     for row in samples:
         pictures = [open_image(path) for path in sorted((folder / "samples" / f"step-{row['step']:06d}").iterdir())]
         assert len(pictures) == len(row["prompts"]) == len(row["scores"])
         assert row["scores"] == pytest.approx(reward(torch.cat(pictures), row["prompts"]).tolist(), rel=0.01)
     audit = json.loads((folder / "reward_check.json").read_text())
-    assert list(audit) == ["jpeg-compressibility", "jpeg-incompressibility"]
-    assert 0 <= audit["jpeg-compressibility"]["pixels_without_gradient"] < 0.5
+    assert list(audit) == ["jpeg_compressibility", "jpeg_incompressibility"]
+    assert 0 <= audit["jpeg_compressibility"]["pixels_without_gradient"] < 0.5
     known = json.loads((folder / "environment.json").read_text())
     assert (known["draftune"], known["torch"]) == (draftune.__version__, version("torch"))
     assert (folder / "config.yaml").read_text().count(again_reward) == 1
@@ -145,7 +145,7 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     # The resolved settings are enough to start the same run again.
     again = Settings.from_mapping(draftune.presets.read_yaml(folder / "config.yaml"))
     assert again.num_inference_steps == 3
-    assert again.method == "draft-lv(n=2)"
+    assert again.method == "draft_lv(n=2)"
     assert result.comparison is not None
     assert len(result.comparison.base.images) == 64
     with raises(DraftuneError, folder, "reward gradient_accumulation_steps"):
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path
 
 def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path: Path) -> None:
     """Three updates with one path: its last call alone is made again, from the same latent, with the new LoRA."""
-    settings = {"method": "draft-k(k=1)", "prefix_reuse": 3, "num_inference_steps": 4, "prompts": PROMPTS}
+    settings = {"method": "draft_k(k=1)", "prefix_reuse": 3, "num_inference_steps": 4, "prompts": PROMPTS}
     trainer = Trainer(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
     calls: list[tuple[bool, Tensor]] = []
     outputs: list[Tensor] = []
@@ -189,7 +189,7 @@ def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: s
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.bias.fill_(10.0)
     model = StableDiffusion(pipeline, "tiny")
-    settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft-k(k=1)", "output": str(tmp_path / "run")}
+    settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft_k(k=1)", "output": str(tmp_path / "run")}
     trainer = Trainer(model, brightness, **settings, pixel_clamp=mode)
     row = trainer.updates.update(1)
     assert row["reward"] == 1
@@ -233,7 +233,7 @@ SPLIT: dict[str, dict[str, int]] = {
 
 
 # Methods that draw no random numbers of their own, whose order would differ.
-@pytest.mark.parametrize("method", ["draft-k(k=1)", "kl(draft-k(k=2), beta=10)"])
+@pytest.mark.parametrize("method", ["draft_k(k=1)", "kl(draft_k(k=2), beta=10)"])
 def test_an_update_does_not_depend_on_how_its_pictures_are_split(
     pipeline_folder: Path, tmp_path: Path, method: str
 ) -> None:
@@ -269,7 +269,7 @@ def test_an_update_does_not_depend_on_how_its_pictures_are_split(
 def test_every_lora_tensor_gets_a_gradient(pipeline: Any, tmp_path: Path, precision: str) -> None:
     """Under autocast a cached low-precision copy of the weights would cut the gradient, silently."""
     model = StableDiffusion(pipeline, "tiny")
-    run(model, tmp_path, mixed_precision=precision, method="draft-k(k=1)")
+    run(model, tmp_path, mixed_precision=precision, method="draft_k(k=1)")
     parameters = lora_parameters(model)
     assert parameters
     assert all(p.grad is not None and p.grad.any() for p in parameters.values())
@@ -420,12 +420,12 @@ def test_a_reward_that_breaks_later_stops_the_run_and_keeps_the_lora(pipeline: A
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipeline: Any, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"method": "draft-k(k=4)"}, "k=4 3 steps"),
+        ({"method": "draft_k(k=4)"}, "k=4 3 steps"),
         ({"method": "refl"}, "m 3 steps"),
         ({"method": "drtune(k=3, m=2)"}, "k=3 m=2 3 steps"),
         ({"method": "leapalign", "num_inference_steps": 1}, "leapalign 2 steps"),
         ({"method": "ddpo", "num_inference_steps": 1, "set_alpha_to_one": True}, "random step"),
-        ({"method": "adjoint-matching", "num_inference_steps": 1, "set_alpha_to_one": True}, "random step"),
+        ({"method": "adjoint_matching", "num_inference_steps": 1, "set_alpha_to_one": True}, "random step"),
         ({"method": "ddpo(clip_range=0)"}, "clip_range 0"),
         ({"method": "ddpo", "batch_size": 1}, "gradient_accumulation_steps 2 1"),
         ({"method": "kl(dpok)", "batch_size": 1}, "gradient_accumulation_steps 2 1"),
@@ -441,8 +441,8 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
             {"method": "kl(leapalign)", "prefix_reuse": 2},
             "prefix_reuse 2 kl",
         ),
-        ({"method": "kl(draft-lv, beta=-1)"}, "beta -1 0"),
-        ({"method": "adjoint-matching(scale=0)"}, "scale 0"),
+        ({"method": "kl(draft_lv, beta=-1)"}, "beta -1 0"),
+        ({"method": "adjoint_matching(scale=0)"}, "scale 0"),
         ({"method": "leapalign(discount=2)"}, "discount 0 1 2"),
         ({"lora_targets": "to_q, to_nothing"}, "to_nothing"),
         ({"lora_targets": "attn2"}, "attn2"),
@@ -519,23 +519,23 @@ def test_the_share_of_clipped_gradients_counts_each_optimizer_step() -> None:
 
 
 def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
-    assert (Settings().method, Settings().prefix_reuse) == ("draft-k(k=1)", 4)
+    assert (Settings().method, Settings().prefix_reuse) == ("draft_k(k=1)", 4)
     assert Settings(method="ddpo").prefix_reuse == 1
-    assert Settings(method="draft-k(k=1)").prefix_reuse == 4
-    assert Settings(method="draft-lv", prefix_reuse=2).prefix_reuse == 2
-    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse) == ("draft-lv", 1)
+    assert Settings(method="draft_k(k=1)").prefix_reuse == 4
+    assert Settings(method="draft_lv", prefix_reuse=2).prefix_reuse == 2
+    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse) == ("draft_lv", 1)
 
 
 @pytest.mark.parametrize(
     ("method", "reuse"),
     [
-        ("draft-k", 4),
-        ("draft-k()", 4),
-        (" 'draft-k'( k = 1 ) ", 4),
-        ("draft-k(k=2)", 1),
-        ("kl(draft-k(k=1))", 1),
-        ("draft-k(n=1)", 1),
-        ("draft-k(", 1),
+        ("draft_k", 4),
+        ("draft_k()", 4),
+        (" 'draft_k'( k = 1 ) ", 4),
+        ("draft_k(k=2)", 1),
+        ("kl(draft_k(k=1))", 1),
+        ("draft_k(n=1)", 1),
+        ("draft_k(", 1),
     ],
 )
 def test_what_is_recommended_depends_on_the_method_and_not_on_its_spelling(method: str, reuse: int) -> None:
@@ -557,7 +557,7 @@ def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> Non
 def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: Path) -> None:
     """Methods that allow it ask for the same number of steps in every update, and those that do not for several."""
     for name, shared in (
-        ("draft-k(k=2)", True),
+        ("draft_k(k=2)", True),
         ("refl(m=1)", True),
         ("refl(m=3)", False),
         ("leapalign", False),
@@ -635,8 +635,8 @@ def peak_of_one_update(model: Model, method: str, steps: int) -> int:
 def test_peak_memory(tmp_path: Path) -> None:
     model = StableDiffusion(build_pipeline(tmp_path), "tiny")
     add_lora(model, rank=2)
-    peak_of_one_update(model, "draft-k(k=1)", 10)  # makes the gradients' own tensors
-    short, long = (peak_of_one_update(model, "draft-k(k=1)", steps) for steps in (10, 50))
+    peak_of_one_update(model, "draft_k(k=1)", 10)  # makes the gradients' own tensors
+    short, long = (peak_of_one_update(model, "draft_k(k=1)", steps) for steps in (10, 50))
     assert long == pytest.approx(short, rel=0.03)
     assert peak_of_one_update(model, "draft", 50) < 1.3 * long
     # Without checkpoints, 10 graphs stand beside each other: the measure sees that.

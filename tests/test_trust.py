@@ -50,7 +50,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-KNOWN: dict[str, Any] = {"method": "draft-k(k=1)", "eval_every": 0, "eval_prompts": ""}
+KNOWN: dict[str, Any] = {"method": "draft_k(k=1)", "eval_every": 0, "eval_prompts": ""}
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -125,7 +125,7 @@ def test_the_command_writes_the_numbers_and_the_mix(
 ) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\na dog\n")
-    argv = ["experimental", "tune-weights", f"{loras[0]}@0.7", loras[1], "--reward", "jpeg-bytes"]
+    argv = ["experimental", "tune-weights", f"{loras[0]}@0.7", loras[1], "--reward", "jpeg_file_size"]
     argv += ["--prompts", str(prompts), "--merge"]
     argv += ["--steps", "2", "--batch-size", "1", "--num-images", "2", "--num-inference-steps", "2"]
     argv += ["--guidance-scale", "2", "--guidance-bounds", "1,4", "--output", str(out)]

@@ -18,7 +18,7 @@ from draftune.recommended import recommended
 from draftune.rewards import load_reward
 from draftune.utils.images import grid, save_image
 
-JUDGES = "emoji-judge-name + emoji-judge-style(style=3d) + emoji-aesthetic + emoji-clip"
+JUDGES = "emoji_name_accuracy + emoji_style_probability(style='3d') + emoji_aesthetic + emoji_clip"
 
 
 def main() -> None:

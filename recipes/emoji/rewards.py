@@ -2,8 +2,8 @@
 
     python recipes/emoji/rewards.py --data build/emoji --output build/emoji/rewards
 
-CLIP resumes from its checkpoint in --output. Both are written into --assets in half precision, as `emoji-clip` and
-`emoji-aesthetic`, and evaluated. With --evaluate it only evaluates.
+CLIP resumes from its checkpoint in --output. Both are written into --assets in half precision, as `emoji_clip` and
+`emoji_aesthetic`, and evaluated. With --evaluate it only evaluates.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
-from draftune.registry.expression import Call, Sum, Value, parse
+from draftune.registry.expression import Value, parse, with_defaults
 from draftune.utils.hub import is_hub_id
 from draftune.utils.logging import logger
 from draftune.utils.paths import user_path
@@ -17,7 +17,7 @@ from draftune.utils.paths import user_path
 # Clark et al., 2023, arXiv:2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, a LoRA of rank 8.
 PAPER: dict[str, Any] = {
     "reward": "aesthetic",
-    "method": "draft-lv",
+    "method": "draft_lv",
     "prompts": "animals",
     "eval_prompts": None,
     "held_out": None,
@@ -32,13 +32,13 @@ PAPER: dict[str, Any] = {
     "save_every": 50,
 }
 EMOJI: dict[str, Any] = {
-    "reward": "emoji-aesthetic",
+    "reward": "emoji_aesthetic",
     # DRaFT-LV did not learn faster here (RESULTS.md), and DRaFT-1 can reuse the prefix (docs/speed.md).
-    "method": "draft-k(k=1)",
+    "method": "draft_k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",
     "eval_prompts": "emoji-common",
-    "held_out": "emoji-judge-name + emoji-judge-style(style=3d)",
+    "held_out": 'emoji_name_accuracy + emoji_style_probability(style="3d")',
     "steps": 40,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
@@ -50,7 +50,7 @@ EMOJI: dict[str, Any] = {
 SAMPLING = ("num_inference_steps", "guidance_scale")
 announced: set[str] = set()
 """Models whose guessed sampling defaults were logged."""
-METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft-k": {"k": 1}, "draft-lv": {"n": 2}}
+METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft_k": {"k": 1}, "draft_lv": {"n": 2}}
 """Default arguments of the recommended methods, as their classes have them; importing those would import torch."""
 
 
@@ -60,17 +60,9 @@ def same_method(first: str, second: str) -> bool:
     An invalid expression equals only itself; `load_method` reports what is wrong with it.
     """
     try:
-        return filled_in(parse(first)) == filled_in(parse(second))
+        return with_defaults(parse(first), METHOD_DEFAULTS) == with_defaults(parse(second), METHOD_DEFAULTS)
     except DraftuneError:
         return first == second
-
-
-def filled_in(tree: Call | Sum) -> Call | Sum:
-    """Return a method's expression with the default arguments that are known here."""
-    if isinstance(tree, Sum):
-        return tree
-    inner = None if tree.inner is None else filled_in(tree.inner)
-    return Call(tree.name, METHOD_DEFAULTS.get(tree.name, {}) | tree.settings, inner)
 
 
 def recommended(model: str) -> dict[str, Any]:

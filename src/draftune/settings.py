@@ -15,7 +15,7 @@ from typing import Any
 from draftune.errors import DraftuneError, unknown
 from draftune.prompt_files import is_text
 from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
-from draftune.registry.expression import NAMES
+from draftune.registry.factories import TYPE_NAMES
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("none", "blocks", "denoiser", "both")
@@ -69,7 +69,7 @@ class Settings:
     skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --continue-from.")
 
     reward: str = setting(
-        None, "Reward expression, such as 'clip + 0.1*jpeg-compressibility(quality=80)' or 'my/file.py:function'."
+        None, "Reward expression, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'my/file.py:function'."
     )
     reward_batch_size: int = setting(
         1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
@@ -80,10 +80,6 @@ class Settings:
         "them; 0 does not normalize.",
         low=0,
     )
-    smoothing: float = setting(
-        0.0, "width of the rewards' smoothed thresholds at the first update, in units of their guards; 0: hard", low=0
-    )
-    smoothing_power: float = setting(0.5, "that width falls as update^-power; 0: it stays", low=0)
     pixel_clamp: str = setting(
         "straight_through",
         "Gradient of the reward at decoded pixels outside [0, 1]: passed on unchanged, or 0 (the gradient of a clamp).",
@@ -91,7 +87,7 @@ class Settings:
     )
 
     method: str = setting(
-        None, "Training method, such as 'draft-k(k=10)' or 'refl(m=20)' (see 'draftune list methods')."
+        None, "Training method, such as 'draft_k(k=10)' or 'refl(m=20)' (see 'draftune list methods')."
     )
     prefix_reuse: int = setting(
         None,
@@ -279,7 +275,7 @@ def checked(f: Field[Any], value: Any) -> Any:
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML 1.1 reads 1e-3 as text
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise DraftuneError(f"{f.name} must be {NAMES[expected]}, not {value!r}")
+        raise DraftuneError(f"{f.name} must be {TYPE_NAMES[expected]}, not {value!r}")
     if isinstance(value, str) and not (value.strip() or f.default == "" or optional(f)):
         raise DraftuneError(f"{f.name} must not be empty")
     if isinstance(value, str) and ("\0" in value or not is_text(value)):

@@ -14,25 +14,26 @@ def split(table: str, *more: str) -> list[str]:
 
 EXPRESSIONS = split(
     """
-    brightness + | + | * | 2* | brightness brightness | 2 | 1e400*brightness | brightness*nan | () | (brightness)
+    brightness + | + | * | 2* | brightness brightness | 2 | 1e400*brightness | brightness*nan | ()
     brightnes | BRIGHTNESS | brightness( | brightness) | brightness(quality=1) | −brightness | brightness(quality)
-    color | color() | color(target=orangy) | color(target=3) | color('a') | jpeg-compressibility(quality=0)
-    jpeg-compressibility(quality=101) | jpeg-compressibility(quality=1.5) | robust | robust()
-    robust(brightness, rho=-1) | robust(brightness, rho=0) | robust(nothing) | robust(brightness, rho=1e999)
-    --brightness | brightness & saturation | brightness; saturation | reference(image=nowhere.png) | reference
-    reference(image=.) | rotation(angle=45) | symmetry(axis=up) | clip(model=nowhere)
-    aesthetic(weights=nowhere.pth) | hpsv2 | pickscore | imagereward + hpsv2 | mine.py:nothing | nowhere.py:f
-    mine.py | mine.py:f( | brightness:f | 'brightness | emoji-judge-style(style=4d) | classify(target=99999)
-    classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness | 0x10*brightness
-    1__0*brightness | brightness(a=1, a=2) | brightness(, ) | above(brightness) | above(level=0.5)
-    black-box(brightness, space=latents) | robust(black-box(brightness, space=latent))
+    color | color() | color(target=orangy) | color(target=3) | color('a') | jpeg_compressibility(quality=0)
+    jpeg_compressibility(quality=101) | jpeg_compressibility(quality=1.5) | sharpness_aware | sharpness_aware()
+    sharpness_aware(brightness, rho=-1) | sharpness_aware(brightness, rho=0) | sharpness_aware(nothing)
+    sharpness_aware(brightness, rho=1e999)
+    brightness & saturation | brightness; saturation | image_similarity(image='nowhere.png') | image_similarity
+    image_similarity(image='.') | rotation(angle=45) | symmetry(axis=up) | clip(model=nowhere)
+    aesthetic(weights='nowhere.pth') | hpsv2 | pickscore | imagereward + hpsv2 | mine.py:nothing | nowhere.py:f
+    mine.py | mine.py:f( | brightness:f | 'brightness | emoji_style_probability(style=4d) | classify(target=99999)
+    classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness
+    1__0*brightness | brightness(a=1, a=2) | brightness(, ) | threshold(brightness) | threshold(at=0.5)
+    zeroth_order(brightness, space=latents) | sharpness_aware(zeroth_order(brightness, space=latent))
     """,
     "brightness - ",
     "brightness\x00",
     "\x1b[31m",
     "bright\nness",
     LONG,
-    "robust(" * 500,
+    "sharpness_aware(" * 500,
 )
 
 
@@ -77,11 +78,11 @@ def own_reward(m: Making) -> Bad:
 
 METHODS = split(
     """
-    drift | draft-k(k=0) | draft-k(k=-1) | draft-k(k=1.5) | draft-k(k=99) | draft-k(k) | draft-k(n=1)
-    draft + draft-k | 2*draft | draft(draft) | kl | kl() | kl(draft, beta=-1) | kl(draft + refl) | kl(kl
-    draft-lv(n=-1) | refl(m=0) | refl(m=10.5) | leapalign(discount=2) | adjoint-matching(scale=0)
-    ddpo(clip_range=0) | dpok(beta=-1) | alignprop(m=0) | drtune(k=0) | nowhere.py:M | draft-k(k=1e400)
-    draft-lv(n=true) | 🎨 | draft-k(k='1') | draft-k(10)
+    drift | draft_k(k=0) | draft_k(k=-1) | draft_k(k=1.5) | draft_k(k=99) | draft_k(k) | draft_k(n=1)
+    draft + draft_k | 2*draft | draft(draft) | kl | kl() | kl(draft, beta=-1) | kl(draft + refl) | kl(kl
+    draft_lv(n=-1) | refl(m=0) | refl(m=10.5) | leapalign(discount=2) | adjoint_matching(scale=0)
+    ddpo(clip_range=0) | dpok(beta=-1) | alignprop(m=0) | drtune(k=0) | nowhere.py:M | draft_k(k=1e400)
+    draft_lv(n=True) | 🎨 | draft_k(k='1') | draft_k(10)
     """,
     "",
     "draft\n",

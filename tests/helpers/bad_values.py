@@ -226,7 +226,7 @@ def exported(m: Making) -> Bad:
 @bad("list")
 def unknown_names(m: Making) -> Bad:
     name = m.any(
-        "nothing", "reward", "griddd", "hpsv", "", " ", "\x1b[31m", "draft-lv(n=2)", "Methods", "grid ", "ünknown", LONG
+        "nothing", "reward", "griddd", "hpsv", "", " ", "\x1b[31m", "draft_lv(n=2)", "Methods", "grid ", "ünknown", LONG
     )
     return Bad([*m.command.split(), name], [*quoted(name)])
 

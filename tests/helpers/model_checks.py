@@ -12,7 +12,7 @@ import draftune
 from draftune.lora import lora_parameters
 from draftune.models import Model, load_model
 
-METHODS = ("draft-k(k=2)", "draft-lv(n=1)", "refl(m=2)", "drtune(k=2, m=2)")
+METHODS = ("draft_k(k=2)", "draft_lv(n=1)", "refl(m=2)", "drtune(k=2, m=2)")
 STEPS = 3
 Draw = Callable[[Any, str, int], Tensor]
 """(diffusers' pipeline, prompt, seed) to a picture [1, 3, H, W] drawn by that pipeline alone in STEPS steps."""

@@ -39,24 +39,24 @@ SETTINGS: dict[str, Any] = {
 }
 # The networks in float64, where what differs is no rounding; but for one case.
 PARALLEL: dict[str, dict[str, Any]] = {
-    "float32": {"method": "draft-lv(n=1)", "dtype": torch.float32},
-    "draft-lv": {"method": "draft-lv(n=1)", "gradient_accumulation_steps": 2},
+    "float32": {"method": "draft_lv(n=1)", "dtype": torch.float32},
+    "draft_lv": {"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2},
     "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
-    "kept": {"method": "draft-k(k=1)", "continue_from": "FIRST", "retain_prompts": "animals", "prefix_reuse": 2},
+    "kept": {"method": "draft_k(k=1)", "continue_from": "FIRST", "retain_prompts": "animals", "prefix_reuse": 2},
     # A critic and a value network compute in float32.
     "float32 critic": {
-        "method": "sft-pg(generator_steps=2)",
-        "reward": "examples(folder=EXAMPLES, width=4, size=16)",
+        "method": "sft_pg(generator_steps=2)",
+        "reward": "discriminator(folder=EXAMPLES, width=4, size=16)",
         "gradient_accumulation_steps": 2,
     },
 }
 SHARDED: dict[str, dict[str, Any]] = {
-    "two calls": {"method": "kl(draft-k(k=2), beta=0.1)"},
+    "two calls": {"method": "kl(draft_k(k=2), beta=0.1)"},
     "earliest cut": {"method": "alignprop(cut=uniform, m=3)"},
-    "adjoint": {"method": "adjoint-matching(k=2)"},
-    "kept": {"method": "draft-k(k=2)", "continue_from": "FIRST", "retain_prompts": "animals"},
-    "blocks": {"method": "kl(draft-k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
-    "both": {"method": "draft-k(k=2)", "gradient_checkpointing": "both"},
+    "adjoint": {"method": "adjoint_matching(k=2)"},
+    "kept": {"method": "draft_k(k=2)", "continue_from": "FIRST", "retain_prompts": "animals"},
+    "blocks": {"method": "kl(draft_k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
+    "both": {"method": "draft_k(k=2)", "gradient_checkpointing": "both"},
 }
 UPDATES = 2
 

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-EMBEDDED = {name: ROOT / name for name in ("emoji", "emoji-clip", "emoji-aesthetic", "emoji-judge")}
+EMBEDDED = {name: ROOT / name.replace("_", "-") for name in ("emoji", "emoji_clip", "emoji_aesthetic", "emoji_judge")}

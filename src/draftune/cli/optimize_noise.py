@@ -72,7 +72,7 @@ COMMAND = Command(
     "optimize-noise",
     "optimize the initial noise of one image on a reward, without training",
     "Maximizes a reward over the initial noise of one image; no weight changes (ReNO, arXiv:2406.04312).",
-    'draftune optimize-noise emoji --prompt "cat face" --reward emoji-aesthetic --steps 15 --output cat.png',
+    'draftune optimize-noise emoji --prompt "cat face" --reward emoji_aesthetic --steps 15 --output cat.png',
     arguments,
     run,
 )

@@ -92,7 +92,7 @@ COMMAND = Command(
     "measure the memory and time of a run before it starts",
     "Run real updates with the flags of 'train' and write nothing. Print the memory, the seconds, and the settings to "
     "change if the run does not fit. The exit code is 1 if it does not fit as requested.",
-    "draftune preflight --model emoji --reward emoji-aesthetic --batch-size 16 --memory 0.5",
+    "draftune preflight --model emoji --reward emoji_aesthetic --batch-size 16 --memory 0.5",
     arguments,
     run,
 )

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from draftune.evaluation.reward_check import tell_truncated
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
-    from draftune.rewards.base import check_prompts, taught
+    from draftune.rewards.base import check_prompts
+    from draftune.rewards.online import taught
     from draftune.utils.images import find_images
 
     images = find_images(args.images)
@@ -58,7 +59,7 @@ COMMAND = Command(
     "score",
     "score image files",
     "Score image files with a reward. Exit code 1: some could not be read and were skipped.",
-    "draftune score out/ 'more/*.jpg' --reward 'emoji-clip + 0.1*emoji-aesthetic' --prompt cat",
+    "draftune score out/ 'more/*.jpg' --reward 'emoji_clip + 0.1*emoji_aesthetic' --prompt cat",
     arguments,
     run,
 )

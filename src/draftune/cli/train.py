@@ -68,7 +68,7 @@ COMMAND = Command(
     "train",
     "fine-tune a LoRA on a reward",
     "Fine-tune a LoRA on a reward. Without flags, the embedded emoji model is trained on its aesthetic reward.",
-    "draftune train --model emoji --reward emoji-aesthetic --output runs/first",
+    "draftune train --model emoji --reward emoji_aesthetic --output runs/first",
     arguments,
     run,
 )

@@ -119,7 +119,7 @@ COMMAND = Command(
     "experimental tune-weights",
     "tune LoRA weights and the guidance scale on a reward",
     "Maximizes a reward over the weights of LoRAs and the guidance scale by finite differences, without a gradient.",
-    "draftune experimental tune-weights runs/style@0.7 runs/orange@0.5 --reward emoji-aesthetic --output runs/weights",
+    "draftune experimental tune-weights runs/style@0.7 runs/orange@0.5 --reward emoji_aesthetic --output runs/weights",
     arguments,
     run,
 )

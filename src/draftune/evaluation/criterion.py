@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,11 +20,13 @@ PIXEL_L1 = "pixel_l1_from_base"
 """Column of the mean absolute difference of the images from the base model's, pixels in [0, 1]."""
 DENOISER_MSE = "denoiser_mse_from_base"
 """Column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
+COLUMN = re.compile(r"""(?!-)[^\s"'*+]*/[^\s"'*+]*""")
+"""A single column, which needs no quotes."""
 T = TypeVar("T", bound=Any)
 
 
 def weights_of(rule: str) -> dict[str, float]:
-    """Parse a weighted sum of columns, such as "eval/clip + 0.5*eval/diversity".
+    """Parse one column, as `eval/judge`, or a sum of quoted ones, as `"eval/judge" + 0.5*"eval/diversity"`.
 
     Returns:
         The weights by column.
@@ -31,10 +34,10 @@ def weights_of(rule: str) -> dict[str, float]:
     Raises:
         DraftuneError: the text is no such sum.
     """
-    tree = parse(rule)
+    tree = Call(rule) if COLUMN.fullmatch(rule) else parse(rule)
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
     if any(call.settings or call.inner for _, call in terms):
-        raise DraftuneError(f"best_by must be a sum of evaluation columns, not {rule!r}")
+        raise DraftuneError(f"best_by must be a sum of quoted columns of the evaluations, not {rule!r}")
     weights: dict[str, float] = {}
     for weight, call in terms:
         weights[call.name] = weights.get(call.name, 0.0) + weight

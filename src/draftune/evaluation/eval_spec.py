@@ -14,7 +14,8 @@ from draftune.evaluation.metrics import Evaluation, evaluate
 from draftune.models import Model
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import check_prompts, taught
+from draftune.rewards.base import check_prompts
+from draftune.rewards.online import taught
 from draftune.runs.load import Tuned
 from draftune.settings import Settings
 

@@ -12,6 +12,7 @@ from draftune.errors import DraftuneError
 from draftune.prompts import copied, metadata
 from draftune.rewards import Reward
 from draftune.rewards.base import checked_score, explained, inside
+from draftune.rewards.latent import has_latent_gradient
 from draftune.utils.logging import logger
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def probe_reward(
     for _, part in reward.terms:
         # A latent reward has no gradient with respect to the image; GradientAudit checks that the LoRA gets one.
         report[part.label] = row = probe_part(
-            part, images.detach().float(), prompts, gradient and not part.past_decoder
+            part, images.detach().float(), prompts, gradient and not has_latent_gradient(part)
         )
         if (blind := row.get("pixels_without_gradient", 0.0)) > FEW_PIXELS:
             logger.warning(
@@ -100,7 +101,7 @@ def probe_gradient(name: str, score: Tensor, images: Tensor, prompts: Sequence[s
     if not score.requires_grad:
         raise DraftuneError(
             f"{name} has no gradient for any of the {count} images: look for no_grad, detach, .item(), NumPy, PIL or "
-            "argmax between the images and the score, or estimate a gradient: black-box(…)"
+            "argmax between the images and the score, or estimate a gradient: zeroth_order(…)"
         )
     (gradient,) = torch.autograd.grad(score.sum(), images, allow_unused=True)
     if gradient is None:

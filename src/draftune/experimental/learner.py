@@ -1,4 +1,4 @@
-"""A small network that learns beside the model: its weights and Adam's memory of them, in tensors alone."""
+"""A small network that is trained beside the model, with Adam's state in its `state_dict`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch.func import functional_call
 
 
 def missed(expected: Tensor, scores: Tensor) -> Tensor:
-    """sum over s of mean over b of (expected[b, s] - scores[b])^2, of what was expected [B, S] of scores [B]."""
+    """Return sum over s of mean over b of (expected[b, s] - scores[b])^2, for expected [B, S] and scores [B]."""
     return (expected - scores[:, None]).square().mean(0).sum()
 
 
 class Learner(nn.Module):
-    """A network and torch's Adam on it, whose `state_dict` is all that it carries; it goes to a device as a whole.
+    """A network with torch's Adam, whose running means are parameters: they are saved and moved with the weights.
 
-    `network` gives random weights in its constructor, which are drawn from `seed` alone.
+    Args:
+        network: Builds the network; its random weights depend on `seed` only.
+        learning_rate: Learning rate of Adam.
+        seed: Seed of the random weights.
     """
 
     count: Tensor
@@ -28,7 +31,7 @@ class Learner(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.network = network()
-        # Copies, so that the running means are where the weights are.
+        # Adam's running means of gradients and squared gradients, with the names and shapes of the weights.
         self.first, self.second = copy.deepcopy(self.network), copy.deepcopy(self.network)
         self.learning_rate = learning_rate
         self.register_buffer("count", torch.zeros(()))
@@ -38,16 +41,16 @@ class Learner(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What the network says; gradient flows to the inputs alone."""
-        found: Tensor = self.network(*inputs)
-        return found
+        """Return the network's output; the gradient flows to the inputs only."""
+        output: Tensor = self.network(*inputs)
+        return output
 
     def learn(self, loss: Callable[[Callable[..., Tensor]], Tensor]) -> float:
-        """One step of Adam that makes the loss of the network smaller; what the loss was."""
+        """Make one step of Adam on `loss(network)` and return the loss before it."""
         weights = {name: weight.detach().requires_grad_() for name, weight in self.network.named_parameters()}
         with torch.enable_grad():
-            found = loss(lambda *inputs: functional_call(self.network, weights, inputs))
-            gradients = torch.autograd.grad(found, list(weights.values()))
+            value = loss(lambda *inputs: functional_call(self.network, weights, inputs))
+            gradients = torch.autograd.grad(value, list(weights.values()))
         own = list(self.network.parameters())
         moments = zip(self.first.parameters(), self.second.parameters(), strict=True)
         adam = torch.optim.Adam(own, self.learning_rate)
@@ -57,4 +60,4 @@ class Learner(nn.Module):
         adam.step()
         adam.zero_grad()
         self.count += 1
-        return float(found.detach())
+        return float(value.detach())

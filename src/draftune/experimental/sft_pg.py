@@ -50,7 +50,7 @@ class Value(nn.Module):
         return values.view(count)
 
 
-@register("sft-pg")
+@register("sft_pg")
 @dataclass
 class SFTPG(Method):
     """SFT-PG: policy gradient with a value network that predicts the reward at every sampling step.

@@ -22,7 +22,8 @@ from draftune.models import Model, load_model
 from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import check_prompts, taught
+from draftune.rewards.base import check_prompts
+from draftune.rewards.online import taught
 from draftune.runs.load import find_all, open_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings

@@ -1,8 +1,8 @@
-"""Gradients from values alone: along random directions, along coordinates drawn by their importance, or both.
+"""Zeroth-order gradient estimates: along random directions, along importance-sampled coordinates, or both.
 
-Written from the definitions in the abstract of ZO-HGD (Sharma et al., arXiv 2012.11518). No code of its authors was
-found, and the abstract does not say how they draw coordinates and weigh the two kinds. Here both minimise the variance
-for what is known of the gradient.
+Implemented from the abstract of ZO-HGD (Sharma et al., 2020, arXiv:2012.11518), which does not state the sampling
+probabilities of coordinates nor the weights of the two estimates. Here both minimize the variance, given the running
+estimate of the gradient's magnitudes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 
 Values = Callable[[Tensor], Tensor]
-"""Points [N, d] to N numbers. Where it draws random numbers, it should draw the same for every point."""
+"""Evaluates points [N, d] to N numbers. A random function should use the same random numbers for every point."""
 
 
 def along_directions(
     f: Values, x: Tensor, count: int, step: float, value: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The gradient [d] at x [d] from `count` random directions: d / count · Σ_j (f(x + step·u_j) − f(x)) / step · u_j.
+    """Estimate the gradient [d] at x [d] by random directions: d / count · Σ_j (f(x + step·u_j) − f(x)) / step · u_j.
 
-    u_j is uniform on the unit sphere. Where `value`, which is f(x), is given, that takes `count` queries; without it
-    differences are central and take twice as many. For a linear f it is unbiased, with a total variance of
-    (d − 1) / count · |gradient|².
+    For a linear f the estimate is unbiased, with a total variance of (d − 1) / count · |gradient|².
+
+    Args:
+        f: The function.
+        x: The point [d].
+        count: Number of directions u_j, uniform on the unit sphere.
+        step: Length of a step.
+        value: f(x), for forward differences with `count` queries; without it, central ones with twice as many.
+        generator: Source of random numbers; torch's own by default.
     """
     u = torch.randn(count, len(x), generator=generator, dtype=x.dtype)
     u = (u / u.norm(dim=1, keepdim=True)).to(x.device)
@@ -40,11 +46,22 @@ def along_coordinates(
     value: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient [d] at x [d] from some coordinates, each drawn with its chance [d] above 0, and which these were.
+    """Estimate the gradient [d] at x [d] by coordinates that are sampled independently.
 
-    A drawn coordinate has its difference divided by its chance, the others 0. Σ chances queries are to be expected, as
-    forward differences from `value`, or twice as many. For a linear f it is unbiased, with a total variance of
-    Σ gradient_i² · (1 / chance_i − 1).
+    The difference along a sampled coordinate is divided by its probability; the other components are 0. The expected
+    number of queries is Σ chances, or twice that without `value`. For a linear f the estimate is unbiased, with a total
+    variance of Σ gradient_i² · (1 / chance_i − 1).
+
+    Args:
+        f: The function.
+        x: The point [d].
+        chances: Probability of each coordinate [d], above 0.
+        step: Length of a step.
+        value: f(x), for forward differences; central ones without it.
+        generator: Source of random numbers; torch's own by default.
+
+    Returns:
+        The estimate [d], and which coordinates were sampled, a mask [d].
     """
     chosen = torch.rand(len(x), generator=generator, dtype=chances.dtype).to(chances.device) < chances
     gradient = torch.zeros_like(x)
@@ -57,7 +74,7 @@ def along_coordinates(
 
 
 def differences(f: Values, x: Tensor, u: Tensor, step: float, value: Tensor | None) -> Tensor:
-    """The slopes [N] of f at x [d] along u [N, d]: forward from the value at x, or central without it."""
+    """Return finite differences [N] of f at x [d] along u [N, d]: forward ones from the value at x, or central ones."""
     if value is not None:
         return ((f(x + step * u) - value) / step).to(x)
     ahead, behind = f(torch.cat([x + step * u, x - step * u])).chunk(2)
@@ -65,10 +82,14 @@ def differences(f: Values, x: Tensor, u: Tensor, step: float, value: Tensor | No
 
 
 def best_chances(levels: Tensor, count: float, floor: float = 0.0) -> Tensor:
-    """The chances [d] whose sum is `count` and with which `along_coordinates` varies least: min(1, c · levels).
+    """Return the probabilities [d] of sum `count` for which `along_coordinates` has the least variance.
 
-    levels: [d], of the gradient's coordinates as far as they are known, 0 and above; where all are 0, all are drawn
-    alike. No chance is below `floor`, or below count / d where that is less.
+    They are min(1, c · levels) for the c that gives the sum, but at least `floor`, or count / d if that is less.
+
+    Args:
+        levels: Magnitudes of the gradient's components [d], 0 or more; if all are 0, the probabilities are equal.
+        count: Expected number of sampled coordinates.
+        floor: Lowest probability.
     """
     size = len(levels)
     if count >= size:
@@ -78,7 +99,7 @@ def best_chances(levels: Tensor, count: float, floor: float = 0.0) -> Tensor:
         return torch.full_like(levels, count / size)
     strongest = levels.max()
     shares = (levels / strongest).clamp(min=torch.finfo(levels.dtype).eps)
-    # Σ clamp(c · shares, floor, 1) rises with c, in straight lines between the c at which one of them meets a bound.
+    # Σ clamp(c · shares, floor, 1) is piecewise linear in c; its slope changes where a term meets a bound.
     bends = torch.cat([floor / shares, 1 / shares]).sort().values
     ordered = shares.sort().values
     sums = torch.cat([torch.zeros_like(ordered[:1]), ordered.cumsum(0)])
@@ -91,12 +112,19 @@ def best_chances(levels: Tensor, count: float, floor: float = 0.0) -> Tensor:
 
 
 class Estimator:
-    """Estimates gradients [d] along directions, along coordinates, or by the sum of both that varies least.
+    """Estimates gradients [d] by directions, by coordinates, or by the weighted sum of both with the least variance.
 
-    `directions`, `coordinates`: how many of each; 0 for none of them. The coordinates are drawn by how strongly each
-    answered so far, in a moving average that keeps `memory` of what it was; none is drawn more seldom than `floor`.
-    Weighed by the same average, the two kinds' variances say how much of each is taken (this project's
-    choice). With points of another length than before it begins anew. Raises DraftuneError for numbers out of range.
+    A coordinate's probability is proportional to its level: a moving average of the magnitudes of its differences. The
+    same levels predict the variances of both estimates, and so their weights (this project's choice).
+
+    Args:
+        directions: Number of random directions, 0 for none.
+        coordinates: Expected number of sampled coordinates, 0 for none.
+        floor: Lowest probability of a coordinate, 0 to 1.
+        memory: Weight of the previous average in the moving average, at least 0 and below 1.
+
+    Raises:
+        DraftuneError: for a number out of range.
     """
 
     def __init__(self, directions: int = 0, coordinates: int = 0, floor: float = 0.02, memory: float = 0.9) -> None:
@@ -110,17 +138,17 @@ class Estimator:
             raise DraftuneError(f"memory must be at least 0 and below 1, not {memory}")
         self.directions, self.coordinates, self.floor, self.memory = directions, coordinates, floor, memory
         self.levels = torch.zeros(0)
-        """How strongly each coordinate answered, on the CPU; 0 where it was never drawn, and none before a call."""
+        """Moving average of each coordinate's magnitude, [d] on the CPU; 0 if never sampled, empty before a call."""
 
     def known(self) -> Tensor:
-        """The levels; a coordinate that was never drawn counts as the strongest, so that it soon is."""
+        """Return the levels; coordinates that were never sampled get the highest, so that they are sampled soon."""
         return torch.where(self.levels > 0, self.levels, self.levels.max())
 
     def chances(self) -> Tensor:
         return best_chances(self.known(), self.coordinates, self.floor)
 
     def share_of_directions(self) -> float:
-        """The weight of what is found along directions, 0 to 1, for the least variance of the sum."""
+        """Return the weight of the estimate by directions, 0 to 1, for the least variance of the weighted sum."""
         if not (self.directions and self.coordinates):
             return float(self.coordinates == 0)
         squares = self.known().square() if self.levels.any() else torch.ones_like(self.levels)
@@ -136,28 +164,28 @@ class Estimator:
         value: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The gradient [d] of f at x [d], by steps of that length; `value` as in `along_directions`.
+        """Estimate the gradient [d] of f at x [d]; arguments as in `along_directions`.
 
-        It is unbiased for a linear f, since what it remembers is of earlier calls. Without a generator the random
-        numbers are torch's own.
+        For a linear f the estimate is unbiased, since the levels depend on earlier calls only. Points of another length
+        than before reset the levels.
         """
         if len(self.levels) != len(x):
-            # In place, as always: whoever keeps them for a run that goes on has this very tensor.
+            # In place, because a checkpoint restores this very tensor.
             self.levels.resize_(len(x)).zero_()
         share, gradient = self.share_of_directions(), torch.zeros_like(x)
         if share > 0:
             gradient += share * along_directions(f, x, self.directions, step, value, generator)
         if share < 1:
             chances = self.chances()
-            found, chosen = along_coordinates(f, x, chances, step, value, generator)
-            gradient += (1 - share) * found
-            self.remember(found.cpu().to(chances) * chances, chosen)
+            estimate, chosen = along_coordinates(f, x, chances, step, value, generator)
+            gradient += (1 - share) * estimate
+            self.remember(estimate.cpu().to(chances) * chances, chosen)
         return gradient
 
-    def remember(self, answers: Tensor, chosen: Tensor) -> None:
-        """The first answer of a coordinate counts in full; one that is not finite tells nothing."""
-        chosen = chosen & answers.isfinite()
-        kept = torch.where(self.levels > 0, self.memory, 0.0)
-        levels = kept * self.levels + (1 - kept) * answers.abs()
-        # Never 0 again, which would mean never drawn.
+    def remember(self, differences: Tensor, chosen: Tensor) -> None:
+        """Update the levels of sampled coordinates; a first difference is the level, non-finite ones are ignored."""
+        chosen = chosen & differences.isfinite()
+        memory = torch.where(self.levels > 0, self.memory, 0.0)
+        levels = memory * self.levels + (1 - memory) * differences.abs()
+        # A level of 0 would mean that the coordinate was never sampled.
         self.levels.copy_(torch.where(chosen, levels.clamp(min=torch.finfo(levels.dtype).tiny), self.levels))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError
 from draftune.guidance.sampler import Fresh, Uphill, dynamic_scale, pulled, rounds_ahead, variance_scale
-from draftune.registry.expression import Call, parse
+from draftune.registry.factories import build, parse_call
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Step
 
@@ -164,11 +164,5 @@ def load_guide(text: str) -> Guide:
     Raises:
         DraftuneError: The method or one of its settings is unknown, or a value is not allowed.
     """
-    call = parse(text)
-    if not isinstance(call, Call) or call.inner is not None:
-        raise DraftuneError(
-            f"guidance must be one name with its settings, such as pgdiff_dynamic(strength=0.1), got {text!r}"
-        )
-    if call.name not in GUIDES:
-        raise unknown("guidance", call.name, GUIDES)
-    return call.apply(GUIDES[call.name], "guidance")
+    call = parse_call(text, "guidance", "pgdiff_dynamic(strength=0.1)")
+    return build(call, "guidance", GUIDES, Guide)  # type: ignore[type-abstract]

@@ -15,7 +15,9 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import probe_reward
 from draftune.models import Model
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import check_prompts, extra_queries, taught
+from draftune.rewards.base import check_prompts
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import extra_queries, taught
 from draftune.sampling.sampler import rollout
 
 
@@ -110,7 +112,7 @@ def optimize_noise(
             if step == 0:
                 probe_reward(score, model.decode(clean.detach()), [prompt])
                 before = extra_queries(score)
-            scores, _, image = score.parts_of(clean, model.decode, [prompt])
+            scores, _, image = parts_of(score, clean, model.decode, [prompt])
             value = scores.sum()
         rewards.append(float(value.detach()))
         bar.set_postfix(reward=f"{rewards[-1]:.3f}")

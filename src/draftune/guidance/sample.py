@@ -15,8 +15,10 @@ from draftune.errors import DraftuneError
 from draftune.guidance.methods import load_guide
 from draftune.models import Model
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.base import check_prompts, extra_queries, taught
+from draftune.rewards.base import check_prompts
 from draftune.rewards.chunked import at_once
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import extra_queries, taught
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Slope:
         """Compute the rewards [B] of clean latents. Raise DraftuneError if one is not finite."""
 
         def scored(chunk: Tensor, part: slice) -> Tensor:
-            return self.reward.parts_of(chunk, self.model.decode, self.prompts[part])[0]
+            return parts_of(self.reward, chunk, self.model.decode, self.prompts[part])[0]
 
         before = extra_queries(self.reward)
         rewards = at_once(scored, latents, self.reward.chunk_size)

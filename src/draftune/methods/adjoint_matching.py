@@ -15,7 +15,7 @@ from draftune.sampling.ancestral import ancestral, mean, wants_noise
 from draftune.sampling.schedule import Schedule
 
 
-@register("adjoint-matching")
+@register("adjoint_matching")
 @dataclass(frozen=True)
 class AdjointMatching(Method):
     """Adjoint Matching: regression to the distribution p_base * exp(scale * reward), which preserves diversity.

@@ -5,8 +5,8 @@ the truncation, the step before which the gradient is stopped. With T sampling s
 
     method      calls with gradient    truncation
     draft       T                      none
-    draft-k     k                      before the last k steps
-    draft-lv    1 + n                  before the last step, and at n re-noised copies of the image
+    draft_k     k                      before the last k steps
+    draft_lv    1 + n                  before the last step, and at n re-noised copies of the image
     refl        1                      before one of the last m steps, at random; then a jump to x_0
     alignprop   K <= m                 before the last k steps, k at random
 
@@ -54,7 +54,7 @@ class Draft(RewardGradient):
         yield rollout(batch.denoise, batch.schedule.steps, batch.noise)
 
 
-@register("draft-k")
+@register("draft_k")
 @dataclass(frozen=True)
 class DraftK(RewardGradient):
     """DRaFT-K: the gradient flows through the last k sampling steps.
@@ -90,7 +90,7 @@ class DraftK(RewardGradient):
         yield rollout(batch.denoise, batch.schedule.steps[prefix:], batch.without_graph(prefix))
 
 
-@register("draft-lv")
+@register("draft_lv")
 @dataclass(frozen=True)
 class DraftLV(RewardGradient):
     """DRaFT-LV: DRaFT-1 with n more terms from re-noised copies of the image, for a gradient of lower variance.

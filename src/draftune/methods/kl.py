@@ -16,11 +16,11 @@ from draftune.sampling.schedule import Prediction, Step
 
 @register("kl")
 class KL(Around):
-    """DRaFT+: any method with a penalty on the distance from the base model, such as kl(draft-k(k=5), beta=0.1).
+    """DRaFT+: any method with a penalty on the distance from the base model, such as kl(draft_k(k=5), beta=0.1).
 
         loss = loss of the method + beta * sum over calls with gradient of mean((F - F_base)^2)
 
-    Around `draft-k` this is DRaFT+ of NVIDIA NeMo-Aligner. F and F_base are the guided outputs of the fine-tuned and
+    Around `draft_k` this is DRaFT+ of NVIDIA NeMo-Aligner. F and F_base are the guided outputs of the fine-tuned and
     the base network at the same x_t; `Schedule.prediction_error` computes their difference. The KL divergence between
     the two ancestral samplers is the same sum with a weight for each step. Here all weights are 1.
 

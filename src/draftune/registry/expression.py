@@ -1,43 +1,39 @@
-"""The small language of rewards and methods: `name(key=value)`, sums of them, and numbers as factors.
+"""Parse the expressions that name rewards, methods and optimizers. An expression is a subset of Python.
 
-    clip(model=./my/clip) + 0.1*aesthetic - jpeg-incompressibility(quality=80)
-    robust(clip + 0.1*my/rewards.py:sharp(k=3), rho=0.02)
+    clip(model="./my/clip") + 0.1*aesthetic - jpeg_incompressibility(quality=80)
+    sharpness_aware(clip + 0.1*"my/rewards.py:sharp"(k=3), rho=0.02)
 
-A value is all that stands between its `=` and the next comma or the parenthesis that closes the call, so that a path
-may hold spaces, plus signs and parentheses in pairs. A name may hold hyphens, dots, slashes and colons, so a minus
-between two names needs a space on each side; one that ends in `.py:NAME` may hold spaces and whatever else is no sign
-of this language. In quotes, single or double, everything is taken as it is; the quote itself is written twice.
+A call has keyword settings: numbers, strings, True, False, None, or a bare name, which is text (`basis=high_pass`). Its
+one positional argument is the expression that it wraps. A name in a user's own file is a string,
+`"my/rewards.py:sharp"`; only where it is the whole expression may the quotes be left out. This module imports no torch.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
+import ast
+import json
+import keyword
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-from draftune.errors import DraftuneError, unknown
+from draftune.errors import DraftuneError
 
 Value = str | float | int | bool | None
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
-T = TypeVar("T")
-
-NAME = r"[\w./~][\w./:~@]*(?:-[\w./:~@]+)*"
-NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-FILE = r"""(?:(?!\s-|-\s)[^+*(),="'\n])*?\.py:\w[\w.]*(?=\s*(?:$|[-+*(),]))"""
-"""A name in a user's file, spaces included; a sign of this language in it makes it ambiguous, and calls for quotes."""
-STRING = r""""(?:[^"]|"")*"|'(?:[^']|'')*'"""
-FACTOR = re.compile(rf"{NUMBER}(?![\w/])")
-QUOTES = "put a name or path with spaces or signs in it in quotes"
-KEY = re.compile(rf"({NAME})\s*=")
+MAX_LENGTH = 10_000
+"""Characters of an expression: Python's own parser may run out of stack on a longer one."""
+MAX_NUMBER = 1e100
+FILE = re.compile(r"""(?!-)[^\s"'()*+=,\0]+\.py:\w+""")
+"""A function in a user's file, as the whole expression."""
+HYPHENS = re.compile(r"[A-Za-z_]\w*(?:-[A-Za-z_]\w*)+")
+FILE_HINT = '; quote a function in a file: "my.py:name"(k=3)'
+ALLOWED = "an expression has names, calls such as name(setting=1), numbers, + - * and strings in quotes"
 
 
 @dataclass(frozen=True)
 class Call:
-    """A name with its settings and, where it wraps another expression, that expression."""
+    """A name with its settings and the expression that it wraps, if any."""
 
     name: str
     settings: dict[str, Value] = field(default_factory=dict)
@@ -45,31 +41,8 @@ class Call:
 
     def __str__(self) -> str:
         arguments = [] if self.inner is None else [str(self.inner)]
-        arguments += [f"{key}={written(value)}" for key, value in self.settings.items()]
-        plain = re.fullmatch(NAME, self.name) and not FACTOR.match(self.name)
-        name = self.name if plain else in_quotes(self.name)
-        return f"{name}({', '.join(arguments)})" if arguments else name
-
-    def apply(self, function: Callable[..., T], kind: str, *given: Any) -> T:
-        """`function(*given, **settings)`; a setting that it does not take is a DraftuneError naming the nearest."""
-        parameters = dict(list(signature_of(function).parameters.items())[len(given) :])
-        settings = dict(self.settings)
-        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        for key, value in self.settings.items():
-            if key not in parameters:
-                if anything:
-                    continue
-                raise unknown(f"setting of {kind} {self.name}:", key, parameters)
-            wanted = parameters[key].annotation
-            if wanted is float and type(value) is int:
-                settings[key] = float(value)
-            elif wanted in NAMES and type(value) is not wanted:
-                raise DraftuneError(f"{key} of {kind} {self.name} must be {NAMES[wanted]}, not {value!r}")
-        for key, parameter in parameters.items():
-            optional = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            if parameter.default is parameter.empty and not optional and key not in settings:
-                raise DraftuneError(f"{kind} {self.name} wants {key}: {self.name}({key}=…)")
-        return function(*given, **settings)
+        arguments += [f"{key}={quoted(value)}" for key, value in self.settings.items()]
+        return quoted(self.name) + (f"({', '.join(arguments)})" if arguments else "")
 
 
 @dataclass(frozen=True)
@@ -83,127 +56,127 @@ class Sum:
 
 
 def parse(text: str) -> Call | Sum:
-    """Reads an expression. Raises DraftuneError that shows where it stopped making sense."""
+    """Parse an expression; `str` of the result is its canonical form, which parses to an equal result.
+
+    Raises:
+        DraftuneError: for anything that is not allowed in an expression, with its column and the piece of text.
+    """
+    if FILE.fullmatch(text.strip()):
+        return Call(text.strip())
+    if len(text) > MAX_LENGTH:
+        raise DraftuneError(f"cannot read {shortened(text)!r}: more than {MAX_LENGTH} characters")
+    parser = Parser(text)
     try:
-        return Parser(text).expression()
-    except RecursionError as error:
-        raise DraftuneError("cannot read an expression that is nested so deeply") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as "\d", which later versions of Python may refuse
+            tree = ast.parse(parser.text, mode="eval")
+        return parser.sum(tree.body)
+    except (RecursionError, MemoryError) as error:
+        raise DraftuneError(f"cannot read {shortened(text)!r}: it is nested too deeply") from error
+    except SyntaxError as error:
+        start = (error.offset or len(parser.text) + 1) - 1  # 0 at the end of the text
+        raise parser.error(start, parser.text[start:], error.msg) from error
+    except ValueError as error:  # null bytes and lone surrogates
+        raise DraftuneError(f"cannot read {shortened(text)!r}: {error}") from error
 
 
 class Parser:
-    """Reads an expression from its start to its end, without going back."""
+    """Converts Python's syntax tree of a text to calls and sums; refuses every other kind of node."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.position = text, 0
+        self.text = re.sub(r"[\r\n]", " ", text).strip()
 
-    def error(self, position: int | None = None) -> DraftuneError:
-        rest = self.text[self.position if position is None else position :].strip()
-        return DraftuneError(f"cannot read {self.text!r}: stuck at {rest or 'its end'!r}; {QUOTES}")
+    def error(self, start: int, piece: str, problem: str) -> DraftuneError:
+        where = f"at column {start + 1}: {shortened(piece) or 'its end'!r}"
+        hints = underscore_hint(self.text) + (FILE_HINT if ".py:" in self.text else "")
+        return DraftuneError(f"cannot read {shortened(self.text)!r}: {problem} {where}; {ALLOWED}{hints}")
 
-    def accept(self, pattern: str | re.Pattern[str]) -> re.Match[str] | None:
-        """What comes next, after spaces, if it is of this pattern."""
-        while self.text[self.position : self.position + 1].isspace():
-            self.position += 1
-        match = re.compile(pattern).match(self.text, self.position)
-        if match is not None:
-            self.position = match.end()
-        return match
+    def refused(self, node: ast.expr | ast.keyword, problem: str) -> DraftuneError:
+        start = len(self.text.encode()[: node.col_offset].decode())  # ast counts bytes
+        return self.error(start, ast.get_source_segment(self.text, node) or "", problem)
 
-    def expression(self) -> Call | Sum:
-        tree = self.sum()
-        if self.text[self.position :].strip():
-            raise self.error()
+    def sum(self, node: ast.expr) -> Call | Sum:
+        terms = self.terms(node)
+        return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else Sum(tuple(terms))
+
+    def terms(self, node: ast.expr) -> list[tuple[float, Call]]:
+        """Return the weighted calls of a sum; a number before or after parentheses multiplies each call in them."""
+        match node:
+            case ast.BinOp(left, ast.Add(), right):
+                return self.terms(left) + self.terms(right)
+            case ast.BinOp(left, ast.Sub(), right):
+                return self.terms(left) + [(-weight, call) for weight, call in self.terms(right)]
+            case ast.UnaryOp(ast.USub(), operand):
+                return [(-weight, call) for weight, call in self.terms(operand)]
+            case ast.BinOp(left, ast.Mult(), right):
+                number, other = (right, left) if is_number(right) else (left, right)
+                factor = self.number(number)
+                terms = [(factor * weight, call) for weight, call in self.terms(other)]
+                if any(abs(weight) > MAX_NUMBER for weight, _ in terms):
+                    raise self.refused(node, "the product is too large")
+                return terms
+        return [(1.0, self.call(node))]
+
+    def call(self, node: ast.expr) -> Call:
+        match node:
+            case ast.Name(name) | ast.Constant(str(name)):
+                return Call(name)
+            case ast.Call(ast.Name(name) | ast.Constant(str(name)), arguments, keywords):
+                if len(arguments) > 1:
+                    raise self.refused(arguments[1], "expected name=value")
+                settings: dict[str, Value] = {}
+                for setting in keywords:
+                    if setting.arg is None or setting.arg in settings:
+                        raise self.refused(
+                            setting, f"{setting.arg!r} is set twice" if setting.arg else "expected name=value"
+                        )
+                    settings[setting.arg] = self.value(setting.value)
+                return Call(name, settings, self.sum(arguments[0]) if arguments else None)
+        raise self.refused(node, "expected a name or a call")
+
+    def value(self, node: ast.expr) -> Value:
+        match node:
+            case ast.Name(name) | ast.Constant(str(name)):
+                return name
+            case ast.Constant(True | False | None as constant):
+                return constant
+        return self.number(node)
+
+    def number(self, node: ast.expr) -> int | float:
+        if not is_number(node):
+            raise self.refused(node, "expected a number")
+        number: int | float = ast.literal_eval(node)
+        if abs(number) > MAX_NUMBER:
+            raise self.refused(node, "the number is too large")
+        return number
+
+
+def underscore_hint(text: str) -> str:
+    """Return a hint where a text has a name with hyphens, which Python reads as a difference."""
+    names = HYPHENS.findall(text)
+    return f"; names have underscores: {names[0].replace('-', '_')}" if names else ""
+
+
+def shortened(text: str, length: int = 100) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def is_number(node: ast.expr) -> bool:
+    """Return whether a node is a real number, with one minus at most."""
+    node = node.operand if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else node
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def with_defaults(tree: Call | Sum, defaults: Mapping[str, Mapping[str, Value]]) -> Call | Sum:
+    """Add default settings, by the names of calls, to a call and to the calls inside it. Sums are left as they are."""
+    if isinstance(tree, Sum):
         return tree
-
-    def sum(self) -> Call | Sum:
-        terms = [self.term(-1.0 if self.accept("-") else 1.0)]
-        while sign := self.accept(r"[-+]"):
-            terms.append(self.term(-1.0 if sign.group() == "-" else 1.0))
-        if len(terms) == 1 and terms[0][0] == 1.0:
-            return terms[0][1]
-        return Sum(tuple(terms))
-
-    def term(self, sign: float) -> tuple[float, Call]:
-        # First of all: the names of folders may begin with numbers.
-        name = self.accept(FILE)
-        if name is None and (factor := self.accept(FACTOR)):
-            weight = sign * self.number(factor.group(), factor.start())
-            if not self.accept(r"\*"):
-                raise self.error()
-            return weight, self.call()
-        call = self.call(name.group() if name else None)
-        if not self.accept(r"\*"):
-            return sign, call
-        if not (factor := self.accept(FACTOR)):
-            raise self.error()
-        return sign * self.number(factor.group(), factor.start()), call
-
-    def number(self, text: str, position: int) -> int | float:
-        if not math.isfinite(float(text)):
-            raise self.error(position)
-        return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
-
-    def name(self) -> str:
-        if string := self.accept(STRING):
-            return unquoted(string.group())
-        if name := self.accept(FILE) or self.accept(NAME):
-            return name.group()
-        raise self.error()
-
-    def call(self, name: str | None = None) -> Call:
-        name = self.name() if name is None else name
-        settings: dict[str, Value] = {}
-        inner: Call | Sum | None = None
-        if self.accept(r"\("):
-            while not self.accept(r"\)"):
-                if key := self.accept(KEY):
-                    if key.group(1) in settings:
-                        raise DraftuneError(f"cannot read {self.text!r}: it gives {key.group(1)!r} twice")
-                    settings[key.group(1)] = self.value()
-                elif inner is None and not settings:
-                    inner = self.sum()
-                else:
-                    raise self.error()
-                if not self.accept(","):
-                    if not self.accept(r"\)"):
-                        raise self.error()
-                    break
-        return Call(name, settings, inner)
-
-    def value(self) -> Value:
-        if string := self.accept(rf"({STRING})(?=\s*[,)])"):
-            return unquoted(string.group(1))
-        if self.accept("[\"']"):
-            raise self.error(self.position - 1)
-        start, end, depth = self.position, self.position, 0
-        while end < len(self.text) and (depth or self.text[end] not in ",)"):
-            depth += {"(": 1, ")": -1}.get(self.text[end], 0)
-            end += 1
-        text = self.text[start:end].strip()
-        if end == len(self.text) or not text:
-            raise self.error(start)
-        self.position = end
-        if re.fullmatch(f"-?{NUMBER}", text):
-            return self.number(text, start)
-        return WORDS.get(text.lower(), text)
-
-
-def wraps_another(factory: Callable[..., Any], kind: type) -> bool:
-    """Whether what a factory makes is made around another of its kind: its first parameter is one."""
-    parameters = list(signature_of(factory).parameters.values())
-    return bool(parameters) and parameters[0].annotation in (kind, kind.__name__)
-
-
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """With the types where they can be had: a user's annotations may be there for a type checker alone."""
-    try:
-        return inspect.signature(function, eval_str=True)
-    except NameError:
-        return inspect.signature(function)
+    inner = None if tree.inner is None else with_defaults(tree.inner, defaults)
+    return Call(tree.name, {**defaults.get(tree.name, {}), **tree.settings}, inner)
 
 
 def written_sum(terms: Sequence[tuple[float, str]], digits: int | None = None) -> str:
-    """Weights and names as they are written in an expression; with as many digits as it takes, unless given."""
+    """Write weights and names as a sum; the weights are exact, or have so many digits."""
 
     def factor(weight: float) -> str:
         short = f"{weight:.{digits or 9}g}"
@@ -213,22 +186,9 @@ def written_sum(terms: Sequence[tuple[float, str]], digits: int | None = None) -
     return " ".join(signed).removeprefix("+ ")
 
 
-def written(value: Value) -> str:
-    """A value as it is written in an expression."""
-    if isinstance(value, str):
-        plain = re.fullmatch(NAME, value) and not re.match(r"[\d.]", value) and value.lower() not in WORDS
-        return value if plain else in_quotes(value)
-    return str(value).lower()
-
-
-def in_quotes(text: str) -> str:
-    """A text in quotes: those that it does not hold, or double ones, where each of its own is written twice."""
-    if '"' in text and "'" not in text:
-        return f"'{text}'"
-    return '"' + text.replace('"', '""') + '"'
-
-
-def unquoted(string: str) -> str:
-    """What stands in quotes."""
-    quote = string[0]
-    return string[1:-1].replace(2 * quote, quote)
+def quoted(value: Value) -> str:
+    """Write a value or a name; text has quotes unless it is a plain identifier."""
+    if not isinstance(value, str):
+        return str(value)
+    plain = value.isascii() and value.isidentifier() and not keyword.iskeyword(value)
+    return value if plain else json.dumps(value, ensure_ascii=False)

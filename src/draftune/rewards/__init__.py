@@ -1,93 +1,122 @@
-"""Differentiable rewards of pictures, by name and in sums."""
+"""Rewards: differentiable scores of images, by name, in weighted sums, and from a user's own code."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from draftune.errors import DraftuneError, gather, unknown
-from draftune.registry.custom import is_custom
-from draftune.registry.expression import QUOTES, Call, Sum, parse, wraps_another
-from draftune.rewards import (  # noqa: F401 - each registers its rewards
-    aesthetic,
-    black_box,
-    classify,
-    clip,
-    detection,
-    discriminator,
-    emoji,
-    hpsv2,
-    imagereward,
-    jpeg,
-    properties,
-    robust,
-    simple,
-    symmetry,
-    threshold,
-)
-from draftune.rewards.base import REWARDS, FunctionReward, Reward, WeightedSum, register
-from draftune.rewards.custom import load_custom
+from torch import nn
+
+from draftune.errors import DraftuneError, gather
+from draftune.registry.expression import Call, Sum, parse, underscore_hint
+from draftune.registry.factories import bind, find_factory, make, wraps_another
+from draftune.rewards import base
+from draftune.rewards.base import FunctionReward, Reward, WeightedSum, register
+
+if TYPE_CHECKING:
+    from draftune.rewards.base import REWARDS
 
 __all__ = ["REWARDS", "FunctionReward", "Reward", "WeightedSum", "find_reward", "load_reward", "register"]
 
+MODULES = (
+    "draftune.rewards.aesthetic",
+    "draftune.rewards.classify",
+    "draftune.rewards.clip",
+    "draftune.rewards.detection",
+    "draftune.rewards.emoji",
+    "draftune.rewards.hpsv2",
+    "draftune.rewards.imagereward",
+    "draftune.rewards.jpeg",
+    "draftune.rewards.pixel",
+    "draftune.rewards.sharpness_aware",
+    "draftune.rewards.symmetry",
+    "draftune.experimental.discriminator",
+    "draftune.experimental.threshold",
+    "draftune.experimental.black_box",
+)
+"""The modules that register rewards. They are imported when a reward is first looked up by name."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return REWARDS with the rewards of all modules; `from draftune.rewards import REWARDS` calls this."""
+    if name != "REWARDS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in MODULES:
+        importlib.import_module(module)
+    return base.REWARDS
+
 
 def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
-    """A reward from an expression ("clip + 0.1*jpeg-compressibility(quality=80)"), a Reward or a plain function.
+    """Return a reward with its weights loaded and frozen.
 
-    A function gets images [B, 3, H, W] in [0, 1] and the B prompts, and returns B numbers. Raises DraftuneError
-    for a name, a setting or weights that are not there, before any weights are read.
+    Args:
+        reward: An expression such as "clip + 0.1*jpeg_compressibility(quality=80)", a `Reward`, or a function of
+            images [B, 3, H, W] in [0, 1] and B prompts that returns scores [B].
+
+    Raises:
+        DraftuneError: for an unknown name or setting, or missing weights, before any weights are read.
     """
     return find_reward(reward).ready()
 
 
 def find_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
-    """The reward with all its weights found and none of them read; `ready` reads them."""
+    """Return a reward whose weights are located but not read, `ready` reads them; arguments as in `load_reward`."""
     if isinstance(reward, Reward):
         return reward
     if not isinstance(reward, str):
         return FunctionReward(reward)
     tree = parse(reward)
     try:
-        check(tree)
+        check_names(tree)
     except DraftuneError as error:
-        if ".py:" not in reward:
-            raise
-        raise DraftuneError(f"{error}; {QUOTES}") from error  # a plus sign in a path makes a sum of it
+        raise DraftuneError(f"{error}{underscore_hint(reward)}") from error
     return build(tree)
 
 
-def check(tree: Call | Sum) -> None:
-    """Raises DraftuneError for a name that is not known, or that takes no reward inside it, or wants one."""
+def check_names(tree: Call | Sum) -> None:
+    """Raise DraftuneError for an unknown name, and for a wrapped reward that is missing or not expected.
+
+    Building a reward may download its weights, so all names are checked first.
+    """
     if isinstance(tree, Sum):
         for _, call in tree.terms:
-            check(call)
+            check_names(call)
         return
-    custom = is_custom(tree.name)
-    if tree.name.endswith(".py"):
-        raise DraftuneError(f"which function or class of {tree.name}? {tree.name}:NAME is wanted")
-    if tree.name not in REWARDS and not custom:
-        raise unknown("reward", tree.name, REWARDS)
-    wraps = not custom and wraps_another(REWARDS[tree.name], Reward)
+    factory = find_factory(tree.name, "reward", __getattr__("REWARDS"))
+    wraps = is_factory(factory) and wraps_another(factory, Reward)
     if wraps and tree.inner is None:
-        raise DraftuneError(f"{tree.name} wants a reward inside it: {tree.name}(clip + 0.1*aesthetic)")
+        raise DraftuneError(f"{tree.name} needs a reward inside it: {tree.name}(clip + 0.1*aesthetic)")
     if tree.inner is not None:
         if not wraps:
             raise DraftuneError(f"{tree.name} takes settings such as key=value, not {str(tree.inner)!r}")
-        check(tree.inner)
+        check_names(tree.inner)
+
+
+def is_factory(value: Any) -> bool:
+    """Return whether a value makes a reward when it is called; otherwise it scores images."""
+    return isinstance(value, type) or value in base.REWARDS.values()
 
 
 def build(tree: Call | Sum) -> Reward:
+    """Build the reward of an expression whose names are checked.
+
+    A class or registered factory gets the settings when it makes the reward; a plain function gets them, after images
+    and prompts, whenever it scores.
+    """
     if isinstance(tree, Sum):
-        weights = [weight for weight, _ in tree.terms]
         parts = gather(*(functools.partial(build, call) for _, call in tree.terms))
-        return WeightedSum(list(zip(weights, parts, strict=True)))
-    if is_custom(tree.name):
-        reward = load_custom(tree)
+        return WeightedSum([(weight, part) for (weight, _), part in zip(tree.terms, parts, strict=True)])
+    factory = find_factory(tree.name, "reward", base.REWARDS)
+    inner = [] if tree.inner is None else [build(tree.inner)]
+    if is_factory(factory):
+        made: Any = make(tree, "reward", factory, object, *inner)
     else:
-        inner = [] if tree.inner is None else [build(tree.inner)]
-        reward = tree.apply(REWARDS[tree.name], "reward", *inner)
-        if not inner:
-            reward.label = tree.name
+        settings = {} if isinstance(factory, nn.Module) else bind(tree, "reward", factory, 2)
+        made = functools.partial(factory, **settings) if settings else factory
+    reward = made if isinstance(made, Reward) else FunctionReward(made)
+    if not inner:
+        reward.label = tree.name.rpartition(":")[2]
     reward.expression = str(tree)
     return reward

@@ -1,9 +1,8 @@
-"""The LAION aesthetic predictor: an MLP on the CLIP embedding of the picture."""
+"""The LAION aesthetic predictor: an MLP on the CLIP embedding of the image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/ma
 
 
 class Head(nn.Module):
-    """The published layers of the aesthetic predictor and of ImageReward: linear throughout; no dropout in scoring."""
+    """The MLP of the aesthetic predictor and of ImageReward: linear layers only, [B, width] to [B]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,10 +32,18 @@ class Head(nn.Module):
         return x.squeeze(-1)
 
 
+@register("aesthetic")
 class Aesthetic(Reward):
-    """The head on the unit-length CLIP image embedding. The prompts are not looked at."""
+    """LAION aesthetic predictor v2: 1 to 10 on real images, most between 4 and 7.
 
-    def __init__(self, model: str, head: str | Path) -> None:
+    An MLP on the normalized CLIP image embedding; it ignores the prompts. `head`: the path of the published
+    sac+logos+ava1-l14-linearMSE, as .pth or .safetensors; `model`: its CLIP. Source:
+    github.com/christophschuhmann/improved-aesthetic-predictor. CLIP ViT-L/14 (428 M parameters, 1.7 GB, MIT) and an MLP
+    (4 MB, Apache-2.0); input 224x224, the center square.
+    The score is linear and unbounded. Over-optimized: one painterly style whatever the prompt.
+    """
+
+    def __init__(self, model: str = "openai/clip-vit-large-patch14", head: str = HEAD) -> None:
         super().__init__()
         self.path, self.folder = gather(
             lambda: find_file(head, "the reward's head=", url=URL), lambda: find_network(model, "the reward's model=")
@@ -53,23 +60,11 @@ class Aesthetic(Reward):
         return self.head(self.clip.embed_images(images))
 
 
-@register("aesthetic")
-def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = HEAD) -> Reward:
-    """LAION aesthetic predictor v2: 1 to 10 on real pictures, most between 4 and 7.
-
-    `head`: the path of the published sac+logos+ava1-l14-linearMSE, as .pth or .safetensors; `model`: the CLIP under
-    it. Source: github.com/christophschuhmann/improved-aesthetic-predictor. CLIP ViT-L/14 (428 M parameters, 1.7 GB,
-    MIT) and an MLP (4 MB, Apache-2.0); input 224x224, the centre square.
-    The head is linear and unbounded. Over-optimised it converges to one painterly look whatever the prompt.
-    """
-    return Aesthetic(model, head)
-
-
-@register("emoji-aesthetic")
+@register("emoji_aesthetic")
 def emoji_aesthetic() -> Reward:
-    """The same head on this package's small CLIP: glossy 3D emoji about 7 to 8, flat ones about 3.
+    """Aesthetic score by this package's small CLIP: glossy 3D emoji about 7 to 8, flat ones about 3.
 
     2.9 M parameters, 6 MB, Apache-2.0; input 64x64. Source: its model card.
-    Over-optimised it goes past real pictures: everything turns purple and glossy.
+    Over-optimized: scores beyond those of real emoji; everything turns purple and glossy.
     """
-    return Aesthetic("emoji-clip", EMBEDDED["emoji-aesthetic"] / "model.safetensors")
+    return Aesthetic("emoji_clip", str(EMBEDDED["emoji_aesthetic"] / "model.safetensors"))

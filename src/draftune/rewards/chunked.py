@@ -1,4 +1,4 @@
-"""Scores with their gradients, a few inputs at a time."""
+"""Score a few inputs at a time, with their gradient, so that memory does not grow with the batch."""
 
 from __future__ import annotations
 
@@ -10,35 +10,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Score = Callable[[Tensor, slice], Tensor]
-"""Some of the inputs, and which of all they are, to one number for each."""
+"""Scores some of the inputs; the slice says which rows of the batch they are. Returns one number for each."""
 
 
 def at_once(score: Score, inputs: Tensor, size: int, scale: float = 1.0) -> Tensor:
-    """The scores [B] of inputs [B, …], of `size` at a time; each score must depend on its own input alone.
+    """Score inputs [B, ...], `size` at a time; returns [B]. Each score must depend on its own input only.
 
-    Where a gradient is wanted, that of each part is taken in the forward pass and its graph is let go: the memory is
-    that of one part's graph, and nothing is computed twice. On its way back it is multiplied by `scale`, which keeps
-    what is small from vanishing in float16, and at the inputs divided by it. There is no second derivative.
+    If the inputs need a gradient, it is computed chunk by chunk in the forward pass, and each chunk's graph is freed at
+    once. So the memory is that of one chunk's graph, nothing is computed twice, and there is no second derivative.
+
+    Args:
+        score: Scores one chunk.
+        inputs: The batch.
+        size: Inputs in a chunk.
+        scale: Loss scale: multiplies the scores before the backward pass and divides the gradients after it, so that
+            small gradients do not underflow in float16.
     """
-    parts = [slice(start, start + size) for start in range(0, len(inputs), size)]
+    chunks = [slice(start, start + size) for start in range(0, len(inputs), size)]
     if torch.is_grad_enabled() and inputs.requires_grad:
-        scores: Tensor = ScoreWithGradient.apply(inputs, score, parts, scale)  # type: ignore[no-untyped-call]
+        scores: Tensor = ScoreWithGradient.apply(inputs, score, chunks, scale)  # type: ignore[no-untyped-call]
         return scores
-    return torch.cat([score(inputs[part], part) for part in parts])
+    return torch.cat([score(inputs[rows], rows) for rows in chunks])
 
 
 class ScoreWithGradient(torch.autograd.Function):
-    """Scores and the gradient of each by its input."""
+    """Computes scores, and the gradient of each with respect to its input, in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, score: Score, parts: list[slice], scale: float) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, score: Score, chunks: list[slice], scale: float) -> Tensor:
         scores, gradients = [], []
-        for part in parts:
-            some = inputs[part].detach().requires_grad_()
+        for rows in chunks:
+            some = inputs[rows].detach().requires_grad_()
             with torch.enable_grad():
-                found = score(some, part)
-                (gradient,) = torch.autograd.grad(found.sum() * scale, some, allow_unused=True)
-            scores.append(found.detach())
+                chunk_scores = score(some, rows)
+                (gradient,) = torch.autograd.grad(chunk_scores.sum() * scale, some, allow_unused=True)
+            scores.append(chunk_scores.detach())
             gradients.append(torch.zeros_like(some) if gradient is None else gradient / scale)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(scores)

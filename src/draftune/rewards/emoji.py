@@ -1,4 +1,4 @@
-"""The judge of the embedded model: a classifier of emoji that is measured with and never trained against."""
+"""Evaluation rewards for the embedded model: a classifier of emoji names and styles, not meant for training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STYLE = "style: "
 STYLES = ("noto", "twemoji", "3d")
 
 
-class Judge(Reward):
-    """A ResNet with one group of logits for the names of emoji and one for their styles."""
+class EmojiClassifier(Reward):
+    """Base class: a ResNet with logits for the names of emoji and for their styles."""
 
     def load(self) -> None:
         from transformers import ResNetForImageClassification
 
-        folder = EMBEDDED["emoji-judge"]
+        folder = EMBEDDED["emoji_judge"]
         self.model = load_part(ResNetForImageClassification, folder)
         self.preprocess = Preprocess.from_folder(folder)
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
@@ -34,15 +34,21 @@ class Judge(Reward):
         self.styles = {label.removeprefix(STYLE): i for i, label in enumerate(labels) if label.startswith(STYLE)}
 
     def logits(self, images: Tensor) -> Tensor:
+        """Return the logits [B, names + styles]."""
         return self.model(pixel_values=self.preprocess(images)).logits
 
     def features(self, images: Tensor) -> Tensor:
-        """Unit vectors [B, D]: how far apart two pictures' vectors are says how different they look."""
+        """Return normalized features [B, D]; their distance measures how different two images look."""
         return normalize(self.model.resnet(pixel_values=self.preprocess(images)).pooler_output.flatten(1), dim=-1)
 
 
-class NameJudge(Judge):
-    """1 where the picture shows the emoji that the prompt names, by the judge, and 0 elsewhere; no gradient."""
+@register("emoji_name_accuracy")
+class EmojiNameAccuracy(EmojiClassifier):
+    """Share of emoji whose name a held-out classifier predicts, among the 64 common names if it is one of them.
+
+    0 or 1, without gradient: an evaluation reward, for --held-out. 1.3 M parameters, 2.7 MB, Apache-2.0; input 64x64;
+    see its model card. It does not measure image quality.
+    """
 
     reads_prompts = True
 
@@ -62,10 +68,15 @@ class NameJudge(Judge):
         return torch.tensor(scores, device=images.device)
 
 
-class StyleJudge(Judge):
-    """The probability of one style, 0 to 1."""
+@register("emoji_style_probability")
+class EmojiStyleProbability(EmojiClassifier):
+    """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji" or "3d".
 
-    def __init__(self, style: str) -> None:
+    Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --held-out: a reward that is trained
+    on can no longer evaluate.
+    """
+
+    def __init__(self, style: str = "3d") -> None:
         super().__init__()
         if style not in STYLES:
             raise unknown("style", style, STYLES)
@@ -75,22 +86,3 @@ class StyleJudge(Judge):
         index = list(self.styles.values())
         probabilities = self.logits(images)[:, index].softmax(-1)
         return probabilities[:, index.index(self.styles[self.style])]
-
-
-@register("emoji-judge-name")
-def emoji_judge_name() -> Reward:
-    """Share of emoji that a held-out classifier names rightly, among the 64 common names where it is one of them.
-
-    0 or 1; for --held-out: it measures and has no gradient. 1.3 M parameters, 2.7 MB, Apache-2.0; input 64x64; see its
-    model card. What names it can't see: whether the picture is pretty.
-    """
-    return NameJudge()
-
-
-@register("emoji-judge-style")
-def emoji_judge_style(style: str = "3d") -> Reward:
-    """Probability that a held-out classifier gives to a style of emoji: noto, twemoji or 3d.
-
-    0 to 1. Weights and input as for `emoji-judge-name`. Meant for --held-out; trained on, it is no judge any more.
-    """
-    return StyleJudge(style)

@@ -1,4 +1,4 @@
-"""Human Preference Score v2: an OpenCLIP ViT-H/14 tuned on people's choices, in transformers' CLIP."""
+"""Human Preference Score v2: an OpenCLIP ViT-H/14 fine-tuned on human preferences, in transformers' CLIP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from draftune.utils.loading import Truncation, build_part, load_tokenizer, trunc
 
 FILES = {2.0: "HPS_v2_compressed.pt", 2.1: "HPS_v2.1_compressed.pt"}
 
-# OpenCLIP's ViT-H-14. Its GELU is the exact one, that of OpenAI's models is not.
+# OpenCLIP's ViT-H-14. It has the exact GELU; OpenAI's models have an approximation.
 VIT_H_14: dict[str, Any] = {
     "projection_dim": 1024,
     "text_config": {
@@ -43,7 +43,7 @@ VIT_H_14: dict[str, Any] = {
 
 
 def tower(ours: str, published: str) -> list[tuple[str, str, str]]:
-    """The layers of one transformer; OpenCLIP stacks the three projections of attention in one tensor."""
+    """Return the rules for one transformer; OpenCLIP stacks the query, key and value projections in one tensor."""
     ours, published = rf"{ours}\.encoder\.layers\.(\d+)\.", rf"{published}transformer.resblocks.\1."
     return [
         (ours + r"self_attn\.q_proj\.(\w+)", published + r"attn.in_proj_\2", "1/3"),
@@ -74,9 +74,9 @@ OPEN_CLIP = KeyMap(
 
 
 class LongestEdge(Preprocess):
-    """HPSv2's own processing: the longest edge to `size`, black bars, and a resize of floats, so nothing is rounded.
+    """HPSv2's preprocessing: resizes the longest edge to `size` and pads with black.
 
-    The resize is antialiased, as torchvision's is since 0.17.
+    It resizes floats, without rounding to 8 bits, and antialiases, as torchvision does since 0.17.
     """
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class LongestEdge(Preprocess):
 
 
 class HPSv2(Reward):
-    """Cosine of picture and prompt. `config`: that of transformers' CLIP; anything but ViT-H/14 is for tests."""
+    """Cosine of image and prompt. `config`: the CLIP config of transformers; others than ViT-H/14 are for tests."""
 
     reads_prompts = True
 
@@ -126,7 +126,7 @@ class HPSv2(Reward):
 
 
 def cleaned(prompt: str) -> str:
-    """The prompt as OpenCLIP's tokenizer sees it: characters mended, curly quotes straight, entities resolved."""
+    """Normalize a prompt as OpenCLIP's tokenizer does: fix mojibake and quotes, unescape HTML, lower the case."""
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
@@ -134,13 +134,13 @@ def cleaned(prompt: str) -> str:
 
 @register("hpsv2")
 def hpsv2(version: float = 2.1, weights: str = "", tokenizer: str = "openai/clip-vit-large-patch14") -> Reward:
-    """Human Preference Score v2.0 or v2.1: cosine of picture and prompt, about 0.15 to 0.4.
+    """Human Preference Score v2.0 or v2.1: cosine of image and prompt, about 0.15 to 0.4.
 
-    `version`: 2.0 or 2.1; `weights`: the path of the published .pt, or of its tensors as .safetensors, instead of
-    the hub's; `tokenizer`: a folder or hub id with CLIP's vocabulary.
-    Source: Wu et al., arXiv 2306.09341, xswu/HPSv2 on the hub. OpenCLIP ViT-H/14, 986 M parameters, 3.9 GB in
-    float32, Apache-2.0; input 224x224, the whole picture with black bars.
-    Over-optimised it gives glossy, saturated, over-detailed pictures.
+    `version`: 2.0 or 2.1; `weights`: the path of the published .pt, or of its tensors as .safetensors, instead of the
+    hub's file; `tokenizer`: a folder or hub id with CLIP's vocabulary.
+    Source: Wu et al., 2023, arXiv:2306.09341, xswu/HPSv2 on the hub. OpenCLIP ViT-H/14, 986 M parameters, 3.9 GB in
+    float32, Apache-2.0; input 224x224, the whole image with black bars.
+    Over-optimized: glossy, saturated, over-detailed images.
     """
     if version not in FILES:
         raise DraftuneError(f"version of reward hpsv2 must be 2.0 or 2.1, not {version}")

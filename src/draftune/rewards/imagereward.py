@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads the prompt while looking at the picture, an MLP gives the score."""
+"""ImageReward: BLIP encodes the image, cross-attends to it from the prompt, and an MLP scores the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftune.rewards.weights import KeyMap, find_file, find_tokenizer, load_ten
 from draftune.utils.loading import Truncation, build_part, load_tokenizer, tokenized, truncation
 
 FILE = "ImageReward.pt"
-# The mean and spread of the raw score on the authors' validation set.
+# The mean and standard deviation of the raw score on the authors' validation set.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LONGEST_PROMPT = 35
 
@@ -53,12 +53,12 @@ BLIP = KeyMap(
     (r"text\.(.+)", r"blip.text_encoder.\1", ""),
     (r"head\.(.+)", r"mlp.\1", ""),
 )
-# The projections are those of BLIP's contrastive loss; position_ids counts from 0 to 511.
+# The projections are for BLIP's contrastive loss; position_ids is range(512).
 UNUSED = r"blip\.(vision_proj|text_proj)\.\w+|blip\.text_encoder\.embeddings\.position_ids"
 
 
 class ImageReward(Reward):
-    """The published score, standardised by its authors. The configs other than the published ones are for tests."""
+    """The published score, standardized as by its authors. Other configs than the published ones are for tests."""
 
     reads_prompts = True
 
@@ -90,7 +90,7 @@ class ImageReward(Reward):
         self.text = build_part(BlipTextModel, text, own["text"], add_pooling_layer=False)
         self.head = Head(text.hidden_size)
         self.head.load_state_dict(own["head"])
-        # BLIP's vocabulary has two more tokens than BERT's, which scoring does not use.
+        # BLIP adds two tokens to BERT's vocabulary, which scoring does not use.
         self.tokenizer = load_tokenizer(BertTokenizerFast, self.folder, text.vocab_size, at_least=text.vocab_size - 2)
         self.preprocess = Preprocess(vision.image_size, vision.image_size, center="round")
 
@@ -108,11 +108,11 @@ class ImageReward(Reward):
 
 @register("imagereward")
 def imagereward(weights: str = FILE, tokenizer: str = "google-bert/bert-base-uncased") -> Reward:
-    """ImageReward: how well people would like the picture for the prompt, about -2 to 2, mean 0 by its authors.
+    """ImageReward: predicts human preference for an image of the prompt, about -2 to 2, standardized by its authors.
 
-    `weights`: the path of the published ImageReward.pt, or of its tensors as .safetensors; `tokenizer`: a folder or
-    hub id with BERT's uncased vocabulary. Source: Xu et al., arXiv 2304.05977, zai-org/ImageReward on the hub. BLIP
-    ViT-L and BERT-base, 446 M parameters, 1.8 GB, Apache-2.0; input 224x224, the centre square; 35 tokens of text.
-    Over-optimised it repeats the prompt's objects and flattens the background.
+    `weights`: the path of the published ImageReward.pt, or of its tensors as .safetensors; `tokenizer`: a folder or hub
+    id with BERT's uncased vocabulary. Source: Xu et al., 2023, arXiv:2304.05977, zai-org/ImageReward on the hub. BLIP
+    ViT-L and BERT-base, 446 M parameters, 1.8 GB, Apache-2.0; input 224x224, the center square; 35 tokens of text.
+    Over-optimized: the prompt's objects are repeated and the background becomes flat.
     """
     return ImageReward(weights, tokenizer)

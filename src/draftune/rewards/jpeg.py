@@ -1,11 +1,11 @@
-"""JPEG (in)compressibility: how much a picture loses when it is compressed, differentiable.
+"""JPEG compressibility and incompressibility: the error of a differentiable JPEG round trip.
 
-The paper's reward is -||x - d(c(x))||^2 with a differentiable JPEG. Compression here is JPEG's own: YCbCr with
-chroma at half resolution, 8x8 DCT, the standard's tables scaled to the quality as libjpeg does, rounding. Rounding
-has the gradient of its cubic approximation (Shin & Song, 2017).
+The reward of DRaFT is -||x - d(c(x))||^2 (Clark et al., 2023, arXiv:2309.17400). The compression is that of JPEG: YCbCr
+with chroma at half resolution, 8x8 DCT, the standard's quantization tables scaled to the quality as in libjpeg, and
+rounding. The gradient of rounding is that of its cubic approximation (Shin and Song, 2017).
 
-The paper's quality is not known. The gradient moves each coefficient to the nearest multiple of its divisor, so what
-shrinks are the files written at higher qualities than the reward's: a low quality is the useful one.
+The paper's quality is not known. The gradient moves each DCT coefficient towards the nearest multiple of its divisor.
+Files shrink if they are written at a higher quality than the reward's, so a low quality is useful.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ YCBCR = (
 
 
 def quantization_table(text: str, quality: int) -> Tensor:
-    """[8, 8] divisors at a quality of 1 to 100, by libjpeg's rule."""
+    """Return the divisors [8, 8] at a quality of 1 to 100, by libjpeg's rule."""
     table = torch.tensor([float(v) for v in text.split()]).reshape(8, 8)
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return ((table * scale + 50) / 100).floor().clamp(1, 255)
 
 
 def dct_matrix() -> Tensor:
-    """The orthonormal DCT-II of length 8: rows are frequencies."""
+    """Return the orthonormal DCT-II matrix of length 8; its rows are frequencies."""
     k, n = torch.arange(8.0)[:, None], torch.arange(8.0)[None]
     matrix = torch.cos((2 * n + 1) * k * math.pi / 16) / 2
     matrix[0] /= math.sqrt(2)
@@ -52,14 +52,16 @@ def dct_matrix() -> Tensor:
 
 
 def soft_round(x: Tensor) -> Tensor:
-    """Rounds; the gradient is that of round(x) + (x - round(x))^3."""
+    """Round, with the gradient of round(x) + (x - round(x))^3."""
     rounded = x.round()
     smooth = rounded.detach() + (x - rounded.detach()) ** 3
     return smooth + (rounded - smooth).detach()
 
 
-class Jpeg(Reward):
-    """sign * ||x - d(c(x))||^2 summed over the picture's pixels, in units of [0, 1]."""
+class JPEGRoundTrip(Reward):
+    """Base class: ||x - d(c(x))||^2, the squared error of a JPEG round trip summed over all values in [0, 1]."""
+
+    sign: float
 
     luminance: Tensor
     chrominance: Tensor
@@ -67,11 +69,10 @@ class Jpeg(Reward):
     ycbcr: Tensor
     rgb: Tensor
 
-    def __init__(self, quality: int, sign: float) -> None:
+    def __init__(self, quality: int = 10) -> None:
         super().__init__()
         if not isinstance(quality, int) or not 1 <= quality <= 100:
             raise DraftuneError(f"JPEG quality must be a whole number from 1 to 100, not {quality!r}")
-        self.sign = sign
         self.register_buffer("luminance", quantization_table(LUMINANCE, quality), persistent=False)
         self.register_buffer("chrominance", quantization_table(CHROMINANCE, quality), persistent=False)
         self.register_buffer("dct", dct_matrix(), persistent=False)
@@ -79,7 +80,7 @@ class Jpeg(Reward):
         self.register_buffer("rgb", torch.linalg.inv(torch.tensor(YCBCR)), persistent=False)
 
     def round_trip(self, images: Tensor) -> Tensor:
-        """The pictures [B, 3, H, W] in [0, 1] after compression and decompression."""
+        """Compress and decompress images [B, 3, H, W] in [0, 1]."""
         height, width = images.shape[-2:]
         x = pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate")
         y, cb, cr = torch.einsum("ij,bjhw->bihw", self.ycbcr, x).unbind(1)
@@ -91,7 +92,7 @@ class Jpeg(Reward):
         return x[..., :height, :width]
 
     def code(self, x: Tensor, table: Tensor) -> Tensor:
-        """Quantises the DCT coefficients of each 8x8 block of [..., H, W]."""
+        """Quantize the DCT coefficients of each 8x8 block of [..., H, W]."""
         *batch, height, width = x.shape
         blocks = x.reshape(*batch, height // 8, 8, width // 8, 8).transpose(-3, -2)
         coefficients = self.dct @ blocks @ self.dct.T
@@ -103,21 +104,23 @@ class Jpeg(Reward):
         return self.sign * (images - self.round_trip(images)).square().sum((1, 2, 3))
 
 
-@register("jpeg-compressibility")
-def jpeg_compressibility(quality: int = 10) -> Reward:
-    """Minus the squared error that JPEG makes at `quality` (1-100): smooth pictures score near 0, busy ones below.
+@register("jpeg_compressibility")
+class JPEGCompressibility(JPEGRoundTrip):
+    """Minus the squared error of JPEG at `quality` (1-100): smooth images score near 0, detailed ones below.
 
-    Source: Clark et al., arXiv 2309.17400; their quality is not known. No weights; any size.
-    Over-optimised it removes the background, then the subject.
+    Source: Clark et al., 2023, arXiv:2309.17400; their quality is not known. No weights; any size.
+    Over-optimized: the background disappears, then the subject.
     """
-    return Jpeg(quality, -1.0)
+
+    sign = -1.0
 
 
-@register("jpeg-incompressibility")
-def jpeg_incompressibility(quality: int = 10) -> Reward:
-    """The squared error that JPEG makes at `quality` (1-100), 0 and above: busy pictures score high.
+@register("jpeg_incompressibility")
+class JPEGIncompressibility(JPEGRoundTrip):
+    """The squared error of JPEG at `quality` (1-100), 0 and above: detailed images score high.
 
-    Source: Clark et al., arXiv 2309.17400; their quality is not known. No weights; any size.
-    Over-optimised it ends in noise.
+    Source: Clark et al., 2023, arXiv:2309.17400; their quality is not known. No weights; any size.
+    Over-optimized: noise.
     """
-    return Jpeg(quality, 1.0)
+
+    sign = 1.0

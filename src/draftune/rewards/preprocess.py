@@ -1,7 +1,8 @@
-"""Differentiable picture preprocessing: what an image processor does to a PIL image, on tensors.
+"""Differentiable image preprocessing: the operations of an image processor on a PIL image, for tensors.
 
-PIL resizes the width, rounds to 8 bits, resizes the height and rounds again; scores that agree with the official
-scorers to the last digits need the same. Rounding and clipping pass the gradient as if they were not there.
+PIL resizes the width, rounds to 8 bits, resizes the height and rounds again. This module does the same, so that scores
+agree with those of the official scorers. Rounding and clipping have the gradient of the identity (straight-through
+estimator).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
-# What transformers' image processors do where their config does not say.
+# Defaults of transformers' image processors.
 PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": 3},
     "ConvNext": {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256, "resample": 2},
@@ -40,11 +41,15 @@ for name, processor in PROCESSORS.items():
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resizes, crops the centre square where `crop` is given, normalises.
+    """Resizes images [B, 3, H, W] in [0, 1], crops the center square if `crop` is set, and normalizes.
 
-    `size`: pixels of the shortest edge, or (height, width) whatever the aspect. Takes [B, 3, H, W] in [0, 1] of any
-    height and width; gives [B, 3, crop, crop] or [B, 3, height, width]. Where an odd number of pixels is to be cropped,
-    `center` says which side loses one more: "floor" as transformers does, "round" as torchvision.
+    Attributes:
+        size: Pixels of the shortest edge, or (height, width) whatever the aspect ratio.
+        crop: Side of the center square in pixels, or None. The result is [B, 3, crop, crop] or [B, 3, height, width].
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+        mode: "bilinear" or "bicubic".
+        center: How the crop's start is rounded: "floor" as in transformers, "round" as in torchvision.
     """
 
     size: int | tuple[int, int] = 224
@@ -56,23 +61,24 @@ class Preprocess:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Preprocess:
-        """Reads `preprocessor_config.json`, or the `processor_config.json` in which transformers 5 puts the same.
+        """Read `preprocessor_config.json`, or the `processor_config.json` of transformers 5.
 
-        Raises DraftuneError if there is none, and for one that asks for what is not done here.
+        Raises:
+            DraftuneError: if there is neither, and for a config that is not supported.
         """
         names = ("preprocessor_config.json", "processor_config.json")
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path is None:
-            raise DraftuneError(f"{str(folder)!r} does not say how pictures are prepared: it has no {names[0]}")
+            raise DraftuneError(f"{str(folder)!r} has no image preprocessing config: it has no {names[0]}")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             return cls.from_config(config.get("image_processor", config))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DraftuneError(f"cannot read the picture preprocessing in {str(path)!r}: {error!r}") from error
+            raise DraftuneError(f"cannot read the image preprocessing in {str(path)!r}: {error!r}") from error
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Preprocess:
-        """What the config of one of transformers' image processors says."""
+        """Convert the config of one of transformers' image processors. Raises ValueError for one not supported."""
         kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
         kind = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", kind)
         if kind not in PROCESSORS:
@@ -81,11 +87,11 @@ class Preprocess:
             raise ValueError(f"{skipped[0]} is false")
         config = PROCESSORS[kind] | {key: value for key, value in config.items() if value is not None}
         size = config["size"]
-        # A plain number is the shortest edge to some and a square to others.
+        # A plain number is the shortest edge for some processors and a square for others.
         shortest = kind in ("CLIP", "ConvNext") if isinstance(size, int) else "shortest_edge" in size
         crop = edge(config["crop_size"]) if config.get("do_center_crop") else None
         if kind == "ConvNext":
-            # The crop is a share of the resized picture; from 384 pixels on there is none.
+            # Images are resized to size / crop_pct and cropped to size; from 384 pixels on they are not cropped.
             shortest, crop, size = edge(size) < 384, edge(size), edge(size)
             size, crop = (int(size / config["crop_pct"]), crop) if shortest else (size, None)
         if crop is not None and crop > edge(size):
@@ -105,20 +111,21 @@ class Preprocess:
 
 
 def edge(size: int | list[int] | dict[str, Any], name: str = "height") -> int:
-    """The configs of different years write 224, [224, 224], {"height": 224, …} or {"shortest_edge": 224}."""
+    """Return a side in pixels from 224, [224, 224], {"height": 224, "width": 224} or {"shortest_edge": 224}."""
     if isinstance(size, list):
         return size[name == "width"]
     return size if isinstance(size, int) else int(size.get("shortest_edge") or size[name])
 
 
 def shortest_edge_shape(images: Tensor, size: int) -> tuple[int, int]:
+    """Return the (height, width) whose shortest edge is `size`, with the images' aspect ratio."""
     height, width = images.shape[-2:]
     long = int(size * max(height, width) / min(height, width))
     return (size, long) if height <= width else (long, size)
 
 
 def center(shape: tuple[int, int], crop: tuple[int, int], how: str = "floor") -> tuple[slice, slice]:
-    """The rows and columns of the middle of a picture of this (height, width)."""
+    """Return the rows and columns of a center crop of an image of this (height, width)."""
     starts = [(n - c) // 2 if how == "floor" else round((n - c) / 2) for n, c in zip(shape, crop, strict=True)]
     rows, columns = (slice(start, start + c) for start, c in zip(starts, crop, strict=True))
     return rows, columns
@@ -127,47 +134,53 @@ def center(shape: tuple[int, int], crop: tuple[int, int], how: str = "floor") ->
 def resize(
     images: Tensor, shape: tuple[int, int], mode: str = "bicubic", window: tuple[slice, slice] | None = None
 ) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] resized to (height, width), to the bit as PIL resizes pictures of 8 bits.
+    """Resize images [B, 3, H, W] in [0, 1] to (height, width), bit for bit as PIL resizes 8-bit images.
 
-    Of the result, only the rows and columns in the window are made, where one is given.
+    Args:
+        images: The images.
+        shape: Height and width of the result.
+        mode: "bilinear" or "bicubic".
+        window: Rows and columns of the result to compute and return; all by default.
     """
     rows, columns = window or (slice(0, shape[0]), slice(0, shape[1]))
     shrink_height, shrink_width = (now - new for now, new in zip(images.shape[-2:], shape, strict=True))
     passes = [(-1, shape[1], columns), (-2, shape[0], rows)]
     if shrink_height > max(0, 2 * shrink_width):
-        # As Pillow does since version 13; the two orders differ by single levels of 255.
+        # As in Pillow since version 13; the two orders differ by single levels of 255.
         passes.reverse()
-    for axis, size, kept in passes:
+    for axis, size, part in passes:
         if images.shape[axis] == size:
-            images = images.narrow(axis, kept.start, kept.stop - kept.start)
+            images = images.narrow(axis, part.start, part.stop - part.start)
         else:
-            # PIL sums whole numbers. float64 holds the sums exactly, where the device has it.
+            # PIL sums integers; float64 represents these sums exactly. MPS has no float64.
             exact = torch.float32 if images.device.type == "mps" else torch.float64
-            weights = pil_weights(images.shape[axis], size, mode, kept.start, kept.stop).to(exact).to(images.device)
+            weights = pil_weights(images.shape[axis], size, mode, part.start, part.stop).to(exact).to(images.device)
             lines = levels(images.to(exact)).transpose(axis, -1) @ weights.T
             images = rounded(lines.transpose(axis, -1)).to(images.dtype)
     return images
 
 
 def levels(images: Tensor) -> Tensor:
-    """0 to 1 as 0 to 255, and whole where it is meant to be: float32 holds k / 255 only nearly."""
+    """Scale [0, 1] to [0, 255], and round what is within 1e-4 of an integer: k / 255 is inexact in float32."""
     scaled = images * 255
     whole = scaled.round()
     return scaled + torch.where((scaled - whole).abs() < 1e-4, whole - scaled, 0.0).detach()
 
 
 def rounded(scaled: Tensor) -> Tensor:
-    """0 to 255 as the nearest of 256 levels from 0 to 1."""
+    """Round [0, 255] to integers and scale to [0, 1]; straight-through gradient."""
     images = scaled / 255
     return images + ((scaled + 0.5).floor().clamp(0, 255) / 255 - images).detach()
 
 
 @functools.lru_cache(maxsize=64)
 def pil_weights(size_in: int, size_out: int, mode: str, start: int, stop: int) -> Tensor:
-    """How much each of `size_in` pixels counts in the new ones from start to stop, of `size_out` in all.
+    """Return the resampling weights of new pixels `start` to `stop` of `size_out`, from `size_in` pixels.
 
-    [stop - start, size_in] float64, rows that sum to about 1. As in Pillow's Resample.c: the filter is stretched where
-    pixels get fewer, and its weights have 22 bits.
+    As in Pillow's Resample.c, the filter is stretched for downsampling and its weights have 22 bits.
+
+    Returns:
+        Weights [stop - start, size_in] in float64, whose rows sum to about 1.
     """
     scale = size_in / size_out
     centers = (torch.arange(start, stop, dtype=torch.float64)[:, None] + 0.5) * scale
@@ -187,5 +200,6 @@ def pil_weights(size_in: int, size_out: int, mode: str, start: int, stop: int) -
 
 
 def normalized(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Subtract each channel's mean from images [B, 3, H, W] and divide by its standard deviation."""
     means, stds = (torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None] for v in (mean, std))
     return (images - means) / stds

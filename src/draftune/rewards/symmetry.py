@@ -1,4 +1,4 @@
-"""Symmetry: how much a picture correlates with its mirrored or rotated copy."""
+"""Symmetry: the correlation of an image with its mirrored or rotated copy."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ AXES = {"vertical": (-1,), "horizontal": (-2,)}
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, over the pixels of each pair of pictures less each channel's mean [B]; 0 for an even picture."""
+    """Return Pearson's correlation [B] of images [B, 3, H, W] after subtracting each channel's mean; 0 if uniform."""
     a, b = ((x - x.mean((2, 3), keepdim=True)).flatten(1) for x in (a, b))
     return cosine_similarity(a, b, dim=1, eps=1e-6)
 
 
+@register("symmetry")
 class Symmetry(Reward):
-    """Correlation with the picture mirrored at an axis through its centre."""
+    """Correlation of the image with its mirror image, -1 to 1; `-1*symmetry` rewards asymmetry.
 
-    def __init__(self, axis: str) -> None:
+    `axis`: "vertical" makes left and right equal, "horizontal" top and bottom. No weights; any size. Source: DRTune
+    (Wu et al., 2024, arXiv:2405.00760), which reports that DRaFT-1 hardly increases it; on the embedded model DRaFT-1
+    does, by blurring. Over-optimized: front views of faces and patterns, then one large blot.
+    """
+
+    def __init__(self, axis: str = "vertical") -> None:
         super().__init__()
         if axis not in AXES:
             raise unknown("axis", axis, AXES)
@@ -34,10 +40,16 @@ class Symmetry(Reward):
         return correlation(images, images.flip(AXES[self.axis]))
 
 
+@register("rotation")
 class Rotation(Reward):
-    """Correlation with the picture turned about its centre; of an oblong picture, the centre square is looked at."""
+    """Correlation of the image with its rotated copy, -1 to 1; `-1*rotation` rewards anti-correlation.
 
-    def __init__(self, angle: int) -> None:
+    `angle`: 90, 180 or 270 degrees. No weights; any size, of which the center square is used. Source: Clark et al.,
+    2023, arXiv:2309.17400; their angle is not known.
+    Over-optimized: wheels and pinwheels; anti-correlated, a bright and a dark half.
+    """
+
+    def __init__(self, angle: int = 180) -> None:
         super().__init__()
         if angle not in (90, 180, 270):
             raise DraftuneError(f"angle of reward rotation must be 90, 180 or 270 degrees, not {angle}")
@@ -48,25 +60,3 @@ class Rotation(Reward):
         rows, columns = center((images.shape[-2], images.shape[-1]), (side, side))
         square = images[..., rows, columns]
         return correlation(square, torch.rot90(square, self.angle // 90, (-2, -1)))
-
-
-@register("symmetry")
-def symmetry(axis: str = "vertical") -> Reward:
-    """Correlation of the picture with its mirror image, -1 to 1; `-1*symmetry` asks for the opposite.
-
-    `axis`: "vertical" makes left and right alike, "horizontal" top and bottom. No weights; any size. Source: DRTune,
-    arXiv 2405.00760, which finds that DRaFT-1 can hardly raise it; on the embedded model it does, by blurring.
-    Over-optimised it draws fronts of faces and patterns, and then one large blot.
-    """
-    return Symmetry(axis)
-
-
-@register("rotation")
-def rotation(angle: int = 180) -> Reward:
-    """Correlation of the picture with its rotated copy, -1 to 1; `-1*rotation` asks for anti-correlation.
-
-    `angle`: 90, 180 or 270 degrees. No weights; any size, of an oblong picture the centre square. Source: Clark et al.,
-    arXiv 2309.17400 (the angle that they used is not known).
-    Over-optimised it draws wheels and pinwheels; anti-correlated, a bright and a dark half.
-    """
-    return Rotation(angle)

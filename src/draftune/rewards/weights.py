@@ -1,4 +1,4 @@
-"""Where a reward's weights come from: the package, the disk, or the hub; and whether they are all there."""
+"""Locate and read a reward's weights: in this package, on disk or on the hub; check that they are complete."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ FOLDER_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
 
 
 def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES) -> Path:
-    """The folder of a model: embedded in this package by name, on disk by path, or fetched from the hub by id.
+    """Return the folder of a model.
 
-    `option` is what the user would set to point elsewhere; it is named in the message of the DraftuneError that is
-    raised when there is no such folder and no network to fetch it.
+    Args:
+        model: The name of a model in this package, a path, or a hub id, which is downloaded.
+        option: The option that the user would change, for error messages.
+        patterns: The files to download from the hub.
+
+    Raises:
+        DraftuneError: if there is no such folder, or it can't be downloaded.
     """
     if model in EMBEDDED:
         return EMBEDDED[model]
@@ -42,43 +47,54 @@ def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES)
 
 
 def find_network(model: str, option: str, tokenizer: bool = True) -> Path:
-    """The folder of a transformers model: its config, its weights as safetensors and, where wanted, its tokenizer."""
+    """Return the folder of a transformers model with config, safetensors weights and, by default, a tokenizer.
+
+    Arguments and errors are those of `find_folder`.
+    """
     folder = find_folder(model, option)
     if is_hub_id(model) and folder != user_path(model) and not any(folder.glob("*.safetensors")):
-        # What was fetched before, for its tokenizer perhaps, is not all of it.
+        # The download cache may have only some files of it, such as the tokenizer.
         raise unreachable(model, option)
     if not (folder / "config.json").is_file():
         raise DraftuneError(f"{model!r} is not the folder of a transformers model: it has no config.json ({option})")
     if not any(folder.glob("*.safetensors")):
-        raise DraftuneError(f"{model!r} holds no .safetensors file; other formats are not read ({option})")
+        raise DraftuneError(f"{model!r} has no .safetensors file; other formats are not read ({option})")
     if tokenizer:
         has_tokenizer(folder, model, option)
     return folder
 
 
 def find_tokenizer(model: str, option: str) -> Path:
-    """The folder of a tokenizer; of a model on the hub, the tokenizer's files alone are fetched."""
+    """Return the folder of a tokenizer; from the hub, only the tokenizer's files are downloaded."""
     folder = find_folder(model, option, ["*token*", "vocab*", "merges.txt", "*.model", "config.json"])
     return has_tokenizer(folder, model, option)
 
 
 def has_tokenizer(folder: Path, model: str, option: str) -> Path:
+    """Return the folder. Raises DraftuneError if it has no tokenizer."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise DraftuneError(f"{model!r} has no tokenizer: one of {', '.join(TOKENIZER_FILES)} is wanted ({option})")
+        raise DraftuneError(f"{model!r} has no tokenizer: it needs one of {', '.join(TOKENIZER_FILES)} ({option})")
     return folder
 
 
 def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = None, url: str = "") -> Path:
-    """A weights file on disk or, where `source` is the name of one in `hub` (id, file name), fetched from there.
+    """Return the path of a weights file.
 
-    Raises DraftuneError that says what to download, from where, and that `option` takes its path.
+    Args:
+        source: A path, or the file name in `hub`, which is then downloaded.
+        option: The option that takes the path, for error messages.
+        hub: The hub id and the file's name there.
+        url: Where the file can be downloaded by hand.
+
+    Raises:
+        DraftuneError: if there is no such file; the message says what to download.
     """
     path = user_path(source)
     if path.is_file():
         return path
     if hub is None or str(source) != hub[1]:
-        have = f": download {url}, where there is a network," if url else f": {option} takes the path of the file"
-        raise DraftuneError(f"no weights at {str(source)!r}{have}" + (f" and give its path to {option}" if url else ""))
+        advice = f"download {url} and give its path to {option}" if url else f"{option} takes the path of the file"
+        raise DraftuneError(f"no weights at {str(source)!r}: {advice}")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -88,9 +104,10 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pt, .pth or .bin file that holds nothing but tensors.
+    """Read the tensors of a .safetensors file, or of a .pt, .pth or .bin file that has nothing but tensors.
 
-    torch's weights-only loading refuses every file that would run code. Raises DraftuneError for anything else.
+    Raises:
+        DraftuneError: for any other file. torch's weights-only loading refuses files that would run code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -101,39 +118,40 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         if out_of_memory(error):
             raise
-        # Of a damaged pickle, nearly every kind of exception can come.
+        # A damaged pickle can raise nearly any exception.
         kind = "safetensors" if path.suffix == ".safetensors" else "weights"
         raise DraftuneError(
-            f"{str(path)!r} is not a readable {kind} file: a web page, half a download, or something that holds code? "
-            f"Nothing in it was run ({first_line(error)})"
+            f"{str(path)!r} is not a readable {kind} file: it may be a web page, incomplete, or contain code. "
+            f"No code in it was run ({first_line(error)})"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(
         isinstance(k, str) and isinstance(t, Tensor) for k, t in content.items()
     ):
-        raise DraftuneError(f"{str(path)!r} holds no table of tensors")
+        raise DraftuneError(f"{str(path)!r} has no table of tensors")
     return content
 
 
 class KeyMap:
-    """A documented map from the tensors' names in a transformers network to those in a published file.
+    """Maps the names of tensors in a transformers network to those in a published file.
 
-    Rules are (pattern of our name, published name, operation), tried in their order; what a pattern captures stands in
-    the published name as \\1, \\2. Operations: "" as it is, "transposed", or "1/3" for the first third of the rows.
+    Rules are (pattern of the network's name, published name, operation); the first that matches applies. Groups of the
+    pattern are \\1, \\2 in the published name. Operations: "" for none, "transposed", or "1/3" for the first third of
+    the rows.
     """
 
     def __init__(self, *rules: tuple[str, str, str]) -> None:
         self.rules = [(re.compile(pattern), published, operation) for pattern, published, operation in rules]
 
     def find(self, name: str) -> tuple[str, str]:
-        """The published name of one of our tensors, and the operation that makes it ours."""
+        """Return the published name of a network's tensor, and the operation that converts it. Raises KeyError."""
         for pattern, published, operation in self.rules:
             if match := pattern.fullmatch(name):
                 return match.expand(published), operation
         raise KeyError(name)
 
     def layout(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the published file whose tensors fill this network."""
+        """Return the names and shapes of the tensors that a published file must have for this network."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in network.state_dict().items():
             published, operation = self.find(name)
@@ -148,17 +166,23 @@ class KeyMap:
     def read(
         self, network: nn.Module, tensors: Mapping[str, Tensor], source: Path, unused: str = r"(?!)"
     ) -> dict[str, Tensor]:
-        """The network's own tensors by their names in it, from those of a published file.
+        """Convert the tensors of a published file to the network's state dict.
 
-        `unused`: a pattern of the names of tensors that the file may have and the network does not need. Raises
-        DraftuneError that names a tensor that is missing, extra or of another shape.
+        Args:
+            network: The network, on any device; only names and shapes are used.
+            tensors: The published tensors by name.
+            source: The file, for error messages.
+            unused: Pattern of names that the file may have and the network does not need.
+
+        Raises:
+            DraftuneError: for a tensor that is missing, extra or of another shape.
         """
-        kept = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
-        check_layout(self.layout(network), kept, source)
+        used = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
+        check_layout(self.layout(network), used, source)
         state = {}
         for name in network.state_dict():
             published, operation = self.find(name)
-            tensor = kept[published]
+            tensor = used[published]
             if operation == "transposed":
                 tensor = tensor.T
             elif operation:
@@ -168,18 +192,18 @@ class KeyMap:
         return state
 
 
-def check_layout(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], source: Path) -> None:
-    """Raises DraftuneError that names the first tensor that is missing, extra or of another shape."""
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+def check_layout(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Check names and shapes. Raises DraftuneError that names a tensor that is missing, extra or of another shape."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     problem = ""
     if missing:
         problem = f"lacks {len(missing)} tensors, such as {missing[0]!r}"
     elif extra:
-        problem = f"has {len(extra)} tensors too many, such as {extra[0]!r}"
+        problem = f"has {len(extra)} unexpected tensors, such as {extra[0]!r}"
     else:
-        for name, shape in wanted.items():
-            if tuple(found[name].shape) != tuple(shape):
-                problem = f"holds {name!r} of shape {tuple(found[name].shape)} where {tuple(shape)} is wanted"
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != tuple(shape):
+                problem = f"has {name!r} of shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
                 break
     if problem:
-        raise DraftuneError(f"{str(source)!r} holds other weights than the ones wanted here: it {problem}")
+        raise DraftuneError(f"{str(source)!r} has other weights than this network: it {problem}")

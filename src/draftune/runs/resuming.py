@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.registry.custom import defined, is_custom
-from draftune.registry.expression import Call, Sum, Value, parse, signature_of
+from draftune.registry.expression import Call, Sum, Value, parse
+from draftune.registry.factories import is_in_file, load_from_file, signature_of
 from draftune.runs.fingerprint import Source, find_source
 from draftune.settings import Settings
 
@@ -34,8 +34,6 @@ COMPUTED = (
     "model",
     "reward",
     "normalize_reward",
-    "smoothing",
-    "smoothing_power",
     "method",
     "prompts",
     "retain_prompts",
@@ -176,7 +174,7 @@ class RunIdentity:
             )
         if isinstance(now, Call) and isinstance(was, Call):
             (file, _, name), (other, _, second) = now.name.rpartition(":"), was.name.rpartition(":")
-            custom = is_custom(now.name) and is_custom(was.name)
+            custom = is_in_file(now.name) and is_in_file(was.name)
             called = name == second and self.same_value(file, other, earlier) if custom else now.name == was.name
             # The file of the earlier run may no longer exist, so its defaults are not looked up.
             default = defaults(now, kind)
@@ -226,7 +224,7 @@ def defaults(call: Call, kind: str) -> dict[str, Value]:
     if (kind, call.name) == ("optimizer", "adamw"):
         return {}  # its arguments are settings of the run
     try:
-        factory = defined(call.name, kind) if is_custom(call.name) else tables()[kind].get(call.name)
+        factory = load_from_file(call.name, kind) if is_in_file(call.name) else tables()[kind].get(call.name)
         parameters = signature_of(factory).parameters.values() if factory is not None else ()
     except (DraftuneError, TypeError, ValueError):
         return {}
@@ -253,11 +251,11 @@ def paths_in(tree: Tree, kind: str) -> Iterator[str]:
         for _, call in tree.terms:
             yield from paths_in(call, kind)
     elif isinstance(tree, Call):
-        if is_custom(tree.name):
+        if is_in_file(tree.name):
             yield tree.name.rpartition(":")[0]
         for key, value in (defaults(tree, kind) | tree.settings).items():
             # Any text with a file ending may be a path for user code.
-            is_path = key in PATHS or (is_custom(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
+            is_path = key in PATHS or (is_in_file(tree.name) and isinstance(value, str) and bool(Path(value).suffix))
             if isinstance(value, str) and is_path:
                 yield value
         yield from paths_in(tree.inner, kind)

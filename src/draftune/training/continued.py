@@ -14,7 +14,8 @@ from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.lora import base_model, lora_file, saved_grid
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import check_prompts, taught
+from draftune.rewards.base import check_prompts
+from draftune.rewards.online import taught
 from draftune.runs.checkpoint import checksum
 from draftune.runs.fingerprint import same_source
 from draftune.runs.run_dir import run_settings

@@ -11,8 +11,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from draftune.errors import DraftuneError, require
 from draftune.methods import Method
-from draftune.registry.expression import Call, Value, parse
-from draftune.registry.factories import found, inner_call, made
+from draftune.registry.expression import Call, Value, with_defaults
+from draftune.registry.factories import bind, build, find_factory, parse_call
 from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.settings import Settings
 
@@ -73,41 +73,28 @@ def make_optimizer(
     Raises:
         DraftuneError: the name or a setting is unknown, or the factory fails.
     """
-
-    def build(call: Call) -> Optimizer:
-        factory = found(call.name, "optimizer", optimizers())
-        call = Call(call.name, {**(defaults or {}).get(call.name, {}), **call.settings}, call.inner)
-        inner = inner_call(call, factory, Optimizer, "optimizer", "adamw")
-        arguments: tuple[Any, ...] = (build(inner),) if inner else (list(params), lr)
-        return made(call, factory, Optimizer, "optimizer", "torch.optim.Optimizer", *arguments)
-
-    return build(single_call(text, "optimizer"))
+    call = with_defaults(parse_call(text, "optimizer", "adamw"), defaults or {})
+    assert isinstance(call, Call)
+    return build(call, "optimizer", optimizers(), Optimizer, list(params), lr)
 
 
 def make_filter(text: str) -> Filter:
-    """Build a gradient filter from an expression such as "channel-mean(weight=2)".
+    """Build a gradient filter from an expression such as "channel_mean(weight=2)".
 
     Raises:
         DraftuneError: the name or a setting is unknown.
     """
-    call = single_call(text, "gradient filter")
-    factory = found(call.name, "gradient filter", gradient_filters())
+    call = parse_call(text, "gradient filter", "channel_mean(weight=2)")
     if call.inner is not None:
         raise DraftuneError(f"{call.name} takes settings such as key=value, not {str(call.inner)!r}")
+    factory = find_factory(call.name, "gradient filter", gradient_filters())
+    settings = bind(call, "gradient filter", factory, 1)
 
     def filtered(gradient: Tensor) -> Tensor:
-        return call.apply(factory, "gradient filter", gradient)
+        return factory(gradient, **settings)
 
     filtered(torch.zeros(2, 1))  # reports invalid settings before training
     return filtered
-
-
-def single_call(text: str, kind: str) -> Call:
-    """Parse one name with its settings. Raises DraftuneError for a sum."""
-    tree = parse(text)
-    if not isinstance(tree, Call):
-        raise DraftuneError(f"{kind} must be one name with its settings, not {text!r}")
-    return tree
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

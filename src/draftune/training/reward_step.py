@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.experimental.threshold_smoothing import smoothed, width_at
-from draftune.rewards.base import extra_queries, learn_all, learners
 from draftune.rewards.chunked import at_once
+from draftune.rewards.latent import parts_of
+from draftune.rewards.online import extra_queries, learn_all, learners
 from draftune.training.context import TrainContext
 from draftune.training.data import Drawn
 
@@ -46,21 +46,13 @@ class Scorer:
         pictures: list[Tensor] = []
         totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
-        width, before = width_at(step, s.smoothing, s.smoothing_power), extra_queries(reward)
-        # What is logged has hard thresholds.
-        first = batch.reward is None
-        hard = width > 0 and first
+        before, first = extra_queries(reward), batch.reward is None
 
         def scored(latents: Tensor, some: slice) -> Tensor:
-            with smoothed(width):
-                score, found, shown = reward.parts_of(latents, model.decode, prompts[some])
-            total = score
-            if hard:
-                with torch.no_grad():
-                    total, found = reward.parts(shown, prompts[some])
-            pictures.append(shown)
-            totals.append(total.detach())
-            for label, values in found.items():
+            score, terms, images = parts_of(reward, latents, model.decode, prompts[some])
+            pictures.append(images)
+            totals.append(score.detach())
+            for label, values in terms.items():
                 parts.setdefault(label, []).append(values)
             return score
 
@@ -69,7 +61,7 @@ class Scorer:
             own = at_once(scored, clean, s.reward_batch_size, scaler.get_scale() if scaler else 1.0)
         total = processes.gather(torch.cat(totals))
         more = processes.gather(torch.tensor([extra_queries(reward) - before])).sum()
-        self.queries += len(batch.prompts) * (2 if hard else 1) + int(more)
+        self.queries += len(batch.prompts) + int(more)
         finite = bool(total.isfinite().all())
         if first or not finite:
             batch.pictures, batch.reward = torch.cat(pictures), total

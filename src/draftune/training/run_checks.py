@@ -8,7 +8,6 @@ from itertools import cycle, islice
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import score_batches
 from draftune.evaluation.reward_check import probe_reward, tell_truncated
-from draftune.experimental.threshold_smoothing import smoothed
 from draftune.models.tiny_decoder import check_likeness
 from draftune.rewards.base import check_prompts
 from draftune.runs.checkpoint import undisturbed
@@ -56,8 +55,7 @@ class RunChecks:
         with c.processes.together():
             if c.model.small_decoder is not None:
                 check_likeness(c.model, self.prompts, c.schedule, s.guidance_scale, s.negative_prompt)
-            with smoothed(self.context.settings.smoothing):
-                report = probe_reward(c.reward, self.base_images.to(device), self.prompts, c.method.needs_gradient)
+            report = probe_reward(c.reward, self.base_images.to(device), self.prompts, c.method.needs_gradient)
             if c.held_out is not None:
                 evaluated = list(islice(cycle(c.eval_prompts or self.prompts), 2))
                 score_batches(c.held_out, self.base_images, evaluated, device)

@@ -21,7 +21,7 @@ from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import Reward, find_reward
-from draftune.rewards.base import taught
+from draftune.rewards.online import taught
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
@@ -172,8 +172,6 @@ def check_method(settings: Settings, method: Method) -> None:
         )
     if s.gradient_decoder and not method.needs_gradient:
         raise DraftuneError(f"{name} uses no gradient of the reward: leave out gradient_decoder")
-    if s.smoothing and not method.needs_gradient:
-        raise DraftuneError(f"the method {settings.method!r} takes no gradient of the reward: no smoothing")
 
 
 def check_columns(columns: dict[str, float], reward: Reward, held_out: Reward | None, past: Past | None) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.rewards import WeightedSum
-from draftune.rewards.base import carried
+from draftune.rewards.online import carried
 from draftune.runs.checkpoint import load_optimizer, optimizer_tensors
 from draftune.runs.resuming import COMPUTED
 from draftune.training.data import read_starts, starts_state
 from draftune.training.step import Updates
 
-METHOD_STATE = {"model", "reward", "normalize_reward", "smoothing", "smoothing_power", "method", "height", "width"}
+METHOD_STATE = {"model", "reward", "normalize_reward", "method", "height", "width"}
 METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
 """Settings that a method's state depends on: statistics of the reward, value networks of the sampling steps."""
 

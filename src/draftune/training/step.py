@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from draftune.errors import DraftuneError
-from draftune.experimental.threshold_smoothing import width_at
 from draftune.lora import lora_parameters
 from draftune.methods import Batch
-from draftune.rewards.base import carried
+from draftune.rewards.base import begin_step
+from draftune.rewards.online import carried
 from draftune.sampling.sampler import Latents
 from draftune.training.checks import GradientAudit
 from draftune.training.context import TrainContext
@@ -89,6 +89,7 @@ class Updates:
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        begin_step(self.context.reward, step)
         self.draw_starts()
         drawn: list[Drawn] = []
         self.norms = []
@@ -246,8 +247,6 @@ class Updates:
         }
         if self.noise is not None:
             row["signal_to_noise"] = self.noise.ratio
-        if s.smoothing:
-            row["smoothing"] = width_at(step, s.smoothing, s.smoothing_power)
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:

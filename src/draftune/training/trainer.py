@@ -16,9 +16,9 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.evaluation.metrics import Comparison
 from draftune.lora import save_lora
 from draftune.methods import Method
-from draftune.registry.custom import where
+from draftune.registry.factories import error_text
 from draftune.rewards import Reward
-from draftune.rewards.base import carried
+from draftune.rewards.online import carried
 from draftune.runs.checkpoint import KEPT, checkpoints, load_random_state, random_state, read_state, read_tensors
 from draftune.runs.environment import environment
 from draftune.runs.logs import EVALUATIONS, METRICS
@@ -70,7 +70,7 @@ class Trainer:
         model: Name, folder or hub id of the base model, a diffusers pipeline, or a loaded `Model`.
         reward: An expression, a `Reward`, or a function of (images [B, 3, H, W], prompts) that returns B numbers.
         prompts: A named set, a file, or a list of prompts.
-        method: An expression such as "draft-k(k=10)", or a `Method`.
+        method: An expression such as "draft_k(k=10)", or a `Method`.
         held_out: Evaluation rewards, which are measured and not trained on.
         settings: All settings; `values` are applied on top of them.
         callbacks: Objects whose methods are called during training.
@@ -296,4 +296,5 @@ class Trainer:
             except Exception as error:
                 if out_of_memory(error):
                     raise
-                raise DraftuneError(f"callback {type(callback).__name__}.{event} failed: {where(error)}") from error
+                name = f"callback {type(callback).__name__}.{event}"
+                raise DraftuneError(f"{name} failed: {error_text(error)}") from error

@@ -25,9 +25,9 @@ __all__ = [
     "channel_sobolev_mean",
 ]
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"step-tuned-sgd": StepTunedSGD, "extrapolate": Extrapolate}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"step_tuned_sgd": StepTunedSGD, "extrapolate": Extrapolate}
 FILTERS: dict[str, Callable[..., Tensor]] = {
-    "channel-mean": channel_mean,
-    "channel-sobolev": channel_sobolev,
-    "channel-sobolev-mean": channel_sobolev_mean,
+    "channel_mean": channel_mean,
+    "channel_sobolev": channel_sobolev,
+    "channel_sobolev_mean": channel_sobolev_mean,
 }

@@ -30,7 +30,7 @@ def channel_mean(gradient: Tensor, weight: float = 2.0) -> Tensor:
     Args:
         weight: Above 0. Default: 2. 1 changes nothing.
     """
-    positive("channel-mean", "weight", weight)
+    positive("channel_mean", "weight", weight)
     mean = gradient.mean(0, keepdim=True)
     return mean + (gradient - mean) / weight
 
@@ -46,7 +46,7 @@ def channel_sobolev(gradient: Tensor, width: float = 2.0) -> Tensor:
     Args:
         width: Smoothing width in channels, above 0. Default: 2.
     """
-    positive("channel-sobolev", "width", width)
+    positive("channel_sobolev", "width", width)
     weight = (width / len(gradient)) ** 2
     return multiplied(gradient, 1 / (1 + weight * frequencies(gradient)))
 
@@ -60,7 +60,7 @@ def channel_sobolev_mean(gradient: Tensor, weight: float = 1 / (4 * math.pi**2))
     Args:
         weight: Above 0. Default: 1 / (4 pi^2), which multiplies frequency m by 1 / m^2.
     """
-    positive("channel-sobolev-mean", "weight", weight)
+    positive("channel_sobolev_mean", "weight", weight)
     squares = frequencies(gradient)
     squares[0] = 1 / weight
     return multiplied(gradient, 1 / (weight * squares))

@@ -40,11 +40,11 @@ class StepTunedSGD(Evaluating):
         delta: float = 0.001,
     ) -> None:
         if not 0 < low <= high < math.inf:
-            raise DraftuneError(f"step-tuned-sgd needs 0 < low <= high, got low={low}, high={high}")
+            raise DraftuneError(f"step_tuned_sgd needs 0 < low <= high, got low={low}, high={high}")
         if not 0 <= beta < 1:
-            raise DraftuneError(f"step-tuned-sgd: beta must be at least 0 and below 1, got {beta}")
+            raise DraftuneError(f"step_tuned_sgd: beta must be at least 0 and below 1, got {beta}")
         if not (nu > 0 and -0.5 <= delta < math.inf):
-            raise DraftuneError(f"step-tuned-sgd needs nu > 0 and delta >= -0.5, got nu={nu}, delta={delta}")
+            raise DraftuneError(f"step_tuned_sgd needs nu > 0 and delta >= -0.5, got nu={nu}, delta={delta}")
         super().__init__(params, {"lr": lr})
         self.nu, self.beta, self.low, self.high, self.delta = nu, beta, low, high, delta
 
