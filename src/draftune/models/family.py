@@ -59,14 +59,30 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
-        """Encode the prompts into the condition that `predict` takes; with `guided`, the negative prompt's part first.
+        """Encode the prompts, without gradient.
 
-        Runs without gradient.
+        Args:
+            prompts: One for each latent.
+            negative_prompt: The same for all latents.
+            guided: Whether guidance is used. The condition then has twice as many rows, the negative ones first.
+
+        Returns:
+            The condition that `predict` takes.
         """
 
     @abstractmethod
     def predict(self, x: Tensor, timestep: float, condition: Any, guidance_scale: float) -> Tensor:
-        """Return the denoiser's output with guidance, `[B, C, H, W]`, for the noisy latents `x` of the same shape."""
+        """Call the denoiser with guidance.
+
+        Args:
+            x: Noisy latents, `[B, C, H, W]`.
+            timestep: In units of training steps.
+            condition: The result of `encode`.
+            guidance_scale: The scale of classifier-free guidance, or an input of models with distilled guidance.
+
+        Returns:
+            The output of the schedule's prediction type, `[B, C, H, W]`.
+        """
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, nominally in [0, 1]."""
@@ -101,7 +117,7 @@ class Family(ABC):
         self.schedule(int(self.scheduler_config["num_train_timesteps"]))
 
     def complete_config(self) -> None:  # noqa: B027
-        """Before the pipeline is saved: add to its config what diffusers reads but does not save."""
+        """Add to the pipeline's config, before it is saved, what diffusers reads but does not save."""
 
     def unused_layers(self) -> frozenset[str]:
         """Return the names of denoiser layers whose output never reaches the image."""
@@ -123,7 +139,7 @@ class Family(ABC):
     @property
     def parts(self) -> Sequence[nn.Module]:
         """The networks of the pipeline that sampling uses."""
-        components = [getattr(self.pipeline, name) for name in dict.fromkeys((*self.required, *self.optional))]
+        components = [getattr(self.pipeline, name, None) for name in dict.fromkeys((*self.required, *self.optional))]
         return [component for component in components if isinstance(component, nn.Module)]
 
     @property
