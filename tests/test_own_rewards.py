@@ -99,8 +99,8 @@ def test_files_that_do_not_work(file: Path, name: str, message: str) -> None:
     ("name", "message"),
     [
         ("breaks", r"'breaks' failed: IndexError: .* \(.*rewards.py, line 24\)"),
-        ("round_trip", "'round_trip' has no gradient for any of the 3 pictures: look for .*PIL"),
-        ("half", r"'half' gives no gradient to 2 of 3 pictures: picture 2 \(a dog\), 3 \(a bird\)"),
+        ("round_trip", "'round_trip' has no gradient for any of the 3 images: look for .*PIL"),
+        ("half", r"'half' gives no gradient to 2 of 3 images: image 2 \(a dog\), 3 \(a bird\)"),
     ],
 )
 def test_what_is_wrong_is_said_before_training(file: Path, name: str, message: str) -> None:
@@ -132,11 +132,11 @@ def hinge(images: Tensor, prompts: Sequence[str]) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (no_grad, "'no_grad' has no gradient for any of the 3 pictures: look for no_grad"),
+        (no_grad, "'no_grad' has no gradient for any of the 3 images: look for no_grad"),
         (through_numpy, "has no gradient for any of the 3"),
-        (argmax, "numbers with a fraction, not torch.int64: look for argmax"),
-        (rounds, r"no gradient to 3 of 3 pictures: picture 1 \(a cat\), 2 \(a dog\), 3 \(a bird\); look for rounding"),
-        (hinge, r"no gradient to 1 of 3 pictures: picture 3 \(a bird\)"),
+        (argmax, "numbers, not torch.int64: look for argmax"),
+        (rounds, r"no gradient to 3 of 3 images: image 1 \(a cat\), 2 \(a dog\), 3 \(a bird\); look for rounding"),
+        (hinge, r"no gradient to 1 of 3 images: image 3 \(a bird\)"),
     ],
 )
 def test_a_part_without_a_gradient_is_refused_beside_one_that_has_it(function: Any, message: str) -> None:

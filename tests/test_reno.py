@@ -144,7 +144,7 @@ def test_what_cannot_be_climbed_is_refused(model: StableDiffusion) -> None:
 
     cases: dict[str, Callable[..., Tensor]] = {
         "has no gradient for any": lambda images, prompts: images.detach().mean((1, 2, 3)),
-        "gives no gradient to 1 of 1 pictures": lambda images, prompts: images.round().mean((1, 2, 3)),
+        "gives no gradient to 1 of 1 images": lambda images, prompts: images.round().mean((1, 2, 3)),
         "the reward became nan at step 1": with_terms([0, 0, float("nan")]),
         "the gradient's norm became nan at step 1": broken,
     }
