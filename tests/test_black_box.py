@@ -244,7 +244,7 @@ def test_changed_pictures_keep_to_their_range() -> None:
         return images.mean((1, 2, 3))
 
     white = torch.ones(1, 3, 8, 8)
-    black = ZerothOrder(load_reward(strict), coordinates=3, size=1, basis="grid", step=0.1)
+    black = ZerothOrder(load_reward(strict), coordinates=3, size=1, basis="grid", perturbation_std=0.1)
     # Half of a central difference lies beyond white.
     assert torch.allclose(gradient(black, white), torch.full_like(white, 0.5 / 192))
 
@@ -339,7 +339,9 @@ def test_a_policy_takes_it_as_it_is(pipeline_folder: Path, tmp_path: Path) -> No
     )
     assert [row["reward_queries"] for row in run.metrics] == [2, 4]
     row = run.metrics[-1]
-    assert row["reward/zeroth_order(jpeg_file_size)"] == row["reward/jpeg_file_size"] == pytest.approx(row["reward"] / 2)
+    assert (
+        row["reward/zeroth_order(jpeg_file_size)"] == row["reward/jpeg_file_size"] == pytest.approx(row["reward"] / 2)
+    )
 
 
 def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> None:

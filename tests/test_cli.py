@@ -190,7 +190,7 @@ def test_score_shows_the_total_where_it_differs(tmp_path: Path, capsys: pytest.C
         assert main(command) == 0
         header, row = (line.split() for line in capsys.readouterr().out.splitlines())
         assert header == ["image", *columns]
-        assert [float(cell) for cell in row[1:]] == pytest.approx(values, abs=0.3 if "robust" in reward else 1e-4)
+        assert [float(cell) for cell in row[1:]] == pytest.approx(values, abs=0.3 if "sharpness" in reward else 1e-4)
         assert (tmp_path / "s.csv").read_text().splitlines()[0] == ",".join(header)
 
 
@@ -220,7 +220,7 @@ def test_mistakes_get_one_line_and_code_2(
         "unknown model 'emojy'": [*train, "--model", "emojy"],
         "could not be fetched from the hub": [*train, "--model", "someone/some-model"],
         "has no model_index.json": [*train, "--model", str(tmp_path / "folder")],
-        "did you mean 'jpeg_compressibility'": [*train, "--reward", "jpeg-compressability"],
+        "did you mean 'jpeg_compressibility'": [*train, "--reward", "jpeg_compressability"],
         "cannot read 'clip +'": [*train, "--reward", "clip +"],
         "unknown method 'drift'": [*train, "--method", "drift"],
         "k=3 is more than the 2 sampling steps": [*train, "--method", "draft_k(k=3)"],
@@ -242,8 +242,8 @@ def test_mistakes_get_one_line_and_code_2(
         "invalid choice: 'trian'": ["trian"],
         "did you mean 'rewards'": ["list", "reward"],
         "did you mean 'hpsv2'": ["list", "hpsv"],
-        "function or class of mine.py? mine.py:NAME": [*train, "--reward", "mine.py"],
-        "nested so deeply": [*train, "--reward", "sharpness_aware(" * 3000],
+        "mine.py:NAME": [*train, "--reward", "mine.py"],
+        "nested too deeply": [*train, "--reward", "sharpness_aware(" * 300],
         "cannot read the prompt file": [
             "score",
             str(tmp_path),

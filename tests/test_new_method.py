@@ -61,7 +61,7 @@ def test_mistakes_are_named(file: Path, tmp_path: Path) -> None:
         (f"{tmp_path}/other.py:Other", "makes a Other, not a Method"),
         (f"{tmp_path}/other.py:broken", r"can't be made: ValueError: no"),
         (f"{tmp_path}/none.py:Other", "no file .* with a method in it"),
-        ("kl", r"kl needs one method inside it: kl\(draft_lv\)"),
+        ("kl", r"kl needs one method inside it: kl\(draft\)"),
         ("kl(draft_lv + refl)", "needs one method inside it"),
         ("draft_k(draft_lv)", "takes settings such as key=value"),
         ("draft_lv + refl", "one name with its settings"),

@@ -80,7 +80,7 @@ def test_functions_and_classes_of_a_file(file: Path) -> None:
     [
         ("rewards.py:rde", r"unknown reward in .*rewards.py': 'rde': did you mean 'red'"),
         ("rewards.py:FACTOR", "known: Green, Plain, blind, breaks, half, red, round_trip$"),
-        ("rewards.py:red|(q=1)", "unknown setting of reward red: 'q'.*k"),
+        ("rewards.py:red|(q=1)", "setting of reward .*red: 'q'.*k"),
         ("rewards.py:Green|(power=1.5)", "power of reward .*Green must be a whole number"),
         ("rewards.py:blind", r"'blind' must take \(images, prompts\)"),
         ("nowhere.py:red", "no file .*nowhere.py"),

@@ -70,7 +70,7 @@ def test_color_is_the_distance_to_it() -> None:
     orange = Image.new("RGB", (4, 4), "orange")
     assert score("color(target=orange)", orange)[0] == pytest.approx(0, abs=1e-12)
     assert score("color(target='#000000')", Image.new("RGB", (4, 4), "white"))[0] == pytest.approx(-1)
-    with pytest.raises(DraftuneError, match="unknown colour 'oranje'"):
+    with pytest.raises(DraftuneError, match="unknown color 'oranje'"):
         load_reward("color(target=oranje)")
     with pytest.raises(DraftuneError, match="color wants target"):
         load_reward("color")

@@ -91,7 +91,7 @@ def test_files_that_are_not_a_head_are_refused(clip_folder: Path, head_file: Pat
         else:
             tensors["layers.7.weight"] = torch.zeros(2, 16)
         save_file(tensors, bad)
-    with pytest.raises(DraftuneError, match=r"not a readable safetensors|holds other weights"):
+    with pytest.raises(DraftuneError, match=r"not a readable safetensors|other weights"):
         load_reward(f"aesthetic(model='{clip_folder}', head='{bad}')")
 
 
@@ -225,7 +225,7 @@ def test_of_thin_pictures_only_the_crop_is_made() -> None:
 def test_a_list_of_prompts_is_wanted() -> None:
     reward, images = load_reward("brightness"), torch.rand(4, 3, 8, 8)
     for prompts in ("cats", ["cat"], ["cat"] * 5):
-        with pytest.raises(DraftuneError, match="a list of 4 prompts is wanted"):
+        with pytest.raises(DraftuneError, match="prompts.*list of 4"):
             reward(images, prompts)
 
 

@@ -202,7 +202,7 @@ def test_mistakes_get_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         "takes a folder": ["sweep", str(run), "--output", str(tmp_path / "file")],
         "no prompt file": ["sweep", str(run), "--prompts", str(tmp_path / "missing.txt")],
         "did you mean 'held-out/saturation'": ["sweep", str(run), "--best-by", "held-out/saturatio"],
-        "a sum of columns": ["sweep", str(run), "--best-by", "saturation(k=2)"],
+        "sum of quoted columns": ["sweep", str(run), "--best-by", "saturation(k=2)"],
         "unknown flag '--lora-scale'": ["sweep", str(run), "--lora-scale", "1"],
     }
     for message, argv in cases.items():
