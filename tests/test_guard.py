@@ -40,7 +40,7 @@ def test_the_best_is_that_of_the_rule() -> None:
         "denoiser_mse_from_base": -0.5,
     }
     for rule in ("judge(k=2)", "judge(clip)"):
-        with pytest.raises(DraftuneError, match="best_by.*sum.*columns"):
+        with pytest.raises(DraftuneError, match=r"best_by.*sum.*columns"):
             weights_of(rule)
 
 

@@ -225,7 +225,7 @@ def test_of_thin_pictures_only_the_crop_is_made() -> None:
 def test_a_list_of_prompts_is_wanted() -> None:
     reward, images = load_reward("brightness"), torch.rand(4, 3, 8, 8)
     for prompts in ("cats", ["cat"], ["cat"] * 5):
-        with pytest.raises(DraftuneError, match="prompts.*list of 4"):
+        with pytest.raises(DraftuneError, match=r"prompts.*list of 4"):
             reward(images, prompts)
 
 

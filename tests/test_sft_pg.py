@@ -438,7 +438,7 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     ):
         assert main(argv) == 2, argv
         said = capsys.readouterr().err.strip().splitlines()
-        assert "learns in training and knows nothing yet" in said[-1]
+        assert "has not learned yet" in said[-1]
 
 
 def test_the_kernel_distance_by_hand() -> None:
