@@ -551,7 +551,7 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
     ):
         with pytest.raises(DraftuneError, match=words):
             sample_guided(model, reward, "cat", **FEW)
-    with pytest.raises(DraftuneError, match="mask.*white"):
+    with pytest.raises(DraftuneError, match=r"mask.*white"):
         load_reward(f"image_match(image='{picture}', mask='{picture.parent}/white.png')")
     with pytest.raises(DraftuneError, match="did you mean 'grey'"):
         load_reward(f"image_match(image='{picture}', property=grays)")
