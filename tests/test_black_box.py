@@ -245,7 +245,7 @@ def test_changed_pictures_keep_to_their_range() -> None:
         return images.mean((1, 2, 3))
 
     white = torch.ones(1, 3, 8, 8)
-    black = ZerothOrder(load_reward(strict), coordinates=3, size=1, basis="grid", step=0.1)
+    black = ZerothOrder(load_reward(strict), coordinates=3, size=1, basis="grid", perturbation_std=0.1)
     # Half of a central difference lies beyond white.
     assert torch.allclose(gradient(black, white), torch.full_like(white, 0.5 / 192))
 

@@ -26,7 +26,7 @@ MAX_LENGTH = 10_000
 MAX_NUMBER = 1e100
 FILE = re.compile(r"""(?!-)[^\s"'()*+=,\0]+\.py:\w+""")
 """A function in a user's file, as the whole expression."""
-HYPHENS = re.compile(r"[A-Za-z_]\w*(?:-[A-Za-z_]\w*)+")
+HYPHENS = re.compile(r"(?<![\w/.-])[A-Za-z_]\w*(?:-[A-Za-z_]\w*)+(?![\w/.-])")
 FILE_HINT = '; quote a function in a file: "my.py:name"(k=3)'
 ALLOWED = "an expression has names, calls such as name(setting=1), numbers, + - * and strings in quotes"
 
@@ -153,7 +153,7 @@ class Parser:
 
 def underscore_hint(text: str) -> str:
     """Return a hint where a text has a name with hyphens, which Python reads as a difference."""
-    names = HYPHENS.findall(text)
+    names = [] if FILE.fullmatch(text.strip()) else HYPHENS.findall(re.sub(r"\"[^\"]*\"|'[^']*'", "", text))
     return f"; names have underscores: {names[0].replace('-', '_')}" if names else ""
 
 

@@ -20,6 +20,7 @@ class SharpnessAware(Reward):
     Example: `sharpness_aware(clip + 0.1*aesthetic, rho=0.02)`. `rho`: the L2 norm of the change over all values of an
     image in [0, 1]. The perturbation is a constant in the backward pass. Cost: twice that of the wrapped reward. For
     images of 512 pixels, 0.01 is less than what rounding to 8 bits changes, and 0.1 or more has more effect.
+    Over-optimized: as the wrapped reward, except at maxima narrower than rho.
     Source: RSA-FT (Kim and Sim, arXiv:2603.21175), whose rho of 0.01 is the default. Their code was not available, so
     the space of their rho is not known; here it is pixel space.
     """
