@@ -10,7 +10,7 @@ from draftune.cli.common import Command
 from draftune.presets import config_path
 from draftune.recommended import PAPER
 from draftune.settings import Settings, kind, read_yaml
-from draftune.utils.processes import leave
+from draftune.utils.processes import launched, leave
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +41,13 @@ def run(args: argparse.Namespace) -> None:
     from draftune.training import train
 
     made = train(settings=settings)
-    if leave() != 0:
-        return  # the main process says it
-    if made.comparison:
-        count = len(made.comparison.prompts)
-        print(f"\nbase → tuned, {count} pictures of {len(set(made.comparison.prompts))} prompts, the same seeds")
-        print(made.comparison.table())
-    print(f"\npictures  {made.folder / 'before_after.png'}\nLoRA      {made.folder / 'lora'}")
+    if launched()[0] == 0:
+        if made.comparison:
+            count = len(made.comparison.prompts)
+            print(f"\nbase → tuned, {count} pictures of {len(set(made.comparison.prompts))} prompts, the same seeds")
+            print(made.comparison.table())
+        print(f"\npictures  {made.folder / 'before_after.png'}\nLoRA      {made.folder / 'lora'}")
+    leave()
 
 
 COMMAND = Command(

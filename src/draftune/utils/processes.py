@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -37,13 +38,24 @@ class SaidByMainError(DraftuneError):
     """A mistake that the main process has too, and says."""
 
 
-def leave() -> int:
-    """Ends what the processes of a launcher share, after the work; which of them this one was."""
+def leave() -> None:
+    """End the process group of a launcher. Call it last: the process will exit with code 0.
+
+    A thread of gloo that frees a tensor while Python shuts down aborts the process with "terminate called without an
+    active exception", and the launcher then kills the other processes. So the process exits before Python shuts down.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-    return launched()[0]
+        atexit.register(exit_at_once)
+
+
+def exit_at_once() -> None:
+    """Exit without the shutdown of Python, with all output written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def to_say(error: DraftuneError) -> str | None:
