@@ -109,7 +109,7 @@ def words(m: Making) -> Bad:
     flag = m.any("--lerning-rate", "--outptu", "--h", "--Output", "--no-resum", "--\u00fcber", "--", "-x", "--\x1b[31m")
     if flag == "--":
         rest = [] if m.command == "mix" else ["a", "--b", "c", "d"]
-        return Bad([m.command, "--", *rest], [m.command, "'a'"])
+        return Bad([m.command, "--", *rest], [m.command, "'a'", "--b", "'--'"])
     if m.random.random() < 0.3 and m.command not in (*TRAINING, "reproduce", "list", "env"):
         return Bad([m.command], [m.command])
     if m.random.random() < 0.2:
