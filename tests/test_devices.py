@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -35,14 +34,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
 
 
 def launched(*command: str, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
-    made = subprocess.run(
+    return subprocess.run(
         [*launcher, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
     )
-    # A thread of torch's launcher that is inside C++ when its Python ends aborts the launcher, now and then on a busy
-    # machine. Its processes have ended by then, and one that fails gives another exit code, 1.
-    if made.returncode == -signal.SIGABRT and "terminate called without an active exception" in made.stderr:
-        made.returncode = 0
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def words(m: Making) -> Bad:
     flag = m.any("--lerning-rate", "--outptu", "--h", "--Output", "--no-resum", "--\u00fcber", "--", "-x", "--\x1b[31m")
     if flag == "--":
         rest = [] if m.command == "merge" else ["a", "--b", "c", "d"]
-        return Bad([*m.command.split(), "--", *rest], [m.command, "'a'"])
+        return Bad([*m.command.split(), "--", *rest], [m.command, "'a'", "--b", "'--'"])
     if m.random.random() < 0.3 and m.command not in (*TRAINING, "list", "env"):
         return Bad(m.command.split(), [m.command])
     if m.random.random() < 0.2:

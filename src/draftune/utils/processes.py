@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -29,13 +30,24 @@ class SaidByMainError(DraftuneError):
     """An error that process 0 raises and prints too."""
 
 
-def leave() -> int:
-    """Destroy the process group after the work, and return the rank of this process."""
+def leave() -> None:
+    """End the process group of a launcher. Call it last: the process will exit with code 0.
+
+    A thread of gloo that frees a tensor while Python shuts down aborts the process with "terminate called without an
+    active exception", and the launcher then kills the other processes. So the process exits before Python shuts down.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-    return launched()[0]
+        atexit.register(exit_at_once)
+
+
+def exit_at_once() -> None:
+    """Exit without the shutdown of Python, with all output written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def to_say(error: DraftuneError) -> str | None:
