@@ -37,12 +37,11 @@ NAMES = {
     "held-out/diversity": "diversity within a prompt",
 }
 OVERVIEW = ("emoji-aesthetic", "color", "symmetry", "jpeg-compressibility", "jpeg-incompressibility", "classify")
-HEAD = """# What the rewards do
+HEAD = """# What each reward does
 
-Each is one command on the embedded model: prompts of the set `emoji`, pictures of the 64 names of `emoji-common`, none
-of which was trained on, the same seeds before and after. The last rows are measured on the pictures as they are saved,
-by code that the reward does not share. Made by `python benchmarks/gallery.py` on 2 CPU cores with torch 2.13.0. What
-each reward is: [rewards.md](rewards.md).
+Each section is one command on the embedded model. Training uses the prompts of the set `emoji`. Images show the 64
+names of `emoji-common`, which are not trained on, with the same seeds before and after. The last rows measure the saved
+images by code that the reward does not share. Made by `python benchmarks/gallery.py` on 2 CPU cores with torch 2.13.0.
 """
 Measure = Callable[[Sequence[Image.Image]], float]
 
@@ -103,61 +102,62 @@ EXPERIMENTS = [
         "jpeg-compressibility",
         "--reward jpeg-compressibility",
         SIZE,
-        "Smooth pictures: spots, toppings and faces go first. Trained on, the background and then the subject follow.",
+        "Smooth images: spots, toppings and faces disappear first, with longer training the background and the "
+        "subject.",
     ),
     Experiment(
         "jpeg-incompressibility",
         "--reward jpeg-incompressibility",
         SIZE,
-        "Busy pictures: outlines, gaps, specks. It ends in noise.",
+        "Detailed images: outlines, gaps, specks. With longer training, noise.",
     ),
     Experiment(
         "symmetry",
         f"--reward symmetry {LAYOUT}",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
-        "Left and right alike: what has a front turns to show it, and what is only drawn from the side loses its "
-        "shape. The reward is about layout, so the gradient runs through ten steps. With `--method 'draft-k(k=1)'` it "
-        "rises as well, to 0.907, but by blurring what is not alike: the judge names 0.594; with `'drtune(k=5, m=5)'` "
-        "0.874 and 0.758.",
+        "Objects turn to the front, and objects shown from the side lose their shape. The reward is about layout, so "
+        "the gradient flows through ten steps. With `--method 'draft-k(k=1)'` the reward rises to 0.907, but through "
+        "blurring: the judge recognizes 0.594 of the images. With `'drtune(k=5, m=5)'` the values are 0.874 and "
+        "0.758.",
     ),
     Experiment(
         "rotation",
         f"--reward rotation {LAYOUT}",
         {"difference from itself upside down, levels of 255": difference(lambda p: p.rotate(180))},
-        "Alike when turned by 180 degrees: rounder shapes of one colour, on the way to a blot.",
+        "Rounder shapes of one color.",
     ),
     Experiment(
         "color",
         "--reward 'color(target=orange)'",
         {"share of orange pixels": share_of_hue("orange")},
-        "Everything orange, and soon nothing but orange.",
+        "Everything becomes orange, and objects disappear.",
     ),
     Experiment(
         "classify",
         "--reward 'classify(target=902)' --learning-rate 2e-3 --steps 120",
         {"share that the classifier calls a whistle (902) first": top1(902)},
-        "Adversarial examples: EfficientNet-Lite0, with its real weights, takes half of the pictures for a whistle, "
-        "and there is none in them.",
+        "Adversarial examples: EfficientNet-Lite0, with its published weights, classifies half of the images as a "
+        "whistle, although none shows one.",
     ),
     Experiment(
         "emoji-aesthetic",
         "--reward emoji-aesthetic",
         {},
-        "The run of `make demo`: glossy 3D emoji. The judge that says so was not trained against.",
+        "Glossy 3D emoji, according to a judge that is not trained against.",
     ),
     Experiment(
         "emoji-clip",
         "--reward emoji-clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
         {},
-        "Without guidance the base model misses most of the rare names. Trained on the cosine of picture and prompt, "
-        "it draws more of them so that the judge can name them; to the eye they stay rough. (Here the pictures are of "
-        "the training's own 635 prompts, of which 480 came up once.)",
+        "Without guidance the judge recognizes few of the base model's images of rare names. Training on the cosine "
+        "of image and prompt raises that share; the images remain rough. (These images show the 635 training prompts, "
+        "of which 480 were used once.)",
     ),
     Experiment(
         "sum",
         "--reward 'emoji-aesthetic + 0.03*jpeg-compressibility'",
         SIZE,
-        "A sum of two: the gloss without the detail. Each part is logged apart.",
+        "A sum of two rewards: gloss without detail. Each part is logged separately.",
     ),
 ]
 
@@ -205,7 +205,7 @@ def section(experiment: Experiment) -> str:
 draftune train {experiment.flags} --output runs/{experiment.name}
 ```
 
-| {result["pictures"]} pictures | before | after |
+| {result["pictures"]} images | before | after |
 |---|---|---|
 {rows}
 """
