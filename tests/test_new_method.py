@@ -1,4 +1,4 @@
-"""The method that docs/new-method.md writes, run as it stands there."""
+"""The method that docs/how-to/add-a-method.md writes, run as it stands there."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from draftune.errors import DraftuneError
 from draftune.methods import DraftK, load_method
 from draftune.sampling.schedule import Prediction, Step
 
-PAGE = Path(__file__).parent.parent / "docs" / "new-method.md"
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-method.md"
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```python title=\"fading.py\"\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(block.splitlines()) <= 30
     path = tmp_path / "fading.py"
     path.write_text(block)

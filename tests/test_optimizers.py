@@ -573,7 +573,7 @@ def test_an_optimiser_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_they_are_listed_and_have_a_page(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "experimental" / "optimizers.md").read_text()
     for what, table in (("optimizers", OPTIMIZERS), ("filters", FILTERS)):
         assert main(["list", what]) == 0
         printed = capsys.readouterr().out

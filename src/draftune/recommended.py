@@ -24,7 +24,7 @@ PAPER: dict[str, Any] = {
     "steps": 2000,
     # Steps and guidance are those of the model's family, in published.py.
     **PUBLISHED["stable-diffusion"]._asdict(),
-    # The paper does not say; see docs/grid.md for the measurement.
+    # The paper does not say; see docs/explanation/last-step.md for the measurement.
     "timestep_spacing": "trailing",
     "prefix_reuse": 1,
     "learning_rate": 4e-4,
@@ -34,7 +34,7 @@ PAPER: dict[str, Any] = {
 EMOJI: dict[str, Any] = {
     "reward": "emoji-aesthetic",
     # LV's copies did not make it learn sooner (RESULTS.md), and updates can share the steps before the last one
-    # (docs/speed.md); another method has prefix_reuse 1.
+    # (docs/how-to/make-it-faster.md); another method has prefix_reuse 1.
     "method": "draft-k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",

@@ -100,7 +100,7 @@ class Model(ABC):
         self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
-            # Convolutions are faster with channels last (docs/speed.md).
+            # Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
             part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         let_adapt(self.denoiser)
         self.set_checkpointing("calls")
