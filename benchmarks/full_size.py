@@ -8,7 +8,7 @@
 Every setting of `draftune train` can be given. `real` makes updates by draftune's own trainer. `count` gives the same
 trainer fake tensors, which have shapes and no numbers: the same operations are called and their results added up while
 they are alive, but nothing is computed, so that a cell takes seconds. Memory is counted in both as `draftune preflight`
-counts it on a CPU. `table` counts the cells of docs/explanation/memory-and-time.md, `presets` those that draftune ships.
+counts it on a CPU. `table` counts the cells of docs/explanation/memory-and-time.md, `presets` the presets of draftune.
 """
 
 from __future__ import annotations

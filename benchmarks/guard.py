@@ -1,4 +1,4 @@
-"""The figure of docs/tutorials/over-optimization.md, of a finished run: its evaluations, and pictures at the start, at the best and the end.
+"""The figure of docs/guard.png, of a finished run: its evaluations, and pictures at the start, at the best and the end.
 
 draftune train --steps 200 --eval-every 10 --patience 3 --sample-every 10 --output runs/guarded
 python benchmarks/guard.py runs/guarded docs/guard.png
