@@ -100,7 +100,7 @@ def cell(text: str) -> str:
 
 
 def settings() -> str:
-    """Return a table of all settings, with flag, type, default and range."""
+    """Return a table of all settings, with type, range and default."""
     from draftune.settings import Settings, kind
 
     groups: dict[str, list[Field[Any]]] = {}
@@ -111,15 +111,14 @@ def settings() -> str:
 
 def settings_table(title: str, members: Iterable[Field[Any]], kind: Callable[[Field[Any]], type]) -> str:
     heading = f"## {title[:1].upper()}{title[1:]}\n\n" if title else ""
-    rows = ["| setting | type | default | range | |", "|---|---|---|---|---|"]
+    rows = ["| setting | value | meaning |", "|---|---|---|"]
     for f in members:
         data = f.metadata
-        bounds = [f"≥ {data['low']:g}"] if data.get("low") is not None else []
-        bounds += [f"≤ {data['high']:g}"] if data.get("high") is not None else []
-        allowed = ", ".join(f"`{choice}`" for choice in data.get("choices", ())) or ", ".join(bounds)
-        default = "" if f.default is None else f"`{f.default!r}`"
-        flag = f"`--{f.name.replace('_', '-')}`"
-        rows.append(f"| `{f.name}`<br>{flag} | {kind(f).__name__} | {default} | {allowed} | {cell(data['help'])} |")
+        allowed = [" or ".join(f"`{choice}`" for choice in data.get("choices", ())) or f"`{kind(f).__name__}`"]
+        allowed += [f"≥ {data['low']:g}"] if data.get("low") is not None else []
+        allowed += [f"≤ {data['high']:g}"] if data.get("high") is not None else []
+        default = "" if f.default is None else f"<br>default `{f.default!r}`"
+        rows.append(f"| `{f.name}` | {', '.join(allowed)}{default} | {cell(data['help'])} |")
     return heading + "\n".join(rows)
 
 

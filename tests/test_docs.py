@@ -135,7 +135,7 @@ def test_references_list_everything() -> None:
     generated = hooks().GENERATED
     cli, settings = generated["cli"](), generated["settings"]()
     assert all(f"## `{command.name}`" in cli for command in COMMANDS)
-    assert all(f"| `{f.name}`<br>" in settings for f in fields(Settings))
+    assert all(f"| `{f.name}` |" in settings for f in fields(Settings))
     for page, table in (("methods", METHODS), ("rewards", REWARDS)):
         text = generated[page]()
         assert all(f"### `{name}`" in text for name in table)
