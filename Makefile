@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DIST := worksteal
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo docs test test-all lint clean
 
 # Trains the embedded model for some minutes and leaves before_after.png and a LoRA in a new folder of runs/.
 demo: $(VENV)/installed
@@ -32,5 +32,14 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Builds the site in site/. References are generated from the code, so the package is installed too.
+docs: $(VENV)/installed-docs
+	$(BIN)/python docs/figures/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) build dist runs site

@@ -8,7 +8,7 @@
 Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer. `count` runs the same trainer
 on fake tensors (torch's FakeTensorMode): all operations are dispatched and live bytes are summed, but nothing is
 computed, so a row takes seconds. Both count memory as `draftune preflight` does on a CPU. `table` counts the rows of
-docs/full-size.md, `presets` those of the presets.
+docs/explanation/memory-and-time.md, `presets` those of the presets.
 """
 
 from __future__ import annotations

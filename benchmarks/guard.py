@@ -1,4 +1,4 @@
-"""Draw the figure of docs/guard.md from a finished run: its evaluations, and images at the start, best and end.
+"""Draw the figure of docs/guard.png from a finished run: its evaluations, and images at the start, best and end.
 
 draftune train --steps 200 --eval-every 10 --patience 3 --sample-every 10 --output runs/guarded
 python benchmarks/guard.py runs/guarded docs/guard.png

@@ -96,7 +96,7 @@ def test_the_slider_swaps_the_pictures(visit: Visit, report: str) -> None:
 
 
 def test_the_page_in_the_docs(visit: Visit) -> None:
-    """The over-optimised run of docs/guard.md: the judge's names fall from update 70 to 100."""
+    """The over-optimised run of docs/tutorials/over-optimization.md: the judge's names fall from update 70 to 100."""
     page = Path(__file__).parents[1] / "docs" / "report.html"
     visit.page.goto(page.as_uri())
     assert mentions(visit.page.locator("main").inner_text(), 10.363)

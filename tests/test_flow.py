@@ -260,7 +260,7 @@ def test_flux_training(dev: Path, tmp_path: Path) -> None:
 
 BOTH = "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,ff.net.0.proj,ff.net.2"
 RECOMMENDED = {"sd3": BOTH, "dev": f"{BOTH},proj_mlp,proj_out"}
-"""What docs/models.md recommends as LoRA targets, all together."""
+"""What docs/reference/models.md recommends as LoRA targets, all together."""
 
 
 def brighter(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -281,7 +281,7 @@ def test_the_recommended_targets_train(
 ) -> None:
     folder: Path = request.getfixturevalue(family)
     targets = RECOMMENDED[family]
-    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "models.md").read_text()
     assert all(f"`{target}" in page or f",{target}" in page for target in targets.split(","))
     model = load_model(folder)
     run = run_on(model, tmp_path / "run", targets)

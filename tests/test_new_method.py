@@ -1,4 +1,4 @@
-"""Run the example method of docs/new-method.md as it is written there."""
+"""Run the example method of docs/how-to/add-a-method.md as it is written there."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from draftune.methods import DraftK, load_method
 from draftune.sampling.schedule import Prediction, Step
 from helpers.errors import raises
 
-PAGE = Path(__file__).parent.parent / "docs" / "new-method.md"
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-method.md"
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```python title=\"fading.py\"\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(block.splitlines()) <= 30
     path = tmp_path / "fading.py"
     path.write_text(block)

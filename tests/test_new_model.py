@@ -1,4 +1,4 @@
-"""The model family that docs/how-to/new-model.md defines, run as it is written there."""
+"""The model family that docs/how-to/add-a-model-family.md defines, run as it is written there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from draftune.errors import DraftuneError
 from draftune.lora import lora_parameters
 from draftune.models import FAMILIES, Model, load_model
 
-PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "new-model.md"
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-model-family.md"
 CLASSES = 4
 
 

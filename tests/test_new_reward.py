@@ -1,4 +1,4 @@
-"""The reward that docs/new-reward.md writes, run as it stands there."""
+"""The reward that docs/how-to/add-a-reward.md writes, run as it stands there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from draftune.registry.factories import run_file
 from draftune.rewards import REWARDS, find_reward, load_reward
 from helpers.errors import mentions, raises
 
-PAGE = Path(__file__).parent.parent / "docs" / "new-reward.md"
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-reward.md"
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a cat", "a dog", "a bird"]
 WEIGHT, BIAS = torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([0.25])
@@ -29,7 +29,7 @@ WEIGHT, BIAS = torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([0.25])
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Path]:
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```python title=\"mean_color.py\"\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "mean_color.py").write_text(block)
     save_file({"weight": WEIGHT, "bias": BIAS}, tmp_path / "linear.safetensors")
     yield tmp_path / "mean_color.py"

@@ -573,7 +573,7 @@ def test_optimizer_of_a_user_file(tmp_path: Path) -> None:
 
 
 def test_they_are_listed_and_have_a_page(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "experimental" / "optimizers.md").read_text()
     for what, table in (("optimizers", optimizers()), ("filters", gradient_filters())):
         assert main(["list", what]) == 0
         printed = capsys.readouterr().out

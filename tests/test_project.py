@@ -39,9 +39,19 @@ def test_the_citation_is_of_this_version() -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_runs_the_tests_on_each_python(path: Path) -> None:
+def test_a_workflow_can_be_read(path: Path) -> None:
     workflow = read(path)
     assert workflow[True]  # YAML 1.1 reads the key "on" as a truth value; GitHub does not
+    makefile = (ROOT / "Makefile").read_text()
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"]
+        for step in job["steps"]:
+            if step.get("run", "").startswith("make "):
+                assert re.search(rf"^{step['run'].split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_a_workflow_runs_the_tests_on_each_python() -> None:
+    workflow = read(ROOT / ".github" / "workflows" / "tests.yml")
     for job in workflow["jobs"].values():
         versions = job["strategy"]["matrix"]["python"]
         assert all(isinstance(version, str) for version in versions)  # 3.10 as a number is 3.1

@@ -283,8 +283,8 @@ def test_an_index_that_can_not_be_read_is_said_when_it_is_loaded(tmp_path: Path,
 
 
 def test_the_page_names_every_value() -> None:
-    """docs/models.md shows the table that the code has."""
-    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    """docs/reference/models.md shows the table that the code has."""
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "models.md").read_text()
     for steps, scale in PUBLISHED.values():
         assert f"| {steps} | {scale:g}" in page or f"| {steps} | none" in page
 

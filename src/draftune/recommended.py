@@ -24,7 +24,7 @@ PAPER: dict[str, Any] = {
     "steps": 2000,
     # published.py has the sampling steps and the guidance of other model families.
     **PUBLISHED["stable-diffusion"]._asdict(),
-    # The paper does not state it; docs/grid.md has the measurement.
+    # The paper does not say; see docs/explanation/last-step.md for the measurement.
     "timestep_spacing": "trailing",
     "prefix_reuse": 1,
     "learning_rate": 4e-4,
@@ -33,7 +33,7 @@ PAPER: dict[str, Any] = {
 }
 EMOJI: dict[str, Any] = {
     "reward": "emoji_aesthetic",
-    # DRaFT-LV did not learn faster here (RESULTS.md), and DRaFT-1 can reuse the prefix (docs/speed.md).
+    # DRaFT-LV did not learn faster here (RESULTS.md), and DRaFT-1 can reuse the prefix (docs/how-to/make-it-faster.md).
     "method": "draft_k(k=1)",
     "prefix_reuse": 4,
     "prompts": "emoji",

@@ -87,7 +87,7 @@ class Model(Family):
         self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
         for part in self.parts:
-            # Convolutions are faster with channels last (docs/speed.md).
+            # Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
             part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.set_checkpointing("denoiser")
         # Latents, images and the LoRA are float32 even if the pipeline was loaded in half precision.

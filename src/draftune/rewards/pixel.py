@@ -130,7 +130,7 @@ class ImageMatch(Reward):
     `image`: an image file. `property`: pixels; gray, the mean of the channels, for colorization; colors, the mean and
     standard deviation of each channel. `mask`: an image file, black where the property must match and white elsewhere,
     for inpainting. Image and mask are resized to the scored images. No weights; any size. Made for guidance
-    (`draftune sample --guide`). Over-optimized: the same image for every prompt.
+    (`draftune sample --guidance-reward`). Over-optimized: the same image for every prompt.
     Source: PGDiff (Yang et al., 2023, arXiv:2309.10810), which sums over pixels in [-1, 1] instead.
     """
 

@@ -85,4 +85,6 @@ def tell_unheeded(settings: Settings) -> None:
         )
     # Without mpirun, `accelerate launch --cpu` starts one process that trains with nobody else.
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        logger.warning("accelerate launch --cpu has started one process only: use torchrun (docs/devices.md)")
+        logger.warning(
+            "accelerate launch --cpu has started one process only: use torchrun (docs/how-to/several-devices.md)"
+        )
