@@ -24,7 +24,7 @@ class Family(ABC):
     """The part of `Model` that differs between model families.
 
     A family must define `lora_prefix`, `required` and the abstract members. All others have defaults, which fit a
-    diffusion model with an autoencoder. docs/how-to/new-model.md has a complete example.
+    diffusion model with an autoencoder. docs/how-to/add-a-model-family.md has a complete example.
     """
 
     pipeline: DiffusionPipeline
