@@ -50,15 +50,15 @@ from draftune.assets import EMBEDDED
 from draftune.evaluation.metrics import evaluate
 from draftune.lora import lora_parameters
 from draftune.methods import Batch
-from draftune.models import Model, load_model
-from draftune.sampling.sampler import Latents
+from draftune.models import DiffusionModel, load_model
+from draftune.sampling.sampler import PrefixCache
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 from overhead import seconds
 
 
-def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer:
+def draftune(args: argparse.Namespace, model: DiffusionModel, **settings: Any) -> Trainer:
     """Return draftune's trainer, with the model's recommended defaults for all other settings."""
     settings |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     with TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def draftune(args: argparse.Namespace, model: Model, **settings: Any) -> Trainer
         return Trainer(model, args.reward, prompts=args.prompts, **settings)
 
 
-def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
+def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, DiffusionModel]:
     """Return TRL's trainer on draftune's model, prompts and reward, and its network as a draftune model to sample from.
 
     Call this after `draftune`: TRL's pipeline cannot be loaded before Accelerate is set up.
@@ -87,7 +87,7 @@ def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Model]:
     return trainer, model
 
 
-def gradient(model: Model) -> Tensor:
+def gradient(model: DiffusionModel) -> Tensor:
     """Return the LoRA's gradient as one vector and clear it."""
     parameters = lora_parameters(model).values()
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
@@ -95,7 +95,7 @@ def gradient(model: Model) -> Tensor:
     return flat
 
 
-def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
+def apart(ours: Trainer, theirs: AlignPropTrainer, model: DiffusionModel) -> str:
     """Compare images and gradients of both trainers before training, for the same noise and LoRA."""
     s, prompts = ours.settings, ours.prompts[: ours.settings.batch_size]
     with torch.no_grad():
@@ -111,7 +111,7 @@ def apart(ours: Trainer, theirs: AlignPropTrainer, model: Model) -> str:
 
     denoise = ours.model.denoise(prompts, ours.schedule, s.guidance_scale)
     for loss in ours.method.losses(
-        [Batch(prompts, Latents(noise), ours.schedule, denoise, denoise, reward, generator)]
+        [Batch(prompts, PrefixCache(noise), ours.schedule, denoise, denoise, reward, generator)]
     ):
         loss.backward()
     with patch.object(theirs.sd_pipeline.sd_pipeline, "prepare_latents", return_value=noise):
@@ -128,8 +128,8 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     model = load_model(args.model)
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
     # Like TRL's trainer: recompute whole calls, and sample a new prefix for each update.
-    same |= {"gradient_checkpointing": "blocks" if k == 1 else "denoiser", "prefix_reuse": 1}
-    ours = draftune(args, model, method=f"draft_k(k={k})", lora_rank=4, held_out="", **same)
+    same |= {"gradient_checkpointing": "blocks" if k == 1 else "denoiser", "prefix_reuse_steps": 1}
+    ours = draftune(args, model, method=f"draft_k(k={k})", lora_rank=4, eval_rewards="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
     print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)
@@ -151,7 +151,7 @@ class Racer:
 
     name: str
     update: Callable[[], object]
-    model: Model
+    model: DiffusionModel
     limit: float
     """Maximum training time in seconds."""
     seconds: float = 0.0
@@ -165,7 +165,7 @@ class Racer:
         def draw(prompts: Any, seeds: Any) -> Tensor:
             return self.model.generate(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
 
-        scores = evaluate(draw, ours.reward, ours.held_out, prompts, 1, self.model.device).scores
+        scores = evaluate(draw, ours.reward, ours.eval_rewards, prompts, 1, self.model.device).scores
         self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
         values = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {values}", flush=True)
@@ -223,7 +223,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     print(f"TRL {version('trl')}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    with quiet():
+    with silence_libraries():
         for k in args.k if args.rounds else ():
             time_updates(args, k)
         if args.minutes:

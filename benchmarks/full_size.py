@@ -50,8 +50,8 @@ def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Tra
     """Yield a trainer for a model of PIPELINES. Default reward: ViT-H. Without `fill` no weights are written."""
     with TemporaryDirectory() as folder:
         values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "device": "cpu"}
-        if values.get("gradient_decoder"):
-            values["gradient_decoder"] = f"{folder}/small"
+        if values.get("tiny_decoder"):
+            values["tiny_decoder"] = f"{folder}/small"
             AutoencoderTiny().save_pretrained(f"{folder}/small")
         reward = values.pop("reward", None) or ViTH(fill)
         dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
@@ -152,7 +152,7 @@ def cells(model: str) -> Iterator[dict[str, Any]]:
     yield {"mixed_precision": "no", "batch_size": 4}
     yield {"batch_size": 4, "reward_batch_size": 4}
     yield {"batch_size": 4, "gradient_checkpointing": "none"}
-    yield {"gradient_decoder": "small"}
+    yield {"tiny_decoder": "small"}
     for mode in ("none", "blocks", "denoiser", "both"):
         yield {"method": "draft_k(k=5)", "num_inference_steps": 6, "gradient_checkpointing": mode}
     yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "denoiser"}

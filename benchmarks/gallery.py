@@ -150,7 +150,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "emoji_clip",
-        "--reward emoji_clip --guidance-scale 1 --steps 120 --eval-prompts emoji --eval-images 1",
+        "--reward emoji_clip --guidance-scale 1 --steps 120 --eval-prompts emoji --num-validation-images 1",
         {},
         "Without guidance the base model fails on most rare names. After training on the cosine similarity of image "
         "and prompt, the judge recognizes more of them; they still look rough. (The images show the 635 training "

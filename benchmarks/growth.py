@@ -29,14 +29,14 @@ BASE: dict[str, Any] = {
     "method": "draft_k(k=1)",
     "gradient_checkpointing": "blocks",
     "num_inference_steps": 20,
-    "prefix_reuse": 1,
+    "prefix_reuse_steps": 1,
     "batch_size": 4,
     "lora_rank": 8,
 }
 CHANGES: list[dict[str, Any]] = [
     *({"num_inference_steps": steps} for steps in (5, 10, 50)),
     {"method": "draft_lv"},
-    *({"prefix_reuse": updates} for updates in (2, 4, 8)),
+    *({"prefix_reuse_steps": updates} for updates in (2, 4, 8)),
     *({"prefix_stride": steps} for steps in (2, 4)),
     *(
         {"method": f"draft_k(k={k})", "gradient_checkpointing": mode}
@@ -55,7 +55,7 @@ CHANGES: list[dict[str, Any]] = [
 def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, Callable[[], object]]:
     """Return a trainer and a function that runs its next update."""
     with TemporaryDirectory() as folder:
-        settings = BASE | change | {"output": f"{folder}/run", "held_out": "", "eval_prompts": ""}
+        settings = BASE | change | {"output": f"{folder}/run", "eval_rewards": "", "eval_prompts": ""}
         made = Trainer(args.model, args.reward, **settings)
     steps = itertools.count(1)
     return made, lambda: made.updates.update(next(steps))
@@ -83,7 +83,7 @@ def main() -> None:
         made, update = trainer(args, change)
         update()
         peak = peak_memory(update, device)
-        shared = made.settings.prefix_reuse  # updates that share a prefix are timed together
+        shared = made.settings.prefix_reuse_steps  # updates that share a prefix are timed together
         together = partial(several, update, shared)
         pairs = [(seconds(together) / shared, seconds(plain)) for _ in range(args.rounds)]
         name = ", ".join(f"{key}={value}" for key, value in change.items())

@@ -1,6 +1,6 @@
 """Draw the figure of docs/guard.png from a finished run: its evaluations, and images at the start, best and end.
 
-draftune train --steps 200 --eval-every 10 --patience 3 --sample-every 10 --output runs/guarded
+draftune train --steps 200 --validation-steps 10 --early-stopping-patience 3 --log-images-steps 10 --output runs/guarded
 python benchmarks/guard.py runs/guarded docs/guard.png
 """
 
@@ -41,9 +41,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = read_rows(args.run / EVALUATIONS)
     best = next(int(row["step"]) for row in reversed(rows) if row["best"])
-    held_out = {key: key.removeprefix(HELD_OUT) for key in rows[0] if key.startswith(HELD_OUT)}
+    eval_rewards = {key: key.removeprefix(HELD_OUT) for key in rows[0] if key.startswith(HELD_OUT)}
     reward = list(rows[0])[3]
-    above = curves(rows, {reward: f"{reward}, the training reward"} | held_out, best)
+    above = curves(rows, {reward: f"{reward}, the training reward"} | eval_rewards, best)
     samples = {int(row["step"]): row for row in read_rows(args.run / SAMPLES)}
     shown = {0: "base", best: f"update {best}, best/", int(rows[-1]["step"]): f"update {int(rows[-1]['step'])}"}
     images = [

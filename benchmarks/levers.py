@@ -23,8 +23,8 @@ from torch import Tensor
 
 from draftune.lora import add_lora, lora_parameters
 from draftune.methods import Batch
-from draftune.models import Model, load_model
-from draftune.sampling.sampler import Latents
+from draftune.models import DiffusionModel, load_model
+from draftune.sampling.sampler import PrefixCache
 from draftune.training.trainer import Trainer
 from overhead import seconds
 
@@ -32,7 +32,7 @@ GUIDANCE = 3.0
 SHARED = (1, 2, 4, 8, 16)
 
 
-def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> Model:
+def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> DiffusionModel:
     """Load the model with a new LoRA."""
     model = load_model(name).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     add_lora(model, 8)
@@ -60,7 +60,9 @@ def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
             condition = model.encode(prompts, "", True)
         x = model.noise(torch.Generator().manual_seed(0), len(prompts))
 
-        def call(name: str = name, model: Model = model, condition: Tensor = condition, x: Tensor = x) -> Tensor:
+        def call(
+            name: str = name, model: DiffusionModel = model, condition: Tensor = condition, x: Tensor = x
+        ) -> Tensor:
             with model.autocast():
                 if name == "guidance in two calls":
                     negative, positive = (model.predict(x, 500, half, 1.0) for half in condition.chunk(2))
@@ -102,7 +104,7 @@ def measured(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return times
 
 
-def gradient(trainer: Trainer, prompts: Sequence[str], latents: Latents) -> Tensor:
+def gradient(trainer: Trainer, prompts: Sequence[str], latents: PrefixCache) -> Tensor:
     """Compute the method's gradient for a batch as one vector, with the same random numbers in every call."""
     s, model = trainer.settings, trainer.model
     denoise, base = model.denoisers(prompts, trainer.schedule, s.guidance_scale)
@@ -125,7 +127,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def bias(args: argparse.Namespace) -> None:
     """Print how far the latent and the gradient differ for a prefix that is j updates old."""
     with TemporaryDirectory() as folder:
-        settings = {"method": "draft_k(k=1)", "held_out": "", "eval_prompts": ""}
+        settings = {"method": "draft_k(k=1)", "eval_rewards": "", "eval_prompts": ""}
         trainer = Trainer(args.model, args.reward, output=f"{folder}/run", **settings)
     model, last = trainer.model, len(trainer.schedule) - 1
     rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
@@ -136,13 +138,13 @@ def bias(args: argparse.Namespace) -> None:
         batches = []
         for i in range(args.batches):
             prompts = trainer.prompts[4 * i : 4 * i + 4]
-            latents = Latents(model.noise(torch.Generator().manual_seed(i), len(prompts)))
+            latents = PrefixCache(model.noise(torch.Generator().manual_seed(i), len(prompts)))
             gradient(trainer, prompts, latents)  # samples the prefix into `latents`
             batches.append((prompts, latents))
         for j in SHARED:
             while step < start + j:
                 trainer.updates.update(step := step + 1)
-            fresh = [(prompts, Latents(latents.known[0])) for prompts, latents in batches]
+            fresh = [(prompts, PrefixCache(latents.known[0])) for prompts, latents in batches]
             new = [gradient(trainer, *batch) for batch in fresh]
             for i, ((prompts, latents), (_, renewed)) in enumerate(zip(batches, fresh, strict=True)):
                 moved = renewed.known[last] - latents.known[last]
@@ -166,14 +168,14 @@ def signal(args: argparse.Namespace) -> None:
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
             settings = {"method": f"draft_lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
-            trainer = Trainer(args.model, args.reward, held_out="", eval_prompts="", **settings)
+            trainer = Trainer(args.model, args.reward, eval_rewards="", eval_prompts="", **settings)
         for step in range(5):
             trainer.updates.update(step + 1)
         samples: list[Tensor] = []
         times: list[tuple[float, float]] = []
         for i in range(16):
             prompts = [trainer.prompts[(size * i + j) % len(trainer.prompts)] for j in range(size)]
-            latents = Latents(trainer.model.noise(torch.Generator().manual_seed(i), size))
+            latents = PrefixCache(trainer.model.noise(torch.Generator().manual_seed(i), size))
             denoise = trainer.model.denoise(prompts, trainer.schedule, trainer.settings.guidance_scale)
             last = len(trainer.schedule) - 1
             path = seconds(lambda: latents.after(last, denoise, trainer.schedule.steps))  # noqa: B023

@@ -54,7 +54,7 @@ from draftune.rewards.hpsv2 import FILES, OPEN_CLIP, VIT_H_14, HPSv2
 from draftune.rewards.imagereward import FILE, TEXT, VISION, ImageReward
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from draftune.utils.images import from_pil
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 # draftune's reward, the official score of an image and its prompt, and the packages of the latter.
 Pair = tuple[Reward, Callable[[Image.Image, str], Any], str]
@@ -336,7 +336,7 @@ def main() -> None:
     print(f"{versions('torch transformers pillow')}; {len(test_images())} images\n")
     print("| reward | official code | spread of the scores | largest deviation / spread |\n|---|---|---|---|")
     for name in names:
-        with TemporaryDirectory() as folder, quiet(), redirect_stdout(io.StringIO()):
+        with TemporaryDirectory() as folder, silence_libraries(), redirect_stdout(io.StringIO()):
             row = compare(name, Path(folder))
         print(row, flush=True)
 

@@ -55,7 +55,7 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
             for part, prompt in zip(predicted.split(s.reward_batch_size), prompts, strict=True):
                 # The decoder's graph ends at the latent; the denoiser's backward pass follows below.
                 latent = part.detach().requires_grad_()
-                trainer.reward(model.decode_raw(latent), [prompt]).mean().backward()
+                trainer.reward(model._decode(latent), [prompt]).mean().backward()
             predicted.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -87,8 +87,13 @@ def main() -> None:
         ("draft_k(k=10)", "both", 10, 1),
     ):
         with TemporaryDirectory() as folder:
-            settings = {"method": method, "gradient_checkpointing": mode, "prefix_reuse": 1, "output": f"{folder}/run"}
-            trainer = Trainer(args.model, args.reward, held_out="", eval_prompts="", **settings)
+            settings = {
+                "method": method,
+                "gradient_checkpointing": mode,
+                "prefix_reuse_steps": 1,
+                "output": f"{folder}/run",
+            }
+            trainer = Trainer(args.model, args.reward, eval_rewards="", eval_prompts="", **settings)
             bare, steps = floor(trainer, calls, terms), itertools.count(1)
             bare()
             trainer.updates.update(next(steps))

@@ -1,4 +1,4 @@
-"""Measure the effect of a tiny decoder for the reward gradient on the embedded model (`gradient_decoder`).
+"""Measure the effect of a tiny decoder for the reward gradient on the embedded model (`tiny_decoder`).
 
     python benchmarks/small_decoder.py --output small [--minutes 4] [--steps 45] [--seeds 0 1]
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import draftune
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.common import decode_vae
 from draftune.models.tiny_decoder import load_small_decoder
 from draftune.prompts import load_prompts
@@ -46,7 +46,7 @@ BATCH, MIXED = 8, 384
 
 
 @torch.no_grad()
-def sample_latents(model: Model, prompts: Sequence[str], count: int, seed: int, steps: int = 10) -> Tensor:
+def sample_latents(model: DiffusionModel, prompts: Sequence[str], count: int, seed: int, steps: int = 10) -> Tensor:
     """Sample clean latents [count, C, H, W] with the guidance scale of a run."""
     schedule, generator, latents = model.schedule(steps), torch.Generator().manual_seed(seed), []
     chosen = itertools.islice(itertools.cycle(prompts), count)
@@ -57,7 +57,7 @@ def sample_latents(model: Model, prompts: Sequence[str], count: int, seed: int, 
 
 
 @torch.no_grad()
-def mixed(model: Model, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def mixed(model: DiffusionModel, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Interpolate random pairs of latents, add noise to half of them, and decode: (latents, images).
 
     The mixtures cover latents that training may reach outside of the model's distribution.
@@ -67,10 +67,10 @@ def mixed(model: Model, latents: Tensor, generator: torch.Generator) -> tuple[Te
     level = 0.4 * (torch.rand(BATCH, 1, 1, 1, generator=generator) - 0.5).clamp(min=0)
     noise = torch.randn(first.shape, generator=generator)
     mixture = angle.cos() * first + angle.sin() * second + level * noise
-    return mixture, model.decode_raw(mixture)
+    return mixture, model._decode(mixture)
 
 
-def distill_decoder(model: Model, latents: Tensor, minutes: float, folder: Path) -> None:
+def distill_decoder(model: DiffusionModel, latents: Tensor, minutes: float, folder: Path) -> None:
     """Train a tiny decoder for `minutes` and save it, with an untrained encoder."""
     from diffusers import AutoencoderTiny
 
@@ -107,20 +107,20 @@ def distill_decoder(model: Model, latents: Tensor, minutes: float, folder: Path)
     small.save_pretrained(folder)
 
 
-def print_similarity(name: str, model: Model, small: Any) -> None:
+def print_similarity(name: str, model: DiffusionModel, small: Any) -> None:
     """Print the similarity of both decoders' images and reward gradients on latents of the model."""
     reward, prompts = load_reward(REWARD), load_prompts("emoji-common")[:HELD_OUT]
     latents = sample_latents(model, prompts, HELD_OUT, 1, 20)
     images, scores, gradients = [], [], []
     for decoder in (None, small):
-        model.small_decoder = decoder
+        model.tiny_decoder = decoder
         decoded = [(x := latent[None].clone().requires_grad_(), model.decode(x)) for latent in latents]
         scored = [reward(image, [prompt]).sum() for (_, image), prompt in zip(decoded, prompts, strict=True)]
         slopes = [torch.autograd.grad(score, x)[0] for score, (x, _) in zip(scored, decoded, strict=True)]
         images.append(torch.cat([image.detach() for _, image in decoded]))
         scores.append(statistics.mean(float(score.detach()) for score in scored))
         gradients.append(torch.cat(slopes).flatten(1))
-    model.small_decoder = None
+    model.tiny_decoder = None
     difference = images[0] - images[1]
     error, cosines = float(difference.square().mean()), cosine_similarity(*gradients)
     print(
@@ -149,7 +149,7 @@ def timed(settings: dict[str, Any], decoders: Sequence[str | None], rounds: int 
     updates: list[Callable[[], object]] = []
     for decoder in decoders:
         with TemporaryDirectory() as folder:
-            made = Trainer("emoji", REWARD, **settings, gradient_decoder=decoder, output=f"{folder}/run")
+            made = Trainer("emoji", REWARD, **settings, tiny_decoder=decoder, output=f"{folder}/run")
         made.updates.folder = None
         steps = itertools.count(1)
         updates.append(lambda made=made, steps=steps: made.updates.update(next(steps)))  # type: ignore[misc]
@@ -175,7 +175,7 @@ def main() -> None:
         distill_decoder(model, sample_latents(model, load_prompts("emoji"), SAMPLED, 0), args.minutes, args.output)
     small = load_small_decoder(args.output, model)
     print_similarity("base model", model, small)
-    settings = {"method": args.method, "steps": args.steps, "save_every": 0, "sample_every": 0}
+    settings = {"method": args.method, "steps": args.steps, "checkpointing_steps": 0, "log_images_steps": 0}
     decoders = [None, str(args.output)]
     times = timed(settings, decoders)
     print(
@@ -184,7 +184,7 @@ def main() -> None:
     )
     for seed in args.seeds:
         for decoder in decoders:
-            scores = trained({**settings, "seed": seed, "gradient_decoder": decoder}, small)
+            scores = trained({**settings, "seed": seed, "tiny_decoder": decoder}, small)
             print(json.dumps({"seed": seed, "decoder": "tiny" if decoder else "full", **scores}), flush=True)
 
 

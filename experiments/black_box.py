@@ -34,7 +34,7 @@ class Variant:
 
     def spec(self, seed: int, budget: Budget) -> RunSpec:
         judges = f"{JUDGES} + {THRESHOLD} + {REWARD}" if self in THRESHOLDS else f"{JUDGES} + {FILE_SIZE}"
-        settings = {"reward": self.reward, "held_out": judges, **self.settings}
+        settings = {"reward": self.reward, "eval_rewards": judges, **self.settings}
         return RunSpec(self.method, budget.steps, seed, settings)
 
 
@@ -54,16 +54,16 @@ THRESHOLDS = (
 
 
 def ddpo(rate: float, seed: int, budget: Budget) -> RunSpec:
-    settings: dict[str, Any] = {"reward": FILE_SIZE, "held_out": f"{JUDGES} + {FILE_SIZE}", "learning_rate": rate}
+    settings: dict[str, Any] = {"reward": FILE_SIZE, "eval_rewards": f"{JUDGES} + {FILE_SIZE}", "learning_rate": rate}
     half = max(1, budget.ddpo_updates // 2)
-    settings |= {"batch_size": 8, "gradient_accumulation_steps": budget.ddpo_batches, "eval_every": half}
+    settings |= {"batch_size": 8, "gradient_accumulation_steps": budget.ddpo_batches, "validation_steps": half}
     return RunSpec(DDPO, budget.ddpo_updates, seed, settings)
 
 
 def search(budget: Budget) -> dict[float, RunSpec]:
     """Return the first half of DDPO's run with seed 0, for each learning rate."""
     specs = {rate: ddpo(rate, 0, budget) for rate in RATES[-budget.rates :]}
-    return {rate: replace(spec, steps=spec.settings["eval_every"]) for rate, spec in specs.items()}
+    return {rate: replace(spec, steps=spec.settings["validation_steps"]) for rate, spec in specs.items()}
 
 
 def runs(budget: Budget) -> list[RunSpec]:

@@ -13,12 +13,12 @@ class Budget:
     """Updates of a run."""
     long_steps: int = 80
     """Updates of a run that continues beyond its best point."""
-    eval_every: int = 10
+    validation_steps: int = 10
     seeds: int = 3
     num_inference_steps: int = 20
     train_prompts: int = 45
     eval_prompts: int = 12
-    eval_images: int = 2
+    num_validation_images: int = 2
     gradient_seeds: int = 12
     """Noise seeds over which the variance of a gradient is estimated."""
     grid: int = 5
@@ -46,7 +46,7 @@ FULL = Budget()
 QUICK = Budget(
     steps=2,
     long_steps=3,
-    eval_every=2,
+    validation_steps=2,
     seeds=1,
     num_inference_steps=4,
     train_prompts=4,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.utils.images import find_images, open_image
-from draftune.utils.paths import written_whole
+from draftune.utils.paths import atomic_write
 
 EXAMPLES = "EXAMPLES"
 """Placeholder, in a run's reward, for the folder of real images of the training names."""
@@ -39,6 +39,6 @@ def copy_examples(folder: Path, target: Path, names: Collection[str]) -> Path:
         copy = target / file.relative_to(folder)
         # Another shard may be reading the copy.
         if not copy.is_file() or copy.stat().st_size != file.stat().st_size:
-            with written_whole(copy) as temporary:
+            with atomic_write(copy) as temporary:
                 shutil.copyfile(file, temporary)
     return target

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from draftune.evaluation.kid import kid
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
-from draftune.sampling.ancestral import ancestral
+from draftune.sampling.ancestral import ancestral_rollout
 from draftune.utils.images import grid, open_image
 from experiments.budget import Budget
 from experiments.examples import EXAMPLES, example_files, example_images
@@ -49,7 +49,7 @@ def spec(name: str, steps: int, seed: int, budget: Budget) -> RunSpec:
         "num_inference_steps": steps,
         "batch_size": BATCH_SIZE,
         "gradient_accumulation_steps": batches,
-        "eval_every": 0,
+        "validation_steps": 0,
     }
     if name == SFT_PG:
         settings["max_grad_norm"] = 0.1  # the paper's value
@@ -61,7 +61,7 @@ def runs(budget: Budget) -> list[RunSpec]:
 
 
 @torch.no_grad()
-def sample_images(model: Model, names: Sequence[str], steps: int, sampler: str) -> Tensor:
+def sample_images(model: DiffusionModel, names: Sequence[str], steps: int, sampler: str) -> Tensor:
     """Sample IMAGES_PER_NAME images of each name."""
     schedule, images = model.schedule(steps), []
     prompts = [name for name in names for _ in range(IMAGES_PER_NAME)]
@@ -72,10 +72,10 @@ def sample_images(model: Model, names: Sequence[str], steps: int, sampler: str) 
         batch, generator = prompts[start : start + EVAL_BATCH], torch.Generator().manual_seed(start)
         denoise, noise = model.denoise(batch, schedule, GUIDANCE_SCALE, ""), model.noise(generator, len(batch))
 
-        def fresh_noise(like: Tensor) -> Tensor:
+        def randn_like(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator)  # noqa: B023
 
-        *_, (*_, clean) = ancestral(denoise, schedule, noise, fresh_noise)
+        *_, (*_, clean) = ancestral_rollout(denoise, schedule, noise, randn_like)
         images.append(model.decode(clean).cpu())
     return torch.cat(images)
 
@@ -101,7 +101,7 @@ class KIDEvaluator:
         batches = images.split(EVAL_BATCH)
         return {key: torch.cat([network(batch) for batch in batches]) for key, network in self.networks.items()}
 
-    def kid(self, model: Model, steps: int, sampler: str) -> dict[str, float]:
+    def kid(self, model: DiffusionModel, steps: int, sampler: str) -> dict[str, float]:
         features = self.features(sample_images(model, self.names, steps, sampler))
         return {key: 1000 * kid(features[key], real) for key, real in self.real.items()}
 

@@ -14,7 +14,7 @@ from draftune.evaluation.metrics import evaluate, score_batches
 from draftune.experimental.denoising_loss import LEVELS
 from draftune.guidance.methods import load_guide
 from draftune.guidance.sample import sample_guided
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.rewards.pixel import ImageMatch
 from draftune.utils.images import grid, save_image, to_pil
 from experiments.budget import Budget
@@ -59,7 +59,7 @@ def candidate_counts(budget: Budget) -> list[int]:
     return sorted({1, 2, *(calls(method, 1) for method in ahead)})
 
 
-def unchecked(runner: ExperimentRunner) -> Model:
+def unchecked(runner: ExperimentRunner) -> DiffusionModel:
     """Return the base model without gradient checkpointing, as in the runs."""
     model = runner.model()
     model.set_checkpointing("no")
@@ -69,9 +69,9 @@ def unchecked(runner: ExperimentRunner) -> Model:
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
-def timed_scores(runner: ExperimentRunner, model: Model, seed: int, sample: Sampler) -> Row:
+def timed_scores(runner: ExperimentRunner, model: DiffusionModel, seed: int, sample: Sampler) -> Row:
     """Evaluate a sampler with the images' seeds shifted by `seed`, and measure its seconds per image."""
-    seconds, images_per_prompt = 0.0, runner.budget.eval_images
+    seconds, images_per_prompt = 0.0, runner.budget.num_validation_images
 
     def timed(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         nonlocal seconds

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from draftune.experimental.optimizers import MEKA
 from draftune.lora import add_lora, lora_parameters
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.sampling.sampler import rollout
 from draftune.sampling.schedule import Schedule
-from draftune.training.data import PromptOrder
+from draftune.training.data import PromptSampler
 from experiments.budget import Budget
 from experiments.report import Experiment, Panel, aggregate
 from experiments.runner import DRAFT_1, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec, rename_columns
@@ -49,7 +49,7 @@ class OptimizerSpec:
 
     def run_spec(self, rate: float, seed: int, budget: Budget) -> RunSpec:
         """Return a run; all runs score the same number of images."""
-        settings: dict[str, Any] = {"optimizer": self.optimizer, "learning_rate": rate, "eval_every": 0}
+        settings: dict[str, Any] = {"optimizer": self.optimizer, "learning_rate": rate, "validation_steps": 0}
         if self.gradients > 1:
             # Clipping would hide the change between the two gradients.
             settings["max_grad_norm"] = 0.0
@@ -98,7 +98,7 @@ def train_adameka(runner: ExperimentRunner, rate: float, seed: int) -> tuple[lis
     model.set_checkpointing("no")  # checkpointing has no second derivative
     optimizer = MEKA(lora_parameters(model).values(), lr=None if rate == OWN_RATE else rate, adaptive=True)
     prompts, schedule = runner.prompts, model.schedule(runner.budget.num_inference_steps)
-    order, training = PromptOrder(len(prompts), generator), []
+    order, training = PromptSampler(len(prompts), generator), []
     for _ in range(runner.budget.steps):
         batch = [prompts[i] for i in order.draw(BATCH_SIZE)]
         noise = model.noise(generator, BATCH_SIZE)
@@ -111,7 +111,7 @@ def train_adameka(runner: ExperimentRunner, rate: float, seed: int) -> tuple[lis
 
 
 def sample_losses(
-    runner: ExperimentRunner, model: Model, schedule: Schedule, prompts: Sequence[str], latents: Tensor
+    runner: ExperimentRunner, model: DiffusionModel, schedule: Schedule, prompts: Sequence[str], latents: Tensor
 ) -> Tensor:
     """Return DRaFT-1's loss of each sample [B], each from its own graph with second derivatives."""
     losses = []

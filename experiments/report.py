@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from draftune.utils.images import save_image
-from draftune.utils.paths import written_whole
+from draftune.utils.paths import atomic_write
 from draftune.utils.plotting import figure, save
 from draftune.utils.tables import write_csv
 from experiments.budget import Budget
@@ -160,9 +160,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 def write_report(name: str, experiment: Experiment, folder: Path, environment: str) -> None:
     """Write `NAME.md` and `NAME.png` from `NAME.csv`."""
     rows = read_csv(folder / f"{name}.csv")
-    with written_whole(folder / f"{name}.md") as temporary:
+    with atomic_write(folder / f"{name}.md") as temporary:
         temporary.write_text(f"{markdown(experiment.table(rows))}\n\n{environment}\n", encoding="utf-8")
-    with written_whole(folder / f"{name}.png") as temporary:
+    with atomic_write(folder / f"{name}.png") as temporary:
         save(plot(rows, experiment.panels, experiment.columns), str(temporary))
 
 

@@ -19,16 +19,16 @@ from torch import Tensor
 from draftune.evaluation.metrics import evaluate
 from draftune.lora import FILE_NAME, add_lora, load_lora, lora_parameters
 from draftune.methods import Batch, load_method
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
 from draftune.runs.logs import EVALUATIONS, METRICS, read_rows
-from draftune.sampling.sampler import Latents
+from draftune.sampling.sampler import PrefixCache
 from draftune.training import train
 from draftune.utils.memory import peak_memory
-from draftune.utils.paths import written_whole
+from draftune.utils.paths import atomic_write
 from experiments.budget import Budget
 from experiments.examples import EXAMPLES, copy_examples
 
@@ -106,7 +106,7 @@ class ExperimentRunner:
         """Write prompts to a file, one a line, and return its path."""
         path, text = self.folder / f"{name}.txt", "\n".join(prompts) + "\n"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         return str(path)
 
@@ -118,9 +118,9 @@ class ExperimentRunner:
             "prompts": self.prompts,
             "eval_prompts": "",
             "num_inference_steps": budget.num_inference_steps,
-            "sample_every": 0,
-            "sample_prompts": 1,
-            "prefix_reuse": 1,
+            "log_images_steps": 0,
+            "num_log_prompts": 1,
+            "prefix_reuse_steps": 1,
             # The graphs of images this small fit into memory: the same gradients in less time.
             "gradient_checkpointing": "no",
             "method": spec.method,
@@ -131,9 +131,9 @@ class ExperimentRunner:
         if spec.evaluated:
             values |= {
                 "eval_prompts": self.prompt_file("eval-prompts", self.eval_prompts),
-                "eval_images": budget.eval_images,
-                "eval_every": budget.eval_every,
-                "save_every": budget.eval_every,
+                "num_validation_images": budget.num_validation_images,
+                "validation_steps": budget.validation_steps,
+                "checkpointing_steps": budget.validation_steps,
             }
         values |= spec.settings
         if EXAMPLES in values["reward"]:
@@ -171,7 +171,7 @@ class ExperimentRunner:
         if not path.is_file():
             print(f"measuring {name}", file=sys.stderr)
             value = measure()
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(value), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -183,31 +183,31 @@ class ExperimentRunner:
     def judges(self) -> Reward:
         return load_reward(JUDGES).to(default_device())
 
-    def model(self, loras: Mapping[str, Path] | None = None) -> Model:
+    def model(self, loras: Mapping[str, Path] | None = None) -> DiffusionModel:
         """Return the embedded model with LoRAs by adapter name."""
         model = load_model("emoji").to(default_device())
         for name, folder in (loras or {}).items():
             load_lora(model, folder, name)
         return model
 
-    def sampler(self, model: Model) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+    def sampler(self, model: DiffusionModel) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
         """Return the function that samples images [B, 3, H, W] for prompts and seeds, without reward guidance."""
         schedule = model.schedule(self.budget.num_inference_steps)
         return lambda prompts, seeds: model.generate(prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=4)
 
-    def evaluate(self, model: Model, reward: Reward | None = None) -> dict[str, float]:
+    def evaluate(self, model: DiffusionModel, reward: Reward | None = None) -> dict[str, float]:
         """Return a model's scores on the evaluation prompts, as in the evaluations of a run."""
-        images = self.budget.eval_images
+        images = self.budget.num_validation_images
         return evaluate(
             self.sampler(model), reward or self.reward, self.judges, self.eval_prompts, images, model.device
         ).scores
 
-    def batch(self, model: Model, seed: int, size: int = 4) -> Batch:
+    def batch(self, model: DiffusionModel, seed: int, size: int = 4) -> Batch:
         """Return a batch of the first training prompts with noise from `seed`."""
         generator = torch.Generator().manual_seed(seed)
         prompts, schedule = (self.prompts * size)[:size], model.schedule(self.budget.num_inference_steps)
         denoise, base = model.denoisers(prompts, schedule, GUIDANCE_SCALE)
-        noise = Latents(model.noise(generator, size))
+        noise = PrefixCache(model.noise(generator, size))
         return Batch(
             prompts, noise, schedule, denoise, base, lambda x: self.reward(model.decode(x), prompts), generator
         )
@@ -222,7 +222,7 @@ class ExperimentRunner:
         parameters = list(lora_parameters(model).values())
 
         def gradient() -> None:
-            for losses in load_method(method).optimizer_steps([self.batch(model, 0, batch_size)]):
+            for losses in load_method(method).losses_per_step([self.batch(model, 0, batch_size)]):
                 for loss in losses:
                     torch.autograd.grad(loss, parameters, allow_unused=True)
                     del loss

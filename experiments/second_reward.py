@@ -67,15 +67,19 @@ class Variants:
         return RunSpec(DRAFT_1, self.budget.steps, self.seed + 1, settings, label, evaluated=False)
 
     def plain_spec(self) -> RunSpec:
-        return self.spec(PLAIN, continue_from=str(self.first))
+        return self.spec(PLAIN, init_lora=str(self.first))
 
     def retained_spec(self, weight: float) -> RunSpec:
         faces = self.runner.prompt_file("second-reward-faces", self.names["faces"])
-        return self.spec(retained(weight), continue_from=str(self.first), keep=faces, keep_weight=weight)
+        return self.spec(retained(weight), init_lora=str(self.first), keep=faces, retain_weight=weight)
 
     def joint_spec(self) -> RunSpec:
         prompts, reward = [*self.runner.prompts, *self.names["things"]], f"{REWARD} + {ORANGE}"
-        settings = {"reward": reward, "prompts": prompts, "normalize_reward": min(NORMALIZATION_IMAGES, len(prompts))}
+        settings = {
+            "reward": reward,
+            "prompts": prompts,
+            "reward_normalization_samples": min(NORMALIZATION_IMAGES, len(prompts)),
+        }
         label = folder_name(JOINT, self.seed)
         return RunSpec(DRAFT_1, 2 * self.budget.steps, self.seed + 1, settings, label, evaluated=False)
 

@@ -18,7 +18,7 @@ def runs(budget: Budget) -> list[RunSpec]:
 def last_step_gain(runner: ExperimentRunner, spacing: str, to_clean: bool) -> float:
     """Compute d x_0 / d v of the last DDIM step at a fixed network input; the embedded model predicts v."""
     model = runner.model()
-    model.set_grid(spacing, to_clean)
+    model.set_sampler_options(spacing, to_clean)
     step = model.schedule(runner.budget.num_inference_steps).steps[-1]
     return step.sigma_next * step.alpha - step.alpha_next * step.sigma
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftune.rewards.chunked import at_once
+from draftune.rewards.chunked import chunked_scores
 from draftune.utils.memory import PeakMemory
 
 WEIGHTS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -25,12 +25,12 @@ def test_values_and_gradients_are_those_of_plain_autograd(size: int, scale: floa
     plain = given.clone().requires_grad_()
     (score(plain.sin(), slice(None)) * weights).sum().backward()
     ours = given.clone().requires_grad_()
-    scores = at_once(score, ours.sin(), size, scale)
+    scores = chunked_scores(score, ours.sin(), size, scale)
     (scores * weights).sum().backward()
     assert torch.allclose(scores, score(given.sin(), slice(None)), rtol=1e-14)
     assert torch.allclose(ours.grad, plain.grad, rtol=1e-12)
     with torch.no_grad():
-        assert torch.allclose(at_once(score, given.sin(), size), scores, rtol=1e-14)
+        assert torch.allclose(chunked_scores(score, given.sin(), size), scores, rtol=1e-14)
 
 
 def test_small_gradients_survive_float16() -> None:
@@ -38,10 +38,10 @@ def test_small_gradients_survive_float16() -> None:
         return (x.half() * 1e-3).float().sum(1) * 1e-7
 
     x = torch.ones(2, 4, requires_grad=True)
-    at_once(halved, x, 1).sum().backward()
+    chunked_scores(halved, x, 1).sum().backward()
     assert not x.grad.any()
     x.grad = None
-    at_once(halved, x, 1, scale=2.0**16).sum().backward()
+    chunked_scores(halved, x, 1, scale=2.0**16).sum().backward()
     assert torch.allclose(x.grad, torch.full((2, 4), 1e-10), rtol=1e-2)
 
 
@@ -55,7 +55,7 @@ def test_one_graph_at_a_time() -> None:
     for size in (1, 8):
         x = torch.ones(8, 1000, requires_grad=True)
         with PeakMemory() as memory:
-            at_once(deep, x, size).sum().backward()
+            chunked_scores(deep, x, size).sum().backward()
         peaks[size] = memory.peak / x.nbytes
     assert peaks[8] > 18
     assert peaks[1] < 6
@@ -63,6 +63,6 @@ def test_one_graph_at_a_time() -> None:
 
 def test_no_second_derivative() -> None:
     x = torch.ones(1, 12, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(at_once(score, x, 1).sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(chunked_scores(score, x, 1).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
         gradient.sum().backward()

@@ -50,8 +50,15 @@ def world(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wo
     Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(folder / "picture.png")
     model = Path(shutil.copytree(pipeline_folder, folder / "model"))
     command = ["train", "--model", str(model), "--output", str(folder / "run"), *SMALL, "--steps", "3"]
-    command += ["--eval-prompts", str(folder / "prompts.txt"), "--eval-images", "1", "--eval-every", "1"]
-    assert main([*command, "--sample-every", "1", "--held-out", "saturation", "--lora-rank", "2"]) == 0
+    command += [
+        "--eval-prompts",
+        str(folder / "prompts.txt"),
+        "--num-validation-images",
+        "1",
+        "--validation-steps",
+        "1",
+    ]
+    assert main([*command, "--log-images-steps", "1", "--eval-rewards", "saturation", "--lora-rank", "2"]) == 0
     shutil.rmtree(folder / "run" / "tensorboard")
     pipeline = build_pipeline(folder / "parts")
     other = load_model(pipeline)
@@ -174,13 +181,17 @@ def test_what_is_odd_but_good(tmp_path: Path) -> None:
     assert load_prompts(str(tmp_path / "windows.txt")) == ["a cat", "a dog"]
     (tmp_path / "odd.yaml").write_text("mixed_precision: no\nlearning_rate: 1e-3\nheld_out: ''\nsteps: 1_000\n")
     settings = Settings.from_mapping(read_yaml(tmp_path / "odd.yaml"))
-    assert (settings.mixed_precision, settings.learning_rate, settings.held_out, settings.steps) == (
+    assert (settings.mixed_precision, settings.learning_rate, settings.eval_rewards, settings.steps) == (
         "no",
         1e-3,
         "",
         1000,
     )
-    for flag, value in (("--best-by", "-eval/judge"), ("--reward", "-2*brightness"), ("--best-by", "-1*a + b")):
+    for flag, value in (
+        ("--metric-for-best-model", "-eval/judge"),
+        ("--reward", "-2*brightness"),
+        ("--metric-for-best-model", "-1*a + b"),
+    ):
         args = build_parser().parse_args(expressions_joined(["train", flag, value]))
         assert getattr(args, flag[2:].replace("-", "_")) == value
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
+from draftune.evaluation.reward_check import check_reward
 from draftune.experimental.black_box import PerturbationBasis, ZerothOrder, block_rows, dct_rows
 from draftune.experimental.zeroth_order import Estimator, along_coordinates, along_directions, best_chances
 from draftune.rewards import load_reward
@@ -65,7 +65,7 @@ def test_bias_and_variance_on_a_line() -> None:
 
     both = Estimator(directions=5, coordinates=5, floor=0, memory=0)
     both.levels = SLOPE.abs()
-    share = both.share_of_directions()
+    share = both.direction_weight()
     assert share == pytest.approx(known / (known + 49 / 5 * square), rel=1e-6)
     assert share == pytest.approx(0.029, abs=5e-4)
     both.remember = lambda answers, chosen: None  # type: ignore[method-assign]
@@ -285,9 +285,9 @@ def test_jpeg_bytes_are_those_of_pillow() -> None:
 
 def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> None:
     with raises(DraftuneError, "jpeg_file_size gradient black-box"):
-        probe_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS)
-    probe_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS, gradient=False)
-    found = probe_reward(load_reward("zeroth_order(jpeg_file_size, directions=8)"), IMAGES, PROMPTS)
+        check_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS)
+    check_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS, gradient=False)
+    found = check_reward(load_reward("zeroth_order(jpeg_file_size, directions=8)"), IMAGES, PROMPTS)
     assert found["zeroth_order(jpeg_file_size)"]["gradient_norm"] > 0
 
 
@@ -308,7 +308,13 @@ def test_settings_that_are_refused(expression: str, message: str) -> None:
 
 
 def train(model: Path, output: Path, reward: Any, **values: Any) -> draftune.training.Run:
-    settings = {"steps": 4, "num_inference_steps": 2, "guidance_scale": 1.0, "sample_every": 0, "sample_prompts": 1}
+    settings = {
+        "steps": 4,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "log_images_steps": 0,
+        "num_log_prompts": 1,
+    }
     settings |= {"batch_size": 2, "learning_rate": 0.02, "prompts": PROMPTS}
     return draftune.train(str(model), reward, output=str(output), **(settings | values))
 

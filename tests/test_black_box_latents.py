@@ -14,13 +14,13 @@ from torch.nn.functional import interpolate
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
+from draftune.evaluation.reward_check import check_reward
 from draftune.experimental.black_box import ZerothOrder
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
 from draftune.rewards import load_reward
-from draftune.rewards.latent import parts_of
+from draftune.rewards.latent import score_latents
 from draftune.rewards.online import carried, extra_queries
 from helpers.errors import raises
 
@@ -44,7 +44,7 @@ def seen(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def gradient(reward: draftune.Reward, show: Any = decode) -> Tensor:
     given = LATENTS.clone().requires_grad_()
-    total, _, pictures = parts_of(reward, given, show, PROMPTS)
+    total, _, pictures = score_latents(reward, given, show, PROMPTS)
     assert not pictures.requires_grad
     (found,) = torch.autograd.grad(total.sum(), given)
     return found
@@ -75,7 +75,7 @@ def test_in_a_sum_each_part_has_its_own_way_to_the_latents() -> None:
     both = 0.5 * black + 3 * load_reward("sharpness")
     expected = 0.5 * gradient(load_reward(seen)) + 3 * gradient(load_reward("sharpness"))
     assert torch.allclose(gradient(both), expected, atol=5e-3)
-    total, parts, pictures = parts_of(both, LATENTS, decode, PROMPTS)
+    total, parts, pictures = score_latents(both, LATENTS, decode, PROMPTS)
     assert torch.allclose(total, 0.5 * parts["zeroth_order(hidden)"] + 3 * parts["sharpness"])
     assert torch.equal(pictures, decode(LATENTS))
     assert extra_queries(black) == 2 * 160  # nobody asked for a gradient the second time
@@ -100,7 +100,7 @@ def test_pictures_alone_are_refused_and_what_is_asked_is_checked() -> None:
     black = ZerothOrder(load_reward(hidden), coordinates=4, size=2, space="latent")
     given = decode(LATENTS).requires_grad_()
     assert not black(given, PROMPTS).requires_grad
-    assert "gradient_norm" not in probe_reward(black, given, PROMPTS)["zeroth_order(hidden)"]
+    assert "gradient_norm" not in check_reward(black, given, PROMPTS)["zeroth_order(hidden)"]
     with raises(DraftuneError, "robust zeroth_order(brightness) gradient"):
         load_reward("sharpness_aware(zeroth_order(brightness, space=latent))")
     with raises(DraftuneError, "space 'latents' 'latent'"):
@@ -110,7 +110,13 @@ def test_pictures_alone_are_refused_and_what_is_asked_is_checked() -> None:
 
 
 def train(model: Path, output: Path, reward: Any, **values: Any) -> draftune.training.Run:
-    settings = {"steps": 2, "num_inference_steps": 2, "guidance_scale": 1.0, "sample_every": 0, "sample_prompts": 1}
+    settings = {
+        "steps": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "log_images_steps": 0,
+        "num_log_prompts": 1,
+    }
     settings |= {"batch_size": 2, "learning_rate": 0.02, "prompts": PROMPTS}
     return draftune.train(str(model), reward, output=str(output), **(settings | values))
 

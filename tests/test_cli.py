@@ -20,8 +20,8 @@ from draftune.models import load_model
 from draftune.utils.images import open_image
 from helpers.errors import mentions
 
-SMALL = ["--steps", "2", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]
-SMALL += ["--reward", "jpeg_compressibility", "--guidance-scale", "2", "--sample-prompts", "2"]
+SMALL = ["--steps", "2", "--num-inference-steps", "2", "--batch-size", "1", "--log-images-steps", "0"]
+SMALL += ["--reward", "jpeg_compressibility", "--guidance-scale", "2", "--num-log-prompts", "2"]
 SMALL += ["--timestep-spacing", "leading"]
 
 
@@ -270,7 +270,7 @@ def test_mistakes_get_one_line_and_code_2(
         "x.txt .csv .json": ["score", "x.png", "--reward", "brightness", "--output", "x.txt"],
         "--prompt --prompts": ["score", "x.png", "--reward", "clip", "--prompt", "a", "--prompts", "b"],
         "xswu/HPSv2 weights=": [*train, "--reward", "brightness + hpsv2"],
-        "yuvalkirstain/PickScore_v1": [*train, "--held-out", "pickscore"],
+        "yuvalkirstain/PickScore_v1": [*train, "--eval-rewards", "pickscore"],
         "--reward": ["score", str(tmp_path / "text.png")],
     }
     for message, argv in cases.items():

@@ -115,17 +115,17 @@ def test_a_mistake_ends_all_processes_and_is_said_once(together: Path) -> None:
 
 RUN: dict[str, Any] = {
     "reward": "brightness",
-    "held_out": "saturation",
+    "eval_rewards": "saturation",
     "method": "draft_lv(n=1)",
     "batch_size": 2,
     "num_inference_steps": 3,
     "guidance_scale": 3.0,
     "learning_rate": 0.01,
-    "save_every": 1,
-    "sample_every": 2,
-    "sample_prompts": 3,
-    "eval_every": 3,
-    "eval_images": 1,
+    "checkpointing_steps": 1,
+    "log_images_steps": 2,
+    "num_log_prompts": 3,
+    "validation_steps": 3,
+    "num_validation_images": 1,
     "device": "cpu",
 }
 
@@ -214,7 +214,7 @@ def test_a_mistake_under_a_launcher_is_one_line(
 def test_shares_are_equal_parts_in_order() -> None:
     shares = [Processes(i, 3).share(list(range(6))) for i in range(3)]
     assert shares == [[0, 1], [2, 3], [4, 5]]
-    padded = [Processes(i, 3).padded_share([1, 2, 3, 4]) for i in range(3)]
+    padded = [Processes(i, 3).shard_padded([1, 2, 3, 4]) for i in range(3)]
     assert padded == [[1, 2], [3, 4], [4, 4]]
     assert Processes(1, 2).share(torch.arange(4)).tolist() == [2, 3]
     with raises(DraftuneError, "alone"), Processes().together():
@@ -227,7 +227,7 @@ def test_a_collective_inside_a_block_fails_with_one_process_too() -> None:
         lambda: processes.gather(torch.ones(1)),
         lambda: processes.mean_([]),
         lambda: processes.any(True),
-        lambda: processes.of_main(1),
+        lambda: processes.broadcast(1),
         lambda: processes.texts("a"),
         lambda: processes.together().__enter__(),
     ):
@@ -235,5 +235,5 @@ def test_a_collective_inside_a_block_fails_with_one_process_too() -> None:
             collective()
     assert processes.any(True)
     assert not processes.any(False)
-    assert processes.of_main([1, None]) == [1, None]
+    assert processes.broadcast([1, None]) == [1, None]
     assert processes.texts("é") == ["é"]

@@ -20,7 +20,7 @@ import draftune
 from draftune.cli import COMMANDS, Command, train
 from draftune.cli.main import build_parser, expressions_joined
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import weights_of
+from draftune.evaluation.criterion import parse_criterion
 from draftune.methods import METHODS
 from draftune.registry.expression import parse
 from draftune.rewards import REWARDS
@@ -77,7 +77,12 @@ def check(argv: list[str]) -> str:
     if args.command in ("train", "preflight"):
         args.config = None  # of a run that only the reader has
         train.train_settings(args)
-    for name, read in {"reward": parse, "held_out": parse, "method": parse, "best_by": weights_of}.items():
+    for name, read in {
+        "reward": parse,
+        "eval_rewards": parse,
+        "method": parse,
+        "metric_for_best_model": parse_criterion,
+    }.items():
         if getattr(args, name, None):
             read(getattr(args, name))  # type: ignore[operator]
     return str(args.command)

@@ -49,9 +49,14 @@ def small_run(values: dict[str, Any]) -> dict[str, Any]:
     log = Path(str(values.get("output") or "runs/draftune")) / "metrics.jsonl"
     done = len(log.read_text().splitlines()) if log.exists() else 0
     depth = 10 if re.search(r"k=|m=|drtune|refl|alignprop", str(values.get("method") or "")) else 3
-    small = {"steps": done + 1, "num_inference_steps": depth, "batch_size": 2, "sample_prompts": 1}
-    small |= {"eval_prompts": "two.txt", "eval_images": 1, "eval_every": 0, "patience": 0}
-    return small | ({"normalize_reward": 2} if values.get("normalize_reward") else {})
+    small = {"steps": done + 1, "num_inference_steps": depth, "batch_size": 2, "num_log_prompts": 1}
+    small |= {
+        "eval_prompts": "two.txt",
+        "num_validation_images": 1,
+        "validation_steps": 0,
+        "early_stopping_patience": 0,
+    }
+    return small | ({"reward_normalization_samples": 2} if values.get("reward_normalization_samples") else {})
 
 
 def small_command(argv: list[str]) -> list[str]:

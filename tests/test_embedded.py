@@ -18,7 +18,7 @@ import draftune
 from draftune.assets import ROOT
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import score_batches
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import load_reward
@@ -30,7 +30,7 @@ STEPS, GUIDANCE = recommended("emoji")["num_inference_steps"], recommended("emoj
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> DiffusionModel:
     return load_model("emoji")
 
 
@@ -42,7 +42,7 @@ def test_sizes() -> None:
     assert sum(megabytes(f"emoji-{part}") for part in ("clip", "aesthetic", "judge")) < 15
 
 
-def test_plain_diffusers_draws_the_same(model: Model) -> None:
+def test_plain_diffusers_draws_the_same(model: DiffusionModel) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "emoji", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -56,7 +56,7 @@ def test_plain_diffusers_draws_the_same(model: Model) -> None:
     assert (ours - theirs).abs().max() < 1e-3
 
 
-def test_the_pictures_show_their_names_and_the_style_word_works(model: Model) -> None:
+def test_the_pictures_show_their_names_and_the_style_word_works(model: DiffusionModel) -> None:
     names = load_prompts("emoji-common")[::4]
     schedule, seeds = model.schedule(STEPS), [0] * len(names)
     judge = load_reward("emoji_name_accuracy + emoji_style_probability(style='3d')")
@@ -77,9 +77,9 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
         steps=12,
         learning_rate=2e-3,
         num_inference_steps=5,
-        sample_every=0,
+        log_images_steps=0,
         eval_prompts=str(few_prompts(tmp_path)),
-        eval_images=2,
+        num_validation_images=2,
         output=str(tmp_path / "run"),
     )
     assert run.comparison is not None
@@ -106,7 +106,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     """The README's Python runs as it stands, but for a shorter training: two updates, three steps, four prompts."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     code = "".join(block for block in blocks if "from_pretrained" not in block)
-    code = code.replace("steps=20", "steps=2, num_inference_steps=3, eval_images=1, sample_prompts=2")
+    code = code.replace("steps=20", "steps=2, num_inference_steps=3, num_validation_images=1, num_log_prompts=2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("draftune.prompts.emoji", lambda part: ["pizza", "rocket", "house", "sun"])
     names: dict[str, Any] = {}
@@ -124,10 +124,10 @@ def test_training_on_the_jpeg_reward_shrinks_the_files(tmp_path: Path) -> None:
         steps=15,
         learning_rate=3e-3,
         num_inference_steps=5,
-        sample_every=0,
+        log_images_steps=0,
         eval_prompts=str(few_prompts(tmp_path)),
-        eval_images=2,
-        held_out="",
+        num_validation_images=2,
+        eval_rewards="",
         output=str(tmp_path / "run"),
     )
     assert run.comparison is not None

@@ -18,20 +18,20 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from draftune.cli.main import main
-from draftune.evaluation.compare import Entry, Leaderboard, block, compare
-from draftune.evaluation.eval_spec import find_yardstick
+from draftune.evaluation.compare import Leaderboard, LeaderboardRow, block, compare
+from draftune.evaluation.eval_spec import resolve_eval_spec
 from draftune.evaluation.metrics import Comparison, Evaluation, Paired, interval
 from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.models import load_model
 from draftune.rewards import load_reward
-from draftune.runs.load import Tuned, find_all, find_tuned
+from draftune.runs.load import LoRASource, resolve_lora, resolve_loras
 from draftune.settings import Settings
 from draftune.utils.images import open_image
 from helpers.errors import mentions
 from helpers.pipelines import add_random_lora, build_pipeline
 
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "timestep_spacing": "trailing"}
-SMALL |= {"reward": "brightness", "held_out": "saturation", "device": "cpu"}
+SMALL |= {"reward": "brightness", "eval_rewards": "saturation", "device": "cpu"}
 
 
 def make_run(folder: Path, model: Path, strength: float = 1.0, names: Sequence[str] = (), **values: Any) -> Path:
@@ -149,10 +149,10 @@ def test_base_and_tuned_are_what_sample_draws(runs: list[Path], tmp_path: Path) 
 
 
 def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path], tmp_path: Path) -> None:
-    loras = find_all([*map(str, runs), str(runs[0] / "best"), str(runs[0])])
+    loras = resolve_loras([*map(str, runs), str(runs[0] / "best"), str(runs[0])])
     assert [tuned.source for tuned in loras] == [str(runs[0]), str(runs[1]), str(runs[0] / "best")]
     assert loras[2].in_run
-    yardstick = find_yardstick(loras)
+    yardstick = resolve_eval_spec(loras)
     kept: dict[str, Comparison] = {}
     board = compare(loras, yardstick, on_comparison=lambda tuned, comparison: kept.update({tuned.source: comparison}))
     assert len({id(comparison.base) for comparison in kept.values()}) == 1
@@ -162,7 +162,7 @@ def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path]
         assert alone.scores == entry.scores
     assert len({entry.scores["brightness"].tuned for entry in board.entries}) == 3
     model = load_model(loras[0].base)
-    model.set_grid("trailing")
+    model.set_sampler_options("trailing")
     plain = model.generate(["a cat"] * 2, [0, 1], model.schedule(2), 2.0)
     together = model.generate(["a cat"] * 2 + ["a dog"] * 2 + ["fish"] * 2, [0, 1] * 3, model.schedule(2), 2.0)
     assert torch.equal(kept[str(runs[1])].base.images, together)
@@ -174,12 +174,12 @@ def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path]
 
 
 def test_the_highest_score_is_first() -> None:
-    def entry(name: str, brightness: float, judge: float) -> Entry:
-        tuned = Tuned(name, Path(name), "emoji", Settings(), True)
-        return Entry(tuned, {"a": Paired(0, brightness, 0, 0, 0, 0), "b": Paired(0, judge, 0, 0, 0, 0)}, 0)
+    def entry(name: str, brightness: float, judge: float) -> LeaderboardRow:
+        tuned = LoRASource(name, Path(name), "emoji", Settings(), True)
+        return LeaderboardRow(tuned, {"a": Paired(0, brightness, 0, 0, 0, 0), "b": Paired(0, judge, 0, 0, 0, 0)}, 0)
 
-    lora = Tuned("x", Path("x"), "emoji", Settings(), False)
-    yardstick = find_yardstick([lora], ["cat"], "brightness")
+    lora = LoRASource("x", Path("x"), "emoji", Settings(), False)
+    yardstick = resolve_eval_spec([lora], ["cat"], "brightness")
     board = Leaderboard([entry("one", 3, 1), entry("two", 2, 2)], yardstick, 1.0, "b")
     lines = board.table().splitlines()
     assert [line.split()[0] for line in lines if line] == ["base", "b", "one", "two", "a", "one", "two"]
@@ -207,7 +207,7 @@ def test_ranked_by_the_reward_or_as_asked(runs: list[Path], tmp_path: Path) -> N
         assert {key: str(value) for key, value in twin.items()} == row
     assert [row["source"] for row in said["scores"]][::2] == orders["brightness"]
     assert said["settings"]["prompts"] == ["a cat", "a dog", "fish"]
-    assert (said["settings"]["reward"], said["settings"]["held_out"]) == ("brightness", "saturation")
+    assert (said["settings"]["reward"], said["settings"]["eval_rewards"]) == ("brightness", "saturation")
     assert said["settings"]["sources"][str(runs[1])]["guidance_scale"] == 2.0
 
 
@@ -236,17 +236,17 @@ def test_other_ways_of_drawing_have_their_own_base(
 def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(runs: list[Path], tmp_path: Path) -> None:
     plain = tmp_path / "plain.safetensors"
     plain.write_bytes((runs[1] / "lora" / "pytorch_lora_weights.safetensors").read_bytes())
-    alone = find_tuned(str(plain))
+    alone = resolve_lora(str(plain))
     assert not alone.in_run
     # Not what is recommended for its model, but what its file says: make_run's model was on its own grid.
     assert alone.settings.timestep_spacing == "trailing"
     assert alone.drawing["timestep_spacing"] == "leading"
     foreign = tmp_path / "foreign.safetensors"
     save_file(load_file(plain), foreign, {"base_model": alone.base})
-    assert "timestep_spacing" not in find_tuned(str(foreign)).drawing
-    first, second = find_all([str(plain), str(runs[0])])
+    assert "timestep_spacing" not in resolve_lora(str(foreign)).drawing
+    first, second = resolve_loras([str(plain), str(runs[0])])
     assert first.drawing == second.drawing
-    board = compare(find_all([str(plain), str(runs[1])]), find_yardstick([second], num_images=1))
+    board = compare(resolve_loras([str(plain), str(runs[1])]), resolve_eval_spec([second], num_images=1))
     assert board.entries[0].scores == board.entries[1].scores
 
 
@@ -257,7 +257,7 @@ def test_mistakes_get_one_line(runs: list[Path], tmp_path: Path, capsys: pytest.
     gone = tmp_path / "gone"
     (gone / "lora").mkdir(parents=True)
     (gone / "lora" / "pytorch_lora_weights.safetensors").write_bytes(plain.read_bytes())
-    settings = Settings(model=find_tuned(run).base, prompts="3 prompts given in Python", reward="my_function")
+    settings = Settings(model=resolve_lora(run).base, prompts="3 prompts given in Python", reward="my_function")
     (gone / "config.yaml").write_text(settings.to_yaml())
     cases = {
         "LoRA missing": ["eval", str(tmp_path / "missing")],

@@ -17,7 +17,7 @@ from scipy import stats
 from test_resume import rows
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
+from draftune.evaluation.reward_check import check_reward
 from draftune.guidance.methods import load_guide
 from draftune.guidance.sample import sample_guided
 from draftune.models import load_model
@@ -178,7 +178,7 @@ def test_finished_runs_are_not_trained_again(tmp_path: Path, monkeypatch: pytest
     assert runner.result(spec) is None
     plain = RunSpec("draft", 2, label="a label", evaluated=False)
     assert runner.settings(plain)["eval_prompts"] == ""
-    assert "save_every" not in runner.settings(plain)
+    assert "checkpointing_steps" not in runner.settings(plain)
     assert runner.run(plain).folder == tmp_path / "a-label"
 
 
@@ -232,7 +232,7 @@ def test_ddpo_has_the_best_rate_that_keeps_the_names(tmp_path: Path) -> None:
 
 def test_a_threshold_without_smoothing_is_refused() -> None:
     with pytest.raises(DraftuneError, match=r"above\(emoji_aesthetic\)' has no gradient"):
-        probe_reward(load_reward(black_box.THRESHOLD), torch.rand(2, 3, 64, 64), ["cat face", "pizza"])
+        check_reward(load_reward(black_box.THRESHOLD), torch.rand(2, 3, 64, 64), ["cat face", "pizza"])
 
 
 def test_a_search_goes_beyond_its_ends() -> None:

@@ -28,7 +28,7 @@ LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     *("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),
 )
-GRID: dict[str, Any] = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+SAMPLER_OPTIONS: dict[str, Any] = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         method="draft_k(k=2)",
         prompts="animals",
         seed=7,
-        **GRID,
+        **SAMPLER_OPTIONS,
     )
     (folder / "config.yaml").write_text(settings.to_yaml())
     return folder
@@ -52,7 +52,7 @@ def run(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def tuned(base: Path, lora: Path, scale: float = 1.0) -> Tensor:
     """Base and LoRA on the run's grid."""
     model = load_model(base)
-    model.set_grid(**GRID)
+    model.set_sampler_options(**SAMPLER_OPTIONS)
     load_lora(model, lora)
     set_lora_scale(model, scale)
     return draw(model)
@@ -172,7 +172,7 @@ def test_merged(pipeline_folder: Path, run: Path, tmp_path: Path, capsys: pytest
 
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
-    assert {key: pipeline.scheduler.config[key] for key in GRID} == GRID
+    assert {key: pipeline.scheduler.config[key] for key in SAMPLER_OPTIONS} == SAMPLER_OPTIONS
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     noise = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])
     pipeline.set_progress_bar_config(disable=True)

@@ -36,10 +36,10 @@ from transformers import (
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import ATTENTION, add_lora, lora_parameters
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.runs.export import sampler_options, source_file
 from draftune.sampling.ancestral import mean
-from draftune.sampling.sampler import advance, rollout
+from draftune.sampling.sampler import ddim_step, rollout
 from helpers.errors import mentions, raises
 from helpers.model_checks import STEPS, Draw, check_guidance, check_pictures, check_training, drawn, opened
 from helpers.pipelines import tiny_tokenizer
@@ -267,11 +267,11 @@ def brighter(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def run_on(model: Model, output: Path, targets: str, **settings: Any) -> draftune.training.Run:
+def run_on(model: DiffusionModel, output: Path, targets: str, **settings: Any) -> draftune.training.Run:
     model.set_size(16, 16)
-    given = {"steps": 4, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 3.5, "sample_every": 0}
-    given |= {"sample_prompts": 1, "lora_rank": 2, "learning_rate": 0.02, "height": 16, "width": 16}
-    given |= {"method": "draft_k(k=2)", "prompts": ["a cat"], "lora_targets": targets, "output": str(output)}
+    given = {"steps": 4, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 3.5, "log_images_steps": 0}
+    given |= {"num_log_prompts": 1, "lora_rank": 2, "learning_rate": 0.02, "height": 16, "width": 16}
+    given |= {"method": "draft_k(k=2)", "prompts": ["a cat"], "lora_target_modules": targets, "output": str(output)}
     return draftune.train(model, brighter, **given | settings)
 
 
@@ -305,7 +305,7 @@ def test_the_recommended_targets_train(
     assert (drawing(3.5, 16)(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
 
 
-def unused_flux(folder: Path) -> Model:
+def unused_flux(folder: Path) -> DiffusionModel:
     """A FLUX without single blocks, whose last block's text tokens nothing reads."""
     pipeline = FluxPipeline.from_pretrained(folder)
     torch.manual_seed(0)
@@ -372,7 +372,7 @@ def test_a_lora_with_an_unused_layer_is_distilled(sd3: Path, tmp_path: Path) -> 
 
 def test_targets_that_change_nothing_at_all(sd3: Path) -> None:
     model = load_model(sd3)
-    with raises(DraftuneError, "lora_targets transformer_blocks.1.attn.add_q_proj"):
+    with raises(DraftuneError, "lora_target_modules transformer_blocks.1.attn.add_q_proj"):
         add_lora(model, 2, targets=["transformer_blocks.1.attn.add_q_proj"])
     assert not hasattr(model.denoiser, "peft_config")
 
@@ -395,8 +395,8 @@ def test_other_methods(sd3: Path, tmp_path: Path, method: str) -> None:
 
     model = load_model(sd3)
     before = drawn(model, "a cat", 0, 5.0)
-    settings = {"steps": 2, "batch_size": 4, "num_inference_steps": STEPS, "guidance_scale": 5.0, "sample_every": 0}
-    settings |= {"learning_rate": 0.02, "sample_prompts": 1, "output": str(tmp_path / "run"), "prompts": ["a cat"]}
+    settings = {"steps": 2, "batch_size": 4, "num_inference_steps": STEPS, "guidance_scale": 5.0, "log_images_steps": 0}
+    settings |= {"learning_rate": 0.02, "num_log_prompts": 1, "output": str(tmp_path / "run"), "prompts": ["a cat"]}
     run = draftune.train(model, brightness, method=method, **settings)
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     assert (drawn(model, "a cat", 0, 5.0) - before).abs().max() > 1e-3
@@ -420,7 +420,7 @@ def test_the_ancestral_sampler_forgets_its_noise(sd3: Path) -> None:
             if ancestral:
                 x = mean(prediction, step) + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)
             else:
-                x = advance(prediction, step)
+                x = ddim_step(prediction, step)
         return x
 
     def told(x: Tensor) -> float:

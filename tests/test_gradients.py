@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from draftune.methods import AlignProp, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL, RewardGradient
+from draftune.methods import AlignProp, BackpropMethod, Batch, Draft, DraftK, DraftLV, DRTune, LeapAlign, Method, ReFL
 from draftune.models import StableDiffusion
 from draftune.models.common import clamp_unit, decode_vae
-from draftune.sampling.sampler import Denoiser, Latents
+from draftune.sampling.sampler import Denoiser, PrefixCache
 from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
 from helpers.draws import injected, noises
 from helpers.pipelines import SD14_SCHEDULER, add_random_lora, build_pipeline
@@ -58,7 +58,7 @@ def batch_of(
     seed: int = 0,
 ) -> Batch:
     prompts, generator = [""] * len(noise), torch.Generator().manual_seed(seed)
-    return Batch(prompts, Latents(noise), schedule, denoise, base or denoise, reward, generator)
+    return Batch(prompts, PrefixCache(noise), schedule, denoise, base or denoise, reward, generator)
 
 
 def gradient_of_method(method: Method, schedule: Schedule, network: Network, seed: int = 0) -> Tensor:
@@ -378,7 +378,7 @@ def slopes(method: Method, schedule: Schedule, drawn: list[Any]) -> list[list[fl
     ids=repr,
 )
 def test_closed_form_on_gaussian_data_with_a_quadratic_reward(
-    method: RewardGradient, drawn: dict[str, list[Any]]
+    method: BackpropMethod, drawn: dict[str, list[Any]]
 ) -> None:
     schedule, data, expected = GRIDS["clean"], Gaussian(), 0.0
     with injected(**drawn):
@@ -397,7 +397,7 @@ def test_the_gradient_of_lv_has_a_lower_variance(n: int) -> None:
     schedule, count = GRIDS["clean"], 40_000
     noise = torch.randn(count, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def spread(method: RewardGradient) -> tuple[float, float]:
+    def spread(method: BackpropMethod) -> tuple[float, float]:
         data = Gaussian()
         mu, data.mu = 0.3, torch.full_like(noise, 0.3).requires_grad_()
         for clean in method.samples(batch_of(data.denoise, schedule, noise=noise, seed=1)):
@@ -453,7 +453,7 @@ def test_strides_over_the_steps_without_gradient(count: int, stride: int, levels
         calls.append(step.timestep)
         return schedule.read(network(x, step.timestep), x, step)
 
-    latents = Latents(NOISE, stride=stride)
+    latents = PrefixCache(NOISE, stride=stride)
     x = latents.after(count, denoise, schedule.steps)
     assert calls == [schedule.steps[i].timestep for i in levels]
     assert latents.after(count, denoise, schedule.steps) is x
@@ -528,11 +528,11 @@ def test_out_of_range_pixels_are_clamped_as_the_model_says(tmp_path: Path, small
         torch.manual_seed(1)
         widths = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
         blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-        model.small_decoder = AutoencoderTiny(**widths, **blocks).eval().requires_grad_(False)
+        model.tiny_decoder = AutoencoderTiny(**widths, **blocks).eval().requires_grad_(False)
     latents = 40 * model.noise(torch.Generator().manual_seed(0), 1)
     latents.requires_grad_()
-    tiny = model.small_decoder
-    raw = decode_vae(tiny, latents, mean=tiny.config.shift_factor) if small else model.decode_raw(latents)
+    tiny = model.tiny_decoder
+    raw = decode_vae(tiny, latents, mean=tiny.config.shift_factor) if small else model._decode(latents)
     outside = (raw < 0) | (raw > 1)
     assert outside.any()
     assert not outside.all()

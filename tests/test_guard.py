@@ -13,10 +13,10 @@ from test_resume import rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import weights_of
+from draftune.evaluation.criterion import parse_criterion
 from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.models import load_model
-from draftune.training.early_stopping import Guard
+from draftune.training.early_stopping import EarlyStopping
 from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora
 
@@ -29,21 +29,21 @@ def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, fl
 
 
 def test_the_best_is_that_of_the_rule() -> None:
-    guard = Guard({"eval/judge": 1.0, "aesthetic": -0.1}, patience=2, reward="aesthetic")
+    guard = EarlyStopping({"eval/judge": 1.0, "aesthetic": -0.1}, early_stopping_patience=2, reward="aesthetic")
     seen = [(guard.see(row), guard.exhausted) for row in told([1, 2, 3, 4, 5], [0.2, 0.5, 0.5, 0.58, 0.6])]
     # 0.1, 0.3, 0.2, 0.18, 0.1
     assert seen == [(True, False), (True, False), (False, False), (False, True), (False, True)]
     assert guard.best is not None
     assert guard.best["step"] == 10
     with raises(DraftuneError, "eval/juge eval/judge"):
-        Guard({"eval/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
-    assert weights_of("eval/judge - 0.5*denoiser_mse_from_base") == {
+        EarlyStopping({"eval/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
+    assert parse_criterion("eval/judge - 0.5*denoiser_mse_from_base") == {
         "eval/judge": 1.0,
         "denoiser_mse_from_base": -0.5,
     }
     for rule in ("judge(k=2)", "judge(clip)"):
         with raises(DraftuneError, rule):
-            weights_of(rule)
+            parse_criterion(rule)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_best_is_that_of_the_rule() -> None:
     ],
 )
 def test_the_warning(rewards: list[float], judged: list[float], said: str | None) -> None:
-    guard = Guard({"eval/judge": 1.0}, 0, "aesthetic")
+    guard = EarlyStopping({"eval/judge": 1.0}, 0, "aesthetic")
     for row in told(rewards, judged):
         guard.see(row)
     warning = guard.warning()
@@ -67,7 +67,7 @@ def test_the_warning(rewards: list[float], judged: list[float], said: str | None
 
 
 def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
-    guard = Guard({"eval/judge": 1.0}, 0, "aesthetic")
+    guard = EarlyStopping({"eval/judge": 1.0}, 0, "aesthetic")
     for row in told([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7]):
         guard.see({**row, "eval/diversity": 0.5 - row["step"] / 100, "stderr": {"eval/judge": 0.06}})
     # The difference of two such means has the error 0.085: 0.1 is no fall, and both of the last two must have fallen.
@@ -80,7 +80,7 @@ def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
 
 
 def test_a_score_that_is_not_finite_is_never_the_best() -> None:
-    guard = Guard({"eval/judge": 1.0}, 0, "aesthetic")
+    guard = EarlyStopping({"eval/judge": 1.0}, 0, "aesthetic")
     values: list[Any] = [float("nan"), 0.2, None, float("inf"), 0.3]
     assert [guard.see({**told([1], [0])[0], "eval/judge": value}) for value in values] == [
         True, True, False, False, True
@@ -107,9 +107,11 @@ class Peaks:
 def test_patience_ends_a_run_and_the_best_is_kept(
     pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    values: dict[str, Any] = {"eval_every": 1, "method": "draft_k(k=1)", "learning_rate": 0.02, "steps": 8}
+    values: dict[str, Any] = {"validation_steps": 1, "method": "draft_k(k=1)", "learning_rate": 0.02, "steps": 8}
     # The first number goes to the trial before training.
-    run = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
+    run = train(
+        pipeline_folder, tmp_path / "run", brightness, eval_rewards=Peaks(), early_stopping_patience=2, **values
+    )
     assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
     assert [round(row["eval/judge"], 3) for row in run.evaluations] == [0.1, 0.2, 0.3, 0.2, 0.1]
     assert mentions(caplog.text, "over-optimi eval/judge")
@@ -120,9 +122,13 @@ def test_patience_ends_a_run_and_the_best_is_kept(
     )
     assert all(torch.equal(best[name], same[name]) for name in same)
     # The same command has nothing left to do; without patience it goes on.
-    again = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=2, **values)
+    again = train(
+        pipeline_folder, tmp_path / "run", brightness, eval_rewards=Peaks(), early_stopping_patience=2, **values
+    )
     assert [row["step"] for row in again.metrics] == [1, 2, 3, 4]
-    longer = train(pipeline_folder, tmp_path / "run", brightness, held_out=Peaks(), patience=0, **values)
+    longer = train(
+        pipeline_folder, tmp_path / "run", brightness, eval_rewards=Peaks(), early_stopping_patience=0, **values
+    )
     assert [row["step"] for row in longer.metrics] == list(range(1, 9))
     assert [row["step"] for row in rows(run.folder, "evaluations.jsonl")] == list(range(9))
 
@@ -158,10 +164,10 @@ def test_the_denoiser_mse_by_hand(pipeline_folder: Path) -> None:
 
 def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
     for values, message in (
-        ({"patience": 2, "eval_every": 0}, "patience eval_prompts eval_every"),
-        ({"patience": 2, "eval_prompts": ""}, "patience eval_prompts eval_every"),
-        ({"best_by": "eval/x + "}, "eval/x +"),
-        ({"best_by": "eval/x"}, "eval/x"),
+        ({"early_stopping_patience": 2, "validation_steps": 0}, "patience eval_prompts validation_steps"),
+        ({"early_stopping_patience": 2, "eval_prompts": ""}, "patience eval_prompts validation_steps"),
+        ({"metric_for_best_model": "eval/x + "}, "eval/x +"),
+        ({"metric_for_best_model": "eval/x"}, "eval/x"),
     ):
         with raises(DraftuneError, message):
             train(pipeline_folder, tmp_path / "run", brightness, **values)
@@ -170,7 +176,7 @@ def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
 def test_a_held_out_reward_that_was_to_be_low() -> None:
     """A penalty that falls is no warning; one that rises is."""
     for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "eval/judge 0.300 0 0.900")):
-        guard = Guard({"eval/judge": -0.5}, patience=0, reward="aesthetic")
+        guard = EarlyStopping({"eval/judge": -0.5}, early_stopping_patience=0, reward="aesthetic")
         for row in told([1, 2, 3], judged):
             guard.see(row)
         warning = guard.warning()

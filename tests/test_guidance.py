@@ -21,17 +21,17 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.experimental.denoising_loss import LEVELS, Fit, fresh_lora
+from draftune.experimental.denoising_loss import LEVELS, DenoisingTrainer, fresh_lora
 from draftune.guidance import sampler
 from draftune.guidance.methods import load_guide
-from draftune.guidance.sample import Slope, sample_guided
+from draftune.guidance.sample import RewardGradientFn, sample_guided
 from draftune.guidance.sampler import (
     dot,
     dynamic_scale,
-    look_ahead,
+    guided_sample,
+    iterative_guidance,
     norm,
-    pulled,
-    rounds_ahead,
+    posterior_guidance,
     sample_eta,
     variance_scale,
 )
@@ -120,7 +120,11 @@ def test_look_ahead_draws_from_the_posterior(toy: Subspace, steps: list[Step], e
     count, nu, target, sigma = 4000, 1 / 82, 0.3, 0.1
     fresh, direction = toy.fresh(count), toy.theta.expand(count, D)
     x = sample_eta(
-        look_ahead(toy.denoise, direction, torch.full((count,), target).double(), sigma), steps, fresh(), fresh, eta
+        posterior_guidance(toy.denoise, direction, torch.full((count,), target).double(), sigma),
+        steps,
+        fresh(),
+        fresh,
+        eta,
     )
     seen = x @ toy.theta
     assert float(seen.mean()) == pytest.approx(target * nu / (nu + sigma**2), rel=0.05)  # 0.1648
@@ -135,10 +139,10 @@ def test_the_naive_gradient_misses_the_posterior_and_leaves_the_subspace(
     # Every map is affine, so that the mean is what comes of no noise at all.
     zero = torch.zeros(1, D, dtype=torch.float64)
     means = {}
-    for guide in (look_ahead, naive):
+    for guide in (posterior_guidance, naive):
         guided = guide(toy.denoise, toy.theta[None], torch.tensor([0.3]).double(), 0.1)
         means[guide] = float(sample_eta(guided, DIFFUSION, zero, lambda: zero, eta) @ toy.theta)
-    assert means[look_ahead] == pytest.approx(0.1648, abs=2e-4)
+    assert means[posterior_guidance] == pytest.approx(0.1648, abs=2e-4)
     # With the ancestral sampler 92 % short of the target, 86 % of the posterior's mean.
     assert means[naive] == pytest.approx(reached, abs=2e-4)
     fresh = toy.fresh(4000)
@@ -150,7 +154,7 @@ def test_the_naive_gradient_misses_the_posterior_and_leaves_the_subspace(
 def test_rounds_settle_at_the_regularised_optimum(toy: Subspace) -> None:
     fresh = toy.fresh(64)
     means = []
-    for x in rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 60, 0.2, 0.1):
+    for x in iterative_guidance(toy.denoise, DIFFUSION, toy.uphill, fresh, 60, 0.2, 0.1):
         means.append(float(toy.f(x).mean()))
     assert means[0] == pytest.approx(1, abs=0.4)
     assert means[60] == pytest.approx(5.79, abs=0.1)
@@ -161,7 +165,7 @@ def test_rounds_settle_at_the_regularised_optimum(toy: Subspace) -> None:
 def test_where_the_rounds_would_stay_without_noise(toy: Subspace, rise: float, rounds: int, told: float) -> None:
     """Gradient Guidance's fixed point, where f(x) - sigma^2 / (2 rise) |x|^2 is highest in the subspace."""
     zero = torch.zeros(1, D, dtype=torch.float64)
-    *_, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, lambda: zero, rounds, rise, 0.1)
+    *_, x = iterative_guidance(toy.denoise, DIFFUSION, toy.uphill, lambda: zero, rounds, rise, 0.1)
     limit = 10 - (3 / (1 + 2 * rise / 0.1**2 / 82)) ** 2
     assert limit == pytest.approx(told, abs=0.005)
     assert float(toy.f(x)) == pytest.approx(limit, abs=1e-4)
@@ -169,7 +173,7 @@ def test_where_the_rounds_would_stay_without_noise(toy: Subspace, rise: float, r
 
 def test_the_first_round(toy: Subspace) -> None:
     fresh = toy.fresh(4000)
-    means = [float(toy.f(x).mean()) for x in rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 1, 0.2, 0.1)]
+    means = [float(toy.f(x).mean()) for x in iterative_guidance(toy.denoise, DIFFUSION, toy.uphill, fresh, 1, 0.2, 0.1)]
     assert means[0] == pytest.approx(1 - 1 / 82, abs=0.04)
     # By quadrature over the seen value of the first batch, N(0, 1 / 82). Of 64 samples it has a standard error of 0.1:
     # 1.31, which was told, is one of them.
@@ -177,8 +181,8 @@ def test_the_first_round(toy: Subspace) -> None:
 
 
 def test_the_naive_rounds_stall(toy: Subspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "look_ahead", naive)
-    *last, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, toy.fresh(64), 30, 0.9, 0.1)
+    monkeypatch.setattr(sampler, "posterior_guidance", naive)
+    *last, x = iterative_guidance(toy.denoise, DIFFUSION, toy.uphill, toy.fresh(64), 30, 0.9, 0.1)
     assert sum(float(toy.f(y).mean()) for y in last[-10:]) / 10 == pytest.approx(1.9, abs=0.1)
     assert toy.outside(x) == pytest.approx(0.077, abs=0.006)
 
@@ -198,9 +202,9 @@ class Learned:
 def test_training_on_what_is_drawn_goes_past_the_regularised_optimum(toy: Subspace) -> None:
     steps = steps_of([(step.alpha, step.sigma) for step in DIFFUSION[::4]] + [(1.0, 0.0)])
     network, schedule = Learned(toy), Schedule(tuple(steps))
-    fit = Fit([network.place], schedule, 0.3, torch.Generator().manual_seed(0))
+    fit = DenoisingTrainer([network.place], schedule, 0.3, torch.Generator().manual_seed(0))
     means = []
-    for drawing, x in enumerate(rounds_ahead(network, steps, toy.uphill, toy.fresh(32), 80, 0.2, 0.1)):
+    for drawing, x in enumerate(iterative_guidance(network, steps, toy.uphill, toy.fresh(32), 80, 0.2, 0.1)):
         means.append(float(toy.f(x).mean()))
         if drawing >= 20:
             fit(network, x)
@@ -218,7 +222,7 @@ def test_the_loss_of_the_denoiser(toy: Subspace, kind: str) -> None:
         clean, noise = toy.denoise(x, step)
         return Prediction(clean, noise + place)
 
-    fit = Fit([place], Schedule(tuple(steps), kind), 0.01, torch.Generator().manual_seed(0))
+    fit = DenoisingTrainer([place], Schedule(tuple(steps), kind), 0.01, torch.Generator().manual_seed(0))
     seen = [i % len(steps) for i in range(LEVELS)]
     with injected(randint=[seen]):
         found = fit(denoise, toy.normal(4000, D) @ toy.P)
@@ -234,7 +238,7 @@ def test_the_loss_of_the_denoiser(toy: Subspace, kind: str) -> None:
 
 def test_a_larger_rise_settles_higher_and_stays_in_the_subspace(toy: Subspace) -> None:
     fresh = toy.fresh(64)
-    *_, x = rounds_ahead(toy.denoise, DIFFUSION, toy.uphill, fresh, 30, 0.9, 0.1, resample_noise=False)
+    *_, x = iterative_guidance(toy.denoise, DIFFUSION, toy.uphill, fresh, 30, 0.9, 0.1, resample_noise=False)
     assert float(toy.f(x).mean()) == pytest.approx(9.12, abs=0.1)  # from the same noise every round
     assert toy.outside(x) < 1e-12
 
@@ -262,7 +266,7 @@ def pulled_right(pull: Callable[..., Tensor], scale: float = 1.0, count: int = 4
     def uphill(clean: Tensor) -> Tensor:
         return scale * torch.stack([2 * (1 - clean[:, 0]), 0 * clean[:, 0]], 1)
 
-    return pulled(denoise_mixture, DIFFUSION, fresh(), uphill, pull, fresh, **options)  # type: ignore[arg-type]
+    return guided_sample(denoise_mixture, DIFFUSION, fresh(), uphill, pull, fresh, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +331,7 @@ def test_the_first_steps_are_made_again_at_the_same_level() -> None:
 
     steps = DIFFUSION[::20]
     noise = torch.randn(2, 2, dtype=torch.float64)
-    pulled(denoise, steps, noise, torch.zeros_like, dynamic_scale(0.1), lambda: noise, repeats=3)
+    guided_sample(denoise, steps, noise, torch.zeros_like, dynamic_scale(0.1), lambda: noise, repeats=3)
     assert seen == [step.alpha for i, step in enumerate(steps) for _ in range(3 if i < 3 else 1)]
 
 
@@ -378,7 +382,7 @@ def test_the_slope_is_that_of_the_decoder_by_hand(pipeline_folder: Path) -> None
     weights = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     reward = load_reward(lambda images, prompts: (images * weights).sum((1, 2, 3)))
     latents = model.noise(torch.Generator().manual_seed(1), 2)
-    slope = Slope(model, reward, PROMPTS)
+    slope = RewardGradientFn(model, reward, PROMPTS)
     leaf = latents.clone().requires_grad_()
     picture = model.pipeline.vae.decode(leaf / 0.7).sample / 2 + 0.5
     (expected,) = torch.autograd.grad((picture * weights).sum(), leaf)

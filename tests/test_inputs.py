@@ -26,7 +26,7 @@ from draftune.experimental.black_box import ZerothOrder
 from draftune.experimental.tune_weights import tune_weights
 from draftune.guidance.noise_optimization import optimize_noise
 from draftune.guidance.sample import sample_guided
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.prompts import Prompt
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
@@ -70,9 +70,9 @@ def named(which: str) -> Reward:
 
 
 def trained(folder: Path, output: Path, reward: Any, **settings: Any) -> Path:
-    common = {"steps": 2, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 2, "sample_prompts": 2}
+    common = {"steps": 2, "batch_size": 2, "num_inference_steps": 2, "guidance_scale": 2, "num_log_prompts": 2}
     # A step of Adam would hide a wrong factor of the gradient.
-    common |= {"sample_every": 1, "lora_rank": 2, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
+    common |= {"log_images_steps": 1, "lora_rank": 2, "optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0}
     values = {"prompts": ["a cat", "a dog"], **common}
     return draftune.train(load_model(folder), reward, output=str(output), **values | settings).folder
 
@@ -95,9 +95,9 @@ def test_held_out_rewards_in_place_see_and_leave_the_same(pipeline_folder: Path,
             pipeline_folder,
             tmp_path / f"{which}{order}",
             "saturation",
-            held_out=parts[0] + parts[1],
+            eval_rewards=parts[0] + parts[1],
             eval_prompts=str(tmp_path / "prompts.txt"),
-            eval_images=1,
+            num_validation_images=1,
             steps=1,
         )
         rows = map(json.loads, (run / "evaluations.jsonl").read_text().split("\n")[:-1])
@@ -147,8 +147,8 @@ def test_features_and_learning_have_their_own_images(pipeline_folder: Path, tmp_
     found = evaluate(lambda *_: images, load_reward("brightness"), Features(), ["a", "b"], 2)
     assert "eval/diversity" in found.values
     assert images.any()
-    plain = trained(pipeline_folder, tmp_path / "plain", "brightness", sample_every=0)
-    both = trained(pipeline_folder, tmp_path / "both", load_reward("brightness") + 0.0 * Features(), sample_every=0)
+    plain = trained(pipeline_folder, tmp_path / "plain", "brightness", log_images_steps=0)
+    both = trained(pipeline_folder, tmp_path / "both", load_reward("brightness") + 0.0 * Features(), log_images_steps=0)
     first, second = (load_file(run / "lora" / "pytorch_lora_weights.safetensors") for run in (plain, both))
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
 
@@ -190,12 +190,12 @@ def test_an_empty_prompt_is_refused_before_anything_is_sampled(
     assert mine(torch.ones(1, 3, 4, 4), [""]) == 1
 
 
-def limits(model: Model, prompt: str) -> list[tuple[int, int]]:
+def limits(model: DiffusionModel, prompt: str) -> list[tuple[int, int]]:
     """Of each text encoder the tokens it reads, and whether it cuts the prompt."""
     return [(found.limit, found.cut) for found in model.truncated([prompt])]
 
 
-def families(folder: Path) -> dict[str, tuple[Model, list[int]]]:
+def families(folder: Path) -> dict[str, tuple[DiffusionModel, list[int]]]:
     """Small pipelines, and how much their text encoders read; CLIP's small tokenizer says 12."""
     build_pipeline(folder / "parts").save_pretrained(folder / "sd")
     from diffusers import PixArtAlphaPipeline
@@ -215,7 +215,7 @@ def test_what_text_encoders_read_is_what_they_are_said_to_read(tmp_path: Path) -
     for name, (model, reads) in families(tmp_path).items():
         assert [limit for limit, _ in limits(model, "a")] == reads, name
 
-        def encoded(prompt: str, model: Model = model) -> list[Tensor]:
+        def encoded(prompt: str, model: DiffusionModel = model) -> list[Tensor]:
             condition = model.encode([prompt], "", False)
             return [condition] if isinstance(condition, Tensor) else list(condition)
 
@@ -246,7 +246,7 @@ def test_what_is_cut_off_is_said_once(
     drawing = ["--num-inference-steps", "1", "--guidance-scale", "1", "--output"]
     scored = ["--reward", clip]
     train = ["train", "--model", model, "--reward", clip, "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
-    train += ["--batch-size", "1", "--sample-prompts", "1", *drawing, str(tmp_path / "run")]
+    train += ["--batch-size", "1", "--num-log-prompts", "1", *drawing, str(tmp_path / "run")]
     commands = [
         (train, ["2 of 3 prompts", "2 of 3 prompts"]),
         (["sample", model, "--prompt", "a cat", LONG, *drawing, str(tmp_path / "s.png")], ["1 of 2 prompts"]),

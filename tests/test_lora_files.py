@@ -18,9 +18,9 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, lora_file, read_lora, save_lora, set_lora_scale, set_lora_scales
 from draftune.lora.adapter import attach, load_lora
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
-from draftune.runs.load import find_tuned, read_deltas
+from draftune.runs.load import read_deltas, resolve_lora
 from draftune.utils.tensors import save_tensors
 from helpers.errors import mentions, raises
 from helpers.odd_loras import KOHYA, SPELLINGS, encoder, kohya, odd_lora
@@ -30,16 +30,16 @@ PROMPT = ["--prompt", "cat", "--num-inference-steps", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def model(pipeline_folder: Path) -> Model:
+def model(pipeline_folder: Path) -> DiffusionModel:
     return load_model(pipeline_folder)
 
 
-def draw(model: Model) -> Tensor:
+def draw(model: DiffusionModel) -> Tensor:
     return model.generate(["cat", "dog"], [3, 4], model.schedule(2), 2.0)
 
 
 @pytest.mark.parametrize("number", range(CASES))
-def test_odd_files(number: int, model: Model, tmp_path: Path) -> None:
+def test_odd_files(number: int, model: DiffusionModel, tmp_path: Path) -> None:
     """Every file changes each layer as its tensors say, or is refused; it never raises anything else."""
     case = odd_lora(number, model.lora_networks)
     path = case.write(tmp_path)
@@ -93,7 +93,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2")
 
 @pytest.mark.parametrize("spelling", ["diffusers", "diffusers-old", "kohya"])
 @pytest.mark.parametrize("text", [False, True], ids=["denoiser", "with-text-encoder"])
-def test_stable_diffusion(spelling: str, text: bool, model: Model, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_stable_diffusion(
+    spelling: str, text: bool, model: DiffusionModel, pipeline_folder: Path, tmp_path: Path
+) -> None:
     unet_name, text_name, names = SPELLINGS[spelling]
     halves = {unet_name(name): both for name, both in pairs(model.denoiser, 2, ATTENTION).items()}
     halves |= {unet_name(name): both for name, both in pairs(model.denoiser, 3, ("attn2.to_k", "conv1")).items()}
@@ -204,7 +206,7 @@ def test_a_file_of_another_family_is_refused_before_anything_is_written(
         ["sample", path, *PROMPT, "--output", str(tmp_path / "out.png")],
         ["merge", path, "--output", str(tmp_path / "out")],
         ["export", path, "--format", "diffusers", "--output", str(tmp_path / "out")],
-        ["train", "--continue-from", path, "--reward", "brightness", "--prompts", "animals", "--steps", "1"],
+        ["train", "--init-lora", path, "--reward", "brightness", "--prompts", "animals", "--steps", "1"],
     ):
         if command[0] == "train":
             command += ["--output", str(tmp_path / "out"), "--num-inference-steps", "2"]
@@ -216,7 +218,7 @@ def test_a_file_of_another_family_is_refused_before_anything_is_written(
     assert [file.name for file in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
-def peft_dora(model: Model, path: Path) -> Path:
+def peft_dora(model: DiffusionModel, path: Path) -> Path:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -264,7 +266,7 @@ def test_dora(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.fixture
-def with_text(model: Model, tmp_path: Path) -> Path:
+def with_text(model: DiffusionModel, tmp_path: Path) -> Path:
     halves = {kohya(name): both for name, both in pairs(model.denoiser, 2, ("to_q",)).items()}
     text = pairs(model.pipeline.text_encoder, 2, ("q_proj", "out_proj"))
     halves |= {f"lora_te_text_model_{n.removeprefix('text_model.').replace('.', '_')}": b for n, b in text.items()}
@@ -296,14 +298,14 @@ def test_text_encoders(with_text: Path, pipeline_folder: Path, tmp_path: Path) -
     assert (draw(load_model(tmp_path / "merged")) - expected).abs().max() < 1e-4
     run = tmp_path / "run"
     arguments = ["train", *base, "--reward", "brightness", "--prompts", "animals", "--steps", "1", "--batch-size", "1"]
-    arguments += ["--method", "draft_k(k=1)", "--num-inference-steps", "2", "--sample-prompts", "1", "--device", "cpu"]
-    more = ["--learning-rate", "1e-9", "--continue-from", str(with_text), "--output", str(run)]
+    arguments += ["--method", "draft_k(k=1)", "--num-inference-steps", "2", "--num-log-prompts", "1", "--device", "cpu"]
+    more = ["--learning-rate", "1e-9", "--init-lora", str(with_text), "--output", str(run)]
     assert main([*arguments, *more]) == 0
     assert read_deltas(run).parts == ["unet", "text_encoder"]
     assert (loaded(run) - expected).abs().max() < 1e-4
 
 
-def test_files_and_folders(model: Model, tmp_path: Path) -> None:
+def test_files_and_folders(model: DiffusionModel, tmp_path: Path) -> None:
     halves = {f"unet.{name}": both for name, both in pairs(model.denoiser, 2, ("to_q",)).items()}
     folder = tmp_path / "lora"
     folder.mkdir()
@@ -384,7 +386,7 @@ def test_a_dora_of_a_row_of_zeros_stays_finite(pipeline_folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("wrapper", ["", "base_model.model.", "lycoris_"])
-def test_wrapped_text_encoders_are_skipped_too(model: Model, tmp_path: Path, wrapper: str) -> None:
+def test_wrapped_text_encoders_are_skipped_too(model: DiffusionModel, tmp_path: Path, wrapper: str) -> None:
     text = encoder(f"{wrapper}text_encoder.text_model.encoder.layers.0.mlp.fc1")
     halves = {f"unet.{name}": both for name, both in pairs(model.denoiser, 2, ("to_q",)).items()}
     path = write(tmp_path / "lora.safetensors", halves, KOHYA, **text)
@@ -412,7 +414,7 @@ def test_a_folder_of_another_tools_run(with_text: Path, pipeline_folder: Path, t
     folder.mkdir(parents=True)
     with_text.rename(folder / "style.safetensors")
     (folder.parent / "config.yaml").write_text("job: extension\n")
-    assert not find_tuned(str(folder / "style.safetensors"), str(pipeline_folder)).in_run
+    assert not resolve_lora(str(folder / "style.safetensors"), str(pipeline_folder)).in_run
 
 
 def test_attaching_draws_no_random_numbers(pipeline_folder: Path, with_text: Path) -> None:
@@ -433,7 +435,9 @@ def test_attaching_draws_no_random_numbers(pipeline_folder: Path, with_text: Pat
         ({"unet.no_such.lora_A.weight": torch.ones(1, 2), "unet.no_such.lora_B.weight": torch.ones(2, 1)}, "no_such"),
     ],
 )
-def test_what_has_no_place_is_named(extra: dict[str, Tensor], named: str, with_text: Path, model: Model) -> None:
+def test_what_has_no_place_is_named(
+    extra: dict[str, Tensor], named: str, with_text: Path, model: DiffusionModel
+) -> None:
     save_file(load_file(with_text) | extra, with_text)
     with raises(DraftuneError, named):
         read_lora(with_text, model.lora_networks, model.name)

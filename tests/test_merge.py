@@ -26,8 +26,8 @@ from draftune.lora import (
     saved_grid,
     set_lora_scales,
 )
-from draftune.models import Model, load_model
-from draftune.runs.load import open_source, read_deltas
+from draftune.models import DiffusionModel, load_model
+from draftune.runs.load import load_for_sampling, read_deltas
 from draftune.runs.merge import merge_loras, weighted
 from helpers.errors import mentions, raises
 from helpers.pipelines import build_pipeline
@@ -36,7 +36,7 @@ ATTENTION = ("to_q", "to_out.0")
 CONVOLUTIONS = ("to_q", "conv_in", "conv1", "time_emb_proj", "ff.net.2", "proj_in")
 
 
-def random_lora(base: Path, seed: int, rank: int, alpha: float, targets: Sequence[str]) -> Model:
+def random_lora(base: Path, seed: int, rank: int, alpha: float, targets: Sequence[str]) -> DiffusionModel:
     """A model with a LoRA that does something already."""
     model = load_model(base)
     add_lora(model, rank, alpha, targets)
@@ -53,7 +53,7 @@ def saved_lora(base: Path, folder: Path, seed: int, rank: int, alpha: float, tar
     return folder
 
 
-def draw(model: Model) -> Tensor:
+def draw(model: DiffusionModel) -> Tensor:
     return model.generate(["cat", "dog"], [3, 4], model.schedule(3), 2.0)
 
 
@@ -106,14 +106,14 @@ def test_a_mix_draws_what_both_draw(pipeline_folder: Path, loras: tuple[Path, Pa
 def test_a_mix_is_drawn_on_the_grid_of_its_loras(pipeline_folder: Path, tmp_path: Path) -> None:
     for name, spacing in (("a", "trailing"), ("b", "trailing"), ("c", "leading")):
         model = random_lora(pipeline_folder, 0, 2, 2, ATTENTION)
-        model.set_grid(spacing, True)
+        model.set_sampler_options(spacing, True)
         save_lora(model, tmp_path / name)
     merge_loras([(tmp_path / "a", 1.0), (tmp_path / "b", 0.5)], tmp_path / "same")
     merge_loras([(tmp_path / "a", 1.0), (tmp_path / "c", 0.5)], tmp_path / "differ")
     assert saved_grid(tmp_path / "same") == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert saved_grid(tmp_path / "differ") == {}
-    drawn, _ = open_source(str(tmp_path / "same"), device="cpu")
-    own, _ = open_source(str(tmp_path / "differ"), device="cpu")
+    drawn, _ = load_for_sampling(str(tmp_path / "same"), device="cpu")
+    own, _ = load_for_sampling(str(tmp_path / "differ"), device="cpu")
     assert drawn.grid == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
     assert own.grid == load_model(pipeline_folder).grid == {"timestep_spacing": "leading", "set_alpha_to_one": False}
     kohya = tmp_path / "same.safetensors"

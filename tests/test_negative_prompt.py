@@ -13,7 +13,7 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from helpers.errors import mentions, raises
 from helpers.odd_models import families
 from helpers.pipelines import add_random_lora
@@ -34,7 +34,7 @@ def bright(images: Tensor, prompts: Any) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def drawn(model: Model, negative_prompt: str, guidance_scale: float) -> Tensor:
+def drawn(model: DiffusionModel, negative_prompt: str, guidance_scale: float) -> Tensor:
     return model.generate(["a cat"], [0], model.schedule(2), guidance_scale, negative_prompt)
 
 
@@ -54,7 +54,7 @@ def test_it_is_said_where_the_pictures_are_the_same(
 
 
 def train(folder: Path, out: Path, lora: Path, words: list[str]) -> list[str]:
-    short = ["--steps", "1", "--batch-size", "1", "--sample-prompts", "1", "--prompts", "animals"]
+    short = ["--steps", "1", "--batch-size", "1", "--num-log-prompts", "1", "--prompts", "animals"]
     return ["train", "--model", str(folder), "--reward", "brightness", "--method", "draft_k(k=1)", *short, *words]
 
 

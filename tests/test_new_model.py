@@ -17,7 +17,7 @@ from torch import Tensor
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import lora_parameters
-from draftune.models import FAMILIES, Model, load_model
+from draftune.models import FAMILIES, DiffusionModel, load_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-model-family.md"
 CLASSES = 4
@@ -72,7 +72,7 @@ def reference(pipeline: Any, label: int, seed: int, steps: int, guidance_scale: 
         return (vae.decode(x / 0.7).sample / 2 + 0.5).clamp(0, 1)
 
 
-def sampled(model: Model, prompt: str, guidance_scale: float = 3.0) -> Tensor:
+def sampled(model: DiffusionModel, prompt: str, guidance_scale: float = 3.0) -> Tensor:
     return model.generate([prompt], [0], model.schedule(3), guidance_scale)
 
 
@@ -104,8 +104,8 @@ def test_it_trains_and_its_lora_loads(example: ModuleType, tmp_path: Path, metho
         num_inference_steps=3,
         guidance_scale=3.0,
         learning_rate=0.02,
-        sample_every=0,
-        sample_prompts=1,
+        log_images_steps=0,
+        num_log_prompts=1,
         output=str(tmp_path / "run"),
     )
     after = sampled(model, "1")

@@ -16,9 +16,9 @@ import draftune
 import draftune.rewards
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
+from draftune.evaluation.reward_check import check_reward
 from draftune.registry.factories import run_file
-from draftune.rewards import REWARDS, find_reward, load_reward
+from draftune.rewards import REWARDS, load_reward, parse_reward
 from helpers.errors import mentions, raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-reward.md"
@@ -50,17 +50,17 @@ def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
         closed = ((2 * WEIGHT[0] - luma) / 64)[None, :, None, None].expand_as(IMAGES)
         assert torch.allclose(gradient, closed, atol=1e-7)
         assert not any(parameter.requires_grad for parameter in reward.parameters())
-        probe_reward(reward, IMAGES, PROMPTS)
+        check_reward(reward, IMAGES, PROMPTS)
 
 
 def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
     run_file(file, "reward")
     with raises(DraftuneError, "nowhere.safetensors weights="):
-        find_reward("mean_color(weights='nowhere.safetensors')")
+        parse_reward("mean_color(weights='nowhere.safetensors')")
     with raises(DraftuneError, "weights"):
-        find_reward("mean_color")
+        parse_reward("mean_color")
     save_file({"weight": WEIGHT}, file.with_name("half.safetensors"))
-    found = find_reward(f"mean_color(weights='{file.with_name('half.safetensors')}')")
+    found = parse_reward(f"mean_color(weights='{file.with_name('half.safetensors')}')")
     with raises(DraftuneError, "bias"):
         found.ready()
 

@@ -26,13 +26,13 @@ from draftune.experimental.optimizers import (
     channel_sobolev,
     channel_sobolev_mean,
 )
-from draftune.experimental.optimizers.meka import Belief, filtered, step_size
+from draftune.experimental.optimizers.meka import GaussianEstimate, filtered, step_size
 from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.training import gradient_noise as noise_file
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.optim import gradient_filters, make_filter, make_optimizer, optimizers
 from draftune.training.state import load_train_state, train_state
-from draftune.training.step import Updates
+from draftune.training.step import TrainStep
 from draftune.training.trainer import Trainer
 from draftune.utils.processes import Processes
 from draftune.utils.tensors import save_tensors
@@ -277,9 +277,9 @@ def test_mekas_filter_averages_a_noisy_quadratics_gradients() -> None:
     curvature = torch.logspace(-3, 0, 20, dtype=torch.float64)
     covariance, alpha = curvature.square(), 0.9  # of the gradient, by coordinate
 
-    def measured(w: Tensor) -> Belief:
+    def measured(w: Tensor) -> GaussianEstimate:
         sample = torch.randn(w.shape, generator=generator, dtype=torch.float64)
-        return Belief(curvature * (w - sample), covariance.mean())
+        return GaussianEstimate(curvature * (w - sample), covariance.mean())
 
     # 20,000 runs tell the error to a hundredth; 200 of them go on.
     w = torch.full((20_000, 20), 3.0, dtype=torch.float64)
@@ -287,9 +287,9 @@ def test_mekas_filter_averages_a_noisy_quadratics_gradients() -> None:
     found, step = measured(w), torch.zeros_like(w)
     for t in range(2000):
         if t == 50:
-            w, step, found = w[:200], step[:200], Belief(found.mean[:200], found.variance)
+            w, step, found = w[:200], step[:200], GaussianEstimate(found.mean[:200], found.variance)
         if t:
-            found = filtered(Belief(found.mean + curvature * step, found.variance), measured(w))
+            found = filtered(GaussianEstimate(found.mean + curvature * step, found.variance), measured(w))
         if t < 50:
             error = (found.mean - curvature * w).square().sum(1).mean() * (t + 1) / covariance.sum()
             assert 0.94 < float(error) < 1.05
@@ -381,10 +381,10 @@ def test_noise_above_the_signal_is_told_once(caplog: pytest.LogCaptureFixture) -
         assert mentions(said, 4) == (i == noise_file.WINDOW - 1)
 
 
-def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: Any) -> Updates:
+def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: Any) -> TrainStep:
     """The updates of a run whose LoRA does something already."""
     settings = {"steps": 4, "num_inference_steps": 2, "batch_size": 2, "reward_batch_size": 2, "guidance_scale": 1.0}
-    settings |= {"prefix_reuse": 1, "method": "draft_lv(n=1)", "learning_rate": 0.01}
+    settings |= {"prefix_reuse_steps": 1, "method": "draft_lv(n=1)", "learning_rate": 0.01}
     trainer = Trainer(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -395,7 +395,7 @@ def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: A
 
 OPTIMISED: list[dict[str, Any]] = [
     {"optimizer": "step_tuned_sgd", "learning_rate": 3.0},
-    {"optimizer": "extrapolate(adamw, rate=0.1)", "method": "kl(draft_k(k=2))", "prefix_reuse": 2},
+    {"optimizer": "extrapolate(adamw, rate=0.1)", "method": "kl(draft_k(k=2))", "prefix_reuse_steps": 2},
     {"optimizer": "extrapolate(sgd(momentum=0.9), rate=1, momentum=0.9)", "learning_rate": 3.0},
 ]
 
@@ -421,13 +421,19 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
 
 
 def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> None:
-    values = {"save_every": 1, "eval_every": 0, "eval_prompts": "", "steps": 3, "optimizer": "step_tuned_sgd"}
+    values = {
+        "checkpointing_steps": 1,
+        "validation_steps": 0,
+        "eval_prompts": "",
+        "steps": 3,
+        "optimizer": "step_tuned_sgd",
+    }
     values |= {
         "guidance_scale": 1.0,
         "num_inference_steps": 2,
         "learning_rate": 10.0,
         "gradient_filter": "channel_sobolev(width=3)",
-        "signal_to_noise": True,
+        "log_gradient_snr": True,
     }
     values |= {"gradient_accumulation_steps": 2, "method": "draft_k(k=1)", "max_grad_norm": 0.0}
     whole = train(pipeline_folder, tmp_path / "whole", **values)
@@ -439,7 +445,7 @@ def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> Non
     first, second = lora(whole.folder), lora(resumed.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert rows(whole.folder, "metrics.jsonl") == rows(resumed.folder, "metrics.jsonl")
-    assert all(math.isfinite(row["signal_to_noise"]) for row in whole.metrics)
+    assert all(math.isfinite(row["log_gradient_snr"]) for row in whole.metrics)
 
 
 def test_a_pair_of_steps_has_the_same_batch_noise_and_chance(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -470,7 +476,7 @@ def test_a_pair_of_steps_has_the_same_batch_noise_and_chance(pipeline_folder: Pa
 def test_extrapolation_by_nothing_changes_no_run(pipeline_folder: Path, tmp_path: Path) -> None:
     found = []
     for optimizer in ("adamw", "extrapolate(adamw, rate=0)", "extrapolate(adamw, rate=1e4)"):
-        updates = made(pipeline_folder, tmp_path, optimizer=optimizer, prefix_reuse=2)
+        updates = made(pipeline_folder, tmp_path, optimizer=optimizer, prefix_reuse_steps=2)
         metrics = []
         for step in (1, 2, 3):
             torch.manual_seed(step)  # for the reward
@@ -546,7 +552,7 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
         ({"gradient_filter": "channel-means"}, "'channel-means' 'channel_mean'"),
         ({"gradient_filter": "channel_mean(weight=0)"}, "weight channel_mean 0"),
         ({"gradient_filter": "channel_mean(sgd)"}, "channel_mean sgd"),
-        ({"signal_to_noise": True}, "signal_to_noise 2"),
+        ({"log_gradient_snr": True}, "log_gradient_snr 2"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(values: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
+from draftune.evaluation.reward_check import check_reward
 from draftune.prompts import Prompt, metadata
 from draftune.rewards import Reward, load_reward
 from draftune.utils.images import from_pil, to_pil
@@ -106,7 +106,7 @@ def test_files_that_do_not_work(file: Path, name: str, message: str) -> None:
 )
 def test_what_is_wrong_is_said_before_training(file: Path, name: str, message: str) -> None:
     with raises(DraftuneError, message):
-        probe_reward(load_reward(f"brightness + {file}:{name}"), IMAGES, PROMPTS)
+        check_reward(load_reward(f"brightness + {file}:{name}"), IMAGES, PROMPTS)
 
 
 def no_grad(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -143,7 +143,7 @@ def hinge(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def test_a_part_without_a_gradient_is_refused_beside_one_that_has_it(function: Any, message: str) -> None:
     images = torch.stack([IMAGES[0] * 0.1 + 0.6, IMAGES[1] * 0.1 + 0.6, IMAGES[2] * 0.1])
     with raises(DraftuneError, message):
-        probe_reward(load_reward("brightness") + load_reward(function), images, PROMPTS)
+        check_reward(load_reward("brightness") + load_reward(function), images, PROMPTS)
 
 
 def test_the_command_line_says_it_in_one_line(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, set_lora_scale
 from draftune.methods import load_method
-from draftune.methods.drtune import attached
+from draftune.methods.drtune import linear_path
 from draftune.models import load_model
 from draftune.runs.export import export_lora
 from draftune.runs.merge import merge_loras
 from draftune.sampling.sampler import rollout
-from draftune.sampling.schedule import Clip, Prediction, Schedule, Step, ddim_schedule
+from draftune.sampling.schedule import ClipSample, Prediction, Schedule, Step, ddim_schedule
 from helpers.errors import raises
 from helpers.model_checks import STEPS, check_pictures, check_training, drawn
 from helpers.pipelines import add_random_lora
@@ -143,11 +143,11 @@ def test_the_gradient_through_the_clip_is_that_of_diffusers_own_steps(folder: Pa
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_drtunes_way_back_ends_where_the_picture_was_clipped(prediction_type: str) -> None:
     step = Step(10, 0.8, 0.6, 0.9, 0.43)
-    schedule = Schedule((step,), prediction_type, Clip(1.0))
+    schedule = Schedule((step,), prediction_type, ClipSample(1.0))
     x, output = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
     wanted = schedule.read(output, x, step)
-    found = attached(schedule.read(output, x.detach(), step), x, step, schedule)
+    found = linear_path(schedule.read(output, x.detach(), step), x, step, schedule)
     assert 0.1 < (wanted.clean.abs() == 1).float().mean() < 0.9
     for theirs, ours in zip(wanted, found, strict=True):
         assert torch.equal(theirs, ours)
@@ -161,9 +161,9 @@ def test_drtunes_way_back_ends_where_the_picture_was_clipped(prediction_type: st
 def test_latents_are_never_clipped() -> None:
     config = {"clip_sample": True, "thresholding": True}
     assert ddim_schedule(config, 5).clip is None
-    assert ddim_schedule(config, 5, clipped=True).clip == Clip(1.0, 0.995)
+    assert ddim_schedule(config, 5, clipped=True).clip == ClipSample(1.0, 0.995)
     assert ddim_schedule({"clip_sample": False}, 5, clipped=True).clip is None
-    read = Schedule((), "sample", Clip(0.5)).read(
+    read = Schedule((), "sample", ClipSample(0.5)).read(
         torch.tensor([[[[2.0]]]]), torch.zeros(1, 1, 1, 1), Step(1, 1, 1, 1, 1)
     )
     assert read == Prediction(torch.tensor([[[[0.5]]]]), torch.tensor([[[[-2.0]]]]))
@@ -221,7 +221,7 @@ def test_prompts_and_guidance_change_nothing_but_the_reward(folder: Path, tmp_pa
         return images.mean((1, 2, 3))
 
     output = str(tmp_path / "run")
-    draftune.train(model, reward, prompts=["a cat"], steps=1, num_inference_steps=2, sample_every=0, output=output)
+    draftune.train(model, reward, prompts=["a cat"], steps=1, num_inference_steps=2, log_images_steps=0, output=output)
     assert "a cat" in seen
 
 

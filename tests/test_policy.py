@@ -12,7 +12,7 @@ import torch
 from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
 from torch import Tensor
 
-from draftune.experimental.retention import Keep
+from draftune.experimental.retention import Retention
 from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
 from draftune.models import StableDiffusion
 from draftune.sampling.schedule import Prediction, Schedule, Step
@@ -58,7 +58,7 @@ def test_the_policy_gradient_is_unbiased(fraction: float) -> None:
             data.denoise, schedule, None, noise, lambda x: -((x - target) ** 2).mean((1, 2, 3)), 10_000 + seed
         )
         data.mu.grad = None
-        (losses,) = method.optimizer_steps([batch])
+        (losses,) = method.losses_per_step([batch])
         for loss in losses:
             (-loss).backward()
         assert data.mu.grad is not None
@@ -76,7 +76,7 @@ def gradient(method: Method, network: Network, base: Network, schedule: Schedule
     def through(network: Network):  # type: ignore[no-untyped-def]
         return lambda x, step: schedule.read(network(x, step.timestep), x, step)
 
-    for losses in method.optimizer_steps([batch_of(through(network), schedule, through(base), seed=seed)]):
+    for losses in method.losses_per_step([batch_of(through(network), schedule, through(base), seed=seed)]):
         for loss in losses:
             loss.backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
@@ -137,7 +137,7 @@ def test_the_loss_of_the_authors_by_hand() -> None:
 
     found, fresh = [], noises(len(schedule), noise)
     with injected(randn=fresh):
-        for losses in method.optimizer_steps([batch_of(denoise, schedule, None, noise, lambda x: rewards)]):
+        for losses in method.losses_per_step([batch_of(denoise, schedule, None, noise, lambda x: rewards)]):
             network.zero_grad()
             for loss in losses:
                 loss.backward()
@@ -181,7 +181,7 @@ def updated(method: DDPO, rewards: Sequence[float], prompts: Sequence[str], move
     noise = torch.randn(len(rewards), 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = batch_of(data.denoise, schedule, None, noise, lambda x: torch.tensor(rewards))
     batch.prompts = batch.all_prompts = prompts
-    for losses in method.optimizer_steps([batch]):
+    for losses in method.losses_per_step([batch]):
         data.mu.grad = None
         for loss in losses:
             loss.backward()
@@ -221,7 +221,7 @@ def test_ratios_that_are_all_clipped_are_named() -> None:
         return (x - middle).flatten().sign()
 
     gradients = []
-    for losses in method.optimizer_steps([batch_of(data.denoise, schedule, None, noise, reward)]):
+    for losses in method.losses_per_step([batch_of(data.denoise, schedule, None, noise, reward)]):
         data.mu.grad = None
         for loss in losses:
             loss.backward()
@@ -243,7 +243,7 @@ def schedule_mean(data: Gaussian, x: Tensor, step: Step) -> Tensor:
 def test_wrappers_pass_on_what_the_method_reports() -> None:
     inner = DDPO()
     updated(inner, [1.0, 1.0], ["a", "a"])
-    for around in (KL(inner, 0.1), Keep(inner, 1.0)):
+    for around in (KL(inner, 0.1), Retention(inner, 1.0)):
         assert around.report() == {"clip_fraction": 0.0}
         assert around.constant_losses() == inner.constant_losses() != ""
         assert around.min_images_per_update == 2
@@ -265,7 +265,7 @@ def test_a_later_epoch_weighs_by_the_clipped_ratio() -> None:
         seen.append(x.flatten())
         return torch.sin(3 * x).flatten()
 
-    for losses in method.optimizer_steps([batch_of(data.denoise, schedule, None, noise, reward)]):
+    for losses in method.losses_per_step([batch_of(data.denoise, schedule, None, noise, reward)]):
         data.mu.grad = None
         for loss in losses:
             loss.backward()
@@ -303,7 +303,7 @@ def test_the_policy_gradient_climbs_a_reward_without_a_gradient() -> None:
 
     for i in range(60):
         noise = torch.randn(64, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        for losses in method.optimizer_steps([batch_of(data.denoise, schedule, None, noise, reward, i)]):
+        for losses in method.losses_per_step([batch_of(data.denoise, schedule, None, noise, reward, i)]):
             optimizer.zero_grad()
             for loss in losses:
                 loss.backward()
@@ -376,7 +376,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
         model.set_checkpointing(checkpointing)
         model.denoiser.zero_grad()
         batch = batch_of(denoise, schedule, base, noise, lambda x: 0 * x.mean((1, 2, 3)))
-        for losses in KL(DraftK(2), 1.0).optimizer_steps([batch]):
+        for losses in KL(DraftK(2), 1.0).losses_per_step([batch]):
             for loss in losses:
                 loss.backward()
         return [p.grad.clone() for p in parameters.values() if p.grad is not None]

@@ -12,9 +12,9 @@ from test_schedule import SCHEDULES, ZERO_SNR
 from torch import Tensor
 
 from draftune.evaluation.metrics import denoiser_mse_from_base
-from draftune.experimental.denoising_loss import Fit
-from draftune.experimental.distill import Lesson, Taught
-from draftune.experimental.retention import Keep
+from draftune.experimental.denoising_loss import DenoisingTrainer
+from draftune.experimental.distill import Distiller, TeacherTrajectory
+from draftune.experimental.retention import Retention
 from draftune.methods import KL, Draft
 from draftune.models import StableDiffusion
 from draftune.sampling.sampler import Denoiser
@@ -29,22 +29,22 @@ Measure = Callable[[Denoiser, Denoiser, Schedule], Tensor]
 def penalty(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
     """DRaFT+'s, beside a reward that is 0."""
     batch = batch_of(denoise, schedule, base, NOISE, lambda x: 0 * x.sum((1, 2, 3)))
-    ((loss,),) = KL(Draft(), 1.0).optimizer_steps([batch])
+    ((loss,),) = KL(Draft(), 1.0).losses_per_step([batch])
     return loss
 
 
 def retention(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
     batch = batch_of(denoise, schedule, base, NOISE, lambda x: 0 * x.sum((1, 2, 3)))
     batch.kept = batch_of(denoise, schedule, base, NOISE)
-    ((_, loss),) = Keep(Draft(), 1.0).optimizer_steps(iter([batch]))
+    ((_, loss),) = Retention(Draft(), 1.0).losses_per_step(iter([batch]))
     return loss
 
 
 def distillation(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
     (step,) = schedule.steps
     lesson = SimpleNamespace(schedule=schedule)
-    taught = Taught(denoise, [(step, NOISE, base(NOISE, step))])
-    return Lesson.difference(lesson, taught, 0).mean()  # type: ignore[arg-type]
+    taught = TeacherTrajectory(denoise, [(step, NOISE, base(NOISE, step))])
+    return Distiller.difference(lesson, taught, 0).mean()  # type: ignore[arg-type]
 
 
 def evaluation(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
@@ -89,7 +89,9 @@ def test_score_matching_learns_at_every_step(name: str) -> None:
             }[schedule.prediction_type]
             return schedule.read(wanted + 0.5 + offset, x, step)  # noqa: B023
 
-        fit = Fit([offset], Schedule((step,), schedule.prediction_type), 0.01, torch.Generator().manual_seed(0))
+        fit = DenoisingTrainer(
+            [offset], Schedule((step,), schedule.prediction_type), 0.01, torch.Generator().manual_seed(0)
+        )
         assert fit(denoise, torch.ones_like(NOISE)) == pytest.approx(0.25, rel=1e-6)
         assert float(offset.grad) == pytest.approx(1.0, rel=1e-6)  # type: ignore[arg-type]
 

@@ -15,8 +15,8 @@ from draftune.errors import DraftuneError
 from draftune.models import load_model
 from draftune.settings import Settings
 from draftune.training import memory_check as module
-from draftune.training.memory_check import ROOM, Preflight, Trial, free_memory, preflight, smaller_batches
-from draftune.training.step import Updates
+from draftune.training.memory_check import ROOM, MemoryReport, MemoryTrial, free_memory, preflight, smaller_batches
+from draftune.training.step import TrainStep
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
@@ -28,10 +28,10 @@ FLAGS: dict[str, Any] = {
     "num_inference_steps": 2,
     "guidance_scale": 1.0,
     "batch_size": 4,
-    "sample_every": 4,
-    "sample_prompts": 3,
-    "eval_every": 5,
-    "eval_images": 2,
+    "log_images_steps": 4,
+    "num_log_prompts": 3,
+    "validation_steps": 5,
+    "num_validation_images": 2,
     "device": "cpu",
 }
 
@@ -87,10 +87,10 @@ def test_what_it_advises_fits(settings: Settings) -> None:
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(settings, method="draft_k(k=1)", prefix_reuse=3, eval_prompts="")
+    settings = replace(settings, method="draft_k(k=1)", prefix_reuse_steps=3, eval_prompts="")
     made: list[int] = []
-    update = Updates.update
-    monkeypatch.setattr(Updates, "update", lambda self, step: made.append(step) or update(self, step))
+    update = TrainStep.update
+    monkeypatch.setattr(TrainStep, "update", lambda self, step: made.append(step) or update(self, step))
     monkeypatch.setattr(module, "seconds", lambda function, device: 3.0 * bool(function() or True))
     found = preflight(settings)
     assert made == [1, 2, 3, 4, 5]
@@ -107,7 +107,7 @@ def test_changes_that_keep_the_update() -> None:
 def test_out_of_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     filled = module.filled
 
-    def too_much(trial: Trial, trainer: Any) -> Trial:
+    def too_much(trial: MemoryTrial, trainer: Any) -> MemoryTrial:
         if trial.settings.batch_size > 1:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
         return filled(trial, trainer)
@@ -120,7 +120,7 @@ def test_out_of_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> N
     assert (found.changes["batch_size"], found.changes["gradient_accumulation_steps"]) == (1, 4)
     assert report(found).count("out of memory") == 3
 
-    def broken(trial: Trial, trainer: Any) -> Trial:
+    def broken(trial: MemoryTrial, trainer: Any) -> MemoryTrial:
         raise RuntimeError("something else")
 
     monkeypatch.setattr(module, "filled", broken)
@@ -169,7 +169,7 @@ def test_pictures_are_decoded_one_at_a_time(pipeline_folder: Path) -> None:
 
     @torch.no_grad()
     def together() -> torch.Tensor:
-        return model.decode_raw(latents)
+        return model._decode(latents)
 
     assert torch.allclose(model.decode(latents), together().clamp(0, 1), atol=1e-5)
     assert peak_memory(lambda: model.decode(latents)) < 0.35 * peak_memory(together)
@@ -181,8 +181,8 @@ def test_pictures_are_decoded_one_at_a_time(pipeline_folder: Path) -> None:
 
 
 def test_nothing_fits(tmp_path: Path) -> None:
-    failed = Trial(Settings(), {})
-    found = Preflight(torch.device("cuda"), 2**30, [failed], failed)
+    failed = MemoryTrial(Settings(), {})
+    found = MemoryReport(torch.device("cuda"), 2**30, [failed], failed)
     assert not found.fits
     assert mentions(report(found), "not fit 1024 MiB")
     with raises(DraftuneError, "no_such_reward"):

@@ -20,7 +20,7 @@ import draftune
 from draftune import recommended as module
 from draftune.cli.main import main
 from draftune.cli.train import train_settings
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.published import PUBLISHED, is_turbo, variant
 from draftune.recommended import recommended
 from draftune.settings import Settings
@@ -202,7 +202,7 @@ def bright(images: Tensor, prompts: Any) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-SHORT: dict[str, Any] = {"prompts": ["a cat"], "steps": 1, "batch_size": 1, "sample_prompts": 1, "sample_every": 0}
+SHORT: dict[str, Any] = {"prompts": ["a cat"], "steps": 1, "batch_size": 1, "num_log_prompts": 1, "log_images_steps": 0}
 
 
 @pytest.mark.parametrize("given", ["folder", "model", "pipeline"])
@@ -220,7 +220,7 @@ def test_a_run_s_config_holds_what_it_was_drawn_with(saved: dict[str, Path], tmp
     said = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert (said["num_inference_steps"], said["guidance_scale"]) == (4, 0.0)
     # What is drawn with it later is read from there, whatever is recommended by then.
-    again = draftune.runs.load.find_tuned(str(run.folder)).settings
+    again = draftune.runs.load.resolve_lora(str(run.folder)).settings
     assert of(again) == (4, 0.0)
 
 
@@ -228,15 +228,15 @@ def test_sample_and_eval_draw_a_base_model_so(
     saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[int, float]] = []
-    generate = Model.generate
+    generate = DiffusionModel.generate
 
     def counted(
-        self: Model, prompts: Any, seeds: Any, schedule: Any, guidance_scale: float, *a: Any, **b: Any
+        self: DiffusionModel, prompts: Any, seeds: Any, schedule: Any, guidance_scale: float, *a: Any, **b: Any
     ) -> Tensor:
         drawn.append((len(schedule), guidance_scale))
         return generate(self, prompts, seeds, self.schedule(1), guidance_scale, *a, **b)
 
-    monkeypatch.setattr(Model, "generate", counted)
+    monkeypatch.setattr(DiffusionModel, "generate", counted)
     for family, prompt in (("sdxl", "a cat"), ("pixart", "a cat"), ("dit", "1"), ("ddpm", "")):
         folder = saved[family]
         if family != "ddpm":
@@ -254,14 +254,14 @@ def test_sample_and_eval_draw_a_base_model_so(
 
 def test_reno_and_guidance_draw_so(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    schedule = Model.schedule
+    schedule = DiffusionModel.schedule
 
-    def counted(self: Model, num_inference_steps: int) -> Any:
+    def counted(self: DiffusionModel, num_inference_steps: int) -> Any:
         asked.append(num_inference_steps)
         return schedule(self, min(num_inference_steps, 2))
 
     model = load_model(saved["pixart"])
-    monkeypatch.setattr(Model, "schedule", counted)
+    monkeypatch.setattr(DiffusionModel, "schedule", counted)
     draftune.optimize_noise(model, bright, "a cat", steps=1)
     draftune.sample_guided(model, bright, "a cat")
     assert asked == [20, 20]

@@ -83,7 +83,7 @@ def test_config_scheduler_and_weights_stay(saved: dict[str, Path], family: str) 
         assert not any(parameter.requires_grad for parameter in network.parameters())
     if family != "dev":
         # Nor does drawing change any of it.
-        model.set_grid("trailing")
+        model.set_sampler_options("trailing")
         model.generate(["1"], [0], model.schedule(1), 2.0)
         assert_same(before, kept(pipeline))
 

@@ -49,7 +49,7 @@ def lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def written_run(folder: Path, shown: Sequence[int] = (0, 20, 40), size: int = 32, **settings: Any) -> Path:
     """A run of 40 updates as training leaves it, with pictures of a colour of their own for each update and prompt."""
     folder.mkdir(parents=True)
-    asked = {"reward": REWARD, "held_out": "judge", "steps": 40, "output": str(folder), **settings}
+    asked = {"reward": REWARD, "eval_rewards": "judge", "steps": 40, "output": str(folder), **settings}
     (folder / "config.yaml").write_text(Settings.from_mapping(asked).to_yaml(), encoding="utf-8")
     metrics = [
         {
@@ -172,7 +172,7 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
-    assert (facts["Updates"], facts["Scored images"], facts["Training time"]) == ("40 of 40", "480", "1 h")
+    assert (facts["TrainStep"], facts["Scored images"], facts["Training time"]) == ("40 of 40", "480", "1 h")
     (run / "evaluations.jsonl").unlink()
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
@@ -289,7 +289,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: 7\n")
     data = collect(tmp_path)
     assert data["summary"] == "No update has been made yet."
-    assert dict(data["facts"])["Updates"] == "0 of 7"
+    assert dict(data["facts"])["TrainStep"] == "0 of 7"
     assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["reward_check"] == []
     write_report(tmp_path, tmp_path / "page" / "new.html")
     assert (tmp_path / "page" / "new.html").stat().st_size > 10_000
@@ -318,14 +318,14 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
     [
         {},
         {"model": "some/model", "steps": 10, "lora_alpha": 4.0, "height": 64, "learning_rate": 1e-5},
-        {"reward": "-2*brightness + 'a b.py:f'(k=\"it's\")", "held_out": "-1*clip", "method": "draft_lv(n=3)"},
+        {"reward": "-2*brightness + 'a b.py:f'(k=\"it's\")", "eval_rewards": "-1*clip", "method": "draft_lv(n=3)"},
         {
             "negative_prompt": "--blurry 'x'\n$HOME",
             "eval_prompts": "",
             "device": "cpu",
             "gradient_checkpointing": "both",
         },
-        {"method": "draft_lv", "prefix_reuse": 4},
+        {"method": "draft_lv", "prefix_reuse_steps": 4},
         {"set_alpha_to_one": False, "timestep_spacing": "leading", "output": "runs/a b", "seed": 2**62},
     ],
 )
@@ -403,7 +403,7 @@ def test_nothing_but_the_page_is_served_and_only_to_this_machine(server: Server,
     for path in [*paths, f"/{run}/config.yaml", "/data/", "/report.html"]:
         status, text = ask(server, path)
         assert status == 404, path
-        assert "held_out" not in text
+        assert "eval_rewards" not in text
     for host, status in {"evil.example": 403, "127.0.0.1.evil.example:80": 403, "localhost:99": 200}.items():
         assert ask(server, "/", Host=host)[0] == status
     assert [is_loopback(host) for host in ("[::1]:8642", "127.0.0.1", "", "[", "user@evil")] == [
@@ -433,9 +433,9 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("cat\ndog\nbird\n")
     folder = tmp_path / "run"
     command = ["train", "--model", str(pipeline_folder), "--output", str(folder), "--num-inference-steps", "2"]
-    command += ["--reward", "brightness - 0.5*saturation", "--held-out", "saturation", "--steps", "2"]
+    command += ["--reward", "brightness - 0.5*saturation", "--eval-rewards", "saturation", "--steps", "2"]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--eval-prompts", str(tmp_path / "prompts.txt")]
-    assert main([*command, "--batch-size", "1", "--eval-every", "1", "--sample-every", "1"]) == 0
+    assert main([*command, "--batch-size", "1", "--validation-steps", "1", "--log-images-steps", "1"]) == 0
     data = collect(folder)
     charts = {chart["key"]: chart["values"] for chart in data["charts"]}
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]

@@ -32,17 +32,17 @@ def train(model: Path, output: Path, reward: Callable[..., Tensor] = noisy_brigh
     (output.parent / "prompts.txt").write_text("a fish\na tree\n")
     settings = {
         "steps": 6,
-        "save_every": 2,
-        "eval_every": 3,
+        "checkpointing_steps": 2,
+        "validation_steps": 3,
         "num_inference_steps": 3,
         "guidance_scale": 3.0,
-        "sample_every": 0,
-        "sample_prompts": 1,
+        "log_images_steps": 0,
+        "num_log_prompts": 1,
         "batch_size": 2,
         "reward_batch_size": 2,
         "prompts": PROMPTS,
         "eval_prompts": str(output.parent / "prompts.txt"),
-        "eval_images": 1,
+        "num_validation_images": 1,
         "learning_rate": 0.01,
     }
     return draftune.train(str(model), reward, output=str(output), **(settings | values))
@@ -74,7 +74,7 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
     ("values", "cuts"),
     [
         ({"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
-        ({"method": "draft_k(k=2)", "prefix_reuse": 3}, (4, 6)),
+        ({"method": "draft_k(k=2)", "prefix_reuse_steps": 3}, (4, 6)),
         ({"method": "leapalign"}, (4, 6)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
         ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
@@ -118,15 +118,15 @@ def test_a_signal_ends_a_run_after_its_update(
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with raises(KeyboardInterrupt, "update 3"):
-        train(pipeline_folder, tmp_path / "run", reward, method="draft_k(k=1)", save_every=0)
+        train(pipeline_folder, tmp_path / "run", reward, method="draft_k(k=1)", checkpointing_steps=0)
     assert mentions(caplog.text, "update")
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
         "step-000000",
         "step-000003",
     ]
-    train(pipeline_folder, tmp_path / "run", method="draft_k(k=1)", save_every=0)
-    whole = train(pipeline_folder, tmp_path / "whole", method="draft_k(k=1)", save_every=0)
+    train(pipeline_folder, tmp_path / "run", method="draft_k(k=1)", checkpointing_steps=0)
+    whole = train(pipeline_folder, tmp_path / "whole", method="draft_k(k=1)", checkpointing_steps=0)
     assert rows(whole.folder, "evaluations.jsonl") == rows(tmp_path / "run", "evaluations.jsonl")
     first, second = lora(whole.folder), lora(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -20,7 +20,7 @@ from test_resume import PROMPTS, lora, rows, train
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.runs.fingerprint import files_of, find_source, fingerprint
-from draftune.runs.resuming import COMPUTED, FIXED, FREE, ROUNDING, RunIdentity, changeable
+from draftune.runs.resuming import COMPUTED, FIXED, RESUMABLE_CHANGES, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.training.trainer import Trainer
 from helpers.errors import mentions, raises
@@ -54,7 +54,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path,
 
 
 def test_every_setting_is_classified_once() -> None:
-    classified = [*FREE, *ROUNDING, *COMPUTED, *FIXED]
+    classified = [*RESUMABLE_CHANGES, *ROUNDING, *COMPUTED, *FIXED]
     assert sorted(classified) == sorted(f.name for f in fields(Settings))
 
 
@@ -74,10 +74,10 @@ EXPRESSIONS = {
         "0.5*'mine.py:red'(k=2) + sharpness_aware(clip(model='w/clip'), rho=0.01)",
         "image_similarity(image='red.png') - 'mine.py:red'",
     ],
-    "held_out": ["clip(model='w/clip')"],
+    "eval_rewards": ["clip(model='w/clip')"],
     "method": ["'mine.py:Mine'(k=2)", "kl('mine.py:Mine', beta=0.2)"],
     "model": ["sd"],
-    "gradient_decoder": ["sd"],
+    "tiny_decoder": ["sd"],
 }
 CASES = [(name, value) for name, values in EXPRESSIONS.items() for value in values]
 
@@ -111,7 +111,7 @@ def rewrite(path: Path) -> None:
         ("model", "sd", "sd/tokenizer/tokenizer.json"),
         ("reward", "mine.py:red", "mine.py"),
         ("reward", "brightness + 0.1*clip(model='w/clip')", "w/clip/model.safetensors"),
-        ("held_out", "image_similarity(image='red.png')", "red.png"),
+        ("eval_rewards", "image_similarity(image='red.png')", "red.png"),
         ("method", "kl('mine.py:Mine', beta=0.2)", "mine.py"),
     ],
 )
@@ -142,7 +142,11 @@ def test_what_a_pipeline_is_not_loaded_from_does_not_matter(here: Path) -> None:
 def test_what_is_not_read_does_not_matter(here: Path) -> None:
     """Files that came into a folder later, a variant beside the file that is loaded, a text that is a folder's name."""
     (here / "dog").mkdir()
-    values = {"model": "sd", "reward": "clip(model='w/clip')", "held_out": "object_removal(query=dog, model='w/clip')"}
+    values = {
+        "model": "sd",
+        "reward": "clip(model='w/clip')",
+        "eval_rewards": "object_removal(query=dog, model='w/clip')",
+    }
     before = saved(asked(**values))
     shutil.copy(here / "w/clip/model.safetensors", here / "w/clip/other.safetensors")
     unet = here / "sd/unet/diffusion_pytorch_model.safetensors"
@@ -195,11 +199,11 @@ SAME: list[dict[str, tuple[Any, Any]]] = [
     {"optimizer": ("sgd", "sgd(momentum=0)")},
     {"gradient_filter": ("channel_mean", "channel_mean(weight=2)")},
     {"lora_alpha": (None, 8.0)},
-    {"lora_targets": ("to_q,to_k", "to_k, to_q")},
-    {"held_out": ("", None), "model": ("other/model", "other/model")},
+    {"lora_target_modules": ("to_q,to_k", "to_k, to_q")},
+    {"eval_rewards": ("", None), "model": ("other/model", "other/model")},
 ]
 OTHER: list[dict[str, tuple[Any, Any]]] = [
-    {"method": ("draft_k", "draft_k(k=2)"), "prefix_reuse": (1, 1)},
+    {"method": ("draft_k", "draft_k(k=2)"), "prefix_reuse_steps": (1, 1)},
     {"method": ("kl(draft_lv)", "kl(draft_lv, beta=0.2)")},
     {"method": ("kl(draft_lv)", "draft_lv")},
     {"reward": ("brightness", "2*brightness")},
@@ -248,7 +252,12 @@ def test_changes_can_be_read() -> None:
             changeable(f"reward,{name}")
 
 
-SHORT: dict[str, Any] = {"save_every": 1, "eval_every": 0, "num_inference_steps": 2, "method": "draft_k(k=1)"}
+SHORT: dict[str, Any] = {
+    "checkpointing_steps": 1,
+    "validation_steps": 0,
+    "num_inference_steps": 2,
+    "method": "draft_k(k=1)",
+}
 
 
 def learned(run: Path) -> torch.Tensor:
@@ -262,8 +271,14 @@ def test_a_run_goes_on_with_another_spelling_bit_for_bit(here: Path) -> None:
     expression: Any = "'mine.py:red' + 0.1*image_similarity(image='red.png')"
 
     def start(reward: str, output: Path, **more: Any) -> Path:
-        settings = values | {"batch_size": 2, "sample_every": 0, "sample_prompts": 1, "learning_rate": 0.01} | more
-        settings |= {"guidance_scale": 3.0, "eval_images": 1, "output": str(output), "reward": reward, "device": "cpu"}
+        settings = values | {"batch_size": 2, "log_images_steps": 0, "num_log_prompts": 1, "learning_rate": 0.01} | more
+        settings |= {
+            "guidance_scale": 3.0,
+            "num_validation_images": 1,
+            "output": str(output),
+            "reward": reward,
+            "device": "cpu",
+        }
         text = yaml.safe_dump({"model": "sd"} | settings)
         (Path.cwd() / "settings.yaml").write_text(text)
         assert main(["train", "--config", "settings.yaml"]) == 0
@@ -310,14 +325,24 @@ def test_what_concerns_memory_and_device_alone_may_change(
 def test_what_is_only_measured_or_saved_may_change(
     pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    values = SHORT | {"gradient_accumulation_steps": 2, "eval_every": 1}
+    values = SHORT | {"gradient_accumulation_steps": 2, "validation_steps": 1}
     whole = train(pipeline_folder, tmp_path / "whole", **values | {"steps": 3})
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 1})
     caplog.clear()
-    free: dict[str, Any] = {"signal_to_noise": True, "sample_prompts": 2, "sample_every": 1, "eval_every": 0}
-    free |= {"patience": 0, "on_nonfinite": "skip", "save_every": 0, "allow_changes": "learning_rate"}
+    free: dict[str, Any] = {
+        "log_gradient_snr": True,
+        "num_log_prompts": 2,
+        "log_images_steps": 1,
+        "validation_steps": 0,
+    }
+    free |= {
+        "early_stopping_patience": 0,
+        "nonfinite_action": "skip",
+        "checkpointing_steps": 0,
+        "allow_changes": "learning_rate",
+    }
     free |= {"report_to": "none"}
-    assert set(free) | {"steps", "output", "resume"} == set(FREE)
+    assert set(free) | {"steps", "output", "resume"} == set(RESUMABLE_CHANGES)
     train(pipeline_folder, tmp_path / "cut", **values | {"steps": 3} | free)
     assert not any(mentions(line, "run", name) for line in caplog.text.splitlines() for name in free)
     assert torch.equal(learned(whole.folder), learned(tmp_path / "cut"))
@@ -337,9 +362,14 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
         ({"reward": lambda images, prompts: images.mean((1, 2, 3))}, ()),
     ]
     for values, said in cases[:3]:
-        with raises(DraftuneError, *said, "--output --continue-from", output):
+        with raises(DraftuneError, *said, "--output --init-lora", output):
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
-    for values in ({"lora_rank": 4}, {"seed": 1}, {"eval_images": 2}, {"best_by": "pixel_l1_from_base"}):
+    for values in (
+        {"lora_rank": 4},
+        {"seed": 1},
+        {"num_validation_images": 2},
+        {"metric_for_best_model": "pixel_l1_from_base"},
+    ):
         with raises(DraftuneError, next(iter(values))) as error:
             train(pipeline_folder, output, **SHORT | {"steps": 2} | values)
         assert not mentions(str(error.value), "--allow-changes")
@@ -349,8 +379,8 @@ def test_what_differs_is_named_with_the_ways_on(pipeline_folder: Path, tmp_path:
 CHANGES: dict[str, dict[str, Any]] = {
     "learning rate": {"learning_rate": 0.02},
     "fewer prompts": {"prompts": ["a bear"]},
-    "batches": {"batch_size": 1, "gradient_accumulation_steps": 3, "prefix_reuse": 1},
-    "method": {"method": "ddpo(min_count=2)", "prefix_reuse": 1},
+    "batches": {"batch_size": 1, "gradient_accumulation_steps": 3, "prefix_reuse_steps": 1},
+    "method": {"method": "ddpo(min_count=2)", "prefix_reuse_steps": 1},
     "optimiser": {"optimizer": "sgd(momentum=0.5)"},
     "precision": {"mixed_precision": "bf16"},
     "sampler": {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 24},
@@ -359,7 +389,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_who_insists_goes_on_with_the_change(pipeline_folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    output, values = tmp_path / "run", SHORT | {"prefix_reuse": 2}
+    output, values = tmp_path / "run", SHORT | {"prefix_reuse_steps": 2}
     train(pipeline_folder, output, **values | {"steps": 1})
     first = learned(output)
     names = ",".join(change)
@@ -404,24 +434,29 @@ def test_a_model_of_another_shape_can_not_be_insisted_on(pipeline_folder: Path, 
 def test_going_on_from_a_lora_that_lies_elsewhere(here: Path) -> None:
     """Its weights count, and the model that it names may be named otherwise too."""
     train(Path("sd"), here / "first", **SHORT | {"steps": 1})
-    values = SHORT | {"continue_from": "first", "eval_prompts": ""}
+    values = SHORT | {"init_lora": "first", "eval_prompts": ""}
     whole = train(Path("sd"), here / "whole", **values | {"steps": 2})
     train(here / "sd", here / "cut", **values | {"steps": 1})
     (here / "loras").mkdir()
     shutil.copy(here / "first" / "lora" / WEIGHTS, here / "loras")
-    train(Path("./sd"), here / "cut", **values | {"steps": 2, "continue_from": "loras"})
+    train(Path("./sd"), here / "cut", **values | {"steps": 2, "init_lora": "loras"})
     assert torch.equal(learned(whole.folder), learned(here / "cut"))
     path = here / "loras" / WEIGHTS
     tensors = {name: 2 * tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
-    with raises(DraftuneError, "continue_from"):
-        train(Path("sd"), here / "cut", **values | {"steps": 3, "continue_from": "loras"})
+    with raises(DraftuneError, "init_lora"):
+        train(Path("sd"), here / "cut", **values | {"steps": 3, "init_lora": "loras"})
 
 
 def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folder: Path, tmp_path: Path) -> None:
     """Rewards of another scale are not held against those before, neither by the method nor by the best LoRA."""
     output = str(tmp_path / "run")
-    values = SHORT | {"method": "ddpo(min_count=2)", "batch_size": 2, "eval_prompts": "animals", "eval_images": 1}
+    values = SHORT | {
+        "method": "ddpo(min_count=2)",
+        "batch_size": 2,
+        "eval_prompts": "animals",
+        "num_validation_images": 1,
+    }
     values |= {"model": str(pipeline_folder), "prompts": "animals", "guidance_scale": 2.0, "num_inference_steps": 3}
     Trainer(**values, reward="brightness", steps=1, output=output).train()
     trainer = Trainer(**values, reward="1000*brightness", allow_changes="reward", steps=2, output=output)

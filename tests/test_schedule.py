@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
-from draftune.sampling.sampler import advance, rollout
-from draftune.sampling.schedule import Clip, Schedule, Step, ddim_schedule, flow_schedule
+from draftune.sampling.sampler import ddim_step, rollout
+from draftune.sampling.schedule import ClipSample, Schedule, Step, ddim_schedule, flow_schedule
 from helpers.errors import raises
 from helpers.pipelines import SD14_SCHEDULER, build_pipeline
 
@@ -69,7 +69,7 @@ def test_ancestral_step_equals_ddim_scheduler_with_eta() -> None:
     x, output, z = torch.randn(3, 1, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     variance = scheduler._get_variance(step.timestep, step.timestep - 100)
     assert step.tau == pytest.approx(float(variance.sqrt()), abs=1e-7)
-    ours = advance(schedule.read(output, x, step), step, step.tau) + step.tau * z
+    ours = ddim_step(schedule.read(output, x, step), step, step.tau) + step.tau * z
     theirs = scheduler.step(output, step.timestep, x, eta=1.0, variance_noise=z).prev_sample
     assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -194,7 +194,7 @@ def test_every_step_weighs_an_error_of_the_output_alike(name: str) -> None:
 @pytest.mark.parametrize("name", ["v, zero SNR", "sample, zero SNR"])
 def test_the_error_of_clipped_predictions_is_what_the_sampler_sees(name: str) -> None:
     """It is 0 only where both x_0 are clipped alike and the noise is the same too, which is so at zero SNR."""
-    schedule = replace(SCHEDULES[name], clip=Clip(1.0))
+    schedule = replace(SCHEDULES[name], clip=ClipSample(1.0))
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     for step in schedule.steps:
         beyond = -3.0 / step.sigma if schedule.prediction_type == "v_prediction" else 3.0

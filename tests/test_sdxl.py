@@ -29,7 +29,7 @@ from transformers import (
 
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, save_lora
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.runs.export import export_lora
 from draftune.runs.load import read_deltas
 from draftune.sampling.schedule import ddim_schedule
@@ -118,13 +118,13 @@ def official(pipeline: StableDiffusionXLPipeline, prompt: str, seed: int, **said
     return pipeline(prompt, num_inference_steps=STEPS, generator=generator, output_type="pt", **said).images
 
 
-def ours(model: Model, negative_prompt: str = "") -> Tensor:
+def ours(model: DiffusionModel, negative_prompt: str = "") -> Tensor:
     return model.generate(["a cat"], [0], model.schedule(STEPS), GUIDANCE, negative_prompt)
 
 
-def trailing(folder: Path) -> Model:
+def trailing(folder: Path) -> DiffusionModel:
     model = load_model(folder)
-    model.set_grid("trailing")
+    model.set_sampler_options("trailing")
     return model
 
 
@@ -143,7 +143,7 @@ def test_the_published_euler_scheduler(folder: Path) -> None:
     assert model.schedule(50) == ddim_schedule(SD14_SCHEDULER, 50)
     assert [step.timestep for step in model.schedule(50).steps[:2]] == [981, 961]
     assert model.schedule(50).steps[-1].alpha_next < 1
-    model.set_grid(set_alpha_to_one=True)
+    model.set_sampler_options(set_alpha_to_one=True)
     theirs = official(DiffusionPipeline.from_pretrained(folder), "a cat", 0)
     assert (ours(model) - theirs).abs().max() <= 1e-3
 

@@ -20,7 +20,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.experimental.distill import balanced_weights
-from draftune.experimental.retention import Keep
+from draftune.experimental.retention import Retention
 from draftune.lora import (
     FILE_NAME,
     KEPT,
@@ -34,7 +34,7 @@ from draftune.lora import (
 from draftune.methods import DraftK, Method, load_method
 from draftune.models import load_model
 from draftune.report import collect
-from draftune.runs.load import open_source, read_deltas
+from draftune.runs.load import load_for_sampling, read_deltas
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Step
 from draftune.training import Run
@@ -86,12 +86,12 @@ def prepared(model: Path, output: Path, reward: Any = "brightness", **values: An
         "method": "draft_k(k=1)",
         "num_inference_steps": 3,
         "guidance_scale": 3.0,
-        "sample_every": 0,
-        "sample_prompts": 1,
+        "log_images_steps": 0,
+        "num_log_prompts": 1,
         "batch_size": 2,
         "prompts": PROMPTS,
         "eval_prompts": str(output.parent / "prompts.txt"),
-        "eval_images": 2,
+        "num_validation_images": 2,
         "learning_rate": 0.02,
         "lora_rank": 2,
     }
@@ -122,9 +122,9 @@ def test_a_run_goes_on_where_the_first_one_ended(
         pipeline_folder,
         tmp_path / "second",
         "symmetry",
-        continue_from=str(first.folder),
+        init_lora=str(first.folder),
         retain_prompts=kept,
-        keep_weight=0.1,
+        retain_weight=0.1,
     )
     before = {n: p.clone() for n, p in trainer.model.denoiser.named_parameters() if f".{KEPT}." in n}
     second = trainer.train()
@@ -142,7 +142,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     lost = end["retained/brightness"] - start["retained/brightness"]
     assert f"({lost:+.3f})" in second.comparison.table()
     # What is saved is the sum: of the pipeline itself it makes what was trained.
-    saved, _ = open_source(str(second.folder))
+    saved, _ = load_for_sampling(str(second.folder))
     schedule = trainer.schedule
     ours, theirs = (m.denoisers(["a dog"], schedule, 3.0) for m in (trainer.model, saved))
     x = saved.noise(torch.Generator().manual_seed(1), 1)
@@ -152,7 +152,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
         assert difference > 1e-3
     assert {layer.rank for layer in read_deltas(second.folder).layers.values()} == {4}
     # And the base of the continued model is, bit for bit, the first one's model.
-    alone, _ = open_source(str(first.folder))
+    alone, _ = load_for_sampling(str(first.folder))
     assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoise(["a dog"], schedule, 3.0), x, step))
     page = collect(second.folder)
     assert mentions(page["verdict"], "before brightness")
@@ -181,7 +181,7 @@ def test_the_base_leaves_no_trace(pipeline_folder: Path) -> None:
 
 
 def test_a_scale_leaves_the_kept_one_alone(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
-    trainer = prepared(pipeline_folder, tmp_path / "second", continue_from=str(first.folder))
+    trainer = prepared(pipeline_folder, tmp_path / "second", init_lora=str(first.folder))
     model = trainer.model
     with torch.no_grad():
         for parameter in lora_parameters(model).values():
@@ -217,7 +217,7 @@ class Drift:
 
     def gradient(self, method: Method, *batches: Any) -> Tensor:
         self.network.zero_grad()
-        for losses in method.optimizer_steps(iter(batches)):
+        for losses in method.losses_per_step(iter(batches)):
             for loss in losses:
                 loss.backward()
         return torch.cat([p.grad.flatten() for p in self.network.parameters() if p.grad is not None])
@@ -231,7 +231,7 @@ def generator(seed: int) -> torch.Generator:
 def test_what_is_kept_is_added_once_for_each_batch(method: Method) -> None:
     drift = Drift()
     with injected(randint=[[0], [2]]) as ranges:
-        ours = drift.gradient(Keep(method, 0.7), drift.batch(0), drift.batch(1))
+        ours = drift.gradient(Retention(method, 0.7), drift.batch(0), drift.batch(1))
     assert ranges == [(0, len(drift.schedule))] * 2
     wanted = drift.gradient(method, drift.batch(0), drift.batch(1))
     for made in (0, 2):
@@ -249,8 +249,8 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
     """On the kept prompts a firm hand leaves the denoiser nearer to where it was, at the cost of the second reward."""
     ends = {}
     for weight in (0.0, 30.0):
-        values = {"continue_from": str(first.folder), "retain_prompts": kept, "keep_weight": weight, "steps": 4}
-        run = train(pipeline_folder, tmp_path / f"{weight}", eval_images=1, **values)
+        values = {"init_lora": str(first.folder), "retain_prompts": kept, "retain_weight": weight, "steps": 4}
+        run = train(pipeline_folder, tmp_path / f"{weight}", num_validation_images=1, **values)
         ends[weight] = run.evaluations[-1]
     assert ends[30.0]["denoiser_mse_from_base"] < 0.5 * ends[0.0]["denoiser_mse_from_base"]
     assert ends[30.0]["brightness"] < ends[0.0]["brightness"]
@@ -259,14 +259,14 @@ def test_keeping_keeps(first: Run, pipeline_folder: Path, tmp_path: Path, kept: 
 def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """Cut off between two updates that share the paths of their batches, and of what is kept."""
     values = {
-        "continue_from": str(first.folder),
+        "init_lora": str(first.folder),
         "retain_prompts": kept,
-        "keep_weight": 0.1,
+        "retain_weight": 0.1,
         "steps": 4,
-        "save_every": 1,
+        "checkpointing_steps": 1,
     }
     values |= {"method": "draft_k(k=1)", "lora_rank": 2, "eval_prompts": "", "mixed_precision": "bf16"}
-    values |= {"prefix_reuse": 2, "gradient_accumulation_steps": 2, "signal_to_noise": True}
+    values |= {"prefix_reuse_steps": 2, "gradient_accumulation_steps": 2, "log_gradient_snr": True}
     whole = noisily_trained(pipeline_folder, tmp_path / "whole", **values)
     with pytest.raises(KeyboardInterrupt):
         noisily_trained(pipeline_folder, tmp_path / "cut", cut_off_after(8), **values)
@@ -279,7 +279,7 @@ def test_a_continued_run_goes_on_bit_for_bit(first: Run, pipeline_folder: Path, 
 
 def test_a_policy_keeps_too(first: Run, pipeline_folder: Path, tmp_path: Path, kept: str) -> None:
     """What is kept asks for no reward."""
-    values = {"continue_from": str(first.folder), "retain_prompts": kept, "keep_weight": 1.0, "eval_prompts": ""}
+    values = {"init_lora": str(first.folder), "retain_prompts": kept, "retain_weight": 1.0, "eval_prompts": ""}
     run = train(pipeline_folder, tmp_path / "second", "symmetry", method="ddpo(min_count=2)", steps=2, **values)
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     assert [row["reward_queries"] for row in run.metrics] == [2, 4]
@@ -289,26 +289,26 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
     model = load_model(str(pipeline_folder))
     add_lora(model, 2)
     save_lora(model, tmp_path / "lora")
-    train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=1)
+    train(pipeline_folder, tmp_path / "second", init_lora=str(tmp_path / "lora"), steps=1)
     assert "retained/brightness" not in rows(tmp_path / "second", "evaluations.jsonl")[0]  # no run says what it was for
     load_lora(again := load_model(str(pipeline_folder)), first.folder)
     save_lora(again, tmp_path / "lora")
-    with raises(DraftuneError, "continue_from", tmp_path / "lora"):
-        train(pipeline_folder, tmp_path / "second", continue_from=str(tmp_path / "lora"), steps=2)
+    with raises(DraftuneError, "init_lora", tmp_path / "lora"):
+        train(pipeline_folder, tmp_path / "second", init_lora=str(tmp_path / "lora"), steps=2)
 
 
 def test_the_command(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = "--prompts animals --steps 2 --method draft_k(k=1) --num-inference-steps 3 --sample-every 0 --eval-images 2"
+    few = "--prompts animals --steps 2 --method draft_k(k=1) --num-inference-steps 3 --log-images-steps 0 --num-validation-images 2"
     few += " --reward symmetry --device cpu --guidance-scale 3"
     given = ["--model", str(pipeline_folder), *few.split()]
     folder = tmp_path / "second"
-    asked = ["train", "--continue-from", str(first.folder), "--retain-prompts", kept, "--eval-prompts", kept, *given]
+    asked = ["train", "--init-lora", str(first.folder), "--retain-prompts", kept, "--eval-prompts", kept, *given]
     assert main([*asked, "--output", str(folder)]) == 0
     said = capsys.readouterr()
     assert "retained/brightness" in said.out
-    assert mentions(said.err, "--keep-weight 3 --normalize-reward 32")
+    assert mentions(said.err, "--retain-weight 3 --reward-normalization-samples 32")
     start = rows(folder, "evaluations.jsonl")[0]["retained/brightness"]
     assert start == pytest.approx(first.evaluations[-1]["brightness"], abs=1e-6)
 
@@ -319,11 +319,11 @@ def test_mistakes_are_named_before_anything_is_loaded(
     arguments = ["train", "--model", str(pipeline_folder), "--output", str(tmp_path / "run")]
     arguments += ["--reward", "brightness", "--prompts", "animals", "--device", "cpu"]
     for more, message in (
-        (["--retain-prompts", kept], "keep --continue-from"),
-        (["--continue-from", str(tmp_path / "none")], "LoRA none"),
-        (["--continue-from", str(first.folder), "--retain-prompts", "no-set"], "no-set"),
-        (["--continue-from", str(first.folder), "--keep-weight", "-1"], "keep_weight -1 0"),
-        (["--continue-from", str(first.folder), "--model", "emoji"], f"{pipeline_folder} emoji"),
+        (["--retain-prompts", kept], "keep --init-lora"),
+        (["--init-lora", str(tmp_path / "none")], "LoRA none"),
+        (["--init-lora", str(first.folder), "--retain-prompts", "no-set"], "no-set"),
+        (["--init-lora", str(first.folder), "--retain-weight", "-1"], "retain_weight -1 0"),
+        (["--init-lora", str(first.folder), "--model", "emoji"], f"{pipeline_folder} emoji"),
     ):
         assert main([*arguments, *more]) == 2
         said = capsys.readouterr().err
@@ -338,36 +338,46 @@ def test_what_can_not_be_measured_is_said(
     def mine(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))
 
-    made = train(pipeline_folder, tmp_path / "first", mine, steps=1, eval_images=1)
+    made = train(pipeline_folder, tmp_path / "first", mine, steps=1, num_validation_images=1)
     caplog.clear()
-    prepared(pipeline_folder, tmp_path / "second", continue_from=str(made.folder), retain_prompts="animals")
+    prepared(pipeline_folder, tmp_path / "second", init_lora=str(made.folder), retain_prompts="animals")
     assert mentions(caplog.text, "reward 'mine'")
 
 
 def test_another_grid_is_said(
     first: Run, pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prepared(pipeline_folder, tmp_path / "same", continue_from=str(first.folder))
+    prepared(pipeline_folder, tmp_path / "same", init_lora=str(first.folder))
     assert "timestep_spacing" not in caplog.text
-    prepared(pipeline_folder, tmp_path / "other", continue_from=str(first.folder), timestep_spacing="linspace")
+    prepared(pipeline_folder, tmp_path / "other", init_lora=str(first.folder), timestep_spacing="linspace")
     assert mentions(caplog.text, "timestep_spacing trailing")
 
 
 def test_best_by_the_kept_reward(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
-    values = {"continue_from": str(first.folder), "best_by": "retained/brightness", "eval_images": 1, "eval_every": 1}
+    values = {
+        "init_lora": str(first.folder),
+        "metric_for_best_model": "retained/brightness",
+        "num_validation_images": 1,
+        "validation_steps": 1,
+    }
     run = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
     column = [row["retained/brightness"] for row in run.evaluations]
     assert [row["best"] for row in run.evaluations][column.index(max(column))]
     with raises(DraftuneError, "'retained/brightnes' 'retained/brightness'"):
-        train(pipeline_folder, tmp_path / "other", "symmetry", **(values | {"best_by": "retained/brightnes"}))
+        train(
+            pipeline_folder,
+            tmp_path / "other",
+            "symmetry",
+            **(values | {"metric_for_best_model": "retained/brightnes"}),
+        )
 
 
 def test_a_normalised_reward_and_its_forgetting_are_found_by_name(pipeline_folder: Path, tmp_path: Path) -> None:
-    values = {"normalize_reward": 4, "eval_images": 1, "steps": 1}
-    one = train(pipeline_folder, tmp_path / "first", "brightness", best_by="brightness", **values)
+    values = {"reward_normalization_samples": 4, "num_validation_images": 1, "steps": 1}
+    one = train(pipeline_folder, tmp_path / "first", "brightness", metric_for_best_model="brightness", **values)
     (weighted,) = [key for key in one.evaluations[0] if key.endswith("*brightness")]
     assert one.evaluations[0]["brightness"] < 1 < one.evaluations[0][weighted]
-    values |= {"continue_from": str(one.folder), "best_by": "symmetry + 0.1*retained/brightness"}
+    values |= {"init_lora": str(one.folder), "metric_for_best_model": "symmetry + 0.1*retained/brightness"}
     two = train(pipeline_folder, tmp_path / "second", "symmetry", **values)
     assert two.evaluations[0]["retained/brightness"] == pytest.approx(one.evaluations[-1]["brightness"])
 
@@ -459,7 +469,7 @@ def test_a_distilled_lora(
 
 def test_the_sum_of_different_layers_and_alphas(first: Run, pipeline_folder: Path, tmp_path: Path) -> None:
     """Layers that only one of the two changes, and an alpha that is not the rank."""
-    values = {"continue_from": str(first.folder), "lora_targets": "to_q,conv_in", "lora_alpha": 3.0, "lora_rank": 3}
+    values = {"init_lora": str(first.folder), "lora_target_modules": "to_q,conv_in", "lora_alpha": 3.0, "lora_rank": 3}
     second = train(pipeline_folder, tmp_path / "second", **values, steps=2)
     both, one = read_deltas(second.folder).layers, read_deltas(first.folder).layers
     assert "unet.conv_in" in both

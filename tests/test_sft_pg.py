@@ -19,12 +19,12 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.kid import kid
 from draftune.experimental.discriminator import critic_loss
-from draftune.experimental.learner import Learner, missed
+from draftune.experimental.learner import OnlineModule, value_loss
 from draftune.experimental.sft_pg import SFTPG
 from draftune.methods import Batch
 from draftune.models import load_model
-from draftune.rewards import Reward, find_reward, load_reward
-from draftune.rewards.online import learners
+from draftune.rewards import Reward, load_reward, parse_reward
+from draftune.rewards.online import online_rewards
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
@@ -46,7 +46,7 @@ class Chain:
         return Prediction(0.9 * x + shift.reshape(-1, 1, 1, 1), torch.zeros_like(x))
 
 
-class Exact(Learner):
+class Exact(OnlineModule):
     """The expected end of the chain, which is known, times what the reward of the end is times it; or none."""
 
     def __init__(self, chain: Chain, slope: Callable[[], float]) -> None:
@@ -65,7 +65,7 @@ class Exact(Learner):
 def gradient(method: SFTPG, batches: Sequence[Batch], weights: Tensor) -> Tensor:
     """Of all the losses of one update, as the trainer adds them up."""
     weights.grad = None
-    for losses in method.optimizer_steps(batches):
+    for losses in method.losses_per_step(batches):
         for loss in losses:
             (loss / len(batches)).backward()
     assert weights.grad is not None
@@ -149,18 +149,18 @@ def test_the_joint_gradient_is_that_of_two_losses() -> None:
         joint = joint + 0.7 * (v(paths[:, t]) - f(fake)).square().mean()
     together = torch.autograd.grad(joint, [*critic.parameters(), *value.parameters()])
     ours = torch.autograd.grad(critic_loss(f(real), f(fake), v(paths).detach(), 0.7), [*critic.parameters()])
-    theirs = torch.autograd.grad(0.7 * missed(v(paths), f(fake).detach()), [*value.parameters()])
+    theirs = torch.autograd.grad(0.7 * value_loss(v(paths), f(fake).detach()), [*value.parameters()])
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(together, [*ours, *theirs], strict=True))
     assert min(float(gradient.abs().max()) for gradient in together) > 1e-3
 
 
 def test_a_learner_makes_the_steps_of_adam() -> None:
-    learner = Learner(lambda: nn.Linear(3, 2), 0.01, seed=4)
+    learner = OnlineModule(lambda: nn.Linear(3, 2), 0.01, seed=4)
     plain = nn.Linear(3, 2)
     plain.load_state_dict(learner.network.state_dict())
     adam = torch.optim.Adam(plain.parameters(), lr=0.01)
     before = torch.random.get_rng_state()
-    other = Learner(lambda: nn.Linear(3, 2), 0.01, seed=5)
+    other = OnlineModule(lambda: nn.Linear(3, 2), 0.01, seed=5)
     assert torch.equal(torch.random.get_rng_state(), before)  # training's own numbers are left alone
     for i in range(4):
         x = torch.randn(5, 3, generator=torch.Generator().manual_seed(i))
@@ -225,16 +225,16 @@ def test_the_critic_learns_what_examples_have_and_drawn_pictures_lack(red: Path)
 
 SETTINGS: dict[str, Any] = {
     "steps": 2,
-    "save_every": 1,
-    "eval_every": 1,
+    "checkpointing_steps": 1,
+    "validation_steps": 1,
     "num_inference_steps": 3,
     "guidance_scale": 3.0,
-    "sample_every": 0,
-    "sample_prompts": 1,
+    "log_images_steps": 0,
+    "num_log_prompts": 1,
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
     "prompts": ["a cat", "a dog", "a bird"],
-    "eval_images": 1,
+    "num_validation_images": 1,
     "learning_rate": 0.01,
     "max_grad_norm": 0.1,
     "method": "sft_pg(generator_steps=3)",
@@ -299,7 +299,7 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
 def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, red: Path, wrapped: str) -> None:
     painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder))
     reward = load_reward(wrapped.format(f"discriminator(folder='{red}', width=4, size=16, learning_rate=0.01)"))
-    (critic,) = learners(reward)
+    (critic,) = online_rewards(reward)
     values = {**SETTINGS, "method": "draft_k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     trainer = Trainer(painter, reward, **values, output="unused")
     made = trainer.updates
@@ -346,7 +346,7 @@ def test_each_random_step_serves_once() -> None:
     method, sizes = SFTPG(generator_steps=3), []
     noises = [torch.randn(3, 1, 1, 1, generator=torch.Generator().manual_seed(i)).double() for i in range(2)]
     batches = [batch_of(denoise, schedule, None, noise, lambda x, _: x.flatten(), 7) for noise in noises]
-    for losses in method.optimizer_steps(batches):
+    for losses in method.losses_per_step(batches):
         chain.theta.grad = None
         before = len(calls)
         for loss in losses:
@@ -407,7 +407,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
         (f"discriminator(folder='{red}', learning_rate=0)", "learning_rate examples 0 1"),
     ):
         with raises(DraftuneError, words):
-            find_reward(reward)
+            parse_reward(reward)
         assert main(["train", "--reward", reward, "--output", str(tmp_path / "run")]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     for setting in (
@@ -445,7 +445,17 @@ def test_a_critic_that_knows_nothing_is_not_asked(
             "--output",
             f"{tmp_path}/a.png",
         ],
-        ["train", "--model", model, "--reward", reward, "--normalize-reward", "4", "--output", str(tmp_path / "run")],
+        [
+            "train",
+            "--model",
+            model,
+            "--reward",
+            reward,
+            "--reward-normalization-samples",
+            "4",
+            "--output",
+            str(tmp_path / "run"),
+        ],
     ):
         assert main(argv) == 2, argv
         said = capsys.readouterr().err.strip().splitlines()

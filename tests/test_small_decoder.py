@@ -19,7 +19,7 @@ import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.methods import DraftK
-from draftune.models import Model, StableDiffusion, load_model
+from draftune.models import DiffusionModel, StableDiffusion, load_model
 from draftune.models.tiny_decoder import check_likeness, find_small_decoder, load_small_decoder
 from draftune.sampling.sampler import rollout
 from draftune.training.memory_check import held_memory
@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,
     "batch_size": 2,
     "learning_rate": 0.02,
-    "sample_every": 0,
+    "log_images_steps": 0,
 }
 
 
@@ -71,14 +71,14 @@ def alike(folder: Path) -> Any:
 
 
 @pytest.fixture
-def model(pipeline_folder: Path, tmp_path: Path) -> Model:
+def model(pipeline_folder: Path, tmp_path: Path) -> DiffusionModel:
     """With a small decoder whose latents are scaled and shifted, unlike the published ones'."""
     model = load_model(pipeline_folder)
-    model.small_decoder = load_small_decoder(saved(tmp_path / "small", scaling_factor=0.5, shift_factor=0.25), model)
+    model.tiny_decoder = load_small_decoder(saved(tmp_path / "small", scaling_factor=0.5, shift_factor=0.25), model)
     return model
 
 
-def test_pictures_are_those_of_diffusers(model: Model, tmp_path: Path) -> None:
+def test_pictures_are_those_of_diffusers(model: DiffusionModel, tmp_path: Path) -> None:
     model.set_checkpointing("none")
     latents = 2 * torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = AutoencoderTiny.from_pretrained(tmp_path / "small")
@@ -98,7 +98,7 @@ def test_the_gradient_equals_plain_autograd(tmp_path: Path, checkpointing: str) 
     pipeline = build_pipeline(tmp_path)
     pipeline.unet.double()
     model = StableDiffusion(pipeline, "pipeline")
-    model.small_decoder = small = load_small_decoder(saved(tmp_path / "small"), model).double()
+    model.tiny_decoder = small = load_small_decoder(saved(tmp_path / "small"), model).double()
     parameters = add_random_lora(model)
     model.set_checkpointing(checkpointing)
     assert small.decoder.gradient_checkpointing == (checkpointing != "none")
@@ -120,8 +120,8 @@ def test_the_gradient_equals_plain_autograd(tmp_path: Path, checkpointing: str) 
         assert relative(ours[name], parameter.grad) < 1e-12, name
 
 
-def test_it_follows_the_model(model: Model) -> None:
-    small = model.small_decoder
+def test_it_follows_the_model(model: DiffusionModel) -> None:
+    small = model.tiny_decoder
     model.to("cpu", "bf16")
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     latents = model.noise(torch.Generator().manual_seed(0), 1).requires_grad_()
@@ -141,26 +141,26 @@ def test_training_decodes_by_it_alone_and_pictures_to_look_at_by_the_models_own(
 
     settings = SETTINGS | {"output": str(tmp_path / "run"), "method": "draft_lv"}
     plain = Trainer(alike(tmp_path), brightness, **settings)
-    trainer = Trainer(alike(tmp_path), brightness, **settings, gradient_decoder=str(tmp_path / "small"))
-    weights = sum(p.nbytes for p in trainer.model.small_decoder.parameters())
+    trainer = Trainer(alike(tmp_path), brightness, **settings, tiny_decoder=str(tmp_path / "small"))
+    weights = sum(p.nbytes for p in trainer.model.tiny_decoder.parameters())
     assert held_memory(trainer) - held_memory(plain) == weights > 0
     trainer.updates.folder = None
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.model.small_decoder, "decode", refuse)
+        patch.setattr(trainer.model.tiny_decoder, "decode", refuse)
         assert torch.equal(
             trainer.context.sample_images(PROMPTS, range(3)), plain.context.sample_images(PROMPTS, range(3))
         )
-    monkeypatch.setattr(trainer.model, "decode_raw", refuse)
+    monkeypatch.setattr(trainer.model, "_decode", refuse)
     assert trainer.updates.update(1)["reward_queries"] == 2 * 3
 
 
 def test_a_run_through_it(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a fish\na tree\n")
     settings = SETTINGS | {"steps": 6, "method": "draft_k(k=1)", "eval_prompts": str(tmp_path / "prompts.txt")}
-    settings |= {"eval_images": 1, "sample_prompts": 1}
+    settings |= {"num_validation_images": 1, "num_log_prompts": 1}
     own = Trainer(alike(tmp_path), brightness, **settings, output=str(tmp_path / "own"))
     model, small = StableDiffusion(alike(tmp_path), "pipeline"), str(tmp_path / "small")
-    run = draftune.train(model, brightness, **settings, gradient_decoder=small, output=str(tmp_path / "run"))
+    run = draftune.train(model, brightness, **settings, tiny_decoder=small, output=str(tmp_path / "run"))
     # The training reward is that of its pictures; the evaluations are of the model's own.
     before = float(own.context.sample_images(["a fish", "a tree"], [0, 0]).mean())
     reward = own.updates.update(1)["reward"]
@@ -170,14 +170,14 @@ def test_a_run_through_it(tmp_path: Path) -> None:
     assert first == pytest.approx(before, abs=1e-6)
     assert last > first + 0.001
     # A gradient by the noise goes through the model's own pictures from here on.
-    assert model.small_decoder is None
-    assert f"gradient_decoder: {small}" in (run.folder / "config.yaml").read_text()
+    assert model.tiny_decoder is None
+    assert f"tiny_decoder: {small}" in (run.folder / "config.yaml").read_text()
 
 
 def test_likeness(tmp_path: Path) -> None:
     model = StableDiffusion(alike(tmp_path), "pipeline")
     schedule = model.schedule(3)
-    model.small_decoder = load_small_decoder(tmp_path / "small", model)
+    model.tiny_decoder = load_small_decoder(tmp_path / "small", model)
     pictures = model.generate(PROMPTS, [0, 1, 2], schedule, 3.0)
     expected = 1 - 0.01 * (pictures - 0.5).square().mean() / (pictures - pictures.mean()).square().mean()
     assert check_likeness(model, PROMPTS, schedule, 3.0) == pytest.approx(float(expected), abs=1e-4)
@@ -185,7 +185,7 @@ def test_likeness(tmp_path: Path) -> None:
     # Of other latents: before a run, and before anything is written.
     other = saved(tmp_path / "other")
     with raises(DraftuneError, "decoder 0% variance pipeline"):
-        draftune.train(model, brightness, **SETTINGS, gradient_decoder=str(other), output=str(tmp_path / "run"))
+        draftune.train(model, brightness, **SETTINGS, tiny_decoder=str(other), output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -206,9 +206,9 @@ def test_one_of_another_shape_is_refused(
 
 
 def test_what_is_none_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
-    with raises(DraftuneError, "./nothing --gradient-decoder AutoencoderTiny"):
+    with raises(DraftuneError, "./nothing --tiny-decoder AutoencoderTiny"):
         find_small_decoder("./nothing")
-    with raises(DraftuneError, "some/one --gradient-decoder"):
+    with raises(DraftuneError, "some/one --tiny-decoder"):
         find_small_decoder("some/one")
     with raises(DraftuneError, "AutoencoderKL AutoencoderTiny"):
         find_small_decoder(str(pipeline_folder / "vae"))
@@ -222,14 +222,14 @@ def test_what_is_none_is_refused(pipeline_folder: Path, tmp_path: Path) -> None:
 
 def test_where_there_is_nothing_to_decode(tmp_path: Path) -> None:
     pixels = load_model(build_pixels(tmp_path / "pixels"))
-    with raises(DraftuneError, "pixels --gradient-decoder"):
+    with raises(DraftuneError, "pixels --tiny-decoder"):
         load_small_decoder(saved(tmp_path / "small"), pixels)
 
 
 def test_on_the_command_line(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("a fish\n")
     common = ["train", "--model", str(pipeline_folder), "--reward", "jpeg_compressibility", "--output", "no"]
-    common += ["--prompts", str(tmp_path / "prompts.txt"), "--gradient-decoder"]
+    common += ["--prompts", str(tmp_path / "prompts.txt"), "--tiny-decoder"]
     for extra, message in (
         (["no/such/folder"], "no/such/folder"),
         ([str(saved(tmp_path / "small")), "--method", "ddpo"], "ddpo gradient"),

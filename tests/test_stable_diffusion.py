@@ -77,7 +77,7 @@ def test_version_2(tmp_path: Path) -> None:
 def test_version_2_down_to_zero_signal(tmp_path: Path) -> None:
     folder, _ = save_sd2(tmp_path, rescale_betas_zero_snr=True)
     model = load_model(folder)
-    model.set_grid("trailing")
+    model.set_sampler_options("trailing")
     assert model.schedule(STEPS).steps[0].alpha == 0
     check_pictures(folder, ddim, GUIDANCE, "trailing")
 

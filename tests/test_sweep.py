@@ -15,12 +15,12 @@ from test_eval import make_run
 
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import rule_of, weighed, weights_of
-from draftune.evaluation.eval_spec import find_yardstick
-from draftune.evaluation.lora_scale import Mark, Sweep, recommend, scale_name, sweep
+from draftune.evaluation.criterion import default_criterion, parse_criterion, weighted_sum
+from draftune.evaluation.eval_spec import resolve_eval_spec
+from draftune.evaluation.lora_scale import ScalePoint, ScaleSweep, recommend, scale_name, sweep
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
 from draftune.rewards import load_reward
-from draftune.runs.load import find_tuned, open_source
+from draftune.runs.load import load_for_sampling, resolve_lora
 from draftune.utils.images import to_pil
 from helpers.errors import mentions, raises
 
@@ -65,25 +65,28 @@ def test_one_prompt_recommends_nothing_and_signs_do_not_count() -> None:
 
 
 def test_the_rule() -> None:
-    held_out = load_reward("brightness - 0.5*saturation")
+    eval_rewards = load_reward("brightness - 0.5*saturation")
     columns = ["reward", "eval/brightness", "eval/saturation", "eval/diversity", "pixel_l1_from_base"]
-    assert rule_of("", held_out) == {"eval/brightness": 1.0, "eval/saturation": -0.5}
-    assert rule_of("reward - 2*pixel_l1_from_base", held_out) == {"reward": 1.0, "pixel_l1_from_base": -2.0}
-    assert rule_of("", None) == {}
-    assert rule_of("", held_out + 2 * held_out) == {"eval/brightness": 3.0, "eval/saturation": -1.5}
-    assert weights_of("a + 2*b - 3*a") == {"a": -2.0, "b": 2.0}
-    assert weighed({"a": 1.0, "b": -0.5}, {"a": 3.0, "b": 4.0, "c": 9.0}) == 1.0
+    assert default_criterion("", eval_rewards) == {"eval/brightness": 1.0, "eval/saturation": -0.5}
+    assert default_criterion("reward - 2*pixel_l1_from_base", eval_rewards) == {
+        "reward": 1.0,
+        "pixel_l1_from_base": -2.0,
+    }
+    assert default_criterion("", None) == {}
+    assert default_criterion("", eval_rewards + 2 * eval_rewards) == {"eval/brightness": 3.0, "eval/saturation": -1.5}
+    assert parse_criterion("a + 2*b - 3*a") == {"a": -2.0, "b": 2.0}
+    assert weighted_sum({"a": 1.0, "b": -0.5}, {"a": 3.0, "b": 4.0, "c": 9.0}) == 1.0
     with raises(DraftuneError, "'eval/brightnes' 'eval/brightness'"):
-        weighed({"eval/brightnes": 1.0}, dict.fromkeys(columns, 0.0))
+        weighted_sum({"eval/brightnes": 1.0}, dict.fromkeys(columns, 0.0))
 
 
-def dial(*columns: list[float], weights: dict[str, float] | None = None) -> Sweep:
+def dial(*columns: list[float], weights: dict[str, float] | None = None) -> ScaleSweep:
     """Three scales of one score on two prompts, given as [scale, prompt]."""
     marks = [
-        Mark(scale, Evaluation({"score": torch.tensor(row)[:, None]}, ["cat"], torch.zeros(1, 3, 4, 4)), ["1"])
+        ScalePoint(scale, Evaluation({"score": torch.tensor(row)[:, None]}, ["cat"], torch.zeros(1, 3, 4, 4)), ["1"])
         for scale, row in zip((0.0, 0.5, 1.0), columns, strict=True)
     ]
-    return Sweep(marks, {"score": 1.0} if weights is None else weights)
+    return ScaleSweep(marks, {"score": 1.0} if weights is None else weights)
 
 
 def test_what_is_said() -> None:
@@ -108,20 +111,23 @@ def test_the_figure_shows_the_numbers() -> None:
     assert list(recommended.get_xdata()) == [found.recommended] * 2 == [0.5] * 2
     band = axis.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (0, 4)  # the standard error is 1 there, and 0 elsewhere
-    both = Sweep(found.marks, {"score": 2.0}).figure().axes[1]
+    both = ScaleSweep(found.marks, {"score": 2.0}).figure().axes[1]
     assert both.lines[0].get_ydata().tolist() == [0, 4, 2]
 
 
 def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
-    tuned = find_tuned(str(run))
-    yardstick = find_yardstick([tuned], num_images=2)
+    tuned = resolve_lora(str(run))
+    yardstick = resolve_eval_spec([tuned], num_images=2)
     found = sweep(
-        tuned, yardstick, [1.0, 2.0, 0.5], best_by="eval/saturation - 0.1*denoiser_mse_from_base + pixel_l1_from_base"
+        tuned,
+        yardstick,
+        [1.0, 2.0, 0.5],
+        metric_for_best_model="eval/saturation - 0.1*denoiser_mse_from_base + pixel_l1_from_base",
     )
     assert found.scales == [0.0, 0.5, 1.0, 2.0]
     repeated = [prompt for prompt in yardstick.prompts for _ in range(2)]
     for mark in found.marks:
-        model, settings = open_source(str(run), lora_scale=mark.scale, device="cpu")
+        model, settings = load_for_sampling(str(run), lora_scale=mark.scale, device="cpu")
         schedule = model.schedule(2)
         images = model.generate(repeated, [0, 1] * 3, schedule, 2.0)
         assert torch.equal(mark.evaluation.images, images[::2])
@@ -164,7 +170,7 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(rows) == 9
     assert max(map(len, printed.splitlines()[:8])) <= 100
     # The picture shown at scale 1 is what sample draws.
-    model, _ = open_source(str(run), device="cpu")
+    model, _ = load_for_sampling(str(run), device="cpu")
     drawn = to_pil(model.generate(["a cat", "a dog", "fish"], [0] * 3, model.schedule(2), 2.0))
     for path, picture in zip(said["images"][2], drawn, strict=True):
         with Image.open(run / "sweep" / path) as kept:
@@ -175,7 +181,7 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_without_anything_held_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sweep", str(run / "best"), "--scales", "1", "--num-images", "1", "--held-out", ""]
+    command = ["sweep", str(run / "best"), "--scales", "1", "--num-images", "1", "--eval-rewards", ""]
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
     said = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (said["criterion"], said["recommended"]) == (None, None)
@@ -183,7 +189,7 @@ def test_without_anything_held_out(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert mentions(printed, "no scale")
     assert "--lora-scale" not in printed
     # Unless a rule is given.
-    assert main([*command, "--best-by", "brightness", "--output", str(tmp_path / "out")]) == 0
+    assert main([*command, "--metric-for-best-model", "brightness", "--output", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["criterion"] == "brightness"
 
 
@@ -202,8 +208,8 @@ def test_mistakes_get_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         "LoRA missing": ["sweep", str(tmp_path / "missing")],
         "--output folder": ["sweep", str(run), "--output", str(tmp_path / "file")],
         "missing.txt": ["sweep", str(run), "--prompts", str(tmp_path / "missing.txt")],
-        "'eval/saturatio' 'eval/saturation'": ["sweep", str(run), "--best-by", "eval/saturatio"],
-        "saturation(k=2)": ["sweep", str(run), "--best-by", "saturation(k=2)"],
+        "'eval/saturatio' 'eval/saturation'": ["sweep", str(run), "--metric-for-best-model", "eval/saturatio"],
+        "saturation(k=2)": ["sweep", str(run), "--metric-for-best-model", "saturation(k=2)"],
         "--lora-scale": ["sweep", str(run), "--lora-scale", "1"],
     }
     for message, argv in cases.items():

@@ -183,7 +183,13 @@ def test_what_is_refused(expression: str, message: str) -> None:
 
 
 def train(model: Path, output: Path, reward: Reward, **values: Any) -> draftune.training.Run:
-    settings = {"steps": 3, "num_inference_steps": 3, "guidance_scale": 1.0, "sample_every": 0, "sample_prompts": 1}
+    settings = {
+        "steps": 3,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "log_images_steps": 0,
+        "num_log_prompts": 1,
+    }
     settings |= {"batch_size": 2, "learning_rate": 0.01, "prompts": ["a cat", "a dog"]}
     return draftune.train(str(model), load_reward(reward), output=str(output), **(settings | values))
 
@@ -207,7 +213,7 @@ def test_training_takes_the_smooth_gradient_lowers_the_temperature_and_logs_the_
     with pytest.raises(DraftuneError, match=r"'bright' .*gradient"):
         train(pipeline_folder, tmp_path / "hard", Bright(0, 0.5))
     reward = Recorded(2, 0.5)
-    run = train(pipeline_folder, tmp_path / "run", reward, method="draft_lv(n=1)", save_every=1)
+    run = train(pipeline_folder, tmp_path / "run", reward, method="draft_lv(n=1)", checkpointing_steps=1)
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     # Counts of channels: of two images, halves are whole.
     assert all((2 * row["reward"]).is_integer() for row in run.metrics)
@@ -216,7 +222,7 @@ def test_training_takes_the_smooth_gradient_lowers_the_temperature_and_logs_the_
     assert sorted(set(reward.seen), reverse=True) == pytest.approx([2, 2 / 2**0.5, 2 / 3**0.5])
     # A resumed run goes on with the temperature of its next update.
     again = Recorded(2, 0.5)
-    train(pipeline_folder, tmp_path / "run", again, method="draft_lv(n=1)", save_every=1, steps=5)
+    train(pipeline_folder, tmp_path / "run", again, method="draft_lv(n=1)", checkpointing_steps=1, steps=5)
     assert sorted(set(again.seen[2:]), reverse=True) == pytest.approx([2 / 4**0.5, 2 / 5**0.5])
 
 

@@ -34,10 +34,10 @@ SMALL: dict[str, Any] = {
     "guidance_scale": 1.0,
     "learning_rate": 0.01,
     "lora_rank": 2,
-    "sample_every": 0,
-    "sample_prompts": 1,
-    "save_every": 1,
-    "eval_images": 1,
+    "log_images_steps": 0,
+    "num_log_prompts": 1,
+    "checkpointing_steps": 1,
+    "num_validation_images": 1,
     "device": "cpu",
 }
 
@@ -80,7 +80,7 @@ class Recorder(draftune.Callback):
 
 def test_callbacks_see_every_event(pipeline_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "eval.txt").write_text("a fish\na tree\n")
-    values = {"steps": 2, "eval_prompts": str(tmp_path / "eval.txt"), "held_out": ""}
+    values = {"steps": 2, "eval_prompts": str(tmp_path / "eval.txt"), "eval_rewards": ""}
     recorder = Recorder()
     run = trainer(pipeline_folder, tmp_path / "run", recorder, **values).train()
     assert recorder.events == [
@@ -327,7 +327,7 @@ def test_hosted_trackers(pipeline_folder: Path, tmp_path: Path, monkeypatch: pyt
     for name, tracker in trackers.items():
         monkeypatch.setitem(sys.modules, name, tracker)
     (tmp_path / "eval.txt").write_text("a fish\n")
-    values = {"report_to": "wandb, trackio", "steps": 1, "eval_prompts": str(tmp_path / "eval.txt"), "held_out": ""}
+    values = {"report_to": "wandb, trackio", "steps": 1, "eval_prompts": str(tmp_path / "eval.txt"), "eval_rewards": ""}
     trainer(pipeline_folder, tmp_path / "run", **values).train()
     for tracker in trackers.values():
         assert tracker.options["project"] == "draftune"
@@ -404,7 +404,7 @@ def test_training_without_the_optional_packages(
     (tmp_path / "prompts.txt").write_text("a fish\n")
     command = ["train", "--model", str(pipeline_folder), "--reward", "brightness"]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "run")]
-    names = ("steps", "method", "num_inference_steps", "sample_prompts", "device")
+    names = ("steps", "method", "num_inference_steps", "num_log_prompts", "device")
     command += [word for name in names for word in (f"--{name.replace('_', '-')}", str(SMALL[name]))]
     assert main(command) == 0
     assert lora(tmp_path / "run")

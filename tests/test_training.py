@@ -20,16 +20,16 @@ from torch import Tensor
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.methods import METHODS, Batch, DraftK, RewardGradient, all_methods, load_method
-from draftune.models import Model, StableDiffusion, load_model
+from draftune.methods import METHODS, BackpropMethod, Batch, DraftK, all_methods, load_method
+from draftune.models import DiffusionModel, StableDiffusion, load_model
 from draftune.prompts import metadata
 from draftune.recommended import EMOJI, METHOD_DEFAULTS, PAPER
 from draftune.registry.expression import parse
 from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
-from draftune.training.checks import GradientAudit
-from draftune.training.step import PromptOrder, Updates, clipped_share
+from draftune.training.checks import GradientCheck
+from draftune.training.step import PromptSampler, TrainStep, clipped_share
 from draftune.training.trainer import Trainer
 from draftune.utils.images import open_image
 from draftune.utils.memory import peak_memory
@@ -44,7 +44,7 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def run(model: Any, tmp_path: Path, reward: Any = brightness, **values: Any) -> Run:
-    settings = {"steps": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "sample_every": 0, "batch_size": 2}
+    settings = {"steps": 3, "num_inference_steps": 3, "guidance_scale": 3.0, "log_images_steps": 0, "batch_size": 2}
     return draftune.train(model, reward, **(settings | {"prompts": PROMPTS, "output": str(tmp_path / "run")} | values))
 
 
@@ -108,10 +108,10 @@ def test_the_folder_of_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
         tmp_path,
         method="draft_lv(n=2)",
         steps=4,
-        sample_every=2,
+        log_images_steps=2,
         reward="jpeg_compressibility + 0.5*jpeg_incompressibility(quality=50)",
         eval_prompts="emoji-common",
-        eval_images=1,
+        num_validation_images=1,
         gradient_accumulation_steps=2,
     )
     folder = result.folder
@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path
         return {name: p.detach().clone() for name, p in lora_parameters(model).items()}
 
     first = weights("a")
-    second = weights("b", sample_every=1)
+    second = weights("b", log_images_steps=1)
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = weights("c", seed=1)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_lora(pipeline_folder: Path, tmp_path: Path
 
 def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path: Path) -> None:
     """Three updates with one path: its last call alone is made again, from the same latent, with the new LoRA."""
-    settings = {"method": "draft_k(k=1)", "prefix_reuse": 3, "num_inference_steps": 4, "prompts": PROMPTS}
+    settings = {"method": "draft_k(k=1)", "prefix_reuse_steps": 3, "num_inference_steps": 4, "prompts": PROMPTS}
     trainer = Trainer(str(pipeline_folder), brightness, output=str(tmp_path / "run"), learning_rate=0.1, **settings)
     calls: list[tuple[bool, Tensor]] = []
     outputs: list[Tensor] = []
@@ -285,7 +285,7 @@ def test_somebody_elses_autocast_leaves_no_stale_weights(pipeline: Any) -> None:
     add_lora(model, rank=4)
     for parameter in lora_parameters(model).values():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    model.set_grid("trailing")
+    model.set_sampler_options("trailing")
     schedule, noise = model.schedule(3), model.noise(torch.Generator().manual_seed(0), 1)
 
     def gradient(outer: bool) -> Tensor:
@@ -301,7 +301,7 @@ def test_somebody_elses_autocast_leaves_no_stale_weights(pipeline: Any) -> None:
 
 
 def test_training_stops_where_a_tensor_gets_no_gradient(pipeline: Any, tmp_path: Path) -> None:
-    class Cut(RewardGradient):
+    class Cut(BackpropMethod):
         def samples(self, batch: Batch) -> Iterator[Tensor]:
             yield batch.noise.clone().requires_grad_()
 
@@ -316,7 +316,7 @@ def test_training_stops_where_a_tensor_gets_no_gradient(pipeline: Any, tmp_path:
 def test_the_audit_names_the_tensor_left_behind() -> None:
     moved, stuck = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     moved.grad, stuck.grad = torch.ones(2), torch.zeros(2)
-    audit = GradientAudit({"moved": moved, "stuck": stuck}, updates=2)
+    audit = GradientCheck({"moved": moved, "stuck": stuck}, updates=2)
     audit.check()
     with raises(DraftuneError, "stuck"):
         audit.check()
@@ -382,18 +382,18 @@ def test_held_out_rewards_are_tried_before_training(pipeline: Any, tmp_path: Pat
         return images[:, 5].mean((1, 2))
 
     with raises(DraftuneError, "broken IndexError test_training.py"):
-        run(pipeline, tmp_path, held_out=broken, eval_prompts="animals")
+        run(pipeline, tmp_path, eval_rewards=broken, eval_prompts="animals")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_scale_of_rewards_by_base_pictures(pipeline_folder: Path, tmp_path: Path) -> None:
     """The weights in the written settings are those divided by the spreads that the base model's pictures have."""
     reward = "brightness - 3*sharpness"
-    result = run(str(pipeline_folder), tmp_path, reward, normalize_reward=6, steps=1, reward_batch_size=1)
+    result = run(str(pipeline_folder), tmp_path, reward, reward_normalization_samples=6, steps=1, reward_batch_size=1)
     written = draftune.presets.read_yaml(result.folder / "config.yaml")
-    assert written["normalize_reward"] == 0
+    assert written["reward_normalization_samples"] == 0
     model = load_model(pipeline_folder)
-    model.set_grid("trailing")
+    model.set_sampler_options("trailing")
     pictures = model.generate((PROMPTS * 2)[:6], range(6), model.schedule(3), 3.0, batch_size=2)
     _, parts = draftune.load_reward(reward).parts(pictures, [""] * 6)
     terms = draftune.load_reward(written["reward"]).terms
@@ -433,19 +433,19 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "ddpo(timestep_fraction=2)"}, "timestep_fraction 0 1 2"),
         ({"method": "ddpo(buffer_size=4)"}, "buffer_size 16 4"),
         ({"method": "alignprop(cut=normel)"}, "'normel' 'normal'"),
-        ({"method": "drtune(k=2, m=2)", "prefix_reuse": 2}, "drtune gradient prefix_reuse"),
+        ({"method": "drtune(k=2, m=2)", "prefix_reuse_steps": 2}, "drtune gradient prefix_reuse_steps"),
         ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride 1"),
-        ({"method": "refl(m=2)", "prefix_reuse": 2}, "prefix_reuse 2 refl"),
-        ({"method": "alignprop(m=3)", "prefix_reuse": 3}, "prefix_reuse 3 alignprop"),
+        ({"method": "refl(m=2)", "prefix_reuse_steps": 2}, "prefix_reuse_steps 2 refl"),
+        ({"method": "alignprop(m=3)", "prefix_reuse_steps": 3}, "prefix_reuse_steps 3 alignprop"),
         (
-            {"method": "kl(leapalign)", "prefix_reuse": 2},
-            "prefix_reuse 2 kl",
+            {"method": "kl(leapalign)", "prefix_reuse_steps": 2},
+            "prefix_reuse_steps 2 kl",
         ),
         ({"method": "kl(draft_lv, beta=-1)"}, "beta -1 0"),
         ({"method": "adjoint_matching(scale=0)"}, "scale 0"),
         ({"method": "leapalign(discount=2)"}, "discount 0 1 2"),
-        ({"lora_targets": "to_q, to_nothing"}, "to_nothing"),
-        ({"lora_targets": "attn2"}, "attn2"),
+        ({"lora_target_modules": "to_q, to_nothing"}, "to_nothing"),
+        ({"lora_target_modules": "attn2"}, "attn2"),
         ({"height": 13}, "height 13"),
         ({"lora_rank": 0}, "lora_rank 0"),
         ({"steps": "many"}, "steps many"),
@@ -476,16 +476,16 @@ def test_a_run_without_a_gradient_says_which_factor_was_0(
 def test_a_gradient_that_vanishes_later_is_told_too(
     pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, made = Updates.update, [0]
+    update, made = TrainStep.update, [0]
 
-    def counted(self: Updates, step: int) -> dict[str, float]:
+    def counted(self: TrainStep, step: int) -> dict[str, float]:
         made.append(step)
         return update(self, step)
 
     def dies(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return brightness(images, prompts) * (made[-1] < 4)
 
-    monkeypatch.setattr(Updates, "update", counted)
+    monkeypatch.setattr(TrainStep, "update", counted)
     result = run(pipeline, tmp_path, dies, steps=8, learning_rate=0.02)
     assert [row["step"] for row in result.metrics if row["grad_norm"] == 0] == [4, 5, 6, 7, 8]
     said = caplog.text
@@ -495,14 +495,14 @@ def test_a_gradient_that_vanishes_later_is_told_too(
 
 def test_a_lora_that_takes_no_part_is_named_by_policy_gradients_too(pipeline: Any, tmp_path: Path) -> None:
     """Rewards differ and no ratio is clipped: that the gradient is 0 is the LoRA's fault."""
-    settings = {"steps": 4, "num_inference_steps": 3, "guidance_scale": 3.0, "sample_every": 0, "batch_size": 2}
+    settings = {"steps": 4, "num_inference_steps": 3, "guidance_scale": 3.0, "log_images_steps": 0, "batch_size": 2}
     trainer = Trainer(
         pipeline, brightness, prompts=PROMPTS, output=str(tmp_path / "run"), method="ddpo(min_count=4)", **settings
     )
     for module in trainer.model.denoiser.modules():
         if isinstance(scaling := getattr(module, "scaling", None), dict):
             module.scaling = dict.fromkeys(scaling, 0.0)
-    with raises(DraftuneError, "gradient lora_targets"):
+    with raises(DraftuneError, "gradient lora_target_modules"):
         trainer.run()
 
 
@@ -519,11 +519,11 @@ def test_the_share_of_clipped_gradients_counts_each_optimizer_step() -> None:
 
 
 def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
-    assert (Settings().method, Settings().prefix_reuse) == ("draft_k(k=1)", 4)
-    assert Settings(method="ddpo").prefix_reuse == 1
-    assert Settings(method="draft_k(k=1)").prefix_reuse == 4
-    assert Settings(method="draft_lv", prefix_reuse=2).prefix_reuse == 2
-    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse) == ("draft_lv", 1)
+    assert (Settings().method, Settings().prefix_reuse_steps) == ("draft_k(k=1)", 4)
+    assert Settings(method="ddpo").prefix_reuse_steps == 1
+    assert Settings(method="draft_k(k=1)").prefix_reuse_steps == 4
+    assert Settings(method="draft_lv", prefix_reuse_steps=2).prefix_reuse_steps == 2
+    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse_steps) == ("draft_lv", 1)
 
 
 @pytest.mark.parametrize(
@@ -539,11 +539,11 @@ def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
     ],
 )
 def test_what_is_recommended_depends_on_the_method_and_not_on_its_spelling(method: str, reuse: int) -> None:
-    assert Settings(method=method).prefix_reuse == reuse
+    assert Settings(method=method).prefix_reuse_steps == reuse
     # A method that is given beside ready settings too.
     if reuse == 4:
-        own = replace(Settings(), prefix_reuse=3)
-        assert Trainer(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse == 3
+        own = replace(Settings(), prefix_reuse_steps=3)
+        assert Trainer(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse_steps == 3
 
 
 def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> None:
@@ -573,11 +573,11 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
             latents = trainer.updates.starts[0].latents
             trainer.updates.update(step)
             asked.add(max(latents.known))
-        assert method.shares_prefix() == (len(asked) == 1) == shared, (name, asked)
+        assert method.prefix_is_reusable() == (len(asked) == 1) == shared, (name, asked)
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:
-    order = PromptOrder(5, torch.Generator().manual_seed(0))
+    order = PromptSampler(5, torch.Generator().manual_seed(0))
     flat = [i for _ in range(10) for i in order.draw(2)]
     for start in range(0, 20, 5):
         assert sorted(flat[start : start + 5]) == [0, 1, 2, 3, 4]
@@ -618,7 +618,7 @@ def test_the_lora_loads_in_diffusers(pipeline_folder: Path, tmp_path: Path, alph
     assert torch.allclose(again.generate(["a cat"], [1], again.schedule(4), 3.0), tuned, atol=1e-5)
 
 
-def peak_of_one_update(model: Model, method: str, steps: int) -> int:
+def peak_of_one_update(model: DiffusionModel, method: str, steps: int) -> int:
     schedule = model.schedule(steps)
     noise = model.noise(torch.Generator().manual_seed(0), 2)
 

@@ -20,10 +20,10 @@ from test_resume import lora, noisy_brightness, rows, train
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
+from draftune.evaluation.reward_check import check_reward
 from draftune.rewards import load_reward
 from draftune.runs import checkpoint
-from draftune.runs.run_dir import RunFolder, first_free
+from draftune.runs.run_dir import RunFolder, next_free_dir
 from draftune.settings import Settings
 from helpers.errors import mentions, raises
 
@@ -50,7 +50,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-KNOWN: dict[str, Any] = {"method": "draft_k(k=1)", "eval_every": 0, "eval_prompts": ""}
+KNOWN: dict[str, Any] = {"method": "draft_k(k=1)", "validation_steps": 0, "eval_prompts": ""}
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -59,7 +59,7 @@ def test_what_is_not_finite_ends_a_run_and_is_kept_to_look_at(
 ) -> None:
     """The first call tries the reward, the others are updates 1, 2, 3, …"""
     said = "gradient nan" if gradient else "reward [nan, 0."
-    with raises(DraftuneError, said, "update 4 step-000004 step-000002 --on-nonfinite skip"):
+    with raises(DraftuneError, said, "update 4 step-000004 step-000002 --nonfinite-action skip"):
         train(pipeline_folder, tmp_path / "run", failing([5], gradient), **KNOWN)
     before = train(pipeline_folder, tmp_path / "before", steps=3, **KNOWN)
     assert all(
@@ -78,7 +78,7 @@ def test_what_is_not_finite_ends_a_run_and_is_kept_to_look_at(
 @pytest.mark.parametrize("gradient", [False, True])
 def test_what_is_not_finite_can_be_left_out(pipeline_folder: Path, tmp_path: Path, gradient: bool) -> None:
     reward = failing([3, 4], gradient)
-    run = train(pipeline_folder, tmp_path / "run", reward, on_nonfinite="skip", **KNOWN)
+    run = train(pipeline_folder, tmp_path / "run", reward, nonfinite_action="skip", **KNOWN)
     assert [row.get("nonfinite_steps") for row in run.metrics] == [None, 1, 2, 2, 2, 2]
     assert [row["grad_norm"] is None for row in run.metrics] == [False, True, True, False, False, False]
     assert [row["reward"] is None for row in run.metrics] == [not gradient and i in (1, 2) for i in range(6)]
@@ -91,7 +91,7 @@ def test_what_is_not_finite_can_be_left_out(pipeline_folder: Path, tmp_path: Pat
 def test_too_much_that_is_not_finite_ends_a_run(pipeline_folder: Path, tmp_path: Path) -> None:
     reward = failing(range(3, 100), False)
     with raises(DraftuneError, "update 22 20"):
-        train(pipeline_folder, tmp_path / "run", reward, on_nonfinite="skip", steps=50, **KNOWN)
+        train(pipeline_folder, tmp_path / "run", reward, nonfinite_action="skip", steps=50, **KNOWN)
 
 
 def test_one_process_in_a_folder(pipeline_folder: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_no_resume_begins_anew_beside_it(pipeline_folder: Path, tmp_path: Path) 
     second = train(pipeline_folder, tmp_path / "run", steps=3, resume=False)
     assert (first.folder, second.folder) == (tmp_path / "run", tmp_path / "run-2")
     assert [len(rows(run.folder, "metrics.jsonl")) for run in (first, second)] == [2, 3]
-    assert first_free(tmp_path / "run") == tmp_path / "run-3"
-    assert first_free(tmp_path / "new") == tmp_path / "new"
+    assert next_free_dir(tmp_path / "run") == tmp_path / "run-3"
+    assert next_free_dir(tmp_path / "new") == tmp_path / "new"
     # Its own settings go on with it, and do not begin anew once more.
     assert "resume: true" in (second.folder / "config.yaml").read_text()
     assert f"output: {second.folder}" in (second.folder / "config.yaml").read_text()
@@ -176,10 +176,10 @@ def test_the_share_of_pixels_without_a_gradient(caplog: pytest.LogCaptureFixture
         return 3 * images[:, 0, :4, :4].sum((1, 2))
 
     images = torch.full((2, 3, 8, 8), 0.5)
-    found = probe_reward(load_reward(corner), images, ["a", "b"])
+    found = check_reward(load_reward(corner), images, ["a", "b"])
     assert found == {"corner": {"score": 24.0, "gradient_norm": 12.0, "pixels_without_gradient": 0.75}}
     assert mentions(caplog.text, "corner gradient 75% pixels")
-    assert probe_reward(load_reward(corner), images, ["a", "b"], gradient=False) == {"corner": {"score": 24.0}}
+    assert check_reward(load_reward(corner), images, ["a", "b"], gradient=False) == {"corner": {"score": 24.0}}
 
 
 def test_pictures_that_do_not_move_are_noticed(
@@ -226,7 +226,7 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
 ) -> None:
     from draftune.training import Trainer
 
-    whole = train(pipeline_folder, tmp_path / "whole", save_every=0)
+    whole = train(pipeline_folder, tmp_path / "whole", checkpointing_steps=0)
     look, looks = Trainer.look, []
 
     def cut(trainer: Trainer) -> None:
@@ -237,16 +237,16 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
 
     monkeypatch.setattr(Trainer, "look", cut)
     with pytest.raises(KeyboardInterrupt):
-        train(pipeline_folder, tmp_path / "run", save_every=0)
+        train(pipeline_folder, tmp_path / "run", checkpointing_steps=0)
     monkeypatch.undo()
     assert looks == [0, 6]
     assert [row["step"] for row in rows(tmp_path / "run", "evaluations.jsonl")] == [0, 3]
-    train(pipeline_folder, tmp_path / "run", save_every=0)
+    train(pipeline_folder, tmp_path / "run", checkpointing_steps=0)
     assert_equal(lora(whole.folder), lora(tmp_path / "run"))
     for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         assert rows(whole.folder, name) == rows(tmp_path / "run", name)
     with raises(DraftuneError, "6 updates"):
-        train(pipeline_folder, tmp_path / "run", save_every=0)
+        train(pipeline_folder, tmp_path / "run", checkpointing_steps=0)
 
 
 def test_preflight_keeps_nothing_of_what_is_not_finite(pipeline_folder: Path, tmp_path: Path) -> None:

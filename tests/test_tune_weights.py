@@ -18,7 +18,7 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
-from draftune.experimental.tune_weights import GUIDANCE, Knob, WeightEvaluator, tune_weights
+from draftune.experimental.tune_weights import GUIDANCE, Parameter1D, WeightEvaluator, tune_weights
 from draftune.lora import FILE_NAME
 from draftune.models import load_model
 
@@ -114,7 +114,7 @@ def test_pictures_are_those_of_the_weights_and_one_seed_decides_all(
     reward = draftune.load_reward(lambda images, prompts: drawn.append(images) or images.mean((1, 2, 3)))
     settings = draftune.settings.Settings(model=str(pipeline_folder), num_inference_steps=3, guidance_scale=2.0)
     evaluator = WeightEvaluator(
-        model, reward, [Knob(source, weight, -1, 1.5) for source, weight in sources], ["cat"], settings, 0
+        model, reward, [Parameter1D(source, weight, -1, 1.5) for source, weight in sources], ["cat"], settings, 0
     )
     evaluator.rewards_at(dict(sources), ["cat", "dog"], [3, 4])
     assert torch.allclose(torch.cat(drawn), drawn_with(pipeline_folder, *((Path(s), w) for s, w in sources)), atol=1e-5)

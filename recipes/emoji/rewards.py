@@ -201,8 +201,8 @@ def embed_all(clip: CLIPModel, images: Tensor, strength: float = 0.0) -> Tensor:
 
 def train_head(clip: CLIPModel, emoji: Emoji, args: argparse.Namespace) -> AestheticHead:
     """Train the head to regress 8 for the style 3d and 3 for the flat styles. Half of each batch is 3d."""
-    held_out = held_out_names(emoji.names)
-    numbers = table(emoji)[[name not in held_out for name in emoji.vocabulary]]
+    eval_rewards = held_out_names(emoji.names)
+    numbers = table(emoji)[[name not in eval_rewards for name in emoji.vocabulary]]
     images = to_float(emoji.images)[numbers.flatten()]
     strengths = [0.0] + [0.5, 1.0] * (args.head_rounds // 2)
     embeddings = torch.stack([embed_all(clip, images, s) for s in strengths])
@@ -267,8 +267,8 @@ def evaluate_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> No
 @torch.no_grad()
 def evaluate_head(clip: CLIPModel, head: AestheticHead, emoji: Emoji) -> None:
     """Print, for the held-out names, how often 3d scores above both flat styles, and the mean scores."""
-    held_out = held_out_names(emoji.names)
-    numbers = table(emoji)[[name in held_out for name in emoji.vocabulary]]
+    eval_rewards = held_out_names(emoji.names)
+    numbers = table(emoji)[[name in eval_rewards for name in emoji.vocabulary]]
     scores = head(embed_all(clip, to_float(emoji.images)[numbers.flatten()])).view(numbers.shape)
     glossy = STYLES.index("3d")
     flat = [i for i in range(len(STYLES)) if i != glossy]

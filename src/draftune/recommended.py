@@ -20,32 +20,32 @@ PAPER: dict[str, Any] = {
     "method": "draft_lv",
     "prompts": "animals",
     "eval_prompts": None,
-    "held_out": None,
+    "eval_rewards": None,
     "steps": 2000,
     # published.py has the sampling steps and the guidance of other model families.
     **PUBLISHED["stable-diffusion"]._asdict(),
     # The paper does not say; see docs/explanation/last-step.md for the measurement.
     "timestep_spacing": "trailing",
-    "prefix_reuse": 1,
+    "prefix_reuse_steps": 1,
     "learning_rate": 4e-4,
-    "sample_every": 100,
-    "save_every": 50,
+    "log_images_steps": 100,
+    "checkpointing_steps": 50,
 }
 EMOJI: dict[str, Any] = {
     "reward": "emoji_aesthetic",
     # DRaFT-LV did not learn faster here (RESULTS.md), and DRaFT-1 can reuse the prefix (docs/how-to/make-it-faster.md).
     "method": "draft_k(k=1)",
-    "prefix_reuse": 4,
+    "prefix_reuse_steps": 4,
     "prompts": "emoji",
     "eval_prompts": "emoji-common",
-    "held_out": 'emoji_name_accuracy + emoji_style_probability(style="3d")',
+    "eval_rewards": 'emoji_name_accuracy + emoji_style_probability(style="3d")',
     "steps": 40,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
     "gradient_checkpointing": "none",  # graphs of images this small fit into any memory
     "learning_rate": 1e-3,
-    "sample_every": 20,
-    "save_every": 20,
+    "log_images_steps": 20,
+    "checkpointing_steps": 20,
 }
 SAMPLING = ("num_inference_steps", "guidance_scale")
 announced: set[str] = set()

@@ -65,8 +65,8 @@ class Settings:
         "Training prompts: a named set (see 'draftune list prompts') or a file (.txt with one prompt a line, .csv, "
         ".tsv, .json, .jsonl or .yaml).",
     )
-    continue_from: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
-    skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --continue-from.")
+    init_lora: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
+    skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.")
 
     reward: str = setting(
         None, "Reward expression, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'my/file.py:function'."
@@ -74,7 +74,7 @@ class Settings:
     reward_batch_size: int = setting(
         1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
     )
-    normalize_reward: int = setting(
+    reward_normalization_samples: int = setting(
         0,
         "Images of the base model to normalize the reward with: each term is divided by its standard deviation over "
         "them; 0 does not normalize.",
@@ -89,7 +89,7 @@ class Settings:
     method: str = setting(
         None, "Training method, such as 'draft_k(k=10)' or 'refl(m=20)' (see 'draftune list methods')."
     )
-    prefix_reuse: int = setting(
+    prefix_reuse_steps: int = setting(
         None,
         "Consecutive updates that train on one batch; its prefix, the sampling steps before truncation, is sampled "
         "for the first of them only.",
@@ -98,10 +98,10 @@ class Settings:
     prefix_stride: int = setting(1, "Sampling steps of the prefix that training merges into one.", low=1)
     retain_prompts: str = setting(
         "",
-        "Prompts on which the fine-tuned model must match the model of --continue-from, best those of that training: "
+        "Prompts on which the fine-tuned model must match the model of --init-lora, best those of that training: "
         "a named set or a file.",
     )
-    keep_weight: float = setting(
+    retain_weight: float = setting(
         3.0, "Weight of the loss on --retain-prompts, relative to a reward with standard deviation 1.", low=0
     )
 
@@ -129,14 +129,16 @@ class Settings:
         low=0,
         high=0.99999,
     )
-    on_nonfinite: str = setting(
+    nonfinite_action: str = setting(
         "stop", "Action when a reward or a gradient is not finite: end the run, or skip the update.", ("stop", "skip")
     )
     seed: int = setting(0, "Random seed of the LoRA's initial weights, the order of prompts, and the noise.", low=0)
 
     lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
     lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
-    lora_targets: str = setting("to_q,to_k,to_v,to_out.0", "Suffixes of the names of the layers that get a LoRA.")
+    lora_target_modules: str = setting(
+        "to_q,to_k,to_v,to_out.0", "Suffixes of the names of the layers that get a LoRA."
+    )
 
     num_inference_steps: int = setting(None, "Sampling steps, in training and evaluation.", low=1)
     guidance_scale: float = setting(
@@ -158,7 +160,7 @@ class Settings:
         "both (default: blocks, or both for methods that backpropagate through several denoiser calls).",
         choices=CHECKPOINTING,
     )
-    gradient_decoder: str | None = setting(
+    tiny_decoder: str | None = setting(
         None,
         "Tiny decoder (AutoencoderTiny) for the reward's gradient, a folder or a hub id such as madebyollin/taesd; "
         "sample images and evaluations use the model's own decoder.",
@@ -166,24 +168,26 @@ class Settings:
     compile: bool = setting(False, "Compile the denoiser with torch.compile.")
 
     eval_prompts: str | None = setting(None, "Evaluation prompts: a named set or a file; '' for no evaluations.")
-    held_out: str | None = setting(
+    eval_rewards: str | None = setting(
         None, "Evaluation rewards: an expression that is measured but not trained on; '' for none."
     )
-    eval_every: int = setting(0, "Updates between evaluations; 0 evaluates only before and after training.", low=0)
-    eval_images: int = setting(2, "Images of each evaluation prompt.", low=1)
-    best_by: str = setting(
+    validation_steps: int = setting(
+        0, "Updates between evaluations; 0 evaluates only before and after training.", low=0
+    )
+    num_validation_images: int = setting(2, "Images of each evaluation prompt.", low=1)
+    metric_for_best_model: str = setting(
         "",
-        "Evaluation columns whose sum selects the best LoRA, such as eval/hpsv2 (default: the sum of --held-out, "
+        "Evaluation columns whose sum selects the best LoRA, such as eval/hpsv2 (default: the sum of --eval-rewards, "
         "else the reward).",
     )
-    patience: int = setting(
+    early_stopping_patience: int = setting(
         0, "Early stopping: evaluations without improvement after which the run ends; 0 never stops early.", low=0
     )
-    sample_every: int = setting(
+    log_images_steps: int = setting(
         None, "Updates between grids of sample images; 0 samples only before and after training.", low=0
     )
-    sample_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1)
-    signal_to_noise: bool = setting(
+    num_log_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1)
+    log_gradient_snr: bool = setting(
         False, "Log the signal-to-noise ratio of the gradient, measured over the batches of each update."
     )
     report_to: str | None = setting(
@@ -191,7 +195,7 @@ class Settings:
     )
 
     output: str = setting("runs/draftune", "Folder of the run; it must not contain another run.")
-    save_every: int = setting(None, "Updates between checkpoints, from which the same command resumes.", low=0)
+    checkpointing_steps: int = setting(None, "Updates between checkpoints, from which the same command resumes.", low=0)
     resume: bool = setting(True, "Resume the run in --output; --no-resume starts a new one in a folder beside it.")
     allow_changes: str = setting(
         "", "Settings that may differ from those of the run that is resumed, such as 'learning_rate,reward'."
@@ -203,7 +207,7 @@ class Settings:
         defaults = recommended(values["model"])
         if isinstance(self.method, str) and not same_method(self.method, defaults["method"]):
             # The recommended number belongs to the recommended method.
-            defaults = defaults | {"prefix_reuse": 1}
+            defaults = defaults | {"prefix_reuse_steps": 1}
         if any(values[name] is None for name in SAMPLING):
             tell_sampling(values["model"])
         values |= {name: value for name, value in defaults.items() if values[name] is None}

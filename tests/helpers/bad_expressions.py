@@ -45,7 +45,7 @@ def words_of(text: str) -> list[str]:
 
 @bad(*TRAINING, "score", NOISE, "eval", "sweep", TUNE)
 def expression(m: Making) -> Bad:
-    flag = m.any("--reward", "--held-out") if m.command in (*TRAINING, "eval", "sweep") else "--reward"
+    flag = m.any("--reward", "--eval-rewards") if m.command in (*TRAINING, "eval", "sweep") else "--reward"
     text = m.any(*EXPRESSIONS)
     first = text.strip(" -()\x00").partition("(")[0].partition("\n")[0].partition(".py")[0][:20]
     return Bad(m.good(f"{flag}={text}"), [first, *quoted(text), *words_of(text), "weights=", "expression"])

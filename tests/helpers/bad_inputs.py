@@ -13,8 +13,8 @@ from typing import Any
 from draftune.cli import COMMANDS
 from draftune.settings import Settings, kind
 
-SMALL = ["--steps", "1", "--num-inference-steps", "2", "--batch-size", "1", "--sample-every", "0"]
-SMALL += ["--sample-prompts", "1", "--guidance-scale", "2", "--reward", "brightness", "--prompts", "animals"]
+SMALL = ["--steps", "1", "--num-inference-steps", "2", "--batch-size", "1", "--log-images-steps", "0"]
+SMALL += ["--num-log-prompts", "1", "--guidance-scale", "2", "--reward", "brightness", "--prompts", "animals"]
 HTML = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body>Sign in to download</body></html>\n"
 LONG = "word " * 20_000
 
@@ -64,7 +64,16 @@ class Making:
         """A command line that would work; `more` comes last and wins, `source` takes the run's place."""
         run, out, world = str(source or self.world.run), str(self.here / "new"), self.world
         drawing = ["--num-inference-steps", "2", "--guidance-scale", "1"]
-        measured = ["--prompts", str(world.prompts), "--reward", "brightness", "--held-out", "", "--num-images", "1"]
+        measured = [
+            "--prompts",
+            str(world.prompts),
+            "--reward",
+            "brightness",
+            "--eval-rewards",
+            "",
+            "--num-images",
+            "1",
+        ]
         lines = {
             "train": ["--model", str(world.model), "--output", out, *SMALL],
             "preflight": ["--model", str(world.model), "--output", out, *SMALL],
@@ -155,7 +164,7 @@ def flag_value(m: Making) -> Bad:
 
 @bad(*TRAINING)
 def empty_setting(m: Making) -> Bad:
-    name = m.any("model", "reward", "method", "prompts", "output", "lora_targets")
+    name = m.any("model", "reward", "method", "prompts", "output", "lora_target_modules")
     return Bad(m.good(f"--{name.replace('_', '-')}", m.any("", " ", "\t")), [name, "prompt"])
 
 

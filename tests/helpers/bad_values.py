@@ -89,7 +89,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     "sweep": {
         "--scales": ["", ",", "0,,1", "a", "nan", "0,inf", "1;2", "0 1", "0,1,", "1e400", "½"],
         "--num-images": ["0", "x"],
-        "--best-by": ["nothing", "brightness +", "2", "brightness(k=1)", "-nothing"],
+        "--metric-for-best-model": ["nothing", "brightness +", "2", "brightness(k=1)", "-nothing"],
     },
     DISTILL: {
         "--rank": ["0", "-1", "2", "x", "1.5", "9" * 30],
@@ -117,10 +117,10 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
     "preflight": {"--memory": ["0", "-1", "nan", "inf", "x", "", "8GB", "1e400"]},
     "train": {
-        "--best-by": ["brightness +", "x(k=1)", "eval/x + "],
-        "--patience": ["3"],
+        "--metric-for-best-model": ["brightness +", "x(k=1)", "eval/x + "],
+        "--early-stopping-patience": ["3"],
         "--height": ["7", "1"],
-        "--lora-targets": ["nothing", "to_q,", ","],
+        "--lora-target-modules": ["nothing", "to_q,", ","],
     },
 }
 
@@ -141,7 +141,14 @@ def number(m: Making) -> Bad:
     name = flag[2:].replace("-", "_")
     return Bad(
         m.good(f"{flag}={value}"),
-        [flag, name, repr(value.lstrip("-"))[1:-1] or "''", "best_by", "a part is", "lora_targets"],
+        [
+            flag,
+            name,
+            repr(value.lstrip("-"))[1:-1] or "''",
+            "metric_for_best_model",
+            "a part is",
+            "lora_target_modules",
+        ],
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import draftune
 from draftune.lora import lora_parameters
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 
 METHODS = ("draft_k(k=2)", "draft_lv(n=1)", "refl(m=2)", "drtune(k=2, m=2)")
 STEPS = 3
@@ -26,14 +26,14 @@ def load_weights(pipeline: Any, folder: Path) -> None:
     pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
 
 
-def opened(folder: Path, size: int | None) -> Model:
+def opened(folder: Path, size: int | None) -> DiffusionModel:
     """The model, for square pictures of this many pixels if not of its own."""
     model = load_model(folder)
     model.set_size(size, size)
     return model
 
 
-def drawn(model: Model, prompt: str, seed: int, guidance_scale: float) -> Tensor:
+def drawn(model: DiffusionModel, prompt: str, seed: int, guidance_scale: float) -> Tensor:
     return model.generate([prompt], [seed], model.schedule(STEPS), guidance_scale)
 
 
@@ -45,7 +45,7 @@ def check_pictures(
 
     pipeline = DiffusionPipeline.from_pretrained(folder)
     model = opened(folder, size)
-    model.set_grid(spacing)
+    model.set_sampler_options(spacing)
     ours = [drawn(model, prompt, seed, guidance_scale) for prompt, seed in (("a cat", 0), ("a dog", 0), ("a cat", 1))]
     theirs = draw(pipeline, "a cat", 0), draw(pipeline, "a dog", 0), draw(pipeline, "a cat", 1)
     for a, b in zip(ours, theirs, strict=True):
@@ -88,8 +88,8 @@ def check_training(
             num_inference_steps=STEPS,
             guidance_scale=guidance_scale,
             learning_rate=0.02,
-            sample_every=0,
-            sample_prompts=1,
+            log_images_steps=0,
+            num_log_prompts=1,
             height=size,
             width=size,
             output=str(output / method.partition("(")[0]),
@@ -102,6 +102,6 @@ def check_training(
     load(pipeline, run.folder / "lora")
     assert (draw(pipeline, "a cat", 0) - after).abs().max() <= 1e-3
     again = opened(folder, size)
-    again.set_grid(settings.get("timestep_spacing", "trailing"))
+    again.set_sampler_options(settings.get("timestep_spacing", "trailing"))
     draftune.load_lora(again, run.folder)
     assert (drawn(again, "a cat", 0, guidance_scale) - after).abs().max() <= 1e-5

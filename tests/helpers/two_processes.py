@@ -22,7 +22,7 @@ from draftune.models import load_model
 from draftune.training.state import train_state
 from draftune.training.trainer import Trainer
 from draftune.utils.images import save_image, to_pil
-from draftune.utils.processes import launched, leave, to_say
+from draftune.utils.processes import message_for_rank, rank_and_world_size, shutdown
 from helpers.pipelines import add_random_lora
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -42,7 +42,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "float32": {"method": "draft_lv(n=1)", "dtype": torch.float32},
     "draft_lv": {"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2},
     "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
-    "kept": {"method": "draft_k(k=1)", "continue_from": "FIRST", "retain_prompts": "animals", "prefix_reuse": 2},
+    "kept": {"method": "draft_k(k=1)", "init_lora": "FIRST", "retain_prompts": "animals", "prefix_reuse_steps": 2},
     # A critic and a value network compute in float32.
     "float32 critic": {
         "method": "sft_pg(generator_steps=2)",
@@ -54,7 +54,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "two calls": {"method": "kl(draft_k(k=2), beta=0.1)"},
     "earliest cut": {"method": "alignprop(cut=uniform, m=3)"},
     "adjoint": {"method": "adjoint_matching(k=2)"},
-    "kept": {"method": "draft_k(k=2)", "continue_from": "FIRST", "retain_prompts": "animals"},
+    "kept": {"method": "draft_k(k=2)", "init_lora": "FIRST", "retain_prompts": "animals"},
     "blocks": {"method": "kl(draft_k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
     "both": {"method": "draft_k(k=2)", "gradient_checkpointing": "both"},
 }
@@ -85,8 +85,8 @@ def updated(
     values = SETTINGS | values
     if "EXAMPLES" in str(values["reward"]):
         values["reward"] = values["reward"].replace("EXAMPLES", f"'{examples(output.parent / 'examples')}'")
-    if "continue_from" in values:
-        values["continue_from"] = first_lora(model, output.parent / "first", dtype)
+    if "init_lora" in values:
+        values["init_lora"] = first_lora(model, output.parent / "first", dtype)
     trainer = Trainer(painter, output=str(output), **values)
     return trainer, [trainer.updates.update(step) for step in range(1, UPDATES + 1)]
 
@@ -102,7 +102,7 @@ def learned(trainer: Trainer) -> dict[str, Tensor]:
 
 def save(folder: Path, name: str, trainer: Trainer, rows: list[dict[str, float]]) -> None:
     """What this process learned, by its number: all are to have learned the same."""
-    index, _ = launched()
+    index, _ = rank_and_world_size()
     save_file(learned(trainer), folder / f"{name}-{index}.safetensors")
     state = train_state(trainer.updates)[0]
     (folder / f"{name}-{index}.json").write_text(json.dumps({"rows": rows, "method": state["method"]}))
@@ -120,25 +120,25 @@ def sizes(trainer: Trainer) -> dict[str, dict[str, int]]:
 
 def picky(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward that fails in the second process alone, and at training's first pictures alone."""
-    if launched()[0] == 1 and torch.is_grad_enabled() and len(prompts) == 1:
+    if rank_and_world_size()[0] == 1 and torch.is_grad_enabled() and len(prompts) == 1:
         raise ValueError("no such picture")
     return images.mean((1, 2, 3))
 
 
 def undefined(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Not a number in the second process alone."""
-    return images.mean((1, 2, 3)) * (torch.nan if launched()[0] == 1 else 1)
+    return images.mean((1, 2, 3)) * (torch.nan if rank_and_world_size()[0] == 1 else 1)
 
 
 def said(model: str, output: Path, **values: Any) -> list[str | None]:
     """The error of a run, and what this process would print of it."""
     with pytest.raises(DraftuneError) as found:
         updated(model, output, **values)
-    return [str(found.value), to_say(found.value)]
+    return [str(found.value), message_for_rank(found.value)]
 
 
 def main(model: str, folder: Path) -> None:
-    index, count = launched()
+    index, count = rank_and_world_size()
     torch.set_num_threads(1)
     facts: dict[str, Any] = {"count": count}
     for name, values in PARALLEL.items():
@@ -146,7 +146,7 @@ def main(model: str, folder: Path) -> None:
         save(folder, f"parallel {name}", trainer, rows)
     facts["whole"] = sizes(trainer)
     facts["alone"] = said(model, folder / "run", reward=picky, reward_batch_size=1)
-    facts["undefined"] = said(model, folder / "undefined", reward=undefined, on_nonfinite="stop")
+    facts["undefined"] = said(model, folder / "undefined", reward=undefined, nonfinite_action="stop")
     facts["uneven"] = said(model, folder / "run", batch_size=3)
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
     facts["fsdp1"] = said(model, folder / "run")
@@ -156,7 +156,7 @@ def main(model: str, folder: Path) -> None:
         save(folder, f"sharded {name}", trainer, rows)
     facts["sharded"] = sizes(trainer)
     (folder / f"facts-{index}.json").write_text(json.dumps(facts))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

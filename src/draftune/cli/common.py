@@ -15,7 +15,7 @@ from draftune.settings import DEVICE, MOST, PRECISIONS, Settings
 from draftune.utils.paths import check_writable, names_folder, user_path
 
 if TYPE_CHECKING:
-    from draftune.models import Model
+    from draftune.models import DiffusionModel
 
 
 MOST_IMAGES = 10**6
@@ -127,14 +127,14 @@ def add_device(parser: Arguments, precision: bool = True) -> None:
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Add the group of options that `find_yardstick` reads."""
+    """Add the group of options that `resolve_eval_spec` reads."""
     group = parser.add_argument_group("evaluation")
     of_run = "(default: those of the run's evaluations)"
     group.add_argument("--prompts", type=filled, metavar="FILE_OR_SET", help=f"prompt file or set {of_run}")
     group.add_argument(
         "--reward", type=filled, metavar="EXPR", help="reward, see 'draftune list rewards' (default: that of the run)"
     )
-    group.add_argument("--held-out", metavar="EXPR", help=f"evaluation rewards; '' for none {of_run}")
+    group.add_argument("--eval-rewards", metavar="EXPR", help=f"evaluation rewards; '' for none {of_run}")
     add_number(group, "--num-images", 2, "N", "images of each prompt, 1 or more")
 
 
@@ -194,15 +194,15 @@ def writing_to(output: Path) -> Iterator[None]:
         raise DraftuneError(f"cannot write to {str(output)!r}: {error.strerror or error}") from error
 
 
-def load_source(args: argparse.Namespace) -> tuple[Model, Settings]:
+def load_source(args: argparse.Namespace) -> tuple[DiffusionModel, Settings]:
     """Load the model of `args.source`, a model's name, a run or a LoRA.
 
     Returns:
         The model on its device, and the run's settings with those changed that the options give.
     """
-    from draftune.runs.load import open_source
+    from draftune.runs.load import load_for_sampling
 
-    model, settings = open_source(
+    model, settings = load_for_sampling(
         args.source, args.model, args.lora_scale, args.device, args.mixed_precision, args.skip_text_encoder_lora
     )
     return model, replace(settings, **drawing_flags(args))

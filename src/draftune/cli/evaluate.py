@@ -21,7 +21,7 @@ from draftune.utils.paths import folder_output
 
 if TYPE_CHECKING:
     from draftune.evaluation.metrics import Comparison
-    from draftune.runs.load import Tuned
+    from draftune.runs.load import LoRASource
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     output = table_output(args.output, args.prompts)
     image_dir = folder_output(args.image_dir, "--image-dir") if args.image_dir else None
     from draftune.evaluation.compare import compare, save_comparison
-    from draftune.evaluation.eval_spec import find_yardstick
-    from draftune.runs.load import find_all
+    from draftune.evaluation.eval_spec import resolve_eval_spec
+    from draftune.runs.load import resolve_loras
 
-    loras = find_all(args.sources, args.model, args.skip_text_encoder_lora)
-    yardstick = find_yardstick(loras, args.prompts, args.reward, args.held_out, args.num_images)
+    loras = resolve_loras(args.sources, args.model, args.skip_text_encoder_lora)
+    yardstick = resolve_eval_spec(loras, args.prompts, args.reward, args.eval_rewards, args.num_images)
     loras = [replace(tuned, settings=replace(tuned.settings, **drawing_flags(args))) for tuned in loras]
 
-    def write_images(tuned: Tuned, comparison: Comparison) -> None:
+    def write_images(tuned: LoRASource, comparison: Comparison) -> None:
         """Write the images of a LoRA, into a folder of its own if there are several."""
         if image_dir:
             words = re.sub(r"[^\w.]+", "-", tuned.source).strip("-")

@@ -13,9 +13,16 @@ from draftune.cli import COMMANDS
 from draftune.errors import DraftuneError, out_of_memory, unknown
 from draftune.prompt_files import is_text
 from draftune.utils.logging import log_to_terminal
-from draftune.utils.processes import launched, lost, to_say
+from draftune.utils.processes import is_peer_failure, message_for_rank, rank_and_world_size
 
-EXPRESSIONS = ("--reward", "--guidance-reward", "--held-out", "--best-by", "--scales", "--weight-bounds")
+EXPRESSIONS = (
+    "--reward",
+    "--guidance-reward",
+    "--eval-rewards",
+    "--metric-for-best-model",
+    "--scales",
+    "--weight-bounds",
+)
 """Options whose values may begin with a minus."""
 GROUPS = {"experimental": "commands that may change or be removed without notice"}
 
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
-        if launched()[1] > 1 and args.command != "train":
+        if rank_and_world_size()[1] > 1 and args.command != "train":
             raise DraftuneError(f"'draftune {args.command}' runs in one process: start it without a launcher")
         # Silences warnings of tokenizers about forked processes.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -91,11 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with log_to_terminal():
             return args.run(args) or 0
     except DraftuneError as error:
-        if (message := to_say(error)) is not None:
+        if (message := message_for_rank(error)) is not None:
             print(f"draftune: {message}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and lost(error):
+        if isinstance(error, RuntimeError) and is_peer_failure(error):
             print("draftune: another process of this run ended before training began", file=sys.stderr)
             return 2
         if not out_of_memory(error):
@@ -104,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"draftune: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        if launched()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             print(f"draftune: interrupted {error}".rstrip(), file=sys.stderr)
         return 130
 

@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> None:
 
     from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.noise_optimization import optimize_noise
-    from draftune.rewards import find_reward
+    from draftune.rewards import parse_reward
     from draftune.utils.images import grid, save_image, to_pil
 
     # Before the model is loaded, so that a missing reward fails early.
-    reward = find_reward(args.reward)
+    reward = parse_reward(args.reward)
     model, settings = load_source(args)
     tell_truncated([args.prompt], model, [reward.ready()], settings.negative_prompt)
     search = optimize_noise(

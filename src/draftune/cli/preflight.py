@@ -11,7 +11,7 @@ from draftune.cli.common import Command
 from draftune.errors import DraftuneError
 
 if TYPE_CHECKING:
-    from draftune.training.memory_check import Preflight, Trial
+    from draftune.training.memory_check import MemoryReport, MemoryTrial
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.fits and not result.changes else 1
 
 
-def report(result: Preflight) -> str:
+def report(result: MemoryReport) -> str:
     """Return the trials as a table, the settings to change, and the duration of the run."""
     first, best = result.trials[0].settings, result.best
     lines = [
@@ -60,7 +60,7 @@ def report(result: Preflight) -> str:
     return "\n".join(lines)
 
 
-def row(trial: Trial) -> str:
+def row(trial: MemoryTrial) -> str:
     """Return a trial's line of the table."""
     name = " ".join(flag(name, value) for name, value in trial.change.items()) or "as requested"
     if not trial.ran:

@@ -90,12 +90,12 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
     from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.methods import load_guide
     from draftune.guidance.sample import sample_guided
-    from draftune.rewards import find_reward
+    from draftune.rewards import parse_reward
 
     # Before the model is loaded, so that a wrong method or a missing reward fails early.
     method = args.guidance_method or GUIDANCE_METHOD
     load_guide(method)
-    reward = find_reward(args.guidance_reward)
+    reward = parse_reward(args.guidance_reward)
     model, settings = load_source(args)
     tell_truncated(args.prompt, model, [reward.ready()], settings.negative_prompt)
     result = sample_guided(

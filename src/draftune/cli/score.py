@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
     from draftune.models.base import default_device
     from draftune.rewards import load_reward
     from draftune.rewards.base import check_prompts
-    from draftune.rewards.online import taught
+    from draftune.rewards.online import require_trained
     from draftune.utils.images import find_images
 
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
     device = default_device(args.device)
-    reward = taught(load_reward(args.reward)).to(device)
+    reward = require_trained(load_reward(args.reward)).to(device)
     check_prompts(reward, prompts)
     tell_truncated(prompts, None, [reward])
     scores = score_files(reward, images, prompts, device)

@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"LoRA scales, any numbers; 0, the base model, is always added (default: {DEFAULT})",
     )
     parser.add_argument(
-        "--best-by",
+        "--metric-for-best-model",
         metavar="CRITERION",
         help="weighted sum of columns by which a scale is recommended (default: that of the run)",
     )
@@ -48,21 +48,21 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate the scales, write the results and print the recommendation."""
     check_numbers(args, num_images=1)
     scales = numbers(args.scales)
-    from draftune.evaluation.criterion import weights_of
-    from draftune.evaluation.eval_spec import find_yardstick
+    from draftune.evaluation.criterion import parse_criterion
+    from draftune.evaluation.eval_spec import resolve_eval_spec
     from draftune.evaluation.lora_scale import sweep
-    from draftune.runs.load import find_tuned
+    from draftune.runs.load import resolve_lora
 
-    if args.best_by:
-        weights_of(args.best_by)
-    tuned = find_tuned(args.source, args.model, args.skip_text_encoder_lora)
+    if args.metric_for_best_model:
+        parse_criterion(args.metric_for_best_model)
+    tuned = resolve_lora(args.source, args.model, args.skip_text_encoder_lora)
     source = user_path(args.source)
     output = folder_output(args.output or str((source if source.is_dir() else source.parent) / "sweep"), "--output")
-    yardstick = find_yardstick([tuned], args.prompts, args.reward, args.held_out, args.num_images)
+    yardstick = resolve_eval_spec([tuned], args.prompts, args.reward, args.eval_rewards, args.num_images)
     tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    result = sweep(tuned, yardstick, scales, args.best_by, args.device, args.mixed_precision)
+    result = sweep(tuned, yardstick, scales, args.metric_for_best_model, args.device, args.mixed_precision)
     with writing_to(output):
         result.write(output)
     prompts, each = len(yardstick.prompts), yardstick.num_images

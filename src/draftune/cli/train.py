@@ -10,7 +10,7 @@ from draftune.cli.common import Command
 from draftune.presets import config_path, read_yaml
 from draftune.recommended import PAPER
 from draftune.settings import GROUPS, Settings, kind
-from draftune.utils.processes import launched, leave
+from draftune.utils.processes import rank_and_world_size, shutdown
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> None:
     from draftune.training import train
 
     result = train(settings=settings)
-    if launched()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         if result.comparison:
             prompts = result.comparison.prompts
             print(f"\nbase → fine-tuned, {len(prompts)} images of {len(set(prompts))} prompts, the same seeds")
             print(result.comparison.table())
         print(f"\nimages    {result.folder / 'before_after.png'}\nLoRA      {result.folder / 'lora'}")
-    leave()
+    shutdown()
 
 
 COMMAND = Command(

@@ -11,18 +11,18 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from draftune.errors import unknown
-from draftune.evaluation.eval_spec import Yardstick
+from draftune.evaluation.eval_spec import EvalSpec
 from draftune.evaluation.metrics import Comparison, Paired
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import set_lora_scales
 from draftune.models.base import default_device
-from draftune.runs.load import Tuned, open_loras
+from draftune.runs.load import LoRASource, load_base_with_loras
 from draftune.utils.images import grid, save_image, save_images
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
 
 
 @dataclass
-class Entry:
+class LeaderboardRow:
     """A LoRA and its scores.
 
     Attributes:
@@ -31,7 +31,7 @@ class Entry:
         base: Number of the set of base images, from 0: LoRAs of one set have the same base images.
     """
 
-    tuned: Tuned
+    tuned: LoRASource
     scores: dict[str, Paired]
     base: int
 
@@ -40,8 +40,8 @@ class Entry:
 class Leaderboard:
     """LoRAs sorted by the column `sort`, the highest first."""
 
-    entries: list[Entry]
-    yardstick: Yardstick
+    entries: list[LeaderboardRow]
+    yardstick: EvalSpec
     lora_scale: float
     sort: str
 
@@ -77,7 +77,7 @@ class Leaderboard:
         y = self.yardstick
         settings = {
             "reward": y.reward.expression or y.reward.label,
-            "held_out": y.held_out and (y.held_out.expression or y.held_out.label),
+            "eval_rewards": y.eval_rewards and (y.eval_rewards.expression or y.eval_rewards.label),
             "prompts": list(map(str, y.prompts)),
             "num_images": y.num_images,
             "lora_scale": self.lora_scale,
@@ -102,13 +102,13 @@ def block(title: str, rows: Iterable[tuple[str, Paired]]) -> list[str]:
 
 
 def compare(
-    loras: Sequence[Tuned],
-    yardstick: Yardstick,
+    loras: Sequence[LoRASource],
+    yardstick: EvalSpec,
     sort: str | None = None,
     lora_scale: float = 1.0,
     device: str = "auto",
     precision: str = "no",
-    on_comparison: Callable[[Tuned, Comparison], None] | None = None,
+    on_comparison: Callable[[LoRASource, Comparison], None] | None = None,
 ) -> Leaderboard:
     """Evaluate LoRAs and their base models. LoRAs with the same sampling settings share the base images.
 
@@ -133,7 +133,7 @@ def compare(
     with tqdm(total=len(loras) + len(groups), desc="evaluating", leave=False, disable=None) as progress:
         for number, group in enumerate(groups.values()):
             settings = loras[group[0]].settings
-            model = open_loras({f"lora{i}": loras[i] for i in group}, device, precision)
+            model = load_base_with_loras({f"lora{i}": loras[i] for i in group}, device, precision)
             tell_truncated(yardstick.prompts, model, yardstick.rewards if number == 0 else (), settings.negative_prompt)
             set_lora_scales(model, {f"lora{group[0]}": 0.0})
             base = yardstick.measure(model, settings)
@@ -143,7 +143,7 @@ def compare(
             for i in group:
                 set_lora_scales(model, {f"lora{i}": lora_scale})
                 comparison = Comparison(base, yardstick.measure(model, settings))
-                entries[i] = Entry(loras[i], comparison.paired(), number)
+                entries[i] = LeaderboardRow(loras[i], comparison.paired(), number)
                 if on_comparison:
                     on_comparison(loras[i], comparison)
                 progress.update()
@@ -157,7 +157,7 @@ def rank(score: float) -> float:
     return -math.inf if math.isnan(score) else score
 
 
-def save_comparison(comparison: Comparison, yardstick: Yardstick, folder: Path) -> None:
+def save_comparison(comparison: Comparison, yardstick: EvalSpec, folder: Path) -> None:
     """Write all images as base/NN.png and tuned/NN.png, and a grid of some prompts as before_after.png."""
     both = {"base": comparison.base, "tuned": comparison.tuned}
     for name, evaluation in both.items():

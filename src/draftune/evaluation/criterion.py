@@ -25,7 +25,7 @@ COLUMN = re.compile(r"""(?!-)[^\s"'*+]*/[^\s"'*+]*""")
 T = TypeVar("T", bound=Any)
 
 
-def weights_of(rule: str) -> dict[str, float]:
+def parse_criterion(rule: str) -> dict[str, float]:
     """Parse one column, as `eval/judge`, or a sum of quoted ones, as `"eval/judge" + 0.5*"eval/diversity"`.
 
     Returns:
@@ -37,21 +37,21 @@ def weights_of(rule: str) -> dict[str, float]:
     tree = Call(rule) if COLUMN.fullmatch(rule) else parse(rule)
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
     if any(call.settings or call.inner for _, call in terms):
-        raise DraftuneError(f"best_by must be a sum of quoted columns of the evaluations, not {rule!r}")
+        raise DraftuneError(f"metric_for_best_model must be a sum of quoted columns of the evaluations, not {rule!r}")
     weights: dict[str, float] = {}
     for weight, call in terms:
         weights[call.name] = weights.get(call.name, 0.0) + weight
     return weights
 
 
-def rule_of(best_by: str, held_out: Reward | None) -> dict[str, float]:
-    """Return the weights of `best_by`, else those of the evaluation rewards; empty without both."""
-    if best_by or held_out is None:
-        return weights_of(best_by) if best_by else {}
-    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in held_out.columns.items()}
+def default_criterion(metric_for_best_model: str, eval_rewards: Reward | None) -> dict[str, float]:
+    """Return the weights of `metric_for_best_model`, else those of the evaluation rewards; empty without both."""
+    if metric_for_best_model or eval_rewards is None:
+        return parse_criterion(metric_for_best_model) if metric_for_best_model else {}
+    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in eval_rewards.columns.items()}
 
 
-def weighed(weights: Mapping[str, float], row: Mapping[str, T]) -> T:
+def weighted_sum(weights: Mapping[str, float], row: Mapping[str, T]) -> T:
     """Return the weighted sum of a row's columns, numbers or tensors. Raises DraftuneError for an unknown column."""
     for column in weights:
         if column not in row:

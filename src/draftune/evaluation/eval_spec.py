@@ -11,12 +11,12 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError, gather
 from draftune.evaluation.metrics import Evaluation, evaluate
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.prompts import load_prompts
-from draftune.rewards import Reward, find_reward
+from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
-from draftune.rewards.online import taught
-from draftune.runs.load import Tuned
+from draftune.rewards.online import require_trained
+from draftune.runs.load import LoRASource
 from draftune.settings import Settings
 
 T = TypeVar("T")
@@ -25,25 +25,25 @@ SHOWN = 8
 
 
 @dataclass
-class Yardstick:
+class EvalSpec:
     """Specification of an evaluation.
 
     Attributes:
         prompts: The prompts.
         num_images: Number of images of each prompt, with the seeds 0, 1, ….
         reward: The reward of training.
-        held_out: Evaluation rewards, which were not trained on, or None.
+        eval_rewards: Evaluation rewards, which were not trained on, or None.
     """
 
     prompts: list[str]
     num_images: int
     reward: Reward
-    held_out: Reward | None
+    eval_rewards: Reward | None
 
     @property
     def rewards(self) -> list[Reward]:
         """Return the reward and the evaluation rewards."""
-        return [self.reward] if self.held_out is None else [self.reward, self.held_out]
+        return [self.reward] if self.eval_rewards is None else [self.reward, self.eval_rewards]
 
     @property
     def shown(self) -> list[int]:
@@ -56,14 +56,14 @@ class Yardstick:
         rewards = evaluation.values[self.reward.label][self.shown, 0].tolist()
         return evaluation.images[[i * self.num_images for i in self.shown]], [f"{reward:.3g}" for reward in rewards]
 
-    def ready(self, device: torch.device | str = "cpu") -> Yardstick:
+    def ready(self, device: torch.device | str = "cpu") -> EvalSpec:
         """Load the rewards on a device. Raises DraftuneError for prompts that a reward cannot score."""
         for reward in self.rewards:
             reward.ready().to(device)
             check_prompts(reward, self.prompts)
         return self
 
-    def measure(self, model: Model, settings: Settings) -> Evaluation:
+    def measure(self, model: DiffusionModel, settings: Settings) -> Evaluation:
         """Sample images with the steps and the guidance of the settings, and score them."""
         schedule = model.schedule(settings.num_inference_steps)
 
@@ -72,16 +72,16 @@ class Yardstick:
                 prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
             )
 
-        return evaluate(sample, self.reward, self.held_out, self.prompts, self.num_images, model.device)
+        return evaluate(sample, self.reward, self.eval_rewards, self.prompts, self.num_images, model.device)
 
 
-def find_yardstick(
-    loras: Sequence[Tuned],
+def resolve_eval_spec(
+    loras: Sequence[LoRASource],
     prompts: str | list[str] | None = None,
     reward: Any = None,
-    held_out: Any = None,
+    eval_rewards: Any = None,
     num_images: int = 2,
-) -> Yardstick:
+) -> EvalSpec:
     """Return the given specification, completed by the settings of the first LoRA that belongs to a run.
 
     No weights are loaded.
@@ -90,7 +90,7 @@ def find_yardstick(
         loras: The LoRAs to evaluate.
         prompts: A prompt set, a prompt file or a list of prompts.
         reward: An expression or a reward.
-        held_out: Evaluation rewards; '' for none.
+        eval_rewards: Evaluation rewards; '' for none.
         num_images: Number of images of each prompt.
 
     Raises:
@@ -99,14 +99,14 @@ def find_yardstick(
     run = next((tuned.settings for tuned in loras if tuned.in_run), None)
     if run is None and not (prompts and reward):
         raise DraftuneError(f"the LoRA {loras[0].source!r} belongs to no run: give --prompts and --reward")
-    evaluated_by = held_out if held_out is not None or run is None else run.held_out
+    evaluated_by = eval_rewards if eval_rewards is not None or run is None else run.eval_rewards
     parts: list[Callable[[], Any]] = [
-        lambda: recalled("prompts", prompts, run and (run.eval_prompts or run.prompts), load_prompts),
-        lambda: recalled("reward", reward, run and run.reward, find_taught),
-        lambda: recalled("held_out", held_out, evaluated_by, find_taught) if evaluated_by else None,
+        lambda: arg_or_run_setting("prompts", prompts, run and (run.eval_prompts or run.prompts), load_prompts),
+        lambda: arg_or_run_setting("reward", reward, run and run.reward, find_taught),
+        lambda: arg_or_run_setting("eval_rewards", eval_rewards, evaluated_by, find_taught) if evaluated_by else None,
     ]
     texts, trained, evaluation = gather(*parts)
-    yardstick = Yardstick(texts, num_images, trained, evaluation)
+    yardstick = EvalSpec(texts, num_images, trained, evaluation)
     for scored in yardstick.rewards:
         scored.set_chunk_size((run or loras[0].settings).reward_batch_size)
     return yardstick
@@ -114,10 +114,10 @@ def find_yardstick(
 
 def find_taught(reward: Any) -> Reward:
     """Parse a reward. Raises DraftuneError if it has to learn in training before it can score."""
-    return taught(find_reward(reward))
+    return require_trained(parse_reward(reward))
 
 
-def recalled(name: str, given: Any, run_setting: Any, load: Callable[[Any], T]) -> T:
+def arg_or_run_setting(name: str, given: Any, run_setting: Any, load: Callable[[Any], T]) -> T:
     """Load the given value, else the run's setting. Raises DraftuneError that names the flag if that fails."""
     if given:
         return load(given)

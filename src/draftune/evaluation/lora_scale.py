@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, rule_of, weighed, weights_of
-from draftune.evaluation.eval_spec import Yardstick
+from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, default_criterion, parse_criterion, weighted_sum
+from draftune.evaluation.eval_spec import EvalSpec
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, set_lora_scale
 from draftune.models.base import default_device
 from draftune.registry.expression import Call, Sum
-from draftune.runs.load import Tuned, open_loras
+from draftune.runs.load import LoRASource, load_base_with_loras
 from draftune.utils.images import grid, save_image, save_images
-from draftune.utils.paths import written_whole
+from draftune.utils.paths import atomic_write
 from draftune.utils.plotting import figure, save
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
 
@@ -32,7 +32,7 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 @dataclass
-class Mark:
+class ScalePoint:
     """The evaluation at one scale.
 
     Attributes:
@@ -47,7 +47,7 @@ class Mark:
 
 
 @dataclass
-class Sweep:
+class ScaleSweep:
     """Evaluations of a LoRA at several scales.
 
     Attributes:
@@ -55,7 +55,7 @@ class Sweep:
         weights: The criterion of the best scale, a weight for each column; empty for none.
     """
 
-    marks: list[Mark]
+    marks: list[ScalePoint]
     weights: dict[str, float]
 
     @property
@@ -77,7 +77,7 @@ class Sweep:
     def criterion(self) -> Tensor:
         """Return the criterion's values [scales, prompts]. Raises DraftuneError for an unknown column."""
         rows = [{name: v.double().mean(1) for name, v in mark.evaluation.values.items()} for mark in self.marks]
-        return torch.stack([weighed(self.weights, row) for row in rows])
+        return torch.stack([weighted_sum(self.weights, row) for row in rows])
 
     @property
     def recommended(self) -> float | None:
@@ -100,7 +100,7 @@ class Sweep:
         """Explain the recommendation in one sentence, or why there is none."""
         if not self.weights:
             return (
-                "no scale is recommended: there are no evaluation rewards (--held-out), and the training reward "
+                "no scale is recommended: there are no evaluation rewards (--eval-rewards), and the training reward "
                 "usually rises with the scale"
             )
         if self.recommended is None:
@@ -132,7 +132,7 @@ class Sweep:
         files = [save_images(images, folder / name) for name, images in zip(names, rows, strict=True)]
         captions = [mark.captions for mark in self.marks]
         save_image(grid(rows, names, self.prompts, captions), folder / "sweep.png")
-        with written_whole(folder / "curve.png") as temporary:
+        with atomic_write(folder / "curve.png") as temporary:
             save(self.figure(), str(temporary))
         columns, stderr = self.columns, self.stderr
         table = [
@@ -173,20 +173,20 @@ def scale_name(scale: float) -> str:
 
 
 def sweep(
-    tuned: Tuned,
-    yardstick: Yardstick,
+    tuned: LoRASource,
+    yardstick: EvalSpec,
     scales: Sequence[float] = SCALES,
-    best_by: str | None = None,
+    metric_for_best_model: str | None = None,
     device: str = "auto",
     precision: str = "no",
-) -> Sweep:
+) -> ScaleSweep:
     """Evaluate a LoRA at several scales and at 0, the base model.
 
     Args:
         tuned: The LoRA.
         yardstick: The specification of the evaluation.
         scales: The scales.
-        best_by: The criterion, a weighted sum of columns as in `Settings.best_by`; that of the LoRA's run by default.
+        metric_for_best_model: The criterion, a weighted sum of columns as in `Settings.best_by`; that of the LoRA's run by default.
         cpu: Whether to use the CPU only.
         precision: "no", "bf16" or "fp16".
 
@@ -194,13 +194,13 @@ def sweep(
         DraftuneError: the LoRA does not fit its model, or the criterion has an unknown column.
     """
     settings = tuned.settings
-    best_by = settings.best_by if best_by is None else best_by
-    columns = weights_of(best_by) if best_by else {}
+    metric_for_best_model = settings.metric_for_best_model if metric_for_best_model is None else metric_for_best_model
+    columns = parse_criterion(metric_for_best_model) if metric_for_best_model else {}
     yardstick.ready(default_device(device))
-    model = open_loras({ADAPTER: tuned}, device, precision)
+    model = load_base_with_loras({ADAPTER: tuned}, device, precision)
     tell_truncated(yardstick.prompts, model, yardstick.rewards, settings.negative_prompt)
     shown = [yardstick.prompts[i] for i in yardstick.shown]
-    marks: list[Mark] = []
+    marks: list[ScalePoint] = []
     weights: dict[str, float] = {}
     # The base model is first: the other images are compared with its images.
     order = [0.0, *sorted({*scales} - {0.0})]
@@ -217,12 +217,12 @@ def sweep(
             mse = denoiser_mse_from_base(model, few, schedule, settings.guidance_scale, settings.negative_prompt)
             now.values[DENOISER_MSE] = torch.full((len(yardstick.prompts), 1), mse)
         if not marks:
-            weights = rule_of(best_by, yardstick.held_out)
-            weighed(weights, now.scores)  # an unknown column fails now, not after all scales
+            weights = default_criterion(metric_for_best_model, yardstick.eval_rewards)
+            weighted_sum(weights, now.scores)  # an unknown column fails now, not after all scales
         images, captions = yardstick.show(now)
         # All images of all scales would take too much memory.
-        marks.append(Mark(scale, Evaluation(now.values, shown, images), captions))
-    return Sweep(sorted(marks, key=lambda mark: mark.scale), weights)
+        marks.append(ScalePoint(scale, Evaluation(now.values, shown, images), captions))
+    return ScaleSweep(sorted(marks, key=lambda mark: mark.scale), weights)
 
 
 def standard_error(values: Tensor) -> Tensor:

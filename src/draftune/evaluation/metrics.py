@@ -11,10 +11,10 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, HELD_OUT
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.rewards import Reward, WeightedSum
 from draftune.rewards.base import checked_features
-from draftune.sampling.sampler import advance
+from draftune.sampling.sampler import ddim_step
 from draftune.sampling.schedule import Schedule
 
 KEPT_COLUMN = "retained/"
@@ -161,7 +161,7 @@ def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: t
         DraftuneError: there are fewer images, or a term gives all of them the same score.
     """
     if len(images) < 2:
-        raise DraftuneError(f"normalize_reward must be 0 or at least 2, not {len(images)}")
+        raise DraftuneError(f"reward_normalization_samples must be 0 or at least 2, not {len(images)}")
     terms = []
     for weight, part in reward.terms:
         total, _ = score_batches(part, images, prompts, device)
@@ -176,29 +176,29 @@ def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: t
 
 @torch.no_grad()
 def diversity(
-    held_out: Reward, images: Tensor, images_per_prompt: int, device: torch.device | str = "cpu"
+    eval_rewards: Reward, images: Tensor, images_per_prompt: int, device: torch.device | str = "cpu"
 ) -> Tensor | None:
     """Compute the mean distance between the features of images of one prompt, from the first term with features.
 
     Args:
-        held_out: The evaluation rewards.
+        eval_rewards: The evaluation rewards.
         images: Images [prompts * images_per_prompt, 3, H, W]; images of one prompt follow each other.
 
     Returns:
         The mean pairwise Euclidean distance of each prompt [prompts], 0 to 2 for unit features; None if no term has
         features or there is one image per prompt.
     """
-    extractors = [part for _, part in held_out.terms if hasattr(part, "features")]
+    extractors = [part for _, part in eval_rewards.terms if hasattr(part, "features")]
     if not extractors or images_per_prompt < 2:
         return None
-    chunks = images.split(held_out.chunk_size)
+    chunks = images.split(eval_rewards.chunk_size)
     features = torch.cat([checked_features(extractors[0], chunk.to(device)).cpu() for chunk in chunks])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
     return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 
 
 def denoiser_mse_from_base(
-    model: Model, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
+    model: DiffusionModel, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
 ) -> float:
     """Return the mean of `denoiser_mse_by_prompt` over the prompts, with the seeds 0, 1, …"""
     seeds = range(len(prompts))
@@ -207,7 +207,7 @@ def denoiser_mse_from_base(
 
 @torch.no_grad()
 def denoiser_mse_by_prompt(
-    model: Model,
+    model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     schedule: Schedule,
@@ -233,14 +233,14 @@ def denoiser_mse_by_prompt(
     for step in schedule.steps:
         prediction = denoise(x, step)
         total += schedule.prediction_error(prediction, base(x, step), step).square().flatten(1).mean(1)
-        x = advance(prediction, step)
+        x = ddim_step(prediction, step)
     return total / len(schedule)
 
 
 def evaluate(
     draw: Draw,
     reward: Reward,
-    held_out: Reward | None,
+    eval_rewards: Reward | None,
     prompts: Sequence[str],
     images_per_prompt: int,
     device: torch.device | str = "cpu",
@@ -250,17 +250,17 @@ def evaluate(
     Args:
         draw: Samples images from prompts and seeds.
         reward: The training reward; a column for it and one for each of its terms.
-        held_out: Evaluation rewards: columns "eval/LABEL", and "eval/diversity" if one of them has features.
+        eval_rewards: Evaluation rewards: columns "eval/LABEL", and "eval/diversity" if one of them has features.
     """
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     images = draw(repeated, [seed for _ in prompts for seed in range(images_per_prompt)])
     total, parts = score_batches(reward, images, repeated, device)
     # With a weight other than 1, the sum differs from its only term and has its own column.
     scores = {reward.label: total} | parts
-    if held_out is not None:
-        _, terms = score_batches(held_out, images, repeated, device)
+    if eval_rewards is not None:
+        _, terms = score_batches(eval_rewards, images, repeated, device)
         scores |= {f"{HELD_OUT}{name}": values for name, values in terms.items()}
     values = {name: score.reshape(len(prompts), images_per_prompt) for name, score in scores.items()}
-    if held_out is not None and (spread := diversity(held_out, images, images_per_prompt, device)) is not None:
+    if eval_rewards is not None and (spread := diversity(eval_rewards, images, images_per_prompt, device)) is not None:
         values[DIVERSITY] = spread[:, None]
     return Evaluation(values, repeated, images)

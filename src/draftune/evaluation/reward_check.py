@@ -11,18 +11,18 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.prompts import copied, metadata
 from draftune.rewards import Reward
-from draftune.rewards.base import checked_score, explained, inside
+from draftune.rewards.base import checked_score, sub_rewards, wrap_errors
 from draftune.rewards.latent import has_latent_gradient
 from draftune.utils.logging import logger
 
 if TYPE_CHECKING:
-    from draftune.models import Model
+    from draftune.models import DiffusionModel
 
 FEW_PIXELS = 0.5
 """Share of pixels without gradient from which on a warning is logged."""
 
 
-def probe_reward(
+def check_reward(
     reward: Reward, images: Tensor, prompts: Sequence[str], gradient: bool = True
 ) -> dict[str, dict[str, float]]:
     """Compute each term of a reward, and its gradient, on images of the base model before anything is trained.
@@ -43,7 +43,7 @@ def probe_reward(
     """
     report = {}
     for _, part in reward.terms:
-        # A latent reward has no gradient with respect to the image; GradientAudit checks that the LoRA gets one.
+        # A latent reward has no gradient with respect to the image; GradientCheck checks that the LoRA gets one.
         report[part.label] = row = probe_part(
             part, images.detach().float(), prompts, gradient and not has_latent_gradient(part)
         )
@@ -55,14 +55,17 @@ def probe_reward(
 
 
 def tell_truncated(
-    prompts: Sequence[str], model: Model | None, rewards: Sequence[Reward | None] = (), negative_prompt: str = ""
+    prompts: Sequence[str],
+    model: DiffusionModel | None,
+    rewards: Sequence[Reward | None] = (),
+    negative_prompt: str = "",
 ) -> None:
     """Warn about prompts that a text encoder of the model or of a reward truncates, once for each encoder."""
     different = list({(str(prompt), *sorted(metadata(prompt).items())): prompt for prompt in prompts}.values())
     truncations = list(model.truncated(different)) if model is not None else []
     for reward in filter(None, rewards):
-        for part in inside(reward).values():
-            with explained(part):
+        for part in sub_rewards(reward).values():
+            with wrap_errors(part):
                 truncations += part.truncated(copied(different))
     lines = [(f"{t.cut} of {len(different)} prompts are longer", t) for t in truncations if t.cut]
     if model is not None and negative_prompt:
@@ -72,7 +75,7 @@ def tell_truncated(
 
 
 def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> dict[str, float]:
-    """Return the row of `probe_reward` for one term."""
+    """Return the row of `check_reward` for one term."""
     name = f"the reward {part.label!r}"
     with torch.set_grad_enabled(gradient):
         score = checked_score(part, images.requires_grad_(gradient), prompts)
@@ -80,7 +83,7 @@ def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: b
         raise DraftuneError(f"{name} gives {score.tolist()} on images of the base model")
     row = {"score": float(score.detach().float().mean())}
     if gradient:
-        with explained(part):
+        with wrap_errors(part):
             slope = probe_gradient(name, score, images, prompts)
         row["gradient_norm"] = float(slope.flatten(1).norm(dim=1).mean())
         row["pixels_without_gradient"] = float((slope == 0).all(1).float().mean())

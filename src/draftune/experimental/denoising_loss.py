@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule
 
@@ -18,7 +18,7 @@ LEVELS = 4
 """Random sampling steps at which one optimizer step evaluates the loss; more levels lower its variance."""
 
 
-class Fit:
+class DenoisingTrainer:
     """Denoising score matching with Adam: each call takes one optimizer step.
 
         loss = mean over LEVELS random steps of mean((F_theta(alpha x_0 + sigma eps) - F_true)^2)
@@ -63,7 +63,7 @@ class Fit:
         return total
 
 
-def fresh_lora(model: Model, schedule: Schedule, learning_rate: float) -> Fit:
+def fresh_lora(model: DiffusionModel, schedule: Schedule, learning_rate: float) -> DenoisingTrainer:
     """Add a LoRA of rank 8 to the model, initialized with seed 0, and return its optimizer.
 
     Raises:
@@ -72,4 +72,4 @@ def fresh_lora(model: Model, schedule: Schedule, learning_rate: float) -> Fit:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         add_lora(model, rank=8)
-    return Fit(lora_parameters(model).values(), schedule, learning_rate, torch.Generator().manual_seed(0))
+    return DenoisingTrainer(lora_parameters(model).values(), schedule, learning_rate, torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.experimental.learner import Learner, missed
+from draftune.experimental.learner import OnlineModule, value_loss
 from draftune.registry.factories import check_range
 from draftune.rewards.base import register
 from draftune.rewards.online import OnlineReward
@@ -36,7 +36,7 @@ def critic_loss(real: Tensor, generated: Tensor, expected: Tensor, baseline: flo
         expected: The value function's prediction of each score at S sampling steps, [B, S].
         baseline: Weight of the last term.
     """
-    return generated.mean() - real.mean() + baseline * missed(expected, generated)
+    return generated.mean() - real.mean() + baseline * value_loss(expected, generated)
 
 
 def critic_network(width: int) -> nn.Sequential:
@@ -56,7 +56,7 @@ class Discriminator(OnlineReward):
     lowers their scores and raises those of as many examples; `baseline` weighs the squared distance from the expected
     scores, which bounds it. It starts from random weights of `seed`, or from those in a run: `critic=RUN`. Any
     size; no weights to download.
-    Its zero and unit change while it learns: compare scores of one state only, and watch --held-out rewards.
+    Its zero and unit change while it learns: compare scores of one state only, and watch --eval-rewards rewards.
     Over-optimized: textures that this discriminator takes for those of the examples. Source: SFT-PG (Fan and Lee, 2023,
     arXiv:2301.13362); its width, learning rate (of the larger runs) and baseline are the defaults.
     """
@@ -80,7 +80,7 @@ class Discriminator(OnlineReward):
         self.baseline, self.seed = baseline, seed
         self.preprocess = Preprocess(size, size, HALF, HALF)
         self.checkpoint = find_checkpoint(critic) if critic else None
-        self.learner = Learner(lambda: critic_network(width), learning_rate, seed)
+        self.learner = OnlineModule(lambda: critic_network(width), learning_rate, seed)
         self.examples = read_examples(folder, self.preprocess)
 
     @property
@@ -138,7 +138,7 @@ def find_checkpoint(run: str) -> Path:
     return paths[-1]
 
 
-def load_discriminator(learner: Learner, checkpoint: Path) -> None:
+def load_discriminator(learner: OnlineModule, checkpoint: Path) -> None:
     """Load the discriminator's weights from a run's checkpoint. Raises DraftuneError if none there fit."""
     from draftune.runs.checkpoint import check, read_tensors
 

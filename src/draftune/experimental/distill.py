@@ -13,14 +13,14 @@ from tqdm.auto import tqdm
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, KEPT, LoRADeltas, add_lora, deltas_of_peft, lora_parameters
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.prompts import load_prompts
-from draftune.runs.load import find_tuned, open_loras, read_deltas
+from draftune.runs.load import load_base_with_loras, read_deltas, resolve_lora
 from draftune.runs.merge import check_folder
-from draftune.sampling.sampler import Denoiser, advance
+from draftune.sampling.sampler import Denoiser, ddim_step
 from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
-from draftune.training.data import PromptOrder
+from draftune.training.data import PromptSampler
 from draftune.utils.logging import logger
 from draftune.utils.paths import user_path
 
@@ -109,7 +109,7 @@ def distill_lora(
     weights = [weight for weight, group in zip(balance, groups, strict=True) for _ in group]
     if precision == "fp16":
         raise DraftuneError("distillation does not work in fp16: use bf16 or no")
-    tuned = find_tuned(source, model, skip_text_encoder)
+    tuned = resolve_lora(source, model, skip_text_encoder)
     deltas = read_deltas(source, tuned.base, skip_text_encoder)
     if len(deltas.parts) > 1:
         raise DraftuneError(
@@ -118,7 +118,7 @@ def distill_lora(
         )
     if rank < 1 or rank >= (largest := max(layer.rank for layer in deltas.layers.values())):
         raise DraftuneError(f"rank must be at least 1 and below that of {source!r}, {largest}, got {rank}")
-    loaded = open_loras({KEPT: tuned}, device, precision)
+    loaded = load_base_with_loras({KEPT: tuned}, device, precision)
     loaded.check_prompts(texts, tuned.settings.negative_prompt)
     tell_truncated(texts, loaded, (), tuned.settings.negative_prompt)
     # add_lora omits layers whose output the model does not use.
@@ -130,7 +130,7 @@ def distill_lora(
         add_lora(loaded, rank, targets=list(deltas.of_part(loaded.lora_prefix)))
     loaded.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
 
-    lesson = Lesson(loaded, tuned.settings)
+    lesson = Distiller(loaded, tuned.settings)
     probes = [lesson.trajectory(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]
     differences = {"no LoRA": lesson.mean_difference(probes)}
     if not differences["no LoRA"] > 0:
@@ -143,7 +143,7 @@ def distill_lora(
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
     num_updates = num_trajectories * min(steps_per_trajectory, len(lesson.schedule))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
-    order = PromptOrder(len(texts), generator)
+    order = PromptSampler(len(texts), generator)
     bar = tqdm(range(num_trajectories), desc="distill", unit="trajectory")
     for _ in bar:
         chosen = order.draw(batch_size)
@@ -169,7 +169,7 @@ def distill_lora(
 
 
 @dataclass
-class Taught:
+class TeacherTrajectory:
     """A sampling trajectory of the teacher."""
 
     student: Denoiser
@@ -178,15 +178,15 @@ class Taught:
     """(step, noisy latent [B, C, H, W], the teacher's prediction) for each sampling step."""
 
 
-class Lesson:
+class Distiller:
     """A student, the model with its active LoRA, and a teacher, the model's base denoiser with the frozen LoRA."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: DiffusionModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.schedule = model.schedule(settings.num_inference_steps)
 
     @torch.no_grad()
-    def trajectory(self, prompts: Sequence[str], generator: torch.Generator) -> Taught:
+    def trajectory(self, prompts: Sequence[str], generator: torch.Generator) -> TeacherTrajectory:
         """Sample with the teacher from new noise."""
         s = self.settings
         student, teacher = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
@@ -194,22 +194,22 @@ class Lesson:
         for step in self.schedule.steps:
             prediction = teacher(x, step)
             steps.append((step, x, prediction))
-            x = advance(prediction, step)
-        return Taught(student, steps)
+            x = ddim_step(prediction, step)
+        return TeacherTrajectory(student, steps)
 
-    def difference(self, trajectory: Taught, at: int) -> Tensor:
+    def difference(self, trajectory: TeacherTrajectory, at: int) -> Tensor:
         """Compute the mean squared `Schedule.prediction_error` [B] of the student at one step."""
         step, x, target = trajectory.steps[at]
         return self.schedule.prediction_error(trajectory.student(x, step), target, step).square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def mean_difference(self, trajectories: Sequence[Taught]) -> float:
+    def mean_difference(self, trajectories: Sequence[TeacherTrajectory]) -> float:
         """Compute the mean of `difference` over all steps of the trajectories."""
         values = [self.difference(t, at).mean() for t in trajectories for at in range(len(t.steps))]
         return float(torch.stack(values).mean())
 
 
-def fill(model: Model, deltas: LoRADeltas) -> None:
+def fill(model: DiffusionModel, deltas: LoRADeltas) -> None:
     """Copy a LoRA into the model's active LoRA of the same layers and rank, whose scale is 1."""
     parameters = lora_parameters(model)
     with torch.no_grad():

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def missed(expected: Tensor, scores: Tensor) -> Tensor:
+def value_loss(expected: Tensor, scores: Tensor) -> Tensor:
     """Return sum over s of mean over b of (expected[b, s] - scores[b])^2, for expected [B, S] and scores [B]."""
     return (expected - scores[:, None]).square().mean(0).sum()
 
 
-class Learner(nn.Module):
+class OnlineModule(nn.Module):
     """A network with torch's Adam, whose running means are parameters: they are saved and moved with the weights.
 
     Args:

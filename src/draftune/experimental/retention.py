@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Around, Batch, Method
+from draftune.methods.base import Batch, Method, MethodWrapper
 
 
-class Keep(Around):
+class Retention(MethodWrapper):
     """Any method with a distillation loss on retention prompts, against catastrophic forgetting.
 
         loss = loss of the method + weight * mean((F - F_base)^2)
@@ -25,16 +25,16 @@ class Keep(Around):
 
     Args:
         method: The method to wrap.
-        weight: Weight of the distillation loss, 0 or more (`keep_weight`).
+        weight: Weight of the distillation loss, 0 or more (`retain_weight`).
     """
 
     def __init__(self, method: Method, weight: float) -> None:
         if not weight >= 0:
-            raise DraftuneError(f"keep_weight must be at least 0, got {weight}")
+            raise DraftuneError(f"retain_weight must be at least 0, got {weight}")
         super().__init__(method)
         self.weight = weight
 
-    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+    def losses_per_step(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         seen: list[Batch] = []
 
         def recorded() -> Iterator[Batch]:
@@ -42,7 +42,7 @@ class Keep(Around):
                 seen.append(batch)
                 yield batch
 
-        for losses in self.method.optimizer_steps(recorded()):
+        for losses in self.method.losses_per_step(recorded()):
             yield self.with_retention(losses, seen)
 
     def with_retention(self, losses: Iterator[Tensor], seen: list[Batch]) -> Iterator[Tensor]:
@@ -52,11 +52,11 @@ class Keep(Around):
             yield loss
             del loss  # frees its graph
             for batch in seen[done:]:
-                yield self.weight * kept_difference(batch)
+                yield self.weight * retention_loss(batch)
             done = len(seen)
 
 
-def kept_difference(batch: Batch) -> Tensor:
+def retention_loss(batch: Batch) -> Tensor:
     """Compute the mean squared difference from the base model at one random step of the base model's trajectory."""
     kept = batch.kept
     if kept is None:

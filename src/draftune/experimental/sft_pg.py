@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from draftune.errors import DraftuneError
-from draftune.experimental.learner import Learner, missed
+from draftune.experimental.learner import OnlineModule, value_loss
 from draftune.methods.base import Batch, Method, register
-from draftune.methods.draft import at_least
-from draftune.sampling.ancestral import ancestral, log_probability, mean, wants_noise
+from draftune.methods.draft import check_min
+from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps, step_log_prob
 from draftune.sampling.schedule import Schedule, Step
 
 
@@ -75,31 +75,31 @@ class SFTPG(Method):
         seed: Seed of the value network's initial weights. Default: 0.
     """
 
-    needs_gradient = False
+    needs_reward_gradient = False
 
     generator_steps: int = 10
     value_width: int = 64
     value_learning_rate: float = 1e-4
     seed: int = 0
-    learner: Learner | None = field(default=None, init=False, repr=False, compare=False)
+    learner: OnlineModule | None = field(default=None, init=False, repr=False, compare=False)
     """The value network and its optimizer; None before the first batch, which defines its shape."""
 
     def __post_init__(self) -> None:
-        at_least("generator_steps", self.generator_steps, 1)
-        at_least("value_width", self.value_width, 1)
-        at_least("seed", self.seed, 0)
+        check_min("generator_steps", self.generator_steps, 1)
+        check_min("value_width", self.value_width, 1)
+        check_min("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise DraftuneError(f"seed must be below 2^63, got {self.seed}")
         if not 0 < self.value_learning_rate < 1:
             raise DraftuneError(f"value_learning_rate must be between 0 and 1, got {self.value_learning_rate}")
 
     def check(self, schedule: Schedule) -> None:
-        wants_noise(schedule)
+        require_stochastic_steps(schedule)
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return False
 
-    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+    def losses_per_step(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         rollouts = [self.rollout(batch) for batch in batches]
         transitions = [transition for rollout in rollouts for transition in rollout]
         order = torch.randperm(len(transitions), generator=transitions[0].batch.generator)
@@ -112,7 +112,7 @@ class SFTPG(Method):
         """Sample and score a batch with the current weights, and train the value network (and an online reward)."""
         path = [
             (step, x, following)
-            for step, x, _, following in ancestral(batch.denoise, batch.schedule, batch.noise, batch.fresh_noise)
+            for step, x, _, following in ancestral_rollout(batch.denoise, batch.schedule, batch.noise, batch.randn_like)
         ]
         random = [(step, x, following) for step, x, following in path if step.tau > 0]
         latents = torch.stack([x for _, x, _ in random], 1)
@@ -124,12 +124,12 @@ class SFTPG(Method):
         advantages = reward[:, None] - expected
         # Every process learns from the images of all, so that the value networks stay equal.
         inputs, targets = batch.processes.gather(latents).float(), batch.processes.gather(reward).float()
-        value.learn(lambda network: missed(network(inputs), targets))
+        value.learn(lambda network: value_loss(network(inputs), targets))
         return [Transition(batch, *transition, advantages[:, i]) for i, transition in enumerate(random)]
 
-    def fresh(self, steps: int, channels: int) -> Learner:
+    def fresh(self, steps: int, channels: int) -> OnlineModule:
         """Return an untrained value network for this number of random steps and latent channels."""
-        return Learner(lambda: Value(steps, channels, self.value_width), self.value_learning_rate, self.seed)
+        return OnlineModule(lambda: Value(steps, channels, self.value_width), self.value_learning_rate, self.seed)
 
     def state_dict(self) -> dict[str, Any]:
         if self.learner is None:
@@ -148,4 +148,4 @@ class SFTPG(Method):
 def policy_loss(transition: Transition) -> Tensor:
     """Compute -mean(A log p), whose gradient on fresh images is that of -E[r] divided by a latent's elements."""
     batch, step, x, following, advantages = transition
-    return -(advantages * log_probability(following, mean(batch.denoise(x, step), step), step)).mean()
+    return -(advantages * step_log_prob(following, mean(batch.denoise(x, step), step), step)).mean()

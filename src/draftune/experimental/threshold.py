@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftune.registry.factories import check_range
-from draftune.rewards.base import Reward, inside, register
+from draftune.rewards.base import Reward, register, sub_rewards
 
 IDENTITY_TEMPERATURE = 1.0
 """Temperature at and above which smoothed rounding is the identity, to 1e-7."""
@@ -108,7 +108,7 @@ class Threshold(AnnealedReward):
         super().__init__(temperature, decay)
         self.reward, self.at = reward, at
         self.label = f"threshold({reward.label})"
-        self.nested = [part for part in inside(reward).values() if isinstance(part, AnnealedReward)]
+        self.nested = [part for part in sub_rewards(reward).values() if isinstance(part, AnnealedReward)]
         for part in self.nested:
             part.outermost = False
 

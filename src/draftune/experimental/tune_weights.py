@@ -13,21 +13,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError, gather
-from draftune.evaluation.eval_spec import recalled
+from draftune.evaluation.eval_spec import arg_or_run_setting
 from draftune.evaluation.metrics import interval, score_batches
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.experimental.zeroth_order import Estimator
 from draftune.lora import set_lora_scales
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.base import default_device
 from draftune.prompts import load_prompts
-from draftune.rewards import Reward, find_reward
+from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
-from draftune.rewards.online import taught
-from draftune.runs.load import find_all, open_loras
+from draftune.rewards.online import require_trained
+from draftune.runs.load import load_base_with_loras, resolve_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
-from draftune.training.data import PromptOrder
+from draftune.training.data import PromptSampler
 from draftune.utils.tables import write_csv, write_json
 
 GUIDANCE = "guidance_scale"
@@ -35,7 +35,7 @@ SEEDS = 2**31
 
 
 @dataclass(frozen=True)
-class Knob:
+class Parameter1D:
     """A tuned number with its bounds. Raises DraftuneError if it does not start between them."""
 
     name: str
@@ -63,10 +63,10 @@ class Knob:
 
 
 @dataclass
-class KnobSearch:
+class WeightSearch:
     """Result of `tune_weights`."""
 
-    knobs: list[Knob]
+    knobs: list[Parameter1D]
     values: dict[str, float]
     """Tuned values by name."""
     steps: list[dict[str, float]]
@@ -124,7 +124,7 @@ def tune_weights(
     mixed_precision: str = "no",
     skip_text_encoder: bool = False,
     progress: bool = False,
-) -> KnobSearch:
+) -> WeightSearch:
     """Maximize the mean reward over the weights of LoRAs and the guidance scale by finite differences and Adam.
 
         dR/dw_i ~ (R(w + h e_i) - R(w - h e_i)) / (2 h),  R = mean reward of the step's prompts and seeds
@@ -162,24 +162,26 @@ def tune_weights(
             f"got {fd_step} and {learning_rate}"
         )
     check_sources(loras, model, guidance_bounds)
-    sources = find_all([source for source, _ in loras], model, skip_text_encoder)
+    sources = resolve_loras([source for source, _ in loras], model, skip_text_encoder)
     if len(bases := list(dict.fromkeys(source.base for source in sources))) > 1:
         raise DraftuneError(f"the LoRAs belong to {bases[0]!r} and {bases[1]!r}; if these are one model, set --model")
     settings = sources[0].settings if sources else Settings(model=model or "")
     changes: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes["negative_prompt"] = negative_prompt
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    knobs = [Knob(source, weight, *weight_bounds) for source, weight in loras]
+    knobs = [Parameter1D(source, weight, *weight_bounds) for source, weight in loras]
     if guidance_bounds:
-        knobs.append(Knob(GUIDANCE, settings.guidance_scale, *guidance_bounds))
+        knobs.append(Parameter1D(GUIDANCE, settings.guidance_scale, *guidance_bounds))
     loaders: list[Callable[[], Any]] = [
-        lambda: taught(find_reward(reward)),
-        lambda: recalled("prompts", prompts, settings.prompts, load_prompts),
+        lambda: require_trained(parse_reward(reward)),
+        lambda: arg_or_run_setting("prompts", prompts, settings.prompts, load_prompts),
     ]
     score, texts = gather(*loaders)
     check_prompts(score.ready(), texts)
     if sources:
-        loaded = open_loras({f"knob-{i}": source for i, source in enumerate(sources)}, device, mixed_precision)
+        loaded = load_base_with_loras(
+            {f"knob-{i}": source for i, source in enumerate(sources)}, device, mixed_precision
+        )
     else:
         loaded = load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
@@ -211,7 +213,7 @@ def tune_weights(
         bar.set_postfix(reward=f"{mean:.3f}")
     end = torch.stack(iterates[len(iterates) // 2 :]).mean(0)
     before, after = evaluator.rewards(torch.stack([start, end]), *evaluator.sample_batch(num_images))
-    return KnobSearch(knobs, evaluator.named(end), rows, before, after, evaluator.queries)
+    return WeightSearch(knobs, evaluator.named(end), rows, before, after, evaluator.queries)
 
 
 def check_sources(
@@ -238,12 +240,18 @@ class WeightEvaluator:
     """
 
     def __init__(
-        self, model: Model, reward: Reward, knobs: Sequence[Knob], prompts: list[str], settings: Settings, seed: int
+        self,
+        model: DiffusionModel,
+        reward: Reward,
+        knobs: Sequence[Parameter1D],
+        prompts: list[str],
+        settings: Settings,
+        seed: int,
     ) -> None:
         self.model, self.reward, self.knobs, self.prompts, self.settings = model, reward, knobs, prompts, settings
         self.schedule = model.schedule(settings.num_inference_steps)
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = PromptOrder(len(prompts), self.generator)
+        self.order = PromptSampler(len(prompts), self.generator)
         self.queries = 0
 
     def named(self, place: Tensor) -> dict[str, float]:

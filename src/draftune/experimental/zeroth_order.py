@@ -147,7 +147,7 @@ class Estimator:
     def chances(self) -> Tensor:
         return best_chances(self.known(), self.coordinates, self.floor)
 
-    def share_of_directions(self) -> float:
+    def direction_weight(self) -> float:
         """Return the weight of the estimate by directions, 0 to 1, for the least variance of the weighted sum."""
         if not (self.directions and self.coordinates):
             return float(self.coordinates == 0)
@@ -172,7 +172,7 @@ class Estimator:
         if len(self.levels) != len(x):
             # In place, because a checkpoint restores this very tensor.
             self.levels.resize_(len(x)).zero_()
-        share, gradient = self.share_of_directions(), torch.zeros_like(x)
+        share, gradient = self.direction_weight(), torch.zeros_like(x)
         if share > 0:
             gradient += share * along_directions(f, x, self.directions, step, value, generator)
         if share < 1:

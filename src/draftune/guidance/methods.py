@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.guidance.sampler import Fresh, Uphill, dynamic_scale, pulled, rounds_ahead, variance_scale
+from draftune.guidance.sampler import (
+    GradientFn,
+    NoiseFn,
+    dynamic_scale,
+    guided_sample,
+    iterative_guidance,
+    variance_scale,
+)
 from draftune.registry.factories import build, parse_call
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Step
@@ -18,7 +25,7 @@ from draftune.sampling.schedule import Step
 INF = math.inf
 
 
-class Guide(ABC):
+class GuidanceMethod(ABC):
     """Base class of guidance methods, which sample clean latents along the gradient of a reward."""
 
     finetune_from_round = 0
@@ -33,13 +40,13 @@ class Guide(ABC):
 
     @abstractmethod
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
         """Yield the clean latents [B, C, H, W] of each sampling. The last ones are the result."""
 
 
 @dataclass(frozen=True)
-class PGDiffDynamic(Guide):
+class PGDiffDynamic(GuidanceMethod):
     """PGDiff with dynamic scale: after each step, move the latent by `strength` times the norm of the step.
 
         x_s <- x_s + strength * |x_t - x_s| * g / |g|,  g = d r(x_0) / d x_0
@@ -65,14 +72,14 @@ class PGDiffDynamic(Guide):
         check("pgdiff_dynamic", strength=(self.strength, 0, INF), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000))
 
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
         rule = dynamic_scale(self.strength, self.per_channel)
-        yield pulled(denoise, steps, noise_fn(), gradient_fn, rule, noise_fn, self.eta, self.repeats)
+        yield guided_sample(denoise, steps, noise_fn(), gradient_fn, rule, noise_fn, self.eta, self.repeats)
 
 
 @dataclass(frozen=True)
-class ClassifierStyle(Guide):
+class ClassifierStyle(GuidanceMethod):
     """Classifier guidance: shift the mean of each ancestral step by `strength` times its variance times the gradient.
 
         x_s <- x_s + strength * tau^2 * g,  g = d r(x_0) / d x_0
@@ -90,13 +97,13 @@ class ClassifierStyle(Guide):
         check("classifier_style", strength=(self.strength, 0, INF))
 
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
-        yield pulled(denoise, steps, noise_fn(), gradient_fn, variance_scale(self.strength), noise_fn)
+        yield guided_sample(denoise, steps, noise_fn(), gradient_fn, variance_scale(self.strength), noise_fn)
 
 
 @dataclass(frozen=True)
-class GradientGuidance(Guide):
+class GradientGuidance(GuidanceMethod):
     """Gradient Guidance: sample in rounds, each conditioned on a linearized reward that is higher by `target_increase`.
 
     Guo et al., 2024, arXiv:2404.14743, Algorithm 1; the equation is in `draftune.guidance.sampler.look_ahead`. The
@@ -137,13 +144,13 @@ class GradientGuidance(Guide):
         return 1 + self.rounds
 
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: Uphill, noise_fn: Fresh
+        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
         options = (self.rounds, self.target_increase, self.sigma, self.eta, self.resample_noise)
-        return rounds_ahead(denoise, steps, gradient_fn, noise_fn, *options)
+        return iterative_guidance(denoise, steps, gradient_fn, noise_fn, *options)
 
 
-GUIDES: dict[str, type[Guide]] = {
+GUIDES: dict[str, type[GuidanceMethod]] = {
     "pgdiff_dynamic": PGDiffDynamic,
     "classifier_style": ClassifierStyle,
     "gradient_guidance": GradientGuidance,
@@ -158,11 +165,11 @@ def check(guide: str, **settings: tuple[float, float, float]) -> None:
             raise DraftuneError(f"{name} of {guide} must be {allowed}, got {value}")
 
 
-def load_guide(text: str) -> Guide:
+def load_guide(text: str) -> GuidanceMethod:
     """Create a guidance method from its name and settings, such as "pgdiff_dynamic(strength=0.2)".
 
     Raises:
         DraftuneError: The method or one of its settings is unknown, or a value is not allowed.
     """
     call = parse_call(text, "guidance", "pgdiff_dynamic(strength=0.1)")
-    return build(call, "guidance", GUIDES, Guide)  # type: ignore[type-abstract]
+    return build(call, "guidance", GUIDES, GuidanceMethod)  # type: ignore[type-abstract]

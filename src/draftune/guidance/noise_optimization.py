@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.reward_check import probe_reward
-from draftune.models import Model
+from draftune.evaluation.reward_check import check_reward
+from draftune.models import DiffusionModel
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
-from draftune.rewards.latent import parts_of
-from draftune.rewards.online import extra_queries, taught
+from draftune.rewards.latent import score_latents
+from draftune.rewards.online import extra_queries, require_trained
 from draftune.sampling.sampler import rollout
 
 
@@ -54,7 +54,7 @@ def log_likelihood(noise: Tensor) -> Tensor:
 
 
 def optimize_noise(
-    model: Model,
+    model: DiffusionModel,
     reward: str | Reward | Callable[..., Any],
     prompt: str,
     *,
@@ -97,7 +97,7 @@ def optimize_noise(
     defaults = model.recommended
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-    score = taught(load_reward(reward)).to(model.device)
+    score = require_trained(load_reward(reward)).to(model.device)
     check_prompts(score, [prompt])
     denoise = model.denoise([prompt], schedule, guidance, negative_prompt)
     noise = model.noise(torch.Generator().manual_seed(seed), 1).requires_grad_()
@@ -110,9 +110,9 @@ def optimize_noise(
         with torch.set_grad_enabled(step < steps):
             clean = rollout(denoise, schedule.steps, noise)
             if step == 0:
-                probe_reward(score, model.decode(clean.detach()), [prompt])
+                check_reward(score, model.decode(clean.detach()), [prompt])
                 before = extra_queries(score)
-            scores, _, image = parts_of(score, clean, model.decode, [prompt])
+            scores, _, image = score_latents(score, clean, model.decode, [prompt])
             value = scores.sum()
         rewards.append(float(value.detach()))
         bar.set_postfix(reward=f"{rewards[-1]:.3f}")

@@ -13,16 +13,16 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.guidance.methods import load_guide
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import check_prompts
-from draftune.rewards.chunked import at_once
-from draftune.rewards.latent import parts_of
-from draftune.rewards.online import extra_queries, taught
+from draftune.rewards.chunked import chunked_scores
+from draftune.rewards.latent import score_latents
+from draftune.rewards.online import extra_queries, require_trained
 
 
 @dataclass(frozen=True)
-class Guided:
+class GuidedSamples:
     """Result of `sample_guided` for B prompts."""
 
     images: Tensor
@@ -36,20 +36,20 @@ class Guided:
     """Number of scored images, with or without gradient."""
 
 
-class Slope:
+class RewardGradientFn:
     """Gradient of a reward with respect to clean latents, through the decoder. Counts the reward queries."""
 
-    def __init__(self, model: Model, reward: Reward, prompts: Sequence[str]) -> None:
+    def __init__(self, model: DiffusionModel, reward: Reward, prompts: Sequence[str]) -> None:
         self.model, self.reward, self.prompts, self.queries = model, reward, prompts, 0
 
     def score(self, latents: Tensor) -> Tensor:
         """Compute the rewards [B] of clean latents. Raise DraftuneError if one is not finite."""
 
         def scored(chunk: Tensor, part: slice) -> Tensor:
-            return parts_of(self.reward, chunk, self.model.decode, self.prompts[part])[0]
+            return score_latents(self.reward, chunk, self.model.decode, self.prompts[part])[0]
 
         before = extra_queries(self.reward)
-        rewards = at_once(scored, latents, self.reward.chunk_size)
+        rewards = chunked_scores(scored, latents, self.reward.chunk_size)
         self.queries += len(latents) + extra_queries(self.reward) - before
         if not rewards.isfinite().all():
             raise DraftuneError(f"the reward became {rewards.tolist()} during guidance: try a lower strength")
@@ -75,7 +75,7 @@ class Slope:
 
 
 def sample_guided(
-    model: Model,
+    model: DiffusionModel,
     reward: str | Reward | Callable[..., Any],
     prompts: str | Sequence[str],
     method: str = "pgdiff_dynamic",
@@ -86,7 +86,7 @@ def sample_guided(
     negative_prompt: str = "",
     batch_size: int = 8,
     progress: bool = False,
-) -> Guided:
+) -> GuidedSamples:
     """Sample one image for each prompt, guided by a reward and without training.
 
     An image depends only on its own seed. With `finetune_from_round`, it also depends on the images sampled before and
@@ -110,7 +110,7 @@ def sample_guided(
         raise DraftuneError("the gradient for guidance underflows in fp16: use bf16 or no for mixed_precision")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = range(len(prompts)) if seeds is None else seeds
-    score = taught(load_reward(reward)).to(model.device)
+    score = require_trained(load_reward(reward)).to(model.device)
     model.check_prompts(prompts, negative_prompt)
     check_prompts(score, prompts)
     defaults = model.recommended
@@ -131,7 +131,7 @@ def sample_guided(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         noise_fn = partial(model.noise, generators, len(batch))
         denoise = model.denoise(batch, schedule, scale, negative_prompt)
-        slope = Slope(model, score, batch)
+        slope = RewardGradientFn(model, score, batch)
         scores = []
         for i, latents in enumerate(guide.latents(denoise, schedule.steps, slope, noise_fn)):
             scores.append(slope.score(latents).cpu())
@@ -142,4 +142,4 @@ def sample_guided(
         rewards.append(torch.stack(scores))
         queries += slope.queries
     bar.close()
-    return Guided(torch.cat(images), torch.cat(rewards, 1), queries)
+    return GuidedSamples(torch.cat(images), torch.cat(rewards, 1), queries)

@@ -1,8 +1,8 @@
 """Samplers guided by the gradient of a score. They know no model and no reward.
 
-- `pulled`: PGDiff (Yang et al., 2023, arXiv:2309.10810). After each step, move the latent along the gradient at the
+- `guided_sample`: PGDiff (Yang et al., 2023, arXiv:2309.10810). After each step, move the latent along the gradient at the
   predicted x_0. The gradient does not flow through the network.
-- `look_ahead`, `rounds_ahead`: Gradient Guidance (Guo et al., 2024, arXiv:2404.14743). Sample conditioned on a value
+- `posterior_guidance`, `iterative_guidance`: Gradient Guidance (Guo et al., 2024, arXiv:2404.14743). Sample conditioned on a value
   of the linearized score, in rounds. The gradient flows through one call of the network at each step.
 """
 
@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from draftune.sampling.sampler import Denoiser, advance
+from draftune.sampling.sampler import Denoiser, ddim_step
 from draftune.sampling.schedule import Prediction, Step
 
-Uphill = Callable[[Tensor], Tensor]
+GradientFn = Callable[[Tensor], Tensor]
 """Compute the gradients [B, ...] of each sample's own score at clean latents [B, ...]."""
-Fresh = Callable[[], Tensor]
+NoiseFn = Callable[[], Tensor]
 """Sample new noise [B, ...] from N(0, I)."""
-Pull = Callable[[Tensor, Tensor, Step], Tensor]
+UpdateRule = Callable[[Tensor, Tensor, Step], Tensor]
 """Compute the guidance update [B, ...] from the change that a step made [B, ...], the gradient [B, ...], the step."""
 
 REPEATED = 0.3
 """Fraction of the steps, the noisiest ones, that `repeats` applies to: T to 0.7 T in PGDiff."""
 
 
-def dynamic_scale(strength: float, per_channel: bool = False) -> Pull:
+def dynamic_scale(strength: float, per_channel: bool = False) -> UpdateRule:
     """Return PGDiff's dynamic guidance: an update with `strength` times the norm of the step's own change.
 
         update = strength * |x_t - x_s| * g / |g|
@@ -47,7 +47,7 @@ def dynamic_scale(strength: float, per_channel: bool = False) -> Pull:
     return rule
 
 
-def variance_scale(strength: float) -> Pull:
+def variance_scale(strength: float) -> UpdateRule:
     """Return the update of classifier guidance, `strength` times the posterior variance times the gradient.
 
         update = strength * tau^2 * g
@@ -58,13 +58,13 @@ def variance_scale(strength: float) -> Pull:
     return lambda move, gradient, step: strength * step.tau**2 * gradient
 
 
-def pulled(
+def guided_sample(
     denoise: Denoiser,
     steps: Sequence[Step],
     x: Tensor,
-    gradient_fn: Uphill,
-    rule: Pull,
-    noise_fn: Fresh,
+    gradient_fn: GradientFn,
+    rule: UpdateRule,
+    noise_fn: NoiseFn,
     eta: float = 1.0,
     repeats: int = 1,
 ) -> Tensor:
@@ -83,12 +83,12 @@ def pulled(
         for _ in range(repeats if i < REPEATED * len(steps) else 1):
             with torch.no_grad():
                 prediction = denoise(x, step)
-                following = stepped(prediction, step, noise_fn, eta)
+                following = ddim_step_eta(prediction, step, noise_fn, eta)
             x = following + rule(x - following, gradient_fn(prediction.clean), step)
     return x
 
 
-def look_ahead(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: float = 0.1) -> Denoiser:
+def posterior_guidance(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: float = 0.1) -> Denoiser:
     """Return the denoiser conditioned on <direction, x_0> + N(0, sigma^2) = target.
 
         score += alpha^2 (y - <g, x_0(x)>) v / (alpha^2 sigma^2 + h (alpha^2 + h) |v|^2)
@@ -118,11 +118,11 @@ def look_ahead(denoise: Denoiser, direction: Tensor, target: Tensor, sigma: floa
     return call
 
 
-def rounds_ahead(
+def iterative_guidance(
     denoise: Denoiser,
     steps: Sequence[Step],
-    gradient_fn: Uphill,
-    noise_fn: Fresh,
+    gradient_fn: GradientFn,
+    noise_fn: NoiseFn,
     rounds: int,
     target_increase: float = 0.2,
     sigma: float = 0.1,
@@ -149,23 +149,23 @@ def rounds_ahead(
     yield x
     for _ in range(rounds):
         gradient = gradient_fn(x)
-        guided = look_ahead(denoise, gradient, dot(gradient, x) + target_increase, sigma)
+        guided = posterior_guidance(denoise, gradient, dot(gradient, x) + target_increase, sigma)
         x = sample_eta(guided, steps, noise_fn() if resample_noise else noise, noise_fn, eta)
         yield x
 
 
 @torch.no_grad()
-def sample_eta(denoise: Denoiser, steps: Sequence[Step], x: Tensor, noise_fn: Fresh, eta: float) -> Tensor:
+def sample_eta(denoise: Denoiser, steps: Sequence[Step], x: Tensor, noise_fn: NoiseFn, eta: float) -> Tensor:
     """Run `steps` from `x` and return the latents after them, both [B, ...]."""
     for step in steps:
-        x = stepped(denoise(x, step), step, noise_fn, eta)
+        x = ddim_step_eta(denoise(x, step), step, noise_fn, eta)
     return x
 
 
-def stepped(prediction: Prediction, step: Step, noise_fn: Fresh, eta: float) -> Tensor:
+def ddim_step_eta(prediction: Prediction, step: Step, noise_fn: NoiseFn, eta: float) -> Tensor:
     """Take one DDIM step with noise of standard deviation eta * tau (Song et al., 2020, arXiv:2010.02502, Eq. 16)."""
     tau = eta * step.tau
-    following = advance(prediction, step, tau)
+    following = ddim_step(prediction, step, tau)
     return following + tau * noise_fn() if tau else following
 
 

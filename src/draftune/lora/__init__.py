@@ -15,7 +15,16 @@ from draftune.lora.adapter import (
     set_lora_scales,
 )
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
-from draftune.lora.files import CONFIG, FILE_NAME, GRID_SAID, base_model, lora_file, opened, read_file, saved_grid
+from draftune.lora.files import (
+    CONFIG,
+    FILE_NAME,
+    SAMPLER_METADATA,
+    base_model,
+    lora_file,
+    open_safetensors,
+    read_file,
+    saved_grid,
+)
 from draftune.lora.reader import read_lora
 
 __all__ = [
@@ -23,7 +32,7 @@ __all__ = [
     "ATTENTION",
     "CONFIG",
     "FILE_NAME",
-    "GRID_SAID",
+    "SAMPLER_METADATA",
     "KEPT",
     "LoRADelta",
     "LoRADeltas",
@@ -36,7 +45,7 @@ __all__ = [
     "load_lora",
     "lora_file",
     "lora_parameters",
-    "opened",
+    "open_safetensors",
     "read_file",
     "read_lora",
     "save_lora",

@@ -15,11 +15,11 @@ from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
-from draftune.lora.files import GRID_SAID, AdapterConfig, write_lora
+from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
 from draftune.lora.names import LAYERS, canonical, in_network
 from draftune.lora.reader import read_lora
 from draftune.utils.logging import logger
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 ADAPTER = "default"
 """The adapter name of the LoRA that is trained, or of a single loaded LoRA."""
@@ -29,7 +29,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The default target modules: the attention layers."""
 
 
-class Model(Protocol):
+class DiffusionModel(Protocol):
     """The members of `draftune.models.Model` that LoRA functions use."""
 
     name: str
@@ -48,7 +48,7 @@ class Model(Protocol):
     def unused_layers(self) -> frozenset[str]: ...
 
 
-def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
+def add_lora(model: DiffusionModel, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
     """Add a trainable LoRA to the model's denoiser (Hu et al., 2021, arXiv:2106.09685).
 
     W = W_0 + (alpha / rank) * B @ A, with A Gaussian and B zero, so that the model's output does not change yet.
@@ -74,7 +74,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         target_modules=targets,
         init_lora_weights="gaussian",
     )
-    with quiet():
+    with silence_libraries():
         # The method `add_adapter` of diffusers exists only for some classes of networks.
         inject_adapter_in_model(config, model.denoiser, ADAPTER)
     model.denoiser._hf_peft_config_loaded = True
@@ -83,7 +83,7 @@ def add_lora(model: Model, rank: int, alpha: float | None = None, targets: Seque
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def used_targets(model: Model, targets: Sequence[str]) -> list[str]:
+def used_targets(model: DiffusionModel, targets: Sequence[str]) -> list[str]:
     """Return the targets, or the full names of their layers if some of these layers do not affect the image.
 
     Raises:
@@ -96,34 +96,36 @@ def used_targets(model: Model, targets: Sequence[str]) -> list[str]:
     for target in targets:
         matches = [name for name in layers if name == target or name.endswith("." + target)]
         if not matches:
-            raise DraftuneError(f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_targets)")
+            raise DraftuneError(
+                f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_target_modules)"
+            )
         chosen |= dict.fromkeys(matches)
     unused = sorted(chosen.keys() & model.unused_layers())
     if not unused:
         return list(targets)
     if len(unused) == len(chosen):
         raise DraftuneError(
-            f"no layer of lora_targets affects the images of {model.name!r}: the output of {unused[0]}, for example, "
+            f"no layer of lora_target_modules affects the images of {model.name!r}: the output of {unused[0]}, for example, "
             "is not used"
         )
     logger.warning(
-        f"{len(unused)} of the {len(chosen)} layers of lora_targets get no LoRA, such as {unused[0]}: their output "
+        f"{len(unused)} of the {len(chosen)} layers of lora_target_modules get no LoRA, such as {unused[0]}: their output "
         "never reaches the image"
     )
     return [name for name in chosen if name not in unused]
 
 
-def lora_parameters(model: Model) -> dict[str, nn.Parameter]:
+def lora_parameters(model: DiffusionModel) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of the denoiser by name."""
     return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
 
 
-def set_lora_scale(model: Model, scale: float) -> None:
+def set_lora_scale(model: DiffusionModel, scale: float) -> None:
     """Set the LoRA's scale: 0 gives the base model, 1 the fine-tuned model."""
     set_lora_scales(model, {ADAPTER: scale} if model.kept is None else {KEPT: 1.0, ADAPTER: scale})
 
 
-def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
+def set_lora_scales(model: DiffusionModel, scales: Mapping[str, float]) -> None:
     """Set the scale of each LoRA by its adapter name: W = W_0 + sum_i scale_i * dW_i. All others are deactivated.
 
     Raises:
@@ -140,7 +142,7 @@ def set_lora_scales(model: Model, scales: Mapping[str, float]) -> None:
     freeze_loaded(model)
 
 
-def freeze_loaded(model: Model) -> None:
+def freeze_loaded(model: DiffusionModel) -> None:
     """Freeze all loaded LoRAs: peft makes every active LoRA trainable."""
     for network in model.lora_networks.values():
         configs = getattr(network, "peft_config", {})
@@ -172,7 +174,9 @@ def adapted_by(network: nn.Module, name: str) -> Iterator[None]:
             layer._active_adapter = names
 
 
-def load_lora(model: Model, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False) -> LoRADeltas:
+def load_lora(
+    model: DiffusionModel, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False
+) -> LoRADeltas:
     """Load a LoRA file of any tool into the model, frozen.
 
     Args:
@@ -192,7 +196,7 @@ def load_lora(model: Model, source: Path | str, name: str = ADAPTER, skip_text_e
     return deltas
 
 
-def attach(model: Model, deltas: LoRADeltas, name: str = ADAPTER) -> None:
+def attach(model: DiffusionModel, deltas: LoRADeltas, name: str = ADAPTER) -> None:
     """Add a LoRA that was read for this model, frozen and with scale 1. No random numbers are used."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -213,7 +217,7 @@ def attach(model: Model, deltas: LoRADeltas, name: str = ADAPTER) -> None:
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
         )
-        with quiet():
+        with silence_libraries():
             inject_adapter_in_model(config, network, name, low_cpu_mem_usage=True)
         network._hf_peft_config_loaded = True
         fill(network, layers, name)
@@ -236,7 +240,7 @@ def fill(network: nn.Module, layers: Mapping[str, LoRADelta], name: str) -> None
             factors[name].weight = nn.Parameter(values, requires_grad=False)
 
 
-def attached(model: Model, name: str = ADAPTER) -> dict[str, LoRADelta]:
+def attached(model: DiffusionModel, name: str = ADAPTER) -> dict[str, LoRADelta]:
     """Return the weight changes of a model's LoRA at scale 1, by PART.LAYER."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -250,7 +254,7 @@ def attached(model: Model, name: str = ADAPTER) -> dict[str, LoRADelta]:
     return deltas
 
 
-def freeze_lora(model: Model, source: Path | str, skip_text_encoder: bool = False) -> None:
+def freeze_lora(model: DiffusionModel, source: Path | str, skip_text_encoder: bool = False) -> None:
     """Make a LoRA a frozen part of the base model, before `add_lora` adds the one to train.
 
     `save_lora` saves the sum of both. The frozen LoRA is not merged into the weights, since half precision would round
@@ -267,7 +271,7 @@ def freeze_lora(model: Model, source: Path | str, skip_text_encoder: bool = Fals
     model.kept = deltas
 
 
-def save_lora(model: Model, folder: Path | str) -> Path:
+def save_lora(model: DiffusionModel, folder: Path | str) -> Path:
     """Write the LoRA in diffusers' format, with alpha, the base model's name and the timestep settings as metadata.
 
     If the model has a frozen LoRA (`freeze_lora`), the file contains the sum of both.
@@ -288,7 +292,7 @@ def save_lora(model: Model, folder: Path | str) -> Path:
         return LoRADeltas(attached(model), model.name, json.dumps(model.grid)).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
-    metadata = {"base_model": model.name, GRID_SAID: json.dumps(model.grid)}
+    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.grid)}
     if model.kept is not None:
         both = model.kept.plus(deltas_of_peft(tensors, config.lora_alpha / config.r))
         both.base_model, both.grid = model.name, json.dumps(model.grid)

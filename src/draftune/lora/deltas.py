@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.lora.files import GRID_SAID, AdapterConfig, write_lora
+from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
 from draftune.lora.names import TEXT_ENCODER
 
 
@@ -161,7 +161,7 @@ class LoRADeltas:
         if self.base_model:
             metadata["base_model"] = self.base_model
         if self.grid:
-            metadata[GRID_SAID] = self.grid
+            metadata[SAMPLER_METADATA] = self.grid
         configs = {}
         for part in self.parts:
             names = self.of_part(part)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.lora.names import TEXT_ENCODER
-from draftune.sampling.schedule import GRID
-from draftune.utils.paths import user_path, written_whole
+from draftune.sampling.schedule import SAMPLER_OPTIONS
+from draftune.utils.paths import atomic_write, user_path
 from draftune.utils.single_file import PICKLES, single_file_error
 from draftune.utils.tensors import save_tensors
 
@@ -24,8 +24,8 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "lora_adapter_metadata"
 """The metadata key of rank and alpha in files of diffusers and peft, as JSON."""
-GRID_SAID = "sampler_grid"
-"""The metadata key of the timestep settings that the LoRA was trained with, as JSON: the arguments of `set_grid`."""
+SAMPLER_METADATA = "sampler_grid"
+"""The metadata key of the timestep settings that the LoRA was trained with, as JSON: the arguments of `set_sampler_options`."""
 
 # The suffixes after a layer's name in the keys of diffusers, peft, kohya's sd-scripts, LyCORIS, ai-toolkit, SimpleTuner
 # and OneTrainer. peft may insert an adapter's name before ".weight".
@@ -118,7 +118,7 @@ def not_safetensors(path: Path) -> DraftuneError:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file. Raises DraftuneError if it is not readable as safetensors."""
     if path.suffix.lower() in PICKLES:
         raise not_safetensors(path)
@@ -137,7 +137,7 @@ def read_file(source: Path | str) -> LoRAFile:
             is damaged.
     """
     path = lora_file(source)
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     layers: dict[str, dict[str, Tensor]] = {}
@@ -213,7 +213,7 @@ def base_model(source: Path | str) -> str | None:
         DraftuneError: There is no such file, or it contains no LoRA.
     """
     path = lora_file(source)
-    with opened(path) as file:
+    with open_safetensors(path) as file:
         metadata, keys = file.metadata() or {}, list(file.keys())
     if not any(split_key(key)[1] in ("down", "up") for key in keys):
         raise no_lora(path, keys)
@@ -226,13 +226,13 @@ def saved_grid(source: Path | str) -> dict[str, Any]:
     Raises:
         DraftuneError: There is no such file, or its metadata is damaged.
     """
-    with opened(lora_file(source)) as file:
-        text = (file.metadata() or {}).get(GRID_SAID, "{}")
+    with open_safetensors(lora_file(source)) as file:
+        text = (file.metadata() or {}).get(SAMPLER_METADATA, "{}")
     try:
         settings = json.loads(text)
-        return {name: settings[name] for name in GRID if name in settings}
+        return {name: settings[name] for name in SAMPLER_OPTIONS if name in settings}
     except (ValueError, TypeError) as error:
-        raise DraftuneError(f"the metadata of {str(source)!r} is damaged: {GRID_SAID} can't be read") from error
+        raise DraftuneError(f"the metadata of {str(source)!r} is damaged: {SAMPLER_METADATA} can't be read") from error
 
 
 def write_lora(
@@ -268,7 +268,7 @@ def write_lora(
         )
     }
     path = folder / FILE_NAME
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_tensors(
             temporary,
             {names[name]: tensor for name, tensor in tensors.items()},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas
-from draftune.lora.files import GRID_SAID, LoRAFile, read_file
+from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file
 from draftune.lora.names import TEXT_ENCODER, NameTable, Target, is_text
 
 SKIP = "--skip-text-encoder-lora"
@@ -35,7 +35,7 @@ def fit(
 
     Args:
         file: The contents of the file.
-        networks: The denoiser and the text encoders by PART, as in `Model.lora_networks`. Their weights may be on the
+        networks: The denoiser and the text encoders by PART, as in `DiffusionModel.lora_networks`. Their weights may be on the
             device "meta", except for DoRA, whose weight change depends on the weight.
         model_name: The model's name, for messages and as the base model of the result.
         skip_text_encoder: Whether to skip the layers of text encoders.
@@ -65,7 +65,7 @@ def fit(
         raise no_place(file, unknown, len(layers), model_name)
     if all(name.startswith(TEXT_ENCODER) for name in deltas):
         raise DraftuneError(f"{str(file.path)!r} holds no LoRA for the denoiser of {model_name!r}")
-    return LoRADeltas(deltas, model_name, file.metadata.get(GRID_SAID, ""))
+    return LoRADeltas(deltas, model_name, file.metadata.get(SAMPLER_METADATA, ""))
 
 
 def no_place(file: LoRAFile, unknown: list[str], count: int, model_name: str) -> DraftuneError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from draftune.methods.adjoint_matching import AdjointMatching
-from draftune.methods.base import METHODS, Batch, Method, RewardGradient, register
+from draftune.methods.base import METHODS, BackpropMethod, Batch, Method, register
 from draftune.methods.ddpo import DDPO, DPOK
 from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
@@ -26,7 +26,7 @@ __all__ = [
     "LeapAlign",
     "Method",
     "ReFL",
-    "RewardGradient",
+    "BackpropMethod",
     "all_methods",
     "load_method",
     "register",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, Method, register
-from draftune.methods.draft import at_least
-from draftune.sampling.ancestral import ancestral, mean, wants_noise
+from draftune.methods.draft import check_min
+from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps
 from draftune.sampling.schedule import Schedule
 
 
@@ -35,27 +35,29 @@ class AdjointMatching(Method):
         k: Number of random steps in the loss, sampled for each batch, 1 or more. Default: 10.
     """
 
-    half_precision = False
+    supports_fp16 = False
 
     scale: float = 10.0
     k: int = 10
 
     def __post_init__(self) -> None:
-        at_least("k", self.k, 1)
+        check_min("k", self.k, 1)
         if not self.scale > 0:
             raise DraftuneError(f"scale must be above 0, got {self.scale}")
 
     def check(self, schedule: Schedule) -> None:
-        wants_noise(schedule)
+        require_stochastic_steps(schedule)
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return False
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch in batches:
             path = []
             with torch.no_grad():
-                for step, x, _, following in ancestral(batch.denoise, batch.schedule, batch.noise, batch.fresh_noise):
+                for step, x, _, following in ancestral_rollout(
+                    batch.denoise, batch.schedule, batch.noise, batch.randn_like
+                ):
                     path.append((step, x))
                     clean = following
             clean.requires_grad_()

@@ -11,7 +11,7 @@ A method decides which denoiser calls carry gradient. The trainer does the rest 
 
 A subclass overrides the first of these functions that fits:
 
-- `RewardGradient.samples`: yield differentiable clean latents. The loss is minus their mean reward (DRaFT, ReFL).
+- `BackpropMethod.samples`: yield differentiable clean latents. The loss is minus their mean reward (DRaFT, ReFL).
 - `Method.losses`: yield any scalar losses of fresh batches (Adjoint Matching).
 - `Method.optimizer_steps`: take several optimizer steps on the same images (DDPO).
 
@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from draftune.sampling.sampler import Denoiser, Latents
+from draftune.sampling.sampler import Denoiser, PrefixCache
 from draftune.sampling.schedule import Schedule
-from draftune.utils.processes import ALONE, Processes
+from draftune.utils.processes import SINGLE_PROCESS, Processes
 
 
 @dataclass
@@ -44,10 +44,10 @@ class Batch:
 
     prompts: Sequence[str]
     """B prompts."""
-    latents: Latents
+    latents: PrefixCache
     """Cache of the latents computed without gradient, beginning with the initial noise.
 
-    Updates share the cache where `prefix_reuse` is above 1.
+    Updates share the cache where `prefix_reuse_steps` is above 1.
     """
     schedule: Schedule
     """The T sampling steps from noise to image, and the denoiser's prediction type."""
@@ -66,7 +66,7 @@ class Batch:
 
     Use it for every random choice. Then a seed means the same on each device, and an interrupted run resumes exactly.
     """
-    processes: Processes = ALONE
+    processes: Processes = SINGLE_PROCESS
     """Collective operations among the processes that train together."""
     all_prompts: Sequence[str] = ()
     """Prompts of the whole batch, of all processes. Default: `prompts`."""
@@ -81,14 +81,14 @@ class Batch:
         """Initial noise x_T [B, C, H, W], sampled from N(0, I)."""
         return self.latents.known[0]
 
-    def without_graph(self, count: int) -> Tensor:
+    def no_grad_latents(self, count: int) -> Tensor:
         """Run the first `count` sampling steps without gradient and return the latent after them [B, C, H, W].
 
         These steps are the prefix. The result is cached, so that a second call with the same `count` is free.
         """
         return self.latents.after(count, self.denoise, self.schedule.steps)
 
-    def fresh_noise(self, like: Tensor) -> Tensor:
+    def randn_like(self, like: Tensor) -> Tensor:
         """Sample N(0, I) in the shape [B, ...], dtype and device of `like`."""
         shape = (len(like) * self.processes.count, *like.shape[1:])
         noise = torch.randn(shape, generator=self.generator, dtype=like.dtype)
@@ -102,12 +102,12 @@ class Method:
     describe the method to the trainer.
     """
 
-    needs_gradient: bool = True
+    needs_reward_gradient: bool = True
     """Whether the method differentiates the reward.
 
     If False, the trainer accepts rewards without a gradient and refuses settings that only act on the gradient.
     """
-    half_precision: bool = True
+    supports_fp16: bool = True
     """Whether the method works in fp16; if False, the trainer refuses `mixed_precision="fp16"`.
 
     Set it to False for a method that calls `torch.autograd.grad` itself. The trainer's gradient scaler cannot scale
@@ -119,18 +119,18 @@ class Method:
     def check(self, schedule: Schedule) -> None:
         """Raise DraftuneError if the method's settings do not fit the schedule, such as k > T."""
 
-    def has_prefix(self) -> bool:
+    def starts_without_grad(self) -> bool:
         """Return whether sampling starts with `Batch.without_graph`; allows `prefix_stride` above 1."""
         return False
 
-    def shares_prefix(self) -> bool:
-        """Return whether the prefix ends at the same step in every update; allows `prefix_reuse` above 1.
+    def prefix_is_reusable(self) -> bool:
+        """Return whether the prefix ends at the same step in every update; allows `prefix_reuse_steps` above 1.
 
         Return False if that step is random: a later update would continue latents that older weights made.
         """
         return False
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         """Return whether the graph of one loss holds several denoiser calls.
 
         If True, gradient checkpointing also recomputes whole calls by default, so that the memory of one call suffices.
@@ -147,7 +147,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+    def losses_per_step(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         """Yield the losses of each optimizer step of one update. Default: one step on `losses(batches)`."""
         yield self.losses(batches)
 
@@ -171,7 +171,7 @@ class Method:
         """Restore the state returned by `state_dict`."""
 
 
-class RewardGradient(Method, ABC):
+class BackpropMethod(Method, ABC):
     """Method that backpropagates the reward through sampled latents to the weights.
 
     loss = -mean_b r(x_0[b], prompt[b])
@@ -187,25 +187,25 @@ class RewardGradient(Method, ABC):
                 yield -batch.reward(clean).mean()
 
 
-class Around(Method):
+class MethodWrapper(Method):
     """Base class of methods that wrap another method and add a loss. All other behavior is that of the wrapped one."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
-        self.needs_gradient, self.half_precision = method.needs_gradient, method.half_precision
+        self.needs_reward_gradient, self.supports_fp16 = method.needs_reward_gradient, method.supports_fp16
         self.min_images_per_update = method.min_images_per_update
 
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)
 
-    def has_prefix(self) -> bool:
-        return self.method.has_prefix()
+    def starts_without_grad(self) -> bool:
+        return self.method.starts_without_grad()
 
-    def shares_prefix(self) -> bool:
-        return self.method.shares_prefix()
+    def prefix_is_reusable(self) -> bool:
+        return self.method.prefix_is_reusable()
 
-    def spans_calls(self) -> bool:
-        return self.method.spans_calls()
+    def backprops_multiple_calls(self) -> bool:
+        return self.method.backprops_multiple_calls()
 
     def report(self) -> dict[str, float]:
         return self.method.report()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, Method, register
-from draftune.methods.draft import at_least
-from draftune.sampling.ancestral import ancestral, log_probability, mean, wants_noise
+from draftune.methods.draft import check_min
+from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps, step_log_prob
 from draftune.sampling.schedule import Schedule, Step
 
 
@@ -58,7 +58,7 @@ class DDPO(Method):
         adv_clip_max: Bound of the advantage's magnitude, above 0. Default: 5.
     """
 
-    needs_gradient = False
+    needs_reward_gradient = False
     min_images_per_update = 2
 
     inner_epochs: int = 1
@@ -78,9 +78,9 @@ class DDPO(Method):
     """Explanation if all advantages of the update are 0, else empty."""
 
     def __post_init__(self) -> None:
-        at_least("inner_epochs", self.inner_epochs, 1)
-        at_least("min_count", self.min_count, 2)
-        at_least("buffer_size", self.buffer_size, self.min_count)
+        check_min("inner_epochs", self.inner_epochs, 1)
+        check_min("min_count", self.min_count, 2)
+        check_min("buffer_size", self.buffer_size, self.min_count)
         if not self.clip_range > 0:
             raise DraftuneError(f"clip_range must be above 0, got {self.clip_range}")
         if not self.adv_clip_max > 0:
@@ -91,12 +91,12 @@ class DDPO(Method):
             raise DraftuneError(f"beta must be at least 0, got {self.beta}")
 
     def check(self, schedule: Schedule) -> None:
-        wants_noise(schedule)
+        require_stochastic_steps(schedule)
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return False
 
-    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+    def losses_per_step(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         self.ratios = []
         trajectories = self.rollouts(batches)
         for _ in range(self.inner_epochs):
@@ -123,9 +123,11 @@ class DDPO(Method):
         rollouts = []
         for batch in batches:
             steps = []
-            for step, x, policy, following in ancestral(batch.denoise, batch.schedule, batch.noise, batch.fresh_noise):
+            for step, x, policy, following in ancestral_rollout(
+                batch.denoise, batch.schedule, batch.noise, batch.randn_like
+            ):
                 if step.tau > 0:
-                    steps.append((step, x, following, log_probability(following, policy, step)))
+                    steps.append((step, x, following, step_log_prob(following, policy, step)))
             rollouts.append((batch, steps, batch.reward(following)))
         # Rewards of all processes, so that each of them has the same statistics of every prompt.
         prompts = [prompt for batch, *_ in rollouts for prompt in batch.all_prompts]
@@ -158,7 +160,7 @@ class DDPO(Method):
         for i in torch.randperm(len(steps), generator=batch.generator)[:count].sort().values.tolist():
             step, x, following, before = steps[i]
             policy = mean(batch.denoise(x, step), step)
-            ratio = (log_probability(following, policy, step) - before).exp()
+            ratio = (step_log_prob(following, policy, step) - before).exp()
             clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
             self.count_clipped(batch, ratio.detach(), clipped.detach(), advantages)
             loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.methods.base import Batch, RewardGradient, register
-from draftune.sampling.sampler import advance, rollout
+from draftune.methods.base import BackpropMethod, Batch, register
+from draftune.sampling.sampler import ddim_step, rollout
 from draftune.sampling.schedule import Schedule
 
 
-def at_most(name: str, value: int, schedule: Schedule) -> None:
+def check_max(name: str, value: int, schedule: Schedule) -> None:
     """Raise DraftuneError if a setting that counts sampling steps is above T."""
     if value > len(schedule):
         raise DraftuneError(f"{name} must be at most num_inference_steps={len(schedule)}, got {name}={value}")
 
 
-def at_least(name: str, value: int, bound: int) -> None:
+def check_min(name: str, value: int, bound: int) -> None:
     """Raise DraftuneError if a setting is not an integer of at least `bound`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < bound:
         raise DraftuneError(f"{name} must be a whole number of at least {bound}, got {value!r}")
@@ -41,7 +41,7 @@ def at_least(name: str, value: int, bound: int) -> None:
 
 @register("draft")
 @dataclass(frozen=True)
-class Draft(RewardGradient):
+class Draft(BackpropMethod):
     """DRaFT: the gradient flows through all T sampling steps.
 
         grad = d r(x_0) / d theta,  x_0 = sample(x_T, prompt; theta)
@@ -56,7 +56,7 @@ class Draft(RewardGradient):
 
 @register("draft_k")
 @dataclass(frozen=True)
-class DraftK(RewardGradient):
+class DraftK(BackpropMethod):
     """DRaFT-K: the gradient flows through the last k sampling steps.
 
         grad = d r(x_0) / d theta,  with stop_grad(x_k) before the last k steps
@@ -71,28 +71,28 @@ class DraftK(RewardGradient):
     k: int = 1
 
     def __post_init__(self) -> None:
-        at_least("k", self.k, 1)
+        check_min("k", self.k, 1)
 
     def check(self, schedule: Schedule) -> None:
-        at_most("k", self.k, schedule)
+        check_max("k", self.k, schedule)
 
-    def has_prefix(self) -> bool:
+    def starts_without_grad(self) -> bool:
         return True
 
-    def shares_prefix(self) -> bool:
+    def prefix_is_reusable(self) -> bool:
         return True
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return self.k > 1
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         prefix = len(batch.schedule) - self.k
-        yield rollout(batch.denoise, batch.schedule.steps[prefix:], batch.without_graph(prefix))
+        yield rollout(batch.denoise, batch.schedule.steps[prefix:], batch.no_grad_latents(prefix))
 
 
 @register("draft_lv")
 @dataclass(frozen=True)
-class DraftLV(RewardGradient):
+class DraftLV(BackpropMethod):
     """DRaFT-LV: DRaFT-1 with n more terms from re-noised copies of the image, for a gradient of lower variance.
 
         x_1  = alpha_1 stop_grad(x_0) + sigma_1 eps,  eps ~ N(0, I)
@@ -110,30 +110,30 @@ class DraftLV(RewardGradient):
     n: int = 2
 
     def __post_init__(self) -> None:
-        at_least("n", self.n, 0)
+        check_min("n", self.n, 0)
 
-    def has_prefix(self) -> bool:
+    def starts_without_grad(self) -> bool:
         return True
 
-    def shares_prefix(self) -> bool:
+    def prefix_is_reusable(self) -> bool:
         return True
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return False
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         last = batch.schedule.steps[-1]
-        clean = rollout(batch.denoise, [last], batch.without_graph(len(batch.schedule) - 1))
+        clean = rollout(batch.denoise, [last], batch.no_grad_latents(len(batch.schedule) - 1))
         yield clean
         clean = clean.detach()
         for _ in range(self.n):
-            x = last.alpha * clean + last.sigma * batch.fresh_noise(clean)
+            x = last.alpha * clean + last.sigma * batch.randn_like(clean)
             yield batch.denoise(x, last).clean
 
 
 @register("refl")
 @dataclass(frozen=True)
-class ReFL(RewardGradient):
+class ReFL(BackpropMethod):
     """ReFL: sampling stops at one of the last m steps, and the reward scores the x_0 predicted there.
 
         t ~ uniform{1, ..., m},  grad = d r(x_0_theta(stop_grad(x_t))) / d theta
@@ -150,23 +150,23 @@ class ReFL(RewardGradient):
     m: int = 20
 
     def __post_init__(self) -> None:
-        at_least("m", self.m, 1)
+        check_min("m", self.m, 1)
 
     def check(self, schedule: Schedule) -> None:
-        at_most("m", self.m, schedule)
+        check_max("m", self.m, schedule)
 
-    def has_prefix(self) -> bool:
+    def starts_without_grad(self) -> bool:
         return True
 
-    def shares_prefix(self) -> bool:
+    def prefix_is_reusable(self) -> bool:
         return self.m == 1
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return False
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         prefix = len(batch.schedule) - int(torch.randint(1, self.m + 1, (1,), generator=batch.generator))
-        yield batch.denoise(batch.without_graph(prefix), batch.schedule.steps[prefix]).clean
+        yield batch.denoise(batch.no_grad_latents(prefix), batch.schedule.steps[prefix]).clean
 
 
 CUTS = ("normal", "uniform")
@@ -175,7 +175,7 @@ CUTS = ("normal", "uniform")
 
 @register("alignprop")
 @dataclass(frozen=True)
-class AlignProp(RewardGradient):
+class AlignProp(BackpropMethod):
     """AlignProp: DRaFT-K with a random k (randomized truncated backpropagation).
 
         cut=normal:   k = T - int(N(0.84 T, 0.1 T)), sampled again until 1 <= k <= m, one for the batch
@@ -200,19 +200,19 @@ class AlignProp(RewardGradient):
         if self.cut not in CUTS:
             raise unknown("cut of alignprop", str(self.cut), CUTS)
         if self.m is not None:
-            at_least("m", self.m, 1)
+            check_min("m", self.m, 1)
 
     def check(self, schedule: Schedule) -> None:
         if self.m is not None:
-            at_most("m", self.m, schedule)
+            check_max("m", self.m, schedule)
 
-    def has_prefix(self) -> bool:
+    def starts_without_grad(self) -> bool:
         return True
 
-    def shares_prefix(self) -> bool:
+    def prefix_is_reusable(self) -> bool:
         return self.m == 1
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return self.m != 1
 
     def draw(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
@@ -230,11 +230,11 @@ class AlignProp(RewardGradient):
         # The largest k of all processes: sharded weights need the same number of denoiser calls in each of them.
         prefix = len(batch.schedule) - int(lengths.max())
         own = batch.processes.share(lengths).to(batch.noise.device)
-        x = batch.without_graph(prefix)
+        x = batch.no_grad_latents(prefix)
         # In the paper only the network's output is detached before the truncation. Nothing else in x depends on the
         # weights there, so detaching x gives the same gradient.
         for i, step in enumerate(batch.schedule.steps[prefix:], prefix):
             truncated_here = (own == len(batch.schedule) - i)[:, None, None, None]
             x = torch.where(truncated_here, x.detach(), x)
-            x = advance(batch.denoise(x, step), step)
+            x = ddim_step(batch.denoise(x, step), step)
         yield x

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, RewardGradient, register
-from draftune.methods.draft import at_least
-from draftune.sampling.sampler import advance
+from draftune.methods.base import BackpropMethod, Batch, register
+from draftune.methods.draft import check_min
+from draftune.sampling.sampler import ddim_step
 from draftune.sampling.schedule import Prediction, Schedule, Step
 
 
 @register("drtune")
 @dataclass(frozen=True)
-class DRTune(RewardGradient):
+class DRTune(BackpropMethod):
     """DRTune: k evenly spaced calls carry gradient to the weights, but not to the network's input.
 
         grad = sum over the trained steps t of  (d r / d x_0) c_t d eps_theta(stop_grad(x_t)) / d theta
@@ -39,8 +39,8 @@ class DRTune(RewardGradient):
     m: int = 5
 
     def __post_init__(self) -> None:
-        at_least("k", self.k, 1)
-        at_least("m", self.m, 1)
+        check_min("k", self.k, 1)
+        check_min("m", self.m, 1)
 
     def check(self, schedule: Schedule) -> None:
         if self.k + self.m > len(schedule) + 1:
@@ -48,9 +48,9 @@ class DRTune(RewardGradient):
                 f"k + m must be at most {len(schedule) + 1}, one more than the sampling steps (num_inference_steps), "
                 f"got k={self.k} and m={self.m}"
             )
-        wants_attachable(schedule)
+        require_no_dynamic_thresholding(schedule)
 
-    def spans_calls(self) -> bool:
+    def backprops_multiple_calls(self) -> bool:
         return self.k > 1
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
@@ -64,12 +64,12 @@ class DRTune(RewardGradient):
         for i, step in enumerate(calls):
             with torch.set_grad_enabled(i in trained):
                 prediction = batch.denoise(x.detach(), step)
-            clean, noise_in_x = attached(prediction, x, step, schedule)
-            x = advance(Prediction(clean, noise_in_x), step)
+            clean, noise_in_x = linear_path(prediction, x, step, schedule)
+            x = ddim_step(Prediction(clean, noise_in_x), step)
         yield clean
 
 
-def attached(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
+def linear_path(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
     """Add the gradient of the sampler's linear path through x to a prediction computed from `x.detach()`.
 
     x_0 and noise are linear in x and in the network's output (`Schedule.unclipped`). This adds the term in x with the
@@ -85,8 +85,8 @@ def attached(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) 
     return Prediction(prediction.clean + clean, prediction.noise + noise)
 
 
-def wants_attachable(schedule: Schedule) -> None:
-    """Raise DraftuneError for dynamic thresholding, which `attached` cannot differentiate."""
+def require_no_dynamic_thresholding(schedule: Schedule) -> None:
+    """Raise DraftuneError for dynamic thresholding, which `linear_path` cannot differentiate."""
     if schedule.clip and schedule.clip.quantile is not None:
         raise DraftuneError(
             "this method does not support dynamic thresholding; set thresholding=false in the scheduler's config"

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Around, Batch, Method, register
+from draftune.methods.base import Batch, Method, MethodWrapper, register
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Step
 
 
 @register("kl")
-class KL(Around):
+class KL(MethodWrapper):
     """DRaFT+: any method with a penalty on the distance from the base model, such as kl(draft_k(k=5), beta=0.1).
 
         loss = loss of the method + beta * sum over calls with gradient of mean((F - F_base)^2)
@@ -57,8 +57,8 @@ class KL(Around):
             penalty, self.penalties = sum(self.penalties), []
             yield loss + self.beta * penalty
 
-    def optimizer_steps(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
+    def losses_per_step(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
         self.penalties = []  # an update that failed may have left some
         watched = (replace(batch, denoise=self.watched(batch)) for batch in batches)
-        for losses in self.method.optimizer_steps(watched):
+        for losses in self.method.losses_per_step(watched):
             yield self.penalized(losses)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.methods.base import Batch, RewardGradient, register
-from draftune.methods.drtune import attached, wants_attachable
-from draftune.sampling.sampler import advance, rollout
+from draftune.methods.base import BackpropMethod, Batch, register
+from draftune.methods.drtune import linear_path, require_no_dynamic_thresholding
+from draftune.sampling.sampler import ddim_step, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
 
 
 @register("leapalign")
 @dataclass(frozen=True)
-class LeapAlign(RewardGradient):
+class LeapAlign(BackpropMethod):
     """LeapAlign: the gradient flows through two leaps x_k -> x_j -> x_0 between random steps, not through all steps.
 
         leap(x_t -> s) = alpha_s x_0_theta(x_t) + sigma_s eps_theta(x_t),  corrected: x_s + leap - stop_grad(leap)
@@ -45,30 +45,30 @@ class LeapAlign(RewardGradient):
     def check(self, schedule: Schedule) -> None:
         if len(schedule) < 2:
             raise DraftuneError(f"leapalign needs num_inference_steps of at least 2, got {len(schedule)}")
-        wants_attachable(schedule)
+        require_no_dynamic_thresholding(schedule)
 
-    def has_prefix(self) -> bool:
+    def starts_without_grad(self) -> bool:
         return True
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps = batch.schedule.steps
         k, j = torch.randperm(len(steps), generator=batch.generator)[:2].sort().values.tolist()
-        first = batch.denoise(batch.without_graph(k), steps[k])
+        first = batch.denoise(batch.no_grad_latents(k), steps[k])
         with torch.no_grad():
-            x = rollout(batch.denoise, steps[k + 1 : j], advance(first, steps[k]))
-        x = corrected(leap(first, steps[k], steps[j].alpha, steps[j].sigma), x)
+            x = rollout(batch.denoise, steps[k + 1 : j], ddim_step(first, steps[k]))
+        x = straight_through(leap(first, steps[k], steps[j].alpha, steps[j].sigma), x)
         discounted = self.discount * x + (1 - self.discount) * x.detach()
-        second = attached(batch.denoise(discounted, steps[j]), x - discounted, steps[j], batch.schedule)
+        second = linear_path(batch.denoise(discounted, steps[j]), x - discounted, steps[j], batch.schedule)
         with torch.no_grad():
-            x = rollout(batch.denoise, steps[j + 1 :], advance(second, steps[j]))
-        yield corrected(leap(second, steps[j], steps[-1].alpha_next, steps[-1].sigma_next), x)
+            x = rollout(batch.denoise, steps[j + 1 :], ddim_step(second, steps[j]))
+        yield straight_through(leap(second, steps[j], steps[-1].alpha_next, steps[-1].sigma_next), x)
 
 
 def leap(prediction: Prediction, step: Step, alpha: float, sigma: float) -> Tensor:
     """Move from `step` to the noise level (alpha, sigma) in one DDIM step."""
-    return advance(prediction, step._replace(alpha_next=alpha, sigma_next=sigma))
+    return ddim_step(prediction, step._replace(alpha_next=alpha, sigma_next=sigma))
 
 
-def corrected(x: Tensor, value: Tensor) -> Tensor:
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
     """Return `value` with the gradient of `x` (straight-through estimator)."""
     return value + (x - x.detach())

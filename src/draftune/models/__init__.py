@@ -12,7 +12,7 @@ import torch
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.models.base import DTYPES, Model
+from draftune.models.base import DTYPES, DiffusionModel
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.pixart import PixArt
@@ -23,15 +23,15 @@ from draftune.models.unconditional import Pixels
 from draftune.utils.hub import fetch, is_hub_id, unreachable
 from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.utils.paths import user_path
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 from draftune.utils.single_file import no_pipeline_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["FAMILIES", "MODELS", "Model", "StableDiffusion", "load_model"]
+__all__ = ["FAMILIES", "MODELS", "DiffusionModel", "StableDiffusion", "load_model"]
 
-FAMILIES: dict[str, type[Model]] = {
+FAMILIES: dict[str, type[DiffusionModel]] = {
     "DDIMPipeline": Pixels,
     "DDPMPipeline": Pixels,
     "DiTPipeline": DiT,
@@ -49,14 +49,14 @@ MODELS = {
 }
 
 
-def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> Model:
+def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> DiffusionModel:
     """Load a model.
 
     A pipeline object is used in place, not copied. Loading and training change its networks as follows:
 
     - evaluation mode, `requires_grad=False`, and channels-last memory layout;
-    - gradient checkpointing of their blocks is enabled or disabled, see `Model.set_checkpointing`;
-    - `Model.to` moves and casts them;
+    - gradient checkpointing of their blocks is enabled or disabled, see `DiffusionModel.set_checkpointing`;
+    - `DiffusionModel.to` moves and casts them;
     - a LoRA adds its layers and the attribute `peft_config` to the denoiser.
 
     The pipeline's config, its scheduler, the classes of its networks and the values of their weights do not change.
@@ -66,7 +66,7 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
         model: "emoji", the folder of a saved pipeline, a hub id, or a diffusers pipeline.
         precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
             of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
-            "no". Pass the same precision to `Model.to`.
+            "no". Pass the same precision to `DiffusionModel.to`.
 
     Raises:
         DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
@@ -114,14 +114,14 @@ def fetch_pipeline(name: str) -> Path:
         return fetch(DiffusionPipeline.download, name, variant="fp16", **options)
 
 
-def adapter(pipeline_class: str) -> type[Model]:
+def adapter(pipeline_class: str) -> type[DiffusionModel]:
     """Return the family of a pipeline class. Raises DraftuneError if it is not supported."""
     if pipeline_class not in FAMILIES:
         raise DraftuneError(f"{pipeline_class} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[pipeline_class]
 
 
-def adapted(pipeline: DiffusionPipeline, name: str) -> Model:
+def adapted(pipeline: DiffusionPipeline, name: str) -> DiffusionModel:
     """Return the model of a loaded pipeline. Raises DraftuneError if the pipeline does not fit its family."""
     family = adapter(type(pipeline).__name__)
     try:
@@ -142,14 +142,14 @@ def part_folder(source: Path, part: str) -> Path:
 
 
 def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
-    """Return the precision in which a component is loaded. `Model.to` casts those that need another one."""
+    """Return the precision in which a component is loaded. `DiffusionModel.to` casts those that need another one."""
     dtype = DTYPES[precision]
     if dtype is None:
         return torch.float32
     return dtype if part in ("unet", "transformer") else saved_dtype(folder)
 
 
-def read(source: Path, name: str, precision: str) -> Model:
+def read(source: Path, name: str, precision: str) -> DiffusionModel:
     """Load the pipeline in a folder and return its model.
 
     Raises:
@@ -177,7 +177,7 @@ def read(source: Path, name: str, precision: str) -> Model:
                 raise DraftuneError(
                     f"{name!r} has no {part}: its folder needs one of the files {', '.join(TOKENIZER_FILES)}"
                 )
-        with quiet():
+        with silence_libraries():
             # The pipeline's own class: `DiffusionPipeline.from_pretrained` would load some of what is left out.
             kind = getattr(import_module("diffusers"), index["_class_name"])
             pipeline = kind.from_pretrained(str(source), use_safetensors=True, **networks, **left_out)

@@ -16,11 +16,11 @@ from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
 from draftune.recommended import sampling_of
-from draftune.sampling.checkpointing import checkpoint_block, recomputed, without_block_checkpointing
+from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call, without_block_checkpointing
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.utils.images import to_pil
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -55,14 +55,14 @@ def checkpoint_blocks(network: nn.Module, enabled: bool) -> None:
         network.enable_gradient_checkpointing(checkpoint_block) if enabled else network.disable_gradient_checkpointing()
 
 
-class Model(Family):
+class DiffusionModel(Family):
     """A frozen diffusers pipeline whose denoiser can carry a LoRA.
 
     Each model family is a subclass, which defines the members of `Family`. Latents are float32, or float64 if the
     weights are, whatever precision the networks compute in.
     """
 
-    small_decoder: Any = None
+    tiny_decoder: Any = None
     """An AutoencoderTiny that decodes latents with gradient during training; None for the model's own decoder."""
     pixel_clamp = "straight_through"
     """The gradient of `decode` at pixels outside [0, 1]: "straight_through" or "hard", see `clamp_unit`."""
@@ -99,8 +99,8 @@ class Model(Family):
 
     @property
     def networks(self) -> Sequence[nn.Module]:
-        """The networks of the pipeline, and `small_decoder` if it is set."""
-        return [*self.parts, *([] if self.small_decoder is None else [self.small_decoder])]
+        """The networks of the pipeline, and `tiny_decoder` if it is set."""
+        return [*self.parts, *([] if self.tiny_decoder is None else [self.tiny_decoder])]
 
     @property
     def lora_networks(self) -> dict[str, Any]:
@@ -108,12 +108,12 @@ class Model(Family):
         encoders = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
         return {self.lora_prefix: self.denoiser} | {n: part for n, part in sorted(encoders.items()) if part is not None}
 
-    def to(self, device: torch.device | str, precision: str = "no") -> Model:
+    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
         """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision."""
         self.autocast_dtype = DTYPES[precision]
         # Channels last was not tried on MPS.
         layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
-        with quiet():
+        with silence_libraries():
             for part in self.networks:
                 part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
         return self
@@ -174,7 +174,7 @@ class Model(Family):
             def denoise(x: Tensor, step: Step) -> Prediction:
                 call = partial(predict_at, timestep=step.timestep)
                 checkpointed = self.checkpointing in whole and torch.is_grad_enabled()
-                output = recomputed(call, x, trained) if checkpointed else call(x)
+                output = checkpoint_call(call, x, trained) if checkpointed else call(x)
                 return schedule.read(output.to(x.dtype), x, step)
 
             return denoise
@@ -190,11 +190,11 @@ class Model(Family):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, clamped to [0, 1] (gradient: see `pixel_clamp`).
 
-        Latents with gradient are decoded by `small_decoder` if it is set, and in one batch. Latents without gradient
+        Latents with gradient are decoded by `tiny_decoder` if it is set, and in one batch. Latents without gradient
         are decoded one by one, which needs less memory.
         """
         with_gradient = torch.is_grad_enabled() and latents.requires_grad
-        decode, small = self.decode_raw, self.small_decoder
+        decode, small = self._decode, self.tiny_decoder
         if with_gradient and small is not None:
             decode = partial(decode_vae, small, mean=small.config.shift_factor)
         with self.autocast():

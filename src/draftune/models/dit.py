@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.models.base import Model
+from draftune.models.base import DiffusionModel
 from draftune.models.common import apply_cfg
 from draftune.models.needs import Need, multiple, patch_needs
 
 
-class DiT(Model):
+class DiT(DiffusionModel):
     """A DiTPipeline: a class-conditional transformer and an autoencoder.
 
     A prompt is a class: its name in `pipeline.labels` or its number. Guidance uses the null class, so that there is no

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError
 from draftune.models.common import check_size, decode_vae
 from draftune.models.needs import Need, check_diffusion, pair
-from draftune.sampling.schedule import GRID, Schedule, ddim_schedule
+from draftune.sampling.schedule import SAMPLER_OPTIONS, Schedule, ddim_schedule
 from draftune.utils.loading import Truncation, truncation
 from draftune.utils.logging import logger
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """The part of `Model` that differs between model families.
+    """The part of `DiffusionModel` that differs between model families.
 
     A family must define `lora_prefix`, `required` and the abstract members. All others have defaults, which fit a
     diffusion model with an autoencoder. docs/how-to/add-a-model-family.md has a complete example.
@@ -31,7 +31,7 @@ class Family(ABC):
     name: str
     """The model's name, path or hub id, for messages."""
     scheduler_config: dict[str, Any]
-    """The config of the pipeline's scheduler, with the changes of `set_grid`."""
+    """The config of the pipeline's scheduler, with the changes of `set_sampler_options`."""
     latent_size: tuple[int, int]
     """(height, width) of a latent; set by `set_size`."""
     lora_prefix: str
@@ -40,7 +40,7 @@ class Family(ABC):
     """The components that the pipeline must have."""
     optional: Sequence[str] = ()
     """More networks that are used if the pipeline has them."""
-    in_pixels = False
+    pixel_space = False
     """Whether the model works on pixels in [-1, 1] instead of latents. Only then may the sampler clip x_0."""
     no_negative_prompt = ""
     """Why the family takes no negative prompt; empty if it takes one."""
@@ -84,7 +84,7 @@ class Family(ABC):
             The output of the schedule's prediction type, `[B, C, H, W]`.
         """
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, nominally in [0, 1]."""
         return decode_vae(self.pipeline.vae, latents)
 
@@ -162,24 +162,24 @@ class Family(ABC):
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         """Build the sampling schedule with this number of steps."""
-        return ddim_schedule(self.scheduler_config, num_inference_steps, self.in_pixels)
+        return ddim_schedule(self.scheduler_config, num_inference_steps, self.pixel_space)
 
     def sampler(self) -> Any:
         """Return the diffusers scheduler that samples the same images as `schedule`."""
         from diffusers import DDIMScheduler
 
-        unclipped = {} if self.in_pixels else {"clip_sample": False, "thresholding": False}
+        unclipped = {} if self.pixel_space else {"clip_sample": False, "thresholding": False}
         return DDIMScheduler.from_config({**self.scheduler_config, **unclipped})
 
-    def set_grid(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
+    def set_sampler_options(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
         """Change the sampling timesteps; None keeps the value of the scheduler's config."""
         values = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": set_alpha_to_one}
         self.scheduler_config |= {key: value for key, value in values.items() if value is not None}
 
     @property
     def grid(self) -> dict[str, Any]:
-        """The current values of the arguments of `set_grid`."""
-        return {name: self.scheduler_config[name] for name in GRID if name in self.scheduler_config}
+        """The current values of the arguments of `set_sampler_options`."""
+        return {name: self.scheduler_config[name] for name in SAMPLER_OPTIONS if name in self.scheduler_config}
 
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Raise DraftuneError for prompts that the model can't take."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftune.models.base import Model
+from draftune.models.base import DiffusionModel
 from draftune.models.common import decode_vae
 from draftune.models.needs import (
     Need,
@@ -23,12 +23,12 @@ from draftune.models.needs import (
     reader_needs,
 )
 from draftune.sampling.schedule import Schedule, flow_schedule
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 
 def keep_wide(t5: nn.Module) -> None:
     """Convert to float32 the layers of T5 whose outputs overflow in float16, as transformers does."""
-    with quiet():
+    with silence_libraries():
         for name, layer in t5.named_modules():
             if name.endswith(".wo"):
                 layer.float()
@@ -47,7 +47,7 @@ def unused_context_layers(blocks: Sequence[nn.Module], name: str) -> frozenset[s
     return frozenset(f"{name}.{last}.{layer}" for layer in linear if layer.startswith(unused))
 
 
-class Flow(Model):
+class Flow(DiffusionModel):
     """A pipeline with transformer, text encoders, autoencoder and a FlowMatchEulerDiscreteScheduler."""
 
     lora_prefix = "transformer"
@@ -107,7 +107,7 @@ class Flow(Model):
     def size_multiple(self) -> int:
         return self.pixels_per_latent * self.patch_size
 
-    def set_grid(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
+    def set_sampler_options(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
         """Do nothing: these settings of DDIM do not apply to flow models."""
 
     def schedule(self, num_inference_steps: int) -> Schedule:
@@ -138,7 +138,7 @@ class Flow(Model):
 
         return FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler_config, "stochastic_sampling": False})
 
-    def to(self, device: torch.device | str, precision: str = "no") -> Model:
+    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
         super().to(device, precision)
         t5 = getattr(self.pipeline, self.t5)
         if precision == "fp16" and t5 is not None:
@@ -158,12 +158,12 @@ class Flow(Model):
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         # Without autocast, which would run every layer of T5 in half precision, also those of `keep_wide`.
         # Quiet, since diffusers warns about each truncated prompt at every call.
-        with quiet(), torch.autocast(self.device.type, enabled=False):
+        with silence_libraries(), torch.autocast(self.device.type, enabled=False):
             return self.encode_prompts(list(prompts), negative_prompt, guided)
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Any:
         """Encode as `encode` does; called without autocast and warnings."""
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         return decode_vae(self.pipeline.vae, latents, mean=self.pipeline.vae.config.shift_factor)

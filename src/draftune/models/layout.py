@@ -13,7 +13,7 @@ from draftune.errors import DraftuneError
 from draftune.models import adapter, part_folder, pipeline_folder
 from draftune.utils.hub import fetch
 from draftune.utils.loading import first_line
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 
 def load_layout(model: str) -> dict[str, nn.Module]:
@@ -23,7 +23,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
         model: A model's name as in `load_model`. For a model on the hub only the configs are downloaded.
 
     Returns:
-        The denoiser and the text encoders as in `Model.lora_networks`, with parameters on the device "meta".
+        The denoiser and the text encoders as in `DiffusionModel.lora_networks`, with parameters on the device "meta".
 
     Raises:
         DraftuneError: There is no such model, or a config can't be read.
@@ -38,7 +38,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
         networks = {}
         for part in (denoiser, *encoders):
             kind, folder = getattr(import_module(index[part][0]), index[part][1]), part_folder(source, part)
-            with quiet(), init_empty_weights():
+            with silence_libraries(), init_empty_weights():
                 if index[part][0] == "diffusers":
                     networks[part] = kind.from_config(kind.load_config(folder))
                 else:

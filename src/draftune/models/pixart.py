@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from draftune.models.base import Model
+from draftune.models.base import DiffusionModel
 from draftune.models.common import apply_cfg
 from draftune.models.flow import keep_wide
 from draftune.models.needs import Need, equal, multiple, patch_needs, reader_needs
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 
 class Condition(NamedTuple):
@@ -28,7 +28,7 @@ class Condition(NamedTuple):
     mask: Tensor
 
 
-class PixArt(Model):
+class PixArt(DiffusionModel):
     """A PixArtAlphaPipeline or a PixArtSigmaPipeline: transformer, T5 text encoder, autoencoder."""
 
     lora_prefix = "transformer"
@@ -49,7 +49,7 @@ class PixArt(Model):
         patch: int = self.denoiser.config.patch_size
         return self.pixels_per_latent * patch
 
-    def to(self, device: torch.device | str, precision: str = "no") -> Model:
+    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
         super().to(device, precision)
         if precision == "fp16":
             keep_wide(self.pipeline.text_encoder)
@@ -62,14 +62,14 @@ class PixArt(Model):
         return limit
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
-        with quiet():
+        with silence_libraries():
             texts = self.pipeline._text_preprocessing(list(prompts), clean_caption=True)
         return [("tokenizer", self.max_tokens, texts)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Condition:
         # Without autocast, which would run every layer of T5 in half precision, also those of `keep_wide`.
         # Quiet, since diffusers warns about each truncated prompt at every call.
-        with quiet(), torch.autocast(self.device.type, enabled=False):
+        with silence_libraries(), torch.autocast(self.device.type, enabled=False):
             text, mask, negative_text, negative_mask = self.pipeline.encode_prompt(
                 list(prompts), guided, negative_prompt, device=self.device, clean_caption=True
             )

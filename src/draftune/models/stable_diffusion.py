@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftune.models.base import Model
+from draftune.models.base import DiffusionModel
 from draftune.models.common import apply_cfg
 from draftune.models.needs import Need, autoencoder_needs, equal, reader_needs, size_need, unet_needs
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 OTHER_PIPELINES = (
     "the autoencoder's latent_channels; UNets for inpainting (9) and InstructPix2Pix (8) belong to other pipelines"
@@ -25,7 +25,7 @@ def width_needs(unet: Any, width: int | None) -> Iterator[Need]:
         yield equal("unet.cross_attention_dim", dim, width, "the width of the text encoder's output")
 
 
-class UNetFamily(Model):
+class UNetFamily(DiffusionModel):
     """Base class of families whose denoiser is a UNet."""
 
     lora_prefix = "unet"
@@ -69,7 +69,7 @@ class StableDiffusion(UNetFamily):
         return [("tokenizer", self.pipeline.tokenizer.model_max_length, prompts)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
-        with quiet():  # diffusers warns about each truncated prompt at every call
+        with silence_libraries():  # diffusers warns about each truncated prompt at every call
             positive, negative = self.pipeline.encode_prompt(
                 list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from draftune.models.common import decode_vae
 from draftune.models.needs import Need, check_parts, equal, moments_needs, of_class, reader_needs
 from draftune.models.stable_diffusion import StableDiffusion, width_needs
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 
 class Condition(NamedTuple):
@@ -70,7 +70,7 @@ class StableDiffusionXL(StableDiffusion):
         return [(name, each.model_max_length, prompts) for name, each in tokenizers.items() if each is not None]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Condition:
-        with quiet():  # diffusers warns about each truncated prompt at every call
+        with silence_libraries():  # diffusers warns about each truncated prompt at every call
             text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(
                 list(prompts),
                 device=self.device,
@@ -88,7 +88,7 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": condition.pooled, "time_ids": condition.sizes}
         return self.call_unet(x, timestep, condition.text, guidance_scale, added_cond_kwargs=added)
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
         moments = config.latents_std, config.latents_mean
         if None in moments:

@@ -16,10 +16,10 @@ from draftune.utils.loading import load_part
 from draftune.utils.paths import user_path
 
 if TYPE_CHECKING:
-    from draftune.models.base import Model
+    from draftune.models.base import DiffusionModel
     from draftune.sampling.schedule import Schedule
 
-OPTION = "--gradient-decoder"
+OPTION = "--tiny-decoder"
 CLASS = "AutoencoderTiny"
 FILES = ["config.json", "diffusion_pytorch_model*.safetensors"]
 ALIKE = 0.5
@@ -67,11 +67,11 @@ def fetched(name: str) -> Path:
     return folder
 
 
-def load_small_decoder(folder: Path, model: Model) -> Any:
+def load_small_decoder(folder: Path, model: DiffusionModel) -> Any:
     """Load the AutoencoderTiny in a folder, frozen. Raises DraftuneError if it does not fit the model's latents."""
     from diffusers import AutoencoderTiny
 
-    if model.in_pixels:
+    if model.pixel_space:
         raise DraftuneError(f"{model.name!r} works in pixel space and has no decoder: leave out {OPTION}")
     small = load_part(AutoencoderTiny, folder).eval().requires_grad_(False)
     own, config = model.pipeline.vae.config, small.config
@@ -91,7 +91,7 @@ def load_small_decoder(folder: Path, model: Model) -> Any:
 
 
 def check_likeness(
-    model: Model, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
+    model: DiffusionModel, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
 ) -> float:
     """Compare the images of the tiny decoder with those of the model's own decoder, on sampled latents.
 

@@ -18,7 +18,7 @@ class Pixels(UNetFamily):
     with DDIM, and x_0 is clipped as the scheduler's config says.
     """
 
-    in_pixels = True
+    pixel_space = True
     pixels_per_latent = 1
     required = ("unet", "scheduler")
 
@@ -41,6 +41,6 @@ class Pixels(UNetFamily):
         output: Tensor = self.denoiser(x, torch.tensor(timestep, device=x.device)).sample
         return output
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         # Rewards take three channels: gray images are repeated.
         return (latents / 2 + 0.5).expand(-1, 3, -1, -1)

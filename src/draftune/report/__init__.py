@@ -7,7 +7,7 @@ from pathlib import Path
 from draftune.errors import DraftuneError
 from draftune.report.collect import collect
 from draftune.report.page import page
-from draftune.utils.paths import names_folder, user_path, written_whole
+from draftune.utils.paths import atomic_write, names_folder, user_path
 
 __all__ = ["collect", "page", "write_report"]
 
@@ -32,7 +32,7 @@ def write_report(run: Path | str, output: Path | str | None = None) -> Path:
         raise DraftuneError(f"--output must be an .html file, not {str(path)!r}")
     text = page(collect(run))
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DraftuneError(f"cannot write to {str(path)!r}: {error.strerror}") from error

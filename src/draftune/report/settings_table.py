@@ -12,7 +12,7 @@ from draftune.settings import Settings
 def defaults(settings: Settings) -> dict[str, Any]:
     """Return the defaults of all settings for the run's model and method."""
     values = asdict(Settings(model=settings.model)) | {"model": Settings.model}
-    return values | {"prefix_reuse": Settings(model=settings.model, method=settings.method).prefix_reuse}
+    return values | {"prefix_reuse_steps": Settings(model=settings.model, method=settings.method).prefix_reuse_steps}
 
 
 def changed(settings: Settings) -> list[str]:

@@ -10,7 +10,7 @@ from draftune.evaluation.criterion import DIVERSITY, HELD_OUT
 from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.registry.expression import Call, parse
 from draftune.settings import Settings
-from draftune.training.early_stopping import Guard, spread
+from draftune.training.early_stopping import EarlyStopping, spread
 
 Rows = Sequence[Mapping[str, Any]]
 ENDS = 10
@@ -22,14 +22,14 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
     last = metrics[-1] if metrics else {"step": 0, "train_seconds": 0, "reward_queries": 0}
     values = {
         "Reward": settings.reward,
-        "Evaluation rewards": settings.held_out,
+        "Evaluation rewards": settings.eval_rewards,
         "Method": settings.method,
-        "Model": settings.model,
+        "DiffusionModel": settings.model,
         "Prompts": settings.prompts,
-        "Continued from": settings.continue_from,
+        "Continued from": settings.init_lora,
         "Retained prompts": settings.retain_prompts,
         "Evaluation prompts": settings.eval_prompts,
-        "Updates": f"{last['step']:,} of {settings.steps:,}",
+        "TrainStep": f"{last['step']:,} of {settings.steps:,}",
         "Scored images": f"{last['reward_queries']:,}",
         "Training time": duration(last["train_seconds"]),
         "Device": device,
@@ -48,8 +48,8 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     sentences = [f"{start} the reward of the training images {moved(first, last)}{mean_of}."]
     if reward is not None and len(evaluations) > 1:
         sentences[0] = f"{start} the reward {course(evaluations, reward)}."
-        held_out = [key for key in evaluations[0] if key.startswith(HELD_OUT) and key != DIVERSITY]
-        for key in held_out:
+        eval_rewards = [key for key in evaluations[0] if key.startswith(HELD_OUT) and key != DIVERSITY]
+        for key in eval_rewards:
             sentences.append(f"The evaluation reward {key.removeprefix(HELD_OUT)} {course(evaluations, key)}.")
         for key in evaluations[0]:
             if key.startswith(KEPT_COLUMN):
@@ -60,7 +60,7 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     if best is not None:
         sentences.append(f"The LoRA in best/ is from update {best:,}{known_of(evaluations, best, reward)}.")
         since = sum(row["step"] > best for row in evaluations)
-        if done < settings.steps and settings.patience and since >= settings.patience:
+        if done < settings.steps and settings.early_stopping_patience and since >= settings.early_stopping_patience:
             sentences.append(f"The run stopped early: {since} evaluations after it were not better.")
     if skipped := metrics[-1].get("nonfinite_steps"):
         sentences.append(f"{skipped:,} updates were skipped, since a reward or a gradient was not finite.")
@@ -103,7 +103,7 @@ def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | 
     if reward is None:
         return None
     weights = {key: weight for key, weight in held_out_weights(settings).items() if all(key in r for r in evaluations)}
-    guard, since, text = Guard(weights, 0, reward), None, None
+    guard, since, text = EarlyStopping(weights, 0, reward), None, None
     for row in evaluations:
         guard.see(row)
         text = guard.warning()
@@ -114,7 +114,7 @@ def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | 
 def held_out_weights(settings: Settings) -> dict[str, float]:
     """Return the weights of the evaluation rewards by column, as far as the settings contain them."""
     try:
-        tree = parse(settings.held_out or "")
+        tree = parse(settings.eval_rewards or "")
     except DraftuneError:
         return {}  # rewards that were passed as Python objects
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms

@@ -18,7 +18,7 @@ from draftune.rewards.base import FunctionReward, Reward, WeightedSum, register
 if TYPE_CHECKING:
     from draftune.rewards.base import REWARDS
 
-__all__ = ["REWARDS", "FunctionReward", "Reward", "WeightedSum", "find_reward", "load_reward", "register"]
+__all__ = ["REWARDS", "FunctionReward", "Reward", "WeightedSum", "parse_reward", "load_reward", "register"]
 
 MODULES = (
     "draftune.rewards.aesthetic",
@@ -58,10 +58,10 @@ def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     Raises:
         DraftuneError: for an unknown name or setting, or missing weights, before any weights are read.
     """
-    return find_reward(reward).ready()
+    return parse_reward(reward).ready()
 
 
-def find_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
+def parse_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     """Return a reward whose weights are located but not read, `ready` reads them; arguments as in `load_reward`."""
     if isinstance(reward, Reward):
         return reward

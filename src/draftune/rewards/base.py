@@ -14,7 +14,7 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.prompts import copied, is_blank
 from draftune.registry.expression import written_sum
 from draftune.registry.factories import error_text
-from draftune.rewards.chunked import at_once
+from draftune.rewards.chunked import chunked_scores
 from draftune.utils.loading import Truncation
 
 RESERVED_COLUMNS = ("image", "total")
@@ -86,14 +86,14 @@ class Reward(nn.Module):
         """Load the weights of all parts, freeze them, switch to evaluation mode, and return this reward."""
         for _, part in self.terms:
             if not part.loaded:
-                with explained(part):
+                with wrap_errors(part):
                     part.load()
                 part.loaded = True
         return self.eval().requires_grad_(False)
 
     def set_chunk_size(self, size: int) -> None:
         """Set how many images this reward, and all rewards inside it, score at a time."""
-        for part in inside(self).values():
+        for part in sub_rewards(self).values():
             part.chunk_size = size
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -122,8 +122,8 @@ class Reward(nn.Module):
                 raise DraftuneError(f"the reward {self.label!r} has no gradient")
             return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
-        with explained(self):  # `at_once` runs the backward pass through the reward too
-            return at_once(score, images, size)
+        with wrap_errors(self):  # `chunked_scores` runs the backward pass through the reward too
+            return chunked_scores(score, images, size)
 
     def __add__(self, other: Reward) -> Reward:
         return WeightedSum([*self.terms, *other.terms])
@@ -177,20 +177,20 @@ class FunctionReward(Reward):
         return self.function(images, prompts)
 
 
-def inside(reward: Reward) -> dict[str, Reward]:
+def sub_rewards(reward: Reward) -> dict[str, Reward]:
     """Return the reward and all rewards inside it, by their module names."""
     return {name: module for name, module in reward.named_modules() if isinstance(module, Reward)}
 
 
 def begin_step(reward: Reward, step: int) -> None:
     """Call `on_step` of the reward and of all rewards inside it."""
-    for part in inside(reward).values():
-        with explained(part):
+    for part in sub_rewards(reward).values():
+        with wrap_errors(part):
             part.on_step(step)
 
 
 @contextmanager
-def explained(reward: Reward) -> Iterator[None]:
+def wrap_errors(reward: Reward) -> Iterator[None]:
     """Convert an exception that a reward raises to a DraftuneError that names the reward and the line of code."""
     try:
         yield
@@ -213,7 +213,7 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Ten
     """
     refuse_blank(reward, prompts)
     name, count = f"the reward {reward.label!r}", len(images)
-    with explained(reward), torch.set_grad_enabled(torch.is_grad_enabled()):
+    with wrap_errors(reward), torch.set_grad_enabled(torch.is_grad_enabled()):
         # The clone is no leaf tensor, so the reward may change it in place under autograd.
         score: Any = reward.score(images.clone(), copied(prompts))
     if not isinstance(score, Tensor):
@@ -222,7 +222,7 @@ def checked_score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Ten
         raise DraftuneError(f"{name} must return shape ({count},), one number for each image, not {tuple(score.shape)}")
     if score.is_complex() or score.layout != torch.strided:
         raise DraftuneError(f"{name} must return real numbers in a dense tensor, not {score.dtype}, {score.layout}")
-    with explained(reward):
+    with wrap_errors(reward):
         own = score.to(images.device).clone()
     return own if images.requires_grad and torch.is_grad_enabled() else own.detach()
 
@@ -233,7 +233,7 @@ def checked_features(reward: Reward, images: Tensor) -> Tensor:
     Raises:
         DraftuneError: for anything but one row for each image.
     """
-    with explained(reward):
+    with wrap_errors(reward):
         features: Any = reward.features(images.clone())  # type: ignore[operator]
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(images):
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -243,9 +243,9 @@ def checked_features(reward: Reward, images: Tensor) -> Tensor:
 
 def check_prompts(reward: Reward, prompts: Sequence[str]) -> None:
     """Raise DraftuneError for prompts that the reward, or a reward inside it, can't score."""
-    for part in inside(reward).values():
+    for part in sub_rewards(reward).values():
         refuse_blank(part, prompts)
-        with explained(part):
+        with wrap_errors(part):
             part.check(copied(prompts))
 
 

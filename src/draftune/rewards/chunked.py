@@ -13,7 +13,7 @@ Score = Callable[[Tensor, slice], Tensor]
 """Scores some of the inputs; the slice says which rows of the batch they are. Returns one number for each."""
 
 
-def at_once(score: Score, inputs: Tensor, size: int, scale: float = 1.0) -> Tensor:
+def chunked_scores(score: Score, inputs: Tensor, size: int, scale: float = 1.0) -> Tensor:
     """Score inputs [B, ...], `size` at a time; returns [B]. Each score must depend on its own input only.
 
     If the inputs need a gradient, it is computed chunk by chunk in the forward pass, and each chunk's graph is freed at
@@ -28,12 +28,12 @@ def at_once(score: Score, inputs: Tensor, size: int, scale: float = 1.0) -> Tens
     """
     chunks = [slice(start, start + size) for start in range(0, len(inputs), size)]
     if torch.is_grad_enabled() and inputs.requires_grad:
-        scores: Tensor = ScoreWithGradient.apply(inputs, score, chunks, scale)  # type: ignore[no-untyped-call]
+        scores: Tensor = ChunkedScores.apply(inputs, score, chunks, scale)  # type: ignore[no-untyped-call]
         return scores
     return torch.cat([score(inputs[rows], rows) for rows in chunks])
 
 
-class ScoreWithGradient(torch.autograd.Function):
+class ChunkedScores(torch.autograd.Function):
     """Computes scores, and the gradient of each with respect to its input, in the forward pass."""
 
     @staticmethod

@@ -46,7 +46,7 @@ class EmojiClassifier(Reward):
 class EmojiNameAccuracy(EmojiClassifier):
     """Share of emoji whose name a held-out classifier predicts, among the 64 common names if it is one of them.
 
-    0 or 1, without gradient: an evaluation reward, for --held-out. 1.3 M parameters, 2.7 MB, Apache-2.0; input 64x64;
+    0 or 1, without gradient: an evaluation reward, for --eval-rewards. 1.3 M parameters, 2.7 MB, Apache-2.0; input 64x64;
     see its model card. It does not measure image quality.
     """
 
@@ -72,7 +72,7 @@ class EmojiNameAccuracy(EmojiClassifier):
 class EmojiStyleProbability(EmojiClassifier):
     """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji" or "3d".
 
-    Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --held-out: a reward that is trained
+    Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --eval-rewards: a reward that is trained
     on can no longer evaluate.
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.prompts import copied
-from draftune.rewards.base import Reward, explained
+from draftune.rewards.base import Reward, wrap_errors
 
 Decode = Callable[[Tensor], Tensor]
 """Decodes clean latents [B, C, H, W] to images [B, 3, H, W] in [0, 1]."""
@@ -34,7 +34,7 @@ def has_latent_gradient(reward: Reward) -> bool:
     return isinstance(reward, LatentReward) and reward.past_decoder
 
 
-def parts_of(
+def score_latents(
     reward: Reward, latents: Tensor, decode: Decode, prompts: Sequence[str]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Decode clean latents [B, C, H, W] and score the images, with the gradient with respect to the latents.
@@ -46,14 +46,14 @@ def parts_of(
     Raises:
         DraftuneError: if a part's `slope` has another shape than the latents.
     """
-    needs_gradient = torch.is_grad_enabled() and latents.requires_grad
-    in_images = needs_gradient and not all(has_latent_gradient(part) for _, part in reward.terms)
+    needs_reward_gradient = torch.is_grad_enabled() and latents.requires_grad
+    in_images = needs_reward_gradient and not all(has_latent_gradient(part) for _, part in reward.terms)
     with torch.set_grad_enabled(in_images):
         images = decode(latents)
         total, parts = reward.parts(images, prompts)
-    for weight, part in reward.columns.values() if needs_gradient else ():
+    for weight, part in reward.columns.values() if needs_reward_gradient else ():
         if isinstance(part, LatentReward) and part.past_decoder:
-            with explained(part):
+            with wrap_errors(part):
                 gradient = part.slope(latents.detach().clone(), decode, copied(prompts)).detach().clone()
             if gradient.shape != latents.shape:
                 raise DraftuneError(

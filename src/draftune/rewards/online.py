@@ -8,7 +8,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.prompts import copied
-from draftune.rewards.base import Reward, explained, inside
+from draftune.rewards.base import Reward, sub_rewards, wrap_errors
 
 
 class OnlineReward(Reward):
@@ -37,7 +37,7 @@ class OnlineReward(Reward):
 
 
 def online_parts(reward: Reward) -> dict[str, OnlineReward]:
-    return {name: part for name, part in inside(reward).items() if isinstance(part, OnlineReward)}
+    return {name: part for name, part in sub_rewards(reward).items() if isinstance(part, OnlineReward)}
 
 
 def carried(reward: Reward) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def extra_queries(reward: Reward) -> int:
     return sum(part.extra_queries for part in online_parts(reward).values())
 
 
-def learners(reward: Reward) -> list[OnlineReward]:
+def online_rewards(reward: Reward) -> list[OnlineReward]:
     """Return the rewards that learn from training's images: the reward itself or parts inside it."""
     return [part for part in online_parts(reward).values() if part.learns]
 
@@ -61,15 +61,15 @@ def learn_all(reward: Reward, images: Tensor, prompts: Sequence[str], expected: 
 
     `expected` [B, S] is about the scores of `reward`; parts inside it get None.
     """
-    for part in learners(reward):
+    for part in online_rewards(reward):
         own_expected = expected.clone() if expected is not None and part is reward else None
-        with explained(part):
+        with wrap_errors(part):
             part.learn(images.clone(), copied(prompts), own_expected)
 
 
-def taught(reward: Reward) -> Reward:
+def require_trained(reward: Reward) -> Reward:
     """Return the reward. Raises DraftuneError if a part of it must learn first."""
-    for part in learners(reward):
+    for part in online_rewards(reward):
         if part.untaught:
             raise DraftuneError(
                 f"the reward {part.label!r} has not learned yet: load what a run learned by {part.label}(…, critic=RUN)"

@@ -48,10 +48,10 @@ def save_checkpoint(
         sums = {name: checksum(temporary / name) for name in (STATE, TENSORS)}
         (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            synced(path)
+            fsync(path)
         old = target.rename(folder / f".{target.name}-old") if target.exists() else None
         temporary.rename(target)
-        synced(folder)
+        fsync(folder)
         if old:
             shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -66,7 +66,7 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}-old")), ignore_errors=True)
 
 
-def synced(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Flush a file or folder to disk (fsync)."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders
@@ -176,7 +176,7 @@ def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Restore the global random generators after the block, so that evaluations do not change training."""
     state, tensors = random_state()
     yield

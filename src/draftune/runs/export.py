@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.lora import FILE_NAME, GRID_SAID, LoRADeltas, lora_file
+from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, lora_file
 from draftune.lora.names import in_network
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
 from draftune.runs import load
 from draftune.runs.load import read_deltas
 from draftune.runs.run_dir import run_settings
 from draftune.settings import Settings
 from draftune.utils.logging import logger
-from draftune.utils.paths import check_writable, user_path, written_whole
-from draftune.utils.quiet import quiet
+from draftune.utils.paths import atomic_write, check_writable, user_path
+from draftune.utils.quiet import silence_libraries
 from draftune.utils.tensors import save_tensors
 
 KOHYA_SUFFIX = ".safetensors"
@@ -142,10 +142,10 @@ def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) 
     if lora.base_model:
         info |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
     if lora.grid:
-        info[GRID_SAID] = lora.grid
+        info[SAMPLER_METADATA] = lora.grid
     if settings := run_settings(path):
         info |= training_metadata(settings)
-    with written_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         save_tensors(temporary, tensors, info)
 
 
@@ -167,13 +167,13 @@ def training_metadata(settings: Settings) -> dict[str, str]:
 def write_merged(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the base model's pipeline with the LoRA merged into its weights."""
     model = load_model(str(lora.base_model))
-    model.set_grid(**sampler_options(path))
+    model.set_sampler_options(**sampler_options(path))
     merge(model, lora)
     save_pipeline(model, target, dtype)
 
 
 @torch.no_grad()
-def merge(model: Model, lora: LoRADeltas) -> None:
+def merge(model: DiffusionModel, lora: LoRADeltas) -> None:
     """Add the LoRA, which was read for this model, to the weights of the model's networks."""
     for part, network in model.lora_networks.items():
         for name, delta in lora.of_part(part).items():
@@ -181,9 +181,9 @@ def merge(model: Model, lora: LoRADeltas) -> None:
             weight += delta.change.to(weight)
 
 
-def save_pipeline(model: Model, target: Path, dtype: torch.dtype) -> None:
+def save_pipeline(model: DiffusionModel, target: Path, dtype: torch.dtype) -> None:
     """Write the model's pipeline atomically, with the scheduler of draftune's sampler."""
-    with quiet():
+    with silence_libraries():
         model.pipeline.scheduler = model.sampler()
         model.complete_config()
         model.pipeline.to(dtype=dtype)

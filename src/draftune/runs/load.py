@@ -11,22 +11,22 @@ from typing import Any
 from draftune.errors import DraftuneError, gather
 from draftune.lora import (
     ADAPTER,
-    GRID_SAID,
+    SAMPLER_METADATA,
     LoRADeltas,
     base_model,
     load_lora,
     lora_file,
-    opened,
+    open_safetensors,
     read_file,
     saved_grid,
     set_lora_scale,
 )
 from draftune.lora.reader import fit
-from draftune.models import MODELS, Model, load_model
+from draftune.models import MODELS, DiffusionModel, load_model
 from draftune.models.base import default_device
 from draftune.models.layout import load_layout
 from draftune.runs.run_dir import run_settings
-from draftune.sampling.schedule import GRID
+from draftune.sampling.schedule import SAMPLER_OPTIONS
 from draftune.settings import Settings
 from draftune.utils.paths import user_path
 
@@ -34,7 +34,7 @@ DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", "height",
 
 
 @dataclass(frozen=True)
-class Tuned:
+class LoRASource:
     """A LoRA and how to sample with it.
 
     Attributes:
@@ -65,7 +65,7 @@ class Tuned:
 
 
 def sampler_options(lora: Path, settings: Settings | None) -> dict[str, Any]:
-    """Return the timestep spacing and the last step that a LoRA was trained with, as keywords of `Model.set_grid`.
+    """Return the timestep spacing and the last step that a LoRA was trained with, as keywords of `DiffusionModel.set_grid`.
 
     Args:
         lora: The LoRA file.
@@ -74,14 +74,14 @@ def sampler_options(lora: Path, settings: Settings | None) -> dict[str, Any]:
     Returns:
         The options that are known; empty for flow models, which have none.
     """
-    with opened(lora) as file:
-        if (file.metadata() or {}).get(GRID_SAID) == "{}":
+    with open_safetensors(lora) as file:
+        if (file.metadata() or {}).get(SAMPLER_METADATA) == "{}":
             return {}  # a flow model: the run's settings have no effect
-    options = {name: getattr(settings, name) for name in GRID} if settings else saved_grid(lora)
+    options = {name: getattr(settings, name) for name in SAMPLER_OPTIONS} if settings else saved_grid(lora)
     return {name: value for name, value in options.items() if value is not None}
 
 
-def find_tuned(source: str, base: str | None = None, skip_text_encoder: bool = False) -> Tuned:
+def resolve_lora(source: str, base: str | None = None, skip_text_encoder: bool = False) -> LoRASource:
     """Find a LoRA and its base model. No weights are loaded.
 
     Args:
@@ -97,7 +97,7 @@ def find_tuned(source: str, base: str | None = None, skip_text_encoder: bool = F
     if base is None:
         raise DraftuneError(f"the LoRA {source!r} does not name its base model: give --model")
     settings = run_settings(path)
-    return Tuned(source, path, base, settings or Settings(model=base), settings is not None, skip_text_encoder)
+    return LoRASource(source, path, base, settings or Settings(model=base), settings is not None, skip_text_encoder)
 
 
 def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: bool = False) -> LoRADeltas:
@@ -113,19 +113,19 @@ def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: 
     Raises:
         DraftuneError: the file cannot be read or does not fit, or the base model cannot be loaded.
     """
-    tuned = find_tuned(str(source), base)
+    tuned = resolve_lora(str(source), base)
     file = read_file(tuned.lora)
     networks = load_model(tuned.base).lora_networks if file.is_dora else load_layout(tuned.base)
     return fit(file, networks, tuned.base, skip_text_encoder)
 
 
-def find_all(sources: Sequence[str], base: str | None = None, skip_text_encoder: bool = False) -> list[Tuned]:
+def resolve_loras(sources: Sequence[str], base: str | None = None, skip_text_encoder: bool = False) -> list[LoRASource]:
     """Find several LoRAs, each once. A LoRA outside of a run gets the settings of the first run of its model.
 
     Raises:
         DraftuneError: one error that lists everything that is wrong.
     """
-    loras = gather(*(partial(find_tuned, source, base, skip_text_encoder) for source in dict.fromkeys(sources)))
+    loras = gather(*(partial(resolve_lora, source, base, skip_text_encoder) for source in dict.fromkeys(sources)))
     runs = {tuned.base: tuned for tuned in reversed(loras) if tuned.in_run}
     return [
         replace(tuned, settings=runs[tuned.base].settings, in_run=True)
@@ -135,14 +135,14 @@ def find_all(sources: Sequence[str], base: str | None = None, skip_text_encoder:
     ]
 
 
-def open_source(
+def load_for_sampling(
     source: str,
     base: str | None = None,
     lora_scale: float = 1.0,
     device: str = "auto",
     precision: str = "no",
     skip_text_encoder: bool = False,
-) -> tuple[Model, Settings]:
+) -> tuple[DiffusionModel, Settings]:
     """Load a model for sampling.
 
     Args:
@@ -162,13 +162,15 @@ def open_source(
     if source in MODELS or (user_path(source) / "model_index.json").exists():
         model = load_model(source, precision).to(default_device(device), precision)
         return model, Settings(model=model.name)
-    tuned = find_tuned(source, base, skip_text_encoder)
-    model = open_loras({ADAPTER: tuned}, device, precision)
+    tuned = resolve_lora(source, base, skip_text_encoder)
+    model = load_base_with_loras({ADAPTER: tuned}, device, precision)
     set_lora_scale(model, lora_scale)
     return model, tuned.settings
 
 
-def open_loras(loras: Mapping[str, Tuned], device: str = "auto", precision: str = "no") -> Model:
+def load_base_with_loras(
+    loras: Mapping[str, LoRASource], device: str = "auto", precision: str = "no"
+) -> DiffusionModel:
     """Load a base model with several LoRAs as adapters, which `lora.set_lora_scales` switches.
 
     Args:
@@ -185,6 +187,6 @@ def open_loras(loras: Mapping[str, Tuned], device: str = "auto", precision: str 
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After loading the LoRAs, which are converted too.
     model.to(default_device(device), precision)
-    model.set_grid(**first.grid)
+    model.set_sampler_options(**first.grid)
     model.set_size(first.settings.height, first.settings.width)
     return model

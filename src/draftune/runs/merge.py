@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftune.errors import DraftuneError
-from draftune.lora import FILE_NAME, LoRADeltas, base_model, opened
+from draftune.lora import FILE_NAME, LoRADeltas, base_model, open_safetensors
 from draftune.runs.load import read_deltas
 from draftune.utils.paths import check_writable, user_path
 
@@ -88,7 +88,7 @@ def check_folder(folder: Path, **metadata: str) -> None:
     check_writable(folder)
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     if names == [FILE_NAME]:
-        with opened(folder / FILE_NAME) as file:
+        with open_safetensors(folder / FILE_NAME) as file:
             names = [] if metadata.items() <= (file.metadata() or {}).items() else names
     if names:
         raise DraftuneError(f"the output folder {str(folder)!r} contains other files; give another (--output)")

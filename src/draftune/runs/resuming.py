@@ -13,18 +13,18 @@ from draftune.registry.factories import is_in_file, load_from_file, signature_of
 from draftune.runs.fingerprint import Source, find_source
 from draftune.settings import Settings
 
-FREE = (
+RESUMABLE_CHANGES = (
     "steps",
     "output",
     "resume",
     "allow_changes",
-    "on_nonfinite",
-    "signal_to_noise",
-    "sample_every",
-    "sample_prompts",
-    "save_every",
-    "eval_every",
-    "patience",
+    "nonfinite_action",
+    "log_gradient_snr",
+    "log_images_steps",
+    "num_log_prompts",
+    "checkpointing_steps",
+    "validation_steps",
+    "early_stopping_patience",
     "report_to",
 )
 """Settings that may differ when a run is resumed: its length, and what is evaluated, logged or saved."""
@@ -33,13 +33,13 @@ ROUNDING = ("reward_batch_size", "gradient_checkpointing", "compile", "device")
 COMPUTED = (
     "model",
     "reward",
-    "normalize_reward",
+    "reward_normalization_samples",
     "method",
     "prompts",
     "retain_prompts",
-    "keep_weight",
+    "retain_weight",
     "batch_size",
-    "prefix_reuse",
+    "prefix_reuse_steps",
     "prefix_stride",
     "gradient_accumulation_steps",
     "optimizer",
@@ -63,30 +63,30 @@ COMPUTED = (
     "width",
     "lora_alpha",
     "mixed_precision",
-    "gradient_decoder",
+    "tiny_decoder",
     "pixel_clamp",
 )
 """Settings that affect results: they may differ only if `allow_changes` names them."""
 FIXED = (
-    "continue_from",
+    "init_lora",
     "skip_text_encoder_lora",
     "seed",
     "lora_rank",
-    "lora_targets",
+    "lora_target_modules",
     "eval_prompts",
-    "eval_images",
-    "held_out",
-    "best_by",
+    "num_validation_images",
+    "eval_rewards",
+    "metric_for_best_model",
 )
 """Settings that may never differ: the LoRA's shape and start, and how the best LoRA is chosen."""
 
-CONTENTS = ("prompts", "eval_prompts", "retain_prompts", "continue_from")
+CONTENTS = ("prompts", "eval_prompts", "retain_prompts", "init_lora")
 """Settings that are compared by a digest of their contents: prompts, and the weights of a LoRA."""
-SOURCES = ("model", "gradient_decoder")
+SOURCES = ("model", "tiny_decoder")
 """Settings that name a model. They are compared by the model's files."""
 CONSTANT = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps."""
-EXPRESSIONS = {"reward": "reward", "held_out": "reward", "method": "method", "optimizer": "optimizer"}
+EXPRESSIONS = {"reward": "reward", "eval_rewards": "reward", "method": "method", "optimizer": "optimizer"}
 EXPRESSIONS |= {"gradient_filter": "gradient filter"}
 """Settings that are expressions, and the kind of their names."""
 PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "file", "path")
@@ -102,7 +102,7 @@ def changeable(text: str) -> set[str]:
         if name in FIXED:
             raise DraftuneError(
                 f"allow_changes={name} is not possible: {name} must be the same when a run is resumed; train another "
-                "LoRA on top of the run's (--continue-from)"
+                "LoRA on top of the run's (--init-lora)"
             )
     return names
 
@@ -142,7 +142,7 @@ class RunIdentity:
 
     def differences(self, earlier: RunIdentity) -> list[str]:
         """Return the names of the settings that differ from an earlier run's, except those in FREE."""
-        names = [f.name for f in fields(Settings) if f.name not in FREE]
+        names = [f.name for f in fields(Settings) if f.name not in RESUMABLE_CHANGES]
         if any(run.settings["lr_scheduler"] not in CONSTANT for run in (self, earlier)):
             names.append("steps")  # the learning rate decays over all of them
         # Settings that this version does not know.
@@ -160,7 +160,7 @@ class RunIdentity:
             return self.same_value(now or "", was or "", earlier)
         if name == "lora_alpha":
             now, was = (run.settings[name] or run.settings["lora_rank"] for run in (self, earlier))
-        if name == "lora_targets":
+        if name == "lora_target_modules":
             now, was = (sorted(target.strip() for target in str(value).split(",")) for value in (now, was))
         return bool(now == was)
 
@@ -198,7 +198,7 @@ class RunIdentity:
     def describe_difference(self, name: str, earlier: RunIdentity) -> str:
         """Describe how a setting differs from an earlier run's."""
         now, was = self.settings.get(name), earlier.settings.get(name)
-        if name in CONTENTS and name != "continue_from":
+        if name in CONTENTS and name != "init_lora":
             return (
                 f"its {name} is {was!r}, not {now!r}" if now != was else f"the contents of its {name} {was!r} changed"
             )

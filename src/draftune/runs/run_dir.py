@@ -22,8 +22,8 @@ from draftune.runs.logs import EVALUATIONS, LOGS, METRICS, SAMPLES, read_rows
 from draftune.runs.resuming import COMPUTED, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.utils.logging import logger
-from draftune.utils.paths import user_path, written_whole
-from draftune.utils.processes import ALONE, Processes
+from draftune.utils.paths import atomic_write, user_path
+from draftune.utils.processes import SINGLE_PROCESS, Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,14 +46,16 @@ class RunFolder:
         DraftuneError: the folder cannot be written, or contains anything but a run with these settings.
     """
 
-    def __init__(self, settings: Settings, texts: Mapping[str, Sequence[str]], processes: Processes = ALONE) -> None:
+    def __init__(
+        self, settings: Settings, texts: Mapping[str, Sequence[str]], processes: Processes = SINGLE_PROCESS
+    ) -> None:
         from filelock import FileLock
 
         self.processes = processes
         self.path = path = user_path(settings.output)
         if not settings.resume:
             # Its config.yaml can resume the run.
-            self.path = path = first_free(path)
+            self.path = path = next_free_dir(path)
             settings = replace(settings, output=str(path), resume=True)
         self.allowed = changeable(settings.allow_changes)
         self.settings = settings = replace(settings, allow_changes="")
@@ -136,7 +138,7 @@ class RunFolder:
             options = ["give another (--output)"]
             if set(refused) <= {*COMPUTED, "steps"}:
                 options.append(f"allow the change (--allow-changes {','.join(refused)})")
-            options.append(f"train another LoRA on top of that run's (--continue-from {self.path})")
+            options.append(f"train another LoRA on top of that run's (--init-lora {self.path})")
             raise DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
         messages: dict[str, list[str]] = {}
         for name in self.changed:
@@ -151,7 +153,7 @@ class RunFolder:
     def agree(self) -> None:
         """Raise DraftuneError if the processes see different folders or different states of the run."""
         here = [str(self.path), self.done]
-        main = self.processes.of_main(here)
+        main = self.processes.broadcast(here)
         with self.processes.together():
             if here != main:
                 raise DraftuneError(
@@ -189,10 +191,10 @@ class RunFolder:
             texts = {CONFIG: settings.to_yaml()}
             texts |= {f"{name}.json": json.dumps(value, indent=1) + "\n" for name, value in known.items()}
             for name, text in texts.items():
-                with written_whole(self.path / name) as temporary:
+                with atomic_write(self.path / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")
             for name, rows in self.rows.items():
-                with written_whole(self.path / name) as temporary:
+                with atomic_write(self.path / name) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         except OSError as error:
             raise DraftuneError(f"cannot write to the output folder {str(self.path)!r}: {error.strerror}") from error
@@ -217,11 +219,11 @@ class RunFolder:
         self, step: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor], best: int | None
     ) -> None:
         """Write a checkpoint of the run; see `draftune.runs.checkpoint.save_checkpoint`."""
-        from draftune.runs.checkpoint import save_checkpoint, synced
+        from draftune.runs.checkpoint import fsync, save_checkpoint
 
         for name in LOGS:
             if (self.path / name).exists():
-                synced(self.path / name)
+                fsync(self.path / name)
         run = {"step": step, "settings": self.given, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
         run |= {"sources": self.sources, "changes": self.changes}
         save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
@@ -234,7 +236,7 @@ class RunFolder:
         self.lock.release()
 
 
-def first_free(path: Path) -> Path:
+def next_free_dir(path: Path) -> Path:
     """Return the first of FOLDER, FOLDER-2, FOLDER-3, … that does not exist or is empty."""
     others = (path.with_name(f"{path.name}-{i}") for i in count(2))
     return next(f for f in chain([path], others) if not f.exists() or (f.is_dir() and not any(f.iterdir())))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.sampling.sampler import Denoiser, advance
+from draftune.sampling.sampler import Denoiser, ddim_step
 from draftune.sampling.schedule import Prediction, Schedule, Step
 
 
-def wants_noise(schedule: Schedule) -> None:
+def require_stochastic_steps(schedule: Schedule) -> None:
     """Raise DraftuneError unless the schedule has a stochastic step (`Step.tau` > 0)."""
     if not any(step.tau > 0 for step in schedule.steps):
         raise DraftuneError(
@@ -22,11 +22,11 @@ def wants_noise(schedule: Schedule) -> None:
 
 def mean(prediction: Prediction, step: Step) -> Tensor:
     """Return the mean of the ancestral step, `[B, C, H, W]`: p(x_s | x_t) = N(mean, tau^2 * I)."""
-    return advance(prediction, step, step.tau)
+    return ddim_step(prediction, step, step.tau)
 
 
-def ancestral(
-    denoise: Denoiser, schedule: Schedule, x: Tensor, fresh_noise: Callable[[Tensor], Tensor]
+def ancestral_rollout(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, randn_like: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Step, Tensor, Tensor, Tensor]]:
     """Sample with the ancestral sampler: x_s = mean + tau * eps, eps ~ N(0, I).
 
@@ -34,19 +34,19 @@ def ancestral(
         denoise: The guided denoiser.
         schedule: The sampling schedule.
         x: The initial noise `[B, C, H, W]`.
-        fresh_noise: Returns N(0, I) noise in the shape of its argument.
+        randn_like: Returns N(0, I) noise in the shape of its argument.
 
     Yields:
         For each step: the step, x_t, the mean of x_s and x_s, each `[B, C, H, W]`.
     """
     for step in schedule.steps:
         center = mean(denoise(x, step), step)
-        following = center + step.tau * fresh_noise(x)
+        following = center + step.tau * randn_like(x)
         yield step, x, center, following
         x = following
 
 
-def log_probability(x: Tensor, mean: Tensor, step: Step) -> Tensor:
+def step_log_prob(x: Tensor, mean: Tensor, step: Step) -> Tensor:
     """Compute log N(x; mean, tau^2 * I), up to a constant, averaged over the elements of each latent.
 
     -mean_i((x_i - mean_i)^2) / (2 * tau^2)

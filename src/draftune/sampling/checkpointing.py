@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def checkpoint_call(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Compute `function(x)` with gradient checkpointing (Chen et al., 2016, arXiv:1604.06174).
 
     The forward pass builds no graph and stores only `x`; the backward pass calls `function` again. Unlike
@@ -29,12 +29,12 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequ
     Returns:
         `function(x)`.
     """
-    result: Tensor = Recomputed.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
+    result: Tensor = CheckpointCall.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
-class Recomputed(torch.autograd.Function):
-    """The autograd function behind `recomputed`."""
+class CheckpointCall(torch.autograd.Function):
+    """The autograd function behind `checkpoint_call`."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Denoiser = Callable[[Tensor, Step], Prediction]
 """The guided denoiser: maps a noisy latent x_t `[B, C, H, W]` and its step to the predicted x_0 and noise."""
 
 
-def advance(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
+def ddim_step(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
     """Compute the deterministic part of one sampling step from level t to level s.
 
     x_s = alpha_s * x_0 + sqrt(sigma_s^2 - tau^2) * noise
@@ -35,7 +35,7 @@ def advance(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
     return step.alpha_next * prediction.clean + noise_scale * prediction.noise
 
 
-class Latents:
+class PrefixCache:
     """The prefix cache: latents of one batch after given numbers of sampling steps, computed without gradient.
 
     Args:
@@ -53,11 +53,11 @@ class Latents:
         """Return the latent after the first `count` of `steps`, starting from the nearest cached latent before it."""
         if count not in self.known:
             start = max(known for known in self.known if known < count)
-            self.known[count] = rollout(denoise, strides(steps[start:count], self.stride), self.known[start])
+            self.known[count] = rollout(denoise, skip_steps(steps[start:count], self.stride), self.known[start])
         return self.known[count]
 
 
-def strides(steps: Sequence[Step], stride: int) -> list[Step]:
+def skip_steps(steps: Sequence[Step], stride: int) -> list[Step]:
     """Merge every `stride` consecutive steps into one larger step between the same first and last noise levels.
 
     If `stride` does not divide the number of steps, the first merged step spans the remainder.
@@ -70,5 +70,5 @@ def strides(steps: Sequence[Step], stride: int) -> list[Step]:
 def rollout(denoise: Denoiser, steps: Iterable[Step], x: Tensor) -> Tensor:
     """Run the sampling loop over `steps` from the latent `x` and return the final latent `[B, C, H, W]`."""
     for step in steps:
-        x = advance(denoise(x, step), step)
+        x = ddim_step(denoise(x, step), step)
     return x

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError
 
-GRID = ("timestep_spacing", "set_alpha_to_one")
+SAMPLER_OPTIONS = ("timestep_spacing", "set_alpha_to_one")
 """The settings that choose the sampling timesteps, by their names in diffusers."""
 
 
@@ -66,7 +66,7 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipSample:
     """Clip the predicted x_0 of pixel-space models (`clip_sample` and `thresholding` in diffusers).
 
     Attributes:
@@ -108,7 +108,7 @@ class Schedule:
 
     steps: tuple[Step, ...]
     prediction_type: str = "epsilon"
-    clip: Clip | None = None
+    clip: ClipSample | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
@@ -213,9 +213,9 @@ def ddim_schedule(config: Mapping[str, Any], num_inference_steps: int, clipped: 
         steps.append(Step(timestep, *level(alphas_cumprod[timestep]), *level(there)))
     clip = None
     if clipped and scheduler.config.thresholding:
-        clip = Clip(scheduler.config.sample_max_value, scheduler.config.dynamic_thresholding_ratio)
+        clip = ClipSample(scheduler.config.sample_max_value, scheduler.config.dynamic_thresholding_ratio)
     elif clipped and scheduler.config.clip_sample:
-        clip = Clip(scheduler.config.clip_sample_range)
+        clip = ClipSample(scheduler.config.clip_sample_range)
     return Schedule(tuple(steps), scheduler.config.prediction_type, clip)
 
 

@@ -12,7 +12,7 @@ AUDITED = 3
 """Updates after which every LoRA tensor must have had a gradient. In the first one A has none, since B is 0."""
 
 
-class GradientAudit:
+class GradientCheck:
     """Check that every trainable tensor gets a gradient in the first updates.
 
     Args:
@@ -34,5 +34,5 @@ class GradientAudit:
             names = ", ".join(list(self.waiting)[:3])
             raise DraftuneError(
                 f"{len(self.waiting)} trainable tensors got no gradient in the first updates, such as {names}: the "
-                "image does not depend on them, or a layer stops the gradient (see lora_targets)"
+                "image does not depend on them, or a layer stops the gradient (see lora_target_modules)"
             )

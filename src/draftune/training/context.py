@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from draftune.methods import Method
-from draftune.models import Model
+from draftune.models import DiffusionModel
 from draftune.rewards import Reward
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
-from draftune.training.continued import Past
+from draftune.training.continued import ContinuedRun
 from draftune.utils.processes import Processes
 
 if TYPE_CHECKING:
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainContext:
-    """The objects of a run, shared by `Trainer`, `Updates`, `Scorer` and `Watch`. All are on their devices."""
+    """The objects of a run, shared by `Trainer`, `TrainStep`, `Scorer` and `Validation`. All are on their devices."""
 
     settings: Settings
     """The resolved settings, as config.yaml stores them."""
     folder: RunFolder
     accelerator: Accelerator
     method: Method
-    model: Model
+    model: DiffusionModel
     """The base model with the LoRA that is trained."""
     pixel_clamp: str
     """The model's own pixel clamp, which is restored after training."""
     schedule: Schedule
     reward: Reward
-    held_out: Reward | None
+    eval_rewards: Reward | None
     """Evaluation rewards, which are not trained on."""
     prompts: Sequence[str]
     eval_prompts: Sequence[str] | None
-    past: Past | None
+    past: ContinuedRun | None
     """The LoRA that the run starts from, if any."""
 
     @property
@@ -60,7 +60,7 @@ class TrainContext:
             The images [N, 3, H, W] in [0, 1], on the CPU, in every process.
         """
         s, processes = self.settings, self.processes
-        own = processes.padded_share(list(zip(prompts, seeds, strict=True)))
+        own = processes.shard_padded(list(zip(prompts, seeds, strict=True)))
         images = self.model.generate(
             [prompt for prompt, _ in own],
             [seed for _, seed in own],

@@ -13,9 +13,9 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import KEPT_COLUMN
 from draftune.lora import base_model, lora_file, saved_grid
 from draftune.prompts import load_prompts
-from draftune.rewards import Reward, find_reward
+from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
-from draftune.rewards.online import taught
+from draftune.rewards.online import require_trained
 from draftune.runs.checkpoint import checksum
 from draftune.runs.fingerprint import same_source
 from draftune.runs.run_dir import run_settings
@@ -24,8 +24,8 @@ from draftune.utils.logging import logger
 
 
 @dataclass
-class Past:
-    """The LoRA of `continue_from` and, if a run wrote it, that run's reward and evaluation prompts."""
+class ContinuedRun:
+    """The LoRA of `init_lora` and, if a run wrote it, that run's reward and evaluation prompts."""
 
     lora: Path
     checksum: str
@@ -60,36 +60,36 @@ class Past:
         return self.reward
 
 
-def find_past(settings: Settings) -> Past | None:
+def resolve_continued_run(settings: Settings) -> ContinuedRun | None:
     """Find the LoRA that the run starts from, without reading its weights.
 
     Returns:
-        The LoRA, None without `continue_from`.
+        The LoRA, None without `init_lora`.
 
     Raises:
         DraftuneError: there is no such LoRA, or it belongs to another model.
     """
     s = settings
-    if not s.continue_from:
+    if not s.init_lora:
         if s.retain_prompts:
-            raise DraftuneError("retain_prompts needs the LoRA to stay close to: give its run (--continue-from)")
+            raise DraftuneError("retain_prompts needs the LoRA to stay close to: give its run (--init-lora)")
         return None
-    lora = lora_file(s.continue_from)
+    lora = lora_file(s.init_lora)
     if (base := base_model(lora)) is not None and not same_source(base, s.model):
         raise DraftuneError(
-            f"the LoRA {s.continue_from!r} was trained for {base!r}, not for {s.model!r} (--model); if these are the "
-            f"same model, 'draftune merge {s.continue_from} --model {s.model}' writes the LoRA for this name"
+            f"the LoRA {s.init_lora!r} was trained for {base!r}, not for {s.model!r} (--model); if these are the "
+            f"same model, 'draftune merge {s.init_lora} --model {s.model}' writes the LoRA for this name"
         )
-    past = Past(lora, checksum(lora), load_prompts(s.retain_prompts) if s.retain_prompts else ())
+    past = ContinuedRun(lora, checksum(lora), load_prompts(s.retain_prompts) if s.retain_prompts else ())
     earlier = run_settings(lora)
     if earlier is not None and s.eval_prompts:
         try:
-            reward, prompts = taught(find_reward(earlier.reward)), past.kept
+            reward, prompts = require_trained(parse_reward(earlier.reward)), past.kept
             if earlier.eval_prompts:
                 prompts = load_prompts(earlier.eval_prompts)
             if prompts:
                 past.reward, past.prompts = reward, prompts
         except DraftuneError as error:
             # The reward may have been a Python object, or a file that was moved since.
-            logger.warning("the reward of %r is not measured: %s", s.continue_from, error)
+            logger.warning("the reward of %r is not measured: %s", s.init_lora, error)
     return past

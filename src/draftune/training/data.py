@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftune.sampling.sampler import Latents
+from draftune.sampling.sampler import PrefixCache
 from draftune.utils.processes import Processes
 
 
 @dataclass
-class Start:
-    """Prompts and noise of a batch, over all processes. With `prefix_reuse`, several updates share one."""
+class BatchInput:
+    """Prompts and noise of a batch, over all processes. With `prefix_reuse_steps`, several updates share one."""
 
     prompts: list[int]
     """Indices of the prompts."""
     noise: Tensor
     """Initial noise [B, C, H, W]."""
-    latents: Latents
+    latents: PrefixCache
     """This process's share of the noise, and of the latents that the prefix has reached."""
-    kept: Start | None = None
+    kept: BatchInput | None = None
     """The batch of the retention loss, if there is one."""
 
 
 @dataclass
-class Drawn:
+class BatchRecord:
     """A batch as one update trained on it, over all processes."""
 
     prompts: list[str]
@@ -42,7 +42,7 @@ class Drawn:
     """Rewards [B] of each term, by label, before their weights."""
 
 
-class PromptOrder:
+class PromptSampler:
     """An endless stream of prompt indices: random permutations of all prompts, one after the other."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
@@ -57,12 +57,12 @@ class PromptOrder:
         return indices
 
 
-def kept_of(starts: Sequence[Start]) -> list[Start]:
+def kept_of(starts: Sequence[BatchInput]) -> list[BatchInput]:
     """Return the retention batches of these starts."""
     return [start.kept for start in starts if start.kept is not None]
 
 
-def starts_state(starts: Sequence[Start], processes: Processes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def starts_state(starts: Sequence[BatchInput], processes: Processes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the starts of all processes for a checkpoint: values for JSON, and tensors by name."""
     tensors = {}
     for name, some in (("start", starts), ("kept", kept_of(starts))):
@@ -75,16 +75,16 @@ def starts_state(starts: Sequence[Start], processes: Processes) -> tuple[dict[st
 
 def read_starts(
     state: Mapping[str, Any], tensors: Mapping[str, Tensor], processes: Processes, device: torch.device, stride: int
-) -> list[Start]:
+) -> list[BatchInput]:
     """Rebuild the starts from what `starts_state` returned."""
 
-    def read(name: str, prompts: Sequence[list[int]]) -> Iterator[Start]:
+    def read(name: str, prompts: Sequence[list[int]]) -> Iterator[BatchInput]:
         for i, chosen in enumerate(prompts):
             prefix = f"{name}/{i}/"
             saved = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
             known = {count: latents.to(device) for count, latents in sorted(saved.items())}
             own = {count: processes.share(latents) for count, latents in known.items()}
-            yield Start(chosen, known[0], Latents(own.pop(0), own, stride))
+            yield BatchInput(chosen, known[0], PrefixCache(own.pop(0), own, stride))
 
     starts = list(read("start", state["starts"]))
     for start, kept in zip(starts, read("kept", state.get("kept_starts", ())), strict=False):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError
 from draftune.settings import Settings
-from draftune.training.fsdp import wants_shards
+from draftune.training.fsdp import fsdp_requested
 from draftune.utils.logging import logger
-from draftune.utils.processes import Processes, launched
+from draftune.utils.processes import Processes, rank_and_world_size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +33,7 @@ def accelerator(settings: Settings) -> Accelerator:
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() == "true":
             raise DraftuneError(f"accelerate's {other} is not supported: launch without it, or with FSDP 2")
-    _, count = launched()
+    _, count = rank_and_world_size()
     device = default_device(settings.device)
     if count > 1 and ":" in settings.device:
         raise DraftuneError(f"device={settings.device} is for one process; {count} processes need auto, cuda or cpu")
@@ -57,7 +57,7 @@ def accelerator(settings: Settings) -> Accelerator:
     if count != made.num_processes:
         raise DraftuneError(f"the launcher started {count} processes, but accelerate found {made.num_processes}")
     with processes_of(made).together():
-        if wants_shards() and settings.compile:
+        if fsdp_requested() and settings.compile:
             raise DraftuneError("compile does not work with FSDP: leave out --compile")
         if settings.mixed_precision == "fp16" and made.device.type == "cpu":
             raise DraftuneError("mixed_precision=fp16 does not work on a CPU: use bf16 or no")
@@ -74,7 +74,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
     return Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 
-def tell_unheeded(settings: Settings) -> None:
+def warn_ignored_launcher_options(settings: Settings) -> None:
     """Warn about options of accelerate's launcher that have no effect."""
     launcher_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher_precision not in ("no", settings.mixed_precision):

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from draftune.evaluation.criterion import DIVERSITY, HELD_OUT, weighed
+from draftune.evaluation.criterion import DIVERSITY, HELD_OUT, weighted_sum
 
 APART = ("stderr", "best")
 Row = Mapping[str, Any]
 """A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
 
 
-class Guard:
+class EarlyStopping:
     """Early stopping. The best evaluation has the highest weighted sum of columns.
 
     Args:
@@ -22,15 +22,15 @@ class Guard:
         reward: Column of the training reward, for the warning of over-optimization.
     """
 
-    def __init__(self, weights: Mapping[str, float], patience: int, reward: str) -> None:
-        self.weights, self.patience, self.reward = weights, patience, reward
+    def __init__(self, weights: Mapping[str, float], early_stopping_patience: int, reward: str) -> None:
+        self.weights, self.early_stopping_patience, self.reward = weights, early_stopping_patience, reward
         self.rows: list[Row] = []
         self.best: Row | None = None
 
     def value(self, row: Row) -> float:
         """Return a row's weighted sum, -inf if it is not finite. Raises DraftuneError for an unknown column."""
         columns = {key: math.nan if value is None else value for key, value in row.items() if key not in APART}
-        value: float = weighed(self.weights, columns)
+        value: float = weighted_sum(self.weights, columns)
         return value if math.isfinite(value) else -math.inf
 
     def see(self, row: Row) -> bool:
@@ -49,7 +49,11 @@ class Guard:
     @property
     def exhausted(self) -> bool:
         """Return whether `patience` evaluations have passed without improvement."""
-        return bool(self.patience) and self.best is not None and self.since(self.best) >= self.patience
+        return (
+            bool(self.early_stopping_patience)
+            and self.best is not None
+            and self.since(self.best) >= self.early_stopping_patience
+        )
 
     def warning(self) -> str | None:
         """Return a warning of over-optimization, None if there is no sign of it.

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 from draftune.errors import DraftuneError
 
 if TYPE_CHECKING:
-    from draftune.models import Model
+    from draftune.models import DiffusionModel
 
 
-def wants_shards() -> bool:
+def fsdp_requested() -> bool:
     """Return whether accelerate's launcher requested FSDP. Raises DraftuneError for options that are not supported."""
 
     def option(name: str, default: str) -> str:
@@ -33,7 +33,7 @@ def wants_shards() -> bool:
     return True
 
 
-def shard(model: Model, device: torch.device, count: int) -> None:
+def shard(model: DiffusionModel, device: torch.device, count: int) -> None:
     """Shard the denoiser and the text encoders over the processes, in place, and move the rest to the device.
 
     The trainable LoRA stays whole in every process. So does the decoder, which is small and is not called as a module.
@@ -55,7 +55,7 @@ def shard(model: Model, device: torch.device, count: int) -> None:
                 parameter.data = parameter.data.to(device) if parameter in trained else parameter.data.contiguous()
             kind = type(part)
             for module in [*blocks(part), part]:
-                # By default, FSDP 2 does not reshard the root after a forward pass (see `put_back`).
+                # By default, FSDP 2 does not reshard the root after a forward pass (see `reshard`).
                 fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
                 module.register_forward_pre_hook(contiguous, with_kwargs=True)
             if part is not model.denoiser:
@@ -64,7 +64,7 @@ def shard(model: Model, device: torch.device, count: int) -> None:
             part.to(device)
 
 
-def put_back(model: Model) -> None:
+def reshard(model: DiffusionModel) -> None:
     """Reshard the blocks that a backward pass prefetched and did not use.
 
     Otherwise a process that reads its weights to save them would reshard them without the others, and then wait for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from draftune.utils.logging import logger
-from draftune.utils.processes import ALONE, Processes
+from draftune.utils.processes import SINGLE_PROCESS, Processes
 
 WINDOW = 20
 """Number of recent updates that a warning is based on, since a single measurement is noisy."""
@@ -32,7 +32,7 @@ class GradientNoise:
         ratio: Signal over noise of the last update; NaN for fewer than two batches.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], processes: Processes = ALONE) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], processes: Processes = SINGLE_PROCESS) -> None:
         self.parameters, self.processes = parameters, processes
         self.recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self.warned = False

@@ -30,7 +30,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass
-class Trial:
+class MemoryTrial:
     """Measurements of a run with some settings. If memory did not suffice, `ran` is False and the numbers are 0.
 
     Attributes:
@@ -64,7 +64,7 @@ class Trial:
 
 
 @dataclass
-class Preflight:
+class MemoryReport:
     """The trials on a device with `memory` bytes: first the requested settings, then changed ones.
 
     `best` is the trial with every change that saved memory.
@@ -72,8 +72,8 @@ class Preflight:
 
     device: torch.device
     memory: int
-    trials: list[Trial]
-    best: Trial
+    trials: list[MemoryTrial]
+    best: MemoryTrial
 
     @property
     def fits(self) -> bool:
@@ -87,7 +87,7 @@ class Preflight:
         return {name: value for name, value in vars(last).items() if value != getattr(first, name)}
 
 
-def preflight(settings: Settings, memory: int | None = None) -> Preflight:
+def preflight(settings: Settings, memory: int | None = None) -> MemoryReport:
     """Run real updates at the real size, and change one setting after the other until they fit. Nothing is written.
 
     Args:
@@ -102,7 +102,7 @@ def preflight(settings: Settings, memory: int | None = None) -> Preflight:
     device = accelerator(settings).device
     memory = memory or free_memory(device)
     first = measured(settings, {})
-    report = Preflight(device, memory, [first], first)
+    report = MemoryReport(device, memory, [first], first)
     for lever in LEVERS:
         while not report.fits and (change := lever(report.best.settings)):
             trial = measured(replace(report.best.settings, **change), change)
@@ -116,7 +116,9 @@ def preflight(settings: Settings, memory: int | None = None) -> Preflight:
 
 def checkpointing(settings: Settings) -> dict[str, Any]:
     """Recompute more in the backward pass."""
-    modes = ["none", "denoiser", "both"] if load_method(settings.method).spans_calls() else ["none", "blocks"]
+    modes = (
+        ["none", "denoiser", "both"] if load_method(settings.method).backprops_multiple_calls() else ["none", "blocks"]
+    )
     mode = settings.gradient_checkpointing or modes[-1]
     less = modes[modes.index(mode) + 1 :] if mode in modes else modes[-1:]
     return {"gradient_checkpointing": less[0]} if less else {}
@@ -136,7 +138,7 @@ def smaller_batches(settings: Settings) -> dict[str, Any]:
     return {"batch_size": half, "gradient_accumulation_steps": number * size // half}
 
 
-def half_precision(settings: Settings) -> dict[str, Any]:
+def supports_fp16(settings: Settings) -> dict[str, Any]:
     """Use bfloat16."""
     return {"mixed_precision": "bf16"} if settings.mixed_precision == "no" else {}
 
@@ -146,19 +148,19 @@ LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
     checkpointing,
     fewer_scored,
     smaller_batches,
-    half_precision,
+    supports_fp16,
 )
 
 
-def measured(settings: Settings, change: dict[str, Any]) -> Trial:
+def measured(settings: Settings, change: dict[str, Any]) -> MemoryTrial:
     """Load everything and measure some updates."""
-    trial = Trial(settings, change)
+    trial = MemoryTrial(settings, change)
     try:
         return filled(trial, Trainer(settings=settings))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return Trial(settings, change)
+        return MemoryTrial(settings, change)
     finally:
         # Free this trainer's memory before the next one is built.
         gc.collect()
@@ -166,7 +168,7 @@ def measured(settings: Settings, change: dict[str, Any]) -> Trial:
             torch.cuda.empty_cache()
 
 
-def filled(trial: Trial, trainer: Trainer) -> Trial:
+def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
     """Fill in a trial's measurements."""
     c, s, device = trainer.context, trainer.settings, trainer.context.accelerator.device
     trial.held = held_memory(trainer)
@@ -174,31 +176,31 @@ def filled(trial: Trial, trainer: Trainer) -> Trial:
     trainer.checks.check_rewards(trainer.watch.shown)
     # The optimizer's state exists from the second update on.
     update = peak_memory(lambda: [trainer.updates.update(1 + i) for i in range(2)], device)
-    timed = max(TIMED, s.prefix_reuse)  # one of `prefix_reuse` updates samples the prefix
+    timed = max(TIMED, s.prefix_reuse_steps)  # one of `prefix_reuse_steps` updates samples the prefix
     trial.update = seconds(lambda: [trainer.updates.update(3 + i) for i in range(timed)], device) / timed
     prompts = list(islice(cycle(trainer.prompts), s.batch_size))
 
     def look() -> None:
         images = c.sample_images(prompts, range(len(prompts)))
-        for reward in (c.reward, c.held_out):
+        for reward in (c.reward, c.eval_rewards):
             if reward is not None:
                 score_batches(reward, images, prompts, device)
 
     trial.picture = seconds(look, device) / len(prompts)
     # With a tiny decoder in training, only sampling uses the model's own decoder.
     trial.peak = max(update, peak_memory(look, device))
-    grids = 2 + ((s.steps - 1) // s.sample_every if s.sample_every else 0)
+    grids = 2 + ((s.steps - 1) // s.log_images_steps if s.log_images_steps else 0)
     trial.run = {
         "updates": (s.steps, s.steps * trial.update),
         "sample grids": (grids, grids * len(trainer.watch.shown) * trial.picture),
     }
     if c.eval_prompts:
-        evaluations = 2 + ((s.steps - 1) // s.eval_every if s.eval_every else 0)
+        evaluations = 2 + ((s.steps - 1) // s.validation_steps if s.validation_steps else 0)
         prompts_of_evaluation = list(c.eval_prompts)
         if c.past is not None and c.past.reward is not None and list(c.past.prompts) != prompts_of_evaluation:
             prompts_of_evaluation += c.past.prompts
         # `denoiser_mse_from_base` calls the network twice for each sampling step of `batch_size` images.
-        images = len(prompts_of_evaluation) * s.eval_images + 2 * s.batch_size
+        images = len(prompts_of_evaluation) * s.num_validation_images + 2 * s.batch_size
         trial.run["evaluations"] = evaluations, evaluations * images * trial.picture
     trial.ran = True
     return trial
@@ -216,7 +218,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def held_memory(trainer: Trainer) -> int:
     """Return the bytes of every network on the device during training, the LoRA included."""
     c = trainer.context
-    rewards = [c.reward, c.held_out, c.past.reward if c.past is not None else None]
+    rewards = [c.reward, c.eval_rewards, c.past.reward if c.past is not None else None]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for network in [*c.model.networks, *filter(None, rewards)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from draftune.errors import DraftuneError
 from draftune.runs.checkpoint import checkpoints
-from draftune.training.data import Drawn
+from draftune.training.data import BatchRecord
 from draftune.utils.images import save_image, to_pil
 from draftune.utils.logging import logger
 from draftune.utils.processes import Processes
@@ -18,7 +18,7 @@ MAX_NONFINITE_STEPS = 20
 """Consecutive updates that may be skipped before the run ends."""
 
 
-def save_nonfinite(folder: Path, batches: Sequence[Drawn], processes: Processes) -> None:
+def save_nonfinite(folder: Path, batches: Sequence[BatchRecord], processes: Processes) -> None:
     """Save an update's batches: I.safetensors with noise, images, rewards and prompts, and the images I-J.png."""
     for i, batch in enumerate(batches):
         tensors = {"noise": batch.noise}
@@ -41,7 +41,7 @@ def skip_or_stop(error: DraftuneError, folder: Path, step: int, skip: bool, in_a
         error: The reward or gradient that is not finite.
         folder: The run's folder.
         step: Number of the update.
-        skip: Whether such updates may be skipped (`on_nonfinite`).
+        skip: Whether such updates may be skipped (`nonfinite_action`).
         in_a_row: Consecutive updates that were skipped, with this one.
 
     Raises:
@@ -51,7 +51,7 @@ def skip_or_stop(error: DraftuneError, folder: Path, step: int, skip: bool, in_a
     if skip and in_a_row <= MAX_NONFINITE_STEPS:
         logger.warning("%s; the update is skipped, its batch is in %r", error, saved)
         return
-    advice = "--on-nonfinite skip skips such updates"
+    advice = "--nonfinite-action skip skips such updates"
     if skip:
         advice = f"{MAX_NONFINITE_STEPS} updates in a row were skipped: lower the learning rate, or use "
         advice += "--mixed-precision no"

@@ -163,19 +163,19 @@ def check_optimizer(settings: Settings, method: Method) -> None:
     if needs_closure(optimizer):
         if s.mixed_precision == "fp16":
             raise DraftuneError(f"the optimizer {s.optimizer!r} does not work in fp16: use bf16 or no")
-        if not method.needs_gradient:
+        if not method.needs_reward_gradient:
             raise DraftuneError(
                 f"the optimizer {s.optimizer!r} computes the gradient of a batch several times, but the method "
                 f"{s.method!r} takes its own optimizer steps: use adamw or sgd"
             )
-    if s.signal_to_noise and (s.gradient_accumulation_steps < 2 or not method.needs_gradient):
+    if s.log_gradient_snr and (s.gradient_accumulation_steps < 2 or not method.needs_reward_gradient):
         raise DraftuneError(
-            "signal_to_noise compares the gradients of an update's batches: it needs --gradient-accumulation-steps of "
+            "log_gradient_snr compares the gradients of an update's batches: it needs --gradient-accumulation-steps of "
             "at least 2 and a method that uses the reward's gradient"
         )
 
 
-class Replay:
+class RNGReplay:
     """The state of all random generators at construction, which `rewind` restores."""
 
     def __init__(self, generator: torch.Generator) -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.rewards.chunked import at_once
-from draftune.rewards.latent import parts_of
-from draftune.rewards.online import extra_queries, learn_all, learners
+from draftune.rewards.chunked import chunked_scores
+from draftune.rewards.latent import score_latents
+from draftune.rewards.online import extra_queries, learn_all, online_rewards
 from draftune.training.context import TrainContext
-from draftune.training.data import Drawn
+from draftune.training.data import BatchRecord
 
 
 class NonFiniteError(DraftuneError):
@@ -25,7 +25,7 @@ class Scorer:
         self.queries = 0
         """Images scored so far, over all processes."""
 
-    def __call__(self, batch: Drawn, step: int, clean: Tensor, expected: Tensor | None = None) -> Tensor:
+    def __call__(self, batch: BatchRecord, step: int, clean: Tensor, expected: Tensor | None = None) -> Tensor:
         """Score clean latents. The first call of a batch stores images and rewards in it; online rewards learn from it.
 
         Args:
@@ -49,7 +49,7 @@ class Scorer:
         before, first = extra_queries(reward), batch.reward is None
 
         def scored(latents: Tensor, some: slice) -> Tensor:
-            score, terms, images = parts_of(reward, latents, model.decode, prompts[some])
+            score, terms, images = score_latents(reward, latents, model.decode, prompts[some])
             pictures.append(images)
             totals.append(score.detach())
             for label, values in terms.items():
@@ -57,8 +57,8 @@ class Scorer:
             return score
 
         with processes.together():
-            # fp16 gradients are scaled here too: at_once takes them before the trainer's backward pass.
-            own = at_once(scored, clean, s.reward_batch_size, scaler.get_scale() if scaler else 1.0)
+            # fp16 gradients are scaled here too: chunked_scores takes them before the trainer's backward pass.
+            own = chunked_scores(scored, clean, s.reward_batch_size, scaler.get_scale() if scaler else 1.0)
         total = processes.gather(torch.cat(totals))
         more = processes.gather(torch.tensor([extra_queries(reward) - before])).sum()
         self.queries += len(batch.prompts) + int(more)
@@ -68,7 +68,7 @@ class Scorer:
             batch.parts = {label: processes.gather(torch.cat(scores)) for label, scores in parts.items()}
         if not finite:
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
-        if first and learners(reward):
+        if first and online_rewards(reward):
             # Every process trains the reward on all images, so that its copies stay equal.
             images = processes.gather(torch.cat(pictures))
             learn_all(reward, images, batch.prompts, None if expected is None else processes.gather(expected))

@@ -7,13 +7,13 @@ from itertools import cycle, islice
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import score_batches
-from draftune.evaluation.reward_check import probe_reward, tell_truncated
+from draftune.evaluation.reward_check import check_reward, tell_truncated
 from draftune.models.tiny_decoder import check_likeness
 from draftune.rewards.base import check_prompts
-from draftune.runs.checkpoint import undisturbed
+from draftune.runs.checkpoint import preserve_rng
 from draftune.training.checks import AUDITED
 from draftune.training.context import TrainContext
-from draftune.training.step import Updates
+from draftune.training.step import TrainStep
 from draftune.utils.logging import logger
 
 MIN_VISIBLE_CHANGE = 0.5 / 255
@@ -35,17 +35,17 @@ class RunChecks:
             shown: Prompts of the sample grids.
 
         Returns:
-            What `probe_reward` measured of each term of the training reward.
+            What `check_reward` measured of each term of the training reward.
 
         Raises:
             DraftuneError: a reward fails, has no gradient, or does not fit the prompts.
         """
         c, s, device = self.context, self.context.settings, self.context.model.device
         asked = [*c.prompts, *(c.eval_prompts or ())]
-        tell_truncated(asked, c.model, [c.reward, c.held_out], s.negative_prompt)
+        tell_truncated(asked, c.model, [c.reward, c.eval_rewards], s.negative_prompt)
         with c.processes.together():
             check_prompts(c.reward, c.prompts)
-            for reward in (c.reward, c.held_out):
+            for reward in (c.reward, c.eval_rewards):
                 try:
                     if reward is not None:
                         check_prompts(reward, c.eval_prompts or shown)
@@ -53,15 +53,15 @@ class RunChecks:
                     raise DraftuneError(f"the evaluation prompts (eval_prompts) do not fit: {error}") from error
         self.base_images = c.sample_images(self.prompts, range(2))
         with c.processes.together():
-            if c.model.small_decoder is not None:
+            if c.model.tiny_decoder is not None:
                 check_likeness(c.model, self.prompts, c.schedule, s.guidance_scale, s.negative_prompt)
-            report = probe_reward(c.reward, self.base_images.to(device), self.prompts, c.method.needs_gradient)
-            if c.held_out is not None:
+            report = check_reward(c.reward, self.base_images.to(device), self.prompts, c.method.needs_reward_gradient)
+            if c.eval_rewards is not None:
                 evaluated = list(islice(cycle(c.eval_prompts or self.prompts), 2))
-                score_batches(c.held_out, self.base_images, evaluated, device)
+                score_batches(c.eval_rewards, self.base_images, evaluated, device)
         return report
 
-    def check_gradients(self, updates: Updates) -> None:
+    def check_gradients(self, updates: TrainStep) -> None:
         """Warn once if the gradient was exactly 0 in the last updates, with the method's reason if it knows one."""
         if self.warned or updates.without_gradient < min(AUDITED, self.context.settings.steps):
             return
@@ -71,7 +71,7 @@ class RunChecks:
         )
         logger.warning(f"the gradient was exactly 0 in the last {updates.without_gradient} updates: {reason}")
 
-    @undisturbed()
+    @preserve_rng()
     def check_images_changed(self, done: int) -> None:
         """Warn if the first updates changed no image, although there was a gradient."""
         # The same batch as in `check_rewards`: batches of another size differ in the last digits.

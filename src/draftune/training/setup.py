@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, gather, unknown
-from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, weights_of
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, parse_criterion
 from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
-from draftune.models import Model, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.recommended import SAMPLING, same_method
-from draftune.rewards import Reward, find_reward
-from draftune.rewards.online import taught
+from draftune.rewards import Reward, parse_reward
+from draftune.rewards.online import require_trained
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
 from draftune.training.context import TrainContext
-from draftune.training.continued import Past, find_past
-from draftune.training.distributed import accelerator, processes_of, tell_unheeded
-from draftune.training.fsdp import shard, wants_shards
+from draftune.training.continued import ContinuedRun, resolve_continued_run
+from draftune.training.distributed import accelerator, processes_of, warn_ignored_launcher_options
+from draftune.training.fsdp import fsdp_requested, shard
 from draftune.training.optim import check_optimizer
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
@@ -49,7 +49,7 @@ def prepare(
     reward: RewardLike | None,
     prompts: PromptsLike | None,
     method: str | Method | None,
-    held_out: RewardLike | None,
+    eval_rewards: RewardLike | None,
     settings: Settings | None,
     values: dict[str, Any],
 ) -> TrainContext:
@@ -58,56 +58,56 @@ def prepare(
     Raises:
         DraftuneError: something is missing or does not fit, reported as early as possible.
     """
-    if model is not None and not isinstance(model, (str, Path, Model)):
+    if model is not None and not isinstance(model, (str, Path, DiffusionModel)):
         model = load_model(model)
-    named = {"model": model, "reward": reward, "prompts": prompts, "held_out": held_out, "method": method}
+    named = {"model": model, "reward": reward, "prompts": prompts, "eval_rewards": eval_rewards, "method": method}
     values = values | {name: describe(value) for name, value in named.items() if value is not None}
     settings = resolve_settings(model, settings, values)
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts))
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
-    if settings.patience and not (settings.eval_every and settings.eval_prompts):
-        raise DraftuneError("patience counts evaluations: it needs --eval-prompts and --eval-every")
-    best_columns = weights_of(settings.best_by) if settings.best_by else {}
+    if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
+        raise DraftuneError("patience counts evaluations: it needs --eval-prompts and --validation-steps")
+    best_columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     method = method if isinstance(method, Method) else load_method(settings.method)
     check_method(settings, method)
     check_optimizer(settings, method)
     installed_trackers(settings)
-    past = find_past(settings)
+    past = resolve_continued_run(settings)
     if past is not None and past.kept:
-        from draftune.experimental.retention import Keep
+        from draftune.experimental.retention import Retention
 
-        method = Keep(method, settings.keep_weight)
-        if not settings.normalize_reward:
+        method = Retention(method, settings.retain_weight)
+        if not settings.reward_normalization_samples:
             logger.warning(
-                f"--keep-weight {settings.keep_weight:g} is relative to the scale of the reward: --normalize-reward 32 "
+                f"--retain-weight {settings.retain_weight:g} is relative to the scale of the reward: --reward-normalization-samples 32 "
                 "makes its standard deviation 1"
             )
     # transformers loads weights differently once torch.distributed is initialized: do it before anything is loaded.
     made = accelerator(settings)
     processes = processes_of(made)
-    tell_unheeded(settings)
+    warn_ignored_launcher_options(settings)
     with processes.together():
         contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
         if past is not None:
-            contents |= {"retain_prompts": past.kept, "continue_from": [past.checksum]}
+            contents |= {"retain_prompts": past.kept, "init_lora": [past.checksum]}
         folder = RunFolder(settings, contents, processes)
         # The weights of all rewards are located before any network is loaded.
-        evaluated = held_out or settings.held_out
+        evaluated = eval_rewards or settings.eval_rewards
         score, judge = gather(
-            lambda: find_reward(settings.reward if reward is None else reward),
-            lambda: find_reward(evaluated) if evaluated else None,
+            lambda: parse_reward(settings.reward if reward is None else reward),
+            lambda: parse_reward(evaluated) if evaluated else None,
         )
         assert score is not None
-        if settings.normalize_reward:
-            taught(score)
+        if settings.reward_normalization_samples:
+            require_trained(score)
         check_columns(best_columns, score, judge, past)
-        decoder = find_small_decoder(settings.gradient_decoder) if settings.gradient_decoder else None
-        if not isinstance(model, Model):
+        decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
+        if not isinstance(model, DiffusionModel):
             model = load_model(settings.model if model is None else model, settings.mixed_precision)
-        model.small_decoder = load_small_decoder(decoder, model) if decoder else None
+        model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.agree()
     with processes.together():
-        sharded = wants_shards() and processes.count > 1
+        sharded = fsdp_requested() and processes.count > 1
         context = TrainContext(
             settings=replace(folder.settings, model=model.name),
             folder=folder,
@@ -117,7 +117,7 @@ def prepare(
             pixel_clamp=model.pixel_clamp,
             schedule=set_up_model(settings, model, method, [*texts, *(eval_texts or ())], past),
             reward=score,
-            held_out=judge,
+            eval_rewards=judge,
             prompts=texts,
             eval_prompts=eval_texts,
             past=past,
@@ -131,11 +131,11 @@ def prepare(
 def resolve_settings(model: ModelLike | None, settings: Settings | None, values: dict[str, Any]) -> Settings:
     """Return the settings with `values` in them, and the recommended values of model and method for the rest."""
     base = asdict(settings) if settings else {}
-    if settings is None and isinstance(model, Model):
+    if settings is None and isinstance(model, DiffusionModel):
         base = model.recommended  # the name of a loaded model may be no folder that Settings can look into
     values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
     if settings and not same_method(str(values.get("method", settings.method)), settings.method):
-        base.pop("prefix_reuse")  # the recommended number depends on the method
+        base.pop("prefix_reuse_steps")  # the recommended number depends on the method
     return Settings.from_mapping(base | values)
 
 
@@ -154,7 +154,7 @@ def describe(value: Any) -> str:
 def check_method(settings: Settings, method: Method) -> None:
     """Raise DraftuneError for settings that the method does not support."""
     s, name = settings, f"the method {settings.method!r}"
-    if s.mixed_precision == "fp16" and not method.half_precision:
+    if s.mixed_precision == "fp16" and not method.supports_fp16:
         raise DraftuneError(f"{name} does not work in fp16: use bf16 or no")
     images = s.batch_size * s.gradient_accumulation_steps
     if images < method.min_images_per_update:
@@ -162,29 +162,33 @@ def check_method(settings: Settings, method: Method) -> None:
             f"{name} compares the rewards of an update with each other: batch_size times gradient_accumulation_steps "
             f"must be at least {method.min_images_per_update}, not {images}"
         )
-    for setting in ("prefix_reuse", "prefix_stride"):
-        if getattr(s, setting) > 1 and not method.has_prefix():
+    for setting in ("prefix_reuse_steps", "prefix_stride"):
+        if getattr(s, setting) > 1 and not method.starts_without_grad():
             raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
-    if s.prefix_reuse > 1 and not method.shares_prefix():
+    if s.prefix_reuse_steps > 1 and not method.prefix_is_reusable():
         raise DraftuneError(
-            f"prefix_reuse={s.prefix_reuse} does not work with {name}: updates share the sampling steps without "
-            "gradient only if these end at the same step in each update (Method.shares_prefix); prefix_reuse must be 1"
+            f"prefix_reuse_steps={s.prefix_reuse_steps} does not work with {name}: updates share the sampling steps without "
+            "gradient only if these end at the same step in each update (Method.shares_prefix); prefix_reuse_steps must be 1"
         )
-    if s.gradient_decoder and not method.needs_gradient:
-        raise DraftuneError(f"{name} uses no gradient of the reward: leave out gradient_decoder")
+    if s.tiny_decoder and not method.needs_reward_gradient:
+        raise DraftuneError(f"{name} uses no gradient of the reward: leave out tiny_decoder")
 
 
-def check_columns(columns: dict[str, float], reward: Reward, held_out: Reward | None, past: Past | None) -> None:
-    """Raise DraftuneError for a column in `best_by` that the evaluations will not have."""
+def check_columns(
+    columns: dict[str, float], reward: Reward, eval_rewards: Reward | None, past: ContinuedRun | None
+) -> None:
+    """Raise DraftuneError for a column in `metric_for_best_model` that the evaluations will not have."""
     known = [reward.label, *reward.columns, *(past.columns if past is not None else ())]
-    known += [f"{HELD_OUT}{label}" for label in held_out.columns] if held_out is not None else []
+    known += [f"{HELD_OUT}{label}" for label in eval_rewards.columns] if eval_rewards is not None else []
     known += [DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
     for column in columns:
         if column not in known:
             raise unknown("column of the evaluations", column, known)
 
 
-def set_up_model(s: Settings, model: Model, method: Method, prompts: Sequence[str], past: Past | None) -> Schedule:
+def set_up_model(
+    s: Settings, model: DiffusionModel, method: Method, prompts: Sequence[str], past: ContinuedRun | None
+) -> Schedule:
     """Set the model's size, timesteps and pixel clamp, and freeze the LoRA that training starts from.
 
     Returns:
@@ -198,7 +202,7 @@ def set_up_model(s: Settings, model: Model, method: Method, prompts: Sequence[st
         prompts = [*prompts, *past.kept, *past.prompts]
     model.check_prompts(prompts, s.negative_prompt)
     model.set_size(s.height, s.width)
-    model.set_grid(s.timestep_spacing, s.set_alpha_to_one)
+    model.set_sampler_options(s.timestep_spacing, s.set_alpha_to_one)
     if past is not None:
         past.compare(model.grid)
     model.pixel_clamp = s.pixel_clamp
@@ -216,15 +220,17 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     """
     s, model, device = context.settings, context.model, context.accelerator.device
     model.to("cpu" if sharded else device, s.mixed_precision)
-    model.set_checkpointing(s.gradient_checkpointing or ("both" if context.method.spans_calls() else "blocks"))
+    model.set_checkpointing(
+        s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
+    )
     first = context.past.ready(device) if context.past is not None else None
-    for reward in (context.reward, context.held_out, first):
+    for reward in (context.reward, context.eval_rewards, first):
         if reward is not None:
             reward.ready().to(device)
             reward.set_chunk_size(s.reward_batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)
-        add_lora(model, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
+        add_lora(model, s.lora_rank, s.lora_alpha, s.lora_target_modules.split(","))
     if s.compile:
         # In place, unlike torch.compile(module): the names of layers and LoRA tensors stay as they are.
         model.denoiser.compile(backend=COMPILE_BACKEND)
@@ -233,25 +239,27 @@ def to_device(context: TrainContext, sharded: bool) -> None:
 def release_model(context: TrainContext) -> None:
     """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp and compilation."""
     model = context.model
-    model.small_decoder, model.pixel_clamp = None, context.pixel_clamp
+    model.tiny_decoder, model.pixel_clamp = None, context.pixel_clamp
     if context.settings.compile:
         model.denoiser._compiled_call_impl = None
 
 
-def normalize_reward(context: TrainContext) -> TrainContext:
-    """Divide each term of the reward by its standard deviation over `normalize_reward` images of the base model.
+def reward_normalization_samples(context: TrainContext) -> TrainContext:
+    """Divide each term of the reward by its standard deviation over `reward_normalization_samples` images of the base model.
 
     Returns:
         The context with the new reward. Its settings have the weights in the reward's expression, for config.yaml.
     """
     s, processes, device = context.settings, context.processes, context.model.device
-    prompts = list(islice(cycle(context.prompts), s.normalize_reward))
-    images = context.sample_images(prompts, range(s.normalize_reward))
+    prompts = list(islice(cycle(context.prompts), s.reward_normalization_samples))
+    images = context.sample_images(prompts, range(s.reward_normalization_samples))
     with processes.together():
         reward = normalized(context.reward, images, prompts, device)
     # Processes may differ in the last digits.
-    reward.weights = processes.of_main(reward.weights)
+    reward.weights = processes.broadcast(reward.weights)
     reward.set_chunk_size(s.reward_batch_size)
     return replace(
-        context, reward=reward, settings=replace(s, reward=reward.expression or reward.label, normalize_reward=0)
+        context,
+        reward=reward,
+        settings=replace(s, reward=reward.expression or reward.label, reward_normalization_samples=0),
     )

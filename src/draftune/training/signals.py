@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
+def graceful_interrupt() -> Iterator[threading.Event]:
     """Yield an event that the first SIGINT or SIGTERM sets. A second signal acts as it did before the block."""
     stop_requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():

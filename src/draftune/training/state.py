@@ -14,14 +14,14 @@ from draftune.rewards.online import carried
 from draftune.runs.checkpoint import load_optimizer, optimizer_tensors
 from draftune.runs.resuming import COMPUTED
 from draftune.training.data import read_starts, starts_state
-from draftune.training.step import Updates
+from draftune.training.step import TrainStep
 
-METHOD_STATE = {"model", "reward", "normalize_reward", "method", "height", "width"}
+METHOD_STATE = {"model", "reward", "reward_normalization_samples", "method", "height", "width"}
 METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
 """Settings that a method's state depends on: statistics of the reward, value networks of the sampling steps."""
 
 
-def train_state(updates: Updates) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def train_state(updates: TrainStep) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the state of the updates for a checkpoint. Every process must call it.
 
     Returns:
@@ -53,7 +53,7 @@ def train_state(updates: Updates) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_train_state(
-    updates: Updates, state: Mapping[str, Any], tensors: Mapping[str, Tensor], changed: Collection[str] = ()
+    updates: TrainStep, state: Mapping[str, Any], tensors: Mapping[str, Tensor], changed: Collection[str] = ()
 ) -> None:
     """Restore the state that `train_state` returned.
 
@@ -85,7 +85,7 @@ def load_train_state(
             updates.ema.optimization_step = state["ema_step"]
     if "optimizer" not in changed:
         load_optimizer(updates.optimizer, list(parameters), tensors)
-    same_reward = not {"reward", "normalize_reward"} & set(changed)
+    same_reward = not {"reward", "reward_normalization_samples"} & set(changed)
     for name, learned in carried(context.reward).items() if same_reward else ():
         learned.resize_as_(tensors[name]).copy_(tensors[name])
     updates.generator.set_state(tensors["generator"])

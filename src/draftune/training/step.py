@@ -18,18 +18,18 @@ from draftune.lora import lora_parameters
 from draftune.methods import Batch
 from draftune.rewards.base import begin_step
 from draftune.rewards.online import carried
-from draftune.sampling.sampler import Latents
-from draftune.training.checks import GradientAudit
+from draftune.sampling.sampler import PrefixCache
+from draftune.training.checks import GradientCheck
 from draftune.training.context import TrainContext
-from draftune.training.data import Drawn, PromptOrder, Start
-from draftune.training.fsdp import put_back
+from draftune.training.data import BatchInput, BatchRecord, PromptSampler
+from draftune.training.fsdp import reshard
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.nonfinite import MAX_NONFINITE_STEPS, save_nonfinite, skip_or_stop
-from draftune.training.optim import Replay, filter_of, learning_rates, needs_closure, optimizer_of
+from draftune.training.optim import RNGReplay, filter_of, learning_rates, needs_closure, optimizer_of
 from draftune.training.reward_step import NonFiniteError, Scorer
 
 
-class Updates:
+class TrainStep:
     """Run the updates of a training run.
 
     Every process samples the same prompts and noise and computes its share of them. The gradients are averaged over
@@ -37,7 +37,7 @@ class Updates:
 
     Attributes:
         parameters: The trainable LoRA tensors by name.
-        starts: Batches that have begun: prompts, noise and prefix. With `prefix_reuse`, later updates use them too.
+        starts: Batches that have begun: prompts, noise and prefix. With `prefix_reuse_steps`, later updates use them too.
         norms: Gradient norms of the present update before clipping, one for each backward pass.
         skipped, skipped_in_a_row: Updates skipped because of a reward or gradient that is not finite.
         without_gradient: Consecutive updates whose gradient was exactly 0.
@@ -59,14 +59,14 @@ class Updates:
             from diffusers.training_utils import EMAModel
 
             self.ema = EMAModel(self.parameters.values(), s.ema_decay)
-        self.noise = GradientNoise(self.parameters, context.processes) if s.signal_to_noise else None
+        self.noise = GradientNoise(self.parameters, context.processes) if s.log_gradient_snr else None
         # Training has its own generator, so that samples and evaluations do not change it.
         self.generator = torch.Generator().manual_seed(s.seed)
-        self.order = PromptOrder(len(context.prompts), self.generator)
-        self.kept_order = PromptOrder(len(context.retained), self.generator)
-        self.audit = GradientAudit(self.parameters)
+        self.order = PromptSampler(len(context.prompts), self.generator)
+        self.kept_order = PromptSampler(len(context.retained), self.generator)
+        self.audit = GradientCheck(self.parameters)
         self.scorer = Scorer(context)
-        self.starts: list[Start] = []
+        self.starts: list[BatchInput] = []
         self.overflows = self.skipped = self.skipped_in_a_row = 0
         self.norms: list[float] = []
         self.without_gradient = 0
@@ -91,7 +91,7 @@ class Updates:
             group["lr"] = rate
         begin_step(self.context.reward, step)
         self.draw_starts()
-        drawn: list[Drawn] = []
+        drawn: list[BatchRecord] = []
         self.norms = []
         try:
             self.optimize(step, drawn)
@@ -99,11 +99,11 @@ class Updates:
             if self.ema is not None:
                 self.ema.step(self.parameters.values())
         except NonFiniteError as error:
-            self.leave_out(step, drawn, error)
+            self.handle_nonfinite(step, drawn, error)
         self.without_gradient = 0 if any(self.norms or [math.nan]) else self.without_gradient + 1
-        if step % self.context.settings.prefix_reuse == 0:
+        if step % self.context.settings.prefix_reuse_steps == 0:
             self.starts = []
-        put_back(self.context.model)
+        reshard(self.context.model)
         for learned in carried(self.context.reward).values():
             # Each process updated it with images of its own.
             learned.copy_(self.context.processes.gather(learned[None]).mean(0))
@@ -117,24 +117,24 @@ class Updates:
             if self.context.retained:
                 self.starts[-1].kept = self.start(self.kept_order)
 
-    def start(self, order: PromptOrder) -> Start:
+    def start(self, order: PromptSampler) -> BatchInput:
         """Return the next prompts with fresh noise."""
         s, model = self.context.settings, self.context.model
         chosen = order.draw(s.batch_size)
         noise = model.noise(self.generator, s.batch_size)
-        return Start(chosen, noise, Latents(self.context.processes.share(noise), stride=s.prefix_stride))
+        return BatchInput(chosen, noise, PrefixCache(self.context.processes.share(noise), stride=s.prefix_stride))
 
-    def fresh_batches(self, step: int, drawn: list[Drawn]) -> Iterator[Batch]:
+    def fresh_batches(self, step: int, drawn: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `drawn` receives their scores."""
         for start in self.starts:
-            drawn.append(Drawn([self.context.prompts[i] for i in start.prompts], start.noise))
+            drawn.append(BatchRecord([self.context.prompts[i] for i in start.prompts], start.noise))
             batch = self.batch(step, start, drawn[-1])
             if start.kept is not None:
-                kept = Drawn([self.context.retained[i] for i in start.kept.prompts], start.kept.noise)
+                kept = BatchRecord([self.context.retained[i] for i in start.kept.prompts], start.kept.noise)
                 batch.kept = self.batch(step, start.kept, kept)
             yield batch
 
-    def batch(self, step: int, start: Start, drawn: Drawn) -> Batch:
+    def batch(self, step: int, start: BatchInput, drawn: BatchRecord) -> Batch:
         """Return this process's share of a batch; its scores are stored in `drawn`."""
         c, s = self.context, self.context.settings
         own = c.processes.share(drawn.prompts)
@@ -142,21 +142,21 @@ class Updates:
         reward = partial(self.scorer, drawn, step)
         return Batch(own, start.latents, c.schedule, denoise, base, reward, self.generator, c.processes, drawn.prompts)
 
-    def optimize(self, step: int, drawn: list[Drawn]) -> None:
+    def optimize(self, step: int, drawn: list[BatchRecord]) -> None:
         """Take the optimizer steps of an update: backward pass of the method's losses, clipping, optimizer step."""
         method = self.context.method
         if not needs_closure(self.optimizer.optimizer):
-            for losses in method.optimizer_steps(self.fresh_batches(step, drawn)):
+            for losses in method.losses_per_step(self.fresh_batches(step, drawn)):
                 self.backward(step, losses, drawn)
                 self.clip(step)
                 self.optimizer.step()
             return
-        before = Replay(self.generator)
+        before = RNGReplay(self.generator)
 
         def closure() -> None:
             """Compute the gradient at the present weights, on the same batches with the same random numbers."""
             before.rewind()
-            steps = method.optimizer_steps(self.fresh_batches(step, drawn))
+            steps = method.losses_per_step(self.fresh_batches(step, drawn))
             self.backward(step, next(steps), drawn)
             self.clip(step)
             if next(steps, None) is not None:
@@ -167,7 +167,7 @@ class Updates:
 
         self.optimizer.step(closure)
 
-    def backward(self, step: int, losses: Iterator[Tensor], drawn: Sequence[Drawn]) -> None:
+    def backward(self, step: int, losses: Iterator[Tensor], drawn: Sequence[BatchRecord]) -> None:
         """Accumulate the gradients of the losses, average them over the processes and apply the gradient filter."""
         self.optimizer.zero_grad()
         if self.noise is not None:
@@ -211,7 +211,7 @@ class Updates:
                 self.optimizer.step()  # changes no weight, and prepares the scaler for the next gradient
             raise NonFiniteError(f"the gradient's norm became {norm} at update {step}")
 
-    def leave_out(self, step: int, drawn: Sequence[Drawn], error: NonFiniteError) -> None:
+    def handle_nonfinite(self, step: int, drawn: Sequence[BatchRecord], error: NonFiniteError) -> None:
         """Skip an update that is not finite, and save its batches. Raises DraftuneError if it may not be skipped."""
         self.norms = [math.nan]
         self.optimizer.zero_grad()
@@ -220,12 +220,12 @@ class Updates:
         self.skipped_in_a_row += 1
         if self.folder is None:
             raise DraftuneError(str(error)) from error
-        processes, skip = self.context.processes, self.context.settings.on_nonfinite == "skip"
+        processes, skip = self.context.processes, self.context.settings.nonfinite_action == "skip"
         save_nonfinite(self.folder / "nonfinite" / f"step-{step:06d}", drawn, processes)
         with processes.together():
             skip_or_stop(error, self.folder, step, skip, self.skipped_in_a_row)
 
-    def logs(self, step: int, rate: float, drawn: Sequence[Drawn]) -> dict[str, float]:
+    def logs(self, step: int, rate: float, drawn: Sequence[BatchRecord]) -> dict[str, float]:
         """Return the update's row of metrics.jsonl. Raises DraftuneError if the method scored no image."""
         s, norms = self.context.settings, self.norms or [math.nan]
         # An optimizer with a closure scores the same batches several times: log the first evaluation.
@@ -246,7 +246,7 @@ class Updates:
             **self.context.method.report(),
         }
         if self.noise is not None:
-            row["signal_to_noise"] = self.noise.ratio
+            row["log_gradient_snr"] = self.noise.ratio
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:

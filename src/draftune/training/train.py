@@ -18,7 +18,7 @@ def train(
     prompts: PromptsLike | None = None,
     *,
     method: str | Method | None = None,
-    held_out: RewardLike | None = None,
+    eval_rewards: RewardLike | None = None,
     settings: Settings | None = None,
     callbacks: Sequence[Callback] = (),
     **values: Value,
@@ -33,5 +33,10 @@ def train(
     Raises:
         DraftuneError: something is missing or does not fit, or the run cannot continue.
     """
-    arguments: dict[str, Any] = {"method": method, "held_out": held_out, "settings": settings, "callbacks": callbacks}
+    arguments: dict[str, Any] = {
+        "method": method,
+        "eval_rewards": eval_rewards,
+        "settings": settings,
+        "callbacks": callbacks,
+    }
     return Trainer(model, reward, prompts, **arguments | values).train()

@@ -31,17 +31,17 @@ from draftune.training.setup import (
     PromptsLike,
     RewardLike,
     Value,
-    normalize_reward,
     prepare,
     release_model,
+    reward_normalization_samples,
 )
-from draftune.training.signals import interruptible
+from draftune.training.signals import graceful_interrupt
 from draftune.training.state import load_train_state, train_state
-from draftune.training.step import Updates
+from draftune.training.step import TrainStep
 from draftune.training.trackers import Trackers, installed_trackers
-from draftune.training.validation import Watch
+from draftune.training.validation import Validation
 from draftune.utils.loading import first_line
-from draftune.utils.processes import lost
+from draftune.utils.processes import is_peer_failure
 
 
 @dataclass
@@ -67,11 +67,11 @@ class Trainer:
     Extend it by callbacks, or by a subclass that overrides `step`, `show`, `evaluate` or `save_checkpoint`.
 
     Args:
-        model: Name, folder or hub id of the base model, a diffusers pipeline, or a loaded `Model`.
+        model: Name, folder or hub id of the base model, a diffusers pipeline, or a loaded `DiffusionModel`.
         reward: An expression, a `Reward`, or a function of (images [B, 3, H, W], prompts) that returns B numbers.
         prompts: A named set, a file, or a list of prompts.
         method: An expression such as "draft_k(k=10)", or a `Method`.
-        held_out: Evaluation rewards, which are measured and not trained on.
+        eval_rewards: Evaluation rewards, which are measured and not trained on.
         settings: All settings; `values` are applied on top of them.
         callbacks: Objects whose methods are called during training.
         **values: Settings by name.
@@ -92,12 +92,12 @@ class Trainer:
         prompts: PromptsLike | None = None,
         *,
         method: str | Method | None = None,
-        held_out: RewardLike | None = None,
+        eval_rewards: RewardLike | None = None,
         settings: Settings | None = None,
         callbacks: Sequence[Callback] = (),
         **values: Value,
     ) -> None:
-        self.context = context = prepare(model, reward, prompts, method, held_out, settings, values)
+        self.context = context = prepare(model, reward, prompts, method, eval_rewards, settings, values)
         self.model, self.method, self.prompts = context.model, context.method, context.prompts
         self.folder, self.schedule, self.processes = context.folder, context.schedule, context.processes
         self.callbacks = [Trackers(installed_trackers(context.settings)), *callbacks]
@@ -116,14 +116,14 @@ class Trainer:
         return self.context.reward
 
     @cached_property
-    def updates(self) -> Updates:
+    def updates(self) -> TrainStep:
         """Return the update step. It is built on first use, after the reward is normalized."""
-        return Updates(self.context)
+        return TrainStep(self.context)
 
     @cached_property
-    def watch(self) -> Watch:
+    def watch(self) -> Validation:
         """Return the sampling and evaluation of this run, built on first use."""
-        return Watch(self.context)
+        return Validation(self.context)
 
     def train(self) -> Run:
         """Check the rewards, train, and compare the fine-tuned model with the base model.
@@ -139,8 +139,8 @@ class Trainer:
             # For rewards that use random numbers; training has its own generator.
             set_seed(self.settings.seed)
             report = self.checks.check_rewards(self.watch.shown)
-            if self.settings.normalize_reward:
-                self.context = normalize_reward(self.context)
+            if self.settings.reward_normalization_samples:
+                self.context = reward_normalization_samples(self.context)
                 del self.watch  # built with the reward before normalization
             with self.failures_explained():
                 with self.processes.together():
@@ -165,7 +165,7 @@ class Trainer:
             self.look()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
-            with interruptible() as stop_requested:
+            with graceful_interrupt() as stop_requested:
                 try:
                     self.loop(stop_requested)
                 finally:
@@ -193,7 +193,7 @@ class Trainer:
                 f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {self.resume_hint()}"
             ) from error
         except RuntimeError as error:
-            if not lost(error):
+            if not is_peer_failure(error):
                 raise
             raise DraftuneError(
                 f"another process of this run has ended; {self.resume_hint()} (torch: {first_line(error)})"
@@ -214,14 +214,18 @@ class Trainer:
                 bar.update()
                 if self.done == s.steps:
                     break  # `run` samples, evaluates and saves after the last update
-                if s.sample_every and self.done % s.sample_every == 0:
+                if s.log_images_steps and self.done % s.log_images_steps == 0:
                     self.show()
-                if s.eval_every and self.done % s.eval_every == 0:
+                if s.validation_steps and self.done % s.validation_steps == 0:
                     self.evaluate()
                 if self.watch.exhausted:
                     break
                 stop = self.processes.any(stop_requested.is_set())
-                if stop or (s.save_every and self.done % s.save_every == 0) or self.watch.best == self.done:
+                if (
+                    stop
+                    or (s.checkpointing_steps and self.done % s.checkpointing_steps == 0)
+                    or self.watch.best == self.done
+                ):
                     self.save_checkpoint()
                 if stop:
                     raise KeyboardInterrupt(f"after update {self.done}; the same command resumes from there")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, rule_of
+from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, default_criterion
 from draftune.evaluation.metrics import (
     KEPT_COLUMN,
     Comparison,
@@ -17,19 +17,19 @@ from draftune.evaluation.metrics import (
     score_batches,
 )
 from draftune.lora import save_lora
-from draftune.runs.checkpoint import undisturbed
+from draftune.runs.checkpoint import preserve_rng
 from draftune.runs.logs import EVALUATIONS, SAMPLES
 from draftune.training.context import TrainContext
-from draftune.training.early_stopping import Guard
+from draftune.training.early_stopping import EarlyStopping
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.logging import logger
 
 
-class Watch:
+class Validation:
     """Sample images and evaluate the model during training. The random numbers of training are not affected.
 
     Attributes:
-        shown: Prompts of the sample grids: `sample_prompts` of the evaluation or training prompts, evenly spaced.
+        shown: Prompts of the sample grids: `num_log_prompts` of the evaluation or training prompts, evenly spaced.
         evaluations: The first and the last evaluation, by update.
         guard: Early stopping, from the first evaluation on.
         last_shown: Update of the last sample grid.
@@ -38,13 +38,13 @@ class Watch:
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         prompts = context.eval_prompts or context.prompts
-        count = min(context.settings.sample_prompts, len(prompts))
+        count = min(context.settings.num_log_prompts, len(prompts))
         self.shown = [prompts[i * len(prompts) // count] for i in range(count)]
         self.evaluations: dict[int, Evaluation] = {}
-        self.guard: Guard | None = None
+        self.guard: EarlyStopping | None = None
         self.last_shown = -1
 
-    @undisturbed()
+    @preserve_rng()
     def show(self, step: int) -> None:
         """Write the sample grid of an update, its single images, and their scores as a line of samples.jsonl."""
         if step == self.last_shown:
@@ -70,7 +70,7 @@ class Watch:
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
         save_image(sheet, folder.path / "before_after.png")
 
-    @undisturbed()
+    @preserve_rng()
     def evaluate(self, step: int, counted: Mapping[str, float]) -> dict[str, Any] | None:
         """Evaluate the model on the evaluation prompts, if there are any, and save the LoRA if it is the best so far.
 
@@ -85,7 +85,12 @@ class Watch:
         if not context.eval_prompts or step in self.evaluations:
             return None
         evaluation = evaluate(
-            context.sample_images, context.reward, context.held_out, context.eval_prompts, s.eval_images, device
+            context.sample_images,
+            context.reward,
+            context.eval_rewards,
+            context.eval_prompts,
+            s.num_validation_images,
+            device,
         )
         evaluation.values |= self.retention_scores(evaluation)
         # Images take memory: only the first and the last evaluation are compared in the end.
@@ -94,7 +99,7 @@ class Watch:
         moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(context.eval_prompts[: s.batch_size])}
         measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": evaluation.stderr}
         # Processes may differ in the last digits, but must decide alike.
-        row = context.processes.of_main(measured)
+        row = context.processes.broadcast(measured)
         guard = self.guard = self.guard or self.resumed_guard()
         if any(row["step"] == old["step"] for old in guard.rows):
             return None
@@ -106,11 +111,13 @@ class Watch:
             logger.warning(warning)
         return dict(row)
 
-    def resumed_guard(self) -> Guard:
+    def resumed_guard(self) -> EarlyStopping:
         """Return early stopping with the evaluations before the checkpoint that the run is resumed from."""
         context = self.context
-        rule = rule_of(context.settings.best_by, context.held_out)
-        guard = Guard(rule or {context.reward.label: 1.0}, context.settings.patience, context.reward.label)
+        rule = default_criterion(context.settings.metric_for_best_model, context.eval_rewards)
+        guard = EarlyStopping(
+            rule or {context.reward.label: 1.0}, context.settings.early_stopping_patience, context.reward.label
+        )
         for row in context.folder.rows[EVALUATIONS]:
             # After a change of the reward (`allow_changes`), older rows do not have its column.
             if rule or context.reward.label in row:
@@ -126,14 +133,14 @@ class Watch:
         if list(past.prompts) == list(context.eval_prompts or ()):
             sample = lambda *_: evaluation.images  # noqa: E731 - these images exist already
         scores = evaluate(
-            sample, past.reward, None, past.prompts, context.settings.eval_images, context.model.device
+            sample, past.reward, None, past.prompts, context.settings.num_validation_images, context.model.device
         ).values
         return {f"{KEPT_COLUMN}{label}": values for label, values in scores.items()}
 
     def denoiser_mse(self, prompts: Sequence[str]) -> float:
         """Compute `denoiser_mse_from_base` over the prompts, which are divided among the processes."""
         context, s = self.context, self.context.settings
-        own = context.processes.padded_share(list(enumerate(prompts)))
+        own = context.processes.shard_padded(list(enumerate(prompts)))
         texts, seeds = [prompt for _, prompt in own], [seed for seed, _ in own]
         errors = denoiser_mse_by_prompt(
             context.model, texts, seeds, context.schedule, s.guidance_scale, s.negative_prompt

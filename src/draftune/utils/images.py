@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.utils.paths import IMAGE_ENDINGS, user_path, written_whole
+from draftune.utils.paths import IMAGE_ENDINGS, atomic_write, user_path
 
 NO_IMAGES = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr"}
 """Endings in Pillow's list of documents, videos and arrays."""
@@ -98,7 +98,7 @@ def open_image(path: Path) -> Tensor:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG file atomically."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.utils.quiet import quiet
+from draftune.utils.quiet import silence_libraries
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """The possible vocabulary files of a tokenizer. Without any, transformers silently makes an empty tokenizer."""
@@ -64,7 +64,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
         options["variant"] = variant
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        with quiet():
+        with silence_libraries():
             # `torch_dtype` is the name that all versions of both libraries accept.
             network, info = cls.from_pretrained(folder, torch_dtype=dtype, **options)
             network = network.to(dtype)
@@ -95,7 +95,7 @@ def saved_dtype(folder: Path) -> torch.dtype:
 
 def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) -> Any:
     """Build a network of transformers from its config and state dict, in float32 and evaluation mode."""
-    with quiet():
+    with silence_libraries():
         return cls.from_pretrained(None, config=config, state_dict=state, **options).float()
 
 
@@ -113,7 +113,7 @@ def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -
             and scores would silently be wrong.
     """
     try:
-        with quiet():
+        with silence_libraries():
             tokenizer = cls.from_pretrained(folder, trust_remote_code=False)
     except ImportError as error:
         raise DraftuneError(f"the tokenizer in {str(folder)!r} needs: pip install sentencepiece protobuf") from error
@@ -148,7 +148,7 @@ class Truncation(NamedTuple):
 
 def truncation(reader: str, tokenizer: Any, texts: Sequence[str], limit: int) -> Truncation:
     """Count the texts with more tokens than an encoder's limit."""
-    with quiet():  # the tokenizer warns about texts longer than its own limit
+    with silence_libraries():  # the tokenizer warns about texts longer than its own limit
         tokens = tokenizer(list(texts)).input_ids if texts else []
     return Truncation(reader, limit, sum(len(ids) > limit for ids in tokens))
 

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from draftune.utils.processes import launched
+from draftune.utils.processes import rank_and_world_size
 
 logger = logging.getLogger("draftune")
 # The other processes of a launcher log the same.
-logger.addFilter(lambda record: launched()[0] == 0)
+logger.addFilter(lambda record: rank_and_world_size()[0] == 0)
 
 
 class ProgressBarHandler(logging.Handler):

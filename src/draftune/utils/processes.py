@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="Sequence[Any] | Tensor")
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and the number of processes of its launcher: (0, 1) without a launcher."""
     count = int(os.environ.get("WORLD_SIZE") or 1)
     return int(os.environ.get("RANK") or 0) if count > 1 else 0, count
@@ -30,7 +30,7 @@ class SaidByMainError(DraftuneError):
     """An error that process 0 raises and prints too."""
 
 
-def leave() -> None:
+def shutdown() -> None:
     """End the process group of a launcher. Call it last: the process will exit with code 0.
 
     A thread of gloo that frees a tensor while Python shuts down aborts the process with "terminate called without an
@@ -50,9 +50,9 @@ def exit_at_once() -> None:
     os._exit(0)
 
 
-def to_say(error: DraftuneError) -> str | None:
+def message_for_rank(error: DraftuneError) -> str | None:
     """Return what this process prints of an error: process 0 all, the others what process 0 cannot know."""
-    index, _ = launched()
+    index, _ = rank_and_world_size()
     if index == 0:
         return str(error)
     distributed = sys.modules.get("torch.distributed")
@@ -63,19 +63,19 @@ def to_say(error: DraftuneError) -> str | None:
     return f"process {index}: {error}"
 
 
-def lost(error: RuntimeError) -> bool:
+def is_peer_failure(error: RuntimeError) -> bool:
     """Return whether an error was raised because another process of the run has ended."""
     from torch import distributed
 
     known = isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
-    return launched()[1] > 1 and known
+    return rank_and_world_size()[1] > 1 and known
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process and the collectives that it shares with the others. A single process holds everything.
 
-    All processes must call the same collectives (`gather`, `mean_`, `any`, `of_main`, `texts`, `together`) in the same
+    All processes must call the same collectives (`gather`, `mean_`, `any`, `broadcast`, `texts`, `together`) in the same
     order. A collective inside a block of `together` raises RuntimeError, with one process too: it would hang if
     another process had left the block with an error.
 
@@ -102,7 +102,7 @@ class Processes:
         own: Any = values[self.index * size : (self.index + 1) * size]
         return own
 
-    def padded_share(self, values: list[Any]) -> list[Any]:
+    def shard_padded(self, values: list[Any]) -> list[Any]:
         """Return this process's part of any number of values, at least 1; the last one is repeated as padding."""
         return self.share(values + values[-1:] * (-len(values) % self.count))
 
@@ -145,7 +145,7 @@ class Processes:
 
         return bool(self.gather(torch.tensor([flag], dtype=torch.uint8)).any())
 
-    def of_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Broadcast a JSON value from process 0, such as a measurement whose last digits differ between processes."""
         self.check_outside_block()
         return json.loads(self.texts(json.dumps(value))[0]) if self.count > 1 else value
@@ -195,4 +195,4 @@ class Processes:
             raise RuntimeError("a collective inside Processes.together() hangs if another process fails: move it out")
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()

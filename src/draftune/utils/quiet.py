@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Suppress warnings, log lines and progress bars of these libraries inside the block."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftune.utils.paths import written_whole
+from draftune.utils.paths import atomic_write
 
 NAME = 35
 """Maximum width of names in a printed table, so that a line has at most 100 characters."""
@@ -22,13 +22,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(finite(list(rows)))
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(lines.getvalue(), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; numbers that are not finite are null."""
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from draftune.experimental.optimizers.base import Evaluating
+from draftune.experimental.optimizers.base import ClosureOptimizer
 from draftune.experimental.optimizers.channels import channel_mean, channel_sobolev, channel_sobolev_mean
 from draftune.experimental.optimizers.extrapolate import Extrapolate
 from draftune.experimental.optimizers.meka import MEKA
@@ -17,7 +17,7 @@ __all__ = [
     "FILTERS",
     "MEKA",
     "OPTIMIZERS",
-    "Evaluating",
+    "ClosureOptimizer",
     "Extrapolate",
     "StepTunedSGD",
     "channel_mean",

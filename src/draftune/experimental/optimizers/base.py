@@ -13,7 +13,7 @@ Closure = Callable[[], Any]
 """Clear the gradients, compute them at the current weights on the same batch, and return the loss (as in torch)."""
 
 
-class Evaluating(Optimizer):
+class ClosureOptimizer(Optimizer):
     """Optimizer whose `step` requires a closure, as `torch.optim.LBFGS` does.
 
     State that belongs to all parameters is stored with the first parameter, so that `state_dict` includes it.
@@ -37,7 +37,7 @@ class Evaluating(Optimizer):
         return torch.tensor(value, dtype=self.parameters()[0].dtype)
 
 
-def evaluated(closure: Closure | None) -> Any:
+def call_closure(closure: Closure | None) -> Any:
     """Call the closure and return the loss. Raise TypeError if there is no closure."""
     if closure is None:
         raise TypeError("step needs a closure that computes the gradients: optimizer.step(closure)")

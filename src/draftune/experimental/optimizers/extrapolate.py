@@ -8,10 +8,10 @@ import torch
 from torch.optim import Optimizer
 
 from draftune.errors import DraftuneError
-from draftune.experimental.optimizers.base import Closure, Evaluating, evaluated
+from draftune.experimental.optimizers.base import Closure, ClosureOptimizer, call_closure
 
 
-class Extrapolate(Evaluating):
+class Extrapolate(ClosureOptimizer):
     """EXTRAP-SGD around any optimizer: the gradient is evaluated at extrapolated weights.
 
         gradient at  w + momentum * (last step) - rate * h,  h = gradient of the previous step
@@ -29,7 +29,7 @@ class Extrapolate(Evaluating):
     """
 
     def __init__(self, optimizer: Optimizer, rate: float, momentum: float = 0.0) -> None:
-        if isinstance(optimizer, Evaluating):
+        if isinstance(optimizer, ClosureOptimizer):
             raise DraftuneError("extrapolate cannot wrap an optimizer that needs a closure: use adamw or sgd inside it")
         if not (rate >= 0 and 0 <= momentum < 1):
             raise DraftuneError(f"extrapolate needs rate >= 0 and 0 <= momentum < 1, got {rate=} and {momentum=}")
@@ -52,7 +52,7 @@ class Extrapolate(Evaluating):
                     parameter.add_(state["last_step"], alpha=self.momentum)
                 if self.rate and "previous_gradient" in state:
                     parameter.add_(state["previous_gradient"], alpha=-self.rate)
-            loss = evaluated(closure)
+            loss = call_closure(closure)
         finally:
             for parameter, before in zip(parameters, here, strict=True):
                 parameter.copy_(before)

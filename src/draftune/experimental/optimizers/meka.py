@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.experimental.optimizers.base import Closure, Evaluating, evaluated
+from draftune.experimental.optimizers.base import Closure, ClosureOptimizer, call_closure
 
 TINY = 1e-30
 
 
-class Belief(NamedTuple):
+class GaussianEstimate(NamedTuple):
     """Gaussian estimate of a quantity: its mean, and the variance of each element."""
 
     mean: Tensor
     variance: Tensor
 
 
-def filtered(predicted: Belief, measured: Belief) -> Belief:
+def filtered(predicted: GaussianEstimate, measured: GaussianEstimate) -> GaussianEstimate:
     """Combine a prediction and a measurement by a Kalman update, each weighted by the other's variance."""
     gain = predicted.variance / (predicted.variance + measured.variance + TINY)
     mean = (1 - gain) * predicted.mean + gain * measured.mean
-    return Belief(mean, (1 - gain) ** 2 * predicted.variance + gain**2 * measured.variance)
+    return GaussianEstimate(mean, (1 - gain) ** 2 * predicted.variance + gain**2 * measured.variance)
 
 
 def step_size(slope: float, curve: float, loss: float, first: float, second: float, most: float = math.inf) -> float:
@@ -65,7 +65,7 @@ def step_size(slope: float, curve: float, loss: float, first: float, second: flo
     return min(high, most)
 
 
-class MEKA(Evaluating):
+class MEKA(ClosureOptimizer):
     """MEKA: SGD on a Kalman-filtered gradient with an automatic step size; AdaMEKA with `adaptive`.
 
     Chen, Choi, Balles, Duvenaud and Hennig, 2020, arXiv:2011.04803. The filter predicts the gradient from the last
@@ -100,16 +100,16 @@ class MEKA(Evaluating):
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
         """Take one step and return the mean loss before it."""
         parameters, shared = self.parameters(), self.shared
-        losses: Tensor = evaluated(closure)
+        losses: Tensor = call_closure(closure)
         if losses.dim() != 1 or len(losses) < 2:
             raise DraftuneError(f"MEKA needs the losses [n] of at least 2 samples, got the shape {list(losses.shape)}")
         gradients = derivatives(losses, parameters)
         done, values = int(shared.get("step", 0)), torch.stack(gradients).detach()
-        measured = Belief(values.mean(0), self.averaged("noise", noise(values), self.decay, done))
+        measured = GaussianEstimate(values.mean(0), self.averaged("noise", noise(values), self.decay, done))
         spread = self.averaged("loss_noise", noise(losses.detach()[:, None]), self.decay, done)
-        loss = Belief(losses.detach().mean(), spread)
+        loss = GaussianEstimate(losses.detach().mean(), spread)
         if done:
-            old = Belief(self.whole("mean"), shared["variance"])
+            old = GaussianEstimate(self.whole("mean"), shared["variance"])
             moved = self.whole("moved")
             curve = curvature(gradients, moved, parameters)
             change, doubt = curve.mean(0), noise(curve)
@@ -117,8 +117,8 @@ class MEKA(Evaluating):
             guess = shared["loss"] + old.mean @ moved + moved @ change / 2
             certain = shared["loss_variance"] + old.variance * length + doubt * length / 4
             surprise = ((loss.mean - guess).square() - certain - loss.variance).clamp(min=0)
-            loss = filtered(Belief(guess, certain + surprise), loss)
-            measured = filtered(Belief(old.mean + change, old.variance + doubt), measured)
+            loss = filtered(GaussianEstimate(guess, certain + surprise), loss)
+            measured = filtered(GaussianEstimate(old.mean + change, old.variance + doubt), measured)
         mean, variance = measured
         direction = -mean
         if self.adaptive:

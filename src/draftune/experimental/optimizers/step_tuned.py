@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from draftune.errors import DraftuneError
-from draftune.experimental.optimizers.base import Closure, Evaluating, evaluated, gradient
+from draftune.experimental.optimizers.base import Closure, ClosureOptimizer, call_closure, gradient
 
 
-class StepTunedSGD(Evaluating):
+class StepTunedSGD(ClosureOptimizer):
     """Step-Tuned SGD: two steps on each batch; the change of the gradient sets the next step size (Barzilai-Borwein).
 
         size of the k-th pair of steps = lr * gamma_k / (k + 1)^(1/2 + delta),  gamma_0 = 1
@@ -56,7 +56,7 @@ class StepTunedSGD(Evaluating):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Take both steps on one batch and return the loss before them."""
-        loss = evaluated(closure)
+        loss = call_closure(closure)
         done, gamma = int(self.shared.get("step", 0)), self.gamma
         first = []
         for group in self.param_groups:
@@ -67,7 +67,7 @@ class StepTunedSGD(Evaluating):
         for parameter, before, size in first:
             parameter.add_(before, alpha=-size)
         try:
-            evaluated(closure)
+            call_closure(closure)
         except BaseException:
             # An interrupted step leaves the weights unchanged.
             for (parameter, *_), start in zip(first, here, strict=True):
