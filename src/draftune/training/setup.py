@@ -36,7 +36,7 @@ from draftune.utils.logging import logger
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-ModelLike: TypeAlias = "str | Path | Model | DiffusionPipeline"
+ModelLike: TypeAlias = "str | Path | DiffusionModel | DiffusionPipeline"
 RewardLike: TypeAlias = "str | Reward | Callable[..., Tensor]"
 PromptsLike: TypeAlias = "str | Path | Sequence[str]"
 Value: TypeAlias = "str | int | float | bool | None"
