@@ -79,7 +79,7 @@ def alignprop(ours: Trainer, **config: Any) -> tuple[AlignPropTrainer, Diffusion
     config |= {"train_batch_size": s.batch_size, "mixed_precision": "no"}
     trainer = AlignPropTrainer(
         AlignPropConfig(**config),
-        lambda images, prompts, _: (ours.reward.parts(images, prompts)[0], {}),
+        lambda images, prompts, _: (ours.reward.components(images, prompts)[0], {}),
         lambda: (random.choice(ours.prompts), {}),
         pipeline,
     )
@@ -107,9 +107,9 @@ def apart(ours: Trainer, theirs: AlignPropTrainer, model: DiffusionModel) -> str
 
     def reward(clean: Tensor) -> Tensor:
         images.append(ours.model.decode(clean))
-        return ours.reward.parts(images[-1], prompts)[0]
+        return ours.reward.components(images[-1], prompts)[0]
 
-    denoise = ours.model.denoise(prompts, ours.schedule, s.guidance_scale)
+    denoise = ours.model.denoiser_for(prompts, ours.schedule, s.guidance_scale)
     for loss in ours.method.losses(
         [Batch(prompts, PrefixCache(noise), ours.schedule, denoise, denoise, reward, generator)]
     ):
@@ -134,7 +134,7 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
     print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)
     count = itertools.count(1)
-    pair: list[Callable[[], object]] = [lambda: ours.updates.update(next(count)), lambda: theirs.step(0, 0)]
+    pair: list[Callable[[], object]] = [lambda: ours.train_step.run(next(count)), lambda: theirs.step(0, 0)]
     for update in pair:
         update()
     here, there = (peak_memory(update, ours.model.device) / 2**20 for update in pair)
@@ -163,7 +163,7 @@ class Racer:
         prompts = (ours.context.eval_prompts or ours.prompts)[:count]
 
         def draw(prompts: Any, seeds: Any) -> Tensor:
-            return self.model.generate(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
+            return self.model.sample_tensors(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
 
         scores = evaluate(draw, ours.reward, ours.eval_rewards, prompts, 1, self.model.device).scores
         self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
@@ -178,7 +178,7 @@ def race(args: argparse.Namespace) -> None:
     minmax = (0, s.num_inference_steps)
     theirs, model = alignprop(ours, sample_eta=args.eta, truncated_rand_backprop_minmax=minmax)
     own = 60 * (args.own_minutes or args.minutes)
-    here = Racer("draftune", lambda: ours.updates.update(next(count)), ours.model, own)
+    here = Racer("draftune", lambda: ours.train_step.run(next(count)), ours.model, own)
     there = Racer("TRL", lambda: theirs.step(0, 0), model, 60 * args.minutes)
     for racer in (here, there):
         racer.evaluate(ours, args.num_images)

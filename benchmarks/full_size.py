@@ -56,7 +56,7 @@ def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Tra
         reward = values.pop("reward", None) or ViTH(fill)
         dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
         made = Trainer(PIPELINES[model](dtype, fill), reward, **values)
-        made.updates.folder = None
+        made.train_step.folder = None
         yield made
 
 
@@ -65,11 +65,11 @@ def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]
     with trainer(model, True, settings) as made:
         result: dict[str, Any] = {"held": held_memory(made), "rss_before": rss()}
         start = time.perf_counter(), time.process_time()
-        result["peak"] = peak_memory(lambda: made.updates.update(1))
+        result["peak"] = peak_memory(lambda: made.train_step.run(1))
         times = []
         for i in range(rounds):
             if i:
-                made.updates.update(1 + i)
+                made.train_step.run(1 + i)
             now = time.perf_counter(), time.process_time()
             times.append([round(b - a, 1) for a, b in zip(start, now, strict=True)])
             start = now
@@ -79,7 +79,7 @@ def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]
 def count(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the bytes of the networks, the peaks of an update and of sampling a batch, and the optimizer state."""
     with trainer(model, False, settings) as made:
-        held, averages = held_memory(made), 2 * sum(p.nbytes for p in made.updates.parameters.values())
+        held, averages = held_memory(made), 2 * sum(p.nbytes for p in made.train_step.parameters.values())
         peak, drawing = counted(made)
         return {"held": held, "averages": averages, "peak": peak, "drawing": drawing}
 
@@ -89,9 +89,9 @@ def counted(made: Trainer) -> tuple[int, int]:
 
     All weights are replaced by fake tensors.
     """
-    updates, s = made.updates, made.settings
+    updates, s = made.train_step, made.settings
     with FakeTensorMode(), Numberless() as memory:
-        for network in (*made.model.networks, made.reward):
+        for network in (*made.model.all_modules, made.reward):
             for module in network.modules():
                 for table in (module._parameters, module._buffers):
                     table.update({name: faked(tensor) for name, tensor in table.items() if tensor is not None})
@@ -99,7 +99,7 @@ def counted(made: Trainer) -> tuple[int, int]:
         updates.optimizer.param_groups[0]["params"] = list(updates.parameters.values())
         updates.order.queue = list(islice(cycle(range(len(made.prompts))), s.batch_size))
         memory.live = memory.peak = 0
-        updates.update(1)
+        updates.run(1)
         update, before = memory.peak, memory.live
         memory.peak = before
         made.context.sample_images(list(islice(cycle(made.prompts), s.batch_size)), range(s.batch_size))

@@ -83,7 +83,7 @@ def top1(target: int) -> Measure:
     """Return a measure: fraction of images that the classifier assigns to the target class."""
 
     def measure(images: Sequence[Image.Image]) -> float:
-        judge = Classify(str(target), "efficientnet-lite0").ready()
+        judge = Classify(str(target), "efficientnet-lite0").load_weights()
         return float(np.mean([int(judge.logits(from_pil(p)).argmax()) == target for p in images]))  # type: ignore[operator]
 
     return measure

@@ -58,7 +58,7 @@ def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, 
         settings = BASE | change | {"output": f"{folder}/run", "eval_rewards": "", "eval_prompts": ""}
         made = Trainer(args.model, args.reward, **settings)
     steps = itertools.count(1)
-    return made, lambda: made.updates.update(next(steps))
+    return made, lambda: made.train_step.run(next(steps))
 
 
 def several(update: Callable[[], object], count: int) -> None:

@@ -36,7 +36,7 @@ def adapted(name: str, precision: str = "no", layout: torch.memory_format = torc
     """Load the model with a new LoRA."""
     model = load_model(name).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
     add_lora(model, 8)
-    for part in model.parts:
+    for part in model.modules:
         part.to(memory_format=layout)  # type: ignore[call-overload]
     return model
 
@@ -107,10 +107,10 @@ def measured(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def gradient(trainer: Trainer, prompts: Sequence[str], latents: PrefixCache) -> Tensor:
     """Compute the method's gradient for a batch as one vector, with the same random numbers in every call."""
     s, model = trainer.settings, trainer.model
-    denoise, base = model.denoisers(prompts, trainer.schedule, s.guidance_scale)
+    denoise, base = model.denoisers_for(prompts, trainer.schedule, s.guidance_scale)
 
     def reward(clean: Tensor) -> Tensor:
-        return trainer.reward.parts(model.decode(clean), prompts)[0]
+        return trainer.reward.components(model.decode(clean), prompts)[0]
 
     generator = torch.Generator().manual_seed(0)
     parameters = list(lora_parameters(model).values())
@@ -134,7 +134,7 @@ def bias(args: argparse.Namespace) -> None:
     step = 0
     for start in args.starts:
         while step < start:
-            trainer.updates.update(step := step + 1)
+            trainer.train_step.run(step := step + 1)
         batches = []
         for i in range(args.batches):
             prompts = trainer.prompts[4 * i : 4 * i + 4]
@@ -143,13 +143,13 @@ def bias(args: argparse.Namespace) -> None:
             batches.append((prompts, latents))
         for j in SHARED:
             while step < start + j:
-                trainer.updates.update(step := step + 1)
-            fresh = [(prompts, PrefixCache(latents.known[0])) for prompts, latents in batches]
+                trainer.train_step.run(step := step + 1)
+            fresh = [(prompts, PrefixCache(latents.latents[0])) for prompts, latents in batches]
             new = [gradient(trainer, *batch) for batch in fresh]
             for i, ((prompts, latents), (_, renewed)) in enumerate(zip(batches, fresh, strict=True)):
-                moved = renewed.known[last] - latents.known[last]
+                moved = renewed.latents[last] - latents.latents[last]
                 old = gradient(trainer, prompts, latents)
-                distance = float(moved.norm() / renewed.known[last].norm())
+                distance = float(moved.norm() / renewed.latents[last].norm())
                 other = cosine(new[i], new[(i + 1) % len(new)])
                 rows[j].append((distance, cosine(old, new[i]), float(old.norm() / new[i].norm()), other))
     print(f"\nAfter updates {args.starts}, {args.batches} batches; medians\n")
@@ -170,15 +170,15 @@ def signal(args: argparse.Namespace) -> None:
             settings = {"method": f"draft_lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
             trainer = Trainer(args.model, args.reward, eval_rewards="", eval_prompts="", **settings)
         for step in range(5):
-            trainer.updates.update(step + 1)
+            trainer.train_step.run(step + 1)
         samples: list[Tensor] = []
         times: list[tuple[float, float]] = []
         for i in range(16):
             prompts = [trainer.prompts[(size * i + j) % len(trainer.prompts)] for j in range(size)]
             latents = PrefixCache(trainer.model.noise(torch.Generator().manual_seed(i), size))
-            denoise = trainer.model.denoise(prompts, trainer.schedule, trainer.settings.guidance_scale)
+            denoise = trainer.model.denoiser_for(prompts, trainer.schedule, trainer.settings.guidance_scale)
             last = len(trainer.schedule) - 1
-            path = seconds(lambda: latents.after(last, denoise, trainer.schedule.steps))  # noqa: B023
+            path = seconds(lambda: latents.get(last, denoise, trainer.schedule.steps))  # noqa: B023
             times.append((path, seconds(lambda: samples.append(gradient(trainer, prompts, latents)))))  # noqa: B023
         gradients = torch.stack(samples)
         spread = float(gradients.var(0).sum())

@@ -319,7 +319,7 @@ def compare(name: str, folder: Path) -> str:
         code = versions(packages)
     except (ImportError, FileNotFoundError, DraftuneError) as error:
         return f"| {name} | not installed ({str(error).splitlines()[0]}) | | |"
-    reward.ready()
+    reward.load_weights()
     pairs = list(zip(test_images(), PROMPTS.split("|"), strict=True))
     theirs = np.array([float(official(image, prompt)) for image, prompt in pairs])
     ours = np.array([float(reward(from_pil(image), [prompt])) for image, prompt in pairs])

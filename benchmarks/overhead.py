@@ -32,7 +32,7 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
     with torch.no_grad():
         condition = model.encode(prompts, "", s.guidance_scale > 1)
     x = model.noise(torch.Generator().manual_seed(0), len(prompts))
-    parameters = list(trainer.updates.parameters.values())
+    parameters = list(trainer.train_step.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
     timesteps = [step.timestep for step in trainer.schedule.steps]
 
@@ -96,8 +96,8 @@ def main() -> None:
             trainer = Trainer(args.model, args.reward, eval_rewards="", eval_prompts="", **settings)
             bare, steps = floor(trainer, calls, terms), itertools.count(1)
             bare()
-            trainer.updates.update(next(steps))
-            pairs = [(seconds(lambda: trainer.updates.update(next(steps))), seconds(bare)) for _ in range(args.rounds)]  # noqa: B023
+            trainer.train_step.run(next(steps))
+            pairs = [(seconds(lambda: trainer.train_step.run(next(steps))), seconds(bare)) for _ in range(args.rounds)]  # noqa: B023
         update, least = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         print(f"{method:14} {mode:7} update {update:.3f} s  floor {least:.3f} s  ratio {ratio:.3f}")

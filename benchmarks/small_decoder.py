@@ -51,7 +51,7 @@ def sample_latents(model: DiffusionModel, prompts: Sequence[str], count: int, se
     schedule, generator, latents = model.schedule(steps), torch.Generator().manual_seed(seed), []
     chosen = itertools.islice(itertools.cycle(prompts), count)
     while batch := list(itertools.islice(chosen, BATCH)):
-        denoise = model.denoise(batch, schedule, 3.0)
+        denoise = model.denoiser_for(batch, schedule, 3.0)
         latents.append(rollout(denoise, schedule.steps, model.noise(generator, len(batch))))
     return torch.cat(latents)
 
@@ -150,7 +150,7 @@ def timed(settings: dict[str, Any], decoders: Sequence[str | None], rounds: int 
     for decoder in decoders:
         with TemporaryDirectory() as folder:
             made = Trainer("emoji", REWARD, **settings, tiny_decoder=decoder, output=f"{folder}/run")
-        made.updates.folder = None
+        made.train_step.folder = None
         steps = itertools.count(1)
         updates.append(lambda made=made, steps=steps: made.updates.update(next(steps)))  # type: ignore[misc]
     times: list[list[float]] = [[] for _ in updates]

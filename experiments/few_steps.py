@@ -67,10 +67,10 @@ def sample_images(model: DiffusionModel, names: Sequence[str], steps: int, sampl
     prompts = [name for name in names for _ in range(IMAGES_PER_NAME)]
     if sampler == "deterministic":
         seeds = list(range(IMAGES_PER_NAME)) * len(names)
-        return model.generate(prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=EVAL_BATCH)
+        return model.sample_tensors(prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=EVAL_BATCH)
     for start in range(0, len(prompts), EVAL_BATCH):
         batch, generator = prompts[start : start + EVAL_BATCH], torch.Generator().manual_seed(start)
-        denoise, noise = model.denoise(batch, schedule, GUIDANCE_SCALE, ""), model.noise(generator, len(batch))
+        denoise, noise = model.denoiser_for(batch, schedule, GUIDANCE_SCALE, ""), model.noise(generator, len(batch))
 
         def randn_like(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator)  # noqa: B023
@@ -153,7 +153,7 @@ def sample_grid(runner: ExperimentRunner, count: int = 8) -> Image.Image:
         for name in (name for name, own in variants(budget) if own == steps):
             models[name] = runner.model({"lora": runner.lora(spec(name, steps, 0, budget))})
         for name, model in models.items():
-            images = model.generate(names, [0] * count, model.schedule(steps), GUIDANCE_SCALE, batch_size=count)
+            images = model.sample_tensors(names, [0] * count, model.schedule(steps), GUIDANCE_SCALE, batch_size=count)
             rows[f"{name}, {steps} steps"] = images
     rows["real"] = torch.cat([open_image(real[name]) for name in names])
     return grid(list(rows.values()), list(rows), names)

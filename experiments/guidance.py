@@ -162,8 +162,8 @@ def restore(runner: ExperimentRunner) -> Image.Image:
     model, prompts = unchecked(runner), list(RESTORED[: runner.budget.eval_prompts])
     folder, steps = runner.folder / "guidance-images", runner.budget.num_inference_steps
     schedule, options = model.schedule(steps), {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
-    whole = model.generate(prompts, range(11, 11 + len(prompts)), schedule, GUIDANCE_SCALE)
-    base = model.generate(prompts, [0] * len(prompts), schedule, GUIDANCE_SCALE)
+    whole = model.sample_tensors(prompts, range(11, 11 + len(prompts)), schedule, GUIDANCE_SCALE)
+    base = model.sample_tensors(prompts, [0] * len(prompts), schedule, GUIDANCE_SCALE)
     hidden = torch.zeros_like(whole[:1])
     hidden[..., hidden.shape[-1] // 2 :] = 1
     mask = folder / "mask.png"

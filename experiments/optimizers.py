@@ -103,7 +103,7 @@ def train_adameka(runner: ExperimentRunner, rate: float, seed: int) -> tuple[lis
         batch = [prompts[i] for i in order.draw(BATCH_SIZE)]
         noise = model.noise(generator, BATCH_SIZE)
         with torch.no_grad():
-            latents = rollout(model.denoise(batch, schedule, GUIDANCE_SCALE), schedule.steps[:-1], noise)
+            latents = rollout(model.denoiser_for(batch, schedule, GUIDANCE_SCALE), schedule.steps[:-1], noise)
         with sdpa_kernel(SDPBackend.MATH):
             losses = partial(sample_losses, runner, model, schedule, batch, latents)
             training.append(-float(optimizer.step(losses)))
@@ -116,7 +116,7 @@ def sample_losses(
     """Return DRaFT-1's loss of each sample [B], each from its own graph with second derivatives."""
     losses = []
     for prompt, latent in zip(prompts, latents.split(1), strict=True):
-        clean = rollout(model.denoise([prompt], schedule, GUIDANCE_SCALE), schedule.steps[-1:], latent)
+        clean = rollout(model.denoiser_for([prompt], schedule, GUIDANCE_SCALE), schedule.steps[-1:], latent)
         losses.append(-runner.reward.score(model.decode(clean), [prompt]))
     return torch.cat(losses)
 

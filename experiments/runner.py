@@ -193,7 +193,7 @@ class ExperimentRunner:
     def sampler(self, model: DiffusionModel) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
         """Return the function that samples images [B, 3, H, W] for prompts and seeds, without reward guidance."""
         schedule = model.schedule(self.budget.num_inference_steps)
-        return lambda prompts, seeds: model.generate(prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=4)
+        return lambda prompts, seeds: model.sample_tensors(prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=4)
 
     def evaluate(self, model: DiffusionModel, reward: Reward | None = None) -> dict[str, float]:
         """Return a model's scores on the evaluation prompts, as in the evaluations of a run."""
@@ -206,7 +206,7 @@ class ExperimentRunner:
         """Return a batch of the first training prompts with noise from `seed`."""
         generator = torch.Generator().manual_seed(seed)
         prompts, schedule = (self.prompts * size)[:size], model.schedule(self.budget.num_inference_steps)
-        denoise, base = model.denoisers(prompts, schedule, GUIDANCE_SCALE)
+        denoise, base = model.denoisers_for(prompts, schedule, GUIDANCE_SCALE)
         noise = PrefixCache(model.noise(generator, size))
         return Batch(
             prompts, noise, schedule, denoise, base, lambda x: self.reward(model.decode(x), prompts), generator

@@ -53,7 +53,7 @@ def test_sample_draws_what_the_loaded_lora_draws(run_folder: Path, pipeline_fold
     assert not torch.equal(tuned, base)
     model = load_model(pipeline_folder)
     model.pipeline.load_lora_weights(run_folder / "lora", weight_name="pytorch_lora_weights.safetensors")
-    again = model.generate(["cat"], [5], model.schedule(2), 2.0)
+    again = model.sample_tensors(["cat"], [5], model.schedule(2), 2.0)
     assert (again - tuned).abs().max() < 1e-3 + 0.5 / 255
 
 

@@ -212,12 +212,12 @@ def test_a_mistake_under_a_launcher_is_one_line(
 
 
 def test_shares_are_equal_parts_in_order() -> None:
-    shares = [Processes(i, 3).share(list(range(6))) for i in range(3)]
+    shares = [Processes(i, 3).shard(list(range(6))) for i in range(3)]
     assert shares == [[0, 1], [2, 3], [4, 5]]
     padded = [Processes(i, 3).shard_padded([1, 2, 3, 4]) for i in range(3)]
     assert padded == [[1, 2], [3, 4], [4, 4]]
-    assert Processes(1, 2).share(torch.arange(4)).tolist() == [2, 3]
-    with raises(DraftuneError, "alone"), Processes().together():
+    assert Processes(1, 2).shard(torch.arange(4)).tolist() == [2, 3]
+    with raises(DraftuneError, "alone"), Processes().raise_on_all_ranks():
         raise DraftuneError("alone")
 
 
@@ -228,12 +228,12 @@ def test_a_collective_inside_a_block_fails_with_one_process_too() -> None:
         lambda: processes.mean_([]),
         lambda: processes.any(True),
         lambda: processes.broadcast(1),
-        lambda: processes.texts("a"),
-        lambda: processes.together().__enter__(),
+        lambda: processes.gather_strings("a"),
+        lambda: processes.raise_on_all_ranks().__enter__(),
     ):
-        with pytest.raises(RuntimeError, match="together"), processes.together():
+        with pytest.raises(RuntimeError, match="together"), processes.raise_on_all_ranks():
             collective()
     assert processes.any(True)
     assert not processes.any(False)
     assert processes.broadcast([1, None]) == [1, None]
-    assert processes.texts("é") == ["é"]
+    assert processes.gather_strings("é") == ["é"]

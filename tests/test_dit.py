@@ -111,7 +111,7 @@ def test_what_is_no_class_is_said_before_anything_is_drawn(folder: Path, tmp_pat
         ("²", "class ²"),
     ):
         with raises(DraftuneError, said):
-            model.generate(["a dog", prompt], [0, 0], model.schedule(STEPS), 4.0)
+            model.sample_tensors(["a dog", prompt], [0, 0], model.schedule(STEPS), 4.0)
     for wrong, words in (
         ({"prompts": ["a dog", "zebra crossing"]}, "class zebra"),
         ({"prompts": ["a dog"], "negative_prompt": "a cat"}, "negative prompt"),

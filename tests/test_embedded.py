@@ -52,7 +52,7 @@ def test_plain_diffusers_draws_the_same(model: DiffusionModel) -> None:
         generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
         output_type="pt",
     ).images
-    ours = model.generate(["cat face", "pizza"], [3, 4], model.schedule(STEPS), GUIDANCE)
+    ours = model.sample_tensors(["cat face", "pizza"], [3, 4], model.schedule(STEPS), GUIDANCE)
     assert (ours - theirs).abs().max() < 1e-3
 
 
@@ -60,11 +60,11 @@ def test_the_pictures_show_their_names_and_the_style_word_works(model: Diffusion
     names = load_prompts("emoji-common")[::4]
     schedule, seeds = model.schedule(STEPS), [0] * len(names)
     judge = load_reward("emoji_name_accuracy + emoji_style_probability(style='3d')")
-    plain = model.generate(names, seeds, schedule, GUIDANCE, batch_size=16)
+    plain = model.sample_tensors(names, seeds, schedule, GUIDANCE, batch_size=16)
     _, parts = score_batches(judge, plain, names)
     assert parts["emoji_name_accuracy"].mean() >= 0.9
     glossy, flat = (
-        score_batches(judge, model.generate(prompts, seeds, schedule, GUIDANCE, batch_size=16), prompts)[1]
+        score_batches(judge, model.sample_tensors(prompts, seeds, schedule, GUIDANCE, batch_size=16), prompts)[1]
         for prompts in ([f"3d {name}" for name in names], [f"twemoji {name}" for name in names])
     )
     assert glossy["emoji_style_probability"].mean() > 0.7 > 0.3 > flat["emoji_style_probability"].mean()

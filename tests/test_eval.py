@@ -163,8 +163,8 @@ def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path]
     assert len({entry.scores["brightness"].tuned for entry in board.entries}) == 3
     model = load_model(loras[0].base)
     model.set_sampler_options("trailing")
-    plain = model.generate(["a cat"] * 2, [0, 1], model.schedule(2), 2.0)
-    together = model.generate(["a cat"] * 2 + ["a dog"] * 2 + ["fish"] * 2, [0, 1] * 3, model.schedule(2), 2.0)
+    plain = model.sample_tensors(["a cat"] * 2, [0, 1], model.schedule(2), 2.0)
+    together = model.sample_tensors(["a cat"] * 2 + ["a dog"] * 2 + ["fish"] * 2, [0, 1] * 3, model.schedule(2), 2.0)
     assert torch.equal(kept[str(runs[1])].base.images, together)
     assert (plain - together[:2]).abs().max() < 1e-5
     text = board.table().splitlines()

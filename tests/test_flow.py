@@ -187,7 +187,7 @@ def test_sd3_pictures(sd3: Path) -> None:
 
 def test_sd3_negative_prompt(sd3: Path) -> None:
     pipeline, model = DiffusionPipeline.from_pretrained(sd3), load_model(sd3)
-    ours = model.generate(["a cat"], [0], model.schedule(STEPS), 5.0, "bad dog")
+    ours = model.sample_tensors(["a cat"], [0], model.schedule(STEPS), 5.0, "bad dog")
     assert (ours - drawing(5.0, 16, negative_prompt="bad dog")(pipeline, "a cat", 0)).abs().max() <= 1e-3
     assert (ours - drawn(model, "a cat", 0, 5.0)).abs().max() > 1e-3
 
@@ -234,7 +234,7 @@ def test_flux_dev_in_any_shape(dev: Path) -> None:
     noise = model.noise(torch.Generator().manual_seed(0), 2)
     schedule = model.schedule(STEPS)
     with torch.no_grad():
-        ours = model.decode(rollout(model.denoise(["a cat", "dog"], schedule, 3.5), schedule.steps, noise))
+        ours = model.decode(rollout(model.denoiser_for(["a cat", "dog"], schedule, 3.5), schedule.steps, noise))
     assert ours.shape == (2, 3, 12, 20)
     assert (ours - theirs).abs().max() <= 1e-3
 
@@ -243,7 +243,7 @@ def test_flux_dev_is_called_once_a_step(dev: Path) -> None:
     model = opened(dev, 16)
     sizes = []
     model.denoiser.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    model.generate(["a cat", "a dog"], [0, 1], model.schedule(STEPS), 3.5)
+    model.sample_tensors(["a cat", "a dog"], [0, 1], model.schedule(STEPS), 3.5)
     assert sizes == [2] * STEPS
 
 
@@ -332,7 +332,7 @@ def test_unused_layers_are_those_without_a_gradient(family: str, request: pytest
             parameter.add_(0.1 * torch.randn_like(parameter))
     schedule = model.schedule(2)
     x = model.noise(torch.Generator().manual_seed(0), 2)
-    denoise = model.denoise(["a cat", "a dog"], schedule, 1.5)
+    denoise = model.denoiser_for(["a cat", "a dog"], schedule, 1.5)
     (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
     silent = {name.split(".lora_")[0] for name, p in parameters.items() if p.grad is None or not p.grad.any()}
     assert silent == unused
@@ -416,9 +416,9 @@ def test_the_ancestral_sampler_forgets_its_noise(sd3: Path) -> None:
         for step in schedule.steps:
             excess = (x - step.alpha * 2) / ((step.alpha * 0.5) ** 2 + step.sigma**2)
             velocity = step.sigma * excess - (2 + step.alpha * 0.25 * excess)
-            prediction = schedule.read(velocity, x, step)
+            prediction = schedule.to_prediction(velocity, x, step)
             if ancestral:
-                x = mean(prediction, step) + step.tau * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                x = mean(prediction, step) + step.ancestral_std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
             else:
                 x = ddim_step(prediction, step)
         return x
@@ -504,7 +504,7 @@ def test_refusals(sd3: Path, dev: Path, tmp_path: Path) -> None:
         load_model(sd3).set_size(16, 28)
     model = opened(dev, 16)
     with raises(DraftuneError, "negative prompt"):
-        model.generate(["a cat"], [0], model.schedule(STEPS), 3.5, "bad")
+        model.sample_tensors(["a cat"], [0], model.schedule(STEPS), 3.5, "bad")
     with raises(DraftuneError, "1 1000 1001"):
         model.schedule(1001)
     parts = DiffusionPipeline.from_pretrained(dev).components

@@ -66,7 +66,7 @@ def gradient_of_method(method: Method, schedule: Schedule, network: Network, see
     network.zero_grad()
 
     def denoise(x: Tensor, step: Step) -> Prediction:
-        return schedule.read(network(x, step.timestep), x, step)
+        return schedule.to_prediction(network(x, step.timestep), x, step)
 
     for loss in method.losses([batch_of(denoise, schedule, seed=seed)]):
         (-loss).backward()
@@ -270,7 +270,7 @@ def test_the_gradient_of_drtune_has_the_closed_form(network: Network) -> None:
     ordered = {step.timestep: bias for step, bias in zip(schedule.steps, biases, strict=True)}
 
     def denoise(x: Tensor, step: Step) -> Prediction:
-        return schedule.read(network(x, step.timestep) + ordered[step.timestep], x, step)
+        return schedule.to_prediction(network(x, step.timestep) + ordered[step.timestep], x, step)
 
     (clean,) = DRTune(T, 1).samples(batch_of(denoise, schedule))
     for bias, step in zip(torch.autograd.grad(clean.sum(), biases), schedule.steps, strict=True):
@@ -451,12 +451,12 @@ def test_strides_over_the_steps_without_gradient(count: int, stride: int, levels
 
     def denoise(x: Tensor, step: Step) -> Prediction:
         calls.append(step.timestep)
-        return schedule.read(network(x, step.timestep), x, step)
+        return schedule.to_prediction(network(x, step.timestep), x, step)
 
     latents = PrefixCache(NOISE, stride=stride)
-    x = latents.after(count, denoise, schedule.steps)
+    x = latents.get(count, denoise, schedule.steps)
     assert calls == [schedule.steps[i].timestep for i in levels]
-    assert latents.after(count, denoise, schedule.steps) is x
+    assert latents.get(count, denoise, schedule.steps) is x
     assert len(calls) == len(levels)
     wanted = NOISE
     for i, level in enumerate(levels):
@@ -483,7 +483,7 @@ def test_draft_k_on_a_pipeline_equals_plain_autograd(tmp_path: Path, k: int, che
     noise = model.noise(torch.Generator().manual_seed(0), 2)
     weights = torch.linspace(-1, 1, 16, dtype=torch.float64)
 
-    (clean,) = DraftK(k).samples(batch_of(model.denoise(prompts, schedule, scale), schedule, noise=noise))
+    (clean,) = DraftK(k).samples(batch_of(model.denoiser_for(prompts, schedule, scale), schedule, noise=noise))
     (model.decode(clean) * weights).mean().backward()
     ours = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     assert ours.keys() == parameters.keys()

@@ -30,13 +30,13 @@ def told(rewards: Sequence[float], judged: Sequence[float]) -> list[dict[str, fl
 
 def test_the_best_is_that_of_the_rule() -> None:
     guard = EarlyStopping({"eval/judge": 1.0, "aesthetic": -0.1}, early_stopping_patience=2, reward="aesthetic")
-    seen = [(guard.see(row), guard.exhausted) for row in told([1, 2, 3, 4, 5], [0.2, 0.5, 0.5, 0.58, 0.6])]
+    seen = [(guard.update(row), guard.should_stop) for row in told([1, 2, 3, 4, 5], [0.2, 0.5, 0.5, 0.58, 0.6])]
     # 0.1, 0.3, 0.2, 0.18, 0.1
     assert seen == [(True, False), (True, False), (False, False), (False, True), (False, True)]
     assert guard.best is not None
     assert guard.best["step"] == 10
     with raises(DraftuneError, "eval/juge eval/judge"):
-        EarlyStopping({"eval/juge": 1.0}, 0, "aesthetic").see(told([1], [1])[0])
+        EarlyStopping({"eval/juge": 1.0}, 0, "aesthetic").update(told([1], [1])[0])
     assert parse_criterion("eval/judge - 0.5*denoiser_mse_from_base") == {
         "eval/judge": 1.0,
         "denoiser_mse_from_base": -0.5,
@@ -58,7 +58,7 @@ def test_the_best_is_that_of_the_rule() -> None:
 def test_the_warning(rewards: list[float], judged: list[float], said: str | None) -> None:
     guard = EarlyStopping({"eval/judge": 1.0}, 0, "aesthetic")
     for row in told(rewards, judged):
-        guard.see(row)
+        guard.update(row)
     warning = guard.warning()
     assert (warning is None) == (said is None)
     if said:
@@ -69,10 +69,10 @@ def test_the_warning(rewards: list[float], judged: list[float], said: str | None
 def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
     guard = EarlyStopping({"eval/judge": 1.0}, 0, "aesthetic")
     for row in told([1, 2, 3, 4], [0.5, 0.9, 0.8, 0.7]):
-        guard.see({**row, "eval/diversity": 0.5 - row["step"] / 100, "stderr": {"eval/judge": 0.06}})
+        guard.update({**row, "eval/diversity": 0.5 - row["step"] / 100, "stderr": {"eval/judge": 0.06}})
     # The difference of two such means has the error 0.085: 0.1 is no fall, and both of the last two must have fallen.
     assert guard.warning() is None
-    guard.see({**told([5], [0.72])[0], "step": 40.0, "eval/diversity": 0.0, "stderr": {"eval/judge": 0.06}})
+    guard.update({**told([5], [0.72])[0], "step": 40.0, "eval/diversity": 0.0, "stderr": {"eval/judge": 0.06}})
     warning = guard.warning()
     assert warning is not None
     assert mentions(warning, "eval/judge 0.900 10 0.720")
@@ -82,7 +82,7 @@ def test_the_warning_wants_more_than_chance_and_is_not_of_diversity() -> None:
 def test_a_score_that_is_not_finite_is_never_the_best() -> None:
     guard = EarlyStopping({"eval/judge": 1.0}, 0, "aesthetic")
     values: list[Any] = [float("nan"), 0.2, None, float("inf"), 0.3]
-    assert [guard.see({**told([1], [0])[0], "eval/judge": value}) for value in values] == [
+    assert [guard.update({**told([1], [0])[0], "eval/judge": value}) for value in values] == [
         True, True, False, False, True
     ]  # fmt: skip
     assert guard.warning() is None
@@ -150,7 +150,7 @@ def test_the_denoiser_mse_by_hand(pipeline_folder: Path) -> None:
     add_random_lora(model)
     schedule = model.schedule(3)
     ours = denoiser_mse_from_base(model, ["a", "b"], schedule, 3.0)
-    tuned, plain = (m.denoise(["a", "b"], schedule, 3.0) for m in (model, base))
+    tuned, plain = (m.denoiser_for(["a", "b"], schedule, 3.0) for m in (model, base))
     x = torch.cat([model.noise(torch.Generator().manual_seed(seed), 1) for seed in (0, 1)])
     distances = []
     with torch.no_grad():
@@ -178,6 +178,6 @@ def test_a_held_out_reward_that_was_to_be_low() -> None:
     for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "eval/judge 0.300 0 0.900")):
         guard = EarlyStopping({"eval/judge": -0.5}, early_stopping_patience=0, reward="aesthetic")
         for row in told([1, 2, 3], judged):
-            guard.see(row)
+            guard.update(row)
         warning = guard.warning()
         assert warning is None if said is None else mentions(str(warning), said)

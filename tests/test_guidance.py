@@ -319,7 +319,7 @@ def test_the_length_of_a_pull() -> None:
     assert torch.allclose(by_channel.norm(dim=(2, 3)), 0.3 * move.norm(dim=(2, 3)), rtol=1e-12)
     gradient[1] = 0
     assert not dynamic_scale(0.3)(move, gradient, step)[1].any()
-    assert torch.equal(variance_scale(2.0)(move, gradient, step), 2 * step.tau**2 * gradient)
+    assert torch.equal(variance_scale(2.0)(move, gradient, step), 2 * step.ancestral_std**2 * gradient)
 
 
 def test_the_first_steps_are_made_again_at_the_same_level() -> None:
@@ -356,7 +356,7 @@ def test_every_family_is_guided(family: str, pipeline_folder: Path, tmp_path: Pa
     model = load_model(build(tmp_path) if build else pipeline_folder)
     if family == "flux":
         model.set_size(16, 16)  # its own is 256
-    plain = model.generate(PROMPTS, [0, 1], model.schedule(4), 2.0)
+    plain = model.sample_tensors(PROMPTS, [0, 1], model.schedule(4), 2.0)
     still = sample_guided(model, "brightness", PROMPTS, "pgdiff_dynamic(strength=0, eta=0)", **FEW)
     assert torch.equal(still.images, plain)
     assert torch.allclose(still.rewards[0], load_reward("brightness")(plain, PROMPTS), atol=1e-6)
@@ -417,7 +417,7 @@ def test_the_lora_that_look_ahead_trains(family: str, pipeline_folder: Path, tmp
     save_lora(model, tmp_path / "lora")
     again = load_model(folder)
     load_lora(again, tmp_path / "lora")
-    drawn_by = [m.generate(PROMPTS, [0, 1], m.schedule(4), 2.0) for m in (model, again, load_model(folder))]
+    drawn_by = [m.sample_tensors(PROMPTS, [0, 1], m.schedule(4), 2.0) for m in (model, again, load_model(folder))]
     assert torch.allclose(drawn_by[0], drawn_by[1], atol=1e-4)
     assert (drawn_by[0] - drawn_by[2]).abs().max() > 1e-3
     with raises(DraftuneError, "LoRA already"):
@@ -432,12 +432,12 @@ def test_what_is_trained_on_becomes_likelier(pipeline_folder: Path) -> None:
 
     def loss() -> float:
         fit.generator.manual_seed(1)
-        return fit(model.denoise(PROMPTS, schedule, 1), clean)
+        return fit(model.denoiser_for(PROMPTS, schedule, 1), clean)
 
     losses = [loss() for _ in range(30)]
     assert losses[-1] < 0.93 * losses[0]  # the same levels and noise every time
     with raises(DraftuneError, "learning_rate"):
-        fit(model.denoise(PROMPTS, schedule, 1), clean / 0)
+        fit(model.denoiser_for(PROMPTS, schedule, 1), clean / 0)
 
 
 # Properties as rewards.
@@ -490,7 +490,7 @@ def test_greys_and_colours(picture: Path) -> None:
 
 def test_a_picture_is_filled_in_where_the_mask_is_white(pipeline_folder: Path, tmp_path: Path) -> None:
     model = load_model(pipeline_folder)
-    known = model.generate(["a cat"], [3], model.schedule(8), 2.0)
+    known = model.sample_tensors(["a cat"], [3], model.schedule(8), 2.0)
     size = known.shape[-1]
     to_pil(known)[0].save(tmp_path / "known.png")
     mask = torch.zeros(1, 3, size, size)

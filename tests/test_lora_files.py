@@ -35,7 +35,7 @@ def model(pipeline_folder: Path) -> DiffusionModel:
 
 
 def draw(model: DiffusionModel) -> Tensor:
-    return model.generate(["cat", "dog"], [3, 4], model.schedule(2), 2.0)
+    return model.sample_tensors(["cat", "dog"], [3, 4], model.schedule(2), 2.0)
 
 
 @pytest.mark.parametrize("number", range(CASES))

@@ -54,7 +54,7 @@ def saved_lora(base: Path, folder: Path, seed: int, rank: int, alpha: float, tar
 
 
 def draw(model: DiffusionModel) -> Tensor:
-    return model.generate(["cat", "dog"], [3, 4], model.schedule(3), 2.0)
+    return model.sample_tensors(["cat", "dog"], [3, 4], model.schedule(3), 2.0)
 
 
 def drawn_with(base: Path, *sources: tuple[Path, float]) -> Tensor:
@@ -114,8 +114,8 @@ def test_a_mix_is_drawn_on_the_grid_of_its_loras(pipeline_folder: Path, tmp_path
     assert saved_grid(tmp_path / "differ") == {}
     drawn, _ = load_for_sampling(str(tmp_path / "same"), device="cpu")
     own, _ = load_for_sampling(str(tmp_path / "differ"), device="cpu")
-    assert drawn.grid == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
-    assert own.grid == load_model(pipeline_folder).grid == {"timestep_spacing": "leading", "set_alpha_to_one": False}
+    assert drawn.sampler_options == {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    assert own.sampler_options == load_model(pipeline_folder).sampler_options == {"timestep_spacing": "leading", "set_alpha_to_one": False}
     kohya = tmp_path / "same.safetensors"
     assert main(["export", str(tmp_path / "same"), "--format", "kohya", "--output", str(kohya)]) == 0
     assert saved_grid(kohya) == saved_grid(tmp_path / "same")

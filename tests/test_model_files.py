@@ -26,7 +26,7 @@ PARTS = ("unet", "vae", "text_encoder")
 
 def picture(folder: Path, precision: str = "no") -> torch.Tensor:
     model = load_model(folder, precision)
-    return model.generate(["a cat"], [0], model.schedule(2), 2.0)
+    return model.sample_tensors(["a cat"], [0], model.schedule(2), 2.0)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -46,15 +46,15 @@ def test_a_variant_beside_the_plain_weights_is_not(pipeline_folder: Path, tmp_pa
             shutil.copy(file, folder / part / file.name)
     assert torch.equal(picture(folder), picture(pipeline_folder))
     # Of two precisions beside each other, that of the weights that are read counts.
-    assert {part.dtype for part in load_model(folder, "bf16").parts} == {torch.bfloat16, torch.float32}
+    assert {part.dtype for part in load_model(folder, "bf16").modules} == {torch.bfloat16, torch.float32}
 
 
 def test_a_variant_is_held_as_it_was_saved(pipeline_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pipeline_folder, tmp_path / "model"))
     as_variant(*PARTS)(folder)
-    unet, text_encoder, vae = load_model(folder, "fp16").parts
+    unet, text_encoder, vae = load_model(folder, "fp16").modules
     assert unet.dtype == text_encoder.dtype == vae.dtype == torch.float16
-    assert {part.dtype for part in load_model(folder).parts} == {torch.float32}
+    assert {part.dtype for part in load_model(folder).modules} == {torch.float32}
 
 
 def test_a_model_that_is_published_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

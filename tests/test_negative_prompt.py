@@ -35,7 +35,7 @@ def bright(images: Tensor, prompts: Any) -> Tensor:
 
 
 def drawn(model: DiffusionModel, negative_prompt: str, guidance_scale: float) -> Tensor:
-    return model.generate(["a cat"], [0], model.schedule(2), guidance_scale, negative_prompt)
+    return model.sample_tensors(["a cat"], [0], model.schedule(2), guidance_scale, negative_prompt)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "ddpm"])
@@ -109,7 +109,7 @@ def test_families_without_one_refuse_it(saved: dict[str, Path], family: str) -> 
     prompt = "1" if family == "dit" else "a cat"
     for scale in (1.0, 3.0):
         with raises(DraftuneError, "negative prompt"):
-            model.generate([prompt], [0], model.schedule(1), scale, "a bad dog")
+            model.sample_tensors([prompt], [0], model.schedule(1), scale, "a bad dog")
         with raises(DraftuneError, "negative prompt"):
             draftune.optimize_noise(
                 model, bright, prompt, num_inference_steps=1, guidance_scale=scale, negative_prompt="x"

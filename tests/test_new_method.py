@@ -79,7 +79,7 @@ def test_calls_with_and_without_gradient(file: Path) -> None:
 
     def denoise(x: torch.Tensor, step: Step) -> Prediction:
         calls.append(torch.is_grad_enabled())
-        return schedule.read(network(x, step.timestep), x, step)
+        return schedule.to_prediction(network(x, step.timestep), x, step)
 
     (clean,) = load_method(f"'{file}:Fading'(k=2)").samples(batch_of(denoise, schedule))  # type: ignore[attr-defined]
     assert clean.shape == NOISE.shape

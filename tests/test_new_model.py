@@ -73,7 +73,7 @@ def reference(pipeline: Any, label: int, seed: int, steps: int, guidance_scale: 
 
 
 def sampled(model: DiffusionModel, prompt: str, guidance_scale: float = 3.0) -> Tensor:
-    return model.generate([prompt], [0], model.schedule(3), guidance_scale)
+    return model.sample_tensors([prompt], [0], model.schedule(3), guidance_scale)
 
 
 def test_it_samples_the_images_of_diffusers(example: ModuleType) -> None:

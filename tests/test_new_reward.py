@@ -42,7 +42,7 @@ def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
     for name in (f"{file}:MeanColor", "mean_color"):
         reward = load_reward(f"2*'{name}'(weights='{weights}') - brightness")
         images = IMAGES.clone().requires_grad_()
-        total, parts = reward.parts(images, PROMPTS)
+        total, parts = reward.components(images, PROMPTS)
         assert torch.allclose(parts[name.rpartition(":")[2]], expected, atol=1e-6)
         (gradient,) = torch.autograd.grad(parts_sum := total.sum(), images)
         assert parts_sum.isfinite()
@@ -62,7 +62,7 @@ def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
     save_file({"weight": WEIGHT}, file.with_name("half.safetensors"))
     found = parse_reward(f"mean_color(weights='{file.with_name('half.safetensors')}')")
     with raises(DraftuneError, "bias"):
-        found.ready()
+        found.load_weights()
 
 
 def test_it_is_listed_with_its_docstring(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,16 +100,16 @@ def test_the_best_picture_is_brighter_and_drawn_from_its_noise(model: StableDiff
     add_lora(model, 2)
     before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
     found = optimize_noise(model, "brightness", "cat", **DRAWN, steps=2, learning_rate=300, regularization=0)
-    assert torch.equal(found.first, model.generate(["cat"], [SEED], model.schedule(T), GUIDANCE, "dog"))
+    assert torch.equal(found.first, model.sample_tensors(["cat"], [SEED], model.schedule(T), GUIDANCE, "dog"))
     assert len(found.rewards) == 3
     assert found.rewards[found.best_step] == max(found.rewards) > found.rewards[0] + 0.02
     model.noise = lambda *_: found.noise  # type: ignore[method-assign]
-    assert torch.equal(found.best, model.generate(["cat"], [0], model.schedule(T), GUIDANCE, "dog"))
+    assert torch.equal(found.best, model.sample_tensors(["cat"], [0], model.schedule(T), GUIDANCE, "dog"))
     score = load_reward("brightness")(torch.cat([found.first, found.best]), ["cat"] * 2).tolist()
     assert score == pytest.approx([found.rewards[0], max(found.rewards)], abs=1e-6)
     after = model.denoiser.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert all(p.grad is None for part in model.parts for p in part.parameters())
+    assert all(p.grad is None for part in model.modules for p in part.parameters())
     assert all(p.requires_grad for p in lora_parameters(model).values())
 
 

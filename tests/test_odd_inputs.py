@@ -72,8 +72,8 @@ def trouble(odd: OddReward, order: int, size: int, gradient: bool) -> str:
     expected = odd.scores if not gradient else odd.scores and odd.gradients
     before = torch.is_grad_enabled()
     try:
-        total, found = sum_of_both.parts(images, prompts)
-        again = sum_of_both.parts(images, prompts)[1]  # which must not change what the first call gave
+        total, found = sum_of_both.components(images, prompts)
+        again = sum_of_both.components(images, prompts)[1]  # which must not change what the first call gave
     except BaseException as error:
         return of_one(error) if expected is None else f"{error!r} was not expected"
     if expected is None:

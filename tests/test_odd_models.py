@@ -41,7 +41,7 @@ def test_it_draws_or_is_refused(case: Case, saved: dict[str, Path], tmp_path: Pa
     if case.family in ("dev", "schnell"):
         model.set_size(16, 16)
     prompt = "1" if case.family == "dit" else "a cat"
-    picture = model.generate([prompt], [0], model.schedule(2), 2.0)
+    picture = model.sample_tensors([prompt], [0], model.schedule(2), 2.0)
     assert picture.shape[:2] == (1, 3)
     assert picture.isfinite().all()
     assert picture.std() > 0

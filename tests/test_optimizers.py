@@ -388,9 +388,9 @@ def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: A
     trainer = Trainer(str(folder), reward, prompts=PROMPTS, output=str(output), **(settings | values))
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.updates.parameters.values():
+        for parameter in trainer.train_step.parameters.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return trainer.updates
+    return trainer.train_step
 
 
 OPTIMISED: list[dict[str, Any]] = [
@@ -406,7 +406,7 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
     start = {name: parameter.detach().clone() for name, parameter in updates.parameters.items()}
     found = []
     for step in (1, 2, 3, 4):
-        found.append(updates.update(step))
+        found.append(updates.run(step))
         if step == 2:
             state, tensors = train_state(updates)
             save_tensors(tmp_path / "tensors.safetensors", tensors)
@@ -414,7 +414,7 @@ def test_updates_go_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path, values
     load_train_state(again, state, load_file(tmp_path / "tensors.safetensors"))
     load_random_state(*random)
     for row in found[2:]:
-        assert again.update(int(row["step"])) | {"train_seconds": 0} == row | {"train_seconds": 0}
+        assert again.run(int(row["step"])) | {"train_seconds": 0} == row | {"train_seconds": 0}
     for name, parameter in updates.parameters.items():
         assert torch.equal(parameter, again.parameters[name])
         assert not torch.equal(parameter, start[name])
@@ -460,14 +460,14 @@ def test_a_pair_of_steps_has_the_same_batch_noise_and_chance(pipeline_folder: Pa
     for rate in (0.0, 30.0):
         values = {"optimizer": "step_tuned_sgd", "gradient_accumulation_steps": 2, "learning_rate": rate}
         updates = made(pipeline_folder, tmp_path, reward, **values)
-        found = updates.update(1)
+        found = updates.run(1)
         assert (found["reward_queries"], len(seen)) == (16, 8)
         pairs = list(zip(seen[:4], seen[4:], strict=True))
         assert [torch.equal(first[0], again[0]) for first, again in pairs] == [rate == 0] * 4
         assert rate or all(torch.equal(first[1], again[1]) for first, again in pairs)
         assert found["reward"] == pytest.approx(float(torch.cat([seen[0][1], seen[2][1]]).mean()))
         # The copies have noise of their own, the second batch too, and the next update another.
-        updates.update(2)
+        updates.run(2)
         pictures = [images for images, _ in seen[:4] + seen[8:12]]
         assert not any(torch.equal(a, b) for i, a in enumerate(pictures) for b in pictures[:i])
         seen.clear()
@@ -480,7 +480,7 @@ def test_extrapolation_by_nothing_changes_no_run(pipeline_folder: Path, tmp_path
         metrics = []
         for step in (1, 2, 3):
             torch.manual_seed(step)  # for the reward
-            metrics.append(updates.update(step) | {"train_seconds": 0})
+            metrics.append(updates.run(step) | {"train_seconds": 0})
         found.append((metrics, torch.cat([p.detach().flatten() for p in updates.parameters.values()])))
     (plain, first), (same, second), (other, third) = found
     assert plain == same
@@ -498,7 +498,7 @@ def test_the_filter_is_for_output_channels_and_comes_before_clipping(pipeline_fo
     for gradient_filter in ("", "channel_mean(weight=4)"):
         values = {"optimizer": "sgd", "max_grad_norm": limit, "gradient_filter": gradient_filter}
         updates = made(pipeline_folder, tmp_path, bright, **values)
-        norm = updates.update(1)["grad_norm"]
+        norm = updates.run(1)["grad_norm"]
         clipped = torch.cat([parameter.grad.flatten() for parameter in updates.parameters.values()]).norm()
         assert float(clipped) == pytest.approx(limit, rel=1e-2)
         assert norm > 5 * limit

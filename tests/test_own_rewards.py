@@ -66,7 +66,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_functions_and_classes_of_a_file(file: Path) -> None:
     reward = load_reward(f"'{file}:red'(k=3) + 0.5*'{file}:Green'(power=2) - '{file}:Plain'")
-    total, parts = reward.parts(IMAGES, PROMPTS)
+    total, parts = reward.components(IMAGES, PROMPTS)
     red, green, blue = (IMAGES[:, i] for i in range(3))
     wanted = 6 * red.mean((1, 2)) + 0.5 * green.pow(2).mean((1, 2)) - blue.mean((1, 2))
     assert torch.allclose(total, wanted)

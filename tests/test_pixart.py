@@ -118,7 +118,7 @@ def test_other_sizes_which_alpha_is_told(tmp_path: Path, kind: Any) -> None:
 def test_prompts_and_negative_prompts(folder: Path) -> None:
     model = load_model(folder)
     schedule = model.schedule(STEPS)
-    pictures = model.generate(["a cat", "a much longer dog"], [0, 0], schedule, 4.5, "a bird")
+    pictures = model.sample_tensors(["a cat", "a much longer dog"], [0, 0], schedule, 4.5, "a bird")
     for i, prompt in enumerate(("a cat", "a much longer dog")):
         pipeline = DiffusionPipeline.from_pretrained(folder)
         assert (draw(pipeline, prompt, 0, negative_prompt="a bird") - pictures[i : i + 1]).abs().max() <= 1e-3

@@ -106,7 +106,7 @@ def test_robust_scores_the_locally_worst_picture() -> None:
     images = (torch.rand(3, 3, 6, 6) + 0.1).requires_grad_()
     norm = images.detach().flatten(1).norm(dim=1)
     reward = load_reward(SharpnessAware(Bowl(), rho=0.25) + 2 * Bowl())
-    scores, parts = reward.parts(images, [""] * 3)
+    scores, parts = reward.components(images, [""] * 3)
     assert torch.allclose(scores, -((norm + 0.25) ** 2) / 2 - norm**2, rtol=1e-5)
     assert list(parts) == ["sharpness_aware(bowl)", "bowl"]
     scores.sum().backward()
@@ -117,7 +117,7 @@ def test_robust_scores_the_locally_worst_picture() -> None:
     alone = load_reward("sharpness_aware(brightness + 2*saturation, rho=0.5)")
     assert alone.expression == "sharpness_aware(brightness + 2*saturation, rho=0.5)"
     with torch.no_grad():
-        total, parts = alone.parts(images.detach(), [""] * 3)
+        total, parts = alone.components(images.detach(), [""] * 3)
     assert list(parts) == ["sharpness_aware_brightness", "sharpness_aware_saturation"]
     assert (total < load_reward("brightness + 2*saturation")(images.detach(), [""] * 3)).all()
 
@@ -182,7 +182,7 @@ def test_normalised_parts_have_spread_one() -> None:
     images = torch.rand(12, 3, 8, 8) * torch.linspace(0.2, 1, 12)[:, None, None, None]
     reward = load_reward("brightness - 3*sharpness")
     even = normalized(reward, images, [""] * 12)
-    _, parts = reward.parts(images, [""] * 12)
+    _, parts = reward.components(images, [""] * 12)
     wanted = parts["brightness"] / parts["brightness"].std() - 3 * parts["sharpness"] / parts["sharpness"].std()
     assert torch.allclose(even(images, [""] * 12), wanted, rtol=1e-4)
     again = load_reward(even.expression)

@@ -123,7 +123,7 @@ def test_the_gradient_through_the_clip_is_that_of_diffusers_own_steps(folder: Pa
     for ours in (True, False):
         start = x = noise.clone().requires_grad_()
         if ours:
-            x = rollout(model.denoise([""], schedule, 1.0), schedule.steps, x)
+            x = rollout(model.denoiser_for([""], schedule, 1.0), schedule.steps, x)
         else:
             for t in scheduler.timesteps:
                 x = scheduler.step(model.denoiser(x, t).sample, t, x).prev_sample
@@ -134,7 +134,7 @@ def test_the_gradient_through_the_clip_is_that_of_diffusers_own_steps(folder: Pa
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[1].abs().max()
     unclipped = Schedule(schedule.steps, schedule.prediction_type)
     start = noise.clone().requires_grad_()
-    x = rollout(model.denoise([""], unclipped, 1.0), schedule.steps, start)
+    x = rollout(model.denoiser_for([""], unclipped, 1.0), schedule.steps, start)
     (x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
     assert start.grad is not None
     assert (start.grad - gradients[1]).abs().max() > 0.01 * gradients[1].abs().max()
@@ -146,8 +146,8 @@ def test_drtunes_way_back_ends_where_the_picture_was_clipped(prediction_type: st
     schedule = Schedule((step,), prediction_type, ClipSample(1.0))
     x, output = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x.requires_grad_()
-    wanted = schedule.read(output, x, step)
-    found = linear_path(schedule.read(output, x.detach(), step), x, step, schedule)
+    wanted = schedule.to_prediction(output, x, step)
+    found = linear_path(schedule.to_prediction(output, x.detach(), step), x, step, schedule)
     assert 0.1 < (wanted.clean.abs() == 1).float().mean() < 0.9
     for theirs, ours in zip(wanted, found, strict=True):
         assert torch.equal(theirs, ours)
@@ -163,7 +163,7 @@ def test_latents_are_never_clipped() -> None:
     assert ddim_schedule(config, 5).clip is None
     assert ddim_schedule(config, 5, clipped=True).clip == ClipSample(1.0, 0.995)
     assert ddim_schedule({"clip_sample": False}, 5, clipped=True).clip is None
-    read = Schedule((), "sample", ClipSample(0.5)).read(
+    read = Schedule((), "sample", ClipSample(0.5)).to_prediction(
         torch.tensor([[[[2.0]]]]), torch.zeros(1, 1, 1, 1), Step(1, 1, 1, 1, 1)
     )
     assert read == Prediction(torch.tensor([[[[0.5]]]]), torch.tensor([[[[-2.0]]]]))
@@ -212,8 +212,8 @@ def test_loras_are_mixed_scaled_and_exported(folder: Path, tmp_path: Path) -> No
 def test_prompts_and_guidance_change_nothing_but_the_reward(folder: Path, tmp_path: Path) -> None:
     model = load_model(folder)
     schedule = model.schedule(STEPS)
-    one = model.generate(["a cat"], [0], schedule, 7.5, "a dog")
-    assert torch.equal(one, model.generate([""], [0], schedule, 1.0))
+    one = model.sample_tensors(["a cat"], [0], schedule, 7.5, "a dog")
+    assert torch.equal(one, model.sample_tensors([""], [0], schedule, 1.0))
     seen: list[str] = []
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -45,7 +45,7 @@ def test_the_policy_gradient_is_unbiased(fraction: float) -> None:
     mu = float(data.mu.detach())
     for step in schedule.steps:
         p, q, e, f = data.coefficients(step)
-        kept = math.sqrt(step.sigma_next**2 - step.tau**2)
+        kept = math.sqrt(step.sigma_next**2 - step.ancestral_std**2)
         mean = step.alpha_next * (p * mu + q * mean) + kept * (e * mu + f * mean)
         slope = step.alpha_next * (p + q * slope) + kept * (e + f * slope)
     expected = -2 * (mean - target) * slope
@@ -74,7 +74,7 @@ def gradient(method: Method, network: Network, base: Network, schedule: Schedule
     network.zero_grad()
 
     def through(network: Network):  # type: ignore[no-untyped-def]
-        return lambda x, step: schedule.read(network(x, step.timestep), x, step)
+        return lambda x, step: schedule.to_prediction(network(x, step.timestep), x, step)
 
     for losses in method.losses_per_step([batch_of(through(network), schedule, through(base), seed=seed)]):
         for loss in losses:
@@ -104,15 +104,15 @@ def test_dpok_adds_the_divergence_of_every_step(grid: str, networks: tuple[Netwo
         here, there = (
             clean_and_noise(net(x, step.timestep), x, step, schedule.prediction_type) for net in (network, base)
         )
-        if step.tau == 0:
+        if step.ancestral_std == 0:
             break
-        kept = math.sqrt(step.sigma_next**2 - step.tau**2)
+        kept = math.sqrt(step.sigma_next**2 - step.ancestral_std**2)
         one, other = (step.alpha_next * clean + kept * noise for clean, noise in (here, there))
         divergence = torch.distributions.kl_divergence(
-            torch.distributions.Normal(one, step.tau), torch.distributions.Normal(other.detach(), step.tau)
+            torch.distributions.Normal(one, step.ancestral_std), torch.distributions.Normal(other.detach(), step.ancestral_std)
         )
-        (beta * divergence.mean() / sum(step.tau > 0 for step in schedule.steps)).backward()
-        x = (one + step.tau * fresh.pop(0)).detach()
+        (beta * divergence.mean() / sum(step.ancestral_std > 0 for step in schedule.steps)).backward()
+        x = (one + step.ancestral_std * fresh.pop(0)).detach()
     expected = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
     assert relative(ours, expected) < 1e-9
 
@@ -129,11 +129,11 @@ def test_the_loss_of_the_authors_by_hand() -> None:
     method = DDPO(inner_epochs=2, clip_range=clip, adv_clip_max=adv_clip_max)
 
     def denoise(x: Tensor, step: Step) -> Prediction:
-        return schedule.read(network(x, step.timestep), x, step)
+        return schedule.to_prediction(network(x, step.timestep), x, step)
 
     def mean_of(net: Network, x: Tensor, step: Step) -> Tensor:
         clean, eps = clean_and_noise(net(x, step.timestep), x, step, "epsilon")
-        return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * eps
+        return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.ancestral_std**2) * eps
 
     found, fresh = [], noises(len(schedule), noise)
     with injected(randn=fresh):
@@ -153,14 +153,14 @@ def test_the_loss_of_the_authors_by_hand() -> None:
         path = []
         for step, z in zip(schedule.steps, fresh, strict=True):
             middle = mean_of(before, x, step)
-            following = middle + step.tau * z
+            following = middle + step.ancestral_std * z
             path.append((step, x, following, middle))
             x = following
     outside = []
     for net, got in zip((before, after), found, strict=True):
         for step, x, following, middle in path:
             old, new = (
-                torch.distributions.Normal(m, step.tau).log_prob(following).mean((1, 2, 3))
+                torch.distributions.Normal(m, step.ancestral_std).log_prob(following).mean((1, 2, 3))
                 for m in (middle, mean_of(net, x, step))
             )
             ratio = (new - old).exp()
@@ -237,7 +237,7 @@ def test_ratios_that_are_all_clipped_are_named() -> None:
 
 def schedule_mean(data: Gaussian, x: Tensor, step: Step) -> Tensor:
     clean, eps = data.denoise(x, step)
-    return (step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * eps).detach()
+    return (step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.ancestral_std**2) * eps).detach()
 
 
 def test_wrappers_pass_on_what_the_method_reports() -> None:
@@ -255,7 +255,7 @@ def test_a_later_epoch_weighs_by_the_clipped_ratio() -> None:
     schedule = Schedule((step,))
     data, clip = Gaussian(), 0.02
     p, q, e, f = data.coefficients(step)
-    kept = math.sqrt(step.sigma_next**2 - step.tau**2)
+    kept = math.sqrt(step.sigma_next**2 - step.ancestral_std**2)
     slope = step.alpha_next * p + kept * e
     noise = torch.randn(6, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     method = RawRewards(inner_epochs=3, clip_range=clip)
@@ -274,17 +274,17 @@ def test_a_later_epoch_weighs_by_the_clipped_ratio() -> None:
         data.mu.data += 0.2 * step.tau
     assert len(seen) == 1  # the pictures are scored once
 
-    mu = float(data.mu.detach()) - 3 * 0.2 * step.tau
+    mu = float(data.mu.detach()) - 3 * 0.2 * step.ancestral_std
     x, advantage = seen[0], torch.sin(3 * seen[0])
     means = [
         step.alpha_next * (p * m + q * noise.flatten()) + kept * (e * m + f * noise.flatten())
-        for m in (mu, mu + 0.2 * step.tau, mu + 0.4 * step.tau)
+        for m in (mu, mu + 0.2 * step.ancestral_std, mu + 0.4 * step.ancestral_std)
     ]
     for got, mean in zip(gradients, means, strict=True):
-        ratio = torch.exp(((x - means[0]) ** 2 - (x - mean) ** 2) / (2 * step.tau**2))
+        ratio = torch.exp(((x - means[0]) ** 2 - (x - mean) ** 2) / (2 * step.ancestral_std**2))
         # Where the clipped ratio is the smaller, nothing is left to gain.
         active = ~(((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip)))
-        expected = -(advantage * active * ratio * (x - mean) / step.tau**2 * slope).mean()
+        expected = -(advantage * active * ratio * (x - mean) / step.ancestral_std**2 * slope).mean()
         assert got == pytest.approx(float(expected), rel=1e-9)
     assert gradients[1] != pytest.approx(gradients[0], rel=0.01)
 
@@ -342,7 +342,7 @@ def test_the_penalty_is_the_distance_from_the_base_at_every_call_with_gradient(
     def denoise(x: Tensor, step: Step) -> Prediction:
         if torch.is_grad_enabled():
             calls.append((x, step))
-        return schedule.read(network(x, step.timestep), x, step)
+        return schedule.to_prediction(network(x, step.timestep), x, step)
 
     penalties = []
     for _ in method.losses([batch_of(denoise, schedule)]):
@@ -362,13 +362,13 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
     parameters = add_random_lora(model)
     schedule = model.schedule(3)
     noise = model.noise(torch.Generator().manual_seed(0), 2)
-    denoise, base = model.denoisers(["a", "b"], schedule, 3.0)
+    denoise, base = model.denoisers_for(["a", "b"], schedule, 3.0)
     with torch.no_grad():
         plain = build_pipeline(tmp_path / "again").unet.double()
         condition = model.encode(["a", "b"], "", True)
         step = schedule.steps[0]
         negative, positive = plain(torch.cat([noise, noise]), step.timestep, condition).sample.chunk(2)
-        wanted = schedule.read(negative + 3.0 * (positive - negative), noise, step).noise
+        wanted = schedule.to_prediction(negative + 3.0 * (positive - negative), noise, step).noise
         assert torch.allclose(base(noise, step).noise, wanted, atol=1e-12)
         assert not torch.allclose(denoise(noise, step).noise, wanted, atol=1e-3)
 
@@ -393,7 +393,7 @@ def test_the_penalty_through_a_pipeline(tmp_path: Path) -> None:
     for step in schedule.steps[1:]:
         clean, eps = denoise(x, step)
         negative, positive = plain(torch.cat([x, x]), step.timestep, condition).sample.chunk(2)
-        there = schedule.read(negative + 3.0 * (positive - negative), x, step).noise
+        there = schedule.to_prediction(negative + 3.0 * (positive - negative), x, step).noise
         penalty = penalty + (eps - there).square().mean()
         x = step.alpha_next * clean + step.sigma_next * eps
     penalty.backward()
@@ -427,10 +427,10 @@ class Tilted:
         for i, step in enumerate(self.steps):
             p, q, *_ = self.data.coefficients(step)
             a, b = p * float(self.data.mu) + self.shift[i].item(), q + self.slope[i].item()
-            kept = math.sqrt(max(0.0, step.sigma_next**2 - step.tau**2)) / step.sigma
+            kept = math.sqrt(max(0.0, step.sigma_next**2 - step.ancestral_std**2)) / step.sigma
             gain = step.alpha_next * b + kept * (1 - step.alpha * b)
             mean = (step.alpha_next - kept * step.alpha) * a + gain * mean
-            variance = gain**2 * variance + step.tau**2
+            variance = gain**2 * variance + step.ancestral_std**2
         return mean, variance
 
 
@@ -467,12 +467,12 @@ def test_the_adjoint_gradient_by_hand(networks: tuple[Network, Network]) -> None
 
     def mean(net: Network, x: Tensor, step: Step) -> Tensor:
         clean, noise = clean_and_noise(net(x, step.timestep), x, step, "epsilon")
-        return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.tau**2) * noise
+        return step.alpha_next * clean + math.sqrt(step.sigma_next**2 - step.ancestral_std**2) * noise
 
     path = [NOISE]
     with torch.no_grad():
         for step, z in zip(schedule.steps, fresh, strict=True):
-            path.append(mean(network, path[-1], step) + step.tau * z)
+            path.append(mean(network, path[-1], step) + step.ancestral_std * z)
     network.zero_grad()
     for i, step in enumerate(schedule.steps):
         # x_0 as a function of the state after step i, along the base's steps, through the very states of the path.
@@ -483,6 +483,6 @@ def test_the_adjoint_gradient_by_hand(networks: tuple[Network, Network]) -> None
             x = x + (later - x).detach()
         (adjoint,) = torch.autograd.grad(-scale * reward(x).sum(), following)
         shift = mean(network, path[i], step) - mean(base, path[i], step).detach()
-        ((shift / step.tau + step.tau * adjoint) ** 2 / 2).sum((1, 2, 3)).mean().backward()
+        ((shift / step.ancestral_std + step.ancestral_std * adjoint) ** 2 / 2).sum((1, 2, 3)).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in network.parameters()])
     assert relative(ours, expected) < 1e-10

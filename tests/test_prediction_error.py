@@ -35,7 +35,7 @@ def penalty(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
 
 def retention(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
     batch = batch_of(denoise, schedule, base, NOISE, lambda x: 0 * x.sum((1, 2, 3)))
-    batch.kept = batch_of(denoise, schedule, base, NOISE)
+    batch.retention_batch = batch_of(denoise, schedule, base, NOISE)
     ((_, loss),) = Retention(Draft(), 1.0).losses_per_step(iter([batch]))
     return loss
 
@@ -63,7 +63,7 @@ def test_a_change_of_the_output_weighs_the_same_at_every_step(name: str, measure
     delta = 0.3 * torch.randn(NOISE.shape, dtype=NOISE.dtype, generator=torch.Generator().manual_seed(1))
 
     def through(change: Tensor | float) -> Denoiser:
-        return lambda x, step: schedule.read(network(x, step.timestep) + change, x, step)
+        return lambda x, step: schedule.to_prediction(network(x, step.timestep) + change, x, step)
 
     for step in (schedule.steps[0], schedule.steps[len(schedule) // 2], schedule.steps[-1]):
         alone = Schedule((step,), schedule.prediction_type)
@@ -87,7 +87,7 @@ def test_score_matching_learns_at_every_step(name: str) -> None:
                 "v_prediction": step.alpha * noise - step.sigma,
                 "flow": noise - 1,
             }[schedule.prediction_type]
-            return schedule.read(wanted + 0.5 + offset, x, step)  # noqa: B023
+            return schedule.to_prediction(wanted + 0.5 + offset, x, step)  # noqa: B023
 
         fit = DenoisingTrainer(
             [offset], Schedule((step,), schedule.prediction_type), 0.01, torch.Generator().manual_seed(0)

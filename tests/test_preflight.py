@@ -48,13 +48,13 @@ def test_what_it_measures(settings: Settings, tmp_path: Path, pipeline_folder: P
     assert (len(found.trials), found.fits, found.changes) == (1, True, {})
     trial = found.best
     model = load_model(pipeline_folder)
-    networks = sum(tensor.nbytes for part in model.parts for tensor in (*part.parameters(), *part.buffers()))
+    networks = sum(tensor.nbytes for part in model.modules for tensor in (*part.parameters(), *part.buffers()))
     trainer = Trainer(settings=settings)
-    lora = sum(parameter.nbytes for parameter in trainer.updates.parameters.values())
+    lora = sum(parameter.nbytes for parameter in trainer.train_step.parameters.values())
     assert trial.held == pytest.approx(networks + lora, rel=0.02)
-    trainer.checks.check_rewards(trainer.watch.shown)
+    trainer.checks.check_rewards(trainer.validation.shown)
     # AdamW's two averages are made in the first update and held from then on.
-    assert trial.peak == pytest.approx(peak_memory(lambda: trainer.updates.update(1)) + 2 * lora, rel=0.02)
+    assert trial.peak == pytest.approx(peak_memory(lambda: trainer.train_step.run(1)) + 2 * lora, rel=0.02)
     # Updates; grids of 3 at 0, 4, 8 and 10; evaluations of 6 pictures at 0, 5 and 10, and of the denoiser MSE of 2 x 4.
     assert {name: count for name, (count, _) in trial.run.items()} == {
         "updates": 10,
@@ -89,7 +89,7 @@ def test_what_it_advises_fits(settings: Settings) -> None:
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(settings, method="draft_k(k=1)", prefix_reuse_steps=3, eval_prompts="")
     made: list[int] = []
-    update = TrainStep.update
+    update = TrainStep.run
     monkeypatch.setattr(TrainStep, "update", lambda self, step: made.append(step) or update(self, step))
     monkeypatch.setattr(module, "seconds", lambda function, device: 3.0 * bool(function() or True))
     found = preflight(settings)

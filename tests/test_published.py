@@ -116,11 +116,11 @@ def test_hpsv2_agrees_with_openclip(tmp_path: Path) -> None:
             tensors, published_weights.hpsv2_pixels(picture), tokens_of(tokenizer, prompt)
         )
 
-    agree(HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready(), ["a cat", "dogs and birds"], official)
+    agree(HPSv2(str(weights), str(tokenizer), HPS_CONFIG).load_weights(), ["a cat", "dogs and birds"], official)
     save_file(tensors, tmp_path / "hps.safetensors")
     images = torch.rand(3, 3, 20, 40)
     scores = [
-        HPSv2(str(path), str(tokenizer), HPS_CONFIG).ready()(images, ["a", "b", "c d"])
+        HPSv2(str(path), str(tokenizer), HPS_CONFIG).load_weights()(images, ["a", "b", "c d"])
         for path in (weights, tmp_path / "hps.safetensors")
     ]
     assert torch.equal(*scores)
@@ -139,7 +139,7 @@ def test_imagereward_agrees_with_blip(tmp_path: Path) -> None:
         pixels = cropped_pixels(picture, 32, 32, round)
         return published_weights.imagereward_score(tensors, pixels, tokens.input_ids, tokens.attention_mask)
 
-    reward = ImageReward(str(weights), str(folder), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).ready()
+    reward = ImageReward(str(weights), str(folder), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).load_weights()
     agree(reward, ["a cat", "dog " * 50, "A dog!"], official)
 
 
@@ -255,8 +255,8 @@ def rewards(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path, head_fi
     weights, tokenizer = published_weights.save_hpsv2(root / "hps")
     blip, words = published_weights.save_imagereward(root / "blip")
     return {
-        "hpsv2": HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready(),
-        "imagereward": ImageReward(str(blip), str(words), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).ready(),
+        "hpsv2": HPSv2(str(weights), str(tokenizer), HPS_CONFIG).load_weights(),
+        "imagereward": ImageReward(str(blip), str(words), BLIP_VISION_CONFIG, BLIP_TEXT_CONFIG).load_weights(),
         "pickscore": load_reward(f"pickscore(model='{clip_folder}')"),
         "clip": load_reward(f"clip(model='{published_weights.save_siglip(root / 'siglip')}')"),
         "aesthetic": load_reward(f"aesthetic(model='{clip_folder}', head='{head_file}')"),
@@ -320,7 +320,7 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
     said = {"missing": "1 resblocks.1.attn.in_proj_bias", "extra": "1 resblocks.2"}
     said |= {"shape": "text_projection (16, 25) (16, 24)"}
     with raises(DraftuneError, name, said.get(mode, "")):
-        HPSv2(str(bad), str(tokenizer), HPS_CONFIG).ready()
+        HPSv2(str(bad), str(tokenizer), HPS_CONFIG).load_weights()
     assert not (tmp_path / "hacked").exists()
 
 
@@ -390,10 +390,10 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
 def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
     with raises(DraftuneError, "tokens 2284 74"):
-        HPSv2(str(weights), "emoji_clip", HPS_CONFIG).ready()
+        HPSv2(str(weights), "emoji_clip", HPS_CONFIG).load_weights()
     (tokenizer / "vocab.json").write_text("{")
     with raises(DraftuneError, "tokenizer", tokenizer):
-        HPSv2(str(weights), str(tokenizer), HPS_CONFIG).ready()
+        HPSv2(str(weights), str(tokenizer), HPS_CONFIG).load_weights()
 
 
 def test_damaged_pickles_are_refused(tmp_path: Path) -> None:

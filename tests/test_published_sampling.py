@@ -228,7 +228,7 @@ def test_sample_and_eval_draw_a_base_model_so(
     saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[int, float]] = []
-    generate = DiffusionModel.generate
+    generate = DiffusionModel.sample_tensors
 
     def counted(
         self: DiffusionModel, prompts: Any, seeds: Any, schedule: Any, guidance_scale: float, *a: Any, **b: Any

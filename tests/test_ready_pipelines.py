@@ -84,7 +84,7 @@ def test_config_scheduler_and_weights_stay(saved: dict[str, Path], family: str) 
     if family != "dev":
         # Nor does drawing change any of it.
         model.set_sampler_options("trailing")
-        model.generate(["1"], [0], model.schedule(1), 2.0)
+        model.sample_tensors(["1"], [0], model.schedule(1), 2.0)
         assert_same(before, kept(pipeline))
 
 
@@ -119,6 +119,6 @@ def test_a_copy_leaves_the_pipeline_unchanged(saved: dict[str, Path]) -> None:
     before, others = kept(pipeline), changeable(pipeline)
     model = load_model(copy.deepcopy(pipeline))
     add_lora(model, 2)
-    model.generate(["1"], [0], model.schedule(1), 2.0)
+    model.sample_tensors(["1"], [0], model.schedule(1), 2.0)
     assert_same(before, kept(pipeline))
     assert changeable(pipeline) == others

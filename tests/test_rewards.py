@@ -41,7 +41,7 @@ class Constant(Reward):
 
 def test_algebra() -> None:
     a, b, images = Constant(2.0, "a"), Constant(3.0, "b"), torch.rand(2, 3, 4, 4)
-    total, parts = (a + 0.1 * b - b * 2 + -a).parts(images, ["", ""])
+    total, parts = (a + 0.1 * b - b * 2 + -a).components(images, ["", ""])
     assert torch.allclose(total, torch.full((2,), 2 + 0.3 - 6 - 2))
     assert parts.keys() == {"a", "b"}
     assert parts["b"].tolist() == [3.0, 3.0]
@@ -50,7 +50,7 @@ def test_algebra() -> None:
 
 def test_two_parts_of_one_kind_are_logged_apart() -> None:
     reward = load_reward("jpeg_compressibility(quality=10) + jpeg_compressibility(quality=50)")
-    _, parts = reward.parts(torch.rand(1, 3, 16, 16), [""])
+    _, parts = reward.components(torch.rand(1, 3, 16, 16), [""])
     assert list(parts) == ["jpeg_compressibility", "jpeg_compressibility-2"]
 
 

@@ -54,7 +54,7 @@ def test_rollout_equals_ddim_scheduler(spacing: str, prediction_type: str, steps
     def network(x: torch.Tensor, timestep: int) -> torch.Tensor:
         return torch.tanh(x * (1 + timestep / 1000))
 
-    ours = rollout(lambda x, step: schedule.read(network(x, step.timestep), x, step), schedule.steps, x)
+    ours = rollout(lambda x, step: schedule.to_prediction(network(x, step.timestep), x, step), schedule.steps, x)
     theirs = x
     for t in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, int(t)), t, theirs).prev_sample
@@ -68,8 +68,8 @@ def test_ancestral_step_equals_ddim_scheduler_with_eta() -> None:
     step = schedule.steps[4]
     x, output, z = torch.randn(3, 1, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     variance = scheduler._get_variance(step.timestep, step.timestep - 100)
-    assert step.tau == pytest.approx(float(variance.sqrt()), abs=1e-7)
-    ours = ddim_step(schedule.read(output, x, step), step, step.tau) + step.tau * z
+    assert step.ancestral_std == pytest.approx(float(variance.sqrt()), abs=1e-7)
+    ours = ddim_step(schedule.to_prediction(output, x, step), step, step.ancestral_std) + step.ancestral_std * z
     theirs = scheduler.step(output, step.timestep, x, eta=1.0, variance_noise=z).prev_sample
     assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -84,7 +84,7 @@ def test_pictures_equal_those_of_the_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     model = StableDiffusion(pipeline, "tiny")
     prompts, seeds = ["a cat", "two dogs"], [3, 4]
-    ours = model.generate(prompts, seeds, model.schedule(10), guidance_scale, "blurry")
+    ours = model.sample_tensors(prompts, seeds, model.schedule(10), guidance_scale, "blurry")
     theirs = pipeline(
         prompts,
         num_inference_steps=10,
@@ -101,8 +101,8 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: object) -> None:
     model = StableDiffusion(pipeline, "tiny")  # type: ignore[arg-type]
     schedule = model.schedule(4)
     state = torch.random.get_rng_state()
-    together = model.generate(["a", "b", "c"], [5, 6, 7], schedule, 3.0, batch_size=2)
-    alone = model.generate(["b"], [6], schedule, 3.0)
+    together = model.sample_tensors(["a", "b", "c"], [5, 6, 7], schedule, 3.0, batch_size=2)
+    alone = model.sample_tensors(["b"], [6], schedule, 3.0)
     assert torch.allclose(together[1], alone[0], atol=1e-6)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -136,7 +136,7 @@ def test_rollout_equals_the_flow_scheduler(
     def network(x: torch.Tensor, timestep: float) -> torch.Tensor:
         return torch.tanh(x * (1 + timestep / 1000))
 
-    ours = rollout(lambda x, step: schedule.read(network(x, step.timestep), x, step), schedule.steps, x)
+    ours = rollout(lambda x, step: schedule.to_prediction(network(x, step.timestep), x, step), schedule.steps, x)
     theirs = x
     for t in scheduler.timesteps:
         theirs = scheduler.step(network(theirs, float(t)), t, theirs).prev_sample
@@ -151,12 +151,12 @@ def test_flow_reads_the_velocity() -> None:
     clean, noise = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     step = flow_schedule({"shift": 3.0}, 5).steps[2]
     x = step.alpha * clean + step.sigma * noise
-    prediction = Schedule((step,), "flow").read(noise - clean, x, step)
+    prediction = Schedule((step,), "flow").to_prediction(noise - clean, x, step)
     assert torch.allclose(prediction.clean, clean, atol=1e-12)
     assert torch.allclose(prediction.noise, noise, atol=1e-12)
     # The ancestral step of a flow is memoryless: its noise is that of adjoint matching's sigma(t)^2 = 2 s / (1 - s).
     close = Step(500.0, 0.5, 0.5, 0.5001, 0.4999)
-    assert close.tau**2 / 1e-4 == pytest.approx(2 * 0.5 / 0.5, rel=1e-2)
+    assert close.ancestral_std**2 / 1e-4 == pytest.approx(2 * 0.5 / 0.5, rel=1e-2)
 
 
 # In float64: the levels of the embedded model's kind (zero terminal SNR), of Stable Diffusion, and of a flow.
@@ -186,7 +186,7 @@ def test_every_step_weighs_an_error_of_the_output_alike(name: str) -> None:
     if "zero SNR" in name:
         assert schedule.steps[0].alpha == 0
     for step in schedule.steps:
-        error = schedule.prediction_error(schedule.read(output + delta, x, step), schedule.read(output, x, step), step)
+        error = schedule.prediction_error(schedule.to_prediction(output + delta, x, step), schedule.to_prediction(output, x, step), step)
         assert torch.allclose(error, delta, rtol=0, atol=1e-9), step
         assert float(error.square().mean()) == pytest.approx(float(delta.square().mean()), rel=1e-9)
 
@@ -199,7 +199,7 @@ def test_the_error_of_clipped_predictions_is_what_the_sampler_sees(name: str) ->
     for step in schedule.steps:
         beyond = -3.0 / step.sigma if schedule.prediction_type == "v_prediction" else 3.0
         outputs = torch.full_like(x, beyond), torch.full_like(x, 1.5 * beyond)
-        a, b = (schedule.read(output, x, step) for output in outputs)
+        a, b = (schedule.to_prediction(output, x, step) for output in outputs)
         assert float(a.clean) == float(b.clean) == 1.0
         error = float(schedule.prediction_error(a, b, step))
         assert math.isfinite(error)

@@ -119,7 +119,7 @@ def official(pipeline: StableDiffusionXLPipeline, prompt: str, seed: int, **said
 
 
 def ours(model: DiffusionModel, negative_prompt: str = "") -> Tensor:
-    return model.generate(["a cat"], [0], model.schedule(STEPS), GUIDANCE, negative_prompt)
+    return model.sample_tensors(["a cat"], [0], model.schedule(STEPS), GUIDANCE, negative_prompt)
 
 
 def trailing(folder: Path) -> DiffusionModel:
@@ -216,7 +216,7 @@ def test_what_reads_pictures_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "model" / "image_encoder" / "model.safetensors").write_bytes(b"never read")
     model = load_model(tmp_path / "model")
     assert model.pipeline.image_encoder is None
-    assert len(model.parts) == 4
+    assert len(model.modules) == 4
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya", "merged"])

@@ -144,7 +144,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     # What is saved is the sum: of the pipeline itself it makes what was trained.
     saved, _ = load_for_sampling(str(second.folder))
     schedule = trainer.schedule
-    ours, theirs = (m.denoisers(["a dog"], schedule, 3.0) for m in (trainer.model, saved))
+    ours, theirs = (m.denoisers_for(["a dog"], schedule, 3.0) for m in (trainer.model, saved))
     x = saved.noise(torch.Generator().manual_seed(1), 1)
     for step in schedule.steps:
         torch.testing.assert_close(predicted(ours[0], x, step), predicted(theirs[0], x, step), atol=1e-5, rtol=1e-4)
@@ -153,7 +153,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     assert {layer.rank for layer in read_deltas(second.folder).layers.values()} == {4}
     # And the base of the continued model is, bit for bit, the first one's model.
     alone, _ = load_for_sampling(str(first.folder))
-    assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoise(["a dog"], schedule, 3.0), x, step))
+    assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoiser_for(["a dog"], schedule, 3.0), x, step))
     page = collect(second.folder)
     assert mentions(page["verdict"], "before brightness")
     assert ["Continued from", str(first.folder)] in page["facts"]
@@ -170,8 +170,8 @@ def test_the_base_leaves_no_trace(pipeline_folder: Path) -> None:
     trained = list(lora_parameters(model))
     schedule = bare.schedule(3)
     x = bare.noise(torch.Generator().manual_seed(1), 1)
-    denoise, base = model.denoisers(["a dog"], schedule, 3.0)
-    plain, step = bare.denoise(["a dog"], schedule, 3.0), schedule.steps[0]
+    denoise, base = model.denoisers_for(["a dog"], schedule, 3.0)
+    plain, step = bare.denoiser_for(["a dog"], schedule, 3.0), schedule.steps[0]
     assert torch.equal(predicted(base, x, step), predicted(plain, x, step))
     assert not torch.equal(predicted(denoise, x, step), predicted(plain, x, step))
     assert list(lora_parameters(model)) == trained
@@ -186,7 +186,7 @@ def test_a_scale_leaves_the_kept_one_alone(first: Run, pipeline_folder: Path, tm
     with torch.no_grad():
         for parameter in lora_parameters(model).values():
             parameter += 0.1
-    denoise, base = model.denoisers(["a dog"], trainer.schedule, 3.0)
+    denoise, base = model.denoisers_for(["a dog"], trainer.schedule, 3.0)
     x, step = model.noise(torch.Generator().manual_seed(1), 1), trainer.schedule.steps[0]
     set_lora_scale(model, 0.0)
     assert torch.equal(predicted(denoise, x, step), predicted(base, x, step))
@@ -205,14 +205,14 @@ class Drift:
 
     def through(self, network: Network) -> Denoiser:
         def call(x: Tensor, step: Step) -> Prediction:
-            return self.schedule.read(network(x, step.timestep), x, step)
+            return self.schedule.to_prediction(network(x, step.timestep), x, step)
 
         return call
 
     def batch(self, seed: int = 0) -> Any:
         denoise, base = self.through(self.network), self.through(self.before)
         batch = batch_of(denoise, self.schedule, base, seed=seed)
-        batch.kept = batch_of(denoise, self.schedule, base, noise=NOISE.flip(0) + 1)
+        batch.retention_batch = batch_of(denoise, self.schedule, base, noise=NOISE.flip(0) + 1)
         return batch
 
     def gradient(self, method: Method, *batches: Any) -> Tensor:
@@ -408,13 +408,13 @@ def changes(source: Path) -> Iterator[tuple[str, Tensor]]:
 
 def test_a_truncated_lora_is_the_nearest(thick: Path) -> None:
     whole = read_deltas(thick)
-    short = whole.truncated(2)
+    short = whole.truncate_rank(2)
     for name, layer in short.layers.items():
         assert layer.rank == 2
         values = torch.linalg.svdvals(whole.layers[name].change.double())
         left = (whole.layers[name].change - layer.change).double().norm()
         assert float(left) == pytest.approx(float(values[2:].norm()), rel=1e-4)
-    same = whole.truncated(4)
+    same = whole.truncate_rank(4)
     for name, layer in same.layers.items():
         torch.testing.assert_close(layer.change, whole.layers[name].change, atol=1e-5, rtol=1e-4)
 
@@ -448,7 +448,7 @@ def test_a_distilled_lora(
     said = capsys.readouterr().out.splitlines()
     assert mentions(said[0], thick)
     assert said[2].split()[1:] == said[3].split()[1:]
-    short = read_deltas(thick).truncated(2).layers
+    short = read_deltas(thick).truncate_rank(2).layers
     for name, change in changes(tmp_path / "cut"):
         torch.testing.assert_close(change, short[name].change, atol=1e-5, rtol=1e-4)
     # Into its own folder it may be written again, into no other.

@@ -302,11 +302,11 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     (critic,) = online_rewards(reward)
     values = {**SETTINGS, "method": "draft_k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     trainer = Trainer(painter, reward, **values, output="unused")
-    made = trainer.updates
+    made = trainer.train_step
     made.draw_starts()
     (start,) = made.starts
     prompts = [trainer.prompts[i] for i in start.prompts]
-    denoise, _ = painter.denoisers(prompts, trainer.schedule, 3.0, "")
+    denoise, _ = painter.denoisers_for(prompts, trainer.schedule, 3.0, "")
     x, steps = start.noise, trainer.schedule.steps
     with torch.no_grad():
         for step in steps[:-1]:
@@ -317,7 +317,7 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     scores = reward(painter.decode(clean), prompts)
     expected = torch.autograd.grad(-scores.mean(), list(made.parameters.values()), allow_unused=True)
     fresh = {name: tensor.clone() for name, tensor in critic.carried().items()}
-    row = made.update(1)
+    row = made.run(1)
     assert row["reward"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert row["reward_queries"] == 2
     found = torch.cat([p.grad.flatten() for p in made.parameters.values() if p.grad is not None])
@@ -364,7 +364,7 @@ def test_each_random_step_serves_once() -> None:
     for batch in batches:
         for i, (_, step, x, following, advantages) in enumerate(again.rollout(batch)):
             wanted[i] -= (
-                advantages * (following - 0.9 * x - chain.theta[i].detach()).flatten() / step.tau**2
+                advantages * (following - 0.9 * x - chain.theta[i].detach()).flatten() / step.ancestral_std**2
             ).mean() / 8
     batches = [batch_of(denoise, schedule, None, noise, lambda x, _: x.flatten(), 7) for noise in noises]
     assert torch.allclose(gradient(SFTPG(generator_steps=1), batches, chain.theta), wanted, atol=1e-9)

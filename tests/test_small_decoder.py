@@ -104,7 +104,7 @@ def test_the_gradient_equals_plain_autograd(tmp_path: Path, checkpointing: str) 
     assert small.decoder.gradient_checkpointing == (checkpointing != "none")
     schedule, prompts = model.schedule(3), ["a cat", "dogs"]
     noise, weights = model.noise(torch.Generator().manual_seed(0), 2), torch.linspace(-1, 1, 16, dtype=torch.float64)
-    denoise = model.denoise(prompts, schedule, 3.0)
+    denoise = model.denoiser_for(prompts, schedule, 3.0)
 
     (clean,) = DraftK(3).samples(batch_of(denoise, schedule, noise=noise))
     (model.decode(clean) * weights).mean().backward()
@@ -144,14 +144,14 @@ def test_training_decodes_by_it_alone_and_pictures_to_look_at_by_the_models_own(
     trainer = Trainer(alike(tmp_path), brightness, **settings, tiny_decoder=str(tmp_path / "small"))
     weights = sum(p.nbytes for p in trainer.model.tiny_decoder.parameters())
     assert held_memory(trainer) - held_memory(plain) == weights > 0
-    trainer.updates.folder = None
+    trainer.train_step.folder = None
     with monkeypatch.context() as patch:
         patch.setattr(trainer.model.tiny_decoder, "decode", refuse)
         assert torch.equal(
             trainer.context.sample_images(PROMPTS, range(3)), plain.context.sample_images(PROMPTS, range(3))
         )
     monkeypatch.setattr(trainer.model, "_decode", refuse)
-    assert trainer.updates.update(1)["reward_queries"] == 2 * 3
+    assert trainer.train_step.run(1)["reward_queries"] == 2 * 3
 
 
 def test_a_run_through_it(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_run_through_it(tmp_path: Path) -> None:
     run = draftune.train(model, brightness, **settings, tiny_decoder=small, output=str(tmp_path / "run"))
     # The training reward is that of its pictures; the evaluations are of the model's own.
     before = float(own.context.sample_images(["a fish", "a tree"], [0, 0]).mean())
-    reward = own.updates.update(1)["reward"]
+    reward = own.train_step.run(1)["reward"]
     assert run.metrics[0]["reward"] - 0.5 == pytest.approx(1.1 * (reward - 0.5), rel=1e-4)
     assert abs(reward - 0.5) > 1e-3
     first, last = (run.evaluations[i]["brightness"] for i in (0, -1))
@@ -178,7 +178,7 @@ def test_likeness(tmp_path: Path) -> None:
     model = StableDiffusion(alike(tmp_path), "pipeline")
     schedule = model.schedule(3)
     model.tiny_decoder = load_small_decoder(tmp_path / "small", model)
-    pictures = model.generate(PROMPTS, [0, 1, 2], schedule, 3.0)
+    pictures = model.sample_tensors(PROMPTS, [0, 1, 2], schedule, 3.0)
     expected = 1 - 0.01 * (pictures - 0.5).square().mean() / (pictures - pictures.mean()).square().mean()
     assert check_likeness(model, PROMPTS, schedule, 3.0) == pytest.approx(float(expected), abs=1e-4)
     assert 0.5 < expected < 0.999

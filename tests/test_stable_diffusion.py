@@ -87,11 +87,11 @@ def test_version_2_down_to_zero_signal(tmp_path: Path) -> None:
 def test_half_precision_is_loaded_no_wider(tmp_path: Path, saved: torch.dtype, precision: str) -> None:
     build_pipeline(tmp_path / "parts").to(saved).save_pretrained(tmp_path / "model")
     wide, model = load_model(tmp_path / "model"), load_model(tmp_path / "model", precision)
-    assert {part.dtype for part in wide.parts} == {torch.float32}
-    unet, text_encoder, vae = model.parts
+    assert {part.dtype for part in wide.modules} == {torch.float32}
+    unet, text_encoder, vae = model.modules
     asked = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert (unet.dtype, text_encoder.dtype, vae.dtype, model.dtype) == (asked, saved, saved, torch.float32)
-    for part, same in zip(wide.to("cpu", precision).parts, model.to("cpu", precision).parts, strict=True):
+    for part, same in zip(wide.to("cpu", precision).modules, model.to("cpu", precision).modules, strict=True):
         assert part.dtype == asked
         for (name, weight), loaded in zip(part.state_dict().items(), same.state_dict().values(), strict=True):
             assert torch.equal(weight, loaded), name

@@ -129,7 +129,7 @@ def test_the_dial_goes_from_the_base_through_the_run(run: Path) -> None:
     for mark in found.marks:
         model, settings = load_for_sampling(str(run), lora_scale=mark.scale, device="cpu")
         schedule = model.schedule(2)
-        images = model.generate(repeated, [0, 1] * 3, schedule, 2.0)
+        images = model.sample_tensors(repeated, [0, 1] * 3, schedule, 2.0)
         assert torch.equal(mark.evaluation.images, images[::2])
         scores = mark.evaluation.scores
         assert scores["brightness"] == pytest.approx(float(yardstick.reward(images, repeated).mean()))
@@ -171,7 +171,7 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert max(map(len, printed.splitlines()[:8])) <= 100
     # The picture shown at scale 1 is what sample draws.
     model, _ = load_for_sampling(str(run), device="cpu")
-    drawn = to_pil(model.generate(["a cat", "a dog", "fish"], [0] * 3, model.schedule(2), 2.0))
+    drawn = to_pil(model.sample_tensors(["a cat", "a dog", "fish"], [0] * 3, model.schedule(2), 2.0))
     for path, picture in zip(said["images"][2], drawn, strict=True):
         with Image.open(run / "sweep" / path) as kept:
             assert kept.tobytes() == picture.tobytes()

@@ -282,11 +282,11 @@ def test_compile(
     for made in (plain, compiled):
         torch.manual_seed(0)
         with torch.no_grad():
-            for parameter in made.updates.parameters.values():
+            for parameter in made.train_step.parameters.values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        made.updates.update(1)
-        gradients.append({name: p.grad.clone() for name, p in made.updates.parameters.items() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() == plain.updates.parameters.keys()
+        made.train_step.run(1)
+        gradients.append({name: p.grad.clone() for name, p in made.train_step.parameters.items() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == plain.train_step.parameters.keys()
     for name, gradient in gradients[0].items():
         assert gradient.any()
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-7), name

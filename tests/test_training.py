@@ -175,7 +175,7 @@ def test_updates_share_the_steps_before_the_cut(pipeline_folder: Path, tmp_path:
     unet.register_forward_pre_hook(lambda unet, given: calls.append((torch.is_grad_enabled(), given[0].detach())))
     unet.register_forward_hook(lambda unet, given, output: outputs.append(output.sample.detach()))
     for step in range(1, 5):
-        trainer.updates.update(step)
+        trainer.train_step.run(step)
     assert [graph for graph, _ in calls] == [False] * 3 + [True] * 3 + [False] * 3 + [True]
     assert torch.equal(calls[3][1], calls[4][1])
     assert torch.equal(calls[3][1], calls[5][1])
@@ -191,7 +191,7 @@ def test_the_clamp_of_pixels_is_a_setting(pipeline: Any, tmp_path: Path, mode: s
     model = StableDiffusion(pipeline, "tiny")
     settings = {"prompts": PROMPTS, "num_inference_steps": 3, "method": "draft_k(k=1)", "output": str(tmp_path / "run")}
     trainer = Trainer(model, brightness, **settings, pixel_clamp=mode)
-    row = trainer.updates.update(1)
+    row = trainer.train_step.run(1)
     assert row["reward"] == 1
     assert (row["grad_norm"] > 0) == (mode == "straight_through")
     with raises(DraftuneError, "pixel_clamp soft"):
@@ -243,13 +243,13 @@ def test_an_update_does_not_depend_on_how_its_pictures_are_split(
         settings = {"method": method, "num_inference_steps": 3, "guidance_scale": 3.0, "prompts": ["a cat"]}
         settings |= {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.5, "output": str(tmp_path / name)}
         painter = load_model(StableDiffusionPipeline.from_pretrained(pipeline_folder).to(torch.float64))
-        made = Trainer(painter, brightness, **settings, **values).updates
+        made = Trainer(painter, brightness, **settings, **values).train_step
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in made.parameters.values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         before = [parameter.detach().clone() for parameter in made.parameters.values()]
-        row = made.update(1)
+        row = made.run(1)
         pairs = list(zip(before, made.parameters.values(), strict=True))
         moved = torch.cat([(now.detach() - then).flatten() for then, now in pairs])
         return torch.cat([now.grad.flatten() for _, now in pairs if now.grad is not None]), moved, row
@@ -291,7 +291,7 @@ def test_somebody_elses_autocast_leaves_no_stale_weights(pipeline: Any) -> None:
     def gradient(outer: bool) -> Tensor:
         model.denoiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=outer, cache_enabled=True):
-            (clean,) = DraftK(1).samples(batch_of(model.denoise(["a"], schedule, 3.0), schedule, noise=noise))
+            (clean,) = DraftK(1).samples(batch_of(model.denoiser_for(["a"], schedule, 3.0), schedule, noise=noise))
         clean.square().mean().backward()
         grads = {name: p.grad for name, p in lora_parameters(model).items()}
         assert all(grad is not None and grad.any() for grad in grads.values()), grads.keys()
@@ -394,8 +394,8 @@ def test_the_scale_of_rewards_by_base_pictures(pipeline_folder: Path, tmp_path: 
     assert written["reward_normalization_samples"] == 0
     model = load_model(pipeline_folder)
     model.set_sampler_options("trailing")
-    pictures = model.generate((PROMPTS * 2)[:6], range(6), model.schedule(3), 3.0, batch_size=2)
-    _, parts = draftune.load_reward(reward).parts(pictures, [""] * 6)
+    pictures = model.sample_tensors((PROMPTS * 2)[:6], range(6), model.schedule(3), 3.0, batch_size=2)
+    _, parts = draftune.load_reward(reward).components(pictures, [""] * 6)
     terms = draftune.load_reward(written["reward"]).terms
     assert [part.label for _, part in terms] == ["brightness", "sharpness"]
     wanted = [1 / float(parts["brightness"].std()), -3 / float(parts["sharpness"].std())]
@@ -476,7 +476,7 @@ def test_a_run_without_a_gradient_says_which_factor_was_0(
 def test_a_gradient_that_vanishes_later_is_told_too(
     pipeline: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, made = TrainStep.update, [0]
+    update, made = TrainStep.run, [0]
 
     def counted(self: TrainStep, step: int) -> dict[str, float]:
         made.append(step)
@@ -569,10 +569,10 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
             prompts=PROMPTS, batch_size=1, resume=False, seed=1,
         )  # fmt: skip
         for step in range(1, 7):
-            trainer.updates.draw_starts()
-            latents = trainer.updates.starts[0].latents
-            trainer.updates.update(step)
-            asked.add(max(latents.known))
+            trainer.train_step.draw_starts()
+            latents = trainer.train_step.starts[0].latents
+            trainer.train_step.run(step)
+            asked.add(max(latents.latents))
         assert method.prefix_is_reusable() == (len(asked) == 1) == shared, (name, asked)
 
 
@@ -595,7 +595,7 @@ def test_the_lora_loads_in_diffusers(pipeline_folder: Path, tmp_path: Path, alph
     for parameter in lora_parameters(model).values():
         parameter.data += 0.3 * torch.randn_like(parameter)
     path = save_lora(model, tmp_path / "lora")
-    tuned = model.generate(["a cat"], [1], model.schedule(4), 3.0)
+    tuned = model.sample_tensors(["a cat"], [1], model.schedule(4), 3.0)
     with safe_open(path, "pt") as file:
         assert file.metadata()["base_model"] == str(pipeline_folder)
 
@@ -615,7 +615,7 @@ def test_the_lora_loads_in_diffusers(pipeline_folder: Path, tmp_path: Path, alph
 
     again = load_model(pipeline_folder)
     draftune.load_lora(again, tmp_path / "lora")
-    assert torch.allclose(again.generate(["a cat"], [1], again.schedule(4), 3.0), tuned, atol=1e-5)
+    assert torch.allclose(again.sample_tensors(["a cat"], [1], again.schedule(4), 3.0), tuned, atol=1e-5)
 
 
 def peak_of_one_update(model: DiffusionModel, method: str, steps: int) -> int:
@@ -623,7 +623,7 @@ def peak_of_one_update(model: DiffusionModel, method: str, steps: int) -> int:
     noise = model.noise(torch.Generator().manual_seed(0), 2)
 
     def update() -> None:
-        denoise, base = model.denoisers(["a", "b"], schedule, 3.0)
+        denoise, base = model.denoisers_for(["a", "b"], schedule, 3.0)
         batch = batch_of(denoise, schedule, base, noise, lambda clean: model.decode(clean).mean((1, 2, 3)))
         for loss in draftune.load_method(method).losses([batch]):
             loss.backward()

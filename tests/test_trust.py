@@ -194,7 +194,7 @@ def test_pictures_that_do_not_move_are_noticed(
 def test_the_folder_is_taken_until_it_is_closed(tmp_path: Path) -> None:
     folder = RunFolder(Settings(output=str(tmp_path / "run")), {})
     (tmp_path / "run").mkdir()
-    folder.take()
+    folder.acquire()
     with raises(DraftuneError, "process", tmp_path / "run"):
         RunFolder(Settings(output=str(tmp_path / "run")), {})
     folder.close()
@@ -214,7 +214,7 @@ def test_tensorboard_that_fails_ends_nothing(
     monkeypatch.undo()
     folder = RunFolder(Settings(output=str(tmp_path / "other")), {})
     (tmp_path / "other").mkdir()
-    folder.take()
+    folder.acquire()
     folder.events = SummaryWriter(str(tmp_path / "events"))
     monkeypatch.setattr(SummaryWriter, "close", full)
     folder.close()

@@ -34,7 +34,7 @@ def opened(folder: Path, size: int | None) -> DiffusionModel:
 
 
 def drawn(model: DiffusionModel, prompt: str, seed: int, guidance_scale: float) -> Tensor:
-    return model.generate([prompt], [seed], model.schedule(STEPS), guidance_scale)
+    return model.sample_tensors([prompt], [seed], model.schedule(STEPS), guidance_scale)
 
 
 def check_pictures(

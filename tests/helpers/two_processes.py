@@ -88,13 +88,13 @@ def updated(
     if "init_lora" in values:
         values["init_lora"] = first_lora(model, output.parent / "first", dtype)
     trainer = Trainer(painter, output=str(output), **values)
-    return trainer, [trainer.updates.update(step) for step in range(1, UPDATES + 1)]
+    return trainer, [trainer.train_step.run(step) for step in range(1, UPDATES + 1)]
 
 
 def learned(trainer: Trainer) -> dict[str, Tensor]:
     """The LoRA and the last update's gradient."""
     found = {}
-    for name, parameter in trainer.updates.parameters.items():
+    for name, parameter in trainer.train_step.parameters.items():
         assert parameter.grad is not None
         found[name], found[f"gradient/{name}"] = parameter.detach().clone(), parameter.grad.clone()
     return found
@@ -104,14 +104,14 @@ def save(folder: Path, name: str, trainer: Trainer, rows: list[dict[str, float]]
     """What this process learned, by its number: all are to have learned the same."""
     index, _ = rank_and_world_size()
     save_file(learned(trainer), folder / f"{name}-{index}.safetensors")
-    state = train_state(trainer.updates)[0]
+    state = train_state(trainer.train_step)[0]
     (folder / f"{name}-{index}.json").write_text(json.dumps({"rows": rows, "method": state["method"]}))
 
 
 def sizes(trainer: Trainer) -> dict[str, dict[str, int]]:
     """Numbers that this process holds, and all of them, of each network."""
     found = {}
-    for part in trainer.model.parts:
+    for part in trainer.model.modules:
         frozen = [parameter for parameter in part.parameters() if not parameter.requires_grad]
         held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
         found[type(part).__name__] = {"held": held, "all": sum(p.numel() for p in frozen)}

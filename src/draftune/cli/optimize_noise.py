@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     # Before the model is loaded, so that a missing reward fails early.
     reward = parse_reward(args.reward)
     model, settings = load_source(args)
-    tell_truncated([args.prompt], model, [reward.ready()], settings.negative_prompt)
+    tell_truncated([args.prompt], model, [reward.load_weights()], settings.negative_prompt)
     search = optimize_noise(
         model,
         reward,

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         model, settings = load_source(args)
         tell_truncated(args.prompt, model, (), settings.negative_prompt)
         schedule = model.schedule(settings.num_inference_steps)
-        images = model.generate(
+        images = model.sample_tensors(
             prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
         )
     else:
@@ -97,7 +97,7 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
     load_guide(method)
     reward = parse_reward(args.guidance_reward)
     model, settings = load_source(args)
-    tell_truncated(args.prompt, model, [reward.ready()], settings.negative_prompt)
+    tell_truncated(args.prompt, model, [reward.load_weights()], settings.negative_prompt)
     result = sample_guided(
         model,
         reward,

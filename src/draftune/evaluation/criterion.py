@@ -48,7 +48,7 @@ def default_criterion(metric_for_best_model: str, eval_rewards: Reward | None) -
     """Return the weights of `metric_for_best_model`, else those of the evaluation rewards; empty without both."""
     if metric_for_best_model or eval_rewards is None:
         return parse_criterion(metric_for_best_model) if metric_for_best_model else {}
-    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in eval_rewards.columns.items()}
+    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in eval_rewards.named_terms.items()}
 
 
 def weighted_sum(weights: Mapping[str, float], row: Mapping[str, T]) -> T:

@@ -59,7 +59,7 @@ class EvalSpec:
     def ready(self, device: torch.device | str = "cpu") -> EvalSpec:
         """Load the rewards on a device. Raises DraftuneError for prompts that a reward cannot score."""
         for reward in self.rewards:
-            reward.ready().to(device)
+            reward.load_weights().to(device)
             check_prompts(reward, self.prompts)
         return self
 
@@ -68,7 +68,7 @@ class EvalSpec:
         schedule = model.schedule(settings.num_inference_steps)
 
         def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-            return model.generate(
+            return model.sample_tensors(
                 prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
             )
 

@@ -144,7 +144,7 @@ def score_batches(
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), reward.chunk_size):
         batch = slice(start, start + reward.chunk_size)
-        total, terms = reward.parts(images[batch].to(device), prompts[batch])
+        total, terms = reward.components(images[batch].to(device), prompts[batch])
         totals.append(total.cpu())
         for label, values in terms.items():
             parts.setdefault(label, []).append(values.cpu())
@@ -227,7 +227,7 @@ def denoiser_mse_by_prompt(
     Returns:
         The error of each prompt [B].
     """
-    denoise, base = model.denoisers(prompts, schedule, guidance_scale, negative_prompt)
+    denoise, base = model.denoisers_for(prompts, schedule, guidance_scale, negative_prompt)
     x = model.noise([torch.Generator().manual_seed(seed) for seed in seeds], len(prompts))
     total = torch.zeros(len(prompts), device=x.device, dtype=x.dtype)
     for step in schedule.steps:

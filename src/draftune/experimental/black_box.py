@@ -117,7 +117,7 @@ class ZerothOrder(OnlineReward, LatentReward):
         self.label = f"zeroth_order({reward.label})"
 
     def load(self) -> None:
-        self.reward.ready()
+        self.reward.load_weights()
 
     def carried(self) -> dict[str, Tensor]:
         return {"levels": self.estimator.levels}

@@ -135,7 +135,7 @@ def distill_lora(
     differences = {"no LoRA": lesson.mean_difference(probes)}
     if not differences["no LoRA"] > 0:
         raise DraftuneError(f"the LoRA {source!r} does not change the images: there is nothing to distill")
-    truncated = deltas.truncated(rank).padded(rank)
+    truncated = deltas.truncate_rank(rank).padded(rank)
     fill(loaded, truncated)
     differences["truncated"] = lesson.mean_difference(probes)
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +189,7 @@ class Distiller:
     def trajectory(self, prompts: Sequence[str], generator: torch.Generator) -> TeacherTrajectory:
         """Sample with the teacher from new noise."""
         s = self.settings
-        student, teacher = self.model.denoisers(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
+        student, teacher = self.model.denoisers_for(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
         x, steps = self.model.noise(generator, len(prompts)), []
         for step in self.schedule.steps:
             prediction = teacher(x, step)

@@ -18,7 +18,7 @@ class Retention(MethodWrapper):
 
     The second term is added once for each batch and optimizer step. F and F_base are the guided outputs of the
     fine-tuned and the base network at a random step of the base model's own trajectory, for the retention prompts
-    (`Batch.kept`). `Schedule.prediction_error` computes their difference. The term needs no reward.
+    (`Batch.retention_batch`). `Schedule.prediction_error` computes their difference. The term needs no reward.
 
     It follows the distillation of a classifier's outputs in FOSTER (Wang et al., 2022, arXiv:2204.04662). The form for
     denoisers and the weight are this project's.
@@ -58,12 +58,12 @@ class Retention(MethodWrapper):
 
 def retention_loss(batch: Batch) -> Tensor:
     """Compute the mean squared difference from the base model at one random step of the base model's trajectory."""
-    kept = batch.kept
+    kept = batch.retention_batch
     if kept is None:
         raise DraftuneError("the batch has no retention prompts; set --retain-prompts")
     count = int(torch.randint(len(kept.schedule), (1,), generator=batch.generator))
-    x = kept.latents.after(count, kept.base, kept.schedule.steps)
+    x = kept.latents.get(count, kept.base_denoise, kept.schedule.steps)
     step = kept.schedule.steps[count]
     with torch.no_grad():
-        target = kept.base(x, step)
+        target = kept.base_denoise(x, step)
     return kept.schedule.prediction_error(kept.denoise(x, step), target, step).square().mean()

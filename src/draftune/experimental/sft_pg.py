@@ -114,7 +114,7 @@ class SFTPG(Method):
             (step, x, following)
             for step, x, _, following in ancestral_rollout(batch.denoise, batch.schedule, batch.noise, batch.randn_like)
         ]
-        random = [(step, x, following) for step, x, following in path if step.tau > 0]
+        random = [(step, x, following) for step, x, following in path if step.ancestral_std > 0]
         latents = torch.stack([x for _, x, _ in random], 1)
         if self.learner is None:
             self.learner = self.fresh(*latents.shape[1:3])

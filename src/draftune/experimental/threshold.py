@@ -113,7 +113,7 @@ class Threshold(AnnealedReward):
             part.outermost = False
 
     def load(self) -> None:
-        self.reward.ready()
+        self.reward.load_weights()
 
     def score_at(self, images: Tensor, prompts: Sequence[str], temperature: float) -> Tensor:
         return smooth_step(self.reward(images, prompts) - self.at, temperature)

@@ -277,7 +277,7 @@ class WeightEvaluator:
         if scales:
             set_lora_scales(self.model, scales)
         guidance = values.get(GUIDANCE, s.guidance_scale)
-        images = self.model.generate(prompts, seeds, self.schedule, guidance, s.negative_prompt)
+        images = self.model.sample_tensors(prompts, seeds, self.schedule, guidance, s.negative_prompt)
         self.queries += len(images)
         with torch.random.fork_rng():
             # The same random numbers at every point, for a reward that samples some.

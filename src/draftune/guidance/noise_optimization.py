@@ -99,7 +99,7 @@ def optimize_noise(
     guidance = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     score = require_trained(load_reward(reward)).to(model.device)
     check_prompts(score, [prompt])
-    denoise = model.denoise([prompt], schedule, guidance, negative_prompt)
+    denoise = model.denoiser_for([prompt], schedule, guidance, negative_prompt)
     noise = model.noise(torch.Generator().manual_seed(seed), 1).requires_grad_()
     optimizer = torch.optim.SGD([noise], learning_rate, momentum, nesterov=momentum > 0, maximize=True)
 

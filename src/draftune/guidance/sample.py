@@ -130,13 +130,13 @@ def sample_guided(
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         noise_fn = partial(model.noise, generators, len(batch))
-        denoise = model.denoise(batch, schedule, scale, negative_prompt)
+        denoise = model.denoiser_for(batch, schedule, scale, negative_prompt)
         slope = RewardGradientFn(model, score, batch)
         scores = []
         for i, latents in enumerate(guide.latents(denoise, schedule.steps, slope, noise_fn)):
             scores.append(slope.score(latents).cpu())
             if fit is not None and i >= guide.finetune_from_round:
-                fit(model.denoise(batch, schedule, guidance_scale=1), latents)
+                fit(model.denoiser_for(batch, schedule, guidance_scale=1), latents)
             bar.update(len(batch))
         images.append(model.decode(latents).cpu().float())
         rewards.append(torch.stack(scores))

@@ -55,7 +55,7 @@ def variance_scale(strength: float) -> UpdateRule:
     This is PGDiff's static guidance and shifts the mean of the ancestral step. A strength has the unit 1 / score. A
     variance learned by the model is not used.
     """
-    return lambda move, gradient, step: strength * step.tau**2 * gradient
+    return lambda move, gradient, step: strength * step.ancestral_std**2 * gradient
 
 
 def guided_sample(
@@ -164,7 +164,7 @@ def sample_eta(denoise: Denoiser, steps: Sequence[Step], x: Tensor, noise_fn: No
 
 def ddim_step_eta(prediction: Prediction, step: Step, noise_fn: NoiseFn, eta: float) -> Tensor:
     """Take one DDIM step with noise of standard deviation eta * tau (Song et al., 2020, arXiv:2010.02502, Eq. 16)."""
-    tau = eta * step.tau
+    tau = eta * step.ancestral_std
     following = ddim_step(prediction, step, tau)
     return following + tau * noise_fn() if tau else following
 

@@ -34,7 +34,7 @@ class DiffusionModel(Protocol):
 
     name: str
     lora_prefix: str
-    kept: LoRADeltas | None
+    frozen_lora: LoRADeltas | None
 
     @property
     def denoiser(self) -> Any: ...
@@ -43,7 +43,7 @@ class DiffusionModel(Protocol):
     def lora_networks(self) -> dict[str, Any]: ...
 
     @property
-    def grid(self) -> dict[str, Any]: ...
+    def sampler_options(self) -> dict[str, Any]: ...
 
     def unused_layers(self) -> frozenset[str]: ...
 
@@ -122,7 +122,7 @@ def lora_parameters(model: DiffusionModel) -> dict[str, nn.Parameter]:
 
 def set_lora_scale(model: DiffusionModel, scale: float) -> None:
     """Set the LoRA's scale: 0 gives the base model, 1 the fine-tuned model."""
-    set_lora_scales(model, {ADAPTER: scale} if model.kept is None else {KEPT: 1.0, ADAPTER: scale})
+    set_lora_scales(model, {ADAPTER: scale} if model.frozen_lora is None else {KEPT: 1.0, ADAPTER: scale})
 
 
 def set_lora_scales(model: DiffusionModel, scales: Mapping[str, float]) -> None:
@@ -268,7 +268,7 @@ def freeze_lora(model: DiffusionModel, source: Path | str, skip_text_encoder: bo
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     deltas.tensors()  # raises for a LoRA that can't be saved
     attach(model, deltas, KEPT)
-    model.kept = deltas
+    model.frozen_lora = deltas
 
 
 def save_lora(model: DiffusionModel, folder: Path | str) -> Path:
@@ -289,13 +289,13 @@ def save_lora(model: DiffusionModel, folder: Path | str) -> Path:
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
-        return LoRADeltas(attached(model), model.name, json.dumps(model.grid)).write(Path(folder))
+        return LoRADeltas(attached(model), model.name, json.dumps(model.sampler_options)).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
-    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.grid)}
-    if model.kept is not None:
-        both = model.kept.plus(deltas_of_peft(tensors, config.lora_alpha / config.r))
-        both.base_model, both.grid = model.name, json.dumps(model.grid)
+    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_options)}
+    if model.frozen_lora is not None:
+        both = model.frozen_lora.add(deltas_of_peft(tensors, config.lora_alpha / config.r))
+        both.base_model, both.grid = model.name, json.dumps(model.sampler_options)
         return both.write(Path(folder))
     targets = sorted(config.target_modules)
     return write_lora(Path(folder), tensors, {part: AdapterConfig(config.r, config.lora_alpha, targets)}, metadata)

@@ -113,7 +113,7 @@ class LoRADeltas:
         """Return the LoRA with all changes multiplied by `scale`."""
         return replace(self, layers={name: layer.scaled(scale) for name, layer in self.layers.items()})
 
-    def truncated(self, rank: int) -> LoRADeltas:
+    def truncate_rank(self, rank: int) -> LoRADeltas:
         """Return the best approximation of at most this rank, layer by layer."""
         return replace(self, layers={name: layer.truncated(rank) for name, layer in self.layers.items()})
 
@@ -121,7 +121,7 @@ class LoRADeltas:
         """Pad every layer to this rank."""
         return replace(self, layers={name: layer.padded(rank) for name, layer in self.layers.items()})
 
-    def plus(self, other: Mapping[str, LoRADelta]) -> LoRADeltas:
+    def add(self, other: Mapping[str, LoRADelta]) -> LoRADeltas:
         """Return the exact sum with another LoRA of the same base model."""
         layers = dict(self.layers)
         for name, layer in other.items():

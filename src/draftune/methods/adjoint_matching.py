@@ -24,7 +24,7 @@ class AdjointMatching(Method):
         loss = sum over k random steps of  |mean(x_t) - (mean_base(x_t) - tau^2 a_s)|^2 / (2 tau^2)
 
     Domingo-Enrich et al., 2024, arXiv:2409.08861. Images come from the memoryless ancestral sampler, whose step from
-    x_t to x_s has the mean `mean(x_t)` and the standard deviation tau (`Step.tau`). The optimum is exact if the first
+    x_t to x_s has the mean `mean(x_t)` and the standard deviation tau (`Step.ancestral_std`). The optimum is exact if the first
     step starts from pure noise, alpha_T = 0.
 
     T denoiser calls without gradient, T base calls with gradient to x_t only, and k denoiser calls with gradient to
@@ -62,14 +62,14 @@ class AdjointMatching(Method):
                     clean = following
             clean.requires_grad_()
             (adjoint,) = torch.autograd.grad(-self.scale * batch.reward(clean).sum(), clean)
-            random = [i for i, (step, _) in enumerate(path) if step.tau > 0]
+            random = [i for i, (step, _) in enumerate(path) if step.ancestral_std > 0]
             chosen = torch.randperm(len(random), generator=batch.generator)[: self.k].tolist()
             trained = {random[i] for i in chosen}
             for i, (step, x) in reversed(list(enumerate(path))):
                 x = x.requires_grad_()
-                base_mean = mean(batch.base(x, step), step)
+                base_mean = mean(batch.base_denoise(x, step), step)
                 (earlier_adjoint,) = torch.autograd.grad(base_mean, x, adjoint)
                 if i in trained:
                     shift = mean(batch.denoise(x.detach(), step), step) - base_mean.detach()
-                    yield (shift / step.tau + step.tau * adjoint).square().flatten(1).sum(1).mean() / 2
+                    yield (shift / step.ancestral_std + step.ancestral_std * adjoint).square().flatten(1).sum(1).mean() / 2
                 adjoint = earlier_adjoint

@@ -53,7 +53,7 @@ class Batch:
     """The T sampling steps from noise to image, and the denoiser's prediction type."""
     denoise: Denoiser
     """Denoiser with the LoRA and classifier-free guidance: (x [B, C, H, W], step) to (x_0, noise), of x's shape."""
-    base: Denoiser
+    base_denoise: Denoiser
     """Denoiser of the base model, as `denoise` without the LoRA that is trained."""
     reward: Callable[..., Tensor]
     """Compute the rewards [B] of clean latents [B, C, H, W], with a graph if the latents have one.
@@ -70,7 +70,7 @@ class Batch:
     """Collective operations among the processes that train together."""
     all_prompts: Sequence[str] = ()
     """Prompts of the whole batch, of all processes. Default: `prompts`."""
-    kept: Batch | None = None
+    retention_batch: Batch | None = None
     """B retention prompts, on which the model should not change; None if the run has none."""
 
     def __post_init__(self) -> None:
@@ -79,20 +79,20 @@ class Batch:
     @property
     def noise(self) -> Tensor:
         """Initial noise x_T [B, C, H, W], sampled from N(0, I)."""
-        return self.latents.known[0]
+        return self.latents.latents[0]
 
     def no_grad_latents(self, count: int) -> Tensor:
         """Run the first `count` sampling steps without gradient and return the latent after them [B, C, H, W].
 
         These steps are the prefix. The result is cached, so that a second call with the same `count` is free.
         """
-        return self.latents.after(count, self.denoise, self.schedule.steps)
+        return self.latents.get(count, self.denoise, self.schedule.steps)
 
     def randn_like(self, like: Tensor) -> Tensor:
         """Sample N(0, I) in the shape [B, ...], dtype and device of `like`."""
         shape = (len(like) * self.processes.count, *like.shape[1:])
         noise = torch.randn(shape, generator=self.generator, dtype=like.dtype)
-        return self.processes.share(noise).to(like.device)
+        return self.processes.shard(noise).to(like.device)
 
 
 class Method:

@@ -126,7 +126,7 @@ class DDPO(Method):
             for step, x, policy, following in ancestral_rollout(
                 batch.denoise, batch.schedule, batch.noise, batch.randn_like
             ):
-                if step.tau > 0:
+                if step.ancestral_std > 0:
                     steps.append((step, x, following, step_log_prob(following, policy, step)))
             rollouts.append((batch, steps, batch.reward(following)))
         # Rewards of all processes, so that each of them has the same statistics of every prompt.
@@ -136,7 +136,7 @@ class DDPO(Method):
         self.no_advantage = why_no_advantage(rewards) if not advantages.any() else ""
         parts = advantages.split([len(batch.all_prompts) for batch, *_ in rollouts])
         return [
-            Trajectory(batch, steps, batch.processes.share(part))
+            Trajectory(batch, steps, batch.processes.shard(part))
             for (batch, steps, _), part in zip(rollouts, parts, strict=True)
         ]
 
@@ -166,7 +166,7 @@ class DDPO(Method):
             loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
             if self.beta:
                 with torch.no_grad():
-                    base_mean = mean(batch.base(x, step), step)
+                    base_mean = mean(batch.base_denoise(x, step), step)
                 loss = loss + self.beta * ((policy - base_mean) / step.tau).square().mean() / 2
             yield loss / count
 

@@ -229,7 +229,7 @@ class AlignProp(BackpropMethod):
         lengths = self.draw(len(batch.all_prompts), len(batch.schedule), batch.generator)
         # The largest k of all processes: sharded weights need the same number of denoiser calls in each of them.
         prefix = len(batch.schedule) - int(lengths.max())
-        own = batch.processes.share(lengths).to(batch.noise.device)
+        own = batch.processes.shard(lengths).to(batch.noise.device)
         x = batch.no_grad_latents(prefix)
         # In the paper only the network's output is detached before the truncation. Nothing else in x depends on the
         # weights there, so detaching x gives the same gradient.

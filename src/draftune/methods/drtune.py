@@ -72,16 +72,16 @@ class DRTune(BackpropMethod):
 def linear_path(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
     """Add the gradient of the sampler's linear path through x to a prediction computed from `x.detach()`.
 
-    x_0 and noise are linear in x and in the network's output (`Schedule.unclipped`). This adds the term in x with the
+    x_0 and noise are linear in x and in the network's output (`Schedule._to_prediction`). This adds the term in x with the
     value 0, so that the values stay the same. Where x_0 was clipped, its gradient is 0.
 
     Args:
         prediction: The denoiser's result for `x.detach()`.
         x: The noisy latent [B, C, H, W] with its graph.
     """
-    clean, noise = replace(schedule, clip=None).read(torch.zeros_like(x), x - x.detach(), step)
+    clean, noise = replace(schedule, clip=None).to_prediction(torch.zeros_like(x), x - x.detach(), step)
     if schedule.clip:
-        clean = clean * schedule.clip.passes(prediction.clean)
+        clean = clean * schedule.clip.grad_mask(prediction.clean)
     return Prediction(prediction.clean + clean, prediction.noise + noise)
 
 

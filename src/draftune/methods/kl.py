@@ -45,13 +45,13 @@ class KL(MethodWrapper):
         def call(x: Tensor, step: Step) -> Prediction:
             prediction = batch.denoise(x, step)
             if torch.is_grad_enabled():
-                error = batch.schedule.prediction_error(prediction, batch.base(x, step), step)
+                error = batch.schedule.prediction_error(prediction, batch.base_denoise(x, step), step)
                 self.penalties.append(error.square().mean())
             return prediction
 
         return call
 
-    def penalized(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
+    def add_penalty(self, losses: Iterable[Tensor]) -> Iterator[Tensor]:
         """Add to each loss the penalties of the calls in its graph."""
         for loss in losses:
             penalty, self.penalties = sum(self.penalties), []
@@ -61,4 +61,4 @@ class KL(MethodWrapper):
         self.penalties = []  # an update that failed may have left some
         watched = (replace(batch, denoise=self.watched(batch)) for batch in batches)
         for losses in self.method.losses_per_step(watched):
-            yield self.penalized(losses)
+            yield self.add_penalty(losses)

@@ -66,7 +66,7 @@ class DiffusionModel(Family):
     """An AutoencoderTiny that decodes latents with gradient during training; None for the model's own decoder."""
     pixel_clamp = "straight_through"
     """The gradient of `decode` at pixels outside [0, 1]: "straight_through" or "hard", see `clamp_unit`."""
-    kept: LoRADeltas | None = None
+    frozen_lora: LoRADeltas | None = None
     """A frozen LoRA that belongs to the base model. It is added to the trained LoRA when that is saved."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
@@ -86,7 +86,7 @@ class DiffusionModel(Family):
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
         self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
-        for part in self.parts:
+        for part in self.modules:
             # Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
             part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.set_checkpointing("denoiser")
@@ -98,9 +98,9 @@ class DiffusionModel(Family):
         return self.autocast_dtype or self.dtype
 
     @property
-    def networks(self) -> Sequence[nn.Module]:
+    def all_modules(self) -> Sequence[nn.Module]:
         """The networks of the pipeline, and `tiny_decoder` if it is set."""
-        return [*self.parts, *([] if self.tiny_decoder is None else [self.tiny_decoder])]
+        return [*self.modules, *([] if self.tiny_decoder is None else [self.tiny_decoder])]
 
     @property
     def lora_networks(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class DiffusionModel(Family):
         # Channels last was not tried on MPS.
         layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
         with silence_libraries():
-            for part in self.networks:
+            for part in self.all_modules:
                 part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
         return self
 
@@ -128,7 +128,7 @@ class DiffusionModel(Family):
                 each call two more times. In every mode but "none" the blocks of the decoder are recomputed.
         """
         self.checkpointing = mode
-        for part in self.networks:
+        for part in self.all_modules:
             checkpoint_blocks(part, mode in BLOCKS if part is self.denoiser else mode != "none")
 
     def autocast(self) -> torch.autocast:
@@ -151,13 +151,13 @@ class DiffusionModel(Family):
             noise = torch.cat([torch.randn((1, *self.latent_shape), generator=g, dtype=self.dtype) for g in generators])
         return noise.to(self.device)
 
-    def denoise(
+    def denoiser_for(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> Denoiser:
         """Return the guided denoiser for these prompts. As in diffusers, a guidance scale <= 1 disables guidance."""
-        return self.denoisers(prompts, schedule, guidance_scale, negative_prompt)[0]
+        return self.denoisers_for(prompts, schedule, guidance_scale, negative_prompt)[0]
 
-    def denoisers(
+    def denoisers_for(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> tuple[Denoiser, Denoiser]:
         """Return the guided denoiser for these prompts, and that of the base model, without the trained LoRA."""
@@ -175,7 +175,7 @@ class DiffusionModel(Family):
                 call = partial(predict_at, timestep=step.timestep)
                 checkpointed = self.checkpointing in whole and torch.is_grad_enabled()
                 output = checkpoint_call(call, x, trained) if checkpointed else call(x)
-                return schedule.read(output.to(x.dtype), x, step)
+                return schedule.to_prediction(output.to(x.dtype), x, step)
 
             return denoise
 
@@ -202,7 +202,7 @@ class DiffusionModel(Family):
         return clamp_unit(images.to(self.dtype), self.pixel_clamp)
 
     @torch.no_grad()
-    def generate(
+    def sample_tensors(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -234,7 +234,7 @@ class DiffusionModel(Family):
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-            denoise = self.denoise(batch, schedule, guidance_scale, negative_prompt)
+            denoise = self.denoiser_for(batch, schedule, guidance_scale, negative_prompt)
             images.append(self.decode(rollout(denoise, schedule.steps, self.noise(generators, len(batch)))).cpu())
             bar.update(len(batch))
         bar.close()
@@ -255,7 +255,7 @@ class DiffusionModel(Family):
         """
         defaults = self.recommended
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = self.generate(
+        images = self.sample_tensors(
             [prompt for prompt in prompts for _ in range(num_images)],
             [seed + i for _ in prompts for i in range(num_images)],
             self.schedule(num_inference_steps or defaults["num_inference_steps"]),

@@ -137,7 +137,7 @@ class Family(ABC):
         return getattr(self.pipeline, self.lora_prefix)
 
     @property
-    def parts(self) -> Sequence[nn.Module]:
+    def modules(self) -> Sequence[nn.Module]:
         """The networks of the pipeline that sampling uses."""
         components = [getattr(self.pipeline, name, None) for name in dict.fromkeys((*self.required, *self.optional))]
         return [component for component in components if isinstance(component, nn.Module)]
@@ -177,7 +177,7 @@ class Family(ABC):
         self.scheduler_config |= {key: value for key, value in values.items() if value is not None}
 
     @property
-    def grid(self) -> dict[str, Any]:
+    def sampler_options(self) -> dict[str, Any]:
         """The current values of the arguments of `set_sampler_options`."""
         return {name: self.scheduler_config[name] for name in SAMPLER_OPTIONS if name in self.scheduler_config}
 

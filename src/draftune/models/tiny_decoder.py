@@ -103,7 +103,7 @@ def check_likeness(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     with torch.no_grad():
-        denoise = model.denoise(prompts, schedule, guidance_scale, negative_prompt)
+        denoise = model.denoiser_for(prompts, schedule, guidance_scale, negative_prompt)
         latents = rollout(denoise, schedule.steps, model.noise(generators, len(prompts)))
         own = model.decode(latents)
     other = model.decode(latents.requires_grad_()).detach()

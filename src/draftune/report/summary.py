@@ -105,7 +105,7 @@ def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | 
     weights = {key: weight for key, weight in held_out_weights(settings).items() if all(key in r for r in evaluations)}
     guard, since, text = EarlyStopping(weights, 0, reward), None, None
     for row in evaluations:
-        guard.see(row)
+        guard.update(row)
         text = guard.warning()
         since = (since or row["step"]) if text else None
     return f"{text[0].upper()}{text[1:]}. This was first seen at update {since:,}." if text else None

@@ -58,7 +58,7 @@ def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
     Raises:
         DraftuneError: for an unknown name or setting, or missing weights, before any weights are read.
     """
-    return parse_reward(reward).ready()
+    return parse_reward(reward).load_weights()
 
 
 def parse_reward(reward: str | Reward | Callable[..., Any]) -> Reward:

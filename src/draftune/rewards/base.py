@@ -69,7 +69,7 @@ class Reward(nn.Module):
         return [(1.0, self)]
 
     @property
-    def columns(self) -> dict[str, tuple[float, Reward]]:
+    def named_terms(self) -> dict[str, tuple[float, Reward]]:
         """The weighted parts by their names in logs and tables.
 
         A part that occurs twice has one name and the sum of its weights. Different parts with one label get numbers.
@@ -82,7 +82,7 @@ class Reward(nn.Module):
             named[label] = (named[label][0] if label in named else 0.0) + weight, part
         return named
 
-    def ready(self) -> Reward:
+    def load_weights(self) -> Reward:
         """Load the weights of all parts, freeze them, switch to evaluation mode, and return this reward."""
         for _, part in self.terms:
             if not part.loaded:
@@ -98,9 +98,9 @@ class Reward(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the total scores [B]."""
-        return self.parts(images, prompts)[0]
+        return self.components(images, prompts)[0]
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def components(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total scores [B], and by name each part's scores [B] before its weight, without gradient."""
         if isinstance(prompts, str) or len(prompts) != len(images):
             count = "one text" if isinstance(prompts, str) else str(len(prompts))
@@ -108,7 +108,7 @@ class Reward(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             scores = {
                 label: (weight, part.scores(images.float(), prompts, self.chunk_size))
-                for label, (weight, part) in self.columns.items()
+                for label, (weight, part) in self.named_terms.items()
             }
         total = sum((weight * score for weight, score in scores.values()), torch.zeros((), device=images.device))
         return total, {label: score.detach() for label, (_, score) in scores.items()}

@@ -50,8 +50,8 @@ def score_latents(
     in_images = needs_reward_gradient and not all(has_latent_gradient(part) for _, part in reward.terms)
     with torch.set_grad_enabled(in_images):
         images = decode(latents)
-        total, parts = reward.parts(images, prompts)
-    for weight, part in reward.columns.values() if needs_reward_gradient else ():
+        total, parts = reward.components(images, prompts)
+    for weight, part in reward.named_terms.values() if needs_reward_gradient else ():
         if isinstance(part, LatentReward) and part.past_decoder:
             with wrap_errors(part):
                 gradient = part.slope(latents.detach().clone(), decode, copied(prompts)).detach().clone()

@@ -38,16 +38,16 @@ class SharpnessAware(Reward):
         self.label = f"sharpness_aware({reward.label})"
 
     def load(self) -> None:
-        self.reward.ready()
+        self.reward.load_weights()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.parts(images, prompts)[0]
+        return self.components(images, prompts)[0]
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def components(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total and the parts of the wrapped reward at the perturbed images."""
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.reward(leaf, prompts).sum(), leaf)
         norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-        total, parts = self.reward.parts(images - self.rho * gradient / norm, prompts)
+        total, parts = self.reward.components(images - self.rho * gradient / norm, prompts)
         return total, {f"sharpness_aware_{label}": score for label, score in parts.items()}

@@ -43,7 +43,7 @@ def merge_loras(
     first, *others = [read_deltas(source, base, skip_text_encoder).scaled(weight) for source, weight in sources]
     merged: LoRADeltas = first
     for other in others:
-        merged = merged.plus(other.layers)
+        merged = merged.add(other.layers)
         merged.grid = merged.grid if merged.grid == other.grid else ""
     return merged.write(folder, merged_from=merged_from)
 

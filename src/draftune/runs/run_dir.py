@@ -74,14 +74,14 @@ class RunFolder:
             if path.exists() and not path.is_dir():
                 raise DraftuneError(f"--output must be a folder, {str(path)!r} is a file")
             if path.is_dir() and any(path.iterdir()):
-                self.find()
+                self.locate_checkpoint()
             existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
             raise DraftuneError(f"cannot read the output folder {str(path)!r}: {error.strerror}") from error
         if not os.access(existing, os.W_OK):
             raise DraftuneError(f"cannot write to the output folder {str(path)!r}; give another (--output)")
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Lock the folder until `close` or the end of the process. Raises DraftuneError if another process has it."""
         from filelock import Timeout
 
@@ -94,13 +94,13 @@ class RunFolder:
         except NotImplementedError:
             pass  # the file system has no locks
 
-    def find(self) -> None:
+    def locate_checkpoint(self) -> None:
         """Read the last checkpoint of the run in the folder, and compare the run with this one."""
         from draftune.runs.checkpoint import checkpoints, read_state
 
         if self.processes.main and (self.path / LOCK).exists():
             # Fails now, not after everything was loaded.
-            self.take()
+            self.acquire()
             self.lock.release()
         saved = checkpoints(self.path / "checkpoints")
         if not saved and (self.path / LOCK).exists() and not read_rows(self.path / METRICS):
@@ -150,11 +150,11 @@ class RunFolder:
         for how, changes in messages.items():
             logger.warning(f"the run resumes with {', '.join(changes)}: {how}")
 
-    def agree(self) -> None:
+    def check_shared(self) -> None:
         """Raise DraftuneError if the processes see different folders or different states of the run."""
         here = [str(self.path), self.done]
         main = self.processes.broadcast(here)
-        with self.processes.together():
+        with self.processes.raise_on_all_ranks():
             if here != main:
                 raise DraftuneError(
                     f"this process sees the run in {here[0]!r} at update {here[1]}, and the main process that in "
@@ -178,7 +178,7 @@ class RunFolder:
         known = known if not self.changes else known | {CHANGES: self.changes}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.take()
+            self.acquire()
             for stale in self.path.rglob("*.*[0-9].tmp"):
                 stale.unlink()  # a killed process left it
             if checkpoints(self.path / "checkpoints")[-1:] != ([self.checkpoint] if self.checkpoint else []):

@@ -12,8 +12,8 @@ from draftune.sampling.schedule import Prediction, Schedule, Step
 
 
 def require_stochastic_steps(schedule: Schedule) -> None:
-    """Raise DraftuneError unless the schedule has a stochastic step (`Step.tau` > 0)."""
-    if not any(step.tau > 0 for step in schedule.steps):
+    """Raise DraftuneError unless the schedule has a stochastic step (`Step.ancestral_std` > 0)."""
+    if not any(step.ancestral_std > 0 for step in schedule.steps):
         raise DraftuneError(
             f"this method needs a stochastic step before the last one: set num_inference_steps to at least 2, not "
             f"{len(schedule)}"
@@ -22,7 +22,7 @@ def require_stochastic_steps(schedule: Schedule) -> None:
 
 def mean(prediction: Prediction, step: Step) -> Tensor:
     """Return the mean of the ancestral step, `[B, C, H, W]`: p(x_s | x_t) = N(mean, tau^2 * I)."""
-    return ddim_step(prediction, step, step.tau)
+    return ddim_step(prediction, step, step.ancestral_std)
 
 
 def ancestral_rollout(
@@ -41,7 +41,7 @@ def ancestral_rollout(
     """
     for step in schedule.steps:
         center = mean(denoise(x, step), step)
-        following = center + step.tau * randn_like(x)
+        following = center + step.ancestral_std * randn_like(x)
         yield step, x, center, following
         x = following
 
@@ -54,4 +54,4 @@ def step_log_prob(x: Tensor, mean: Tensor, step: Step) -> Tensor:
     Returns:
         One value per latent, `[B]`.
     """
-    return -((x - mean) / step.tau).square().flatten(1).mean(1) / 2
+    return -((x - mean) / step.ancestral_std).square().flatten(1).mean(1) / 2

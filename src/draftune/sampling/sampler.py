@@ -45,16 +45,16 @@ class PrefixCache:
     """
 
     def __init__(self, noise: Tensor, known: Mapping[int, Tensor] | None = None, stride: int = 1) -> None:
-        self.known = {0: noise, **(known or {})}
+        self.latents = {0: noise, **(known or {})}
         self.stride = stride
 
     @torch.no_grad()
-    def after(self, count: int, denoise: Denoiser, steps: Sequence[Step]) -> Tensor:
+    def get(self, count: int, denoise: Denoiser, steps: Sequence[Step]) -> Tensor:
         """Return the latent after the first `count` of `steps`, starting from the nearest cached latent before it."""
-        if count not in self.known:
-            start = max(known for known in self.known if known < count)
-            self.known[count] = rollout(denoise, skip_steps(steps[start:count], self.stride), self.known[start])
-        return self.known[count]
+        if count not in self.latents:
+            start = max(known for known in self.latents if known < count)
+            self.latents[count] = rollout(denoise, skip_steps(steps[start:count], self.stride), self.latents[start])
+        return self.latents[count]
 
 
 def skip_steps(steps: Sequence[Step], stride: int) -> list[Step]:

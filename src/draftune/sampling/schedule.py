@@ -39,7 +39,7 @@ class Step(NamedTuple):
     sigma_next: float
 
     @property
-    def tau(self) -> float:
+    def ancestral_std(self) -> float:
         """The standard deviation of the noise that the ancestral sampler adds in this step.
 
         tau = sigma_s * sqrt(1 - (alpha_t * sigma_s / (alpha_s * sigma_t))^2)
@@ -85,7 +85,7 @@ class ClipSample:
         bound = clean.abs().flatten(1).quantile(self.quantile, 1).clamp(1, self.limit)[:, None, None, None]
         return clean.clamp(-bound, bound) / bound
 
-    def passes(self, clean: Tensor) -> Tensor:
+    def grad_mask(self, clean: Tensor) -> Tensor:
         """Return a mask of the values of an already clipped x_0 that carry gradient. For `quantile=None` only."""
         return clean.abs() < self.limit
 
@@ -122,7 +122,7 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def read(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
+    def to_prediction(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
         """Convert the network's output to x_0 and noise, and clip x_0 if the schedule has a `clip`.
 
         Args:
@@ -130,7 +130,7 @@ class Schedule:
             x: The noisy latent x_t, `[B, C, H, W]`.
             step: The step whose level t `x` has.
         """
-        prediction = self.unclipped(output, x, step)
+        prediction = self._to_prediction(output, x, step)
         return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
 
     def prediction_error(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
@@ -163,7 +163,7 @@ class Schedule:
         velocity = step.alpha * noise - step.sigma * clean
         return -step.sigma * velocity if self.prediction_type == "sample" else velocity
 
-    def unclipped(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
+    def _to_prediction(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
         """Convert the network's output to x_0 and noise without clipping: linear in `x` and in the output."""
         _, alpha, sigma, *_ = step
         if self.prediction_type == "epsilon":

@@ -40,7 +40,7 @@ class TrainContext:
     """Evaluation rewards, which are not trained on."""
     prompts: Sequence[str]
     eval_prompts: Sequence[str] | None
-    past: ContinuedRun | None
+    continued_run: ContinuedRun | None
     """The LoRA that the run starts from, if any."""
 
     @property
@@ -51,7 +51,7 @@ class TrainContext:
     @property
     def retained(self) -> Sequence[str]:
         """Return the prompts of the retention loss."""
-        return self.past.kept if self.past is not None else ()
+        return self.continued_run.kept if self.continued_run is not None else ()
 
     def sample_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Sample one image for each prompt and seed, divided among the processes.
@@ -61,7 +61,7 @@ class TrainContext:
         """
         s, processes = self.settings, self.processes
         own = processes.shard_padded(list(zip(prompts, seeds, strict=True)))
-        images = self.model.generate(
+        images = self.model.sample_tensors(
             [prompt for prompt, _ in own],
             [seed for _, seed in own],
             self.schedule,

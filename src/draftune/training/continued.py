@@ -42,7 +42,7 @@ class ContinuedRun:
         """Return the columns of evaluations.jsonl with the earlier run's reward and its terms."""
         if self.reward is None:
             return []
-        return [f"{KEPT_COLUMN}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.columns])]
+        return [f"{KEPT_COLUMN}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.named_terms])]
 
     def compare(self, grid: Mapping[str, Any]) -> None:
         """Warn if the LoRA was trained with other sampling timesteps than those of this run."""
@@ -53,7 +53,7 @@ class ContinuedRun:
         """Load the reward's weights. If that fails, log a warning and drop the reward: it is only measured."""
         try:
             if self.reward is not None:
-                check_prompts(self.reward.ready().to(device), self.prompts)
+                check_prompts(self.reward.load_weights().to(device), self.prompts)
         except DraftuneError as error:
             logger.warning("the reward of the earlier training is not measured: %s", error)
             self.reward = None

@@ -67,7 +67,7 @@ def starts_state(starts: Sequence[BatchInput], processes: Processes) -> tuple[di
     tensors = {}
     for name, some in (("start", starts), ("kept", kept_of(starts))):
         for i, start in enumerate(some):
-            for count, own in start.latents.known.items():
+            for count, own in start.latents.latents.items():
                 tensors[f"{name}/{i}/{count}"] = processes.gather(own)
     state = {"starts": [start.prompts for start in starts], "kept_starts": [start.prompts for start in kept_of(starts)]}
     return state, tensors
@@ -83,7 +83,7 @@ def read_starts(
             prefix = f"{name}/{i}/"
             saved = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
             known = {count: latents.to(device) for count, latents in sorted(saved.items())}
-            own = {count: processes.share(latents) for count, latents in known.items()}
+            own = {count: processes.shard(latents) for count, latents in known.items()}
             yield BatchInput(chosen, known[0], PrefixCache(own.pop(0), own, stride))
 
     starts = list(read("start", state["starts"]))

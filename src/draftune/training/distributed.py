@@ -56,7 +56,7 @@ def accelerator(settings: Settings) -> Accelerator:
     disable_fsdp_ram_efficient_loading()
     if count != made.num_processes:
         raise DraftuneError(f"the launcher started {count} processes, but accelerate found {made.num_processes}")
-    with processes_of(made).together():
+    with processes_of(made).raise_on_all_ranks():
         if fsdp_requested() and settings.compile:
             raise DraftuneError("compile does not work with FSDP: leave out --compile")
         if settings.mixed_precision == "fp16" and made.device.type == "cpu":

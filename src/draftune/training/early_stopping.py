@@ -33,7 +33,7 @@ class EarlyStopping:
         value: float = weighted_sum(self.weights, columns)
         return value if math.isfinite(value) else -math.inf
 
-    def see(self, row: Row) -> bool:
+    def update(self, row: Row) -> bool:
         """Add an evaluation. Return whether it is the best so far."""
         value = self.value(row)
         self.rows.append(row)
@@ -42,17 +42,17 @@ class EarlyStopping:
             self.best = row
         return better
 
-    def since(self, row: Row) -> int:
+    def evals_since(self, row: Row) -> int:
         """Return the number of evaluations after this one."""
         return len(self.rows) - 1 - self.rows.index(row)
 
     @property
-    def exhausted(self) -> bool:
+    def should_stop(self) -> bool:
         """Return whether `patience` evaluations have passed without improvement."""
         return (
             bool(self.early_stopping_patience)
             and self.best is not None
-            and self.since(self.best) >= self.early_stopping_patience
+            and self.evals_since(self.best) >= self.early_stopping_patience
         )
 
     def warning(self) -> str | None:

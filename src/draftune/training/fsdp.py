@@ -48,7 +48,7 @@ def shard(model: DiffusionModel, device: torch.device, count: int) -> None:
     from transformers import PreTrainedModel
 
     mesh = init_device_mesh(device.type, (count,))
-    for part in model.networks:
+    for part in model.all_modules:
         if part is model.denoiser or isinstance(part, PreTrainedModel):
             trained = {parameter for parameter in part.parameters() if parameter.requires_grad}
             for parameter in part.parameters():

@@ -172,12 +172,12 @@ def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
     """Fill in a trial's measurements."""
     c, s, device = trainer.context, trainer.settings, trainer.context.accelerator.device
     trial.held = held_memory(trainer)
-    trainer.updates.folder = None
-    trainer.checks.check_rewards(trainer.watch.shown)
+    trainer.train_step.folder = None
+    trainer.checks.check_rewards(trainer.validation.shown)
     # The optimizer's state exists from the second update on.
-    update = peak_memory(lambda: [trainer.updates.update(1 + i) for i in range(2)], device)
+    update = peak_memory(lambda: [trainer.train_step.run(1 + i) for i in range(2)], device)
     timed = max(TIMED, s.prefix_reuse_steps)  # one of `prefix_reuse_steps` updates samples the prefix
-    trial.update = seconds(lambda: [trainer.updates.update(3 + i) for i in range(timed)], device) / timed
+    trial.update = seconds(lambda: [trainer.train_step.run(3 + i) for i in range(timed)], device) / timed
     prompts = list(islice(cycle(trainer.prompts), s.batch_size))
 
     def look() -> None:
@@ -192,13 +192,13 @@ def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
     grids = 2 + ((s.steps - 1) // s.log_images_steps if s.log_images_steps else 0)
     trial.run = {
         "updates": (s.steps, s.steps * trial.update),
-        "sample grids": (grids, grids * len(trainer.watch.shown) * trial.picture),
+        "sample grids": (grids, grids * len(trainer.validation.shown) * trial.picture),
     }
     if c.eval_prompts:
         evaluations = 2 + ((s.steps - 1) // s.validation_steps if s.validation_steps else 0)
         prompts_of_evaluation = list(c.eval_prompts)
-        if c.past is not None and c.past.reward is not None and list(c.past.prompts) != prompts_of_evaluation:
-            prompts_of_evaluation += c.past.prompts
+        if c.continued_run is not None and c.continued_run.reward is not None and list(c.continued_run.prompts) != prompts_of_evaluation:
+            prompts_of_evaluation += c.continued_run.prompts
         # `denoiser_mse_from_base` calls the network twice for each sampling step of `batch_size` images.
         images = len(prompts_of_evaluation) * s.num_validation_images + 2 * s.batch_size
         trial.run["evaluations"] = evaluations, evaluations * images * trial.picture
@@ -218,10 +218,10 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def held_memory(trainer: Trainer) -> int:
     """Return the bytes of every network on the device during training, the LoRA included."""
     c = trainer.context
-    rewards = [c.reward, c.eval_rewards, c.past.reward if c.past is not None else None]
+    rewards = [c.reward, c.eval_rewards, c.continued_run.reward if c.continued_run is not None else None]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for network in [*c.model.networks, *filter(None, rewards)]
+        for network in [*c.model.all_modules, *filter(None, rewards)]
         for tensor in (*network.parameters(), *network.buffers())
         if tensor.device == c.accelerator.device
     }

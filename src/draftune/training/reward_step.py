@@ -42,7 +42,7 @@ class Scorer:
         """
         s, model, processes = self.context.settings, self.context.model, self.context.processes
         reward, scaler = self.context.reward, self.context.accelerator.scaler
-        prompts = processes.share(batch.prompts)
+        prompts = processes.shard(batch.prompts)
         pictures: list[Tensor] = []
         totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
@@ -56,7 +56,7 @@ class Scorer:
                 parts.setdefault(label, []).append(values)
             return score
 
-        with processes.together():
+        with processes.raise_on_all_ranks():
             # fp16 gradients are scaled here too: chunked_scores takes them before the trainer's backward pass.
             own = chunked_scores(scored, clean, s.reward_batch_size, scaler.get_scale() if scaler else 1.0)
         total = processes.gather(torch.cat(totals))

@@ -43,7 +43,7 @@ class RunChecks:
         c, s, device = self.context, self.context.settings, self.context.model.device
         asked = [*c.prompts, *(c.eval_prompts or ())]
         tell_truncated(asked, c.model, [c.reward, c.eval_rewards], s.negative_prompt)
-        with c.processes.together():
+        with c.processes.raise_on_all_ranks():
             check_prompts(c.reward, c.prompts)
             for reward in (c.reward, c.eval_rewards):
                 try:
@@ -52,7 +52,7 @@ class RunChecks:
                 except DraftuneError as error:
                     raise DraftuneError(f"the evaluation prompts (eval_prompts) do not fit: {error}") from error
         self.base_images = c.sample_images(self.prompts, range(2))
-        with c.processes.together():
+        with c.processes.raise_on_all_ranks():
             if c.model.tiny_decoder is not None:
                 check_likeness(c.model, self.prompts, c.schedule, s.guidance_scale, s.negative_prompt)
             report = check_reward(c.reward, self.base_images.to(device), self.prompts, c.method.needs_reward_gradient)

@@ -86,7 +86,7 @@ def prepare(
     made = accelerator(settings)
     processes = processes_of(made)
     warn_ignored_launcher_options(settings)
-    with processes.together():
+    with processes.raise_on_all_ranks():
         contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
         if past is not None:
             contents |= {"retain_prompts": past.kept, "init_lora": [past.checksum]}
@@ -105,8 +105,8 @@ def prepare(
         if not isinstance(model, DiffusionModel):
             model = load_model(settings.model if model is None else model, settings.mixed_precision)
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
-    folder.agree()
-    with processes.together():
+    folder.check_shared()
+    with processes.raise_on_all_ranks():
         sharded = fsdp_requested() and processes.count > 1
         context = TrainContext(
             settings=replace(folder.settings, model=model.name),
@@ -120,7 +120,7 @@ def prepare(
             eval_rewards=judge,
             prompts=texts,
             eval_prompts=eval_texts,
-            past=past,
+            continued_run=past,
         )
         to_device(context, sharded)
     if sharded:
@@ -178,8 +178,8 @@ def check_columns(
     columns: dict[str, float], reward: Reward, eval_rewards: Reward | None, past: ContinuedRun | None
 ) -> None:
     """Raise DraftuneError for a column in `metric_for_best_model` that the evaluations will not have."""
-    known = [reward.label, *reward.columns, *(past.columns if past is not None else ())]
-    known += [f"{HELD_OUT}{label}" for label in eval_rewards.columns] if eval_rewards is not None else []
+    known = [reward.label, *reward.named_terms, *(past.columns if past is not None else ())]
+    known += [f"{HELD_OUT}{label}" for label in eval_rewards.named_terms] if eval_rewards is not None else []
     known += [DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
     for column in columns:
         if column not in known:
@@ -204,7 +204,7 @@ def set_up_model(
     model.set_size(s.height, s.width)
     model.set_sampler_options(s.timestep_spacing, s.set_alpha_to_one)
     if past is not None:
-        past.compare(model.grid)
+        past.compare(model.sampler_options)
     model.pixel_clamp = s.pixel_clamp
     schedule = model.schedule(s.num_inference_steps)
     method.check(schedule)
@@ -223,10 +223,10 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     model.set_checkpointing(
         s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
     )
-    first = context.past.ready(device) if context.past is not None else None
+    first = context.continued_run.ready(device) if context.continued_run is not None else None
     for reward in (context.reward, context.eval_rewards, first):
         if reward is not None:
-            reward.ready().to(device)
+            reward.load_weights().to(device)
             reward.set_chunk_size(s.reward_batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)
@@ -253,7 +253,7 @@ def reward_normalization_samples(context: TrainContext) -> TrainContext:
     s, processes, device = context.settings, context.processes, context.model.device
     prompts = list(islice(cycle(context.prompts), s.reward_normalization_samples))
     images = context.sample_images(prompts, range(s.reward_normalization_samples))
-    with processes.together():
+    with processes.raise_on_all_ranks():
         reward = normalized(context.reward, images, prompts, device)
     # Processes may differ in the last digits.
     reward.weights = processes.broadcast(reward.weights)

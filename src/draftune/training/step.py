@@ -73,7 +73,7 @@ class TrainStep:
         self.why_constant = ""
         self.seconds = 0.0
 
-    def update(self, step: int) -> dict[str, float]:
+    def run(self, step: int) -> dict[str, float]:
         """Train on fresh batches, with as many optimizer steps as the method takes.
 
         Args:
@@ -122,7 +122,7 @@ class TrainStep:
         s, model = self.context.settings, self.context.model
         chosen = order.draw(s.batch_size)
         noise = model.noise(self.generator, s.batch_size)
-        return BatchInput(chosen, noise, PrefixCache(self.context.processes.share(noise), stride=s.prefix_stride))
+        return BatchInput(chosen, noise, PrefixCache(self.context.processes.shard(noise), stride=s.prefix_stride))
 
     def fresh_batches(self, step: int, drawn: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `drawn` receives their scores."""
@@ -131,14 +131,14 @@ class TrainStep:
             batch = self.batch(step, start, drawn[-1])
             if start.kept is not None:
                 kept = BatchRecord([self.context.retained[i] for i in start.kept.prompts], start.kept.noise)
-                batch.kept = self.batch(step, start.kept, kept)
+                batch.retention_batch = self.batch(step, start.kept, kept)
             yield batch
 
     def batch(self, step: int, start: BatchInput, drawn: BatchRecord) -> Batch:
         """Return this process's share of a batch; its scores are stored in `drawn`."""
         c, s = self.context, self.context.settings
-        own = c.processes.share(drawn.prompts)
-        denoise, base = c.model.denoisers(own, c.schedule, s.guidance_scale, s.negative_prompt)
+        own = c.processes.shard(drawn.prompts)
+        denoise, base = c.model.denoisers_for(own, c.schedule, s.guidance_scale, s.negative_prompt)
         reward = partial(self.scorer, drawn, step)
         return Batch(own, start.latents, c.schedule, denoise, base, reward, self.generator, c.processes, drawn.prompts)
 
@@ -201,7 +201,7 @@ class TrainStep:
             # Where the method explains a gradient of 0, the LoRA's tensors are not the cause.
             self.why_constant = self.context.method.constant_losses() if norm == 0 else ""
             if not self.why_constant:
-                with self.context.processes.together():
+                with self.context.processes.raise_on_all_ranks():
                     self.audit.check()
             return
         # The gradient scaler of fp16 lowers its scale after an overflow, and skips that optimizer step itself.
@@ -222,7 +222,7 @@ class TrainStep:
             raise DraftuneError(str(error)) from error
         processes, skip = self.context.processes, self.context.settings.nonfinite_action == "skip"
         save_nonfinite(self.folder / "nonfinite" / f"step-{step:06d}", drawn, processes)
-        with processes.together():
+        with processes.raise_on_all_ranks():
             skip_or_stop(error, self.folder, step, skip, self.skipped_in_a_row)
 
     def logs(self, step: int, rate: float, drawn: Sequence[BatchRecord]) -> dict[str, float]:

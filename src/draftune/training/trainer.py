@@ -116,12 +116,12 @@ class Trainer:
         return self.context.reward
 
     @cached_property
-    def updates(self) -> TrainStep:
+    def train_step(self) -> TrainStep:
         """Return the update step. It is built on first use, after the reward is normalized."""
         return TrainStep(self.context)
 
     @cached_property
-    def watch(self) -> Validation:
+    def validation(self) -> Validation:
         """Return the sampling and evaluation of this run, built on first use."""
         return Validation(self.context)
 
@@ -138,12 +138,12 @@ class Trainer:
         try:
             # For rewards that use random numbers; training has its own generator.
             set_seed(self.settings.seed)
-            report = self.checks.check_rewards(self.watch.shown)
+            report = self.checks.check_rewards(self.validation.shown)
             if self.settings.reward_normalization_samples:
                 self.context = reward_normalization_samples(self.context)
-                del self.watch  # built with the reward before normalization
+                del self.validation  # built with the reward before normalization
             with self.failures_explained():
-                with self.processes.together():
+                with self.processes.raise_on_all_ranks():
                     if self.processes.main:
                         versions = environment(self.context.accelerator.device)
                         space = self.required_disk_bytes()
@@ -153,7 +153,7 @@ class Trainer:
             release_model(self.context)
             self.folder.close()
         rows = self.folder.rows
-        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.watch.comparison())
+        return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.validation.comparison())
 
     def run(self) -> None:
         """Evaluate the base model, train, and evaluate the fine-tuned model."""
@@ -170,7 +170,7 @@ class Trainer:
                     self.loop(stop_requested)
                 finally:
                     if self.processes.main:
-                        with self.updates.averaged():
+                        with self.train_step.averaged():
                             save_lora(self.model, self.folder.path / "lora")
                 self.save_checkpoint()  # the last evaluation may take long
                 self.look()
@@ -180,8 +180,8 @@ class Trainer:
                 self.notify("on_train_end")
             raise
         self.notify("on_train_end")
-        if self.updates.ema is not None:
-            self.updates.ema.copy_to(self.updates.parameters.values())
+        if self.train_step.ema is not None:
+            self.train_step.ema.copy_to(self.train_step.parameters.values())
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
@@ -208,7 +208,7 @@ class Trainer:
         s = self.settings
         bar = tqdm(total=s.steps, initial=self.done, desc="training", unit="update", disable=not self.processes.main)
         with bar:
-            while self.done < s.steps and not (self.watch.exhausted or self.processes.any(self.should_stop)):
+            while self.done < s.steps and not (self.validation.should_stop or self.processes.any(self.should_stop)):
                 logs = self.step()
                 bar.set_postfix(reward=f"{logs['reward']:.3f}", grad=f"{logs['grad_norm']:.2g}")
                 bar.update()
@@ -218,13 +218,13 @@ class Trainer:
                     self.show()
                 if s.validation_steps and self.done % s.validation_steps == 0:
                     self.evaluate()
-                if self.watch.exhausted:
+                if self.validation.should_stop:
                     break
                 stop = self.processes.any(stop_requested.is_set())
                 if (
                     stop
                     or (s.checkpointing_steps and self.done % s.checkpointing_steps == 0)
-                    or self.watch.best == self.done
+                    or self.validation.best == self.done
                 ):
                     self.save_checkpoint()
                 if stop:
@@ -232,14 +232,14 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """Run one update, log its row, and warn if the update has no effect."""
-        logs = self.updates.update(self.done + 1)
+        logs = self.train_step.run(self.done + 1)
         self.done += 1
         self.folder.log(METRICS, logs)
         self.notify("on_step_end", self.done, logs)
-        self.checks.check_gradients(self.updates)
+        self.checks.check_gradients(self.train_step)
         # Without any gradient, the learning rate is not the cause.
         warmed_up = self.done == AUDITED + self.settings.lr_warmup_steps
-        if warmed_up and not self.updates.skipped and any(row["grad_norm"] for row in self.folder.rows[METRICS]):
+        if warmed_up and not self.train_step.skipped and any(row["grad_norm"] for row in self.folder.rows[METRICS]):
             self.checks.check_images_changed(self.done)
         return logs
 
@@ -250,32 +250,32 @@ class Trainer:
 
     def show(self) -> None:
         """Sample a grid of images, with the averaged LoRA if there is a moving average."""
-        with self.updates.averaged():
-            self.watch.show(self.done)
+        with self.train_step.averaged():
+            self.validation.log_samples(self.done)
 
     def evaluate(self) -> None:
         """Evaluate the model, with the averaged LoRA if there is a moving average."""
-        counted = {"reward_queries": self.updates.scorer.queries, "train_seconds": round(self.updates.seconds, 4)}
-        with self.updates.averaged():
-            row = self.watch.evaluate(self.done, counted)
+        counted = {"reward_queries": self.train_step.scorer.queries, "train_seconds": round(self.train_step.seconds, 4)}
+        with self.train_step.averaged():
+            row = self.validation.evaluate(self.done, counted)
         if row is not None:
             self.notify("on_evaluate", self.done, row)
 
     def save_checkpoint(self, finished: bool = False) -> None:
         """Save the state of the run. Every process must call it."""
-        state, tensors = train_state(self.updates)
+        state, tensors = train_state(self.train_step)
         if self.processes.main:
             random_numbers, generators = random_state()
             state |= {"finished": finished, "random": random_numbers}
-            self.folder.save_checkpoint(self.done, state, {**tensors, **generators}, self.watch.best)
+            self.folder.save_checkpoint(self.done, state, {**tensors, **generators}, self.validation.best)
         self.notify("on_save", self.done)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Restore the state that `save_checkpoint` saved."""
-        with self.processes.together():
+        with self.processes.raise_on_all_ranks():
             state, tensors = read_state(checkpoint), read_tensors(checkpoint)
         self.done = state["step"]
-        load_train_state(self.updates, state, tensors, self.folder.changed)
+        load_train_state(self.train_step, state, tensors, self.folder.changed)
         load_random_state(state["random"], tensors)
 
     def resume_hint(self) -> str:
@@ -285,9 +285,9 @@ class Trainer:
 
     def required_disk_bytes(self) -> int:
         """Return the bytes of the checkpoints and LoRAs that the run will write; AdamW stores two moments a weight."""
-        lora = sum(parameter.nbytes for parameter in self.updates.parameters.values())
+        lora = sum(parameter.nbytes for parameter in self.train_step.parameters.values())
         learned = sum(tensor.nbytes for tensor in carried(self.reward).values())
-        copies = 4 if self.updates.ema is not None else 3
+        copies = 4 if self.train_step.ema is not None else 3
         coming = max(1, KEPT + 2 - len(checkpoints(self.folder.path / "checkpoints")))
         return coming * (copies * lora + learned) + 2 * lora
 

@@ -45,14 +45,14 @@ class Validation:
         self.last_shown = -1
 
     @preserve_rng()
-    def show(self, step: int) -> None:
+    def log_samples(self, step: int) -> None:
         """Write the sample grid of an update, its single images, and their scores as a line of samples.jsonl."""
         if step == self.last_shown:
             return
         context, folder = self.context, self.context.folder
         pictures = context.sample_images(self.shown, range(len(self.shown)))
         self.last_shown = step
-        with context.processes.together():
+        with context.processes.raise_on_all_ranks():
             scores = score_batches(context.reward, pictures, self.shown, context.model.device)[0].tolist()
         if not context.processes.main:
             return
@@ -103,7 +103,7 @@ class Validation:
         guard = self.guard = self.guard or self.resumed_guard()
         if any(row["step"] == old["step"] for old in guard.rows):
             return None
-        row["best"] = guard.see(row)
+        row["best"] = guard.update(row)
         context.folder.log(EVALUATIONS, row)
         if row["best"] and context.processes.main:
             save_lora(context.model, context.folder.path / "best")
@@ -121,12 +121,12 @@ class Validation:
         for row in context.folder.rows[EVALUATIONS]:
             # After a change of the reward (`allow_changes`), older rows do not have its column.
             if rule or context.reward.label in row:
-                guard.see(row)
+                guard.update(row)
         return guard
 
     def retention_scores(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Score the earlier training's reward on its own evaluation prompts, by column (`retained/...`)."""
-        context, past = self.context, self.context.past
+        context, past = self.context, self.context.continued_run
         if past is None or past.reward is None:
             return {}
         sample = context.sample_images
@@ -153,9 +153,9 @@ class Validation:
         return int(self.guard.best["step"]) if self.guard and self.guard.best else None
 
     @property
-    def exhausted(self) -> bool:
+    def should_stop(self) -> bool:
         """Return whether early stopping ends the run."""
-        return self.guard is not None and self.guard.exhausted
+        return self.guard is not None and self.guard.should_stop
 
     def comparison(self) -> Comparison | None:
         """Return the base model's evaluation and the last one; None without evaluations."""

@@ -96,7 +96,7 @@ class Processes:
         """Return whether this process writes files and prints."""
         return self.index == 0
 
-    def share(self, values: T) -> T:
+    def shard(self, values: T) -> T:
         """Return this process's part of values that all processes hold; their number is a multiple of `count`."""
         size = len(values) // self.count
         own: Any = values[self.index * size : (self.index + 1) * size]
@@ -104,7 +104,7 @@ class Processes:
 
     def shard_padded(self, values: list[Any]) -> list[Any]:
         """Return this process's part of any number of values, at least 1; the last one is repeated as padding."""
-        return self.share(values + values[-1:] * (-len(values) % self.count))
+        return self.shard(values + values[-1:] * (-len(values) % self.count))
 
     def gather(self, own: Tensor) -> Tensor:
         """Concatenate the tensors [N, …] of all processes, which have the same shape, to [count * N, …]."""
@@ -148,9 +148,9 @@ class Processes:
     def broadcast(self, value: Any) -> Any:
         """Broadcast a JSON value from process 0, such as a measurement whose last digits differ between processes."""
         self.check_outside_block()
-        return json.loads(self.texts(json.dumps(value))[0]) if self.count > 1 else value
+        return json.loads(self.gather_strings(json.dumps(value))[0]) if self.count > 1 else value
 
-    def texts(self, own: str) -> list[str]:
+    def gather_strings(self, own: str) -> list[str]:
         """Return the texts of all processes. They are sent as bytes, since unpickling could run code."""
         import torch
 
@@ -162,7 +162,7 @@ class Processes:
         return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Raise a DraftuneError of one process in all processes, at the end of the block, with the same message.
 
         No process leaves the block alone, so that none waits forever for one that has failed.
@@ -180,7 +180,7 @@ class Processes:
             if failure is not None:
                 raise failure
             return
-        messages = self.texts("" if failure is None else str(failure))
+        messages = self.gather_strings("" if failure is None else str(failure))
         first = next((i for i, text in enumerate(messages) if text), None)
         if first is None:
             return
@@ -192,7 +192,7 @@ class Processes:
     def check_outside_block(self) -> None:
         """Raise RuntimeError if this process is inside a block of `together`."""
         if self.blocks:
-            raise RuntimeError("a collective inside Processes.together() hangs if another process fails: move it out")
+            raise RuntimeError("a collective inside Processes.raise_on_all_ranks() hangs if another process fails: move it out")
 
 
 SINGLE_PROCESS = Processes()
