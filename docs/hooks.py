@@ -129,12 +129,12 @@ def cli() -> str:
     from draftune.settings import Settings
 
     from_settings = {f.name for f in fields(Settings)}
-    subparsers = next(
-        action.choices for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
-    )
     sections = []
     for command in COMMANDS:
-        parser = subparsers[command.name]
+        parser = build_parser()
+        for word in command.name.split():
+            subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+            parser = subparsers.choices[word]
         actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
         own = [a for a in actions if a.dest not in from_settings or command.name not in ("train", "preflight")]
         text = [f"## `{command.name}`", escaped(command.description)]

@@ -418,7 +418,8 @@ def test_the_ancestral_sampler_forgets_its_noise(sd3: Path) -> None:
             velocity = step.sigma * excess - (2 + step.alpha * 0.25 * excess)
             prediction = schedule.to_prediction(velocity, x, step)
             if ancestral:
-                x = mean(prediction, step) + step.ancestral_std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                x = mean(prediction, step) + step.ancestral_std * noise
             else:
                 x = ddim_step(prediction, step)
         return x

@@ -401,6 +401,5 @@ def test_prompts_are_checked_with_weights_loaded_and_in_wrappers(pipeline_folder
     with raises(DraftuneError, "class 'a dog'"):
         tune_weights([], Loaded(), ["a cat", "a dog"], **asked)
     with raises(DraftuneError, "class 'a dog'"):
-        check_prompts(
-            (0.5 * load_reward("brightness") + ZerothOrder(load_reward(Loaded()), coordinates=4)).load_weights(), ["a dog"]
-        )
+        black_box = ZerothOrder(load_reward(Loaded()), coordinates=4)
+        check_prompts((0.5 * load_reward("brightness") + black_box).load_weights(), ["a dog"])

@@ -109,7 +109,8 @@ def test_dpok_adds_the_divergence_of_every_step(grid: str, networks: tuple[Netwo
         kept = math.sqrt(step.sigma_next**2 - step.ancestral_std**2)
         one, other = (step.alpha_next * clean + kept * noise for clean, noise in (here, there))
         divergence = torch.distributions.kl_divergence(
-            torch.distributions.Normal(one, step.ancestral_std), torch.distributions.Normal(other.detach(), step.ancestral_std)
+            torch.distributions.Normal(one, step.ancestral_std),
+            torch.distributions.Normal(other.detach(), step.ancestral_std),
         )
         (beta * divergence.mean() / sum(step.ancestral_std > 0 for step in schedule.steps)).backward()
         x = (one + step.ancestral_std * fresh.pop(0)).detach()

@@ -186,7 +186,8 @@ def test_every_step_weighs_an_error_of_the_output_alike(name: str) -> None:
     if "zero SNR" in name:
         assert schedule.steps[0].alpha == 0
     for step in schedule.steps:
-        error = schedule.prediction_error(schedule.to_prediction(output + delta, x, step), schedule.to_prediction(output, x, step), step)
+        moved, plain = (schedule.to_prediction(value, x, step) for value in (output + delta, output))
+        error = schedule.prediction_error(moved, plain, step)
         assert torch.allclose(error, delta, rtol=0, atol=1e-9), step
         assert float(error.square().mean()) == pytest.approx(float(delta.square().mean()), rel=1e-9)
 

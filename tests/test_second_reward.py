@@ -300,7 +300,8 @@ def test_another_first_lora_is_another_run(first: Run, pipeline_folder: Path, tm
 def test_the_command(
     first: Run, pipeline_folder: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = "--prompts animals --steps 2 --method draft_k(k=1) --num-inference-steps 3 --log-images-steps 0 --num-validation-images 2"
+    few = "--prompts animals --steps 2 --method draft_k(k=1) --num-inference-steps 3 --log-images-steps 0"
+    few += " --num-validation-images 2"
     few += " --reward symmetry --device cpu --guidance-scale 3"
     given = ["--model", str(pipeline_folder), *few.split()]
     folder = tmp_path / "second"

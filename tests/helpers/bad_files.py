@@ -120,7 +120,7 @@ def lora_metadata(m: Making) -> Bad:
         {**base, CONFIG: "{"},
         {**base, CONFIG: "[1]"},
         {**base, CONFIG: '{"unet.r": "x"}'},
-        {**base, "sampler_grid": "[", CONFIG: "{}"},
+        {**base, "sampler_options": "[", CONFIG: "{}"},
     )
     path = m.here / "lora.safetensors"
     save_file(tensors, path, said)

@@ -186,8 +186,9 @@ def sweep(
         tuned: The LoRA.
         yardstick: The specification of the evaluation.
         scales: The scales.
-        metric_for_best_model: The criterion, a weighted sum of columns as in `Settings.best_by`; that of the LoRA's run by default.
-        cpu: Whether to use the CPU only.
+        metric_for_best_model: The criterion, a weighted sum of columns as in `Settings.metric_for_best_model`. Default:
+            that of the LoRA's run.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         precision: "no", "bf16" or "fp16".
 
     Raises:

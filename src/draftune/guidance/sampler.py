@@ -1,9 +1,9 @@
 """Samplers guided by the gradient of a score. They know no model and no reward.
 
-- `guided_sample`: PGDiff (Yang et al., 2023, arXiv:2309.10810). After each step, move the latent along the gradient at the
-  predicted x_0. The gradient does not flow through the network.
-- `posterior_guidance`, `iterative_guidance`: Gradient Guidance (Guo et al., 2024, arXiv:2404.14743). Sample conditioned on a value
-  of the linearized score, in rounds. The gradient flows through one call of the network at each step.
+- `guided_sample`: PGDiff (Yang et al., 2023, arXiv:2309.10810). After each step, move the latent along the gradient at
+  the predicted x_0. The gradient does not flow through the network.
+- `posterior_guidance`, `iterative_guidance`: Gradient Guidance (Guo et al., 2024, arXiv:2404.14743). Sample conditioned
+  on a value of the linearized score, in rounds. The gradient flows through one call of the network at each step.
 """
 
 from __future__ import annotations

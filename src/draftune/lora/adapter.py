@@ -105,12 +105,12 @@ def used_targets(model: DiffusionModel, targets: Sequence[str]) -> list[str]:
         return list(targets)
     if len(unused) == len(chosen):
         raise DraftuneError(
-            f"no layer of lora_target_modules affects the images of {model.name!r}: the output of {unused[0]}, for example, "
-            "is not used"
+            f"no layer of lora_target_modules affects the images of {model.name!r}: the output of {unused[0]}, for "
+            "example, is not used"
         )
     logger.warning(
-        f"{len(unused)} of the {len(chosen)} layers of lora_target_modules get no LoRA, such as {unused[0]}: their output "
-        "never reaches the image"
+        f"{len(unused)} of the {len(chosen)} layers of lora_target_modules get no LoRA, such as {unused[0]}: their "
+        "output never reaches the image"
     )
     return [name for name in chosen if name not in unused]
 

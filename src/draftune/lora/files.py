@@ -24,8 +24,8 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "lora_adapter_metadata"
 """The metadata key of rank and alpha in files of diffusers and peft, as JSON."""
-SAMPLER_METADATA = "sampler_grid"
-"""The metadata key of the timestep settings that the LoRA was trained with, as JSON: the arguments of `set_sampler_options`."""
+SAMPLER_METADATA = "sampler_options"
+"""The metadata key of the sampler options in training, as JSON: the arguments of `set_sampler_options`."""
 
 # The suffixes after a layer's name in the keys of diffusers, peft, kohya's sd-scripts, LyCORIS, ai-toolkit, SimpleTuner
 # and OneTrainer. peft may insert an adapter's name before ".weight".

@@ -35,8 +35,8 @@ def fit(
 
     Args:
         file: The contents of the file.
-        networks: The denoiser and the text encoders by PART, as in `DiffusionModel.lora_networks`. Their weights may be on the
-            device "meta", except for DoRA, whose weight change depends on the weight.
+        networks: The denoiser and the text encoders by PART, as in `DiffusionModel.lora_networks`. Their weights may be
+            on the device "meta", except for DoRA, whose weight change depends on the weight.
         model_name: The model's name, for messages and as the base model of the result.
         skip_text_encoder: Whether to skip the layers of text encoders.
 

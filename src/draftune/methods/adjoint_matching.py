@@ -24,8 +24,8 @@ class AdjointMatching(Method):
         loss = sum over k random steps of  |mean(x_t) - (mean_base(x_t) - tau^2 a_s)|^2 / (2 tau^2)
 
     Domingo-Enrich et al., 2024, arXiv:2409.08861. Images come from the memoryless ancestral sampler, whose step from
-    x_t to x_s has the mean `mean(x_t)` and the standard deviation tau (`Step.ancestral_std`). The optimum is exact if the first
-    step starts from pure noise, alpha_T = 0.
+    x_t to x_s has the mean `mean(x_t)` and the standard deviation tau (`Step.ancestral_std`). The optimum is exact if
+    the first step starts from pure noise, alpha_T = 0.
 
     T denoiser calls without gradient, T base calls with gradient to x_t only, and k denoiser calls with gradient to
     the weights. Use it where diversity matters more than the highest reward.
@@ -71,5 +71,6 @@ class AdjointMatching(Method):
                 (earlier_adjoint,) = torch.autograd.grad(base_mean, x, adjoint)
                 if i in trained:
                     shift = mean(batch.denoise(x.detach(), step), step) - base_mean.detach()
-                    yield (shift / step.ancestral_std + step.ancestral_std * adjoint).square().flatten(1).sum(1).mean() / 2
+                    residual = shift / step.ancestral_std + step.ancestral_std * adjoint
+                    yield residual.square().flatten(1).sum(1).mean() / 2
                 adjoint = earlier_adjoint

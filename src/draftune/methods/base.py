@@ -2,7 +2,7 @@
 
 A method decides which denoiser calls carry gradient. The trainer does the rest of an update:
 
-    for losses in method.optimizer_steps(batches):  # one pass, unless the same images serve several optimizer steps
+    for losses in method.losses_per_step(batches):  # one pass, unless the same images serve several optimizer steps
         optimizer.zero_grad()
         for loss in losses:
             (loss / gradient_accumulation_steps).backward()  # gradients of the LoRA add up
@@ -13,7 +13,7 @@ A subclass overrides the first of these functions that fits:
 
 - `BackpropMethod.samples`: yield differentiable clean latents. The loss is minus their mean reward (DRaFT, ReFL).
 - `Method.losses`: yield any scalar losses of fresh batches (Adjoint Matching).
-- `Method.optimizer_steps`: take several optimizer steps on the same images (DDPO).
+- `Method.losses_per_step`: take several optimizer steps on the same images (DDPO).
 
 Rule: at most one graph is alive. The trainer runs the backward pass of a loss before it requests the next one, so
 build each graph just before its `yield`. Run denoiser calls that need no gradient under `torch.no_grad()`.
@@ -120,7 +120,7 @@ class Method:
         """Raise DraftuneError if the method's settings do not fit the schedule, such as k > T."""
 
     def starts_without_grad(self) -> bool:
-        """Return whether sampling starts with `Batch.without_graph`; allows `prefix_stride` above 1."""
+        """Return whether sampling starts with `Batch.no_grad_latents`; allows `prefix_stride` above 1."""
         return False
 
     def prefix_is_reusable(self) -> bool:

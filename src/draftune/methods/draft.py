@@ -10,7 +10,7 @@ the truncation, the step before which the gradient is stopped. With T sampling s
     refl        1                      before one of the last m steps, at random; then a jump to x_0
     alignprop   K <= m                 before the last k steps, k at random
 
-The steps before the truncation are the prefix. They run without gradient (`Batch.without_graph`).
+The steps before the truncation are the prefix. They run without gradient (`Batch.no_grad_latents`).
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class DRTune(BackpropMethod):
 def linear_path(prediction: Prediction, x: Tensor, step: Step, schedule: Schedule) -> Prediction:
     """Add the gradient of the sampler's linear path through x to a prediction computed from `x.detach()`.
 
-    x_0 and noise are linear in x and in the network's output (`Schedule._to_prediction`). This adds the term in x with the
-    value 0, so that the values stay the same. Where x_0 was clipped, its gradient is 0.
+    x_0 and noise are linear in x and in the network's output (`Schedule._to_prediction`). This adds the term in x with
+    the value 0, so that the values stay the same. Where x_0 was clipped, its gradient is 0.
 
     Args:
         prediction: The denoiser's result for `x.detach()`.

@@ -46,8 +46,8 @@ class EmojiClassifier(Reward):
 class EmojiNameAccuracy(EmojiClassifier):
     """Share of emoji whose name a held-out classifier predicts, among the 64 common names if it is one of them.
 
-    0 or 1, without gradient: an evaluation reward, for --eval-rewards. 1.3 M parameters, 2.7 MB, Apache-2.0; input 64x64;
-    see its model card. It does not measure image quality.
+    0 or 1, without gradient: an evaluation reward, for --eval-rewards. 1.3 M parameters, 2.7 MB, Apache-2.0; input
+    64x64; see its model card. It does not measure image quality.
     """
 
     reads_prompts = True
@@ -72,8 +72,8 @@ class EmojiNameAccuracy(EmojiClassifier):
 class EmojiStyleProbability(EmojiClassifier):
     """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji" or "3d".
 
-    Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --eval-rewards: a reward that is trained
-    on can no longer evaluate.
+    Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --eval-rewards: a reward that is
+    trained on can no longer evaluate.
     """
 
     def __init__(self, style: str = "3d") -> None:

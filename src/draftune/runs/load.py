@@ -65,7 +65,7 @@ class LoRASource:
 
 
 def sampler_options(lora: Path, settings: Settings | None) -> dict[str, Any]:
-    """Return the timestep spacing and the last step that a LoRA was trained with, as keywords of `DiffusionModel.set_grid`.
+    """Return the timestep spacing and the last step that a LoRA was trained with: keywords of `set_sampler_options`.
 
     Args:
         lora: The LoRA file.

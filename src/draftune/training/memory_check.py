@@ -197,8 +197,9 @@ def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
     if c.eval_prompts:
         evaluations = 2 + ((s.steps - 1) // s.validation_steps if s.validation_steps else 0)
         prompts_of_evaluation = list(c.eval_prompts)
-        if c.continued_run is not None and c.continued_run.reward is not None and list(c.continued_run.prompts) != prompts_of_evaluation:
-            prompts_of_evaluation += c.continued_run.prompts
+        earlier = c.continued_run
+        if earlier is not None and earlier.reward is not None and list(earlier.prompts) != prompts_of_evaluation:
+            prompts_of_evaluation += earlier.prompts
         # `denoiser_mse_from_base` calls the network twice for each sampling step of `batch_size` images.
         images = len(prompts_of_evaluation) * s.num_validation_images + 2 * s.batch_size
         trial.run["evaluations"] = evaluations, evaluations * images * trial.picture

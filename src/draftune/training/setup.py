@@ -79,8 +79,8 @@ def prepare(
         method = Retention(method, settings.retain_weight)
         if not settings.reward_normalization_samples:
             logger.warning(
-                f"--retain-weight {settings.retain_weight:g} is relative to the scale of the reward: --reward-normalization-samples 32 "
-                "makes its standard deviation 1"
+                f"--retain-weight {settings.retain_weight:g} is relative to the scale of the reward: "
+                "--reward-normalization-samples 32 makes its standard deviation 1"
             )
     # transformers loads weights differently once torch.distributed is initialized: do it before anything is loaded.
     made = accelerator(settings)
@@ -167,8 +167,9 @@ def check_method(settings: Settings, method: Method) -> None:
             raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
     if s.prefix_reuse_steps > 1 and not method.prefix_is_reusable():
         raise DraftuneError(
-            f"prefix_reuse_steps={s.prefix_reuse_steps} does not work with {name}: updates share the sampling steps without "
-            "gradient only if these end at the same step in each update (Method.shares_prefix); prefix_reuse_steps must be 1"
+            f"prefix_reuse_steps={s.prefix_reuse_steps} does not work with {name}: updates share the sampling steps "
+            "without gradient only if these end at the same step in each update (Method.prefix_is_reusable); "
+            "prefix_reuse_steps must be 1"
         )
     if s.tiny_decoder and not method.needs_reward_gradient:
         raise DraftuneError(f"{name} uses no gradient of the reward: leave out tiny_decoder")
@@ -244,8 +245,10 @@ def release_model(context: TrainContext) -> None:
         model.denoiser._compiled_call_impl = None
 
 
-def reward_normalization_samples(context: TrainContext) -> TrainContext:
-    """Divide each term of the reward by its standard deviation over `reward_normalization_samples` images of the base model.
+def with_normalized_reward(context: TrainContext) -> TrainContext:
+    """Divide each term of the reward by its standard deviation over images of the base model.
+
+    `reward_normalization_samples` is the number of images.
 
     Returns:
         The context with the new reward. Its settings have the weights in the reward's expression, for config.yaml.

@@ -37,7 +37,8 @@ class TrainStep:
 
     Attributes:
         parameters: The trainable LoRA tensors by name.
-        starts: Batches that have begun: prompts, noise and prefix. With `prefix_reuse_steps`, later updates use them too.
+        starts: Batches that have begun: prompts, noise and prefix. With `prefix_reuse_steps`, later updates also use
+            them.
         norms: Gradient norms of the present update before clipping, one for each backward pass.
         skipped, skipped_in_a_row: Updates skipped because of a reward or gradient that is not finite.
         without_gradient: Consecutive updates whose gradient was exactly 0.

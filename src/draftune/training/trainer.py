@@ -33,7 +33,7 @@ from draftune.training.setup import (
     Value,
     prepare,
     release_model,
-    reward_normalization_samples,
+    with_normalized_reward,
 )
 from draftune.training.signals import graceful_interrupt
 from draftune.training.state import load_train_state, train_state
@@ -140,7 +140,7 @@ class Trainer:
             set_seed(self.settings.seed)
             report = self.checks.check_rewards(self.validation.shown)
             if self.settings.reward_normalization_samples:
-                self.context = reward_normalization_samples(self.context)
+                self.context = with_normalized_reward(self.context)
                 del self.validation  # built with the reward before normalization
             with self.failures_explained():
                 with self.processes.raise_on_all_ranks():

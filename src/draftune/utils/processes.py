@@ -75,9 +75,9 @@ def is_peer_failure(error: RuntimeError) -> bool:
 class Processes:
     """This process and the collectives that it shares with the others. A single process holds everything.
 
-    All processes must call the same collectives (`gather`, `mean_`, `any`, `broadcast`, `texts`, `together`) in the same
-    order. A collective inside a block of `together` raises RuntimeError, with one process too: it would hang if
-    another process had left the block with an error.
+    All processes must call the same collectives (`gather`, `mean_`, `any`, `broadcast`, `gather_strings`,
+    `raise_on_all_ranks`) in the same order. A collective inside a block of `raise_on_all_ranks` raises RuntimeError,
+    with one process too: it would hang if another process had left the block with an error.
 
     Attributes:
         index: Rank of this process; process 0 is the main process.
@@ -192,7 +192,9 @@ class Processes:
     def check_outside_block(self) -> None:
         """Raise RuntimeError if this process is inside a block of `together`."""
         if self.blocks:
-            raise RuntimeError("a collective inside Processes.raise_on_all_ranks() hangs if another process fails: move it out")
+            raise RuntimeError(
+                "a collective inside Processes.raise_on_all_ranks() hangs if another process fails: move it out"
+            )
 
 
 SINGLE_PROCESS = Processes()
