@@ -107,8 +107,9 @@ class GradientGuidance(GuidanceMethod):
     """Gradient Guidance: sample in rounds, each conditioned on a linearized reward that is higher by `target_increase`.
 
     Guo et al., 2024, arXiv:2404.14743, Algorithm 1; the equation is in
-    `draftune.guidance.sampler.posterior_guidance`. The gradient flows through the decoder once a round, and through one denoiser call at each step. T (1 + rounds)
-    denoiser calls, T rounds of them with a backward pass, and 1 + 2 rounds reward queries an image.
+    `draftune.guidance.sampler.posterior_guidance`. The gradient flows through the decoder once a round, and through one
+    denoiser call at each step. It takes T (1 + rounds) denoiser calls, T rounds of them with a backward pass, and
+    1 + 2 rounds reward queries an image.
 
     Attributes:
         target_increase: Increase of the linearized reward in each round, in the reward's units, 0 or more. The ratio
