@@ -198,7 +198,7 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "there.safetensors' already exists": [
             *(str(run), "--format", "kohya", "--output", str(tmp_path / "there.safetensors"))
         ],
-        "--lora-scale must be a number": [str(run), "--format", "diffusers", "--output", new, "--lora-scale", "nan"],
+        "--lora-scale must be finite, not nan": [str(run), "--format", "diffusers", "--output", new, "--lora-scale", "nan"],
         "has no best LoRA": [best, "--format", "diffusers", "--output", new, "--best"],
         "no LoRA at": [str(tmp_path / "full"), "--format", "diffusers", "--output", new],
         "unknown model 'nonsense'": [str(run), "--format", "merged", "--output", new, "--model", "nonsense"],

@@ -270,7 +270,7 @@ def test_mistakes(
         "the weight of": [f"{a}@nan"],
         "must be finite, not inf": [a, f"{b}@inf"],
         f"a LoRA of {str(pipeline_folder)!r}": [a, variant("other.safetensors", {}, {"base_model": "other/model"})],
-        "one of 'other/model'; if these are one model": [a, str(tmp_path / "other.safetensors")],
+        "LoRA of 'other/model'; if these are the same model": [a, str(tmp_path / "other.safetensors")],
         "which do not fit unet.": [a, variant("wider.safetensors", wider, base)],
         "lacks a half of its LoRA: up": [variant("encoder.safetensors", encoder, base)],
         "the LoRA is a DoRA in 1 layers": [
