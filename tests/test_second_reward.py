@@ -151,7 +151,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     alone, _ = open_source(str(first.folder))
     assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoise(["a dog"], schedule, 3.0), x, step))
     page = collect(second.folder)
-    assert "Of the training before, brightness" in page["verdict"]
+    assert "The earlier reward brightness" in page["summary"]
     assert ["Continued from", str(first.folder)] in page["facts"]
     assert ["kept/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
 
