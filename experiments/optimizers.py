@@ -100,7 +100,7 @@ def train_adameka(runner: ExperimentRunner, rate: float, seed: int) -> tuple[lis
     prompts, schedule = runner.prompts, model.schedule(runner.budget.num_inference_steps)
     order, training = PromptSampler(len(prompts), generator), []
     for _ in range(runner.budget.steps):
-        batch = [prompts[i] for i in order.draw(BATCH_SIZE)]
+        batch = [prompts[i] for i in order.next(BATCH_SIZE)]
         noise = model.noise(generator, BATCH_SIZE)
         with torch.no_grad():
             latents = rollout(model.denoiser_for(batch, schedule, GUIDANCE_SCALE), schedule.steps[:-1], noise)

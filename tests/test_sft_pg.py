@@ -303,8 +303,8 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     values = {**SETTINGS, "method": "draft_k(k=1)", "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     trainer = Trainer(painter, reward, **values, output="unused")
     made = trainer.train_step
-    made.draw_starts()
-    (start,) = made.starts
+    made.sample_inputs()
+    (start,) = made.pending
     prompts = [trainer.prompts[i] for i in start.prompts]
     denoise, _ = painter.denoisers_for(prompts, trainer.schedule, 3.0, "")
     x, steps = start.noise, trainer.schedule.steps

@@ -569,8 +569,8 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
             prompts=PROMPTS, batch_size=1, resume=False, seed=1,
         )  # fmt: skip
         for step in range(1, 7):
-            trainer.train_step.draw_starts()
-            latents = trainer.train_step.starts[0].latents
+            trainer.train_step.sample_inputs()
+            latents = trainer.train_step.pending[0].latents
             trainer.train_step.run(step)
             asked.add(max(latents.latents))
         assert method.prefix_is_reusable() == (len(asked) == 1) == shared, (name, asked)
@@ -578,7 +578,7 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:
     order = PromptSampler(5, torch.Generator().manual_seed(0))
-    flat = [i for _ in range(10) for i in order.draw(2)]
+    flat = [i for _ in range(10) for i in order.next(2)]
     for start in range(0, 20, 5):
         assert sorted(flat[start : start + 5]) == [0, 1, 2, 3, 4]
     assert flat[:5] != flat[5:10]

@@ -146,7 +146,7 @@ def distill_lora(
     order = PromptSampler(len(texts), generator)
     bar = tqdm(range(num_trajectories), desc="distill", unit="trajectory")
     for _ in bar:
-        chosen = order.draw(batch_size)
+        chosen = order.next(batch_size)
         batch_weights = torch.tensor([weights[i] for i in chosen], device=loaded.device)
         trajectory = lesson.trajectory([texts[i] for i in chosen], generator)
         for at in torch.randperm(len(trajectory.steps), generator=generator)[:steps_per_trajectory].tolist():

@@ -260,7 +260,7 @@ class WeightEvaluator:
 
     def sample_batch(self, count: int) -> tuple[list[str], list[int]]:
         """Sample new prompts and seeds."""
-        prompts = [self.prompts[i] for i in self.order.draw(count)]
+        prompts = [self.prompts[i] for i in self.order.next(count)]
         return prompts, torch.randint(SEEDS, (count,), generator=self.generator).tolist()
 
     def rewards(self, places: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ class BatchInput:
     """Initial noise [B, C, H, W]."""
     latents: PrefixCache
     """This process's share of the noise, and of the latents that the prefix has reached."""
-    kept: BatchInput | None = None
+    retained: BatchInput | None = None
     """The batch of the retention loss, if there is one."""
 
 
@@ -49,7 +49,7 @@ class PromptSampler:
         self.count, self.generator = count, generator
         self.queue: list[int] = []
 
-    def draw(self, size: int) -> list[int]:
+    def next(self, size: int) -> list[int]:
         """Return the next `size` indices."""
         while len(self.queue) < size:
             self.queue += torch.randperm(self.count, generator=self.generator).tolist()
@@ -57,36 +57,36 @@ class PromptSampler:
         return indices
 
 
-def kept_of(starts: Sequence[BatchInput]) -> list[BatchInput]:
-    """Return the retention batches of these starts."""
-    return [start.kept for start in starts if start.kept is not None]
+def retained_of(pending: Sequence[BatchInput]) -> list[BatchInput]:
+    """Return the retention batches of these inputs."""
+    return [item.retained for item in pending if item.retained is not None]
 
 
-def starts_state(starts: Sequence[BatchInput], processes: Processes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the starts of all processes for a checkpoint: values for JSON, and tensors by name."""
-    tensors = {}
-    for name, some in (("start", starts), ("kept", kept_of(starts))):
-        for i, start in enumerate(some):
-            for count, own in start.latents.latents.items():
+def pending_state(pending: Sequence[BatchInput], processes: Processes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the inputs of all processes for a checkpoint: values for JSON, and tensors by name."""
+    tensors, retained = {}, retained_of(pending)
+    for name, items in (("pending", pending), ("retained", retained)):
+        for i, item in enumerate(items):
+            for count, own in item.latents.latents.items():
                 tensors[f"{name}/{i}/{count}"] = processes.gather(own)
-    state = {"starts": [start.prompts for start in starts], "kept_starts": [start.prompts for start in kept_of(starts)]}
+    state = {"pending": [item.prompts for item in pending], "retained": [item.prompts for item in retained]}
     return state, tensors
 
 
-def read_starts(
+def read_pending(
     state: Mapping[str, Any], tensors: Mapping[str, Tensor], processes: Processes, device: torch.device, stride: int
 ) -> list[BatchInput]:
-    """Rebuild the starts from what `starts_state` returned."""
+    """Rebuild the inputs from what `pending_state` returned."""
 
-    def read(name: str, prompts: Sequence[list[int]]) -> Iterator[BatchInput]:
-        for i, chosen in enumerate(prompts):
+    def read(name: str) -> Iterator[BatchInput]:
+        for i, prompts in enumerate(state.get(name, ())):
             prefix = f"{name}/{i}/"
             saved = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
-            known = {count: latents.to(device) for count, latents in sorted(saved.items())}
-            own = {count: processes.shard(latents) for count, latents in known.items()}
-            yield BatchInput(chosen, known[0], PrefixCache(own.pop(0), own, stride))
+            latents = {count: value.to(device) for count, value in sorted(saved.items())}
+            own = {count: processes.shard(value) for count, value in latents.items()}
+            yield BatchInput(prompts, latents[0], PrefixCache(own.pop(0), own, stride))
 
-    starts = list(read("start", state["starts"]))
-    for start, kept in zip(starts, read("kept", state.get("kept_starts", ())), strict=False):
-        start.kept = kept
-    return starts
+    pending = list(read("pending"))
+    for item, retained in zip(pending, read("retained"), strict=False):
+        item.retained = retained
+    return pending

@@ -13,7 +13,7 @@ from draftune.rewards import WeightedSum
 from draftune.rewards.online import carried
 from draftune.runs.checkpoint import load_optimizer, optimizer_tensors
 from draftune.runs.resuming import COMPUTED
-from draftune.training.data import read_starts, starts_state
+from draftune.training.data import pending_state, read_pending
 from draftune.training.step import TrainStep
 
 METHOD_STATE = {"model", "reward", "reward_normalization_samples", "method", "height", "width"}
@@ -36,11 +36,11 @@ def train_state(updates: TrainStep) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors |= carried(context.reward)
     tensors |= {f"method/{key}": value for key, value in method.items() if isinstance(value, Tensor)}
     tensors["generator"] = updates.generator.get_state()
-    starts, latents = starts_state(updates.starts, context.processes)
+    pending, latents = pending_state(updates.pending, context.processes)
     tensors |= latents
     return {
-        **starts,
-        "kept_prompts": updates.kept_order.queue,
+        **pending,
+        "retain_prompts_order": updates.retain_order.queue,
         "reward_queries": updates.scorer.queries,
         "train_seconds": updates.seconds,
         "nonfinite_steps": [updates.skipped, updates.skipped_in_a_row, updates.overflows],
@@ -94,11 +94,11 @@ def load_train_state(
     if "prompts" not in changed:
         updates.order.queue = state["prompts"]
     if "retain_prompts" not in changed:
-        updates.kept_order.queue = state.get("kept_prompts", [])
+        updates.retain_order.queue = state.get("retain_prompts_order", [])
     if not set(changed) & set(COMPUTED):
         # Started batches depend on nearly all settings: after a change, fresh ones are started.
         stride = context.settings.prefix_stride
-        updates.starts = read_starts(state, tensors, context.processes, context.model.device, stride)
+        updates.pending = read_pending(state, tensors, context.processes, context.model.device, stride)
     if isinstance(context.reward, WeightedSum) and same_reward:
         # Normalizing again may give weights that differ in their last digits.
         context.reward.weights = state["weights"]

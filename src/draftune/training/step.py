@@ -37,7 +37,7 @@ class TrainStep:
 
     Attributes:
         parameters: The trainable LoRA tensors by name.
-        starts: Batches that have begun: prompts, noise and prefix. With `prefix_reuse_steps`, later updates also use
+        pending: Batches that have begun: prompts, noise and prefix. With `prefix_reuse_steps`, later updates also use
             them.
         norms: Gradient norms of the present update before clipping, one for each backward pass.
         skipped, skipped_in_a_row: Updates skipped because of a reward or gradient that is not finite.
@@ -64,10 +64,10 @@ class TrainStep:
         # Training has its own generator, so that samples and evaluations do not change it.
         self.generator = torch.Generator().manual_seed(s.seed)
         self.order = PromptSampler(len(context.prompts), self.generator)
-        self.kept_order = PromptSampler(len(context.retained), self.generator)
+        self.retain_order = PromptSampler(len(context.retained), self.generator)
         self.audit = GradientCheck(self.parameters)
         self.scorer = Scorer(context)
-        self.starts: list[BatchInput] = []
+        self.pending: list[BatchInput] = []
         self.overflows = self.skipped = self.skipped_in_a_row = 0
         self.norms: list[float] = []
         self.without_gradient = 0
@@ -91,64 +91,64 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         begin_step(self.context.reward, step)
-        self.draw_starts()
-        drawn: list[BatchRecord] = []
+        self.sample_inputs()
+        records: list[BatchRecord] = []
         self.norms = []
         try:
-            self.optimize(step, drawn)
+            self.optimize(step, records)
             self.skipped_in_a_row = 0
             if self.ema is not None:
                 self.ema.step(self.parameters.values())
         except NonFiniteError as error:
-            self.handle_nonfinite(step, drawn, error)
+            self.handle_nonfinite(step, records, error)
         self.without_gradient = 0 if any(self.norms or [math.nan]) else self.without_gradient + 1
         if step % self.context.settings.prefix_reuse_steps == 0:
-            self.starts = []
+            self.pending = []
         reshard(self.context.model)
         for learned in carried(self.context.reward).values():
             # Each process updated it with images of its own.
             learned.copy_(self.context.processes.gather(learned[None]).mean(0))
         self.seconds += time.perf_counter() - start
-        return self.logs(step, rate, drawn)
+        return self.logs(step, rate, records)
 
-    def draw_starts(self) -> None:
+    def sample_inputs(self) -> None:
         """Choose prompts and noise for the batches of an update, unless the update before left them."""
-        while len(self.starts) < self.context.settings.gradient_accumulation_steps:
-            self.starts.append(self.start(self.order))
+        while len(self.pending) < self.context.settings.gradient_accumulation_steps:
+            self.pending.append(self.next_input(self.order))
             if self.context.retained:
-                self.starts[-1].kept = self.start(self.kept_order)
+                self.pending[-1].retained = self.next_input(self.retain_order)
 
-    def start(self, order: PromptSampler) -> BatchInput:
+    def next_input(self, order: PromptSampler) -> BatchInput:
         """Return the next prompts with fresh noise."""
         s, model = self.context.settings, self.context.model
-        chosen = order.draw(s.batch_size)
+        chosen = order.next(s.batch_size)
         noise = model.noise(self.generator, s.batch_size)
         return BatchInput(chosen, noise, PrefixCache(self.context.processes.shard(noise), stride=s.prefix_stride))
 
-    def fresh_batches(self, step: int, drawn: list[BatchRecord]) -> Iterator[Batch]:
-        """Yield the batches of an update, which a method samples and scores; `drawn` receives their scores."""
-        for start in self.starts:
-            drawn.append(BatchRecord([self.context.prompts[i] for i in start.prompts], start.noise))
-            batch = self.batch(step, start, drawn[-1])
-            if start.kept is not None:
-                kept = BatchRecord([self.context.retained[i] for i in start.kept.prompts], start.kept.noise)
-                batch.retention_batch = self.batch(step, start.kept, kept)
+    def fresh_batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
+        """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
+        for item in self.pending:
+            records.append(BatchRecord([self.context.prompts[i] for i in item.prompts], item.noise))
+            batch = self.batch(step, item, records[-1])
+            if item.retained is not None:
+                retained = BatchRecord([self.context.retained[i] for i in item.retained.prompts], item.retained.noise)
+                batch.retention_batch = self.batch(step, item.retained, retained)
             yield batch
 
-    def batch(self, step: int, start: BatchInput, drawn: BatchRecord) -> Batch:
-        """Return this process's share of a batch; its scores are stored in `drawn`."""
+    def batch(self, step: int, item: BatchInput, record: BatchRecord) -> Batch:
+        """Return this process's share of a batch; its scores are stored in `record`."""
         c, s = self.context, self.context.settings
-        own = c.processes.shard(drawn.prompts)
+        own = c.processes.shard(record.prompts)
         denoise, base = c.model.denoisers_for(own, c.schedule, s.guidance_scale, s.negative_prompt)
-        reward = partial(self.scorer, drawn, step)
-        return Batch(own, start.latents, c.schedule, denoise, base, reward, self.generator, c.processes, drawn.prompts)
+        reward = partial(self.scorer, record, step)
+        return Batch(own, item.latents, c.schedule, denoise, base, reward, self.generator, c.processes, record.prompts)
 
-    def optimize(self, step: int, drawn: list[BatchRecord]) -> None:
+    def optimize(self, step: int, records: list[BatchRecord]) -> None:
         """Take the optimizer steps of an update: backward pass of the method's losses, clipping, optimizer step."""
         method = self.context.method
         if not needs_closure(self.optimizer.optimizer):
-            for losses in method.losses_per_step(self.fresh_batches(step, drawn)):
-                self.backward(step, losses, drawn)
+            for losses in method.losses_per_step(self.fresh_batches(step, records)):
+                self.backward(step, losses, records)
                 self.clip(step)
                 self.optimizer.step()
             return
@@ -157,8 +157,8 @@ class TrainStep:
         def closure() -> None:
             """Compute the gradient at the present weights, on the same batches with the same random numbers."""
             before.rewind()
-            steps = method.losses_per_step(self.fresh_batches(step, drawn))
-            self.backward(step, next(steps), drawn)
+            steps = method.losses_per_step(self.fresh_batches(step, records))
+            self.backward(step, next(steps), records)
             self.clip(step)
             if next(steps, None) is not None:
                 raise DraftuneError(
@@ -168,16 +168,16 @@ class TrainStep:
 
         self.optimizer.step(closure)
 
-    def backward(self, step: int, losses: Iterator[Tensor], drawn: Sequence[BatchRecord]) -> None:
+    def backward(self, step: int, losses: Iterator[Tensor], records: Sequence[BatchRecord]) -> None:
         """Accumulate the gradients of the losses, average them over the processes and apply the gradient filter."""
         self.optimizer.zero_grad()
         if self.noise is not None:
             self.noise.clear()
         seen = 0
         for loss in losses:
-            if self.noise is not None and seen and len(drawn) > seen:
+            if self.noise is not None and seen and len(records) > seen:
                 self.noise.add()
-            seen = len(drawn)
+            seen = len(records)
             self.context.accelerator.backward(loss / self.context.settings.gradient_accumulation_steps)
         if self.noise is not None:
             self.noise.add()
@@ -212,25 +212,25 @@ class TrainStep:
                 self.optimizer.step()  # changes no weight, and prepares the scaler for the next gradient
             raise NonFiniteError(f"the gradient's norm became {norm} at update {step}")
 
-    def handle_nonfinite(self, step: int, drawn: Sequence[BatchRecord], error: NonFiniteError) -> None:
+    def handle_nonfinite(self, step: int, records: Sequence[BatchRecord], error: NonFiniteError) -> None:
         """Skip an update that is not finite, and save its batches. Raises DraftuneError if it may not be skipped."""
         self.norms = [math.nan]
         self.optimizer.zero_grad()
-        self.starts = []  # the next update must not train on this batch again
+        self.pending = []  # the next update must not train on this batch again
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.folder is None:
             raise DraftuneError(str(error)) from error
         processes, skip = self.context.processes, self.context.settings.nonfinite_action == "skip"
-        save_nonfinite(self.folder / "nonfinite" / f"step-{step:06d}", drawn, processes)
+        save_nonfinite(self.folder / "nonfinite" / f"step-{step:06d}", records, processes)
         with processes.raise_on_all_ranks():
             skip_or_stop(error, self.folder, step, skip, self.skipped_in_a_row)
 
-    def logs(self, step: int, rate: float, drawn: Sequence[BatchRecord]) -> dict[str, float]:
+    def logs(self, step: int, rate: float, records: Sequence[BatchRecord]) -> dict[str, float]:
         """Return the update's row of metrics.jsonl. Raises DraftuneError if the method scored no image."""
         s, norms = self.context.settings, self.norms or [math.nan]
         # An optimizer with a closure scores the same batches several times: log the first evaluation.
-        scored = [batch for batch in drawn[: s.gradient_accumulation_steps] if batch.reward is not None]
+        scored = [batch for batch in records[: s.gradient_accumulation_steps] if batch.reward is not None]
         if not scored:
             raise DraftuneError(f"the method {s.method!r} scored no image")
         reward = torch.cat([batch.reward for batch in scored if batch.reward is not None])
@@ -247,7 +247,7 @@ class TrainStep:
             **self.context.method.report(),
         }
         if self.noise is not None:
-            row["log_gradient_snr"] = self.noise.ratio
+            row["gradient_snr"] = self.noise.ratio
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:

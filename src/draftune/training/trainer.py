@@ -147,7 +147,7 @@ class Trainer:
                     if self.processes.main:
                         versions = environment(self.context.accelerator.device)
                         space = self.required_disk_bytes()
-                        self.folder.create(self.settings, space, audit=report, environment=versions)
+                        self.folder.create(self.settings, space, reward_check=report, environment=versions)
                 self.run()
         finally:
             release_model(self.context)
