@@ -242,7 +242,7 @@ def test_mistakes_get_one_line_and_code_2(
         "invalid choice: 'trian'": ["trian"],
         "did you mean 'rewards'": ["list", "reward"],
         "did you mean 'hpsv2'": ["list", "hpsv"],
-        "mine.py:NAME": [*train, "--reward", "mine.py"],
+        "my.py:name": [*train, "--reward", "mine.py"],
         "nested too deeply": [*train, "--reward", "sharpness_aware(" * 300],
         "cannot read the prompt file": [
             "score",

@@ -525,13 +525,13 @@ def test_the_command_with_a_sum_and_its_prompts(
         (["--guide", "brightness", "--guide-method", "ratios"], "did you mean 'ratio'?"),
         (["--guide", "brightness", "--guide-method", "ratio(strength=-1)"], "strength of ratio must be at least 0"),
         (["--guide", "brightness", "--guide-method", "ratio(eta=2)"], "eta of ratio must be between 0 and 1, not 2"),
-        (["--guide", "brightness", "--guide-method", "static"], "static wants strength: static(strength=…)"),
+        (["--guide", "brightness", "--guide-method", "static"], "static needs strength"),
         (["--guide", "brightness", "--guide-method", "look-ahead(rounds=0)"], "rounds of look-ahead must be between 1"),
         (
             ["--guide", "brightness", "--guide-method", "look-ahead(tune_from=9)"],
             "tune_from of look-ahead must be between 0",
         ),
-        (["--guide", "brightness", "--guide-method", "ratio + static"], r"guidance.*ratio \+ static"),
+        (["--guide", "brightness", "--guide-method", "ratio + static"], "ratio + static"),
         (["--guide-method", "static(strength=1)"], "--guide-method says how to follow the reward of --guide"),
     ],
 )
@@ -553,7 +553,7 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
             sample_guided(model, reward, "cat", **FEW)
     with pytest.raises(DraftuneError, match=r"mask.*white"):
         load_reward(f"image_match(image='{picture}', mask='{picture.parent}/white.png')")
-    with pytest.raises(DraftuneError, match="did you mean 'grey'"):
+    with pytest.raises(DraftuneError, match="'gray'"):
         load_reward(f"image_match(image='{picture}', property=grays)")
     model.to("cpu", "fp16")
     with pytest.raises(DraftuneError, match="vanishes in fp16"):

@@ -130,4 +130,4 @@ def test_the_search_is_part_of_the_work() -> None:
 
 def test_the_threshold_as_it_is_is_refused(tmp_path: Path) -> None:
     said = refused(Lab(tmp_path, QUICK))
-    assert said.startswith("as it is, without smoothing, it is refused before training (“the reward 'above(emoji-")
+    assert said.startswith("as it is, without smoothing, it is refused before training (“the reward 'threshold(emoji_")

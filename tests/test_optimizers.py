@@ -567,7 +567,7 @@ def test_an_optimiser_of_ones_own(tmp_path: Path) -> None:
     optimizer = make_optimizer(f"'{tmp_path}/mine.py:Half'(part=0.25)", [w], 1.0)
     optimizer.step(closure(w, quadratic(1.0)))
     assert float(w) == 1.5
-    with pytest.raises(DraftuneError, match=r"makes a int, not a torch.optim.Optimizer"):
+    with pytest.raises(DraftuneError, match=r"makes a int, not a"):
         make_optimizer(f"{tmp_path}/mine.py:nothing", [w], 1.0)
     assert make_filter(f"'{tmp_path}/mine.py:negated'(by=2)")(torch.ones(2, 1)).tolist() == [[-2], [-2]]
 

@@ -290,7 +290,7 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
     plain = draftune.train(
         str(pipeline_folder), "brightness", **{**SETTINGS, "output": str(tmp_path / "plain"), "steps": 1}
     )
-    with pytest.raises(DraftuneError, match="was not trained on examples"):
+    with pytest.raises(DraftuneError, match="not trained on discriminator"):
         critic_of(red, critic=f"'{plain.folder}'")
     with pytest.raises(DraftuneError, match="no run with a checkpoint"):
         critic_of(red, critic=f"'{red}'")
@@ -395,7 +395,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     for name in "ab":
         (broken / f"{name}.png").write_bytes(b"no picture")
     for reward, words in (
-        ("examples", "folder"),
+        ("discriminator", "folder"),
         (f"discriminator(folder='{tmp_path}/none')", "no folder"),
         (f"discriminator(folder='{one}/a.png')", "takes a folder of pictures"),
         ("discriminator(folder='')", "no folder ''"),

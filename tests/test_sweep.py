@@ -150,9 +150,9 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said["scales"] == [0.0, 0.333, 1.0]
     assert said["prompts"] == ["a cat", "a dog", "fish"]
     assert said["pictures"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]
-    assert said["rule"] == "held-out/saturation"
+    assert said["rule"] == '"held-out/saturation"'
     assert said["recommended"] in said["scales"]
-    assert f"recommended: {said['recommended']:g}, by held-out/saturation" in printed
+    assert f'recommended: {said["recommended"]:g}, by "held-out/saturation"' in printed
     assert ("draftune export" in printed) == bool(said["recommended"])
     assert list(said["columns"]) == list(said["errors"]) == ["brightness", "held-out/saturation", "distance"]
     rows = list(csv.DictReader((run / "sweep" / "sweep.csv").open()))
