@@ -72,7 +72,7 @@ def test_color_is_the_distance_to_it() -> None:
     assert score("color(target='#000000')", Image.new("RGB", (4, 4), "white"))[0] == pytest.approx(-1)
     with pytest.raises(DraftuneError, match="unknown color 'oranje'"):
         load_reward("color(target=oranje)")
-    with pytest.raises(DraftuneError, match="color.*target"):
+    with pytest.raises(DraftuneError, match=r"color.*target"):
         load_reward("color")
 
 
