@@ -164,7 +164,7 @@ def test_a_reward_that_reads_prompts_refuses_none(
     command = ["score", str(tmp_path / "a.png"), "--reward"]
     assert main([*command, reward, *given]) == 2
     line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "emoji-" in line
+    assert "emoji_" in line
     assert "prompt" in line
     assert main([*command, reward, "--prompt", "cat"]) == 0
     assert main([*command, "brightness"]) == 0
@@ -374,7 +374,9 @@ def test_weights_under_their_published_name(
     shutil.copytree(clip_folder, tmp_path / "my models" / "clip [1] - 2")
     head = shutil.copy(head_file, tmp_path / "my models" / "sac+logos+ava1-l14-linearMSE.safetensors")
     (tmp_path / "my models" / "r.py").write_text("def fine(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    reward = f"aesthetic(model={tmp_path}/my models/clip [1] - 2, head='{head}') + 0.5*{tmp_path}/my models/r.py:fine"
+    reward = (
+        f"aesthetic(model='{tmp_path}/my models/clip [1] - 2', head='{head}') + 0.5*'{tmp_path}/my models/r.py:fine'"
+    )
     assert main(["score", str(tmp_path / "a.png"), "--reward", reward]) == 0
     first = capsys.readouterr().out
     assert "fine" in first

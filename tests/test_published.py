@@ -191,7 +191,9 @@ def test_boxes_of_owlvit_are_aggregated_as_is_said(tmp_path: Path) -> None:
         assert found.logits.shape == (1, 16, 1)
         return found.logits[0, :, 0].double().sigmoid()
 
-    detect, remove = (load_reward(f"{name}(model='{folder}', query='a cat')") for name in ("detect", "remove"))
+    detect, remove = (
+        load_reward(f"{name}(model='{folder}', query='a cat')") for name in ("object_detection", "object_removal")
+    )
     agree(detect, ["whatever"], lambda picture, _: probabilities(picture, "a cat").max().log())
     agree(remove, ["whatever"], lambda picture, _: (1 - probabilities(picture, "a cat")).log().sum())
     # Without a setting, the prompt file's column; without one, the prompt.

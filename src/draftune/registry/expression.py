@@ -88,7 +88,7 @@ class Parser:
 
     def error(self, start: int, piece: str, problem: str) -> DraftuneError:
         where = f"at column {start + 1}: {shortened(piece) or 'its end'!r}"
-        hints = underscore_hint(self.text) + (FILE_HINT if ".py:" in self.text else "")
+        hints = underscore_hint(self.text) + (FILE_HINT if ".py" in self.text else "")
         return DraftuneError(f"cannot read {shortened(self.text)!r}: {problem} {where}; {ALLOWED}{hints}")
 
     def refused(self, node: ast.expr | ast.keyword, problem: str) -> DraftuneError:
