@@ -98,8 +98,10 @@ class KIDEvaluator:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return unit features times sqrt(D), whose KID kernel is (cosine + 1)^3."""
         batches = images.split(EVAL_BATCH)
-        return {key: torch.cat([network(batch) for batch in batches]) for key, network in self.networks.items()}
+        unit = {key: torch.cat([network(batch) for batch in batches]) for key, network in self.networks.items()}
+        return {key: features * features.shape[1] ** 0.5 for key, features in unit.items()}
 
     def kid(self, model: DiffusionModel, steps: int, sampler: str) -> dict[str, float]:
         features = self.features(sample_images(model, self.names, steps, sampler))

@@ -62,7 +62,7 @@ def candidate_counts(budget: Budget) -> list[int]:
 def unchecked(runner: ExperimentRunner) -> DiffusionModel:
     """Return the base model without gradient checkpointing, as in the runs."""
     model = runner.model()
-    model.set_checkpointing("no")
+    model.set_checkpointing("none")
     return model
 
 

@@ -95,7 +95,7 @@ def train_adameka(runner: ExperimentRunner, rate: float, seed: int) -> tuple[lis
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         add_lora(model, 8)
-    model.set_checkpointing("no")  # checkpointing has no second derivative
+    model.set_checkpointing("none")  # checkpointing has no second derivative
     optimizer = MEKA(lora_parameters(model).values(), lr=None if rate == OWN_RATE else rate, adaptive=True)
     prompts, schedule = runner.prompts, model.schedule(runner.budget.num_inference_steps)
     order, training = PromptSampler(len(prompts), generator), []

@@ -122,7 +122,7 @@ class ExperimentRunner:
             "num_log_prompts": 1,
             "prefix_reuse_steps": 1,
             # The graphs of images this small fit into memory: the same gradients in less time.
-            "gradient_checkpointing": "no",
+            "gradient_checkpointing": "none",
             "method": spec.method,
             "steps": spec.steps,
             "seed": spec.seed,
@@ -236,7 +236,7 @@ class ExperimentRunner:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         cost = {"seconds": statistics.median(times), "peak_mb": peak_memory(gradient, model.device) / 1e6}
-        model.set_checkpointing("no")
+        model.set_checkpointing("none")
         return cost | {"peak_mb_without_checkpointing": peak_memory(gradient, model.device) / 1e6}
 
 

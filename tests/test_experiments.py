@@ -146,7 +146,7 @@ def test_shards_are_all_runs_once() -> None:
 
 
 def write_log(folder: Path, steps: int) -> None:
-    row = {"reward": 0.0, "reward_queries": 0, "seconds": 0.0}
+    row = {"reward": 0.0, "reward_queries": 0, "train_seconds": 0.0}
     for name, first in (("metrics.jsonl", 1), ("evaluations.jsonl", 0)):
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"step": step, **row}) for step in range(first, steps + 1)]
@@ -231,7 +231,7 @@ def test_ddpo_has_the_best_rate_that_keeps_the_names(tmp_path: Path) -> None:
 
 
 def test_a_threshold_without_smoothing_is_refused() -> None:
-    with pytest.raises(DraftuneError, match=r"above\(emoji_aesthetic\)' has no gradient"):
+    with pytest.raises(DraftuneError, match=r"threshold\(emoji_aesthetic\)' has no gradient"):
         check_reward(load_reward(black_box.THRESHOLD), torch.rand(2, 3, 64, 64), ["cat face", "pizza"])
 
 

@@ -47,10 +47,10 @@ def test_it_is_said_where_the_pictures_are_the_same(
     plain = drawn(model, "", guidance_scale)
     assert not caplog.messages
     same = torch.equal(plain, drawn(model, "a bad dog", guidance_scale))
-    assert len([line for line in caplog.messages if EFFECT in line]) == same
+    assert len([line for line in caplog.messages if mentions(line, EFFECT)]) == same
     assert same == (guidance_scale <= 1 or family == "ddpm")
     drawn(model, "a bad dog", guidance_scale)
-    assert len([line for line in caplog.messages if EFFECT in line]) == same  # once
+    assert len([line for line in caplog.messages if mentions(line, EFFECT)]) == same  # once
 
 
 def train(folder: Path, out: Path, lora: Path, words: list[str]) -> list[str]:

@@ -229,7 +229,7 @@ def test_ratios_that_are_all_clipped_are_named() -> None:
         assert data.mu.grad is not None
         gradients.append(float(data.mu.grad))
         before = method.constant_losses()
-        data.mu.data += jump * step.tau
+        data.mu.data += jump * step.ancestral_std
     assert gradients[0] != 0
     assert gradients[1] == 0
     assert "clip_range=1e-09" in before
@@ -272,7 +272,7 @@ def test_a_later_epoch_weighs_by_the_clipped_ratio() -> None:
             loss.backward()
         assert data.mu.grad is not None
         gradients.append(float(data.mu.grad))
-        data.mu.data += 0.2 * step.tau
+        data.mu.data += 0.2 * step.ancestral_std
     assert len(seen) == 1  # the pictures are scored once
 
     mu = float(data.mu.detach()) - 3 * 0.2 * step.ancestral_std

@@ -48,7 +48,7 @@ def distillation(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tenso
 
 
 def evaluation(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
-    model = SimpleNamespace(denoisers=lambda *_: (denoise, base), noise=lambda *_: NOISE)
+    model = SimpleNamespace(denoisers_for=lambda *_: (denoise, base), noise=lambda *_: NOISE)
     return torch.tensor(denoiser_mse_from_base(model, ["a", "b"], schedule, 1.0))  # type: ignore[arg-type]
 
 

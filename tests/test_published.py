@@ -349,7 +349,7 @@ def test_missing_weights_are_said_before_anything_is_loaded(
     text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
-    monkeypatch.setattr(Reward, "ready", lambda self: pytest.fail("something was loaded"))
+    monkeypatch.setattr(Reward, "load_weights", lambda self: pytest.fail("something was loaded"))
     with raises(DraftuneError, message):
         load_reward("jpeg_compressibility + " + text.format(weights=weights, tokenizer=tokenizer))
 

@@ -148,7 +148,7 @@ def test_every_reward_says_what_it_is() -> None:
     """Its range and input in the docstring, and how it is over-optimised."""
     for name, factory in REWARDS.items():
         text = (factory.__doc__ or "").lower()
-        assert "over-optimi" in text or name.startswith("emoji-judge"), name
+        assert "over-optimi" in text or name.startswith(("emoji_name", "emoji_style")), name
         assert any(word in text for word in ("input", "any size", "settings, source", "wrapped")), name
 
 

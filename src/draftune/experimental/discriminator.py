@@ -116,10 +116,12 @@ def read_examples(folder: str, preprocess: Preprocess) -> Tensor:
     """Read the images in a folder and its subfolders, preprocessed, in 8 bits: [N, 3, size, size].
 
     Raises:
-        DraftuneError: for an image that can't be read, and for fewer than MIN_EXAMPLES images.
+        DraftuneError: if there is no such folder, for an image that can't be read, and for fewer than MIN_EXAMPLES.
     """
     from draftune.utils.images import find_images
 
+    if not folder.strip() or not user_path(folder).is_dir():
+        raise DraftuneError(f"no folder {folder!r}: the reward discriminator takes a folder of images")
     files = find_images([folder])
     if len(files) < MIN_EXAMPLES:
         raise DraftuneError(

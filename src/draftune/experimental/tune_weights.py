@@ -177,7 +177,7 @@ def tune_weights(
         lambda: arg_or_run_setting("prompts", prompts, settings.prompts, load_prompts),
     ]
     score, texts = gather(*loaders)
-    check_prompts(score.ready(), texts)
+    check_prompts(score.load_weights(), texts)
     if sources:
         loaded = load_base_with_loras(
             {f"knob-{i}": source for i, source in enumerate(sources)}, device, mixed_precision

@@ -167,7 +167,7 @@ class DDPO(Method):
             if self.beta:
                 with torch.no_grad():
                     base_mean = mean(batch.base_denoise(x, step), step)
-                loss = loss + self.beta * ((policy - base_mean) / step.tau).square().mean() / 2
+                loss = loss + self.beta * ((policy - base_mean) / step.ancestral_std).square().mean() / 2
             yield loss / count
 
     def count_clipped(self, batch: Batch, ratio: Tensor, clipped: Tensor, advantages: Tensor) -> None:

@@ -21,7 +21,7 @@ def ddim_step(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
 
     With `tau=0` this is the DDIM step (Song et al., 2020, arXiv:2010.02502, Eq. 12) for diffusion models, and the Euler
     step of flow matching for flow models. With `tau > 0` it is the mean of a stochastic step, to which the caller adds
-    tau * eps, eps ~ N(0, I). `tau=step.tau` gives ancestral (DDPM) sampling.
+    tau * eps, eps ~ N(0, I). `tau=step.ancestral_std` gives ancestral (DDPM) sampling.
 
     Args:
         prediction: The predicted x_0 and noise at level t, each `[B, C, H, W]`.
