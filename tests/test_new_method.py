@@ -47,7 +47,7 @@ def test_trains_from_the_command_line(file: Path, pipeline_folder: Path, tmp_pat
     output = tmp_path / "run"
     arguments = ["--model", str(pipeline_folder), "--reward", "brightness", "--prompts", "animals", "--steps", "2"]
     arguments += ["--num-inference-steps", "4", "--log-images-steps", "0", "--num-log-prompts", "1", "--device", "cpu"]
-    assert main(["train", *arguments, "--method", f"kl({file}:Fading(k=2), beta=0.1)", "--output", str(output)]) == 0
+    assert main(["train", *arguments, "--method", f"kl('{file}:Fading'(k=2), beta=0.1)", "--output", str(output)]) == 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward_queries"] for row in rows] == [4, 8]
     assert (output / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -90,7 +90,7 @@ def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeyp
     settings = replace(settings, method="draft_k(k=1)", prefix_reuse_steps=3, eval_prompts="")
     made: list[int] = []
     update = TrainStep.run
-    monkeypatch.setattr(TrainStep, "update", lambda self, step: made.append(step) or update(self, step))
+    monkeypatch.setattr(TrainStep, "run", lambda self, step: made.append(step) or update(self, step))
     monkeypatch.setattr(module, "seconds", lambda function, device: 3.0 * bool(function() or True))
     found = preflight(settings)
     assert made == [1, 2, 3, 4, 5]

@@ -123,7 +123,7 @@ def test_other_contents_are_another_run(here: Path, name: str, value: str, file:
     os.utime(here / file)
     now = asked(**{name: value})
     assert now.differences(before) == [name]
-    assert mentions(now.said(name, before), name, value)
+    assert mentions(now.describe_difference(name, before), name, value)
     rewrite(here / file)  # back again
     assert asked(**{name: value}).differences(before) == []
     rewrite(here / file)

@@ -289,7 +289,7 @@ def test_a_run_with_critic_and_value_goes_on_bit_for_bit(
     plain = draftune.train(
         str(pipeline_folder), "brightness", **{**SETTINGS, "output": str(tmp_path / "plain"), "steps": 1}
     )
-    with raises(DraftuneError, "examples", plain.folder):
+    with raises(DraftuneError, "discriminator", plain.folder):
         critic_of(red, critic=f"'{plain.folder}'")
     with raises(DraftuneError, "checkpoint", red):
         critic_of(red, critic=f"'{red}'")
@@ -394,17 +394,17 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     for name in "ab":
         (broken / f"{name}.png").write_bytes(b"no picture")
     for reward, words in (
-        ("examples", "folder"),
+        ("discriminator", "folder"),
         (f"discriminator(folder='{tmp_path}/none')", f"{tmp_path}/none"),
         (f"discriminator(folder='{one}/a.png')", "a.png folder"),
         ("discriminator(folder='')", "folder ''"),
         (f"discriminator(folder='{empty}')", str(empty)),
-        (f"discriminator(folder='{one}')", "examples 1 2"),
+        (f"discriminator(folder='{one}')", "1 2"),
         (f"discriminator(folder='{broken}')", str(broken)),
-        (f"discriminator(folder='{red}', width=0)", "width examples 1 0"),
-        (f"discriminator(folder='{red}', size=8)", "size examples 16 8"),
-        (f"discriminator(folder='{red}', baseline=-1)", "baseline examples -1 0"),
-        (f"discriminator(folder='{red}', learning_rate=0)", "learning_rate examples 0 1"),
+        (f"discriminator(folder='{red}', width=0)", "width discriminator 1 0"),
+        (f"discriminator(folder='{red}', size=8)", "size discriminator 16 8"),
+        (f"discriminator(folder='{red}', baseline=-1)", "baseline discriminator -1 0"),
+        (f"discriminator(folder='{red}', learning_rate=0)", "learning_rate discriminator 0 1"),
     ):
         with raises(DraftuneError, words):
             parse_reward(reward)
@@ -459,7 +459,7 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     ):
         assert main(argv) == 2, argv
         said = capsys.readouterr().err.strip().splitlines()
-        assert mentions(said[-1], "examples training")
+        assert mentions(said[-1], "discriminator training")
 
 
 def test_kid_equals_the_formula() -> None:
@@ -475,4 +475,4 @@ def test_kid_equals_the_formula() -> None:
     alike = [kid(*torch.randn(2, 20, 3, generator=generator)) for _ in range(300)]
     # Without bias: its mean is 0 where the sets are of one distribution.
     assert abs(sum(alike) / 300) < 3 * float(torch.tensor(alike).std()) / 300**0.5
-    assert kid(torch.zeros(20, 3), torch.ones(20, 3)) == pytest.approx(1 + 64 - 2)
+    assert kid(torch.zeros(20, 3), torch.ones(20, 3)) == pytest.approx(1 + 8 - 2)

@@ -412,9 +412,8 @@ def test_training_without_the_optional_packages(
 
 
 def test_a_missing_package_is_one_line(hidden: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from draftune.figures import figure
-
     from draftune.training.memory_check import free_memory
+    from draftune.utils.plotting import figure
 
     with pytest.raises(DraftuneError, match=r"the reward hpsv2 needs ftfy: pip install 'draftune\[hpsv2\]'"):
         draftune.load_reward("hpsv2")

@@ -485,7 +485,7 @@ def test_a_gradient_that_vanishes_later_is_told_too(
     def dies(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return brightness(images, prompts) * (made[-1] < 4)
 
-    monkeypatch.setattr(TrainStep, "update", counted)
+    monkeypatch.setattr(TrainStep, "run", counted)
     result = run(pipeline, tmp_path, dies, steps=8, learning_rate=0.02)
     assert [row["step"] for row in result.metrics if row["grad_norm"] == 0] == [4, 5, 6, 7, 8]
     said = caplog.text

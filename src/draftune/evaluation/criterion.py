@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from draftune.errors import DraftuneError, unknown
-from draftune.registry.expression import Call, parse
 
 if TYPE_CHECKING:
     from draftune.rewards import Reward
@@ -21,12 +21,16 @@ PIXEL_L1 = "pixel_l1_from_base"
 DENOISER_MSE = "denoiser_mse_from_base"
 """Column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
 COLUMN = re.compile(r"""(?!-)[^\s"'*+]*/[^\s"'*+]*""")
-"""A single column, which needs no quotes."""
+"""A single column, which may have any name without spaces, quotes and signs."""
+TERM = re.compile(r"(?:(\d+\.?\d*(?:[eE][-+]?\d+)?)\s*\*\s*)?([^*]+)")
+"""A column with an optional factor."""
 T = TypeVar("T", bound=Any)
 
 
 def parse_criterion(rule: str) -> dict[str, float]:
-    """Parse one column, as `eval/judge`, or a sum of quoted ones, as `"eval/judge" + 0.5*"eval/diversity"`.
+    """Parse a weighted sum of columns, such as `eval/judge - 0.5*pixel_l1_from_base`.
+
+    In a sum, a column whose name is no Python expression stands in quotes: `eval/judge + 0.1*"eval/clip-2"`.
 
     Returns:
         The weights by column.
@@ -34,14 +38,36 @@ def parse_criterion(rule: str) -> dict[str, float]:
     Raises:
         DraftuneError: the text is no such sum.
     """
-    tree = Call(rule) if COLUMN.fullmatch(rule) else parse(rule)
-    terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
-    if any(call.settings or call.inner for _, call in terms):
-        raise DraftuneError(f"metric_for_best_model must be a sum of quoted columns of the evaluations, not {rule!r}")
     weights: dict[str, float] = {}
-    for weight, call in terms:
-        weights[call.name] = weights.get(call.name, 0.0) + weight
+    if COLUMN.fullmatch(rule):
+        return {rule: 1.0}
+    try:
+        terms = list(signed_terms(ast.parse(rule.strip(), mode="eval").body))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        terms = []
+    for sign, node in terms:
+        match = TERM.fullmatch(ast.get_source_segment(rule.strip(), node) or "")
+        if match is None or re.fullmatch(r"[\d.]*", match[2]):
+            terms = []
+            break
+        quoted = re.fullmatch(r"""(["'])(.*)\1""", match[2])
+        column = quoted[2] if quoted else match[2]
+        weights[column] = weights.get(column, 0.0) + sign * float(match[1] or 1)
+    if not terms:
+        example = "eval/clip + 0.5*reward"
+        raise DraftuneError(f"metric_for_best_model must be a sum of columns such as {example!r}, not {rule!r}")
     return weights
+
+
+def signed_terms(node: ast.expr, sign: float = 1.0) -> Iterator[tuple[float, ast.expr]]:
+    """Yield the terms of a sum with their signs."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        yield from signed_terms(node.left, sign)
+        yield from signed_terms(node.right, sign if isinstance(node.op, ast.Add) else -sign)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield from signed_terms(node.operand, -sign)
+    else:
+        yield sign, node
 
 
 def default_criterion(metric_for_best_model: str, eval_rewards: Reward | None) -> dict[str, float]:

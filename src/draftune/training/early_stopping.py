@@ -18,7 +18,7 @@ class EarlyStopping:
 
     Args:
         weights: Weights by column.
-        patience: Evaluations without improvement after which the run should stop; 0 never stops it.
+        early_stopping_patience: Evaluations without improvement after which the run should stop; 0 never stops it.
         reward: Column of the training reward, for the warning of over-optimization.
     """
 
@@ -48,7 +48,7 @@ class EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Return whether `patience` evaluations have passed without improvement."""
+        """Return whether `early_stopping_patience` evaluations have passed without improvement."""
         return (
             bool(self.early_stopping_patience)
             and self.best is not None

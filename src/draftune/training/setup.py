@@ -66,7 +66,9 @@ def prepare(
     texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts))
     eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
     if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
-        raise DraftuneError("patience counts evaluations: it needs --eval-prompts and --validation-steps")
+        raise DraftuneError(
+            "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
+        )
     best_columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     method = method if isinstance(method, Method) else load_method(settings.method)
     check_method(settings, method)
