@@ -64,7 +64,7 @@ def test_what_is_missing_is_said_before_anything_is_read(file: Path) -> None:
 def test_it_is_listed_with_its_docstring(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_file(file, "reward")
     assert main(["list", "mean-color"]) == 0
-    assert "Over-optimised: one plain colour." in capsys.readouterr().out
+    assert "Over-optimized: one plain color." in capsys.readouterr().out
 
 
 def test_every_module_that_registers_rewards_is_imported() -> None:

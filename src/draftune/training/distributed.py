@@ -66,4 +66,7 @@ def tell_unheeded(settings: Settings) -> None:
         tell(f"accelerate's mixed precision {asked} is not used: --mixed-precision is {settings.mixed_precision}")
     # Without mpirun, accelerate's launcher for CPUs starts one process that waits for nobody.
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        tell("accelerate launch --cpu has started one process alone: torchrun starts several (docs/how-to/several-devices.md)")
+        tell(
+            "accelerate launch --cpu has started one process alone: torchrun starts several "
+            "(docs/how-to/several-devices.md)"
+        )
