@@ -19,7 +19,6 @@ import draftune
 from draftune.cli.main import expressions_joined, main
 from draftune.methods import METHODS
 from draftune.rewards import REWARDS
-from draftune.utils.images import from_pil, save_image
 
 pytestmark = pytest.mark.slow
 
@@ -73,13 +72,13 @@ def write_inputs(folder: Path) -> None:
     (folder / "faces.txt").write_text("cat face\n")
     (folder / "my.py").write_text("def scorer(images, prompts):\n    return images.round().mean((1, 2, 3))\n")
     save_file({"weight": torch.ones(1, 3), "bias": torch.zeros(1)}, folder / "linear.safetensors")
-    image = from_pil([Image.radial_gradient("L").resize((64, 64)).convert("RGB")])
+    image = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
     names = ["half.png", "mask.png", "base.png", "cats/000-cat-face-seed3.png", "photos/a.png", "photos/b.png"]
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
-        save_image(image[0], folder / name)
+        image.save(folder / name)
     (folder / "out").mkdir()
-    Image.open(folder / "base.png").convert("RGB").save(folder / "out" / "pizza.jpg")
+    image.save(folder / "out" / "pizza.jpg")
     (folder / "prompts.csv").write_text("image,prompt\npizza.jpg,pizza\n")
 
 
