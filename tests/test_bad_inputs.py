@@ -179,7 +179,7 @@ def test_what_is_odd_but_good(tmp_path: Path) -> None:
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\na dog")
     assert load_prompts(str(tmp_path / "excel.csv")) == ["a cat"]
     assert load_prompts(str(tmp_path / "windows.txt")) == ["a cat", "a dog"]
-    (tmp_path / "odd.yaml").write_text("mixed_precision: no\nlearning_rate: 1e-3\nheld_out: ''\nsteps: 1_000\n")
+    (tmp_path / "odd.yaml").write_text("mixed_precision: no\nlearning_rate: 1e-3\neval_rewards: ''\nsteps: 1_000\n")
     settings = Settings.from_mapping(read_yaml(tmp_path / "odd.yaml"))
     assert (settings.mixed_precision, settings.learning_rate, settings.eval_rewards, settings.steps) == (
         "no",

@@ -101,7 +101,7 @@ def test_pictures_alone_are_refused_and_what_is_asked_is_checked() -> None:
     given = decode(LATENTS).requires_grad_()
     assert not black(given, PROMPTS).requires_grad
     assert "gradient_norm" not in check_reward(black, given, PROMPTS)["zeroth_order(hidden)"]
-    with raises(DraftuneError, "robust zeroth_order(brightness) gradient"):
+    with raises(DraftuneError, "sharpness_aware zeroth_order(brightness) gradient"):
         load_reward("sharpness_aware(zeroth_order(brightness, space=latent))")
     with raises(DraftuneError, "space 'latents' 'latent'"):
         load_reward("zeroth_order(brightness, space=latents)")

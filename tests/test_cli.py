@@ -244,7 +244,7 @@ def test_mistakes_get_one_line_and_code_2(
         "trian": ["trian"],
         "'reward' 'rewards'": ["list", "reward"],
         "'hpsv' 'hpsv2'": ["list", "hpsv"],
-        "mine.py:NAME": [*train, "--reward", "mine.py"],
+        "my.py:name": [*train, "--reward", "mine.py"],
         "nest": [*train, "--reward", "sharpness_aware(" * 300],
         "missing.csv": [
             "score",

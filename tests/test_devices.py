@@ -42,7 +42,7 @@ def launched(*command: str, launcher: list[str] = TORCHRUN) -> subprocess.Comple
 @pytest.fixture(scope="module")
 def together(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two processes made in one launch."""
-    folder = tmp_path_factory.mktemp("together")
+    folder = tmp_path_factory.mktemp("raise_on_all_ranks")
     made = launched(str(HERE / "helpers" / "two_processes.py"), str(pipeline_folder), str(folder))
     assert made.returncode == 0, made.stderr[-5000:]
     return folder
@@ -231,7 +231,7 @@ def test_a_collective_inside_a_block_fails_with_one_process_too() -> None:
         lambda: processes.gather_strings("a"),
         lambda: processes.raise_on_all_ranks().__enter__(),
     ):
-        with pytest.raises(RuntimeError, match="together"), processes.raise_on_all_ranks():
+        with pytest.raises(RuntimeError, match="raise_on_all_ranks"), processes.raise_on_all_ranks():
             collective()
     assert processes.any(True)
     assert not processes.any(False)

@@ -218,7 +218,7 @@ def test_sd3_without_t5(sd3: Path, tmp_path: Path) -> None:
 
 def test_sd3_training(sd3: Path, tmp_path: Path) -> None:
     check_training(sd3, tmp_path, drawing(5.0, 16), 5.0, lora_rank=2, lora_alpha=4.0)
-    assert sampler_options(source_file(tmp_path / "draft-k")) == {}  # whatever the run's settings say of DDIM's
+    assert sampler_options(source_file(tmp_path / "draft_k")) == {}  # whatever the run's settings say of DDIM's
 
 
 def test_flux_dev_pictures(dev: Path) -> None:

@@ -602,8 +602,8 @@ def test_what_can_not_guide_is_refused(pipeline_folder: Path, picture: Path) -> 
             sample_guided(model, reward, "cat", **FEW)
     with raises(DraftuneError, "white.png"):
         load_reward(f"image_match(image='{picture}', mask='{picture.parent}/white.png')")
-    with raises(DraftuneError, "'gray' 'grey'"):
-        load_reward(f"image_match(image='{picture}', property=gray)")
+    with raises(DraftuneError, "'grey' 'gray'"):
+        load_reward(f"image_match(image='{picture}', property=grey)")
     model.to("cpu", "fp16")
     with raises(DraftuneError, "fp16"):
         sample_guided(model, "brightness", "cat", **FEW)

@@ -377,8 +377,8 @@ def test_noise_above_the_signal_is_told_once(caplog: pytest.LogCaptureFixture) -
     for i in range(3 * noise_file.WINDOW):
         noise.recent.append((0.5, 2.0))
         noise.warn()
-        said = caplog.text
-        assert mentions(said, 4) == (i == noise_file.WINDOW - 1)
+        assert len(caplog.messages) == (i >= noise_file.WINDOW - 1)
+    assert mentions(caplog.messages[0], 4)
 
 
 def made(folder: Path, output: Path, reward: Any = noisy_brightness, **values: Any) -> TrainStep:
@@ -543,7 +543,7 @@ def test_noise_is_measured_between_the_means_over_processes() -> None:
         ({"optimizer": "extrapolate"}, "extrapolate"),
         ({"optimizer": "extrapolate(adamw)"}, "extrapolate rate"),
         ({"optimizer": "extrapolate(adamw, rate=-1)"}, "rate 0"),
-        ({"optimizer": "extrapolate(step_tuned_sgd, rate=1)"}, "extrapolate optimi gradient"),
+        ({"optimizer": "extrapolate(step_tuned_sgd, rate=1)"}, "extrapolate closure"),
         ({"optimizer": "adamw(sgd)"}, "adamw 'sgd'"),
         ({"optimizer": "step_tuned_sgd(low=3)"}, "low high"),
         ({"optimizer": "step_tuned_sgd(beta=1)"}, "beta 0 1"),
@@ -573,7 +573,7 @@ def test_optimizer_of_a_user_file(tmp_path: Path) -> None:
     optimizer = make_optimizer(f"'{tmp_path}/mine.py:Half'(part=0.25)", [w], 1.0)
     optimizer.step(closure(w, quadratic(1.0)))
     assert float(w) == 1.5
-    with raises(DraftuneError, "int torch.optim.Optimizer"):
+    with raises(DraftuneError, "int Optimizer"):
         make_optimizer(f"{tmp_path}/mine.py:nothing", [w], 1.0)
     assert make_filter(f"'{tmp_path}/mine.py:negated'(by=2)")(torch.ones(2, 1)).tolist() == [[-2], [-2]]
 

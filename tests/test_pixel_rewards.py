@@ -125,9 +125,9 @@ def test_robust_scores_the_locally_worst_picture() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("robust", "robust reward"),
-        ("sharpness_aware(rho=1)", "robust reward"),
-        ("sharpness_aware(brightness, rho=0)", "rho robust 0"),
+        ("robust", "sharpness_aware reward"),
+        ("sharpness_aware(rho=1)", "sharpness_aware reward"),
+        ("sharpness_aware(brightness, rho=0)", "rho sharpness_aware 0"),
         ("sharpness_aware(britness)", "'britness' 'brightness'"),
         ("brightness(saturation)", "brightness saturation"),
     ],

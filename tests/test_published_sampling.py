@@ -162,6 +162,7 @@ def test_an_unknown_id_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     Settings(model="some/one")
     (line,) = caplog.text.splitlines()
     assert mentions(line, "some/one", 50, 7.5)
+    caplog.clear()
     Settings(model="some/other", num_inference_steps=3, guidance_scale=2.0)
     assert caplog.messages == []
 
@@ -236,7 +237,7 @@ def test_sample_and_eval_draw_a_base_model_so(
         drawn.append((len(schedule), guidance_scale))
         return generate(self, prompts, seeds, self.schedule(1), guidance_scale, *a, **b)
 
-    monkeypatch.setattr(DiffusionModel, "generate", counted)
+    monkeypatch.setattr(DiffusionModel, "sample_tensors", counted)
     for family, prompt in (("sdxl", "a cat"), ("pixart", "a cat"), ("dit", "1"), ("ddpm", "")):
         folder = saved[family]
         if family != "ddpm":

@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(pipeline_folder: Path, tmp_path
     train(pipeline_folder, tmp_path / "run", steps=4)
     newest = tmp_path / "run" / "checkpoints" / "step-000004"
     files = {path.name: path.read_bytes() for path in newest.iterdir()}
-    message = "step-000004 remove step-00000"
+    message = "step-000004 delete step-00000"
     assert set(files) == {"state.json", "tensors.safetensors", "checksums.json"}
     for name, whole in files.items():
         flipped = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]

@@ -155,7 +155,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     alone, _ = load_for_sampling(str(first.folder))
     assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoiser_for(["a dog"], schedule, 3.0), x, step))
     page = collect(second.folder)
-    assert mentions(page["summary"], "before brightness")
+    assert mentions(page["summary"], "earlier brightness")
     assert ["Continued from", str(first.folder)] in page["facts"]
     assert ["retained/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
 
@@ -320,7 +320,7 @@ def test_mistakes_are_named_before_anything_is_loaded(
     arguments = ["train", "--model", str(pipeline_folder), "--output", str(tmp_path / "run")]
     arguments += ["--reward", "brightness", "--prompts", "animals", "--device", "cpu"]
     for more, message in (
-        (["--retain-prompts", kept], "keep --init-lora"),
+        (["--retain-prompts", kept], "retain_prompts --init-lora"),
         (["--init-lora", str(tmp_path / "none")], "LoRA none"),
         (["--init-lora", str(first.folder), "--retain-prompts", "no-set"], "no-set"),
         (["--init-lora", str(first.folder), "--retain-weight", "-1"], "retain_weight -1 0"),
@@ -458,7 +458,7 @@ def test_a_distilled_lora(
         (["--output", str(thick)], f"{thick} --output"),
         (["--output", str(tmp_path / "new"), "--rank", "4"], "rank 4"),
         (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "fp16"),
-        (["--output", str(tmp_path / "new"), "--beta", "1"], "beta 0 1"),
+        (["--output", str(tmp_path / "new"), "--group-balance", "1"], "group_balance 0 1"),
         (["--output", str(tmp_path / "new"), "--prompts", "no-set"], "no-set"),
         (["--output", str(tmp_path / "new"), "--paths", "0"], "--paths 0"),
     ):

@@ -459,7 +459,7 @@ def test_a_critic_that_knows_nothing_is_not_asked(
     ):
         assert main(argv) == 2, argv
         said = capsys.readouterr().err.strip().splitlines()
-        assert mentions(said[-1], "discriminator training")
+        assert mentions(said[-1], "discriminator critic")
 
 
 def test_kid_equals_the_formula() -> None:

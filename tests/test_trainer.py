@@ -182,7 +182,7 @@ class Cut(draftune.Callback):
 
 
 def rows(run: draftune.Run) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in run.metrics]
+    return [{key: value for key, value in row.items() if key != "train_seconds"} for row in run.metrics]
 
 
 def test_schedule_and_ema_resume_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> None:

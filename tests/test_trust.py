@@ -187,6 +187,7 @@ def test_pictures_that_do_not_move_are_noticed(
 ) -> None:
     train(pipeline_folder, tmp_path / "still", learning_rate=1e-12)
     assert mentions(caplog.text, "3 updates base model")
+    caplog.clear()
     train(pipeline_folder, tmp_path / "moved")
     assert not mentions(caplog.text, "base model")
 

@@ -18,7 +18,7 @@ from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, set_lora_scale
 from draftune.models.base import default_device
-from draftune.registry.expression import Call, Sum
+from draftune.registry.expression import written_sum
 from draftune.runs.load import LoRASource, load_base_with_loras
 from draftune.utils.images import grid, save_image, save_images
 from draftune.utils.paths import atomic_write
@@ -92,8 +92,7 @@ class ScaleSweep:
     @property
     def rule(self) -> str | None:
         """Return the criterion as an expression, None without one."""
-        terms = tuple((weight, Call(column)) for column, weight in self.weights.items())
-        return str(Sum(terms)) or None
+        return written_sum([(weight, column) for column, weight in self.weights.items()]) or None
 
     @property
     def advice(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING, Any
 
+from draftune.errors import require
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -22,6 +24,7 @@ STYLE: dict[Any, Any] = {
 
 def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, Any]:
     """Return an empty figure and its axes, an array of shape [rows, columns]; sizes are inches of one panel."""
+    require("matplotlib", "drawing figures", "plots")
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
