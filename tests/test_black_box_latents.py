@@ -105,7 +105,7 @@ def test_pictures_alone_are_refused_and_what_is_asked_is_checked() -> None:
         load_reward("sharpness_aware(zeroth_order(brightness, space=latent))")
     with raises(DraftuneError, "space 'latents' 'latent'"):
         load_reward("zeroth_order(brightness, space=latents)")
-    with raises(DraftuneError, "size black-box 4 5"):
+    with raises(DraftuneError, "size zeroth_order 4 5"):
         gradient(load_reward("zeroth_order(brightness, size=5, space=latent)"))
 
 

@@ -460,7 +460,7 @@ def test_a_distilled_lora(
         (["--output", str(tmp_path / "new"), "--mixed-precision", "fp16"], "fp16"),
         (["--output", str(tmp_path / "new"), "--group-balance", "1"], "group_balance 0 1"),
         (["--output", str(tmp_path / "new"), "--prompts", "no-set"], "no-set"),
-        (["--output", str(tmp_path / "new"), "--paths", "0"], "--paths 0"),
+        (["--output", str(tmp_path / "new"), "--num-trajectories", "0"], "--num-trajectories 0"),
     ):
         capsys.readouterr()
         assert main([*arguments, *more]) == 2

@@ -54,7 +54,7 @@ class Discriminator(OnlineReward):
     `folder`: at least 2 images, better some hundreds; prompts are ignored. The discriminator has four convolutions on
     the center `size` x `size` pixels. Each batch of generated images gives it one Adam step at `learning_rate` that
     lowers their scores and raises those of as many examples; `baseline` weighs the squared distance from the expected
-    scores, which bounds it. It starts from random weights of `seed`, or from those in a run: `critic=RUN`. Any
+    scores, which bounds it. It starts from random weights of `seed`, or from those in a run: `critic=RUN`. Input: any
     size; no weights to download.
     Its zero and unit change while it learns: compare scores of one state only, and watch --eval-rewards rewards.
     Over-optimized: textures that this discriminator takes for those of the examples. Source: SFT-PG (Fan and Lee, 2023,
