@@ -10,11 +10,11 @@ DIST := worksteal
 demo: $(VENV)/installed
 	$(BIN)/draftune train --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Runs ruff, mypy and the tests that are not marked slow, gpu or network.
+# Runs ruff, mypy, codespell and the tests that are not marked slow, gpu or network.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network"
 
-# Runs ruff, mypy and all tests but those marked gpu or network.
+# Runs ruff, mypy, codespell and all tests but those marked gpu or network.
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist $(DIST)
 
@@ -22,6 +22,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -110,7 +110,7 @@ def test_a_mistake_ends_all_processes_and_is_said_once(together: Path) -> None:
         assert second[name] == [error, None]
     assert first["undefined"][0].count("nan") == 2  # of four pictures, as the other process scored them
     kept = load_file(together / "undefined" / "nonfinite" / "step-000001" / "0.safetensors")
-    assert {name: len(tensor) for name, tensor in kept.items()} == {"noise": 4, "pictures": 4, "reward": 4}
+    assert {name: len(tensor) for name, tensor in kept.items()} == {"noise": 4, "images": 4, "reward": 4}
 
 
 RUN: dict[str, Any] = {

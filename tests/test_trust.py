@@ -68,7 +68,7 @@ def test_what_is_not_finite_ends_a_run_and_is_kept_to_look_at(
     folder = tmp_path / "run" / "nonfinite" / "step-000004"
     tensors = load_file(folder / "0.safetensors")
     assert tensors["noise"].shape == (2, 4, 8, 8)
-    assert tensors["pictures"].shape[:2] == (2, 3)
+    assert tensors["images"].shape[:2] == (2, 3)
     assert tensors["reward"].isnan().tolist() == [not gradient, False]
     with safe_open(folder / "0.safetensors", "pt") as file:
         assert set(json.loads(file.metadata()["prompts"])) <= {"a cat", "a dog", "a bird"}

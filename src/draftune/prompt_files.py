@@ -159,7 +159,7 @@ def parse_json(text: str) -> Any:
 
 
 def other_kind(text: str, ending: str) -> str:
-    """Return a hint if the content has another format than the file's extension says, else an empty text."""
+    """Return a hint if the content has another format than the file's extension, else an empty text."""
     kind = plain_kind(text)
     if kind is None or kind == ending:
         return ""

@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table of scores, and write it and the images where asked."""
+    """Print the table of scores, and write it and the images if requested."""
     check_numbers(args, num_images=1)
     output = table_output(args.output, args.prompts)
     image_dir = folder_output(args.image_dir, "--image-dir") if args.image_dir else None

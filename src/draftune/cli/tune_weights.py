@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> None:
         search.write(folder)
         if args.merge:
             merge_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora)
-    width = max(len(knob.name) for knob in search.knobs)
-    for knob in search.knobs:
-        print(f"{knob.name:{width}}  {knob.start:7.3f} → {search.values[knob.name]:7.3f}")
+    width = max(len(parameter.name) for parameter in search.parameters)
+    for parameter in search.parameters:
+        print(f"{parameter.name:{width}}  {parameter.start:7.3f} → {search.values[parameter.name]:7.3f}")
     gain, low, high = search.difference
     print(
         f"\n{args.reward}  {float(search.before.mean()):.3f} → {float(search.after.mean()):.3f}: {gain:+.3f} "

@@ -66,7 +66,7 @@ class Parameter1D:
 class WeightSearch:
     """Result of `tune_weights`."""
 
-    knobs: list[Parameter1D]
+    parameters: list[Parameter1D]
     values: dict[str, float]
     """Tuned values by name."""
     steps: list[dict[str, float]]
@@ -97,7 +97,10 @@ class WeightSearch:
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "steps.csv", self.steps)
         gain, low, high = self.difference
-        result: dict[str, Any] = {"values": self.values, "start": {knob.name: knob.start for knob in self.knobs}}
+        result: dict[str, Any] = {
+            "values": self.values,
+            "start": {parameter.name: parameter.start for parameter in self.parameters},
+        }
         result |= {"before": float(self.before.mean()), "after": float(self.after.mean()), "difference": gain}
         write_json(folder / "weights.json", result | {"interval": [low, high], "reward_queries": self.queries})
 
@@ -169,9 +172,9 @@ def tune_weights(
     changes: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes["negative_prompt"] = negative_prompt
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    knobs = [Parameter1D(source, weight, *weight_bounds) for source, weight in loras]
+    parameters = [Parameter1D(source, weight, *weight_bounds) for source, weight in loras]
     if guidance_bounds:
-        knobs.append(Parameter1D(GUIDANCE, settings.guidance_scale, *guidance_bounds))
+        parameters.append(Parameter1D(GUIDANCE, settings.guidance_scale, *guidance_bounds))
     loaders: list[Callable[[], Any]] = [
         lambda: require_trained(parse_reward(reward)),
         lambda: arg_or_run_setting("prompts", prompts, settings.prompts, load_prompts),
@@ -180,18 +183,18 @@ def tune_weights(
     check_prompts(score.load_weights(), texts)
     if sources:
         loaded = load_base_with_loras(
-            {f"knob-{i}": source for i, source in enumerate(sources)}, device, mixed_precision
+            {f"lora-{i}": source for i, source in enumerate(sources)}, device, mixed_precision
         )
     else:
         loaded = load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
-    evaluator = WeightEvaluator(loaded, score.to(loaded.device), knobs, texts, settings, seed)
+    evaluator = WeightEvaluator(loaded, score.to(loaded.device), parameters, texts, settings, seed)
 
-    start = torch.tensor([knob.place for knob in knobs])
+    start = torch.tensor([parameter.place for parameter in parameters])
     place, iterates = start.clone(), []
     rows: list[dict[str, float]] = []
-    estimator = Estimator(coordinates=min(num_parameters, len(knobs)))
+    estimator = Estimator(coordinates=min(num_parameters, len(parameters)))
     optimizer = torch.optim.Adam([place], learning_rate, maximize=True)
     bar = tqdm(range(1, steps + 1), desc="tune-weights", unit="step", disable=not progress)
     for i in bar:
@@ -213,7 +216,7 @@ def tune_weights(
         bar.set_postfix(reward=f"{mean:.3f}")
     end = torch.stack(iterates[len(iterates) // 2 :]).mean(0)
     before, after = evaluator.rewards(torch.stack([start, end]), *evaluator.sample_batch(num_images))
-    return WeightSearch(knobs, evaluator.named(end), rows, before, after, evaluator.queries)
+    return WeightSearch(parameters, evaluator.named(end), rows, before, after, evaluator.queries)
 
 
 def check_sources(
@@ -243,12 +246,18 @@ class WeightEvaluator:
         self,
         model: DiffusionModel,
         reward: Reward,
-        knobs: Sequence[Parameter1D],
+        parameters: Sequence[Parameter1D],
         prompts: list[str],
         settings: Settings,
         seed: int,
     ) -> None:
-        self.model, self.reward, self.knobs, self.prompts, self.settings = model, reward, knobs, prompts, settings
+        self.model, self.reward, self.parameters, self.prompts, self.settings = (
+            model,
+            reward,
+            parameters,
+            prompts,
+            settings,
+        )
         self.schedule = model.schedule(settings.num_inference_steps)
         self.generator = torch.Generator().manual_seed(seed)
         self.order = PromptSampler(len(prompts), self.generator)
@@ -256,7 +265,7 @@ class WeightEvaluator:
 
     def named(self, place: Tensor) -> dict[str, float]:
         """Convert a point [d] to values by name."""
-        return {knob.name: knob.at(float(p)) for knob, p in zip(self.knobs, place, strict=True)}
+        return {parameter.name: parameter.at(float(p)) for parameter, p in zip(self.parameters, place, strict=True)}
 
     def sample_batch(self, count: int) -> tuple[list[str], list[int]]:
         """Sample new prompts and seeds."""
@@ -273,7 +282,11 @@ class WeightEvaluator:
     def rewards_at(self, values: Mapping[str, float], prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Compute the rewards [B] at values by name."""
         s = self.settings
-        scales = {f"knob-{i}": values[knob.name] for i, knob in enumerate(self.knobs) if knob.name != GUIDANCE}
+        scales = {
+            f"lora-{i}": values[parameter.name]
+            for i, parameter in enumerate(self.parameters)
+            if parameter.name != GUIDANCE
+        }
         if scales:
             set_lora_scales(self.model, scales)
         guidance = values.get(GUIDANCE, s.guidance_scale)

@@ -15,7 +15,7 @@ class Pixels(UNetFamily):
     """A DDPMPipeline or a DDIMPipeline: a UNet without text input.
 
     Prompts and guidance have no effect on the images; a reward may still use the prompts. Both pipelines are sampled
-    with DDIM, and x_0 is clipped as the scheduler's config says.
+    with DDIM, and x_0 is clipped as in the scheduler's config.
     """
 
     pixel_space = True

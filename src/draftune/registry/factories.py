@@ -80,7 +80,7 @@ def find_factory(name: str, kind: str, table: Mapping[str, Callable[..., Any]]) 
 
 
 def bind(call: Call, kind: str, function: Callable[..., Any], num_given: int = 0) -> dict[str, Value]:
-    """Check a call's settings against a function's signature and return them, whole numbers as floats where it says so.
+    """Check a call's settings against a function's signature, and return them with the signature's types.
 
     Args:
         call: The name, for error messages, and the settings.

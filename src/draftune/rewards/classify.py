@@ -48,7 +48,7 @@ class Classify(Reward):
             self.network, self.preprocess, self.names = load_efficientnet(self.path), PREPROCESS, {}
             self.count = self.network.fc.out_features
         else:
-            # Unless told not to, transformers asks whether to run code that a model's folder contains.
+            # By default transformers prompts the user whether to run code that a model's folder contains.
             self.network = load_part(AutoModelForImageClassification, self.path, trust_remote_code=False)
             self.preprocess = Preprocess.from_folder(self.path)
             config: Any = self.network.config

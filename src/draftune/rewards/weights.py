@@ -87,7 +87,7 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
         url: Where the file can be downloaded by hand.
 
     Raises:
-        DraftuneError: if there is no such file; the message says what to download.
+        DraftuneError: if there is no such file; the message names the download.
     """
     path = user_path(source)
     if path.is_file():

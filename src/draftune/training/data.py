@@ -34,7 +34,7 @@ class BatchRecord:
     prompts: list[str]
     noise: Tensor
     """Initial noise [B, C, H, W]."""
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     """Images of this process's share, [B / processes, 3, H, W], once they are scored."""
     reward: Tensor | None = None
     """Total rewards [B]."""

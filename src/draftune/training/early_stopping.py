@@ -1,4 +1,4 @@
-"""Early stopping: which evaluation is the best, whether to go on, and a warning of over-optimization."""
+"""Early stopping: which evaluation is the best, whether to continue, and a warning of over-optimization."""
 
 from __future__ import annotations
 

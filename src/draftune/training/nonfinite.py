@@ -22,14 +22,14 @@ def save_nonfinite(folder: Path, batches: Sequence[BatchRecord], processes: Proc
     """Save an update's batches: I.safetensors with noise, images, rewards and prompts, and the images I-J.png."""
     for i, batch in enumerate(batches):
         tensors = {"noise": batch.noise}
-        if batch.pictures is not None:
-            tensors["pictures"] = processes.gather(batch.pictures)
+        if batch.images is not None:
+            tensors["images"] = processes.gather(batch.images)
         if batch.reward is not None:
             tensors["reward"] = batch.reward
         if not processes.main:
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        for j, image in enumerate(to_pil(tensors["pictures"].nan_to_num(0)) if "pictures" in tensors else ()):
+        for j, image in enumerate(to_pil(tensors["images"].nan_to_num(0)) if "images" in tensors else ()):
             save_image(image, folder / f"{i}-{j}.png")
         save_tensors(folder / f"{i}.safetensors", tensors, {"prompts": json.dumps(list(map(str, batch.prompts)))})
 

@@ -43,14 +43,14 @@ class Scorer:
         s, model, processes = self.context.settings, self.context.model, self.context.processes
         reward, scaler = self.context.reward, self.context.accelerator.scaler
         prompts = processes.shard(batch.prompts)
-        pictures: list[Tensor] = []
+        image_chunks: list[Tensor] = []
         totals: list[Tensor] = []
         parts: dict[str, list[Tensor]] = {}
         before, first = extra_queries(reward), batch.reward is None
 
         def scored(latents: Tensor, some: slice) -> Tensor:
             score, terms, images = score_latents(reward, latents, model.decode, prompts[some])
-            pictures.append(images)
+            image_chunks.append(images)
             totals.append(score.detach())
             for label, values in terms.items():
                 parts.setdefault(label, []).append(values)
@@ -64,12 +64,12 @@ class Scorer:
         self.queries += len(batch.prompts) + int(more)
         finite = bool(total.isfinite().all())
         if first or not finite:
-            batch.pictures, batch.reward = torch.cat(pictures), total
+            batch.images, batch.reward = torch.cat(image_chunks), total
             batch.parts = {label: processes.gather(torch.cat(scores)) for label, scores in parts.items()}
         if not finite:
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
         if first and online_rewards(reward):
             # Every process trains the reward on all images, so that its copies stay equal.
-            images = processes.gather(torch.cat(pictures))
+            images = processes.gather(torch.cat(image_chunks))
             learn_all(reward, images, batch.prompts, None if expected is None else processes.gather(expected))
         return own

@@ -68,7 +68,7 @@ class Trackers(Callback):
     """Send the numbers of metrics.jsonl, and those of evaluations.jsonl under `eval/`, to trackers.
 
     Only the main process sends them. A tracker that fails with an OSError, such as a full disk, is stopped; the run
-    goes on without it.
+    continues without it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:

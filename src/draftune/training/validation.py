@@ -50,23 +50,23 @@ class Validation:
         if step == self.last_shown:
             return
         context, folder = self.context, self.context.folder
-        pictures = context.sample_images(self.shown, range(len(self.shown)))
+        images = context.sample_images(self.shown, range(len(self.shown)))
         self.last_shown = step
         with context.processes.raise_on_all_ranks():
-            scores = score_batches(context.reward, pictures, self.shown, context.model.device)[0].tolist()
+            scores = score_batches(context.reward, images, self.shown, context.model.device)[0].tolist()
         if not context.processes.main:
             return
         captions = [f"{score:.3g}" for score in scores]
         if step == 0:
-            self.base_pictures, self.base_captions = pictures, captions
+            self.base_images, self.base_captions = images, captions
         path = folder.sample_path(step)
-        save_image(grid([pictures], [], self.shown, [captions]), path)
-        for i, image in enumerate(to_pil(pictures)):
+        save_image(grid([images], [], self.shown, [captions]), path)
+        for i, image in enumerate(to_pil(images)):
             save_image(image, path.with_suffix("") / f"{i:02d}.png")
         if step == 0 and folder.done:
             return  # a resumed run has a newer before_after.png
         folder.log(SAMPLES, {"step": step, "prompts": list(map(str, self.shown)), "scores": scores})
-        rows = [self.base_pictures, pictures]
+        rows = [self.base_images, images]
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
         save_image(sheet, folder.path / "before_after.png")
 

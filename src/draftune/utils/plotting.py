@@ -1,4 +1,4 @@
-"""Matplotlib figures in one style, drawn without a display."""
+"""Matplotlib figures in one style, without a display."""
 
 from __future__ import annotations
 
