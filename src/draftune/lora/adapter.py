@@ -96,9 +96,7 @@ def used_targets(model: DiffusionModel, targets: Sequence[str]) -> list[str]:
     for target in targets:
         matches = [name for name in layers if name == target or name.endswith("." + target)]
         if not matches:
-            raise DraftuneError(
-                f"no linear or convolution layer of {model.name!r} ends in {target!r} (lora_target_modules)"
-            )
+            raise DraftuneError(f"lora_target_modules: no linear or convolution layer ends in {target!r}")
         chosen |= dict.fromkeys(matches)
     unused = sorted(chosen.keys() & model.unused_layers())
     if not unused:

@@ -64,7 +64,7 @@ class Run:
 class Trainer:
     """Fine-tune a LoRA on a reward. The constructor checks and loads everything; `train` runs the training.
 
-    Extend it by callbacks, or by a subclass that overrides `step`, `show`, `evaluate` or `save_checkpoint`.
+    Extend it by callbacks, or override `step`, `show`, `evaluate` or `save_checkpoint`.
 
     Args:
         model: Name, folder or hub id of the base model, a diffusers pipeline, or a loaded `DiffusionModel`.
@@ -145,9 +145,8 @@ class Trainer:
             with self.failures_explained():
                 with self.processes.raise_on_all_ranks():
                     if self.processes.main:
-                        versions = environment(self.context.accelerator.device)
-                        space = self.required_disk_bytes()
-                        self.folder.create(self.settings, space, reward_check=report, environment=versions)
+                        known = {"reward_check": report, "environment": environment(self.context.accelerator.device)}
+                        self.folder.create(self.settings, self.required_disk_bytes(), **known)
                 self.run()
         finally:
             release_model(self.context)
@@ -221,11 +220,8 @@ class Trainer:
                 if self.validation.should_stop:
                     break
                 stop = self.processes.any(stop_requested.is_set())
-                if (
-                    stop
-                    or (s.checkpointing_steps and self.done % s.checkpointing_steps == 0)
-                    or self.validation.best == self.done
-                ):
+                due = s.checkpointing_steps and self.done % s.checkpointing_steps == 0
+                if stop or due or self.validation.best == self.done:
                     self.save_checkpoint()
                 if stop:
                     raise KeyboardInterrupt(f"after update {self.done}; the same command resumes from there")
