@@ -97,7 +97,7 @@ def counted(made: Trainer) -> tuple[int, int]:
                     table.update({name: faked(tensor) for name, tensor in table.items() if tensor is not None})
         updates.parameters = {n: p for n, p in made.model.denoiser.named_parameters() if p.requires_grad}
         updates.optimizer.param_groups[0]["params"] = list(updates.parameters.values())
-        updates.order.queue = list(islice(cycle(range(len(made.prompts))), s.batch_size))
+        updates.prompt_sampler.queue = list(islice(cycle(range(len(made.prompts))), s.batch_size))
         memory.live = memory.peak = 0
         updates.run(1)
         update, before = memory.peak, memory.live

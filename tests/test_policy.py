@@ -171,9 +171,9 @@ def test_the_loss_of_the_authors_by_hand() -> None:
         expected = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
         assert relative(got, expected) < 1e-9
     share = float(sum(outside) / len(outside))
-    assert method.report()["clip_fraction"] == pytest.approx(share)
+    assert method.metrics()["clip_fraction"] == pytest.approx(share)
     assert 0.05 < share < 0.45  # the first epoch's are all 1
-    assert method.constant_losses() == ""
+    assert method.explain_zero_gradient() == ""
 
 
 def updated(method: DDPO, rewards: Sequence[float], prompts: Sequence[str], moved: float = 0.0) -> float:
@@ -198,15 +198,15 @@ def test_equal_rewards_give_no_gradient_and_are_named(value: float, count: int) 
     """The mean of equal float32 numbers is not always that number."""
     method = DDPO()
     assert updated(method, [value] * count, ["a"] * count) == 0
-    assert mentions(method.constant_losses(), count, f"{value:g}")
+    assert mentions(method.explain_zero_gradient(), count, f"{value:g}")
 
 
 def test_rewards_that_differ_between_prompts_alone_give_no_gradient_and_are_named() -> None:
     method = DDPO(min_count=2)
     assert updated(method, [0.1, 0.1, 0.7, 0.7], ["a", "a", "b", "b"]) == 0
-    assert mentions(method.constant_losses(), "prompt rewards")
+    assert mentions(method.explain_zero_gradient(), "prompt rewards")
     assert updated(method, [0.1, 0.2, 0.7, 0.7], ["a", "a", "b", "b"]) != 0
-    assert method.constant_losses() == ""
+    assert method.explain_zero_gradient() == ""
 
 
 def test_ratios_that_are_all_clipped_are_named() -> None:
@@ -228,12 +228,12 @@ def test_ratios_that_are_all_clipped_are_named() -> None:
             loss.backward()
         assert data.mu.grad is not None
         gradients.append(float(data.mu.grad))
-        before = method.constant_losses()
+        before = method.explain_zero_gradient()
         data.mu.data += jump * step.ancestral_std
     assert gradients[0] != 0
     assert gradients[1] == 0
     assert "clip_range=1e-09" in before
-    assert method.report()["clip_fraction"] == 0.5  # none in the first epoch, all in the second
+    assert method.metrics()["clip_fraction"] == 0.5  # none in the first epoch, all in the second
 
 
 def schedule_mean(data: Gaussian, x: Tensor, step: Step) -> Tensor:
@@ -245,8 +245,8 @@ def test_wrappers_pass_on_what_the_method_reports() -> None:
     inner = DDPO()
     updated(inner, [1.0, 1.0], ["a", "a"])
     for around in (KL(inner, 0.1), Retention(inner, 1.0)):
-        assert around.report() == {"clip_fraction": 0.0}
-        assert around.constant_losses() == inner.constant_losses() != ""
+        assert around.metrics() == {"clip_fraction": 0.0}
+        assert around.explain_zero_gradient() == inner.explain_zero_gradient() != ""
         assert around.min_images_per_update == 2
 
 

@@ -1,4 +1,4 @@
-"""No user of `Schedule.prediction_error` is blind at a noise level, zero terminal SNR included."""
+"""No user of `Schedule.output_difference` is blind at a noise level, zero terminal SNR included."""
 
 from __future__ import annotations
 

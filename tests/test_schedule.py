@@ -187,7 +187,7 @@ def test_every_step_weighs_an_error_of_the_output_alike(name: str) -> None:
         assert schedule.steps[0].alpha == 0
     for step in schedule.steps:
         moved, plain = (schedule.to_prediction(value, x, step) for value in (output + delta, output))
-        error = schedule.prediction_error(moved, plain, step)
+        error = schedule.output_difference(moved, plain, step)
         assert torch.allclose(error, delta, rtol=0, atol=1e-9), step
         assert float(error.square().mean()) == pytest.approx(float(delta.square().mean()), rel=1e-9)
 
@@ -202,6 +202,6 @@ def test_the_error_of_clipped_predictions_is_what_the_sampler_sees(name: str) ->
         outputs = torch.full_like(x, beyond), torch.full_like(x, 1.5 * beyond)
         a, b = (schedule.to_prediction(output, x, step) for output in outputs)
         assert float(a.clean) == float(b.clean) == 1.0
-        error = float(schedule.prediction_error(a, b, step))
+        error = float(schedule.output_difference(a, b, step))
         assert math.isfinite(error)
         assert (error == 0) == (float(a.noise) == float(b.noise)) == (step.alpha == 0)

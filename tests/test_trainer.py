@@ -59,7 +59,7 @@ class Recorder(draftune.Callback):
         self.logs: list[Mapping[str, Any]] = []
 
     def on_train_begin(self, trainer: draftune.Trainer) -> None:
-        self.events.append(("begin", trainer.done))
+        self.events.append(("begin", trainer.global_step))
         self.trainer = trainer
 
     def on_step_end(self, step: int, logs: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Recorder(draftune.Callback):
         assert (self.trainer.folder.path / "checkpoints" / f"step-{step:06d}").is_dir()
 
     def on_train_end(self) -> None:
-        self.events.append(("end", self.trainer.done))
+        self.events.append(("end", self.trainer.global_step))
 
 
 def test_callbacks_see_every_event(pipeline_folder: Path, tmp_path: Path) -> None:

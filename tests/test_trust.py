@@ -228,10 +228,10 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
     from draftune.training import Trainer
 
     whole = train(pipeline_folder, tmp_path / "whole", checkpointing_steps=0)
-    look, looks = Trainer.look, []
+    look, looks = Trainer.log_and_evaluate, []
 
     def cut(trainer: Trainer) -> None:
-        looks.append(trainer.done)
+        looks.append(trainer.global_step)
         if len(looks) == 2:
             raise KeyboardInterrupt
         look(trainer)

@@ -232,7 +232,7 @@ def denoiser_mse_by_prompt(
     total = torch.zeros(len(prompts), device=x.device, dtype=x.dtype)
     for step in schedule.steps:
         prediction = denoise(x, step)
-        total += schedule.prediction_error(prediction, base(x, step), step).square().flatten(1).mean(1)
+        total += schedule.output_difference(prediction, base(x, step), step).square().flatten(1).mean(1)
         x = ddim_step(prediction, step)
     return total / len(schedule)
 

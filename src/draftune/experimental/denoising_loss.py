@@ -23,7 +23,7 @@ class DenoisingTrainer:
 
         loss = mean over LEVELS random steps of mean((F_theta(alpha x_0 + sigma eps) - F_true)^2)
 
-    F is the network's output in its own prediction type (`Schedule.prediction_error`).
+    F is the network's output in its own prediction type (`Schedule.output_difference`).
 
     Args:
         parameters: The parameters to train.
@@ -53,7 +53,7 @@ class DenoisingTrainer:
             noise = torch.randn(clean.shape, generator=self.generator, dtype=clean.dtype).to(clean.device)
             with torch.enable_grad():
                 prediction = denoise(step.alpha * clean + step.sigma * noise, step)
-                error = self.schedule.prediction_error(prediction, Prediction(clean, noise), step)
+                error = self.schedule.output_difference(prediction, Prediction(clean, noise), step)
                 loss = error.square().mean() / LEVELS
             loss.backward()
             total += loss.item()

@@ -35,7 +35,7 @@ class Distilled:
     file: Path
     """The new LoRA."""
     differences: dict[str, float]
-    """Mean squared `Schedule.prediction_error` from the teacher, on the teacher's trajectories.
+    """Mean squared `Schedule.output_difference` from the teacher, on the teacher's trajectories.
 
     The keys are "no LoRA", "truncated" (truncated singular value decomposition) and "distilled" (trained from there).
     """
@@ -198,9 +198,9 @@ class Distiller:
         return TeacherTrajectory(student, steps)
 
     def difference(self, trajectory: TeacherTrajectory, at: int) -> Tensor:
-        """Compute the mean squared `Schedule.prediction_error` [B] of the student at one step."""
+        """Compute the mean squared `Schedule.output_difference` [B] of the student at one step."""
         step, x, target = trajectory.steps[at]
-        return self.schedule.prediction_error(trajectory.student(x, step), target, step).square().flatten(1).mean(1)
+        return self.schedule.output_difference(trajectory.student(x, step), target, step).square().flatten(1).mean(1)
 
     @torch.no_grad()
     def mean_difference(self, trajectories: Sequence[TeacherTrajectory]) -> float:

@@ -18,7 +18,7 @@ class Retention(MethodWrapper):
 
     The second term is added once for each batch and optimizer step. F and F_base are the guided outputs of the
     fine-tuned and the base network at a random step of the base model's own trajectory, for the retention prompts
-    (`Batch.retention_batch`). `Schedule.prediction_error` computes their difference. The term needs no reward.
+    (`Batch.retention_batch`). `Schedule.output_difference` computes their difference. The term needs no reward.
 
     It follows the distillation of a classifier's outputs in FOSTER (Wang et al., 2022, arXiv:2204.04662). The form for
     denoisers and the weight are this project's.
@@ -66,4 +66,4 @@ def retention_loss(batch: Batch) -> Tensor:
     step = kept.schedule.steps[count]
     with torch.no_grad():
         target = kept.base_denoise(x, step)
-    return kept.schedule.prediction_error(kept.denoise(x, step), target, step).square().mean()
+    return kept.schedule.output_difference(kept.denoise(x, step), target, step).square().mean()

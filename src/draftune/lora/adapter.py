@@ -30,7 +30,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class DiffusionModel(Protocol):
-    """The members of `draftune.models.Model` that LoRA functions use."""
+    """The members of `draftune.models.DiffusionModel` that LoRA functions use."""
 
     name: str
     lora_prefix: str

@@ -1,4 +1,4 @@
-"""The interface of a fine-tuning method. Read this file to add one; docs/new-method.md does so in 30 lines.
+"""The interface of a fine-tuning method. To add a method, follow docs/how-to/add-a-method.md.
 
 A method decides which denoiser calls carry gradient. The trainer does the rest of an update:
 
@@ -59,7 +59,7 @@ class Batch:
     """Compute the rewards [B] of clean latents [B, C, H, W], with a graph if the latents have one.
 
     Every call counts as B reward queries. The log shows the rewards of the first call of a batch. An optional second
-    argument [B, S] passes the rewards that the method expected at S steps; only rewards that learn online read it.
+    argument [B, S] passes the rewards that the method predicted at S steps; only online rewards read it.
     """
     generator: torch.Generator
     """Random numbers of the run, on the CPU and in the same state in every process.
@@ -151,11 +151,11 @@ class Method:
         """Yield the losses of each optimizer step of one update. Default: one step on `losses(batches)`."""
         yield self.losses(batches)
 
-    def report(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return named numbers of the last update for metrics.jsonl. The trainer calls this in every process."""
         return {}
 
-    def constant_losses(self) -> str:
+    def explain_zero_gradient(self) -> str:
         """Explain why the losses do not depend on the weights, and suggest a remedy; empty if they do.
 
         The trainer calls this in every process if a gradient is exactly 0. It prints the explanation once and
@@ -207,11 +207,11 @@ class MethodWrapper(Method):
     def backprops_multiple_calls(self) -> bool:
         return self.method.backprops_multiple_calls()
 
-    def report(self) -> dict[str, float]:
-        return self.method.report()
+    def metrics(self) -> dict[str, float]:
+        return self.method.metrics()
 
-    def constant_losses(self) -> str:
-        return self.method.constant_losses()
+    def explain_zero_gradient(self) -> str:
+        return self.method.explain_zero_gradient()
 
     def state_dict(self) -> dict[str, Any]:
         return self.method.state_dict()

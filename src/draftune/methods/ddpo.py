@@ -103,11 +103,11 @@ class DDPO(Method):
             self.ratios.append([])
             yield (loss for trajectory in trajectories for loss in self.policy_losses(trajectory))
 
-    def report(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         seen = [row for step in self.ratios for row in step]
         return {"clip_fraction": float(torch.cat(seen)[:, 0].mean()) if seen else math.nan}
 
-    def constant_losses(self) -> str:
+    def explain_zero_gradient(self) -> str:
         if self.no_advantage:
             return self.no_advantage
         if self.ratios and self.ratios[-1] and bool(torch.cat(self.ratios[-1])[:, 1].all()):

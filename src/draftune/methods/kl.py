@@ -21,7 +21,7 @@ class KL(MethodWrapper):
         loss = loss of the method + beta * sum over calls with gradient of mean((F - F_base)^2)
 
     Around `draft_k` this is DRaFT+ of NVIDIA NeMo-Aligner. F and F_base are the guided outputs of the fine-tuned and
-    the base network at the same x_t; `Schedule.prediction_error` computes their difference. The KL divergence between
+    the base network at the same x_t; `Schedule.output_difference` computes their difference. The KL divergence between
     the two ancestral samplers is the same sum with a weight for each step. Here all weights are 1.
 
     One base call for each denoiser call with gradient. The base call carries gradient where x_t does. Use it when
@@ -45,7 +45,7 @@ class KL(MethodWrapper):
         def call(x: Tensor, step: Step) -> Prediction:
             prediction = batch.denoise(x, step)
             if torch.is_grad_enabled():
-                error = batch.schedule.prediction_error(prediction, batch.base_denoise(x, step), step)
+                error = batch.schedule.output_difference(prediction, batch.base_denoise(x, step), step)
                 self.penalties.append(error.square().mean())
             return prediction
 

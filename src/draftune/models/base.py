@@ -179,7 +179,7 @@ class DiffusionModel(Family):
 
             return denoise
 
-        # A base call never checkpoints its blocks (see `predict_base`), so that "blocks" checkpoints the whole call.
+        # `predict_base` disables block checkpointing, so mode "blocks" checkpoints the whole base call.
         return denoiser(self.predict, trained, WHOLE_CALLS), denoiser(self.predict_base, (), ("blocks", *WHOLE_CALLS))
 
     def predict_base(self, *args: Any) -> Tensor:

@@ -65,7 +65,7 @@ class Reward(nn.Module):
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:
-        """The weighted parts that this reward is the sum of; a plain reward is its own only part."""
+        """The weighted parts that this reward is the sum of; a single reward returns `[(1.0, self)]`."""
         return [(1.0, self)]
 
     @property

@@ -39,7 +39,7 @@ class RunFolder:
 
     Args:
         settings: The settings of the run.
-        texts: The contents of settings that name prompts or LoRAs, by setting.
+        texts: The loaded contents (prompts, LoRA checksums) by setting; their hashes detect changes on resume.
         processes: The processes of the run.
 
     Raises:
@@ -74,7 +74,7 @@ class RunFolder:
             if path.exists() and not path.is_dir():
                 raise DraftuneError(f"--output must be a folder, {str(path)!r} is a file")
             if path.is_dir() and any(path.iterdir()):
-                self.locate_checkpoint()
+                self.load_checkpoint_state()
             existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
             raise DraftuneError(f"cannot read the output folder {str(path)!r}: {error.strerror}") from error
@@ -94,7 +94,7 @@ class RunFolder:
         except NotImplementedError:
             pass  # the file system has no locks
 
-    def locate_checkpoint(self) -> None:
+    def load_checkpoint_state(self) -> None:
         """Read the last checkpoint of the run in the folder, and compare the run with this one."""
         from draftune.runs.checkpoint import checkpoints, read_state
 
@@ -114,7 +114,7 @@ class RunFolder:
         self.rows = {name: read_rows(self.path / name, self.done) for name in (METRICS, SAMPLES)}
         self.rows[EVALUATIONS] = state["evaluations"]
         self.earlier = RunIdentity(state["settings"], state["contents"], state.get("sources", ()))
-        self.changed = self.now.differences(self.earlier)
+        self.changed = self.identity.differences(self.earlier)
         self.changes = state.get("changes", [])
         self.check_changes(self.earlier)
         # After the last update, the final evaluation may be missing.
@@ -125,7 +125,7 @@ class RunFolder:
             )
 
     @cached_property
-    def now(self) -> RunIdentity:
+    def identity(self) -> RunIdentity:
         """Return what the run is to compute with the present settings."""
         return RunIdentity(self.given, self.contents)
 
@@ -133,7 +133,7 @@ class RunFolder:
         """Record the settings that differ from the earlier run. Raises DraftuneError unless they are allowed to."""
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
         if refused:
-            differences = [self.now.describe_difference(name, earlier) for name in refused]
+            differences = [self.identity.describe_difference(name, earlier) for name in refused]
             differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
             options = ["give another (--output)"]
             if set(refused) <= {*COMPUTED, "steps"}:
@@ -174,7 +174,7 @@ class RunFolder:
         """
         from draftune.runs.checkpoint import checkpoints
 
-        self.sources = self.now.saved_sources(self.earlier)
+        self.sources = self.identity.saved_sources(self.earlier)
         known = known if not self.changes else known | {CHANGES: self.changes}
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ class Schedule:
         prediction = self._to_prediction(output, x, step)
         return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
 
-    def prediction_error(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
+    def output_difference(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
         """Subtract prediction `b` from prediction `a`, both for the same noisy latent at `step`.
 
         The difference is taken in the space of the network's output. With d_noise and d_x_0 the differences of the
@@ -142,7 +142,7 @@ class Schedule:
         - epsilon: d_noise.
         - v_prediction: the velocity, alpha * d_noise - sigma * d_x_0.
         - flow: the velocity, d_noise - d_x_0.
-        - sample: x_0, computed as -sigma * (alpha * d_noise - sigma * d_x_0).
+        - sample: d_x_0, computed as -sigma times the velocity difference, which equals d_x_0 without clipping.
 
         If two outputs differ by delta, the result is delta at every noise level. In another space the factor depends on
         the level. Measured in the noise, v is scaled by alpha and x_0 by alpha / sigma, both 0 at zero terminal SNR.

@@ -40,11 +40,11 @@ def train_state(updates: TrainStep) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors |= latents
     return {
         **pending,
-        "retain_prompts_order": updates.retain_order.queue,
+        "retain_prompts_order": updates.retain_sampler.queue,
         "reward_queries": updates.scorer.queries,
         "train_seconds": updates.seconds,
         "nonfinite_steps": [updates.skipped, updates.skipped_in_a_row, updates.overflows],
-        "prompts": updates.order.queue,
+        "prompts": updates.prompt_sampler.queue,
         "weights": [weight for weight, _ in context.reward.terms],
         "method": {key: value for key, value in method.items() if not isinstance(value, Tensor)},
         "scaler": scaler.state_dict() if scaler else None,
@@ -92,9 +92,9 @@ def load_train_state(
     updates.scorer.queries, updates.seconds = state["reward_queries"], state["train_seconds"]
     updates.skipped, updates.skipped_in_a_row, updates.overflows = state["nonfinite_steps"]
     if "prompts" not in changed:
-        updates.order.queue = state["prompts"]
+        updates.prompt_sampler.queue = state["prompts"]
     if "retain_prompts" not in changed:
-        updates.retain_order.queue = state.get("retain_prompts_order", [])
+        updates.retain_sampler.queue = state.get("retain_prompts_order", [])
     if not set(changed) & set(COMPUTED):
         # Started batches depend on nearly all settings: after a change, fresh ones are started.
         stride = context.settings.prefix_stride

@@ -37,9 +37,8 @@ class TrainStep:
 
     Attributes:
         parameters: The trainable LoRA tensors by name.
-        pending: Batches that have begun: prompts, noise and prefix. With `prefix_reuse_steps`, later updates also use
-            them.
-        norms: Gradient norms of the present update before clipping, one for each backward pass.
+        pending: Current batches: prompt indices, noise and cached prefix. They serve `prefix_reuse_steps` updates.
+        norms: Gradient norms of the current update before clipping, one for each backward pass.
         skipped, skipped_in_a_row: Updates skipped because of a reward or gradient that is not finite.
         without_gradient: Consecutive updates whose gradient was exactly 0.
         why_constant: The method's reason for the last gradient of 0, if it knows one.
@@ -54,18 +53,18 @@ class TrainStep:
         self.parameters = lora_parameters(context.model)
         self.optimizer = context.accelerator.prepare_optimizer(optimizer_of(s, self.parameters.values()))
         self.learning_rate = learning_rates(s)
-        self.filter = filter_of(s, self.parameters)
+        self.gradient_filter = filter_of(s, self.parameters)
         self.ema = None
         if s.ema_decay:
             from diffusers.training_utils import EMAModel
 
             self.ema = EMAModel(self.parameters.values(), s.ema_decay)
-        self.noise = GradientNoise(self.parameters, context.processes) if s.log_gradient_snr else None
+        self.gradient_noise = GradientNoise(self.parameters, context.processes) if s.log_gradient_snr else None
         # Training has its own generator, so that samples and evaluations do not change it.
         self.generator = torch.Generator().manual_seed(s.seed)
-        self.order = PromptSampler(len(context.prompts), self.generator)
-        self.retain_order = PromptSampler(len(context.retained), self.generator)
-        self.audit = GradientCheck(self.parameters)
+        self.prompt_sampler = PromptSampler(len(context.prompts), self.generator)
+        self.retain_sampler = PromptSampler(len(context.retained), self.generator)
+        self.gradient_check = GradientCheck(self.parameters)
         self.scorer = Scorer(context)
         self.pending: list[BatchInput] = []
         self.overflows = self.skipped = self.skipped_in_a_row = 0
@@ -75,7 +74,7 @@ class TrainStep:
         self.seconds = 0.0
 
     def run(self, step: int) -> dict[str, float]:
-        """Train on fresh batches, with as many optimizer steps as the method takes.
+        """Run one update on the pending batches. Methods such as DDPO take several optimizer steps.
 
         Args:
             step: Number of the update, from 1.
@@ -114,9 +113,9 @@ class TrainStep:
     def sample_inputs(self) -> None:
         """Choose prompts and noise for the batches of an update, unless the update before left them."""
         while len(self.pending) < self.context.settings.gradient_accumulation_steps:
-            self.pending.append(self.next_input(self.order))
+            self.pending.append(self.next_input(self.prompt_sampler))
             if self.context.retained:
-                self.pending[-1].retained = self.next_input(self.retain_order)
+                self.pending[-1].retained = self.next_input(self.retain_sampler)
 
     def next_input(self, order: PromptSampler) -> BatchInput:
         """Return the next prompts with fresh noise."""
@@ -125,7 +124,7 @@ class TrainStep:
         noise = model.noise(self.generator, s.batch_size)
         return BatchInput(chosen, noise, PrefixCache(self.context.processes.shard(noise), stride=s.prefix_stride))
 
-    def fresh_batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
+    def batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
         for item in self.pending:
             records.append(BatchRecord([self.context.prompts[i] for i in item.prompts], item.noise))
@@ -147,7 +146,7 @@ class TrainStep:
         """Take the optimizer steps of an update: backward pass of the method's losses, clipping, optimizer step."""
         method = self.context.method
         if not needs_closure(self.optimizer.optimizer):
-            for losses in method.losses_per_step(self.fresh_batches(step, records)):
+            for losses in method.losses_per_step(self.batches(step, records)):
                 self.backward(step, losses, records)
                 self.clip(step)
                 self.optimizer.step()
@@ -155,9 +154,9 @@ class TrainStep:
         before = RNGReplay(self.generator)
 
         def closure() -> None:
-            """Compute the gradient at the present weights, on the same batches with the same random numbers."""
+            """Compute the gradient at the current weights, on the same batches with the same random numbers."""
             before.rewind()
-            steps = method.losses_per_step(self.fresh_batches(step, records))
+            steps = method.losses_per_step(self.batches(step, records))
             self.backward(step, next(steps), records)
             self.clip(step)
             if next(steps, None) is not None:
@@ -171,19 +170,19 @@ class TrainStep:
     def backward(self, step: int, losses: Iterator[Tensor], records: Sequence[BatchRecord]) -> None:
         """Accumulate the gradients of the losses, average them over the processes and apply the gradient filter."""
         self.optimizer.zero_grad()
-        if self.noise is not None:
-            self.noise.clear()
+        if self.gradient_noise is not None:
+            self.gradient_noise.clear()
         seen = 0
         for loss in losses:
-            if self.noise is not None and seen and len(records) > seen:
-                self.noise.add()
+            if self.gradient_noise is not None and seen and len(records) > seen:
+                self.gradient_noise.add()
             seen = len(records)
             self.context.accelerator.backward(loss / self.context.settings.gradient_accumulation_steps)
-        if self.noise is not None:
-            self.noise.add()
-            self.noise.measure()
+        if self.gradient_noise is not None:
+            self.gradient_noise.add()
+            self.gradient_noise.measure()
         self.context.processes.mean_(self.parameters.values())
-        self.filter()
+        self.gradient_filter()
 
     def clip(self, step: int) -> None:
         """Clip the gradient to `max_grad_norm`, and store its norm before clipping.
@@ -199,11 +198,11 @@ class TrainStep:
         self.norms.append(norm)
         if math.isfinite(norm):
             self.overflows = 0
-            # Where the method explains a gradient of 0, the LoRA's tensors are not the cause.
-            self.why_constant = self.context.method.constant_losses() if norm == 0 else ""
+            # If the method explains a gradient of 0, skip the check for LoRA tensors that get none.
+            self.why_constant = self.context.method.explain_zero_gradient() if norm == 0 else ""
             if not self.why_constant:
                 with self.context.processes.raise_on_all_ranks():
-                    self.audit.check()
+                    self.gradient_check.check()
             return
         # The gradient scaler of fp16 lowers its scale after an overflow, and skips that optimizer step itself.
         self.overflows += 1
@@ -244,10 +243,10 @@ class TrainStep:
             "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
             "learning_rate": rate,
             "train_seconds": round(self.seconds, 4),
-            **self.context.method.report(),
+            **self.context.method.metrics(),
         }
-        if self.noise is not None:
-            row["gradient_snr"] = self.noise.ratio
+        if self.gradient_noise is not None:
+            row["gradient_snr"] = self.gradient_noise.ratio
         if len(parts) > 1:
             row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
         if self.skipped:

@@ -78,11 +78,11 @@ class Trainer:
 
     Attributes:
         context: The resolved settings, the model, the rewards and all else that the run is made of.
-        done: Number of updates so far.
-        should_stop: Set it to True, as from a callback, to end the run after the present update.
+        global_step: Number of updates so far.
+        should_stop: Set it to True, as from a callback, to end the run after the current update.
 
     Raises:
-        DraftuneError: something is missing, or does not fit. Nothing has been written then.
+        DraftuneError: a setting is invalid, or a file is missing. Nothing has been written then.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Trainer:
         self.model, self.method, self.prompts = context.model, context.method, context.prompts
         self.folder, self.schedule, self.processes = context.folder, context.schedule, context.processes
         self.callbacks = [Trackers(installed_trackers(context.settings)), *callbacks]
-        self.done = 0
+        self.global_step = 0
         self.should_stop = False
         self.checks = RunChecks(context)
 
@@ -128,7 +128,7 @@ class Trainer:
     def train(self) -> Run:
         """Check the rewards, train, and compare the fine-tuned model with the base model.
 
-        Afterwards the model carries the LoRA, and uses its own decoder and pixel clamp again, whatever ended the run.
+        On exit, also after an error, the LoRA stays attached, and the model's own decoder and pixel clamp are restored.
 
         Raises:
             DraftuneError: a check fails, or the run cannot continue; its checkpoints stay.
@@ -161,7 +161,7 @@ class Trainer:
             if not self.folder.checkpoint:
                 self.save_checkpoint()
             # In a resumed run too, the LoRA is 0 until the checkpoint is loaded: these are the base model's images.
-            self.look()
+            self.log_and_evaluate()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
             with graceful_interrupt() as stop_requested:
@@ -172,7 +172,7 @@ class Trainer:
                         with self.train_step.averaged():
                             save_lora(self.model, self.folder.path / "lora")
                 self.save_checkpoint()  # the last evaluation may take long
-                self.look()
+                self.log_and_evaluate()
                 self.save_checkpoint(finished=True)
         except BaseException:
             with suppress(DraftuneError):
@@ -202,60 +202,64 @@ class Trainer:
         """Run the updates, with samples, evaluations and checkpoints between them.
 
         Raises:
-            KeyboardInterrupt: `stop_requested` was set, and the present update is saved.
+            KeyboardInterrupt: `stop_requested` was set, and the current update is saved.
         """
         s = self.settings
-        bar = tqdm(total=s.steps, initial=self.done, desc="training", unit="update", disable=not self.processes.main)
+        bar = tqdm(
+            total=s.steps, initial=self.global_step, desc="training", unit="update", disable=not self.processes.main
+        )
         with bar:
-            while self.done < s.steps and not (self.validation.should_stop or self.processes.any(self.should_stop)):
+            while self.global_step < s.steps and not (
+                self.validation.should_stop or self.processes.any(self.should_stop)
+            ):
                 logs = self.step()
                 bar.set_postfix(reward=f"{logs['reward']:.3f}", grad=f"{logs['grad_norm']:.2g}")
                 bar.update()
-                if self.done == s.steps:
+                if self.global_step == s.steps:
                     break  # `run` samples, evaluates and saves after the last update
-                if s.log_images_steps and self.done % s.log_images_steps == 0:
-                    self.show()
-                if s.validation_steps and self.done % s.validation_steps == 0:
+                if s.log_images_steps and self.global_step % s.log_images_steps == 0:
+                    self.log_images()
+                if s.validation_steps and self.global_step % s.validation_steps == 0:
                     self.evaluate()
                 if self.validation.should_stop:
                     break
                 stop = self.processes.any(stop_requested.is_set())
-                due = s.checkpointing_steps and self.done % s.checkpointing_steps == 0
-                if stop or due or self.validation.best == self.done:
+                due = s.checkpointing_steps and self.global_step % s.checkpointing_steps == 0
+                if stop or due or self.validation.best == self.global_step:
                     self.save_checkpoint()
                 if stop:
-                    raise KeyboardInterrupt(f"after update {self.done}; the same command resumes from there")
+                    raise KeyboardInterrupt(f"after update {self.global_step}; the same command resumes from there")
 
     def step(self) -> dict[str, float]:
         """Run one update, log its row, and warn if the update has no effect."""
-        logs = self.train_step.run(self.done + 1)
-        self.done += 1
+        logs = self.train_step.run(self.global_step + 1)
+        self.global_step += 1
         self.folder.log(METRICS, logs)
-        self.notify("on_step_end", self.done, logs)
+        self.notify("on_step_end", self.global_step, logs)
         self.checks.check_gradients(self.train_step)
         # Without any gradient, the learning rate is not the cause.
-        warmed_up = self.done == AUDITED + self.settings.lr_warmup_steps
+        warmed_up = self.global_step == AUDITED + self.settings.lr_warmup_steps
         if warmed_up and not self.train_step.skipped and any(row["grad_norm"] for row in self.folder.rows[METRICS]):
-            self.checks.check_images_changed(self.done)
+            self.checks.check_images_changed(self.global_step)
         return logs
 
-    def look(self) -> None:
+    def log_and_evaluate(self) -> None:
         """Sample a grid of images and evaluate the model."""
-        self.show()
+        self.log_images()
         self.evaluate()
 
-    def show(self) -> None:
+    def log_images(self) -> None:
         """Sample a grid of images, with the averaged LoRA if there is a moving average."""
         with self.train_step.averaged():
-            self.validation.log_samples(self.done)
+            self.validation.log_samples(self.global_step)
 
     def evaluate(self) -> None:
         """Evaluate the model, with the averaged LoRA if there is a moving average."""
         counted = {"reward_queries": self.train_step.scorer.queries, "train_seconds": round(self.train_step.seconds, 4)}
         with self.train_step.averaged():
-            row = self.validation.evaluate(self.done, counted)
+            row = self.validation.evaluate(self.global_step, counted)
         if row is not None:
-            self.notify("on_evaluate", self.done, row)
+            self.notify("on_evaluate", self.global_step, row)
 
     def save_checkpoint(self, finished: bool = False) -> None:
         """Save the state of the run. Every process must call it."""
@@ -263,14 +267,14 @@ class Trainer:
         if self.processes.main:
             random_numbers, generators = random_state()
             state |= {"finished": finished, "random": random_numbers}
-            self.folder.save_checkpoint(self.done, state, {**tensors, **generators}, self.validation.best)
-        self.notify("on_save", self.done)
+            self.folder.save_checkpoint(self.global_step, state, {**tensors, **generators}, self.validation.best)
+        self.notify("on_save", self.global_step)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Restore the state that `save_checkpoint` saved."""
         with self.processes.raise_on_all_ranks():
             state, tensors = read_state(checkpoint), read_tensors(checkpoint)
-        self.done = state["step"]
+        self.global_step = state["step"]
         load_train_state(self.train_step, state, tensors, self.folder.changed)
         load_random_state(state["random"], tensors)
 
