@@ -42,7 +42,7 @@ HEAD = """# What the rewards do
 Each run is one command on the embedded model. It trains on the prompt set `emoji` and is evaluated on the 64 names of
 `emoji-common`, which are not trained on, with the same seeds before and after. The last rows are measured on the saved
 images by code that the reward does not share. Made by `python benchmarks/gallery.py` on 2 CPU cores with torch 2.13.0.
-[rewards.md](rewards.md) describes each reward.
+[Rewards](reference/rewards.md) describes each reward.
 """
 Measure = Callable[[Sequence[Image.Image]], float]
 

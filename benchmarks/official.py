@@ -305,7 +305,7 @@ PAIRS: dict[str, Callable[[Path], Pair]] = {
     "aesthetic": aesthetic,
     "clip": functools.partial(clip_score, act="quick_gelu", scaled=False),
     "pickscore": functools.partial(clip_score, act="gelu", scaled=True),
-    "detect": detect,
+    "object_detection": detect,
     "classify-resnet50": resnet,
     "classify-efficientnet-lite0": efficientnet,
 }

@@ -129,8 +129,8 @@ EXPRESSIONS: dict[str, Callable[[Path], str]] = {
     "imagereward": lambda d: (
         f"imagereward(weights='{published(BLIP, blip, d / 'blip.safetensors')}', tokenizer='{bert_words(d / 'words')}')"
     ),
-    "detect": lambda d: f"object_detection(query=cat, model='{owl_vit(d / 'owl')}')",
-    "remove": lambda d: f"object_removal(query=cat, model='{owl_vit(d / 'owl')}')",
+    "object_detection": lambda d: f"object_detection(query=cat, model='{owl_vit(d / 'owl')}')",
+    "object_removal": lambda d: f"object_removal(query=cat, model='{owl_vit(d / 'owl')}')",
     "classify, ResNet-50": lambda d: f"classify(target=1, model='{resnet(d / 'resnet')}')",
     "classify, EfficientNet-Lite0": lambda d: "classify(target=1)",
     "emoji_clip": lambda d: "emoji_clip",

@@ -101,11 +101,13 @@ def cell(text: str) -> str:
 
 def settings() -> str:
     """Return a table of all settings, with type, range and default."""
-    from draftune.settings import Settings, kind
+    from draftune.settings import GROUPS, Settings, kind
 
     groups: dict[str, list[Field[Any]]] = {}
+    title = ""
     for field in fields(Settings):
-        groups.setdefault(field.metadata.get("group", ""), []).append(field)
+        title = GROUPS.get(field.name, title)
+        groups.setdefault(title, []).append(field)
     return "\n\n".join(settings_table(title, members, kind) for title, members in groups.items())
 
 
@@ -171,9 +173,9 @@ def registry(table: Mapping[str, Callable[..., Any]]) -> str:
 
 
 def methods() -> str:
-    from draftune.methods import METHODS
+    from draftune.methods import all_methods
 
-    return registry(METHODS)
+    return registry(all_methods())
 
 
 def rewards() -> str:
@@ -184,10 +186,10 @@ def rewards() -> str:
 
 def names() -> str:
     """Return the lists of optimizers, gradient filters, guidance methods, prompt sets and presets."""
-    from draftune.experimental.optimizers import FILTERS, OPTIMIZERS
     from draftune.guidance.methods import GUIDES
     from draftune.presets import PRESETS
     from draftune.prompts import PROMPT_SETS
+    from draftune.training.optim import gradient_filters, optimizers
 
     prompts = "\n".join(f"- `{name}`: {escaped(text)}" for name, (text, _) in PROMPT_SETS.items())
     presets = "\n\n".join(
@@ -195,8 +197,8 @@ def names() -> str:
     )
     parts = {
         "Guidance methods": registry(GUIDES),
-        "Optimizers": registry(OPTIMIZERS),
-        "Gradient filters": registry(FILTERS),
+        "Optimizers": registry(optimizers()),
+        "Gradient filters": registry(gradient_filters()),
         "Prompt sets": prompts,
         "Presets": presets,
     }

@@ -140,7 +140,7 @@ def measure(runner: ExperimentRunner) -> list[Row]:
                 plain["seconds"] = row["seconds"]
         for method, family in guided_variants(runner.budget).items():
             scores = runner.cached(f"guidance-{method}-{seed}", partial(guided, runner, method, seed))
-            scored = steps + 1 if method.startswith("ratio") else 2 * load_guide(method).num_samplings - 1
+            scored = steps + 1 if method.startswith("pgdiff_dynamic") else 2 * load_guide(method).num_samplings - 1
             cost = {"calls": calls(method, steps), "scored": scored}
             rows.append({"variant": method, "family": family, "seed": seed, **cost, **scores[0]})
             for row in scores[1:]:

@@ -24,11 +24,11 @@ pytestmark = pytest.mark.slow
 
 SMALL = {
     "sample": ["--num-inference-steps", "2", "--num-images", "1"],
-    "reno": ["--num-inference-steps", "2", "--steps", "1"],
+    "optimize-noise": ["--num-inference-steps", "2", "--steps", "1"],
     "eval": ["--num-inference-steps", "2", "--num-images", "1", "--prompts", "two.txt"],
     "sweep": ["--num-inference-steps", "2", "--num-images", "1", "--prompts", "two.txt", "--scales", "0,1"],
-    "knobs": ["--num-inference-steps", "2", "--num-images", "2", "--prompts", "two.txt", "--steps", "1"],
-    "distill": ["--paths", "1", "--calls", "1", "--batch-size", "1"],
+    "experimental tune-weights": ["--num-inference-steps", "2", "--num-images", "2", "--prompts", "two.txt", "--steps", "1"],
+    "experimental distill": ["--num-trajectories", "1", "--steps-per-trajectory", "1", "--batch-size", "1"],
 }
 """Flags that make a command take seconds. The last of equal flags counts."""
 RUN = re.compile(r"\bruns/[\w.-]+")
@@ -60,7 +60,8 @@ def small_run(values: dict[str, Any]) -> dict[str, Any]:
 
 def small_command(argv: list[str]) -> list[str]:
     if argv[0] not in ("train", "preflight"):
-        return [*argv, *SMALL.get(argv[0], [])]
+        name = " ".join(argv[:2]) if argv[0] == "experimental" else argv[0]
+        return [*argv, *SMALL.get(name, [])]
     args = vars(PARSER.parse_args(expressions_joined(argv)))
     return [*argv, *(f"--{name.replace('_', '-')}={value}" for name, value in small_run(args).items())]
 
@@ -136,7 +137,7 @@ def test_commands_run(
             exec(block.text, names)
             continue
         for argv in calls(block.text):
-            if argv in seen or argv[0] in ("watch", "reproduce"):
+            if argv in seen or argv[0] in ("watch",):
                 continue
             seen.append(argv)
             output = argv.index("--output") + 1 if "--output" in argv else None

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        help="models, rewards, methods, optimizers, guidance, prompts, presets, or a name",
+        help="models, rewards, methods, guidance, optimizers, filters, prompts, presets, or a name",
     )
 
 

@@ -24,7 +24,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the report. Return 0 if the run fits as requested, else 1."""
-    """Measure, and print the report. Return 0 if the run fits as requested, else 1."""
     if args.memory is not None and not 0 < args.memory < math.inf:
         raise DraftuneError(f"--memory must be more than 0 and finite, not {args.memory}")
     settings = train.train_settings(args)
@@ -72,12 +71,10 @@ def row(trial: MemoryTrial) -> str:
 
 def flag(name: str, value: object) -> str:
     """Return a setting as a flag."""
-    """Return a setting as a flag."""
     return f"--{name.replace('_', '-')} {value}"
 
 
 def size(bytes: int) -> str:
-    """Return bytes in MiB."""
     """Return bytes in MiB."""
     return f"{bytes / 2**20:.0f}"
 

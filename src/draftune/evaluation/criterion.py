@@ -28,9 +28,9 @@ T = TypeVar("T", bound=Any)
 
 
 def parse_criterion(rule: str) -> dict[str, float]:
-    """Parse a weighted sum of columns, such as `eval/judge - 0.5*pixel_l1_from_base`.
+    """Parse a weighted sum of columns, such as `eval/clip - 0.5*pixel_l1_from_base`.
 
-    In a sum, a column whose name is no Python expression stands in quotes: `eval/judge + 0.1*"eval/clip-2"`.
+    In a sum, a column whose name is no Python expression stands in quotes: `eval/aesthetic + 0.1*"eval/clip-2"`.
 
     Returns:
         The weights by column.

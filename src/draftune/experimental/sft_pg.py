@@ -61,7 +61,7 @@ class SFTPG(Method):
     Fan and Lee, 2023, arXiv:2301.13362. Images come from the ancestral sampler (DDIM with eta = 1). log p is a mean
     over the latent's elements, and A uses the reward and value at the time of scoring. The random steps of an update
     are split at random into `generator_steps` optimizer steps, without an importance ratio. With the reward
-    `examples(...)`, a critic that learns online, this is the paper's method.
+    `discriminator(...)`, a critic that learns online, this is the paper's method.
 
     T denoiser calls without gradient and T' with gradient, T' being the number of random steps. The reward needs no
     gradient. Use it for few sampling steps and many prompts, where `ddpo` lacks statistics of each prompt. The paper's

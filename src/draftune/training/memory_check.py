@@ -138,7 +138,7 @@ def smaller_batches(settings: Settings) -> dict[str, Any]:
     return {"batch_size": half, "gradient_accumulation_steps": number * size // half}
 
 
-def supports_fp16(settings: Settings) -> dict[str, Any]:
+def use_bf16(settings: Settings) -> dict[str, Any]:
     """Use bfloat16."""
     return {"mixed_precision": "bf16"} if settings.mixed_precision == "no" else {}
 
@@ -148,7 +148,7 @@ LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
     checkpointing,
     fewer_scored,
     smaller_batches,
-    supports_fp16,
+    use_bf16,
 )
 
 
