@@ -27,7 +27,16 @@ SMALL = {
     "optimize-noise": ["--num-inference-steps", "2", "--steps", "1"],
     "eval": ["--num-inference-steps", "2", "--num-images", "1", "--prompts", "two.txt"],
     "sweep": ["--num-inference-steps", "2", "--num-images", "1", "--prompts", "two.txt", "--scales", "0,1"],
-    "experimental tune-weights": ["--num-inference-steps", "2", "--num-images", "2", "--prompts", "two.txt", "--steps", "1"],
+    "experimental tune-weights": [
+        "--num-inference-steps",
+        "2",
+        "--num-images",
+        "2",
+        "--prompts",
+        "two.txt",
+        "--steps",
+        "1",
+    ],
     "experimental distill": ["--num-trajectories", "1", "--steps-per-trajectory", "1", "--batch-size", "1"],
 }
 """Flags that make a command take seconds. The last of equal flags counts."""

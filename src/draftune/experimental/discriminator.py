@@ -56,7 +56,7 @@ class Discriminator(OnlineReward):
     lowers their scores and raises those of as many examples; `baseline` weighs the squared distance from the expected
     scores, which bounds it. It starts from random weights of `seed`, or from those in a run: `critic=RUN`. Input: any
     size; no weights to download.
-    Its zero and unit change while it learns: compare scores of one state only, and watch evaluation rewards (--eval-rewards).
+    Its zero and unit change while it learns: compare scores of one state only, and use evaluation rewards.
     Over-optimized: textures that this discriminator takes for those of the examples. Source: SFT-PG (Fan and Lee, 2023,
     arXiv:2301.13362); its width, learning rate (of the larger runs) and baseline are the defaults.
     """

@@ -62,7 +62,7 @@ def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
 
 
 def parse_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
-    """Return a reward whose weights are located but not read, `load_weights` reads them; arguments as in `load_reward`."""
+    """Return a reward whose weights are located but not read; `Reward.load_weights` reads them. See `load_reward`."""
     if isinstance(reward, Reward):
         return reward
     if not isinstance(reward, str):
