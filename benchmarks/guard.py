@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from draftune.evaluation.criterion import HELD_OUT
+from draftune.evaluation.criterion import EVAL_PREFIX
 from draftune.runs.logs import EVALUATIONS, SAMPLES, read_rows
 from draftune.utils.images import grid, open_image, save_image
 from draftune.utils.plotting import figure, save
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = read_rows(args.run / EVALUATIONS)
     best = next(int(row["step"]) for row in reversed(rows) if row["best"])
-    eval_rewards = {key: key.removeprefix(HELD_OUT) for key in rows[0] if key.startswith(HELD_OUT)}
+    eval_rewards = {key: key.removeprefix(EVAL_PREFIX) for key in rows[0] if key.startswith(EVAL_PREFIX)}
     reward = list(rows[0])[3]
     above = curves(rows, {reward: f"{reward}, the training reward"} | eval_rewards, best)
     samples = {int(row["step"]): row for row in read_rows(args.run / SAMPLES)}

@@ -39,7 +39,7 @@ from draftune.training.trainer import Trainer
 
 REWARD = "emoji_aesthetic"
 WIDTH, BLOCKS = 32, (3, 1, 0)
-SAMPLED, HELD_OUT = 192, 32
+SAMPLED, EVAL_PREFIX = 192, 32
 """Number of latents for training and for measurement."""
 BATCH, MIXED = 8, 384
 """Batch size, and number of batches of mixtures."""
@@ -109,8 +109,8 @@ def distill_decoder(model: DiffusionModel, latents: Tensor, minutes: float, fold
 
 def print_similarity(name: str, model: DiffusionModel, small: Any) -> None:
     """Print the similarity of both decoders' images and reward gradients on latents of the model."""
-    reward, prompts = load_reward(REWARD), load_prompts("emoji-common")[:HELD_OUT]
-    latents = sample_latents(model, prompts, HELD_OUT, 1, 20)
+    reward, prompts = load_reward(REWARD), load_prompts("emoji-common")[:EVAL_PREFIX]
+    latents = sample_latents(model, prompts, EVAL_PREFIX, 1, 20)
     images, scores, gradients = [], [], []
     for decoder in (None, small):
         model.tiny_decoder = decoder
@@ -124,7 +124,7 @@ def print_similarity(name: str, model: DiffusionModel, small: Any) -> None:
     difference = images[0] - images[1]
     error, cosines = float(difference.square().mean()), cosine_similarity(*gradients)
     print(
-        f"{name}, {HELD_OUT} latents: mean error {float(difference.abs().mean()):.4f} of [0, 1], "
+        f"{name}, {EVAL_PREFIX} latents: mean error {float(difference.abs().mean()):.4f} of [0, 1], "
         f"PSNR {-10 * math.log10(error):.1f} dB, {1 - error / float(images[0].var()):.4f} of the variance explained; "
         f"cosine of the latent gradients {float(cosines.mean()):.3f} ± {float(cosines.std()):.3f}; "
         f"{REWARD} {scores[0]:.3f} with the full decoder, {scores[1]:.3f} with the tiny one",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, lora_file, read_lora, save_lora, set_lora_scale, set_lora_scales
-from draftune.lora.adapter import attach, load_lora
+from draftune.lora.adapter import attach_lora, load_lora
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
 from draftune.runs.load import read_deltas, resolve_lora
@@ -422,7 +422,7 @@ def test_attaching_draws_no_random_numbers(pipeline_folder: Path, with_text: Pat
     torch.manual_seed(0)
     wanted = torch.rand(1)
     torch.manual_seed(0)
-    attach(model, read_lora(with_text, model.lora_networks, model.name))
+    attach_lora(model, read_lora(with_text, model.lora_networks, model.name))
     assert torch.equal(torch.rand(1), wanted)
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.denoiser.parameters())
 

@@ -16,7 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.prompts import Prompt, load_prompts, metadata
 from draftune.rewards import load_reward
 from helpers.odd_prompts import odd_prompts
-from helpers.odd_rewards import KEPT, OddReward, odd_rewards
+from helpers.odd_rewards import FROZEN_ADAPTER, OddReward, odd_rewards
 
 
 def test_odd_prompt_files(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def differs(found: Any, wanted: Any, tolerance: float) -> bool:
 
 def trouble(odd: OddReward, order: int, size: int, gradient: bool) -> str:
     """What goes wrong with an odd reward beside one that is fine, in a sum whose parts stand in this order."""
-    KEPT.clear()
+    FROZEN_ADAPTER.clear()
     x, wanted = IMAGES.double().numpy().copy(), fine(IMAGES, PROMPTS)
     images, prompts = IMAGES.clone().requires_grad_(gradient), [Prompt(p, metadata(p)) for p in PROMPTS]
     parts = [load_reward(odd.function), load_reward(fine)][:: 1 if order == 0 else -1]

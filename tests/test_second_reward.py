@@ -23,7 +23,7 @@ from draftune.experimental.distill import balanced_weights
 from draftune.experimental.retention import Retention
 from draftune.lora import (
     FILE_NAME,
-    KEPT,
+    FROZEN_ADAPTER,
     adapted_by,
     add_lora,
     load_lora,
@@ -126,7 +126,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
         retain_prompts=kept,
         retain_weight=0.1,
     )
-    before = {n: p.clone() for n, p in trainer.model.denoiser.named_parameters() if f".{KEPT}." in n}
+    before = {n: p.clone() for n, p in trainer.model.denoiser.named_parameters() if f".{FROZEN_ADAPTER}." in n}
     second = trainer.train()
     after = dict(trainer.model.denoiser.named_parameters())
     assert before
@@ -175,7 +175,7 @@ def test_the_base_leaves_no_trace(pipeline_folder: Path) -> None:
     assert torch.equal(predicted(base, x, step), predicted(plain, x, step))
     assert not torch.equal(predicted(denoise, x, step), predicted(plain, x, step))
     assert list(lora_parameters(model)) == trained
-    with pytest.raises(ValueError, match="stop"), adapted_by(model.denoiser, KEPT):
+    with pytest.raises(ValueError, match="stop"), adapted_by(model.denoiser, FROZEN_ADAPTER):
         raise ValueError("stop")
     assert not torch.equal(predicted(denoise, x, step), predicted(plain, x, step))
 
@@ -190,7 +190,7 @@ def test_a_scale_leaves_the_kept_one_alone(first: Run, pipeline_folder: Path, tm
     x, step = model.noise(torch.Generator().manual_seed(1), 1), trainer.schedule.steps[0]
     set_lora_scale(model, 0.0)
     assert torch.equal(predicted(denoise, x, step), predicted(base, x, step))
-    assert all(f".{KEPT}." not in name for name in lora_parameters(model))
+    assert all(f".{FROZEN_ADAPTER}." not in name for name in lora_parameters(model))
 
 
 class Drift:

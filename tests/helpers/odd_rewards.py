@@ -86,12 +86,12 @@ FORMULAS = [
         lambda x, p: spread(levels(p), x),
     ),
 ]  # fmt: skip
-KEPT: list[Any] = []
+FROZEN_ADAPTER: list[Any] = []
 """What rewards hold on to."""
 
 
 def spoil_kept() -> None:
-    for tensor in KEPT:
+    for tensor in FROZEN_ADAPTER:
         with torch.no_grad():
             tensor.detach().fill_(7.0)
 
@@ -141,7 +141,7 @@ def keeping(formula: Formula, name: str) -> OddReward:
 
     def function(images: Any, prompts: Any) -> Any:
         spoil_kept()
-        KEPT.append(images)
+        FROZEN_ADAPTER.append(images)
         # A sum of its own, whose gradient needs nothing of what is spoilt.
         return formula.torch(images * 1.0, prompts)
 

@@ -12,9 +12,9 @@ from draftune.errors import DraftuneError, unknown
 if TYPE_CHECKING:
     from draftune.rewards import Reward
 
-HELD_OUT = "eval/"
+EVAL_PREFIX = "eval/"
 """Prefix of the columns of the evaluation rewards."""
-DIVERSITY = f"{HELD_OUT}diversity"
+DIVERSITY = f"{EVAL_PREFIX}diversity"
 """Column of `draftune.evaluation.metrics.diversity`."""
 PIXEL_L1 = "pixel_l1_from_base"
 """Column of the mean absolute difference of the images from the base model's, pixels in [0, 1]."""
@@ -74,7 +74,7 @@ def default_criterion(metric_for_best_model: str, eval_rewards: Reward | None) -
     """Return the weights of `metric_for_best_model`, else those of the evaluation rewards; empty without both."""
     if metric_for_best_model or eval_rewards is None:
         return parse_criterion(metric_for_best_model) if metric_for_best_model else {}
-    return {f"{HELD_OUT}{label}": weight for label, (weight, _) in eval_rewards.named_terms.items()}
+    return {f"{EVAL_PREFIX}{label}": weight for label, (weight, _) in eval_rewards.named_terms.items()}
 
 
 def weighted_sum(weights: Mapping[str, float], row: Mapping[str, T]) -> T:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import DIVERSITY, HELD_OUT
+from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
 from draftune.models import DiffusionModel
 from draftune.rewards import Reward, WeightedSum
 from draftune.rewards.base import checked_features
 from draftune.sampling.sampler import ddim_step
 from draftune.sampling.schedule import Schedule
 
-KEPT_COLUMN = "retained/"
+RETAINED_PREFIX = "retained/"
 """Prefix of the columns of an earlier training's reward."""
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 """A function that samples images [N, 3, H, W] from N prompts and N seeds."""
@@ -88,7 +88,7 @@ class Comparison:
         """Format a line for each score; with the difference for rewards of an earlier training."""
         width, lines = max(map(len, self.scores)), []
         for name, (base, tuned) in self.scores.items():
-            change = f"  ({tuned - base:+.3f})" if name.startswith(KEPT_COLUMN) else ""
+            change = f"  ({tuned - base:+.3f})" if name.startswith(RETAINED_PREFIX) else ""
             lines.append(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}{change}")
         return "\n".join(lines)
 
@@ -259,7 +259,7 @@ def evaluate(
     scores = {reward.label: total} | parts
     if eval_rewards is not None:
         _, terms = score_batches(eval_rewards, images, repeated, device)
-        scores |= {f"{HELD_OUT}{name}": values for name, values in terms.items()}
+        scores |= {f"{EVAL_PREFIX}{name}": values for name, values in terms.items()}
     values = {name: score.reshape(len(prompts), images_per_prompt) for name, score in scores.items()}
     if eval_rewards is not None and (spread := diversity(eval_rewards, images, images_per_prompt, device)) is not None:
         values[DIVERSITY] = spread[:, None]

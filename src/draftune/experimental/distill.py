@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import tell_truncated
-from draftune.lora import ADAPTER, KEPT, LoRADeltas, add_lora, deltas_of_peft, lora_parameters
+from draftune.lora import ADAPTER, FROZEN_ADAPTER, LoRADeltas, add_lora, deltas_of_peft, lora_parameters
 from draftune.models import DiffusionModel
 from draftune.prompts import load_prompts
 from draftune.runs.load import load_base_with_loras, read_deltas, resolve_lora
@@ -118,7 +118,7 @@ def distill_lora(
         )
     if rank < 1 or rank >= (largest := max(layer.rank for layer in deltas.layers.values())):
         raise DraftuneError(f"rank must be at least 1 and below that of {source!r}, {largest}, got {rank}")
-    loaded = load_base_with_loras({KEPT: tuned}, device, precision)
+    loaded = load_base_with_loras({FROZEN_ADAPTER: tuned}, device, precision)
     loaded.check_prompts(texts, tuned.settings.negative_prompt)
     tell_truncated(texts, loaded, (), tuned.settings.negative_prompt)
     # add_lora omits layers whose output the model does not use.
@@ -126,7 +126,7 @@ def distill_lora(
     deltas.layers = {name: layer for name, layer in deltas.layers.items() if name not in unused} or deltas.layers
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # The new LoRA is the active one; the model's base denoiser has the source's, under the name KEPT.
+        # The new LoRA is the active one; the model's base denoiser has the source's, under the name FROZEN_ADAPTER.
         add_lora(loaded, rank, targets=list(deltas.of_part(loaded.lora_prefix)))
     loaded.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
 
@@ -136,7 +136,7 @@ def distill_lora(
     if not differences["no LoRA"] > 0:
         raise DraftuneError(f"the LoRA {source!r} does not change the images: there is nothing to distill")
     truncated = deltas.truncate_rank(rank).padded(rank)
-    fill(loaded, truncated)
+    copy_weights(loaded, truncated)
     differences["truncated"] = lesson.mean_difference(probes)
     generator = torch.Generator().manual_seed(seed)
     parameters = list(lora_parameters(loaded).values())
@@ -159,7 +159,7 @@ def distill_lora(
     differences["distilled"] = lesson.mean_difference(probes)
     if not differences["distilled"] <= differences["truncated"]:
         logger.warning("training did not lower the difference: the truncated LoRA is written")
-        fill(loaded, truncated)
+        copy_weights(loaded, truncated)
     tensors = {
         f"{loaded.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": value
         for name, value in lora_parameters(loaded).items()
@@ -209,7 +209,7 @@ class Distiller:
         return float(torch.stack(values).mean())
 
 
-def fill(model: DiffusionModel, deltas: LoRADeltas) -> None:
+def copy_weights(model: DiffusionModel, deltas: LoRADeltas) -> None:
     """Copy a LoRA into the model's active LoRA of the same layers and rank, whose scale is 1."""
     parameters = lora_parameters(model)
     with torch.no_grad():

@@ -23,13 +23,13 @@ from draftune.utils.quiet import silence_libraries
 
 ADAPTER = "default"
 """The adapter name of the LoRA that is trained, or of a single loaded LoRA."""
-KEPT = "kept"
+FROZEN_ADAPTER = "kept"
 """The adapter name of a frozen LoRA that belongs to the base model of a training run."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The default target modules: the attention layers."""
 
 
-class DiffusionModel(Protocol):
+class LoRATarget(Protocol):
     """The members of `draftune.models.DiffusionModel` that LoRA functions use."""
 
     name: str
@@ -48,7 +48,7 @@ class DiffusionModel(Protocol):
     def unused_layers(self) -> frozenset[str]: ...
 
 
-def add_lora(model: DiffusionModel, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
+def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
     """Add a trainable LoRA to the model's denoiser (Hu et al., 2021, arXiv:2106.09685).
 
     W = W_0 + (alpha / rank) * B @ A, with A Gaussian and B zero, so that the model's output does not change yet.
@@ -83,7 +83,7 @@ def add_lora(model: DiffusionModel, rank: int, alpha: float | None = None, targe
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def used_targets(model: DiffusionModel, targets: Sequence[str]) -> list[str]:
+def used_targets(model: LoRATarget, targets: Sequence[str]) -> list[str]:
     """Return the targets, or the full names of their layers if some of these layers do not affect the image.
 
     Raises:
@@ -113,17 +113,17 @@ def used_targets(model: DiffusionModel, targets: Sequence[str]) -> list[str]:
     return [name for name in chosen if name not in unused]
 
 
-def lora_parameters(model: DiffusionModel) -> dict[str, nn.Parameter]:
+def lora_parameters(model: LoRATarget) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of the denoiser by name."""
     return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
 
 
-def set_lora_scale(model: DiffusionModel, scale: float) -> None:
+def set_lora_scale(model: LoRATarget, scale: float) -> None:
     """Set the LoRA's scale: 0 gives the base model, 1 the fine-tuned model."""
-    set_lora_scales(model, {ADAPTER: scale} if model.frozen_lora is None else {KEPT: 1.0, ADAPTER: scale})
+    set_lora_scales(model, {ADAPTER: scale} if model.frozen_lora is None else {FROZEN_ADAPTER: 1.0, ADAPTER: scale})
 
 
-def set_lora_scales(model: DiffusionModel, scales: Mapping[str, float]) -> None:
+def set_lora_scales(model: LoRATarget, scales: Mapping[str, float]) -> None:
     """Set the scale of each LoRA by its adapter name: W = W_0 + sum_i scale_i * dW_i. All others are deactivated.
 
     Raises:
@@ -140,7 +140,7 @@ def set_lora_scales(model: DiffusionModel, scales: Mapping[str, float]) -> None:
     freeze_loaded(model)
 
 
-def freeze_loaded(model: DiffusionModel) -> None:
+def freeze_loaded(model: LoRATarget) -> None:
     """Freeze all loaded LoRAs: peft makes every active LoRA trainable."""
     for network in model.lora_networks.values():
         configs = getattr(network, "peft_config", {})
@@ -173,7 +173,7 @@ def adapted_by(network: nn.Module, name: str) -> Iterator[None]:
 
 
 def load_lora(
-    model: DiffusionModel, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False
+    model: LoRATarget, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False
 ) -> LoRADeltas:
     """Load a LoRA file of any tool into the model, frozen.
 
@@ -190,11 +190,11 @@ def load_lora(
         DraftuneError: The file can't be read or does not fit the model.
     """
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
-    attach(model, deltas, name)
+    attach_lora(model, deltas, name)
     return deltas
 
 
-def attach(model: DiffusionModel, deltas: LoRADeltas, name: str = ADAPTER) -> None:
+def attach_lora(model: LoRATarget, deltas: LoRADeltas, name: str = ADAPTER) -> None:
     """Add a LoRA that was read for this model, frozen and with scale 1. No random numbers are used."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -207,27 +207,27 @@ def attach(model: DiffusionModel, deltas: LoRADeltas, name: str = ADAPTER) -> No
         ranks = Counter(delta.rank for delta in layers.values())
         (most, _), *_ = ranks.most_common(1)
         # Regular expressions, since peft matches a plain name with the end of every layer's name.
-        patterns = {f"^{exactly([n for n, d in layers.items() if d.rank == r])}": r for r in ranks if r != most}
+        patterns = {f"^{exact_match([n for n, d in layers.items() if d.rank == r])}": r for r in ranks if r != most}
         config = LoraConfig(
             r=most,
             lora_alpha=most,
-            target_modules=exactly(list(layers)),
+            target_modules=exact_match(list(layers)),
             rank_pattern=dict(patterns),
             alpha_pattern=dict(patterns),
         )
         with silence_libraries():
             inject_adapter_in_model(config, network, name, low_cpu_mem_usage=True)
         network._hf_peft_config_loaded = True
-        fill(network, layers, name)
+        copy_factors(network, layers, name)
         network.requires_grad_(False)
 
 
-def exactly(names: Sequence[str]) -> str:
+def exact_match(names: Sequence[str]) -> str:
     """Return a regular expression that matches only these names."""
     return f"(?:{'|'.join(map(re.escape, sorted(names)))})"
 
 
-def fill(network: nn.Module, layers: Mapping[str, LoRADelta], name: str) -> None:
+def copy_factors(network: nn.Module, layers: Mapping[str, LoRADelta], name: str) -> None:
     """Copy weight changes into a network's adapter with the same layers and ranks and scale 1."""
     modules = dict(network.named_modules())
     for layer, delta in layers.items():
@@ -238,7 +238,7 @@ def fill(network: nn.Module, layers: Mapping[str, LoRADelta], name: str) -> None
             factors[name].weight = nn.Parameter(values, requires_grad=False)
 
 
-def attached(model: DiffusionModel, name: str = ADAPTER) -> dict[str, LoRADelta]:
+def attached_deltas(model: LoRATarget, name: str = ADAPTER) -> dict[str, LoRADelta]:
     """Return the weight changes of a model's LoRA at scale 1, by PART.LAYER."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -252,7 +252,7 @@ def attached(model: DiffusionModel, name: str = ADAPTER) -> dict[str, LoRADelta]
     return deltas
 
 
-def freeze_lora(model: DiffusionModel, source: Path | str, skip_text_encoder: bool = False) -> None:
+def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool = False) -> None:
     """Make a LoRA a frozen part of the base model, before `add_lora` adds the one to train.
 
     `save_lora` saves the sum of both. The frozen LoRA is not merged into the weights, since half precision would round
@@ -265,11 +265,11 @@ def freeze_lora(model: DiffusionModel, source: Path | str, skip_text_encoder: bo
         raise DraftuneError(f"{model.name!r} already has a LoRA: load the model again to continue from another one")
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     deltas.tensors()  # raises for a LoRA that can't be saved
-    attach(model, deltas, KEPT)
+    attach_lora(model, deltas, FROZEN_ADAPTER)
     model.frozen_lora = deltas
 
 
-def save_lora(model: DiffusionModel, folder: Path | str) -> Path:
+def save_lora(model: LoRATarget, folder: Path | str) -> Path:
     """Write the LoRA in diffusers' format, with alpha, the base model's name and the timestep settings as metadata.
 
     If the model has a frozen LoRA (`freeze_lora`), the file contains the sum of both.
@@ -287,7 +287,7 @@ def save_lora(model: DiffusionModel, folder: Path | str) -> Path:
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
-        return LoRADeltas(attached(model), model.name, json.dumps(model.sampler_options)).write(Path(folder))
+        return LoRADeltas(attached_deltas(model), model.name, json.dumps(model.sampler_options)).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
     metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_options)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError
-from draftune.lora import KEPT, LoRADeltas, adapted_by
+from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
@@ -184,7 +184,7 @@ class DiffusionModel(Family):
 
     def predict_base(self, *args: Any) -> Tensor:
         """Call `predict` without the trained LoRA."""
-        with without_block_checkpointing(), adapted_by(self.denoiser, KEPT):
+        with without_block_checkpointing(), adapted_by(self.denoiser, FROZEN_ADAPTER):
             return self.predict(*args)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, PIXEL_L1
-from draftune.evaluation.metrics import KEPT_COLUMN
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, PIXEL_L1
+from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.report.images import evenly
 
 Rows = Sequence[Mapping[str, Any]]
@@ -46,10 +46,10 @@ def looks(key: str) -> tuple[str, str, str]:
         PIXEL_L1: ("Pixel L1 from base", "mean absolute difference to the base model's images", "plain"),
         DENOISER_MSE: ("Denoiser MSE from base", "mean squared difference to the base model's predictions", "plain"),
     }
-    if key.startswith(HELD_OUT):
-        return known.get(key, (key.removeprefix(HELD_OUT), "evaluation reward", "eval"))
-    if key.startswith(KEPT_COLUMN):
-        return key.removeprefix(KEPT_COLUMN), "reward of the earlier training", "eval"
+    if key.startswith(EVAL_PREFIX):
+        return known.get(key, (key.removeprefix(EVAL_PREFIX), "evaluation reward", "eval"))
+    if key.startswith(RETAINED_PREFIX):
+        return key.removeprefix(RETAINED_PREFIX), "reward of the earlier training", "eval"
     return known.get(key, (key, "part of the reward", "reward"))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import DIVERSITY, HELD_OUT
-from draftune.evaluation.metrics import KEPT_COLUMN
+from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
+from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.registry.expression import Call, parse
 from draftune.settings import Settings
 from draftune.training.early_stopping import EarlyStopping, spread
@@ -48,12 +48,12 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     sentences = [f"{start} the reward of the training images {moved(first, last)}{mean_of}."]
     if reward is not None and len(evaluations) > 1:
         sentences[0] = f"{start} the reward {course(evaluations, reward)}."
-        eval_rewards = [key for key in evaluations[0] if key.startswith(HELD_OUT) and key != DIVERSITY]
+        eval_rewards = [key for key in evaluations[0] if key.startswith(EVAL_PREFIX) and key != DIVERSITY]
         for key in eval_rewards:
-            sentences.append(f"The evaluation reward {key.removeprefix(HELD_OUT)} {course(evaluations, key)}.")
+            sentences.append(f"The evaluation reward {key.removeprefix(EVAL_PREFIX)} {course(evaluations, key)}.")
         for key in evaluations[0]:
-            if key.startswith(KEPT_COLUMN):
-                sentences.append(f"The earlier reward {key.removeprefix(KEPT_COLUMN)} {course(evaluations, key)}.")
+            if key.startswith(RETAINED_PREFIX):
+                sentences.append(f"The earlier reward {key.removeprefix(RETAINED_PREFIX)} {course(evaluations, key)}.")
         if DIVERSITY in evaluations[0]:
             sentences.append(f"Diversity {course(evaluations, DIVERSITY)}.")
     best = best_step(evaluations)
@@ -70,8 +70,8 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
 def known_of(evaluations: Rows, step: int, reward: str | None) -> str:
     """Return the scores of one evaluation in parentheses."""
     row = next(row for row in evaluations if row["step"] == step)
-    columns = [key for key in row if key == reward or key.startswith(HELD_OUT)]
-    scores = [f"{key.removeprefix(HELD_OUT)} {number(row[key])}" for key in columns if row[key] is not None]
+    columns = [key for key in row if key == reward or key.startswith(EVAL_PREFIX)]
+    scores = [f"{key.removeprefix(EVAL_PREFIX)} {number(row[key])}" for key in columns if row[key] is not None]
     return f" ({', '.join(scores)})" if scores else ""
 
 
@@ -118,7 +118,7 @@ def held_out_weights(settings: Settings) -> dict[str, float]:
     except DraftuneError:
         return {}  # rewards that were passed as Python objects
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
-    return {f"{HELD_OUT}{call.name}": weight for weight, call in terms}
+    return {f"{EVAL_PREFIX}{call.name}": weight for weight, call in terms}
 
 
 def best_step(evaluations: Rows) -> int | None:

@@ -21,7 +21,7 @@ from draftune.errors import DraftuneError
 from draftune.utils.tensors import save_tensors
 
 STATE, TENSORS, CHECKSUMS = "state.json", "tensors.safetensors", "checksums.json"
-KEPT = 2
+MAX_CHECKPOINTS = 2
 FORMAT = 3
 
 
@@ -56,7 +56,7 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoints(folder)[:-KEPT]:
+    for old in checkpoints(folder)[:-MAX_CHECKPOINTS]:
         if best is None or old.name != f"step-{best:06d}":
             remove(old)
 

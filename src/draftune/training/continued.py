@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.metrics import KEPT_COLUMN
+from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.lora import base_model, lora_file, saved_grid
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, parse_reward
@@ -42,7 +42,7 @@ class ContinuedRun:
         """Return the columns of evaluations.jsonl with the earlier run's reward and its terms."""
         if self.reward is None:
             return []
-        return [f"{KEPT_COLUMN}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.named_terms])]
+        return [f"{RETAINED_PREFIX}{label}" for label in dict.fromkeys([self.reward.label, *self.reward.named_terms])]
 
     def compare(self, grid: Mapping[str, Any]) -> None:
         """Warn if the LoRA was trained with other sampling timesteps than those of this run."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from draftune.evaluation.criterion import DIVERSITY, HELD_OUT, weighted_sum
+from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX, weighted_sum
 
 APART = ("stderr", "best")
 Row = Mapping[str, Any]
@@ -63,7 +63,7 @@ class EarlyStopping:
         in nearly every run.
         """
         now, fallen = self.rows[-1], []
-        for key in (key for key in now if key.startswith(HELD_OUT) and key != DIVERSITY):
+        for key in (key for key in now if key.startswith(EVAL_PREFIX) and key != DIVERSITY):
             known = [row for row in self.rows if finite(row, key) and finite(row, self.reward)]
             if not known or known[-1] is not now:
                 continue

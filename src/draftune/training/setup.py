@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, gather, unknown
-from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, HELD_OUT, parse_criterion
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, parse_criterion
 from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
@@ -182,7 +182,7 @@ def check_columns(
 ) -> None:
     """Raise DraftuneError for a column in `metric_for_best_model` that the evaluations will not have."""
     known = [reward.label, *reward.named_terms, *(past.columns if past is not None else ())]
-    known += [f"{HELD_OUT}{label}" for label in eval_rewards.named_terms] if eval_rewards is not None else []
+    known += [f"{EVAL_PREFIX}{label}" for label in eval_rewards.named_terms] if eval_rewards is not None else []
     known += [DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
     for column in columns:
         if column not in known:

@@ -19,7 +19,14 @@ from draftune.methods import Method
 from draftune.registry.factories import error_text
 from draftune.rewards import Reward
 from draftune.rewards.online import carried
-from draftune.runs.checkpoint import KEPT, checkpoints, load_random_state, random_state, read_state, read_tensors
+from draftune.runs.checkpoint import (
+    MAX_CHECKPOINTS,
+    checkpoints,
+    load_random_state,
+    random_state,
+    read_state,
+    read_tensors,
+)
 from draftune.runs.environment import environment
 from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
@@ -288,7 +295,7 @@ class Trainer:
         lora = sum(parameter.nbytes for parameter in self.train_step.parameters.values())
         learned = sum(tensor.nbytes for tensor in carried(self.reward).values())
         copies = 4 if self.train_step.ema is not None else 3
-        coming = max(1, KEPT + 2 - len(checkpoints(self.folder.path / "checkpoints")))
+        coming = max(1, MAX_CHECKPOINTS + 2 - len(checkpoints(self.folder.path / "checkpoints")))
         return coming * (copies * lora + learned) + 2 * lora
 
     def notify(self, event: str, *arguments: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, default_criterion
 from draftune.evaluation.metrics import (
-    KEPT_COLUMN,
+    RETAINED_PREFIX,
     Comparison,
     Evaluation,
     denoiser_mse_by_prompt,
@@ -135,7 +135,7 @@ class Validation:
         scores = evaluate(
             sample, past.reward, None, past.prompts, context.settings.num_validation_images, context.model.device
         ).values
-        return {f"{KEPT_COLUMN}{label}": values for label, values in scores.items()}
+        return {f"{RETAINED_PREFIX}{label}": values for label, values in scores.items()}
 
     def denoiser_mse(self, prompts: Sequence[str]) -> float:
         """Compute `denoiser_mse_from_base` over the prompts, which are divided among the processes."""
