@@ -305,7 +305,7 @@ def test_draft_climbs_the_critic_which_learns_afterwards(pipeline_folder: Path, 
     made = trainer.train_step
     made.sample_inputs()
     (start,) = made.pending
-    prompts = [trainer.prompts[i] for i in start.prompts]
+    prompts = [trainer.prompts[i] for i in start.prompt_indices]
     denoise, _ = painter.denoisers_for(prompts, trainer.schedule, 3.0, "")
     x, steps = start.noise, trainer.schedule.steps
     with torch.no_grad():

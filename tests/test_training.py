@@ -570,7 +570,7 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
         )  # fmt: skip
         for step in range(1, 7):
             trainer.train_step.sample_inputs()
-            latents = trainer.train_step.pending[0].latents
+            latents = trainer.train_step.pending[0].prefix_cache
             trainer.train_step.run(step)
             asked.add(max(latents.latents))
         assert method.prefix_is_reusable() == (len(asked) == 1) == shared, (name, asked)

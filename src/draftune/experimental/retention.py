@@ -62,7 +62,7 @@ def retention_loss(batch: Batch) -> Tensor:
     if kept is None:
         raise DraftuneError("the batch has no retention prompts; set --retain-prompts")
     count = int(torch.randint(len(kept.schedule), (1,), generator=batch.generator))
-    x = kept.latents.get(count, kept.base_denoise, kept.schedule.steps)
+    x = kept.prefix_cache.get(count, kept.base_denoise, kept.schedule.steps)
     step = kept.schedule.steps[count]
     with torch.no_grad():
         target = kept.base_denoise(x, step)

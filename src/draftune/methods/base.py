@@ -44,7 +44,7 @@ class Batch:
 
     prompts: Sequence[str]
     """B prompts."""
-    latents: PrefixCache
+    prefix_cache: PrefixCache
     """Cache of the latents computed without gradient, beginning with the initial noise.
 
     Updates share the cache where `prefix_reuse_steps` is above 1.
@@ -79,14 +79,14 @@ class Batch:
     @property
     def noise(self) -> Tensor:
         """Initial noise x_T [B, C, H, W], sampled from N(0, I)."""
-        return self.latents.latents[0]
+        return self.prefix_cache.latents[0]
 
     def no_grad_latents(self, count: int) -> Tensor:
         """Run the first `count` sampling steps without gradient and return the latent after them [B, C, H, W].
 
         These steps are the prefix. The result is cached, so that a second call with the same `count` is free.
         """
-        return self.latents.get(count, self.denoise, self.schedule.steps)
+        return self.prefix_cache.get(count, self.denoise, self.schedule.steps)
 
     def randn_like(self, like: Tensor) -> Tensor:
         """Sample N(0, I) in the shape [B, ...], dtype and device of `like`."""

@@ -61,7 +61,7 @@ class RunFolder:
         self.settings = settings = replace(settings, allow_changes="")
         self.lock = FileLock(path / LOCK, timeout=0, thread_local=False)
         # The settings as given. config.yaml holds the resolved ones, such as normalized weights.
-        self.given = asdict(settings)
+        self.requested = asdict(settings)
         self.contents = {name: digest(items) for name, items in texts.items()}
         self.earlier: RunIdentity | None = None
         self.changed: list[str] = []
@@ -118,7 +118,7 @@ class RunFolder:
         self.changes = state.get("changes", [])
         self.check_changes(self.earlier)
         # After the last update, the final evaluation may be missing.
-        if self.done > self.given["steps"] or (self.done == self.given["steps"] and state["finished"]):
+        if self.done > self.requested["steps"] or (self.done == self.requested["steps"] and state["finished"]):
             raise DraftuneError(
                 f"the run in {str(self.path)!r} has finished its {self.done} updates: give more (--steps) or another "
                 "folder (--output)"
@@ -127,7 +127,7 @@ class RunFolder:
     @cached_property
     def identity(self) -> RunIdentity:
         """Return what the run is to compute with the present settings."""
-        return RunIdentity(self.given, self.contents)
+        return RunIdentity(self.requested, self.contents)
 
     def check_changes(self, earlier: RunIdentity) -> None:
         """Record the settings that differ from the earlier run. Raises DraftuneError unless they are allowed to."""
@@ -142,7 +142,7 @@ class RunFolder:
             raise DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
         messages: dict[str, list[str]] = {}
         for name in self.changed:
-            was, value = earlier.settings.get(name), self.given.get(name)
+            was, value = earlier.settings.get(name), self.requested.get(name)
             how = "results differ by rounding only" if name in ROUNDING else "allowed by --allow-changes"
             new = f"{value!r} instead of {was!r}" if value != was else f"{value!r}, whose contents changed"
             messages.setdefault(how, []).append(f"{name}={new}")
@@ -224,7 +224,12 @@ class RunFolder:
         for name in LOGS:
             if (self.path / name).exists():
                 fsync(self.path / name)
-        run = {"step": step, "settings": self.given, "contents": self.contents, "evaluations": self.rows[EVALUATIONS]}
+        run = {
+            "step": step,
+            "settings": self.requested,
+            "contents": self.contents,
+            "evaluations": self.rows[EVALUATIONS],
+        }
         run |= {"sources": self.sources, "changes": self.changes}
         save_checkpoint(self.path / "checkpoints", step, run | dict(state), tensors, best)
 

@@ -17,11 +17,11 @@ from draftune.utils.processes import Processes
 class BatchInput:
     """Prompts and noise of a batch, over all processes. With `prefix_reuse_steps`, several updates share one."""
 
-    prompts: list[int]
+    prompt_indices: list[int]
     """Indices of the prompts."""
     noise: Tensor
     """Initial noise [B, C, H, W]."""
-    latents: PrefixCache
+    prefix_cache: PrefixCache
     """This process's share of the noise, and of the latents that the prefix has reached."""
     retained: BatchInput | None = None
     """The batch of the retention loss, if there is one."""
@@ -67,9 +67,12 @@ def pending_state(pending: Sequence[BatchInput], processes: Processes) -> tuple[
     tensors, retained = {}, retained_of(pending)
     for name, items in (("pending", pending), ("retained", retained)):
         for i, item in enumerate(items):
-            for count, own in item.latents.latents.items():
+            for count, own in item.prefix_cache.latents.items():
                 tensors[f"{name}/{i}/{count}"] = processes.gather(own)
-    state = {"pending": [item.prompts for item in pending], "retained": [item.prompts for item in retained]}
+    state = {
+        "pending": [item.prompt_indices for item in pending],
+        "retained": [item.prompt_indices for item in retained],
+    }
     return state, tensors
 
 

@@ -127,10 +127,12 @@ class TrainStep:
     def batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
         for item in self.pending:
-            records.append(BatchRecord([self.context.prompts[i] for i in item.prompts], item.noise))
+            records.append(BatchRecord([self.context.prompts[i] for i in item.prompt_indices], item.noise))
             batch = self.batch(step, item, records[-1])
             if item.retained is not None:
-                retained = BatchRecord([self.context.retained[i] for i in item.retained.prompts], item.retained.noise)
+                retained = BatchRecord(
+                    [self.context.retained[i] for i in item.retained.prompt_indices], item.retained.noise
+                )
                 batch.retention_batch = self.batch(step, item.retained, retained)
             yield batch
 
@@ -140,7 +142,9 @@ class TrainStep:
         own = c.processes.shard(record.prompts)
         denoise, base = c.model.denoisers_for(own, c.schedule, s.guidance_scale, s.negative_prompt)
         reward = partial(self.scorer, record, step)
-        return Batch(own, item.latents, c.schedule, denoise, base, reward, self.generator, c.processes, record.prompts)
+        return Batch(
+            own, item.prefix_cache, c.schedule, denoise, base, reward, self.generator, c.processes, record.prompts
+        )
 
     def optimize(self, step: int, records: list[BatchRecord]) -> None:
         """Take the optimizer steps of an update: backward pass of the method's losses, clipping, optimizer step."""
