@@ -24,6 +24,8 @@ EXPRESSIONS = (
     "--weight-bounds",
 )
 """Options whose values may begin with a minus."""
+MOST_IN_USAGE = 30
+"""Options of a command above which its usage line does not list them; the help does."""
 GROUPS = {"experimental": "commands that may change or be removed without notice"}
 
 
@@ -55,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.arguments(chosen)
+        if len(chosen._actions) > MOST_IN_USAGE:
+            chosen.usage = "%(prog)s [options]"
         chosen.set_defaults(run=command.run, command=command.name, parser=chosen)
     return parser
 
