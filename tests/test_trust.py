@@ -236,7 +236,7 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
             raise KeyboardInterrupt
         look(trainer)
 
-    monkeypatch.setattr(Trainer, "look", cut)
+    monkeypatch.setattr(Trainer, "log_and_evaluate", cut)
     with pytest.raises(KeyboardInterrupt):
         train(pipeline_folder, tmp_path / "run", checkpointing_steps=0)
     monkeypatch.undo()

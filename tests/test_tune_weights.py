@@ -109,7 +109,7 @@ def test_pictures_are_those_of_the_weights_and_one_seed_decides_all(
 
     model = load_model(pipeline_folder)
     for i, (source, _) in enumerate(sources):
-        draftune.load_lora(model, source, f"knob-{i}")
+        draftune.load_lora(model, source, f"lora-{i}")
     drawn: list[Tensor] = []
     reward = draftune.load_reward(lambda images, prompts: drawn.append(images) or images.mean((1, 2, 3)))
     settings = draftune.settings.Settings(model=str(pipeline_folder), num_inference_steps=3, guidance_scale=2.0)
