@@ -8,8 +8,9 @@ from typing import Any
 from draftune.methods import Method
 from draftune.settings import Settings
 from draftune.training.callbacks import Callback
+from draftune.training.result import Run
 from draftune.training.setup import ModelLike, PromptsLike, RewardLike, Value
-from draftune.training.trainer import Run, Trainer
+from draftune.training.trainer import Trainer
 
 
 def train(

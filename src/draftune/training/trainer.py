@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.evaluation.metrics import Comparison
 from draftune.lora import save_lora
 from draftune.methods import Method
 from draftune.registry.factories import error_text
@@ -32,6 +30,7 @@ from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
 from draftune.training.callbacks import Callback
 from draftune.training.checks import AUDITED
+from draftune.training.result import Run
 from draftune.training.run_checks import RunChecks
 from draftune.training.setup import (
     ModelLike,
@@ -49,23 +48,6 @@ from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Validation
 from draftune.utils.loading import first_line
 from draftune.utils.processes import is_peer_failure
-
-
-@dataclass
-class Run:
-    """The results of a training run.
-
-    Attributes:
-        folder: The run's folder.
-        metrics: The rows of metrics.jsonl, one for each update.
-        evaluations: The rows of evaluations.jsonl.
-        comparison: The base model against the fine-tuned one; None without evaluation prompts.
-    """
-
-    folder: Path
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    comparison: Comparison | None
 
 
 class Trainer:
