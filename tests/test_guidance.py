@@ -16,6 +16,7 @@ import test_sdxl
 import torch
 from PIL import Image
 from test_flow import SD3, save_flux, save_sd3
+from test_sana import save_sana
 from torch import Tensor
 
 import draftune
@@ -342,6 +343,7 @@ FAMILIES = {
     "pixels": lambda folder: test_pixels.build(folder / "model"),
     "dit": lambda folder: test_dit.build(folder / "model"),
     "pixart": test_pixart.build,
+    "sana": save_sana,
     "sdxl": test_sdxl.saved,
     "sd3": lambda folder: save_sd3(folder, SD3),
     "flux": lambda folder: save_flux(folder, guidance_embeds=True),

@@ -129,6 +129,7 @@ IDS = {
     "black-forest-labs/FLUX.1-dev": (28, 3.5),
     "black-forest-labs/FLUX.1-schnell": (4, 0.0),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (20, 4.5),
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": (20, 4.5),
     "facebook/DiT-XL-2-256": (50, 4.0),
     "google/ddpm-cat-256": (50, 1.0),
 }
@@ -296,6 +297,7 @@ OFFICIAL = {
     "StableDiffusion3Pipeline": "stable-diffusion-3",
     "FluxPipeline": "flux-dev",
     "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
     "DiTPipeline": "dit",
 }
 

@@ -42,6 +42,8 @@ PUBLISHED: dict[str, Sampling] = {
     "flux-schnell": Sampling(4, 0.0),
     # The defaults of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
     "pixart": Sampling(20, 4.5),
+    # The defaults of diffusers' SanaPipeline, and the model cards of SANA and SANA 1.5.
+    "sana": Sampling(20, 4.5),
     # The defaults of diffusers' DiTPipeline; Peebles and Xie, 2022, arXiv:2212.09748, sample by 250 DDPM steps.
     "dit": Sampling(50, 4.0),
     # The steps of diffusers' DDIMPipeline, which uses the same sampler; there is no condition to guide by.
@@ -60,6 +62,7 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "stable-diffusion"),
     (r"pixart-alpha/pixart-(xl|sigma).*", "pixart"),
+    (r"efficient-large-model/sana(1\.5)?_[0-9.]+[mb]_[0-9]+k?px(_[a-z0-9]+)?_diffusers", "sana"),
     (r"facebook/dit-xl-2-(256|512)", "dit"),
     (r"google/ddpm-.*", "unconditional"),
 )
@@ -106,6 +109,8 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "unconditional"
     if pipeline_class == "DiTPipeline":
         return "dit"
+    if pipeline_class == "SanaPipeline":
+        return "sana"
     if pipeline_class == "FluxPipeline":
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
     if pipeline_class == "StableDiffusion3Pipeline":

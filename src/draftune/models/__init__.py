@@ -16,6 +16,7 @@ from draftune.models.base import DTYPES, DiffusionModel
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.pixart import PixArt
+from draftune.models.sana import Sana
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
@@ -37,6 +38,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "DiTPipeline": DiT,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
+    "SanaPipeline": Sana,
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,

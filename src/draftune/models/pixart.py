@@ -17,7 +17,7 @@ from draftune.utils.quiet import silence_libraries
 
 
 class Condition(NamedTuple):
-    """T5's text embeddings and their attention mask. With guidance, negative prompts come first.
+    """Text embeddings and their attention mask. With guidance, negative prompts come first.
 
     Attributes:
         text: `[B, tokens, width]`.

@@ -74,12 +74,12 @@ def load_small_decoder(folder: Path, model: DiffusionModel) -> Any:
     if model.pixel_space:
         raise DraftuneError(f"{model.name!r} works in pixel space and has no decoder: leave out {OPTION}")
     small = load_part(AutoencoderTiny, folder).eval().requires_grad_(False)
-    own, config = model.pipeline.vae.config, small.config
+    config = small.config
     levels = len(config.decoder_block_out_channels) - 1
     scale = config.upsampling_scaling_factor**levels
     for what, value, expected in (
         ("latent channels", config.latent_channels, model.latent_shape[0]),
-        ("pixels per latent side", scale, 2 ** (len(own.block_out_channels) - 1)),
+        ("pixels per latent side", scale, model.pixels_per_latent),
         ("image channels", config.out_channels, 3),
     ):
         if value != expected:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -69,6 +70,25 @@ def checkpoint_block(block: Callable[..., Any], *args: Any) -> Any:
     if not _checkpoint_blocks.get():
         return block(*args)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Call these blocks with gradient checkpointing inside this context, for networks that have no support for it.
+
+    The backward pass, which may come after this context, calls their original `forward`.
+    """
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint_block, block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 @contextmanager

@@ -244,6 +244,26 @@ def flow_schedule(
         scheduler.set_timesteps(num_inference_steps, mu=mu)
     else:
         scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
+    return flow_levels(scheduler)
+
+
+def flow_steps(scheduler: Any, num_inference_steps: int) -> Schedule:
+    """Build the Euler schedule of a diffusers scheduler with flow-matching noise levels, unshifted by the size.
+
+    Args:
+        scheduler: A `FlowMatchEulerDiscreteScheduler`, or another with `use_flow_sigmas`. Its timesteps are set.
+        num_inference_steps: The number of denoiser calls, from 1 to `num_train_timesteps`.
+
+    Raises:
+        DraftuneError: `num_inference_steps` is out of range.
+    """
+    check_steps(num_inference_steps, scheduler.config.num_train_timesteps)
+    scheduler.set_timesteps(num_inference_steps)
+    return flow_levels(scheduler)
+
+
+def flow_levels(scheduler: Any) -> Schedule:
+    """Return the schedule of the noise levels that a flow-matching scheduler was set to."""
     levels = scheduler.sigmas.double().tolist()
     steps = [
         Step(timestep, 1 - sigma, sigma, 1 - following, following)
