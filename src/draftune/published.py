@@ -40,6 +40,10 @@ PUBLISHED: dict[str, Sampling] = {
     "flux-dev": Sampling(28, 3.5),
     # The model card of black-forest-labs/FLUX.1-schnell.
     "flux-schnell": Sampling(4, 0.0),
+    # The model card of Tongyi-MAI/Z-Image: 50 steps and a scale of 4 in diffusers' pipeline, which is 5 here (ZImage).
+    "z-image": Sampling(50, 5.0),
+    # The model card of Tongyi-MAI/Z-Image-Turbo: eight denoiser calls without guidance.
+    "z-image-turbo": Sampling(8, 0.0),
     # The defaults of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
     "pixart": Sampling(20, 4.5),
     # The defaults of diffusers' SanaPipeline, and the model cards of SANA and SANA 1.5.
@@ -61,6 +65,8 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"stabilityai/stable-diffusion-xl-base-(0\.9|1\.0)", "stable-diffusion-xl"),
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "stable-diffusion"),
+    (r"tongyi-mai/z-image", "z-image"),
+    (r"tongyi-mai/z-image-turbo", "z-image-turbo"),
     (r"pixart-alpha/pixart-(xl|sigma).*", "pixart"),
     (r"efficient-large-model/sana(1\.5)?_[0-9.]+[mb]_[0-9]+k?px(_[a-z0-9]+)?_diffusers", "sana"),
     (r"facebook/dit-xl-2-(256|512)", "dit"),
@@ -113,6 +119,9 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "sana"
     if pipeline_class == "FluxPipeline":
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
+    if pipeline_class == "ZImagePipeline":
+        # The networks have equal configs; Turbo's noise levels are shifted by 3, the base model's by 6.
+        return "z-image-turbo" if config_of("scheduler").get("shift") == 3 else "z-image"
     if pipeline_class == "StableDiffusion3Pipeline":
         config = config_of("transformer")
         if is_turbo(name):

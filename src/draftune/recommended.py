@@ -89,7 +89,7 @@ def tell_sampling(model: str) -> None:
     values = f"{steps} steps and guidance {scale:g} (--num-inference-steps, --guidance-scale)"
     if family is None and is_hub_id(model) and not user_path(model).exists():
         logger.warning(f"the family of {model!r} is unknown before its download; the defaults are {values}")
-    elif family == "few-step" and not well_known(model):
+    elif family in ("few-step", "z-image-turbo") and not well_known(model):
         logger.warning(f"by its scheduler, {model!r} is a few-step model; the defaults are {values}")
     else:
         return

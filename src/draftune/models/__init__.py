@@ -21,6 +21,7 @@ from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.models.unconditional import Pixels
+from draftune.models.z_image import ZImage
 from draftune.utils.hub import fetch, is_hub_id, unreachable
 from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.utils.paths import user_path
@@ -43,6 +44,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "ZImagePipeline": ZImage,
 }
 """The family of each supported pipeline class. An added entry makes its pipelines loadable."""
 MODELS = {

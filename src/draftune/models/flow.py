@@ -53,8 +53,8 @@ class Flow(DiffusionModel):
     lora_prefix = "transformer"
     encoders: tuple[str, ...]
     """The text encoders that the pipeline must have."""
-    t5: str
-    """The name of the T5 text encoder, which the pipeline may lack unless it is one of `encoders`."""
+    t5 = ""
+    """The name of the T5 text encoder, which the pipeline may lack unless it is one of `encoders`; empty without T5."""
     network: str
     """The class name of the transformer."""
 
@@ -91,7 +91,7 @@ class Flow(DiffusionModel):
 
     @property
     def optional(self) -> Sequence[str]:  # type: ignore[override]
-        return (self.t5,)
+        return (self.t5,) if self.t5 else ()
 
     @property
     def patch_size(self) -> int:
@@ -140,15 +140,15 @@ class Flow(DiffusionModel):
 
     def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
         super().to(device, precision)
-        t5 = getattr(self.pipeline, self.t5)
+        t5 = getattr(self.pipeline, self.t5) if self.t5 else None
         if precision == "fp16" and t5 is not None:
             keep_wide(t5)
         return self
 
     @property
-    @abstractmethod
     def t5_tokens(self) -> int:
         """The number of T5 tokens per prompt."""
+        raise NotImplementedError
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         names = [name for name in dict.fromkeys((*self.encoders, self.t5)) if getattr(self.pipeline, name) is not None]

@@ -1,0 +1,306 @@
+"""Z-Image: a language model reads the prompts, the time runs backwards, and guidance is counted from 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from test_flow import drawing, enliven, tiny_vae
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import draftune
+from draftune.errors import DraftuneError
+from draftune.guidance.sample import sample_guided
+from draftune.lora import add_lora, lora_parameters
+from draftune.methods import Batch, DraftK
+from draftune.models import load_model
+from draftune.published import PUBLISHED, variant
+from draftune.recommended import tell_sampling
+from draftune.sampling.sampler import PrefixCache
+from helpers.errors import mentions, raises
+from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
+
+OFFICIAL = pytest.importorskip("diffusers.pipelines.z_image.pipeline_z_image")
+if not hasattr(OFFICIAL, "get_default_z_image_sigmas"):
+    pytest.skip("the pipeline of this diffusers has other noise levels", allow_module_level=True)
+ZImagePipeline, ZImageTransformer2DModel = diffusers.ZImagePipeline, diffusers.ZImageTransformer2DModel
+
+# The scheduler configs published with the models.
+BASE = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift": 6.0}
+TURBO = {**BASE, "shift": 3.0}
+# What the published template does for one message of a user.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think>{% endif %}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def tiny_qwen(folder: Path) -> tuple[Any, Qwen3ForCausalLM]:
+    """A Qwen3 whose tokens are letters, and its tokenizer."""
+    folder.mkdir(parents=True)
+    letters = [*"abcdefghijklmnopqrstuvwxyz.,", "Ġ", "Ċ", *SPECIAL]
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder, pad_token=SPECIAL[0], eos_token=SPECIAL[2], unk_token=SPECIAL[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen3Config(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    return tokenizer, Qwen3ForCausalLM(config)
+
+
+def build(folder: Path, scheduler: dict[str, Any]) -> Path:
+    torch.manual_seed(0)
+    tokenizer, language_model = tiny_qwen(folder / "letters")
+    enliven(language_model)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[640, 32, 32],
+    )
+    enliven(transformer)
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+        vae=tiny_vae(),
+        text_encoder=language_model.model,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder / "model")
+    # As published: the index names the class without a head, the files are those of the class with one.
+    language_model.save_pretrained(folder / "model" / "text_encoder")
+    index = json.loads((folder / "model" / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", "Qwen3Model"]
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("base"), BASE)
+
+
+@pytest.fixture(scope="module")
+def turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("turbo"), TURBO)
+
+
+def test_pictures(base: Path) -> None:
+    """A scale of 5 is 4 in diffusers."""
+    check_pictures(base, drawing(4.0, 16), 5.0, size=16)
+    check_pictures(base, drawing(0.5, 16), 1.5, size=16)
+    check_guidance(base, 5.0, size=16)
+
+
+def test_turbo_pictures(turbo: Path) -> None:
+    check_pictures(turbo, drawing(0.0, 16), 0.0, size=16)
+
+
+def test_negative_prompt(base: Path) -> None:
+    pipeline, model = DiffusionPipeline.from_pretrained(base), opened(base, 16)
+    ours = model.sample_tensors(["a cat"], [0], model.schedule(STEPS), 5.0, "bad dog")
+    assert (ours - drawing(4.0, 16, negative_prompt="bad dog")(pipeline, "a cat", 0)).abs().max() <= 1e-3
+    assert (ours - drawn(model, "a cat", 0, 5.0)).abs().max() > 1e-3
+
+
+def test_prompts_of_different_lengths_in_any_shape(base: Path) -> None:
+    """Also across the 32 tokens that the network's sequences are multiples of."""
+    pipeline, model = DiffusionPipeline.from_pretrained(base), load_model(base)
+    assert model.latent_shape == (4, 512, 512)  # 1024 pixels
+    model.set_size(12, 20)
+    prompts = ["a cat", "a dog that sits on a chair, looks at a cat"]
+    noise = torch.cat([torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    ours = model.sample_tensors(prompts, [0, 1], model.schedule(STEPS), 5.0)
+    assert ours.shape == (2, 3, 12, 20)
+    assert (ours - drawing(4.0, 12, 20, latents=noise)(pipeline, prompts, 0)).abs().max() <= 1e-3
+
+
+def test_shift_by_the_size(tmp_path: Path) -> None:
+    """Not of a published model, but the pipeline computes it."""
+    lengths = {"base_image_seq_len": 16, "max_image_seq_len": 1016, "max_shift": 1.5}
+    folder = build(tmp_path, {"use_dynamic_shifting": True, **lengths})
+    pipeline, model = DiffusionPipeline.from_pretrained(folder), load_model(folder)
+    levels = []
+    for side in (16, 60):
+        model.set_size(side, side)
+        ours = drawn(model, "a cat", 0, 5.0)
+        assert (ours - drawing(4.0, side)(pipeline, "a cat", 0)).abs().max() <= 1e-3
+        levels.append(model.schedule(STEPS).steps[1].sigma)
+    assert levels[1] > levels[0] + 0.01
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "blocks", "denoiser"])
+def test_draft_k_equals_plain_autograd(base: Path, checkpointing: str) -> None:
+    """In float64; the official network's rotations and time are float32 in every precision."""
+    pipeline = ZImagePipeline.from_pretrained(base, torch_dtype=torch.float64)
+    model = load_model(pipeline)
+    model.set_checkpointing(checkpointing)
+    model.set_size(16, 16)
+    add_lora(model, 2)
+    parameters = lora_parameters(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    assert all(parameter.dtype == torch.float64 for parameter in parameters.values())
+    noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    prompts = ["a cat", "a dog that sits on a chair, looks at a cat"]
+    schedule = model.schedule(3)
+
+    def reward(images: Tensor) -> Tensor:
+        return torch.sin(3 * images).mean((1, 2, 3))
+
+    denoise = model.denoiser_for(prompts, schedule, 3.0)
+    batch = Batch(prompts, PrefixCache(noise), schedule, denoise, denoise, lambda x: reward(model.decode(x)), generator)
+    for loss in DraftK(k=2).losses([batch]):
+        (-loss).backward()
+    ours = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    assert ours.keys() == parameters.keys()
+
+    for parameter in parameters.values():
+        parameter.grad = None
+    positive, negative = pipeline.encode_prompt(list(prompts), negative_prompt=["", ""])
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+    levels = scheduler.sigmas.double()
+    assert torch.allclose(levels, torch.tensor([1, 12 / 13, 6 / 8, 0], dtype=torch.float64))
+    x = noise
+    for i, timestep in enumerate(scheduler.timesteps):
+        with torch.set_grad_enabled(i >= 1):  # the last two steps of three
+            latents, time = [*x[:, :, None], *x[:, :, None]], ((1000 - timestep) / 1000).expand(4)
+            output = torch.stack(pipeline.transformer(latents, time, positive + negative, return_dict=False)[0])
+            guided = output[:2] + 2 * (output[:2] - output[2:])
+            x = x - (levels[i + 1] - levels[i]) * guided[:, :, 0]
+    vae = pipeline.vae
+    images = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
+    images = images + (images.clamp(0, 1) - images).detach()
+    reward(images).mean().backward()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        assert (ours[name] - parameter.grad).norm() < 1e-9 * parameter.grad.norm(), name
+
+
+def test_training(base: Path, tmp_path: Path) -> None:
+    check_training(base, tmp_path, drawing(4.0, 16), 5.0, size=16, lora_rank=2, lora_alpha=4.0)
+
+
+def test_more_targets(turbo: Path, tmp_path: Path) -> None:
+    """Every layer of the blocks is trained, as docs/reference/models.md names them, and exported."""
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "models.md").read_text()
+    assert "`feed_forward.w1,feed_forward.w2,feed_forward.w3`" in page
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+    model = opened(turbo, 16)
+    add_lora(model, 2, targets=targets)
+    parameters = lora_parameters(model)
+    assert len(parameters) == 2 * 7 * 4
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    schedule = model.schedule(2)
+    x = model.noise(torch.Generator().manual_seed(0), 2)
+    denoise = model.denoiser_for(["a cat", "a dog"], schedule, 0.0)
+    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
+    ours = drawn(model, "a cat", 0, 0.0)
+    draftune.save_lora(model, tmp_path / "lora")
+    for kind in ("diffusers", "merged"):
+        draftune.export_lora(tmp_path / "lora", tmp_path / kind, kind, model=str(turbo))
+    pipeline = DiffusionPipeline.from_pretrained(turbo)
+    pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="pytorch_lora_weights.safetensors")
+    assert (drawing(0.0, 16)(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert (drawing(0.0, 16)(merged, "a cat", 0) - ours).abs().max() <= 1e-3
+    with raises(DraftuneError, "UNet"):
+        draftune.export_lora(tmp_path / "lora", tmp_path / "lora.safetensors", "kohya", model=str(turbo))
+
+
+def test_bfloat16(base: Path) -> None:
+    """The network is told and says what it does in the official pipeline held in bfloat16."""
+    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
+    calls: list[tuple[Tensor, Tensor]] = []
+    pipeline.transformer.register_forward_hook(lambda _, told, said: calls.append((told[0][0], said[0][0])))
+    drawing(0.0, 16)(pipeline, "a cat", 0)
+    model = opened(base, 16).to("cpu", "bf16")
+    for step, (x, theirs) in zip(model.schedule(STEPS).steps, calls, strict=True):
+        with torch.no_grad(), model.autocast():
+            ours = model.predict(x[None, :, 0].float(), step.timestep, model.encode(["a cat"], "", False), 1.0)
+        assert ours.dtype == torch.float32
+        assert (ours + theirs[:, 0]).abs().mean() < 0.01 * theirs.float().std()
+
+
+def test_guided_sampling(base: Path) -> None:
+    """A guidance scale of 1 is none in it as well."""
+    model, few = opened(base, 16), {"num_inference_steps": 4, "guidance_scale": 2.0}
+    plain = model.sample_tensors(["a cat"], [0], model.schedule(4), 2.0)
+    still = sample_guided(model, "brightness", ["a cat"], "pgdiff_dynamic(strength=0, eta=0)", **few)
+    assert torch.equal(still.images, plain)
+    bright = sample_guided(model, "brightness", ["a cat"], "pgdiff_dynamic(strength=0.5, eta=0)", **few)
+    assert (bright.rewards > still.rewards).all()
+
+
+def test_long_prompts_are_counted(base: Path) -> None:
+    """With the template's tokens."""
+    model = load_model(base)
+    around = len(model.pipeline.tokenizer(model.chat("")).input_ids)
+    (found,) = model.truncated(["a" * (512 - around), "a" * (513 - around)])
+    assert (found.limit, found.cut) == (512, 1)
+
+
+def test_published_sampling(
+    base: Path, turbo: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftune.recommended.announced", set())
+    assert PUBLISHED[variant(str(base)) or ""] == (50, 5.0)
+    assert PUBLISHED[variant(str(turbo)) or ""] == (8, 0.0)
+    tell_sampling(str(base))
+    assert caplog.messages == []
+    tell_sampling(str(turbo))
+    (line,) = caplog.messages
+    assert mentions(line, "few-step", 8, 0)
+    assert load_model(turbo).recommended == {"num_inference_steps": 8, "guidance_scale": 0.0}
+
+
+def test_refusals(base: Path) -> None:
+    with raises(DraftuneError, "height 4 18"):
+        load_model(base).set_size(18, 16)
+    with raises(DraftuneError, "width 128 132"):
+        load_model(base).set_size(16, 132)
+    parts = DiffusionPipeline.from_pretrained(base).components
+    with raises(DraftuneError, "text_encoder"):
+        load_model(ZImagePipeline(**parts | {"text_encoder": None}))
+    with raises(DraftuneError, "DDIMScheduler"):
+        load_model(ZImagePipeline(**parts | {"scheduler": DDIMScheduler()}))
+    config = dict(parts["transformer"].config)
+    changes = {
+        "in_channels 8 4": {"in_channels": 8},
+        "cap_feat_dim 24 16": {"cap_feat_dim": 24},
+        "axes_lens 514": {"axes_lens": [64, 32, 32]},
+        "patch (2, 1)": {"all_patch_size": [4]},
+    }
+    for message, change in changes.items():
+        other = ZImageTransformer2DModel.from_config({**config, **change})
+        with raises(DraftuneError, message):
+            load_model(ZImagePipeline(**parts | {"transformer": other}))
+    parts["tokenizer"].chat_template = None
+    with raises(DraftuneError, "chat_template"):
+        load_model(ZImagePipeline(**parts))
