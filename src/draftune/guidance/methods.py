@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from draftune.errors import DraftuneError
 from draftune.guidance.sampler import (
     GradientFn,
     NoiseFn,
@@ -18,7 +17,7 @@ from draftune.guidance.sampler import (
     iterative_guidance,
     variance_scale,
 )
-from draftune.registry.factories import build, parse_call
+from draftune.registry.factories import build, check_range, parse_call
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Step
 
@@ -69,7 +68,9 @@ class PGDiffDynamic(GuidanceMethod):
     per_channel: bool = False
 
     def __post_init__(self) -> None:
-        check("pgdiff_dynamic", strength=(self.strength, 0, INF), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000))
+        check_range(
+            "pgdiff_dynamic", strength=(self.strength, 0, INF), eta=(self.eta, 0, 1), repeats=(self.repeats, 1, 1000)
+        )
 
     def latents(
         self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
@@ -94,7 +95,7 @@ class ClassifierStyle(GuidanceMethod):
     strength: float
 
     def __post_init__(self) -> None:
-        check("classifier_style", strength=(self.strength, 0, INF))
+        check_range("classifier_style", strength=(self.strength, 0, INF))
 
     def latents(
         self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
@@ -136,9 +137,9 @@ class GradientGuidance(GuidanceMethod):
 
     def __post_init__(self) -> None:
         name, rounds = "gradient_guidance", (self.rounds, 1, 100_000)
-        check(name, target_increase=(self.target_increase, 0, INF), sigma=(self.sigma, 1e-6, INF), rounds=rounds)
-        check(name, eta=(self.eta, 0, 1), finetune_from_round=(self.finetune_from_round, 0, self.rounds))
-        check(name, learning_rate=(self.learning_rate, 0, INF))
+        check_range(name, target_increase=(self.target_increase, 0, INF), sigma=(self.sigma, 1e-6, INF), rounds=rounds)
+        check_range(name, eta=(self.eta, 0, 1), finetune_from_round=(self.finetune_from_round, 0, self.rounds))
+        check_range(name, learning_rate=(self.learning_rate, 0, INF))
 
     @property
     def num_samplings(self) -> int:
@@ -156,14 +157,6 @@ GUIDES: dict[str, type[GuidanceMethod]] = {
     "classifier_style": ClassifierStyle,
     "gradient_guidance": GradientGuidance,
 }
-
-
-def check(guide: str, **settings: tuple[float, float, float]) -> None:
-    """Raise DraftuneError if a setting (value, low, high) is not finite or not between its bounds."""
-    for name, (value, low, high) in settings.items():
-        if not (low <= value <= high and math.isfinite(value)):
-            allowed = f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g} and finite"
-            raise DraftuneError(f"{name} of {guide} must be {allowed}, got {value}")
 
 
 def load_guide(text: str) -> GuidanceMethod:
