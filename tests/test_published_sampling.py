@@ -21,9 +21,10 @@ from draftune import recommended as module
 from draftune.cli.main import main
 from draftune.cli.train import train_settings
 from draftune.models import DiffusionModel, load_model
-from draftune.published import PUBLISHED, is_turbo, variant
+from draftune.published import PUBLISHED, Defaults, is_turbo, variant
 from draftune.recommended import recommended
 from draftune.settings import Settings
+from draftune.training.setup import prepare
 from helpers.errors import mentions
 from helpers.odd_models import edit, families, rebuild, scheduler
 from helpers.pipelines import add_random_lora
@@ -82,9 +83,9 @@ def test_each_family_has_its_own(saved: dict[str, Path], family: str) -> None:
     assert of(Settings(model=folder)) == WANTED[family]
     # A loaded model says the same of itself, whatever it is called.
     model = load_model(folder)
-    assert tuple(model.recommended.values()) == WANTED[family]
+    assert tuple(model.recommended[name] for name in SAID) == WANTED[family]
     model.name = "given"
-    assert tuple(model.recommended.values()) == WANTED[family]
+    assert tuple(model.recommended[name] for name in SAID) == WANTED[family]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -93,7 +94,7 @@ def test_variants_are_told_apart_by_their_configs(saved: dict[str, Path], tmp_pa
     folder = Path(shutil.copytree(saved[family], tmp_path / "any name"))
     change(folder)
     assert of(Settings(model=str(folder))) == wanted
-    assert tuple(load_model(folder).recommended.values()) == wanted
+    assert tuple(load_model(folder).recommended[name] for name in SAID) == wanted
 
 
 @pytest.mark.parametrize(
@@ -196,10 +197,25 @@ def test_flags_and_files_win(saved: dict[str, Path], tmp_path: Path) -> None:
     assert of(parsed("--config", str(tmp_path / "c.yaml"), "--guidance-scale", "6")) == (28, 6.0)
 
 
-def test_the_paper_s_other_settings_stay(saved: dict[str, Path]) -> None:
-    other = {key: value for key, value in recommended(str(saved["dev"])).items() if key not in SAID}
-    assert other == {key: value for key, value in recommended("no such folder").items() if key not in SAID}
-    assert other["learning_rate"] == 4e-4
+def test_a_family_has_its_own_training_settings(saved: dict[str, Path], tmp_path: Path) -> None:
+    paper, dev = Settings(model=str(saved["sd"])), Settings(model=str(saved["dev"]))
+    assert (paper.method, paper.learning_rate, paper.mixed_precision) == ("draft_lv", 4e-4, "no")
+    assert (dev.method, dev.learning_rate, dev.mixed_precision) == ("refl(m=10)", 1e-4, "bf16")
+    assert paper.lora_target_modules == "to_q,to_k,to_v,to_out.0"
+    assert {"add_q_proj", "ff_context.net.2"} <= set(dev.lora_target_modules.split(","))
+    others = [name for name in recommended(str(saved["dev"])) if name not in Defaults._fields]
+    assert {getattr(dev, name) for name in others} == {getattr(paper, name) for name in others}
+
+
+def test_a_loaded_model_is_trained_with_the_settings_of_its_family_in_its_own_precision(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_model(saved["dev"])
+    model.name = "given"
+    settings = prepare(
+        model, bright, ["a cat"], None, None, None, {"output": str(tmp_path), "report_to": "none"}
+    ).settings
+    assert (settings.method, settings.learning_rate, settings.mixed_precision) == ("refl(m=10)", 1e-4, "no")
 
 
 def bright(images: Tensor, prompts: Any) -> Tensor:
@@ -289,8 +305,11 @@ def test_an_index_that_can_not_be_read_is_said_when_it_is_loaded(tmp_path: Path,
 def test_the_page_names_every_value() -> None:
     """docs/reference/models.md shows the table that the code has."""
     page = (Path(__file__).parents[1] / "docs" / "reference" / "models.md").read_text()
-    for steps, scale in PUBLISHED.values():
+    for defaults in PUBLISHED.values():
+        steps, scale = defaults.num_inference_steps, defaults.guidance_scale
         assert f"| {steps} | {scale:g}" in page or f"| {steps} | none" in page
+        rate, layers = f"{defaults.learning_rate:.0e}".replace("e-0", "e-"), defaults.lora_target_modules
+        assert f"| `{defaults.method}` | {rate} | {defaults.mixed_precision} | `{layers}` |" in page
 
 
 OFFICIAL = {
@@ -307,4 +326,4 @@ OFFICIAL = {
 @pytest.mark.parametrize("kind", OFFICIAL)
 def test_diffusers_agrees_where_its_pipelines_are_the_source(kind: str) -> None:
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
-    assert tuple(parameters[name].default for name in SAID) == tuple(PUBLISHED[OFFICIAL[kind]])
+    assert tuple(parameters[name].default for name in SAID) == PUBLISHED[OFFICIAL[kind]][:2]

@@ -334,7 +334,7 @@ def test_published_sampling(folder: Path) -> None:
         settings = Settings(model=f"Efficient-Large-Model/{name}")
         assert (settings.num_inference_steps, settings.guidance_scale) == (20, 4.5)
     assert well_known("Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers") is None
-    assert load_model(folder).recommended == {"num_inference_steps": 20, "guidance_scale": 4.5}
+    assert load_model(folder).recommended.items() >= {"num_inference_steps": 20, "guidance_scale": 4.5}.items()
 
 
 def changed(folder: Path, part: str, **options: Any) -> SanaPipeline:

@@ -270,14 +270,14 @@ def test_published_sampling(
     base: Path, turbo: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("draftune.recommended.announced", set())
-    assert PUBLISHED[variant(str(base)) or ""] == (50, 5.0)
-    assert PUBLISHED[variant(str(turbo)) or ""] == (8, 0.0)
+    assert PUBLISHED[variant(str(base)) or ""][:2] == (50, 5.0)
+    assert PUBLISHED[variant(str(turbo)) or ""][:2] == (8, 0.0)
     tell_sampling(str(base))
     assert caplog.messages == []
     tell_sampling(str(turbo))
     (line,) = caplog.messages
     assert mentions(line, "few-step", 8, 0)
-    assert load_model(turbo).recommended == {"num_inference_steps": 8, "guidance_scale": 0.0}
+    assert load_model(turbo).recommended.items() >= {"num_inference_steps": 8, "guidance_scale": 0.0}.items()
 
 
 def test_refusals(base: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sampling steps and guidance scale that each model family was published with. Imports no torch."""
+"""The default settings of each model family: those it was published with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,46 +12,77 @@ from draftune.errors import DraftuneError
 from draftune.utils.hub import cached_folder
 from draftune.utils.paths import user_path
 
+ATTENTION = "to_q,to_k,to_v,to_out.0"
+"""The attention layers of every family; with TEXT_ATTENTION those of the text stream in joint attention."""
+TEXT_ATTENTION = "add_q_proj,add_k_proj,add_v_proj,to_add_out"
 
-class Sampling(NamedTuple):
-    """Sampling steps and guidance scale; a scale of at most 1 turns guidance off."""
+
+class Defaults(NamedTuple):
+    """The default settings of a model family.
+
+    Those without a source in PUBLISHED are those of the paper's runs on Stable Diffusion 1.4 (`recommended.PAPER`).
+
+    Attributes:
+        num_inference_steps: Sampling steps.
+        guidance_scale: A scale of at most 1 turns guidance off.
+        method: The training method.
+        learning_rate: The peak learning rate.
+        lora_target_modules: The layers that get a LoRA.
+        mixed_precision: The precision in which the weights were published, if one GPU can't train them in float32.
+    """
 
     num_inference_steps: int
     guidance_scale: float
+    method: str = "draft_lv"
+    learning_rate: float = 4e-4
+    lora_target_modules: str = ATTENTION
+    mixed_precision: str = "no"
 
 
-PUBLISHED: dict[str, Sampling] = {
+LARGE: dict[str, Any] = {"learning_rate": 1e-4, "mixed_precision": "bf16"}
+"""Large models: the learning rate of the LoRA scripts in diffusers' examples/dreambooth, in bf16."""
+# The last denoiser call of a shifted flow schedule hardly changes the image, and DRaFT-LV trains only that call. Of the
+# methods older than FlowBP, its authors measured the highest HPSv2.1 with ReFL (arXiv:2606.11075, FLUX.2-klein-base).
+FLOW = LARGE | {"method": "refl(m=10)"}
+# The gradient through 8 or fewer calls is cheap, and it reaches the layout.
+FEW_STEPS = LARGE | {"method": "draft"}
+# The layers of diffusers' train_dreambooth_lora_sd3.py and train_dreambooth_lora_flux.py.
+SD3 = FLOW | {"lora_target_modules": f"{ATTENTION},{TEXT_ATTENTION}"}
+FEED_FORWARD = "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+FLUX = FLOW | {"lora_target_modules": f"{ATTENTION},{TEXT_ATTENTION},{FEED_FORWARD}"}
+
+PUBLISHED: dict[str, Defaults] = {
     # The defaults of diffusers' StableDiffusionPipeline, and those of Clark et al., 2023, arXiv:2309.17400.
-    "stable-diffusion": Sampling(50, 7.5),
+    "stable-diffusion": Defaults(50, 7.5),
     # The defaults of diffusers' StableDiffusionXLPipeline.
-    "stable-diffusion-xl": Sampling(50, 5.0),
+    "stable-diffusion-xl": Defaults(50, 5.0, **LARGE),
     # SD-Turbo and SDXL-Turbo: one to four steps without guidance (diffusers' page on SDXL Turbo; Sauer et al., arXiv
     # 2311.17042, at four). Latent consistency models: two to four (Luo et al., arXiv 2310.04378).
-    "few-step": Sampling(4, 0.0),
+    "few-step": Defaults(4, 0.0, method="draft", learning_rate=1e-4),
     # The defaults of diffusers' StableDiffusion3Pipeline, and the model card of stable-diffusion-3-medium.
-    "stable-diffusion-3": Sampling(28, 7.0),
+    "stable-diffusion-3": Defaults(28, 7.0, **SD3),
     # The model card of stabilityai/stable-diffusion-3.5-medium.
-    "stable-diffusion-3.5-medium": Sampling(40, 4.5),
+    "stable-diffusion-3.5-medium": Defaults(40, 4.5, **SD3),
     # The model card of stabilityai/stable-diffusion-3.5-large.
-    "stable-diffusion-3.5-large": Sampling(28, 3.5),
+    "stable-diffusion-3.5-large": Defaults(28, 3.5, **SD3),
     # The model card of stabilityai/stable-diffusion-3.5-large-turbo.
-    "stable-diffusion-3.5-turbo": Sampling(4, 0.0),
+    "stable-diffusion-3.5-turbo": Defaults(4, 0.0, **SD3 | FEW_STEPS),
     # The defaults of diffusers' FluxPipeline; the model card uses the same guidance and 50 steps.
-    "flux-dev": Sampling(28, 3.5),
+    "flux-dev": Defaults(28, 3.5, **FLUX),
     # The model card of black-forest-labs/FLUX.1-schnell.
-    "flux-schnell": Sampling(4, 0.0),
+    "flux-schnell": Defaults(4, 0.0, **FLUX | FEW_STEPS),
     # The model card of Tongyi-MAI/Z-Image: 50 steps and a scale of 4 in diffusers' pipeline, which is 5 here (ZImage).
-    "z-image": Sampling(50, 5.0),
+    "z-image": Defaults(50, 5.0, **FLOW),
     # The model card of Tongyi-MAI/Z-Image-Turbo: eight denoiser calls without guidance.
-    "z-image-turbo": Sampling(8, 0.0),
+    "z-image-turbo": Defaults(8, 0.0, **FEW_STEPS),
     # The defaults of diffusers' PixArtAlphaPipeline and PixArtSigmaPipeline.
-    "pixart": Sampling(20, 4.5),
+    "pixart": Defaults(20, 4.5),
     # The defaults of diffusers' SanaPipeline, and the model cards of SANA and SANA 1.5.
-    "sana": Sampling(20, 4.5),
+    "sana": Defaults(20, 4.5, **FLOW),
     # The defaults of diffusers' DiTPipeline; Peebles and Xie, 2022, arXiv:2212.09748, sample by 250 DDPM steps.
-    "dit": Sampling(50, 4.0),
+    "dit": Defaults(50, 4.0),
     # The steps of diffusers' DDIMPipeline, which uses the same sampler; there is no condition to guide by.
-    "unconditional": Sampling(50, 1.0),
+    "unconditional": Defaults(50, 1.0),
 }
 
 WELL_KNOWN: tuple[tuple[str, str], ...] = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.published import PUBLISHED, variant, variant_of_pipeline, well_known
+from draftune.published import ATTENTION, PUBLISHED, variant, variant_of_pipeline, well_known
 from draftune.registry.expression import Value, parse, with_defaults
 from draftune.utils.hub import is_hub_id
 from draftune.utils.logging import logger
@@ -17,17 +17,15 @@ from draftune.utils.paths import user_path
 # Clark et al., 2023, arXiv:2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, a LoRA of rank 8.
 PAPER: dict[str, Any] = {
     "reward": "aesthetic",
-    "method": "draft_lv",
     "prompts": "animals",
     "eval_prompts": None,
     "eval_rewards": None,
     "steps": 2000,
-    # published.py has the sampling steps and the guidance of other model families.
+    # published.py has the values of other model families.
     **PUBLISHED["stable-diffusion"]._asdict(),
     # The paper does not say; see docs/explanation/last-step.md for the measurement.
     "timestep_spacing": "trailing",
     "prefix_reuse_steps": 1,
-    "learning_rate": 4e-4,
     "log_images_steps": 100,
     "checkpointing_steps": 50,
 }
@@ -44,13 +42,15 @@ EMOJI: dict[str, Any] = {
     "guidance_scale": 3.0,
     "gradient_checkpointing": "none",  # graphs of images this small fit into any memory
     "learning_rate": 1e-3,
+    "lora_target_modules": ATTENTION,
+    "mixed_precision": "no",
     "log_images_steps": 20,
     "checkpointing_steps": 20,
 }
 SAMPLING = ("num_inference_steps", "guidance_scale")
 announced: set[str] = set()
 """Models whose guessed sampling defaults were logged."""
-METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft_k": {"k": 1}, "draft_lv": {"n": 2}}
+METHOD_DEFAULTS: dict[str, dict[str, Value]] = {"draft_k": {"k": 1}, "draft_lv": {"n": 2}, "refl": {"m": 20}}
 """Default arguments of the recommended methods, as their classes have them; importing those would import torch."""
 
 
@@ -73,11 +73,12 @@ def recommended(model: str) -> dict[str, Any]:
     return PAPER | (PUBLISHED[family]._asdict() if family else {})
 
 
-def sampling_of(pipeline: Any, name: str) -> dict[str, Any]:
-    """Return the default sampling steps and guidance scale for a loaded pipeline."""
+def recommended_of(pipeline: Any, name: str) -> dict[str, Any]:
+    """Return the default settings for a loaded pipeline, except the precision, which its weights already have."""
     if name == "emoji":
-        return {key: EMOJI[key] for key in SAMPLING}
-    return PUBLISHED[variant_of_pipeline(pipeline, name) or "stable-diffusion"]._asdict()
+        return EMOJI
+    family = variant_of_pipeline(pipeline, name) or "stable-diffusion"
+    return PAPER | PUBLISHED[family]._asdict() | {"mixed_precision": "no"}
 
 
 def tell_sampling(model: str) -> None:
@@ -85,8 +86,11 @@ def tell_sampling(model: str) -> None:
     if model in announced or model == "emoji":
         return
     family = variant(model)
-    steps, scale = PUBLISHED[family or "stable-diffusion"]
-    values = f"{steps} steps and guidance {scale:g} (--num-inference-steps, --guidance-scale)"
+    defaults = PUBLISHED[family or "stable-diffusion"]
+    values = (
+        f"{defaults.num_inference_steps} steps and guidance {defaults.guidance_scale:g} "
+        "(--num-inference-steps, --guidance-scale)"
+    )
     if family is None and is_hub_id(model) and not user_path(model).exists():
         logger.warning(f"the family of {model!r} is unknown before its download; the defaults are {values}")
     elif family in ("few-step", "z-image-turbo") and not well_known(model):

@@ -136,9 +136,7 @@ class Settings:
 
     lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
     lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
-    lora_target_modules: str = setting(
-        "to_q,to_k,to_v,to_out.0", "Suffixes of the names of the layers that get a LoRA."
-    )
+    lora_target_modules: str = setting(None, "Suffixes of the names of the layers that get a LoRA.")
 
     num_inference_steps: int = setting(None, "Sampling steps, in training and evaluation.", low=1)
     guidance_scale: float = setting(
@@ -153,7 +151,7 @@ class Settings:
     width: int | None = setting(None, "Width of the images in pixels (default: the model's own).", low=1)
 
     device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, mps, cuda or cuda:N.")
-    mixed_precision: str = setting("no", "Precision of the frozen weights and of autocast.", choices=PRECISIONS)
+    mixed_precision: str = setting(None, "Precision of the frozen weights and of autocast.", choices=PRECISIONS)
     gradient_checkpointing: str | None = setting(
         None,
         "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "

@@ -15,7 +15,7 @@ from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
-from draftune.recommended import sampling_of
+from draftune.recommended import recommended_of
 from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call, without_block_checkpointing
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
@@ -140,8 +140,8 @@ class DiffusionModel(Family):
 
     @property
     def recommended(self) -> dict[str, Any]:
-        """The `num_inference_steps` and the `guidance_scale` that the model was published with."""
-        return sampling_of(self.pipeline, self.name)
+        """The default settings of the model, by name: those that it was published with."""
+        return recommended_of(self.pipeline, self.name)
 
     def noise(self, generators: torch.Generator | Sequence[torch.Generator], count: int) -> Tensor:
         """Sample N(0, I) noise `[count, C, H, W]` from one CPU generator, or from one generator per latent."""

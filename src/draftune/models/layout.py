@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from draftune.errors import DraftuneError
-from draftune.models import adapter, part_folder, pipeline_folder
+from draftune.models import adapter
+from draftune.models.loading import part_folder, pipeline_folder, read_index
 from draftune.utils.hub import fetch
 from draftune.utils.loading import first_line
 from draftune.utils.quiet import silence_libraries
@@ -32,7 +31,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
 
     source = pipeline_folder(model, fetch_configs)
     try:
-        index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+        index = read_index(source, model)
         denoiser = adapter(index["_class_name"]).lora_prefix
         encoders = sorted(part for part in index if part.startswith("text_encoder") and index[part][1] is not None)
         networks = {}

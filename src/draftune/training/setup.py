@@ -19,6 +19,7 @@ from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
+from draftune.published import Defaults
 from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.online import require_trained
@@ -134,7 +135,8 @@ def resolve_settings(model: ModelLike | None, settings: Settings | None, values:
     """Return the settings with `values` in them, and the recommended values of model and method for the rest."""
     base = asdict(settings) if settings else {}
     if settings is None and isinstance(model, DiffusionModel):
-        base = model.recommended  # the name of a loaded model may be no folder that Settings can look into
+        # The name of a loaded model may be no folder that Settings can look into.
+        base = {name: model.recommended[name] for name in Defaults._fields}
     values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
     if settings and not same_method(str(values.get("method", settings.method)), settings.method):
         base.pop("prefix_reuse_steps")  # the recommended number depends on the method

@@ -1,0 +1,128 @@
+"""Read diffusers pipelines from folders and from the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from draftune.assets import EMBEDDED
+from draftune.errors import DraftuneError, out_of_memory
+from draftune.models.base import DTYPES
+from draftune.utils.hub import fetch, is_hub_id, unreachable
+from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
+from draftune.utils.paths import user_path
+from draftune.utils.quiet import silence_libraries
+from draftune.utils.single_file import no_pipeline_error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def pipeline_folder(model: str, download: Callable[[str], Path]) -> Path:
+    """Return the folder of a pipeline, which is downloaded if `model` is a hub id.
+
+    Args:
+        model: "emoji", the folder of a saved pipeline, or a hub id.
+        download: Fetches a hub id and returns its folder.
+
+    Raises:
+        DraftuneError: There is no such model, or it can't be downloaded.
+    """
+    source = EMBEDDED[model] if model == "emoji" else user_path(model)
+    if (source / "model_index.json").is_file():
+        return source
+    if source.exists():
+        raise no_pipeline_error(source)
+    if not is_hub_id(model):
+        raise DraftuneError(f"unknown model {model!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
+    try:
+        return download(model)
+    except Exception as error:
+        raise unreachable(model, "--model", error=error) from error
+
+
+def fetch_pipeline(name: str) -> Path:
+    """Download the configs and safetensors of a pipeline from the hub, or return its folder in the hub's cache."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+
+    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    fetch(hf_hub_download, name, "model_index.json")
+    try:
+        return fetch(DiffusionPipeline.download, name, **options)
+    except OSError:
+        # Some pipelines are published in half precision only, as the variant "fp16".
+        return fetch(DiffusionPipeline.download, name, variant="fp16", **options)
+
+
+def part_folder(source: Path, part: str) -> Path:
+    """Return a component's folder. The first unconditional pipelines were published without a folder for the UNet."""
+    folder = source / part
+    return source if part == "unet" and not folder.exists() else folder
+
+
+def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
+    """Return the precision in which a component is loaded. `DiffusionModel.to` casts those that need another one."""
+    dtype = DTYPES[precision]
+    if dtype is None:
+        return torch.float32
+    return dtype if part in ("unet", "transformer") else saved_dtype(folder)
+
+
+def read_index(source: Path, name: str) -> dict[str, Any]:
+    """Return the model_index.json of a pipeline's folder. Raises DraftuneError if it can't be read."""
+    try:
+        index: dict[str, Any] = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+        str.lower(index["_class_name"])  # a TypeError unless it is text
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DraftuneError(f"{name!r} is not a diffusers pipeline: its model_index.json can't be read") from error
+    return index
+
+
+def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
+    """Load the pipeline in a folder.
+
+    Args:
+        source: The folder.
+        name: The model's name, for messages.
+        precision: "no", "bf16" or "fp16", see `draftune.models.load_model`.
+
+    Raises:
+        DraftuneError: The pipeline can't be loaded.
+    """
+    index = read_index(source, name)
+    try:
+        # Safety checkers and image encoders are not loaded: no feature here uses them.
+        left_out = {"safety_checker": None, "requires_safety_checker": False}
+        left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
+        left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
+        networks = {
+            part: load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype_for(part, folder, precision))
+            for part, entry in index.items()
+            if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+            if any((folder := part_folder(source, part)).glob("*.safetensors"))
+        }
+        for part, entry in index.items():
+            is_tokenizer = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])
+            if is_tokenizer and not any((part_folder(source, part) / file).is_file() for file in TOKENIZER_FILES):
+                raise DraftuneError(
+                    f"{name!r} has no {part}: its folder needs one of the files {', '.join(TOKENIZER_FILES)}"
+                )
+        with silence_libraries():
+            # The pipeline's own class: `DiffusionPipeline.from_pretrained` would load some of what is left out.
+            kind = getattr(import_module("diffusers"), index["_class_name"])
+            pipeline: DiffusionPipeline = kind.from_pretrained(
+                str(source), use_safetensors=True, **networks, **left_out
+            )
+    except DraftuneError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise DraftuneError(f"cannot load the pipeline {name!r}: {first_line(error)}") from error
+    return pipeline
