@@ -22,22 +22,21 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import cycle, islice
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderTiny
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import HUB, PIPELINES, ViTH
 from draftune.models.base import DTYPES
 from draftune.presets import PRESETS, read_yaml
-from draftune.training.memory_check import held_memory
+from draftune.training.memory_count import MemoryCount, network_bytes
+from draftune.training.memory_count import count as counted
 from draftune.training.trainer import Trainer
-from draftune.utils.memory import PeakMemory, peak_memory
+from draftune.utils.memory import peak_memory
+from draftune.utils.weightless import without_weights
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
 # Memory does not depend on the number of prefix steps, so that one is enough.
@@ -63,7 +62,7 @@ def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Tra
 def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Return the first update's peak memory, the process's peak, and wall and CPU seconds of each update."""
     with trainer(model, True, settings) as made:
-        result: dict[str, Any] = {"held": held_memory(made), "rss_before": rss()}
+        result: dict[str, Any] = {"held": network_bytes(made), "rss_before": rss()}
         start = time.perf_counter(), time.process_time()
         result["peak"] = peak_memory(lambda: made.train_step.run(1))
         times = []
@@ -78,47 +77,8 @@ def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]
 
 def count(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the bytes of the networks, the peaks of an update and of sampling a batch, and the optimizer state."""
-    with trainer(model, False, settings) as made:
-        held, averages = held_memory(made), 2 * sum(p.nbytes for p in made.train_step.parameters.values())
-        peak, drawing = counted(made)
-        return {"held": held, "averages": averages, "peak": peak, "drawing": drawing}
-
-
-def counted(made: Trainer) -> tuple[int, int]:
-    """Return the peak bytes of the first update and of sampling a batch for the log.
-
-    All weights are replaced by fake tensors.
-    """
-    updates, s = made.train_step, made.settings
-    with FakeTensorMode(), Numberless() as memory:
-        for network in (*made.model.all_modules, made.reward):
-            for module in network.modules():
-                for table in (module._parameters, module._buffers):
-                    table.update({name: faked(tensor) for name, tensor in table.items() if tensor is not None})
-        updates.parameters = {n: p for n, p in made.model.denoiser.named_parameters() if p.requires_grad}
-        updates.optimizer.param_groups[0]["params"] = list(updates.parameters.values())
-        updates.prompt_sampler.queue = list(islice(cycle(range(len(made.prompts))), s.batch_size))
-        memory.live = memory.peak = 0
-        updates.run(1)
-        update, before = memory.peak, memory.live
-        memory.peak = before
-        made.context.sample_images(list(islice(cycle(made.prompts), s.batch_size)), range(s.batch_size))
-        return update, memory.peak - before
-
-
-class Numberless(PeakMemory):
-    """Count memory, and return 1 where a number is read: all values are finite, and no gradient is 0."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def faked(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a fake tensor of the same shape and dtype; call inside a FakeTensorMode."""
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    with trainer(model, False, settings) as made, without_weights() as mode:
+        return counted(made, mode)._asdict()
 
 
 def rss() -> int:
@@ -166,8 +126,8 @@ def presets() -> None:
         left_out = ("reward", "prompts", "num_inference_steps")
         settings = {key: value for key, value in values.items() if key not in left_out}
         result = measure("count", model, settings)
-        if "peak" in result:
-            total = result["held"] + result["averages"] + max(result["peak"], result["drawing"])
+        if "update" in result:
+            total = result["networks"] + MemoryCount(**{name: result[name] for name in MemoryCount._fields}).peak
             room = int(name.rpartition("-")[2].removesuffix("gb")) * 2**30
             print(f"{name}: {total / 1e9:.2f} GB, {total / room:.0%} of {room / 2**30:.0f} GiB", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,26 @@ def test_what_it_advises_fits(settings: Settings) -> None:
     assert least.best.settings.mixed_precision == "bf16"
     assert mentions(report(least), "not fit 0 MiB")
     assert "--gradient-checkpointing blocks" in report(found)
+
+
+def test_a_counted_run_finds_the_settings_that_a_measured_one_finds(
+    settings: Settings, pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(settings, gradient_checkpointing="none", steps=1, eval_prompts="")
+    measured = preflight(settings)
+    without = Path(shutil.copytree(pipeline_folder, tmp_path / "configs"))
+    for path in without.rglob("*.safetensors"):
+        path.unlink()
+    settings = replace(settings, model=str(without))
+    counted = preflight(settings, int(0.95 * measured.best.total / ROOM), count=True)
+    assert counted.changes == {"gradient_checkpointing": "blocks"}
+    # AdamW's moments exist after the first update; the measured peak is of two updates.
+    assert counted.trials[0].total == pytest.approx(measured.best.total, rel=0.02)
+    assert counted.best.run == {}
+    flags = ["--model", str(without), "--prompts", settings.prompts, "--output", settings.output]
+    flags += ["--reward", settings.reward, "--num-inference-steps", "2", "--device", "cpu"]
+    assert main(["preflight", "--count", "--memory", "1", *flags]) == 0
+    assert mentions(capsys.readouterr().out, "counted from the configs")
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

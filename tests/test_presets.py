@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
 from draftune.presets import PRESETS, config_path, read_yaml
 from draftune.settings import Settings
+from draftune.training.memory_count import count_run, network_bytes
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
@@ -22,7 +25,6 @@ from helpers.errors import mentions, raises
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from architectures import HUB
-from full_size import counted
 
 
 def asked(*argv: str) -> Settings:
@@ -82,12 +84,14 @@ def test_presets_are_found_without_torch() -> None:
     ],
     ids=lambda settings: settings["method"],
 )
-def test_memory_is_counted_without_arithmetic(
+def test_the_memory_of_a_run_is_counted_from_configs_alone(
     pipeline_folder: Path, tmp_path: Path, settings: dict[str, object]
 ) -> None:
-    values = {
-        "prompts": ["a cat", "a dog"],
-        "reward": "saturation",
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    values: dict[str, Any] = {
+        "prompts": str(prompts),
+        "reward": "emoji_aesthetic",
         "batch_size": 2,
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
@@ -95,5 +99,10 @@ def test_memory_is_counted_without_arithmetic(
         "output": str(tmp_path / "run"),
         **settings,
     }
-    made, again = (Trainer(str(pipeline_folder), **values) for _ in range(2))
-    assert counted(made)[0] == pytest.approx(peak_memory(lambda: again.train_step.run(1)), rel=0.01)
+    made = Trainer(str(pipeline_folder), **values)
+    without = Path(shutil.copytree(pipeline_folder, tmp_path / "configs"))
+    for path in without.rglob("*.safetensors"):
+        path.unlink()
+    count = count_run(Settings(model=str(without), **values))
+    assert count.networks == network_bytes(made)
+    assert count.update == pytest.approx(peak_memory(lambda: made.train_step.run(1)), rel=0.01)

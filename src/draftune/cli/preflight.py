@@ -1,4 +1,4 @@
-"""`draftune preflight`: measure the memory and the time of a run before it starts."""
+"""`draftune preflight`: measure or count the memory of a run before it starts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory to fit into in GiB (default: the device's free memory)"
     )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="count the memory from the configs of model and rewards, without downloading weights or measuring time",
+    )
     train.arguments(parser)
 
 
@@ -29,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     settings = train.train_settings(args)
     from draftune.training.memory_check import preflight
 
-    result = preflight(settings, int(args.memory * 2**30) if args.memory else None)
+    result = preflight(settings, int(args.memory * 2**30) if args.memory else None, args.count)
     print(report(result))
     return 0 if result.fits and not result.changes else 1
 
@@ -39,7 +44,7 @@ def report(result: MemoryReport) -> str:
     first, best = result.trials[0].settings, result.best
     lines = [
         f"{first.model}, {first.method}, {first.batch_size} x {first.gradient_accumulation_steps} images an update, "
-        f"on {result.device}",
+        f"{f'on {result.device}' if best.run else 'counted from the configs'}",
         "",
         f"{'MiB':44}{'networks':>10}{'update':>10}{'together':>10}{'seconds':>10}",
     ]
@@ -54,7 +59,7 @@ def report(result: MemoryReport) -> str:
         tried = f"; the least is {size(best.total)} MiB, with {flags or 'nothing changed'}" if best.ran else ""
         advice = "use smaller images (--height, --width), a smaller reward or a larger device"
         lines += ["", f"It does not fit into {size(result.memory)} MiB{tried}: {advice}."]
-    if best.ran:
+    if best.run:
         parts = ", ".join(f"{count} {name} {duration(taken)}" for name, (count, taken) in best.run.items())
         lines.append(f"The whole run: about {duration(best.seconds)} ({parts}).")
     return "\n".join(lines)
@@ -66,7 +71,7 @@ def row(trial: MemoryTrial) -> str:
     if not trial.ran:
         return f"{name:44}{'out of memory':>40}"
     numbers = "".join(f"{size(value):>10}" for value in (trial.held, trial.peak, trial.total))
-    return f"{name:44}{numbers}{trial.update:>10.2f}"
+    return f"{name:44}{numbers}{f'{trial.update:.2f}' if trial.run else '-':>10}"
 
 
 def flag(name: str, value: object) -> str:
@@ -89,9 +94,10 @@ def duration(seconds: float) -> str:
 
 COMMAND = Command(
     "preflight",
-    "measure the memory and time of a run before it starts",
+    "measure or count the memory of a run before it starts",
     "Run real updates with the flags of 'train' and write nothing. Print the memory, the seconds, and the settings to "
-    "change if the run does not fit. The exit code is 1 if it does not fit as requested.",
+    "change if the run does not fit. With --count, the memory is counted from the configs alone, before any weights "
+    "are downloaded. The exit code is 1 if the run does not fit as requested.",
     "draftune preflight --model emoji --reward emoji_aesthetic --batch-size 16 --memory 0.5",
     arguments,
     run,

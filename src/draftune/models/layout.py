@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 
 from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models import adapter
-from draftune.models.loading import part_folder, pipeline_folder, read_index
-from draftune.utils.hub import fetch
+from draftune.models.loading import fetch_configs, part_folder, pipeline_folder, read_index
 from draftune.utils.loading import first_line
 from draftune.utils.quiet import silence_libraries
+from draftune.utils.weightless import from_config
 
 
 def load_layout(model: str) -> dict[str, nn.Module]:
@@ -38,17 +37,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
         for part in (denoiser, *encoders):
             kind, folder = getattr(import_module(index[part][0]), index[part][1]), part_folder(source, part)
             with silence_libraries(), init_empty_weights():
-                if index[part][0] == "diffusers":
-                    networks[part] = kind.from_config(kind.load_config(folder))
-                else:
-                    networks[part] = kind(kind.config_class.from_pretrained(folder))
+                networks[part] = from_config(kind, folder)
         return networks
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise DraftuneError(f"cannot read the configs of the pipeline {model!r}: {first_line(error)}") from error
-
-
-def fetch_configs(name: str) -> Path:
-    """Download the configs of a pipeline from the hub, or return its folder in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    return fetch(snapshot_download, name, allow_patterns=["model_index.json", "*.json"])

@@ -18,6 +18,7 @@ from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved
 from draftune.utils.paths import user_path
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.single_file import no_pipeline_error
+from draftune.utils.weightless import fake_mode, without_computation
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -52,12 +53,21 @@ def fetch_pipeline(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    if fake_mode() is not None:
+        return fetch_configs(name)
     fetch(hf_hub_download, name, "model_index.json")
     try:
         return fetch(DiffusionPipeline.download, name, **options)
     except OSError:
         # Some pipelines are published in half precision only, as the variant "fp16".
         return fetch(DiffusionPipeline.download, name, variant="fp16", **options)
+
+
+def fetch_configs(name: str) -> Path:
+    """Download the configs and tokenizers of a pipeline from the hub, or return its folder in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    return fetch(snapshot_download, name, allow_patterns=["*.json", "*.txt", "*.model"])
 
 
 def part_folder(source: Path, part: str) -> Path:
@@ -84,6 +94,15 @@ def read_index(source: Path, name: str) -> dict[str, Any]:
     return index
 
 
+def load_network(entry: list[str], folder: Path, dtype: torch.dtype) -> Any:
+    """Load a component of a pipeline, given its library and class.
+
+    Inside `without_weights` it is built from its config, and text encoders return zeros.
+    """
+    network = load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype)
+    return network if fake_mode() is None or entry[0] == "diffusers" else without_computation(network)
+
+
 def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
     """Load the pipeline in a folder.
 
@@ -101,11 +120,12 @@ def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
         left_out = {"safety_checker": None, "requires_safety_checker": False}
         left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
+        file = "*.safetensors" if fake_mode() is None else "config.json"
         networks = {
-            part: load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype_for(part, folder, precision))
+            part: load_network(entry, folder, dtype_for(part, folder, precision))
             for part, entry in index.items()
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
-            if any((folder := part_folder(source, part)).glob("*.safetensors"))
+            if any((folder := part_folder(source, part)).glob(file))
         }
         for part, entry in index.items():
             is_tokenizer = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])

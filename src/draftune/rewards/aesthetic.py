@@ -10,7 +10,7 @@ from draftune.assets import EMBEDDED
 from draftune.errors import gather
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder, openai_preprocess
-from draftune.rewards.weights import check_layout, find_file, find_network, load_tensors
+from draftune.rewards.weights import find_file, find_network, load_into
 
 WIDTHS = (1024, 128, 64, 16, 1)
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
@@ -50,11 +50,9 @@ class Aesthetic(Reward):
         )
 
     def load(self) -> None:
-        tensors = load_tensors(self.path)
         self.clip = openai_preprocess(ClipEncoder.from_folder(self.folder))
         self.head = Head(self.clip.width)
-        check_layout({name: tuple(t.shape) for name, t in self.head.state_dict().items()}, tensors, self.path)
-        self.head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        load_into(self.head, self.path)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.head(self.clip.embed_images(images))

@@ -14,7 +14,7 @@ from draftune.errors import DraftuneError, gather, require
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalized
-from draftune.rewards.weights import KeyMap, find_file, find_tokenizer, load_tensors
+from draftune.rewards.weights import KeyMap, find_file, find_tokenizer
 from draftune.utils.loading import Truncation, build_part, load_tokenizer, truncation
 
 FILES = {2.0: "HPS_v2_compressed.pt", 2.1: "HPS_v2.1_compressed.pt"}
@@ -111,7 +111,7 @@ class HPSv2(Reward):
         config = CLIPConfig(**self.config)
         with torch.device("meta"):
             shapes = CLIPModel(config)
-        state = OPEN_CLIP.read(shapes, load_tensors(self.path), self.path)
+        state = OPEN_CLIP.read(shapes, self.path)
         count = config.text_config.vocab_size
         tokenizer = load_tokenizer(CLIPTokenizerFast, self.folder, count, at_least=count)
         preprocess = LongestEdge(config.vision_config.image_size)

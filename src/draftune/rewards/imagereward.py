@@ -12,7 +12,7 @@ from draftune.errors import gather
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
-from draftune.rewards.weights import KeyMap, find_file, find_tokenizer, load_tensors
+from draftune.rewards.weights import KeyMap, find_file, find_tokenizer
 from draftune.utils.loading import Truncation, build_part, load_tokenizer, tokenized, truncation
 
 FILE = "ImageReward.pt"
@@ -81,7 +81,7 @@ class ImageReward(Reward):
         with torch.device("meta"):
             parts = {"vision": BlipVisionModel(vision), "text": BlipTextModel(text, add_pooling_layer=False)}
             shapes = nn.ModuleDict({**parts, "head": Head(text.hidden_size)})
-        state = BLIP.read(shapes, load_tensors(self.path), self.path, UNUSED)
+        state = BLIP.read(shapes, self.path, UNUSED)
         own = {
             part: {name.removeprefix(f"{part}."): t.float() for name, t in state.items() if name.startswith(f"{part}.")}
             for part in shapes

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from draftune.errors import DraftuneError
 
@@ -174,6 +175,7 @@ def rounded(scaled: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@unset_fake_temporarily()  # a fake tensor must not stay in the cache
 def pil_weights(size_in: int, size_out: int, mode: str, start: int, stop: int) -> Tensor:
     """Return the resampling weights of new pixels `start` to `stop` of `size_out`, from `size_in` pixels.
 

@@ -16,8 +16,10 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.utils.hub import fetch, is_hub_id, unreachable
 from draftune.utils.loading import TOKENIZER_FILES, first_line
 from draftune.utils.paths import user_path
+from draftune.utils.weightless import fake_mode
 
-FOLDER_FILES = ["*.json", "*.txt", "*.safetensors", "*.model"]
+CONFIG_FILES = ["*.json", "*.txt", "*.model"]
+FOLDER_FILES = [*CONFIG_FILES, "*.safetensors"]
 
 
 def find_folder(model: str, option: str, patterns: Sequence[str] = FOLDER_FILES) -> Path:
@@ -51,6 +53,8 @@ def find_network(model: str, option: str, tokenizer: bool = True) -> Path:
 
     Arguments and errors are those of `find_folder`.
     """
+    if fake_mode() is not None:
+        return find_folder(model, option, CONFIG_FILES)
     folder = find_folder(model, option)
     if is_hub_id(model) and folder != user_path(model) and not any(folder.glob("*.safetensors")):
         # The download cache may have only some files of it, such as the tokenizer.
@@ -90,7 +94,7 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
         DraftuneError: if there is no such file; the message names the download.
     """
     path = user_path(source)
-    if path.is_file():
+    if path.is_file() or fake_mode() is not None:
         return path
     if hub is None or str(source) != hub[1]:
         advice = f"download {url} and give its path to {option}" if url else f"{option} takes the path of the file"
@@ -132,6 +136,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return content
 
 
+def load_into(network: nn.Module, path: Path) -> None:
+    """Load the tensors of a weights file into a network in float32; inside `without_weights` nothing is loaded.
+
+    Raises:
+        DraftuneError: for a tensor that is missing, extra or of another shape.
+    """
+    if fake_mode() is None:
+        tensors = load_tensors(path)
+        check_layout({name: tuple(t.shape) for name, t in network.state_dict().items()}, tensors, path)
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
 class KeyMap:
     """Maps the names of tensors in a transformers network to those in a published file.
 
@@ -163,21 +179,22 @@ class KeyMap:
             shapes[published] = shape
         return shapes
 
-    def read(
-        self, network: nn.Module, tensors: Mapping[str, Tensor], source: Path, unused: str = r"(?!)"
-    ) -> dict[str, Tensor]:
-        """Convert the tensors of a published file to the network's state dict.
+    def read(self, network: nn.Module, source: Path, unused: str = r"(?!)") -> dict[str, Tensor]:
+        """Read a published file and convert its tensors to the network's state dict.
+
+        Inside `without_weights` the network's own tensors are returned.
 
         Args:
             network: The network, on any device; only names and shapes are used.
-            tensors: The published tensors by name.
-            source: The file, for error messages.
+            source: The file.
             unused: Pattern of names that the file may have and the network does not need.
 
         Raises:
             DraftuneError: for a tensor that is missing, extra or of another shape.
         """
-        used = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(unused, name)}
+        if fake_mode() is not None:
+            return {name: torch.zeros(tensor.shape) for name, tensor in network.state_dict().items()}
+        used = {name: tensor for name, tensor in load_tensors(source).items() if not re.fullmatch(unused, name)}
         check_layout(self.layout(network), used, source)
         state = {}
         for name in network.state_dict():

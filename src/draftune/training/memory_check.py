@@ -1,4 +1,4 @@
-"""Memory check: run real updates to measure memory and time, and find settings that fit into the device's memory."""
+"""Memory check: measure or count the memory of a run, and find settings that fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from draftune.evaluation.metrics import score_batches
 from draftune.methods import load_method
 from draftune.settings import Settings
 from draftune.training.distributed import accelerator
+from draftune.training.memory_count import count_run, network_bytes
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
 
@@ -38,9 +39,10 @@ class MemoryTrial:
         change: What differs from the trial before.
         held: Bytes of all networks.
         peak: Bytes that an update needs on top, the optimizer's state included, or sampling if that needs more.
-        update: Seconds of an update.
-        picture: Seconds to sample and score an image.
-        run: For "updates", "sample grids" and "evaluations" of the whole run, their number and their seconds.
+        update: Seconds of an update; 0 for a counted trial.
+        picture: Seconds to sample and score an image; 0 for a counted trial.
+        run: For "updates", "sample grids" and "evaluations" of the whole run, their number and their seconds; empty
+            for a counted trial.
     """
 
     settings: Settings
@@ -87,12 +89,13 @@ class MemoryReport:
         return {name: value for name, value in vars(last).items() if value != getattr(first, name)}
 
 
-def preflight(settings: Settings, memory: int | None = None) -> MemoryReport:
+def preflight(settings: Settings, memory: int | None = None, count: bool = False) -> MemoryReport:
     """Run real updates at the real size, and change one setting after the other until they fit. Nothing is written.
 
     Args:
         settings: The settings of the run.
         memory: Bytes to fit into; the free memory of the device by default.
+        count: Whether to count the memory from the configs instead (`memory_count`). No weights are downloaded.
 
     Raises:
         DraftuneError: as `train` would.
@@ -101,11 +104,12 @@ def preflight(settings: Settings, memory: int | None = None) -> MemoryReport:
     settings = replace(settings, resume=False)
     device = accelerator(settings).device
     memory = memory or free_memory(device)
-    first = measured(settings, {})
+    trial_of = counted if count else measured
+    first = trial_of(settings, {})
     report = MemoryReport(device, memory, [first], first)
     for lever in LEVERS:
         while not report.fits and (change := lever(report.best.settings)):
-            trial = measured(replace(report.best.settings, **change), change)
+            trial = trial_of(replace(report.best.settings, **change), change)
             report.trials.append(trial)
             # If neither trial ran, the next change is made on top of this one.
             if report.best.ran and not (trial.ran and trial.total < WORTH * report.best.total):
@@ -152,6 +156,12 @@ LEVERS: tuple[Callable[[Settings], dict[str, Any]], ...] = (
 )
 
 
+def counted(settings: Settings, change: dict[str, Any]) -> MemoryTrial:
+    """Count the memory of a run with these settings from the configs."""
+    memory = count_run(settings)
+    return MemoryTrial(settings, change, ran=True, held=memory.networks, peak=memory.peak)
+
+
 def measured(settings: Settings, change: dict[str, Any]) -> MemoryTrial:
     """Load everything and measure some updates."""
     trial = MemoryTrial(settings, change)
@@ -171,7 +181,7 @@ def measured(settings: Settings, change: dict[str, Any]) -> MemoryTrial:
 def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
     """Fill in a trial's measurements."""
     c, s, device = trainer.context, trainer.settings, trainer.context.accelerator.device
-    trial.held = held_memory(trainer)
+    trial.held = network_bytes(trainer)
     trainer.train_step.folder = None
     trainer.checks.check_rewards(trainer.validation.shown)
     # The optimizer's state exists from the second update on.
@@ -214,19 +224,6 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def held_memory(trainer: Trainer) -> int:
-    """Return the bytes of every network on the device during training, the LoRA included."""
-    c = trainer.context
-    rewards = [c.reward, c.eval_rewards, c.continued_run.reward if c.continued_run is not None else None]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for network in [*c.model.all_modules, *filter(None, rewards)]
-        for tensor in (*network.parameters(), *network.buffers())
-        if tensor.device == c.accelerator.device
-    }
-    return sum(storages.values())
 
 
 def free_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.utils.quiet import silence_libraries
+from draftune.utils.weightless import fake_mode, from_config
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """The possible vocabulary files of a tokenizer. Without any, transformers silently makes an empty tokenizer."""
@@ -50,6 +51,8 @@ def weights_files(folder: Path) -> list[Path]:
 def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """Load a network of diffusers or transformers from a folder's safetensors.
 
+    Inside `without_weights` it is built from its config.
+
     Args:
         cls: The network's class.
         folder: The folder; if it has only a half-precision variant, that is loaded.
@@ -60,6 +63,8 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
         DraftuneError: The network can't be loaded, or weights are missing or have another shape. The libraries only
             warn about these weights and initialize them at random.
     """
+    if (mode := fake_mode()) is not None:
+        return config_only(cls, folder, dtype, mode)
     if (variant := weights_variant(folder)) is not None:
         options["variant"] = variant
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -81,6 +86,15 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
     return network
 
 
+def config_only(cls: Any, folder: Path, dtype: torch.dtype, mode: Any) -> Any:
+    """Build a network from the config in a folder, with fake tensors. Raises DraftuneError if it can't be read."""
+    try:
+        with silence_libraries(), mode:
+            return from_config(cls, folder).to(dtype)
+    except Exception as error:
+        raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
+
+
 def saved_dtype(folder: Path) -> torch.dtype:
     """Return the precision of a folder's safetensors: a half precision if all weights have it, or float32."""
     try:
@@ -95,6 +109,9 @@ def saved_dtype(folder: Path) -> torch.dtype:
 
 def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) -> Any:
     """Build a network of transformers from its config and state dict, in float32 and evaluation mode."""
+    if (mode := fake_mode()) is not None:
+        with silence_libraries(), mode:
+            return cls(config, **options).eval()
     with silence_libraries():
         return cls.from_pretrained(None, config=config, state_dict=state, **options).float()
 

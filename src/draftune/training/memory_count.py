@@ -1,0 +1,106 @@
+"""Count the memory of a run from the configs of its model and its rewards alone, without weights and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import cycle, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from draftune.settings import Settings
+from draftune.training.trainer import Trainer
+from draftune.utils.memory import PeakMemory
+from draftune.utils.weightless import make_fake, without_weights
+
+
+class MemoryCount(NamedTuple):
+    """Bytes of a run.
+
+    Attributes:
+        networks: All networks that are on the device during training, the LoRA included.
+        optimizer: The two moments of AdamW for each LoRA tensor.
+        update: Peak of an update.
+        sampling: Peak of sampling a batch for a grid.
+    """
+
+    networks: int
+    optimizer: int
+    update: int
+    sampling: int
+
+    @property
+    def peak(self) -> int:
+        """The largest number of bytes beside the networks."""
+        return self.optimizer + max(self.update, self.sampling)
+
+
+def count_run(settings: Settings) -> MemoryCount:
+    """Count a run. Of models and rewards on the hub only the configs and tokenizers are downloaded.
+
+    All networks are built from their configs with fake tensors (torch's FakeTensorMode). All operations of an update
+    are dispatched and live bytes are summed, but nothing is computed.
+
+    Raises:
+        DraftuneError: as `train` would.
+    """
+    with without_weights() as mode:
+        trainer = Trainer(settings=replace(settings, device="cpu", compile=False))
+        return count(trainer, mode)
+
+
+def count(trainer: Trainer, mode: Any) -> MemoryCount:
+    """Count the updates of a trainer whose networks have fake or real tensors; all become fake tensors of the mode."""
+    steps, s = trainer.train_step, trainer.settings
+    steps.folder = None
+    networks = network_bytes(trainer)
+    moments = 2 * sum(parameter.nbytes for parameter in steps.parameters.values())
+    with mode, Numberless() as memory:
+        for network in trainer_networks(trainer):
+            make_fake(network)
+        steps.parameters = {n: p for n, p in trainer.model.denoiser.named_parameters() if p.requires_grad}
+        steps.optimizer.param_groups[0]["params"] = list(steps.parameters.values())
+        # A generator on fake tensors draws no numbers.
+        steps.prompt_sampler.queue = list(islice(cycle(range(len(trainer.prompts))), s.batch_size))
+        memory.live = memory.peak = 0
+        steps.run(1)
+        update, before = memory.peak, memory.live
+        memory.peak = before
+        prompts = list(islice(cycle(trainer.prompts), s.batch_size))
+        trainer.context.sample_images(prompts, range(s.batch_size))
+        return MemoryCount(networks, moments, update, memory.peak - before)
+
+
+def trainer_networks(trainer: Trainer) -> list[nn.Module]:
+    """Return every network of a training run: the model's and those of its rewards."""
+    c = trainer.context
+    earlier = c.continued_run.reward if c.continued_run is not None else None
+    return [*c.model.all_modules, *filter(None, [c.reward, c.eval_rewards, earlier])]
+
+
+def network_bytes(trainer: Trainer) -> int:
+    """Return the bytes of every network on the device during training, the LoRA included."""
+    device = trainer.context.accelerator.device
+    return storage_bytes(
+        tensor
+        for network in trainer_networks(trainer)
+        for tensor in (*network.parameters(), *network.buffers())
+        if tensor.device == device
+    )
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the tensors' storages, each counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+class Numberless(PeakMemory):
+    """Count memory, and return 1 where a number is read: all values are finite, and no gradient is 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
+        return super().__torch_dispatch__(func, types, args, kwargs)
