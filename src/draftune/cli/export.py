@@ -9,6 +9,7 @@ from draftune.utils.paths import user_path
 
 LOAD = {
     "diffusers": "in diffusers: pipe.load_lora_weights({path!r})",
+    "comfyui": "copy it to ComfyUI's models/loras",
     "kohya": "copy it to ComfyUI's models/loras or AUTOMATIC1111's models/Lora, or pipe.load_lora_weights({path!r})",
     "merged": "in diffusers: DiffusionPipeline.from_pretrained({path!r})",
 }
@@ -23,8 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         required=True,
         choices=LOAD,
-        help="diffusers: folder of a LoRA; kohya: .safetensors file for ComfyUI and AUTOMATIC1111; "
-        "merged: folder of a pipeline with the LoRA merged into its weights",
+        help="diffusers: folder of a LoRA; comfyui: .safetensors file for ComfyUI; kohya: .safetensors file for "
+        "AUTOMATIC1111, of Stable Diffusion 1, 2 and XL only; merged: folder of a pipeline with the LoRA merged into "
+        "its weights",
     )
     parser.add_argument(
         "--output", type=filled, required=True, metavar="PATH", help="folder or file, which must not exist"
@@ -63,7 +65,7 @@ COMMAND = Command(
     "export",
     "export a LoRA for other tools",
     "Export a LoRA for diffusers, for ComfyUI and AUTOMATIC1111, or merged into its base model.",
-    "draftune export runs/first --format kohya --lora-scale 0.7 --output glossy.safetensors",
+    "draftune export runs/first --format comfyui --lora-scale 0.7 --output glossy.safetensors",
     arguments,
     run,
 )

@@ -138,6 +138,15 @@ class LoRADeltas:
             The tensors by PART.LAYER.lora_A.weight and PART.LAYER.lora_B.weight, and the rank.
 
         Raises:
+            DraftuneError: See `factors`.
+        """
+        rank = max(layer.rank for layer in self.layers.values())
+        return self.padded(rank).factors(dtype), rank
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return both factors of every layer, by PART.LAYER.lora_A.weight and PART.LAYER.lora_B.weight.
+
+        Raises:
             DraftuneError: A change has full rank, or a value overflows in `dtype`.
         """
         if full_rank := [name for name, layer in self.layers.items() if not layer.low_rank]:
@@ -146,14 +155,13 @@ class LoRADeltas:
                 "full rank, which a LoRA file can't represent; export it with --format merged and continue from that "
                 "model"
             )
-        rank = max(layer.rank for layer in self.layers.values())
         tensors = {}
-        for name, layer in self.padded(rank).layers.items():
+        for name, layer in self.layers.items():
             for half, tensor in (("A", layer.down), ("B", layer.up)):
                 tensors[f"{name}.lora_{half}.weight"] = cast = tensor.to(dtype)
                 if not cast.isfinite().all():
                     raise DraftuneError(f"the LoRA's weights of {name} are not finite in {cast.dtype}")
-        return tensors, rank
+        return tensors
 
     def write(self, folder: Path, dtype: torch.dtype = torch.float32, **metadata: str) -> Path:
         """Write FOLDER/pytorch_lora_weights.safetensors in diffusers' format and return its path."""

@@ -40,6 +40,13 @@ SUFFIXES: dict[str, str] = {
 # In the oldest format of diffusers ("attn1.processor.to_q_lora.down.weight") and in that of XLabs
 # ("qkv_lora1.down.weight"), "_lora" is part of the layer's name.
 NAMED_LORA = re.compile(r"(_lora\d?)\.(down|up)\.weight$")
+OTHER_KINDS = {
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.diff(_b)?$": "a difference of whole weights",
+}
+"""By a pattern of the keys: the adapters that are no LoRA."""
 
 
 @dataclass(frozen=True)
@@ -155,15 +162,21 @@ def read_file(source: Path | str) -> LoRAFile:
     if others:
         raise DraftuneError(
             f"{str(path)!r} is not a plain LoRA: {len(others)} of its {len(tensors)} tensors are not supported, such "
-            f"as {others[0]}"
+            f"as {others[0]}{other_kind(others)}"
         )
     return LoRAFile(path, layers, metadata, adapter_config(path, metadata))
 
 
 def no_lora(path: Path, keys: Sequence[str]) -> DraftuneError:
     """Return the error for a file with these keys, none of which is a LoRA factor."""
-    example = f": it holds {keys[0]}; LoHa, LoKr and whole weights are not supported" if keys else ""
+    example = f": it holds {keys[0]}{other_kind(keys) or ', which is no LoRA factor'}" if keys else ""
     return DraftuneError(f"{str(path)!r} holds no LoRA{example}")
+
+
+def other_kind(keys: Sequence[str]) -> str:
+    """Return what kind of adapter these keys belong to, as the end of a message; "" if it is unknown."""
+    kind = next((kind for part, kind in OTHER_KINDS.items() if any(re.search(part, key) for key in keys)), "")
+    return f" ({kind}, which is not supported)" if kind else ""
 
 
 def split_key(key: str) -> tuple[str, str]:

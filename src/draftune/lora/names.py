@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from draftune.lora.original_names import Target, original_names, xlabs_names
 
 LAYERS = (nn.Linear, nn.Conv2d)
 TEXT_ENCODER = "text_encoder"
@@ -22,18 +23,6 @@ WRAPPERS = (
     *("lora_unet_", "lora_transformer_", "lycoris_", "unet_", "transformer_"),
 )
 """The prefixes that tools put before a denoiser layer's name."""
-
-
-class Target(NamedTuple):
-    """The layers that one LoRA matrix applies to: several if the original network fuses them into one.
-
-    Attributes:
-        layers: PART.LAYER, in the order of the rows of `up`.
-        halves_swapped: Whether the two halves of the rows are swapped, as scale and shift in FLUX's last normalization.
-    """
-
-    layers: tuple[str, ...]
-    halves_swapped: bool = False
 
 
 class NameTable:
@@ -63,10 +52,8 @@ class NameTable:
             else:
                 for name in layers:
                     self.add([name, *own_aliases(name)], Target((f"{part}.{name}",)))
-                for alias, target in original_aliases(network):
-                    if all(name in layers for name in target.layers):
-                        names = tuple(f"{part}.{name}" for name in target.layers)
-                        self.add([alias], target._replace(layers=names))
+                for alias, target in (*original_names(network, layers), *xlabs_names(network, layers)):
+                    self.add([alias], target._replace(layers=tuple(f"{part}.{name}" for name in target.layers)))
 
     def add(self, names: list[str], target: Target) -> None:
         """Add names of one target; a name that already has another target becomes ambiguous."""
@@ -106,6 +93,12 @@ def adaptable_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module.get_base_layer()
         elif isinstance(module, LAYERS) and not name.startswith(inside):
             yield name, module
+
+
+def layer_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
 
 
 def canonical(part: str, name: str) -> str:
@@ -149,85 +142,3 @@ def text_aliases(name: str) -> Iterator[str]:
     for spelling in spellings:
         yield spelling
         yield f"text_model.{spelling}"
-
-
-def original_aliases(network: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Yield the names in the network's original code and their layers in diffusers, some of which may not exist."""
-    kind = type(network).__name__
-    if kind == "UNet2DConditionModel":
-        yield from ldm_names(network)
-    if kind == "FluxTransformer2DModel":
-        yield from flux_names(network)
-
-
-def ldm_names(unet: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Yield the names of the original UNets of CompVis and Stability AI, which kohya's trainer uses for SDXL."""
-    inner = (
-        *(("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("conv2", "out_layers.3")),
-        ("conv_shortcut", "skip_connection"),
-    )
-    blocks: dict[str, str] = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
-    blocks["mid_block.attentions.0"] = "middle_block.1"
-    for ours, theirs, number in (("down_blocks", "input_blocks", 1), ("up_blocks", "output_blocks", 0)):
-        for i, block in enumerate(getattr(unet, ours)):
-            for j in range(len(block.resnets)):
-                blocks[f"{ours}.{i}.resnets.{j}"] = f"{theirs}.{number}.0"
-                blocks[f"{ours}.{i}.attentions.{j}"] = f"{theirs}.{number}.1"
-                number += 1
-            if getattr(block, "downsamplers", None):
-                yield f"{theirs}.{number}.0.op", Target((f"{ours}.{i}.downsamplers.0.conv",))
-                number += 1
-            if getattr(block, "upsamplers", None):
-                last = 2 if getattr(block, "attentions", None) else 1
-                yield f"{theirs}.{number - 1}.{last}.conv", Target((f"{ours}.{i}.upsamplers.0.conv",))
-    others = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "add_embedding.linear_1": "label_emb.0.0",
-        "add_embedding.linear_2": "label_emb.0.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_out": "out.2",
-    }
-    for name, _ in adaptable_layers(unet):
-        block, _, layer = name.rpartition(".")
-        if block in blocks:
-            yield from ((f"{blocks[block]}.{theirs}", Target((name,))) for ours, theirs in inner if ours == layer)
-        for attention in (b for b in blocks if ".attentions." in b and name.startswith(f"{b}.")):
-            yield name.replace(attention, blocks[attention], 1), Target((name,))
-        if name in others:
-            yield others[name], Target((name,))
-
-
-def flux_names(transformer: nn.Module) -> Iterator[tuple[str, Target]]:
-    """Yield the names of the original FLUX.1 code, which kohya's trainer uses, and those of XLabs' LoRAs."""
-    for i in range(len(transformer.transformer_blocks)):  # type: ignore[arg-type]
-        ours, theirs = f"transformer_blocks.{i}", f"double_blocks.{i}"
-        image = tuple(f"{ours}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
-        text = tuple(f"{ours}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj"))
-        for stream, number, qkv, out, ff, norm in (
-            ("img", 1, image, "attn.to_out.0", "ff", "norm1"),
-            ("txt", 2, text, "attn.to_add_out", "ff_context", "norm1_context"),
-        ):
-            yield f"{theirs}.{stream}_attn.qkv", Target(qkv)
-            yield f"{theirs}.processor.qkv_lora{number}", Target(qkv)
-            yield f"{theirs}.{stream}_attn.proj", Target((f"{ours}.{out}",))
-            yield f"{theirs}.processor.proj_lora{number}", Target((f"{ours}.{out}",))
-            yield f"{theirs}.{stream}_mlp.0", Target((f"{ours}.{ff}.net.0.proj",))
-            yield f"{theirs}.{stream}_mlp.2", Target((f"{ours}.{ff}.net.2",))
-            yield f"{theirs}.{stream}_mod.lin", Target((f"{ours}.{norm}.linear",))
-    for i in range(len(transformer.single_transformer_blocks)):  # type: ignore[arg-type]
-        ours, theirs = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        qkv = tuple(f"{ours}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
-        yield f"{theirs}.linear1", Target((*qkv, f"{ours}.proj_mlp"))
-        yield f"{theirs}.processor.qkv_lora", Target(qkv)
-        yield f"{theirs}.linear2", Target((f"{ours}.proj_out",))
-        yield f"{theirs}.processor.proj_lora", Target((f"{ours}.proj_out",))
-        yield f"{theirs}.modulation.lin", Target((f"{ours}.norm.linear",))
-    embedders = (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
-    for theirs, ours in embedders:
-        yield f"{theirs}.in_layer", Target((f"time_text_embed.{ours}_embedder.linear_1",))
-        yield f"{theirs}.out_layer", Target((f"time_text_embed.{ours}_embedder.linear_2",))
-    yield "img_in", Target(("x_embedder",))
-    yield "txt_in", Target(("context_embedder",))
-    yield "final_layer.linear", Target(("proj_out",))
-    yield "final_layer.adaLN_modulation.1", Target(("norm_out.linear",), halves_swapped=True)

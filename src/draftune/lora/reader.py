@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas
 from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file
-from draftune.lora.names import TEXT_ENCODER, NameTable, Target, is_text
+from draftune.lora.names import TEXT_ENCODER, NameTable, is_text, layer_weight
+from draftune.lora.original_names import Target
 
 SKIP = "--skip-text-encoder-lora"
 
@@ -110,12 +111,6 @@ def changes(
             delta = decomposed(where, weight, delta, size, axis)
         result[layer] = delta
     return result
-
-
-def layer_weight(layer: nn.Module) -> Tensor:
-    """Return a layer's weight."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    return weight
 
 
 def fits(down: Tensor, weight: Tensor) -> bool:

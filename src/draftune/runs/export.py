@@ -1,4 +1,4 @@
-"""Export a LoRA for diffusers, for readers of kohya's format, or merged into a pipeline."""
+"""Export a LoRA for diffusers, for ComfyUI, for readers of kohya's format, or merged into a pipeline."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
 from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, lora_file
+from draftune.lora.comfyui import comfyui_names, has_loader
 from draftune.lora.names import in_network
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
@@ -28,7 +29,9 @@ from draftune.utils.paths import atomic_write, check_writable, user_path
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.tensors import save_tensors
 
-KOHYA_SUFFIX = ".safetensors"
+SUFFIX = ".safetensors"
+FILE_FORMATS = ("comfyui", "kohya")
+"""The formats that are one file, not a folder."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 UNCONDITIONAL = re.compile(r"attentions\.\d+\.to_")
 """Names of attention layers in unconditional UNets; conditional ones have transformer blocks in between."""
@@ -49,8 +52,9 @@ def export_lora(
     Args:
         source: A run's folder, a LoRA file or its folder.
         output: The file or folder to write, which must not exist.
-        format: "diffusers": a folder with the LoRA. "kohya": a .safetensors file for ComfyUI and others. "merged": the
-            folder of the base model's pipeline with the LoRA merged into its weights and the run's sampler.
+        format: "diffusers": a folder with the LoRA. "comfyui": a .safetensors file with ComfyUI's names. "kohya": a
+            .safetensors file with kohya's names, for UNets. "merged": the folder of the base model's pipeline with the
+            LoRA merged into its weights and the run's sampler.
         lora_scale: Factor of the LoRA's weights.
         best: Whether to take the run's best LoRA by its evaluations instead of the last one.
         dtype: "fp32" or "fp16".
@@ -80,10 +84,11 @@ def check(target: Path, format: str, lora_scale: float, dtype: str) -> None:
         raise unknown("dtype", dtype, DTYPES)
     if not math.isfinite(lora_scale):
         raise DraftuneError(f"--lora-scale must be finite, not {lora_scale}")
-    if (target.suffix == KOHYA_SUFFIX) != (format == "kohya"):
-        kind = f"a {KOHYA_SUFFIX} file" if format == "kohya" else "a folder"
+    is_file = format in FILE_FORMATS
+    if (target.suffix == SUFFIX) != is_file:
+        kind = f"a {SUFFIX} file" if is_file else "a folder"
         raise DraftuneError(f"--output must be {kind} with --format {format}, not {str(target)!r}")
-    if target.exists() and not (format != "kohya" and target.is_dir() and not any(target.iterdir())):
+    if target.exists() and not (not is_file and target.is_dir() and not any(target.iterdir())):
         raise DraftuneError(f"the output {str(target)!r} already exists; give another (--output)")
     check_writable(target)
 
@@ -110,13 +115,36 @@ def write_diffusers(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dty
     lora.write(target, dtype)
 
 
+def write_comfyui(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
+    """Write the LoRA with ComfyUI's names; see `draftune.lora.comfyui`. For UNets these are kohya's names.
+
+    No alpha is written: ComfyUI then takes 1 for alpha / rank.
+    """
+    networks = load_layout(str(lora.base_model))
+    denoiser = next(iter(networks.values()))
+    if not has_loader(denoiser):
+        raise DraftuneError(
+            f"--format comfyui does not support {type(denoiser).__name__}: ComfyUI has no loader for this network. Use "
+            "--format diffusers or merged"
+        )
+    if "unet" in networks:
+        write_kohya(lora, path, target, dtype)
+        return
+    rank = max(layer.rank for layer in lora.layers.values())
+    tensors = comfyui_names(lora.padded(rank), networks).factors(dtype)
+    with atomic_write(target) as temporary:
+        save_tensors(temporary, tensors, {"format": "pt", **origin(lora, path)})
+
+
 def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the LoRA in kohya's format: lora_unet_mid_block_attentions_0_proj_in.lora_down.weight, ….
 
     Alpha is written as the rank, which diffusers' conversion of this format assumes.
     """
     if "unet" not in lora.parts:
-        raise DraftuneError("--format kohya supports UNets only: use --format diffusers for a transformer's LoRA")
+        denoiser = next(iter(load_layout(str(lora.base_model)).values()))
+        others = "comfyui or diffusers" if has_loader(denoiser) else "diffusers or merged"
+        raise DraftuneError(f"--format kohya supports UNets only, not {type(denoiser).__name__}: use --format {others}")
     if any(UNCONDITIONAL.search(name) for name in lora.layers):
         raise DraftuneError("--format kohya does not support unconditional models: use --format diffusers or merged")
     named, rank = lora.tensors(dtype)
@@ -139,14 +167,20 @@ def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) 
     }
     if any(max(layer.shape[2:], default=1) > 1 for layer in lora.layers.values()):
         info["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(float(rank))})
+    with atomic_write(target) as temporary:
+        save_tensors(temporary, tensors, info | origin(lora, path))
+
+
+def origin(lora: LoRADeltas, path: Path) -> dict[str, str]:
+    """Return the metadata of a file's origin: the base model, the sampler options and the settings of the run."""
+    info: dict[str, str] = {}
     if lora.base_model:
         info |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
     if lora.grid:
         info[SAMPLER_METADATA] = lora.grid
     if settings := run_settings(path):
         info |= training_metadata(settings)
-    with atomic_write(target) as temporary:
-        save_tensors(temporary, tensors, info)
+    return info
 
 
 def training_metadata(settings: Settings) -> dict[str, str]:
@@ -201,6 +235,7 @@ def save_pipeline(model: DiffusionModel, target: Path, dtype: torch.dtype) -> No
 
 WRITERS: dict[str, Callable[[LoRADeltas, Path, Path, torch.dtype], None]] = {
     "diffusers": write_diffusers,
+    "comfyui": write_comfyui,
     "kohya": write_kohya,
     "merged": write_merged,
 }
