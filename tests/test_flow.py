@@ -157,7 +157,7 @@ def drawing(guidance_scale: float, height: int, width: int | None = None, **more
         pipeline.set_progress_bar_config(disable=True)
         asked = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "output_type": "pt", **more}
         generator = torch.Generator().manual_seed(seed)
-        pictures = pipeline(prompt, height=height, width=width or height, generator=generator, **asked).images
+        pictures = pipeline(prompt=prompt, height=height, width=width or height, generator=generator, **asked).images
         assert isinstance(pictures, Tensor)
         return pictures
 

@@ -12,7 +12,6 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from test_flow import drawing, enliven, tiny_vae
 from torch import Tensor
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import draftune
 from draftune.errors import DraftuneError
@@ -24,6 +23,7 @@ from draftune.published import PUBLISHED, variant
 from draftune.recommended import tell_sampling
 from draftune.sampling.sampler import PrefixCache
 from helpers.errors import mentions, raises
+from helpers.language_models import tiny_qwen
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
 
 OFFICIAL = pytest.importorskip("diffusers.pipelines.z_image.pipeline_z_image")
@@ -34,35 +34,6 @@ ZImagePipeline, ZImageTransformer2DModel = diffusers.ZImagePipeline, diffusers.Z
 # The scheduler configs published with the models.
 BASE = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift": 6.0}
 TURBO = {**BASE, "shift": 3.0}
-# What the published template does for one message of a user.
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think>{% endif %}{% endif %}"
-)
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
-def tiny_qwen(folder: Path) -> tuple[Any, Qwen3ForCausalLM]:
-    """A Qwen3 whose tokens are letters, and its tokenizer."""
-    folder.mkdir(parents=True)
-    letters = [*"abcdefghijklmnopqrstuvwxyz.,", "Ġ", "Ċ", *SPECIAL]
-    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder, pad_token=SPECIAL[0], eos_token=SPECIAL[2], unk_token=SPECIAL[0])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
-    tokenizer.chat_template = TEMPLATE
-    config = Qwen3Config(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    return tokenizer, Qwen3ForCausalLM(config)
 
 
 def build(folder: Path, scheduler: dict[str, Any]) -> Path:

@@ -50,6 +50,9 @@ FEW_STEPS = LARGE | {"method": "draft"}
 SD3 = FLOW | {"lora_target_modules": f"{ATTENTION},{TEXT_ATTENTION}"}
 FEED_FORWARD = "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
 FLUX = FLOW | {"lora_target_modules": f"{ATTENTION},{TEXT_ATTENTION},{FEED_FORWARD}"}
+# The layers of train_dreambooth_lora_flux2.py and train_dreambooth_lora_flux2_klein.py. The last two are those of the
+# single blocks, which fuse attention and feed-forward layers.
+FLUX2 = FLOW | {"lora_target_modules": f"{ATTENTION},to_qkv_mlp_proj,attn.to_out"}
 
 PUBLISHED: dict[str, Defaults] = {
     # The defaults of diffusers' StableDiffusionPipeline, and those of Clark et al., 2023, arXiv:2309.17400.
@@ -71,6 +74,13 @@ PUBLISHED: dict[str, Defaults] = {
     "flux-dev": Defaults(28, 3.5, **FLUX),
     # The model card of black-forest-labs/FLUX.1-schnell.
     "flux-schnell": Defaults(4, 0.0, **FLUX | FEW_STEPS),
+    # The defaults of diffusers' Flux2Pipeline, and the model card of black-forest-labs/FLUX.2-dev.
+    "flux2-dev": Defaults(50, 4.0, **FLUX2),
+    # The defaults of diffusers' Flux2KleinPipeline, and the model cards of black-forest-labs/FLUX.2-klein-base-4B and
+    # FLUX.2-klein-base-9B.
+    "flux2-klein-base": Defaults(50, 4.0, **FLUX2),
+    # The model cards of black-forest-labs/FLUX.2-klein-4B and FLUX.2-klein-9B.
+    "flux2-klein": Defaults(4, 1.0, **FLUX2 | FEW_STEPS),
     # The model card of Tongyi-MAI/Z-Image: 50 steps and a scale of 4 in diffusers' pipeline, which is 5 here (ZImage).
     "z-image": Defaults(50, 5.0, **FLOW),
     # The model card of Tongyi-MAI/Z-Image-Turbo: eight denoiser calls without guidance.
@@ -88,6 +98,9 @@ PUBLISHED: dict[str, Defaults] = {
 WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"black-forest-labs/flux\.1-dev", "flux-dev"),
     (r"black-forest-labs/flux\.1-schnell", "flux-schnell"),
+    (r"black-forest-labs/flux\.2-dev", "flux2-dev"),
+    (r"black-forest-labs/flux\.2-klein-base-[49]b", "flux2-klein-base"),
+    (r"black-forest-labs/flux\.2-klein-[49]b", "flux2-klein"),
     (r"stabilityai/stable-diffusion-3\.5-large-turbo", "stable-diffusion-3.5-turbo"),
     (r"stabilityai/stable-diffusion-3\.5-large", "stable-diffusion-3.5-large"),
     (r"stabilityai/stable-diffusion-3\.5-medium", "stable-diffusion-3.5-medium"),
@@ -108,6 +121,8 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
 ConfigOf = Callable[[str], Mapping[str, Any]]
 """A function from a component's name to its config with its `_class_name`; empty if it cannot be read."""
+PIPELINE = "pipeline"
+"""The name that stands for the pipeline itself in ConfigOf."""
 
 
 def few_steps(scheduler: Mapping[str, Any]) -> bool:
@@ -150,6 +165,10 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "sana"
     if pipeline_class == "FluxPipeline":
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
+    if pipeline_class == "Flux2Pipeline":
+        return "flux2-dev"
+    if pipeline_class == "Flux2KleinPipeline":
+        return "flux2-klein" if config_of(PIPELINE).get("is_distilled") else "flux2-klein-base"
     if pipeline_class == "ZImagePipeline":
         # The networks have equal configs; Turbo's noise levels are shifted by 3, the base model's by 6.
         return "z-image-turbo" if config_of("scheduler").get("shift") == 3 else "z-image"
@@ -186,7 +205,7 @@ def variant_of_pipeline(pipeline: Any, name: str = "") -> str | None:
     """Return the key in PUBLISHED of a loaded pipeline."""
 
     def config_of(part: str) -> Mapping[str, Any]:
-        component = getattr(pipeline, part, None)
+        component = pipeline if part == PIPELINE else getattr(pipeline, part, None)
         return {**getattr(component, "config", {}), "_class_name": type(component).__name__}
 
     return variant_of(type(pipeline).__name__, config_of, name)
@@ -207,7 +226,8 @@ def config_reader(folder: Path) -> ConfigOf:
     """Return a reader of the configs of the components in a saved pipeline's folder."""
 
     def config_of(part: str) -> Mapping[str, Any]:
-        return read_config(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+        files = {"scheduler": "scheduler/scheduler_config.json", PIPELINE: "model_index.json"}
+        return read_config(folder / files.get(part, f"{part}/config.json"))
 
     return config_of
 

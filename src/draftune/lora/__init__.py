@@ -2,7 +2,6 @@
 
 from draftune.lora.adapter import (
     ADAPTER,
-    ATTENTION,
     FROZEN_ADAPTER,
     adapted_by,
     add_lora,
@@ -26,6 +25,7 @@ from draftune.lora.files import (
     saved_grid,
 )
 from draftune.lora.reader import read_lora
+from draftune.lora.targets import ATTENTION
 
 __all__ = [
     "ADAPTER",

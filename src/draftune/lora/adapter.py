@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,36 +16,15 @@ from torch import nn
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
-from draftune.lora.names import LAYERS, canonical, in_network
+from draftune.lora.names import canonical, in_network
 from draftune.lora.reader import read_lora
-from draftune.utils.logging import logger
+from draftune.lora.targets import ATTENTION, LoRATarget, used_targets
 from draftune.utils.quiet import silence_libraries
 
 ADAPTER = "default"
 """The adapter name of the LoRA that is trained, or of a single loaded LoRA."""
 FROZEN_ADAPTER = "kept"
 """The adapter name of a frozen LoRA that belongs to the base model of a training run."""
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-"""The default target modules: the attention layers."""
-
-
-class LoRATarget(Protocol):
-    """The members of `draftune.models.DiffusionModel` that LoRA functions use."""
-
-    name: str
-    lora_prefix: str
-    frozen_lora: LoRADeltas | None
-
-    @property
-    def denoiser(self) -> Any: ...
-
-    @property
-    def lora_networks(self) -> dict[str, Any]: ...
-
-    @property
-    def sampler_options(self) -> dict[str, Any]: ...
-
-    def unused_layers(self) -> frozenset[str]: ...
 
 
 def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
@@ -81,36 +60,6 @@ def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: 
     set_lora_scale(model, 1.0)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def used_targets(model: LoRATarget, targets: Sequence[str]) -> list[str]:
-    """Return the targets, or the full names of their layers if some of these layers do not affect the image.
-
-    Raises:
-        DraftuneError: A target matches no layer, or no matching layer affects the image.
-    """
-    modules = model.denoiser.named_modules()
-    # peft moves a layer that has a LoRA to LAYER.base_layer.
-    layers = [name.removesuffix(".base_layer") for name, layer in modules if isinstance(layer, LAYERS)]
-    chosen: dict[str, None] = {}
-    for target in targets:
-        matches = [name for name in layers if name == target or name.endswith("." + target)]
-        if not matches:
-            raise DraftuneError(f"lora_target_modules: no linear or convolution layer ends in {target!r}")
-        chosen |= dict.fromkeys(matches)
-    unused = sorted(chosen.keys() & model.unused_layers())
-    if not unused:
-        return list(targets)
-    if len(unused) == len(chosen):
-        raise DraftuneError(
-            f"no layer of lora_target_modules affects the images of {model.name!r}: the output of {unused[0]}, for "
-            "example, is not used"
-        )
-    logger.warning(
-        f"{len(unused)} of the {len(chosen)} layers of lora_target_modules get no LoRA, such as {unused[0]}: their "
-        "output never reaches the image"
-    )
-    return [name for name in chosen if name not in unused]
 
 
 def lora_parameters(model: LoRATarget) -> dict[str, nn.Parameter]:

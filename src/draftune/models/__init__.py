@@ -9,6 +9,7 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DiffusionModel
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
+from draftune.models.flux2 import Flux2, Flux2Klein
 from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
 from draftune.models.sana import Sana
@@ -35,6 +36,8 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
     "ZImagePipeline": ZImage,
 }
 """The family of each supported pipeline class. An added entry makes its pipelines loadable."""

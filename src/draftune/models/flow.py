@@ -34,6 +34,13 @@ def keep_wide(t5: nn.Module) -> None:
                 layer.float()
 
 
+def chat_text(tokenizer: Any, prompt: str, thinking: bool) -> str:
+    """Return a prompt in a tokenizer's chat template, as a message of the user that the model is to answer."""
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    text: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
+    return text
+
+
 def unused_context_layers(blocks: Sequence[nn.Module], name: str) -> frozenset[str]:
     """Return the layers of the last block that compute the text tokens for a next block, which does not exist.
 
@@ -111,15 +118,16 @@ class Flow(DiffusionModel):
         """Do nothing: these settings of DDIM do not apply to flow models."""
 
     def schedule(self, num_inference_steps: int) -> Schedule:
-        return flow_schedule(self.scheduler_config, num_inference_steps, self.sigmas(num_inference_steps), self.mu)
+        return flow_schedule(
+            self.scheduler_config, num_inference_steps, self.sigmas(num_inference_steps), self.mu(num_inference_steps)
+        )
 
     def sigmas(self, num_inference_steps: int) -> Sequence[float] | None:
         """Return the noise levels before the shift; None for the scheduler's own."""
         return None
 
-    @property
-    def mu(self) -> float | None:
-        """The resolution-dependent shift of the noise levels; None without `use_dynamic_shifting`.
+    def mu(self, num_inference_steps: int) -> float | None:
+        """Return the resolution-dependent shift of the noise levels; None without `use_dynamic_shifting`.
 
         It is linear in the number of image tokens, as `calculate_shift` in diffusers.
         """

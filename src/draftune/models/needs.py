@@ -129,6 +129,12 @@ def reader_needs(part: str, tokenizer: Any, encoder: Any, length: int | None = N
         yield Need(key, length, 0 < length <= positions, allowed)
 
 
+def chat_need(tokenizer: Any) -> Need:
+    """Need a chat template, of a tokenizer or of a processor."""
+    template = getattr(tokenizer, "chat_template", None)
+    return Need("tokenizer's chat_template", template, bool(template), "a template, which every prompt is put into")
+
+
 def unet_needs(unet: nn.Module, network: str = "UNet2DConditionModel") -> Iterator[Need]:
     """Yield the needs of a UNet without class input."""
     yield of_class("unet", unet, (network,))

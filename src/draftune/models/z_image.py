@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftune.models.common import apply_cfg
-from draftune.models.flow import Flow
-from draftune.models.needs import Need, autoencoder_needs, equal, multiple, of_class, reader_needs
+from draftune.models.flow import Flow, chat_text
+from draftune.models.needs import Need, autoencoder_needs, chat_need, equal, multiple, of_class, reader_needs
 
 TEXT_TOKENS = 512  # diffusers' default, which the published models are sampled with
 SIZE = 1024  # of diffusers' pipeline, in pixels
@@ -45,8 +44,7 @@ class ZImage(Flow):
         allowed = f"at least {least} for the text and 1 for rows and columns"
         yield Need("transformer.axes_lens", positions, positions[0] >= least and min(positions) > 0, allowed)
         yield from reader_needs("text_encoder", tokenizer, encoder, TEXT_TOKENS)
-        template = getattr(tokenizer, "chat_template", None)
-        yield Need("tokenizer's chat_template", template, bool(template), "a template, which every prompt is put into")
+        yield chat_need(tokenizer)
         yield multiple("text_encoder.num_hidden_layers", encoder.config.num_hidden_layers, 1)
         width = encoder.config.hidden_size
         yield equal("transformer.cap_feat_dim", config.cap_feat_dim, width, "the width of text_encoder")
@@ -69,10 +67,7 @@ class ZImage(Flow):
 
     def chat(self, prompt: str) -> str:
         """Return a prompt in the tokenizer's chat template, as diffusers' pipeline fills it."""
-        messages = [{"role": "user", "content": prompt}]
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        text: str = self.pipeline.tokenizer.apply_chat_template(messages, **options)
-        return text
+        return chat_text(self.pipeline.tokenizer, prompt, thinking=True)
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> list[Tensor]:
         positive, negative = self.pipeline.encode_prompt(

@@ -163,10 +163,15 @@ class Truncation(NamedTuple):
     cut: int
 
 
+def text_tokenizer(processor: Any) -> Any:
+    """Return the tokenizer of a processor of texts and images; a tokenizer itself is returned as it is."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def truncation(reader: str, tokenizer: Any, texts: Sequence[str], limit: int) -> Truncation:
     """Count the texts with more tokens than an encoder's limit."""
     with silence_libraries():  # the tokenizer warns about texts longer than its own limit
-        tokens = tokenizer(list(texts)).input_ids if texts else []
+        tokens = text_tokenizer(tokenizer)(list(texts)).input_ids if texts else []
     return Truncation(reader, limit, sum(len(ids) > limit for ids in tokens))
 
 
