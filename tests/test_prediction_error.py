@@ -108,7 +108,9 @@ def test_a_lora_is_seen_at_zero_terminal_snr(tmp_path: object, kind: str) -> Non
     condition = model.encode(["a", "b"], "", True)
     with torch.no_grad():
         timestep = schedule.steps[0].timestep
-        moved = model.predict(x, timestep, condition, 3.0) - model.predict_base(x, timestep, condition, 3.0)
+        moved = model.predict(x, timestep, condition, 3.0)
+        with model.only_lora(""):
+            moved = moved - model.predict(x, timestep, condition, 3.0)
     expected = float(moved.square().mean())
     assert expected > 1e-6
     assert denoiser_mse_from_base(model, ["a", "b"], schedule, 3.0) == pytest.approx(expected, rel=1e-4)

@@ -8,16 +8,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
-from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
+from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
 from draftune.lora.names import LAYERS, canonical, in_network
 from draftune.lora.reader import read_lora
+from draftune.lora.target import LoRATarget
 from draftune.utils.logging import logger
 from draftune.utils.quiet import silence_libraries
 
@@ -27,25 +28,6 @@ FROZEN_ADAPTER = "kept"
 """The adapter name of a frozen LoRA that belongs to the base model of a training run."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The default target modules: the attention layers."""
-
-
-class LoRATarget(Protocol):
-    """The members of `draftune.models.DiffusionModel` that LoRA functions use."""
-
-    name: str
-    lora_prefix: str
-    frozen_lora: LoRADeltas | None
-
-    @property
-    def denoiser(self) -> Any: ...
-
-    @property
-    def lora_networks(self) -> dict[str, Any]: ...
-
-    @property
-    def sampler_options(self) -> dict[str, Any]: ...
-
-    def unused_layers(self) -> frozenset[str]: ...
 
 
 def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: Sequence[str] = ATTENTION) -> None:
@@ -175,7 +157,7 @@ def adapted_by(network: nn.Module, name: str) -> Iterator[None]:
 def load_lora(
     model: LoRATarget, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False
 ) -> LoRADeltas:
-    """Load a LoRA file of any tool into the model, frozen.
+    """Load a LoRA file of any tool into the model, frozen, and set the model's `lora_steps` to the file's.
 
     Args:
         model: A model without a LoRA of this name.
@@ -191,6 +173,7 @@ def load_lora(
     """
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     attach_lora(model, deltas, name)
+    model.lora_steps = deltas.lora_steps
     return deltas
 
 
@@ -255,7 +238,8 @@ def attached_deltas(model: LoRATarget, name: str = ADAPTER) -> dict[str, LoRADel
 def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool = False) -> None:
     """Make a LoRA a frozen part of the base model, before `add_lora` adds the one to train.
 
-    `save_lora` saves the sum of both. The frozen LoRA is not merged into the weights, since half precision would round
+    `save_lora` saves the sum of both, so both are active on the same steps: the model's `lora_steps` is set to the
+    file's. The frozen LoRA is not merged into the weights, since half precision would round
     it.
 
     Raises:
@@ -266,11 +250,11 @@ def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool =
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     deltas.tensors()  # raises for a LoRA that can't be saved
     attach_lora(model, deltas, FROZEN_ADAPTER)
-    model.frozen_lora = deltas
+    model.frozen_lora, model.lora_steps = deltas, deltas.lora_steps
 
 
 def save_lora(model: LoRATarget, folder: Path | str) -> Path:
-    """Write the LoRA in diffusers' format, with alpha, the base model's name and the timestep settings as metadata.
+    """Write the LoRA in diffusers' format, with alpha, the base model's name and the sampling settings as metadata.
 
     If the model has a frozen LoRA (`freeze_lora`), the file contains the sum of both.
 
@@ -287,10 +271,12 @@ def save_lora(model: LoRATarget, folder: Path | str) -> Path:
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
-        return LoRADeltas(attached_deltas(model), model.name, json.dumps(model.sampler_options)).write(Path(folder))
+        grid = json.dumps(model.sampler_options)
+        return LoRADeltas(attached_deltas(model), model.name, grid, model.lora_steps).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
     metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_options)}
+    metadata |= steps_metadata(model.lora_steps)
     if model.frozen_lora is not None:
         both = model.frozen_lora.add(deltas_of_peft(tensors, config.lora_alpha / config.r))
         both.base_model, both.grid = model.name, json.dumps(model.sampler_options)
