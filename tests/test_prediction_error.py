@@ -15,6 +15,7 @@ from draftune.evaluation.metrics import denoiser_mse_from_base
 from draftune.experimental.denoising_loss import DenoisingTrainer
 from draftune.experimental.distill import Distiller, TeacherTrajectory
 from draftune.experimental.retention import Retention
+from draftune.lora import adapted_by
 from draftune.methods import KL, Draft
 from draftune.models import StableDiffusion
 from draftune.sampling.sampler import Denoiser
@@ -109,7 +110,7 @@ def test_a_lora_is_seen_at_zero_terminal_snr(tmp_path: object, kind: str) -> Non
     with torch.no_grad():
         timestep = schedule.steps[0].timestep
         moved = model.predict(x, timestep, condition, 3.0)
-        with model.only_lora(""):
+        with adapted_by(model.denoiser, ""):
             moved = moved - model.predict(x, timestep, condition, 3.0)
     expected = float(moved.square().mean())
     assert expected > 1e-6

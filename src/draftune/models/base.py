@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
 from draftune.recommended import sampling_of
-from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call, without_block_checkpointing
+from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.sampling.step_range import StepRange
@@ -189,7 +189,6 @@ class DiffusionModel(Family):
         def denoiser(
             lora: Callable[[], AbstractContextManager[None]], trained: Sequence[Tensor], whole: Sequence[str]
         ) -> Denoiser:
-
             def denoise(x: Tensor, step: Step) -> Prediction:
                 call = partial(predict_at, timestep=step.timestep)
                 if self.checkpointing in whole and torch.is_grad_enabled():
@@ -201,25 +200,17 @@ class DiffusionModel(Family):
 
             return denoise
 
-        # `only_lora` disables checkpointing of single blocks in mode "blocks", so the whole call is checkpointed there.
-        every_mode = ("blocks", *WHOLE_CALLS)
-        tuned = denoiser(nullcontext, trained, WHOLE_CALLS)
-        base = denoiser(partial(self.only_lora, FROZEN_ADAPTER), (), every_mode)
-        no_lora = denoiser(partial(self.only_lora, ""), (), every_mode)
+        def without_trained(adapter: str) -> Denoiser:
+            # Whole calls in mode "blocks" too: a block that is repeated outside of the context would run with the LoRA.
+            return denoiser(partial(adapted_by, self.denoiser, adapter), (), ("blocks", *WHOLE_CALLS))
+
+        tuned, base = denoiser(nullcontext, trained, WHOLE_CALLS), without_trained(FROZEN_ADAPTER)
+        no_lora = without_trained("")
 
         def by_step(denoise: Denoiser) -> Denoiser:
             return lambda x, step: denoise(x, step) if step.tuned else no_lora(x, step)
 
         return by_step(tuned), by_step(base)
-
-    @contextmanager
-    def only_lora(self, adapter: str) -> Iterator[None]:
-        """Activate only the denoiser's LoRA of this adapter name inside the context, or none if it has no such LoRA."""
-        # In mode "both" every call with gradient is checkpointed as a whole, in a context that lasts while its blocks
-        # are repeated.
-        blocks = nullcontext() if self.checkpointing == "both" else without_block_checkpointing()
-        with adapted_by(self.denoiser, adapter), blocks:
-            yield
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, clamped to [0, 1] (gradient: see `pixel_clamp`).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -72,17 +71,11 @@ class CheckpointCall(torch.autograd.Function):
         return None, None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
-_checkpoint_blocks = ContextVar("checkpoint_blocks", default=True)
-
-
 def checkpoint_block(block: Callable[..., Any], *args: Any) -> Any:
     """Call one block of a network with gradient checkpointing, for `enable_gradient_checkpointing` of diffusers.
 
-    The blocks must be deterministic: the random state is not restored. Inside `without_block_checkpointing` the block
-    is called directly.
+    The blocks must be deterministic: the random state is not restored.
     """
-    if not _checkpoint_blocks.get():
-        return block(*args)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -103,17 +96,3 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
-
-
-@contextmanager
-def without_block_checkpointing() -> Iterator[None]:
-    """Call blocks without checkpointing inside this context.
-
-    A call without the LoRA needs this unless the context that deactivates the LoRA lasts until the backward pass: a
-    repeated block would run with the LoRA. Setting one variable avoids two walks over all modules of the network.
-    """
-    token = _checkpoint_blocks.set(False)
-    try:
-        yield
-    finally:
-        _checkpoint_blocks.reset(token)
