@@ -53,6 +53,7 @@ class Switched:
         for parameter in self.base.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
         self.trained: list[float] = []
+        self.base_calls = 0
 
     def output(self, x: Tensor, step: Step) -> Tensor:
         result: Tensor = (self.network if step.tuned else self.base)(x, step.timestep)
@@ -64,6 +65,7 @@ class Switched:
         return self.schedule.to_prediction(self.output(x, step), x, step)
 
     def base_denoise(self, x: Tensor, step: Step) -> Prediction:
+        self.base_calls += 1
         return self.schedule.to_prediction(self.base(x, step.timestep), x, step)
 
     def gradient(self) -> Tensor:
@@ -165,9 +167,10 @@ def test_leapalign_leaps_between_steps_of_the_range() -> None:
 
 
 def test_kl_penalizes_no_step_of_the_base_model() -> None:
-    """The penalty of DRaFT over 5 steps is that of the two steps in the range."""
+    """The penalty of DRaFT over 5 steps is that of the two steps in the range, where alone it calls the base model."""
     switched = Switched(marked("0.0-0.4"))
     ours = switched.of_method(KL(Draft(), 0.3)) - switched.of_method(Draft())
+    assert switched.base_calls == 2
     switched.network.zero_grad()
     x, penalty = NOISE, torch.zeros(())
     for step in switched.schedule.steps[:2]:
