@@ -239,8 +239,7 @@ def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool =
     """Make a LoRA a frozen part of the base model, before `add_lora` adds the one to train.
 
     `save_lora` saves the sum of both, so both are active on the same steps: the model's `lora_steps` is set to the
-    file's. The frozen LoRA is not merged into the weights, since half precision would round
-    it.
+    file's. The frozen LoRA is not merged into the weights, since half precision would round it.
 
     Raises:
         DraftuneError: The LoRA does not fit the model or can't be saved, or the model already has a LoRA.

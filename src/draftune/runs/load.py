@@ -142,16 +142,15 @@ def resolve_loras(sources: Sequence[str], base: str | None = None, skip_text_enc
     ]
 
 
-def common_steps(sources: Sequence[Path | str]) -> StepRange:
-    """Return the sampling steps of LoRAs that are active together. Raises DraftuneError if they differ."""
-    ranges = {saved_steps(source): source for source in reversed(sources)} or {StepRange(): ""}
-    first, *others = reversed(ranges)
-    for other in others:
-        raise DraftuneError(
-            f"{str(ranges[first])!r} is active on the steps {first} (lora_steps), but {str(ranges[other])!r} on "
-            f"{other}: LoRAs of different ranges cannot be combined"
-        )
-    return first
+def check_same_steps(sources: Sequence[Path | str]) -> None:
+    """Raise DraftuneError if LoRAs that are to be active together have different ranges of steps (`lora_steps`)."""
+    ranges = {str(source): saved_steps(source) for source in sources}
+    for source, steps in ranges.items():
+        if steps != ranges[str(sources[0])]:
+            raise DraftuneError(
+                f"{str(sources[0])!r} is active on the steps {ranges[str(sources[0])]} (lora_steps), but {source!r} on "
+                f"{steps}: LoRAs of different ranges cannot be combined"
+            )
 
 
 def load_for_sampling(

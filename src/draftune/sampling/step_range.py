@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
@@ -54,19 +55,19 @@ class StepRange:
         """Whether the range holds all steps."""
         return (self.start, self.end) == (0, 1)
 
-    def indices(self, count: int) -> list[int]:
+    def indices(self, count: int) -> range:
         """Return the indices of the steps in the range, of `count` steps.
 
         Raises:
             DraftuneError: The range holds no step.
         """
-        chosen = [i for i in range(count) if self.start <= i / count < self.end]
-        if not chosen:
+        first, end = (bisect_left(range(count), x, key=lambda i: i / count) for x in (self.start, self.end))
+        if first == end:
             raise DraftuneError(
                 f"lora_steps={self} holds none of the {count} sampling steps: step i of T is in the range if START <= "
                 "i / T < END; widen the range, or raise num_inference_steps"
             )
-        return chosen
+        return range(first, end)
 
     def mark(self, schedule: Schedule) -> Schedule:
         """Return the schedule with `Step.tuned` set to whether each step is in the range.
@@ -74,6 +75,6 @@ class StepRange:
         Raises:
             DraftuneError: The range holds no step.
         """
-        chosen = set(self.indices(len(schedule)))
+        chosen = self.indices(len(schedule))
         steps = tuple(step._replace(tuned=i in chosen) for i, step in enumerate(schedule.steps))
         return replace(schedule, steps=steps)
