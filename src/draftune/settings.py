@@ -16,6 +16,7 @@ from draftune.errors import DraftuneError, unknown
 from draftune.prompt_files import is_text
 from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
 from draftune.registry.factories import TYPE_NAMES
+from draftune.sampling.step_range import StepRange
 
 PRECISIONS = ("no", "fp16", "bf16")
 CHECKPOINTING = ("none", "blocks", "denoiser", "both")
@@ -68,9 +69,7 @@ class Settings:
     init_lora: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
     skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.")
 
-    reward: str = setting(
-        None, "Reward expression, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'my/file.py:function'."
-    )
+    reward: str = setting(None, "Reward, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'file.py:function'.")
     reward_batch_size: int = setting(
         1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
     )
@@ -136,7 +135,10 @@ class Settings:
 
     lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
     lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
-    lora_target_modules: str = setting(None, "Suffixes of the names of the layers that get a LoRA.")
+    lora_target_modules: str = setting(None, "Suffixes of the names of the layers with a LoRA.")
+    lora_steps: str = setting(
+        "", "Range of the sampling steps with the LoRA, such as 0.0-0.4 (0: the noise, 1: the image); '' for all steps."
+    )
 
     num_inference_steps: int = setting(None, "Sampling steps, in training and evaluation.", low=1)
     guidance_scale: float = setting(
@@ -218,6 +220,7 @@ class Settings:
                 f"lr_scheduler=constant has no warmup: use constant_with_warmup, or lr_warmup_steps=0 instead of "
                 f"{self.lr_warmup_steps}"
             )
+        StepRange.parse(self.lora_steps).indices(self.num_inference_steps)
         for name in self.trackers:
             if name not in TRACKERS:
                 raise unknown("tracker in report_to", name, [*TRACKERS, "none"])

@@ -142,6 +142,7 @@ def compare(
                 raise unknown("score", sort, base.values)
             for i in group:
                 set_lora_scales(model, {f"lora{i}": lora_scale})
+                model.lora_steps = loras[i].lora_steps
                 comparison = Comparison(base, yardstick.measure(model, settings))
                 entries[i] = LeaderboardRow(loras[i], comparison.paired(), number)
                 if on_comparison:

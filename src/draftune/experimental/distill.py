@@ -141,7 +141,8 @@ def distill_lora(
     generator = torch.Generator().manual_seed(seed)
     parameters = list(lora_parameters(loaded).values())
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
-    num_updates = num_trajectories * min(steps_per_trajectory, len(lesson.schedule))
+    tuned_steps = [i for i, step in enumerate(lesson.schedule.steps) if step.tuned]
+    num_updates = num_trajectories * min(steps_per_trajectory, len(tuned_steps))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_updates)
     order = PromptSampler(len(texts), generator)
     bar = tqdm(range(num_trajectories), desc="distill", unit="trajectory")
@@ -149,8 +150,8 @@ def distill_lora(
         chosen = order.next(batch_size)
         batch_weights = torch.tensor([weights[i] for i in chosen], device=loaded.device)
         trajectory = lesson.trajectory([texts[i] for i in chosen], generator)
-        for at in torch.randperm(len(trajectory.steps), generator=generator)[:steps_per_trajectory].tolist():
-            loss = (batch_weights * lesson.difference(trajectory, at)).mean()
+        for i in torch.randperm(len(tuned_steps), generator=generator)[:steps_per_trajectory].tolist():
+            loss = (batch_weights * lesson.difference(trajectory, tuned_steps[i])).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -164,7 +165,7 @@ def distill_lora(
         f"{loaded.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": value
         for name, value in lora_parameters(loaded).items()
     }
-    student = LoRADeltas(deltas_of_peft(tensors, 1.0), deltas.base_model, deltas.grid)
+    student = LoRADeltas(deltas_of_peft(tensors, 1.0), deltas.base_model, deltas.grid, deltas.lora_steps)
     return Distilled(student.write(folder, distilled_from=origin), differences)
 
 

@@ -57,11 +57,15 @@ class Retention(MethodWrapper):
 
 
 def retention_loss(batch: Batch) -> Tensor:
-    """Compute the mean squared difference from the base model at one random step of the base model's trajectory."""
+    """Compute the mean squared difference from the base model at one random step of the base model's trajectory.
+
+    The step is one of the fine-tuned model: at the others there is no difference.
+    """
     kept = batch.retention_batch
     if kept is None:
         raise DraftuneError("the batch has no retention prompts; set --retain-prompts")
-    count = int(torch.randint(len(kept.schedule), (1,), generator=batch.generator))
+    tuned = [i for i, step in enumerate(kept.schedule.steps) if step.tuned]
+    count = tuned[int(torch.randint(len(tuned), (1,), generator=batch.generator))]
     x = kept.prefix_cache.get(count, kept.base_denoise, kept.schedule.steps)
     step = kept.schedule.steps[count]
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,13 @@ from draftune.errors import DraftuneError
 from draftune.experimental.learner import OnlineModule, value_loss
 from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import check_min
-from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps, step_log_prob
+from draftune.sampling.ancestral import (
+    ancestral_rollout,
+    mean,
+    require_stochastic_steps,
+    step_log_prob,
+    stochastic_steps,
+)
 from draftune.sampling.schedule import Schedule, Step
 
 
@@ -96,6 +102,9 @@ class SFTPG(Method):
     def check(self, schedule: Schedule) -> None:
         require_stochastic_steps(schedule)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return stochastic_steps(schedule)
+
     def backprops_multiple_calls(self) -> bool:
         return False
 
@@ -114,7 +123,7 @@ class SFTPG(Method):
             (step, x, following)
             for step, x, _, following in ancestral_rollout(batch.denoise, batch.schedule, batch.noise, batch.randn_like)
         ]
-        random = [(step, x, following) for step, x, following in path if step.ancestral_std > 0]
+        random = [path[i] for i in self.trained_steps(batch.schedule)]
         latents = torch.stack([x for _, x, _ in random], 1)
         if self.learner is None:
             self.learner = self.fresh(*latents.shape[1:3])

@@ -24,7 +24,7 @@ from draftune.prompts import load_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
-from draftune.runs.load import load_base_with_loras, resolve_loras
+from draftune.runs.load import check_same_steps, load_base_with_loras, resolve_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler
@@ -168,6 +168,7 @@ def tune_weights(
     sources = resolve_loras([source for source, _ in loras], model, skip_text_encoder)
     if len(bases := list(dict.fromkeys(source.base for source in sources))) > 1:
         raise DraftuneError(f"the LoRAs belong to {bases[0]!r} and {bases[1]!r}; if these are one model, set --model")
+    check_same_steps([source.source for source in sources])
     settings = sources[0].settings if sources else Settings(model=model or "")
     changes: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes["negative_prompt"] = negative_prompt

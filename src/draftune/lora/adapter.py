@@ -15,7 +15,7 @@ from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
-from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
+from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
 from draftune.lora.names import canonical, in_network
 from draftune.lora.reader import read_lora
 from draftune.lora.targets import ATTENTION, LoRATarget, used_targets
@@ -124,7 +124,7 @@ def adapted_by(network: nn.Module, name: str) -> Iterator[None]:
 def load_lora(
     model: LoRATarget, source: Path | str, name: str = ADAPTER, skip_text_encoder: bool = False
 ) -> LoRADeltas:
-    """Load a LoRA file of any tool into the model, frozen.
+    """Load a LoRA file of any tool into the model, frozen, and set the model's `lora_steps` to the file's.
 
     Args:
         model: A model without a LoRA of this name.
@@ -140,6 +140,7 @@ def load_lora(
     """
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     attach_lora(model, deltas, name)
+    model.lora_steps = deltas.lora_steps
     return deltas
 
 
@@ -204,8 +205,8 @@ def attached_deltas(model: LoRATarget, name: str = ADAPTER) -> dict[str, LoRADel
 def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool = False) -> None:
     """Make a LoRA a frozen part of the base model, before `add_lora` adds the one to train.
 
-    `save_lora` saves the sum of both. The frozen LoRA is not merged into the weights, since half precision would round
-    it.
+    `save_lora` saves the sum of both, so both are active on the same steps: the model's `lora_steps` is set to the
+    file's. The frozen LoRA is not merged into the weights, since half precision would round it.
 
     Raises:
         DraftuneError: The LoRA does not fit the model or can't be saved, or the model already has a LoRA.
@@ -215,11 +216,11 @@ def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool =
     deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
     deltas.tensors()  # raises for a LoRA that can't be saved
     attach_lora(model, deltas, FROZEN_ADAPTER)
-    model.frozen_lora = deltas
+    model.frozen_lora, model.lora_steps = deltas, deltas.lora_steps
 
 
 def save_lora(model: LoRATarget, folder: Path | str) -> Path:
-    """Write the LoRA in diffusers' format, with alpha, the base model's name and the timestep settings as metadata.
+    """Write the LoRA in diffusers' format, with alpha, the base model's name and the sampling settings as metadata.
 
     If the model has a frozen LoRA (`freeze_lora`), the file contains the sum of both.
 
@@ -236,10 +237,12 @@ def save_lora(model: LoRATarget, folder: Path | str) -> Path:
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
-        return LoRADeltas(attached_deltas(model), model.name, json.dumps(model.sampler_options)).write(Path(folder))
+        grid = json.dumps(model.sampler_options)
+        return LoRADeltas(attached_deltas(model), model.name, grid, model.lora_steps).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
     metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_options)}
+    metadata |= steps_metadata(model.lora_steps)
     if model.frozen_lora is not None:
         both = model.frozen_lora.add(deltas_of_peft(tensors, config.lora_alpha / config.r))
         both.base_model, both.grid = model.name, json.dumps(model.sampler_options)

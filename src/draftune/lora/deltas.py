@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
+from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
 from draftune.lora.names import TEXT_ENCODER
+from draftune.sampling.step_range import StepRange
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,23 @@ class LoRADeltas:
         layers: By PART.LAYER, such as "unet.conv_in" or "text_encoder.….q_proj".
         base_model: The name of the base model, if known.
         grid: The timestep settings of the file's metadata, as JSON; "" if there are none.
+        lora_steps: The sampling steps on which the LoRA is active.
+
+    Raises:
+        DraftuneError: The LoRA is active on a range of steps and adapts a text encoder, which runs before all steps.
     """
 
     layers: dict[str, LoRADelta]
     base_model: str | None = None
     grid: str = ""
+    lora_steps: StepRange = field(default_factory=StepRange)
+
+    def __post_init__(self) -> None:
+        if not self.lora_steps.is_all and any(part.startswith(TEXT_ENCODER) for part in self.parts):
+            raise DraftuneError(
+                f"the LoRA is active on the steps {self.lora_steps} only (lora_steps), but its text encoder layers act "
+                "on all steps: leave them out (--skip-text-encoder-lora)"
+            )
 
     def of_part(self, part: str) -> dict[str, LoRADelta]:
         """Return the changes of one network, by the layer's name in that network."""
@@ -170,6 +183,7 @@ class LoRADeltas:
             metadata["base_model"] = self.base_model
         if self.grid:
             metadata[SAMPLER_METADATA] = self.grid
+        metadata |= steps_metadata(self.lora_steps)
         configs = {}
         for part in self.parts:
             names = self.of_part(part)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas
-from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file
+from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file, steps_of
 from draftune.lora.names import TEXT_ENCODER, NameTable, is_text, layer_weight
 from draftune.lora.original_names import Target
 
@@ -66,7 +66,8 @@ def fit(
         raise no_place(file, unknown, len(layers), model_name)
     if all(name.startswith(TEXT_ENCODER) for name in deltas):
         raise DraftuneError(f"{str(file.path)!r} holds no LoRA for the denoiser of {model_name!r}")
-    return LoRADeltas(deltas, model_name, file.metadata.get(SAMPLER_METADATA, ""))
+    lora_steps = steps_of(file.path, file.metadata)
+    return LoRADeltas(deltas, model_name, file.metadata.get(SAMPLER_METADATA, ""), lora_steps)
 
 
 def no_place(file: LoRAFile, unknown: list[str], count: int, model_name: str) -> DraftuneError:

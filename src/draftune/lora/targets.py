@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADeltas
 from draftune.lora.names import LAYERS
+from draftune.sampling.step_range import StepRange
 from draftune.utils.logging import logger
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -20,6 +21,7 @@ class LoRATarget(Protocol):
     name: str
     lora_prefix: str
     frozen_lora: LoRADeltas | None
+    lora_steps: StepRange
 
     @property
     def denoiser(self) -> Any: ...

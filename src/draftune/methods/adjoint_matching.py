@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import check_min
-from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps
+from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps, stochastic_steps
 from draftune.sampling.schedule import Schedule
 
 
@@ -48,6 +48,9 @@ class AdjointMatching(Method):
     def check(self, schedule: Schedule) -> None:
         require_stochastic_steps(schedule)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return stochastic_steps(schedule)
+
     def backprops_multiple_calls(self) -> bool:
         return False
 
@@ -62,7 +65,7 @@ class AdjointMatching(Method):
                     clean = following
             clean.requires_grad_()
             (adjoint,) = torch.autograd.grad(-self.scale * batch.reward(clean).sum(), clean)
-            random = [i for i, (step, _) in enumerate(path) if step.ancestral_std > 0]
+            random = self.trained_steps(batch.schedule)
             chosen = torch.randperm(len(random), generator=batch.generator)[: self.k].tolist()
             trained = {random[i] for i in chosen}
             for i, (step, x) in reversed(list(enumerate(path))):

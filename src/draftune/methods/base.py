@@ -52,7 +52,10 @@ class Batch:
     schedule: Schedule
     """The T sampling steps from noise to image, and the denoiser's prediction type."""
     denoise: Denoiser
-    """Denoiser with the LoRA and classifier-free guidance: (x [B, C, H, W], step) to (x_0, noise), of x's shape."""
+    """Denoiser with the LoRA and classifier-free guidance: (x [B, C, H, W], step) to (x_0, noise), of x's shape.
+
+    At steps that are not `tuned` it has no LoRA, and no weight gets a gradient there.
+    """
     base_denoise: Denoiser
     """Denoiser of the base model, as `denoise` without the LoRA that is trained."""
     reward: Callable[..., Tensor]
@@ -118,6 +121,17 @@ class Method:
 
     def check(self, schedule: Schedule) -> None:
         """Raise DraftuneError if the method's settings do not fit the schedule, such as k > T."""
+
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        """Return the indices of the steps whose call can carry gradient to the weights, in any update. Default: all.
+
+        The trainer refuses `lora_steps` that holds none of them.
+        """
+        return range(len(schedule))
+
+    def trained_steps(self, schedule: Schedule) -> list[int]:
+        """Return those indices of `steps_with_gradient` that are steps of the fine-tuned model (`Step.tuned`)."""
+        return [i for i in self.steps_with_gradient(schedule) if schedule.steps[i].tuned]
 
     def starts_without_grad(self) -> bool:
         """Return whether sampling starts with `Batch.no_grad_latents`; allows `prefix_stride` above 1."""
@@ -197,6 +211,9 @@ class MethodWrapper(Method):
 
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)
+
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return self.method.steps_with_gradient(schedule)
 
     def starts_without_grad(self) -> bool:
         return self.method.starts_without_grad()

@@ -14,7 +14,13 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.methods.base import Batch, Method, register
 from draftune.methods.draft import check_min
-from draftune.sampling.ancestral import ancestral_rollout, mean, require_stochastic_steps, step_log_prob
+from draftune.sampling.ancestral import (
+    ancestral_rollout,
+    mean,
+    require_stochastic_steps,
+    step_log_prob,
+    stochastic_steps,
+)
 from draftune.sampling.schedule import Schedule, Step
 
 
@@ -23,7 +29,7 @@ class Trajectory(NamedTuple):
 
     batch: Batch
     steps: list[tuple[Step, Tensor, Tensor, Tensor]]
-    """For each random step: (step, x_t, x_s, log p(x_s | x_t) [B])."""
+    """For each random step of the fine-tuned model: (step, x_t, x_s, log p(x_s | x_t) [B])."""
     advantages: Tensor
 
 
@@ -93,6 +99,9 @@ class DDPO(Method):
     def check(self, schedule: Schedule) -> None:
         require_stochastic_steps(schedule)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return stochastic_steps(schedule)
+
     def backprops_multiple_calls(self) -> bool:
         return False
 
@@ -126,7 +135,7 @@ class DDPO(Method):
             for step, x, policy, following in ancestral_rollout(
                 batch.denoise, batch.schedule, batch.noise, batch.randn_like
             ):
-                if step.ancestral_std > 0:
+                if step.tuned and step.ancestral_std > 0:
                     steps.append((step, x, following, step_log_prob(following, policy, step)))
             rollouts.append((batch, steps, batch.reward(following)))
         # Rewards of all processes, so that each of them has the same statistics of every prompt.

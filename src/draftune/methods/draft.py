@@ -15,7 +15,7 @@ The steps before the truncation are the prefix. They run without gradient (`Batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,11 @@ def check_min(name: str, value: int, bound: int) -> None:
     """Raise DraftuneError if a setting is not an integer of at least `bound`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < bound:
         raise DraftuneError(f"{name} must be a whole number of at least {bound}, got {value!r}")
+
+
+def last_steps(count: int, schedule: Schedule) -> range:
+    """Return the indices of the last `count` steps."""
+    return range(len(schedule) - count, len(schedule))
 
 
 @register("draft")
@@ -76,6 +81,9 @@ class DraftK(BackpropMethod):
     def check(self, schedule: Schedule) -> None:
         check_max("k", self.k, schedule)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return last_steps(self.k, schedule)
+
     def starts_without_grad(self) -> bool:
         return True
 
@@ -112,6 +120,9 @@ class DraftLV(BackpropMethod):
     def __post_init__(self) -> None:
         check_min("n", self.n, 0)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return last_steps(1, schedule)
+
     def starts_without_grad(self) -> bool:
         return True
 
@@ -141,7 +152,7 @@ class ReFL(BackpropMethod):
     Xu et al., 2023, arXiv:2304.05977; here as in Clark et al., 2023, arXiv:2309.17400, Algorithm 1. One t is sampled
     for the whole batch. T - t denoiser calls without gradient and 1 with gradient. Use it to train earlier steps at
     the cost of DRaFT-1. With a large m the reward sees a blurred prediction. With m = 1, and a schedule that ends at
-    sigma = 0, it is DRaFT-1.
+    sigma = 0, it is DRaFT-1. With `lora_steps`, t is uniform over the last m steps that are in the range.
 
     Attributes:
         m: Number of last steps at which sampling may stop, 1 to T. Default: 20, as in Clark et al.
@@ -155,6 +166,9 @@ class ReFL(BackpropMethod):
     def check(self, schedule: Schedule) -> None:
         check_max("m", self.m, schedule)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return last_steps(self.m, schedule)
+
     def starts_without_grad(self) -> bool:
         return True
 
@@ -165,7 +179,8 @@ class ReFL(BackpropMethod):
         return False
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
-        prefix = len(batch.schedule) - int(torch.randint(1, self.m + 1, (1,), generator=batch.generator))
+        stops = self.trained_steps(batch.schedule)
+        prefix = stops[-int(torch.randint(1, len(stops) + 1, (1,), generator=batch.generator))]
         yield batch.denoise(batch.no_grad_latents(prefix), batch.schedule.steps[prefix]).clean
 
 
@@ -182,7 +197,8 @@ class AlignProp(BackpropMethod):
         cut=uniform:  k ~ uniform{1, ..., m}, one for each image
 
     Prabhudesai et al., 2023, arXiv:2310.03739. With K the largest k of the batch, T - K denoiser calls run without
-    gradient and K with gradient. Use it to train several depths without choosing k.
+    gradient and K with gradient. Use it to train several depths without choosing k. With `lora_steps`, a smaller k than
+    the one that reaches the range is raised to it.
 
     `normal` is the default of the authors' code, N(42, 5) for T = 50 (mihirp1998/AlignProp,
     config/alignprop_config.py lines 111-112, sd_pipeline.py lines 124-132 and 224). `uniform` follows the paper; the
@@ -206,6 +222,9 @@ class AlignProp(BackpropMethod):
         if self.m is not None:
             check_max("m", self.m, schedule)
 
+    def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
+        return last_steps(self.largest(len(schedule)), schedule)
+
     def starts_without_grad(self) -> bool:
         return True
 
@@ -215,9 +234,13 @@ class AlignProp(BackpropMethod):
     def backprops_multiple_calls(self) -> bool:
         return self.m != 1
 
+    def largest(self, steps: int) -> int:
+        """Return the largest k of T = `steps`."""
+        return self.m or max(1, steps - 1)
+
     def draw(self, count: int, steps: int, generator: torch.Generator) -> Tensor:
         """Sample the number of last steps with gradient, 1 to m of T = `steps`, for `count` images [count]."""
-        largest = self.m or max(1, steps - 1)
+        largest = self.largest(steps)
         if self.cut == "uniform":
             return torch.randint(1, largest + 1, (count,), generator=generator)
         while True:
@@ -226,7 +249,8 @@ class AlignProp(BackpropMethod):
                 return torch.full((count,), k)
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
-        lengths = self.draw(len(batch.all_prompts), len(batch.schedule), batch.generator)
+        shortest = len(batch.schedule) - self.trained_steps(batch.schedule)[-1]
+        lengths = self.draw(len(batch.all_prompts), len(batch.schedule), batch.generator).clamp(min=shortest)
         # The largest k of all processes: sharded weights need the same number of denoiser calls in each of them.
         prefix = len(batch.schedule) - int(lengths.max())
         own = batch.processes.shard(lengths).to(batch.noise.device)

@@ -25,7 +25,7 @@ class DRTune(BackpropMethod):
     Wu et al., 2024, arXiv:2405.00760. c_t is the sampler's own coefficient of eps_theta at step t. No product of
     Jacobians occurs, so that the gradient of an early step does not grow with the number of later calls. As in ReFL,
     sampling stops at a step t0 ~ uniform{1, ..., m} from the end and jumps to x_0. The trained calls are spread from a
-    random start over the calls that are made.
+    random start over the calls that are made and, with `lora_steps`, in the range.
 
     T - t0 + 1 - k denoiser calls without gradient and k with gradient. Use it for rewards of layout, such as symmetry,
     that depend on early steps. No code of the authors was available; the defaults are this project's.
@@ -48,6 +48,12 @@ class DRTune(BackpropMethod):
                 f"k + m must be at most {len(schedule) + 1}, one more than the sampling steps (num_inference_steps), "
                 f"got k={self.k} and m={self.m}"
             )
+        calls = schedule.steps[: len(schedule) - self.m + 1]
+        if (tuned := sum(step.tuned for step in calls)) < self.k:
+            raise DraftuneError(
+                f"drtune trains k={self.k} calls, but only {tuned} of the first {len(calls)} steps are in lora_steps: "
+                "lower k or m, or extend the range"
+            )
         require_no_dynamic_thresholding(schedule)
 
     def backprops_multiple_calls(self) -> bool:
@@ -57,9 +63,10 @@ class DRTune(BackpropMethod):
         schedule, generator = batch.schedule, batch.generator
         remaining = int(torch.randint(1, self.m + 1, (), generator=generator))
         calls = schedule.steps[: len(schedule) - remaining + 1]
-        stride = len(calls) // self.k
-        first = int(torch.randint(0, len(calls) - stride * (self.k - 1), (), generator=generator))
-        trained = range(first, first + stride * self.k, stride)
+        tuned = [i for i, step in enumerate(calls) if step.tuned]
+        stride = len(tuned) // self.k
+        first = int(torch.randint(0, len(tuned) - stride * (self.k - 1), (), generator=generator))
+        trained = tuned[first : first + stride * self.k : stride]
         x = batch.noise
         for i, step in enumerate(calls):
             with torch.set_grad_enabled(i in trained):

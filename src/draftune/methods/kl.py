@@ -44,7 +44,7 @@ class KL(MethodWrapper):
 
         def call(x: Tensor, step: Step) -> Prediction:
             prediction = batch.denoise(x, step)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and step.tuned:  # elsewhere the base model is called
                 error = batch.schedule.output_difference(prediction, batch.base_denoise(x, step), step)
                 self.penalties.append(error.square().mean())
             return prediction

@@ -29,7 +29,8 @@ class LeapAlign(BackpropMethod):
         d x_0 / d theta = -j dv(x_j) - (k - j) dv(x_k) + discount j (k - j) dv/dx(x_j) dv(x_k)
 
     T - 2 denoiser calls without gradient and 2 with gradient, for any depth. Use it to train early steps at a fixed
-    cost, with at most one Jacobian in the gradient. The paper's weight for the error of a leap is not implemented.
+    cost, with at most one Jacobian in the gradient. With `lora_steps`, both steps are in the range. The paper's weight
+    for the error of a leap is not implemented.
 
     Attributes:
         discount: Factor of the gradient through the second leap's network input, 0 to 1. Default: 0.2; 0.1 to 0.3 in
@@ -45,6 +46,8 @@ class LeapAlign(BackpropMethod):
     def check(self, schedule: Schedule) -> None:
         if len(schedule) < 2:
             raise DraftuneError(f"leapalign needs num_inference_steps of at least 2, got {len(schedule)}")
+        if (tuned := len(self.trained_steps(schedule))) < 2:
+            raise DraftuneError(f"leapalign trains 2 steps, but lora_steps holds {tuned} of {len(schedule)}: extend it")
         require_no_dynamic_thresholding(schedule)
 
     def starts_without_grad(self) -> bool:
@@ -52,7 +55,8 @@ class LeapAlign(BackpropMethod):
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps = batch.schedule.steps
-        k, j = torch.randperm(len(steps), generator=batch.generator)[:2].sort().values.tolist()
+        tuned = self.trained_steps(batch.schedule)
+        k, j = (tuned[i] for i in torch.randperm(len(tuned), generator=batch.generator)[:2].sort().values.tolist())
         first = batch.denoise(batch.no_grad_latents(k), steps[k])
         with torch.no_grad():
             x = rollout(batch.denoise, steps[k + 1 : j], ddim_step(first, steps[k]))

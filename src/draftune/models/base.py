@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
 from draftune.recommended import recommended_of
-from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call, without_block_checkpointing
+from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
+from draftune.sampling.step_range import StepRange
 from draftune.utils.images import to_pil
 from draftune.utils.quiet import silence_libraries
 
@@ -68,6 +70,8 @@ class DiffusionModel(Family):
     """The gradient of `decode` at pixels outside [0, 1]: "straight_through" or "hard", see `clamp_unit`."""
     frozen_lora: LoRADeltas | None = None
     """A frozen LoRA that belongs to the base model. It is added to the trained LoRA when that is saved."""
+    lora_steps = StepRange()
+    """The steps on which the LoRA is active. On the others the denoiser has no LoRA, not even a frozen one."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         """Check the pipeline, then prepare its networks.
@@ -151,6 +155,15 @@ class DiffusionModel(Family):
             noise = torch.cat([torch.randn((1, *self.latent_shape), generator=g, dtype=self.dtype) for g in generators])
         return noise.to(self.device)
 
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """Build the sampling schedule with this number of steps, marked by `lora_steps`.
+
+        Raises:
+            DraftuneError: The number is out of range, or `lora_steps` holds none of so few steps.
+        """
+        schedule = self._schedule(num_inference_steps)
+        return schedule if self.lora_steps.is_all else self.lora_steps.mark(schedule)
+
     def denoiser_for(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> Denoiser:
@@ -160,32 +173,44 @@ class DiffusionModel(Family):
     def denoisers_for(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> tuple[Denoiser, Denoiser]:
-        """Return the guided denoiser for these prompts, and that of the base model, without the trained LoRA."""
+        """Return the guided denoiser for these prompts, and that of the base model, without the trained LoRA.
+
+        At steps that are not `tuned`, both are the same: the denoiser without any LoRA.
+        """
         self.check_negative_prompt(negative_prompt, guidance_scale)
         with torch.no_grad(), self.autocast():
             condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
-        def denoiser(predict: Callable[..., Tensor], trained: Sequence[Tensor], whole: Sequence[str]) -> Denoiser:
-            def predict_at(x: Tensor, timestep: float) -> Tensor:
-                with self.autocast():
-                    return predict(x, timestep, condition, guidance_scale)
+        def predict_at(x: Tensor, timestep: float) -> Tensor:
+            with self.autocast():
+                return self.predict(x, timestep, condition, guidance_scale)
 
+        def denoiser(
+            lora: Callable[[], AbstractContextManager[None]], trained: Sequence[Tensor], whole: Sequence[str]
+        ) -> Denoiser:
             def denoise(x: Tensor, step: Step) -> Prediction:
                 call = partial(predict_at, timestep=step.timestep)
-                checkpointed = self.checkpointing in whole and torch.is_grad_enabled()
-                output = checkpoint_call(call, x, trained) if checkpointed else call(x)
+                if self.checkpointing in whole and torch.is_grad_enabled():
+                    output = checkpoint_call(call, x, trained, lora)
+                else:
+                    with lora():
+                        output = call(x)
                 return schedule.to_prediction(output.to(x.dtype), x, step)
 
             return denoise
 
-        # `predict_base` disables block checkpointing, so mode "blocks" checkpoints the whole base call.
-        return denoiser(self.predict, trained, WHOLE_CALLS), denoiser(self.predict_base, (), ("blocks", *WHOLE_CALLS))
+        def without_trained(adapter: str) -> Denoiser:
+            # Whole calls in mode "blocks" too: a block that is repeated outside of the context would run with the LoRA.
+            return denoiser(partial(adapted_by, self.denoiser, adapter), (), ("blocks", *WHOLE_CALLS))
 
-    def predict_base(self, *args: Any) -> Tensor:
-        """Call `predict` without the trained LoRA."""
-        with without_block_checkpointing(), adapted_by(self.denoiser, FROZEN_ADAPTER):
-            return self.predict(*args)
+        tuned, base = denoiser(nullcontext, trained, WHOLE_CALLS), without_trained(FROZEN_ADAPTER)
+        no_lora = without_trained("")
+
+        def by_step(denoise: Denoiser) -> Denoiser:
+            return lambda x, step: denoise(x, step) if step.tuned else no_lora(x, step)
+
+        return by_step(tuned), by_step(base)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, clamped to [0, 1] (gradient: see `pixel_clamp`).

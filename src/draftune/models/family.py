@@ -113,8 +113,8 @@ class Family(ABC):
 
     def check_schedule(self) -> None:
         """Raise DraftuneError if no schedule can be built from the scheduler's config."""
-        self.schedule(1)
-        self.schedule(int(self.scheduler_config["num_train_timesteps"]))
+        self._schedule(1)
+        self._schedule(int(self.scheduler_config["num_train_timesteps"]))
 
     def complete_config(self) -> None:  # noqa: B027
         """Add to the pipeline's config, before it is saved, what diffusers reads but does not save."""
@@ -160,8 +160,8 @@ class Family(ABC):
         scale, (rows, columns) = self.pixels_per_latent, self.own_size
         self.latent_size = (height // scale if height else rows, width // scale if width else columns)
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
-        """Build the sampling schedule with this number of steps."""
+    def _schedule(self, num_inference_steps: int) -> Schedule:
+        """Build the sampling schedule with this number of steps, of which `DiffusionModel.schedule` marks some."""
         return ddim_schedule(self.scheduler_config, num_inference_steps, self.pixel_space)
 
     def sampler(self) -> Any:

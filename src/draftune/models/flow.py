@@ -94,7 +94,7 @@ class Flow(DiffusionModel):
         check_flow(self.pipeline, self.name)
 
     def check_schedule(self) -> None:
-        check_levels(self.schedule(min(10, int(self.scheduler_config["num_train_timesteps"]))), self.name)
+        check_levels(self._schedule(min(10, int(self.scheduler_config["num_train_timesteps"]))), self.name)
 
     @property
     def optional(self) -> Sequence[str]:  # type: ignore[override]
@@ -117,7 +117,7 @@ class Flow(DiffusionModel):
     def set_sampler_options(self, timestep_spacing: str | None = None, set_alpha_to_one: bool | None = None) -> None:
         """Do nothing: these settings of DDIM do not apply to flow models."""
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
+    def _schedule(self, num_inference_steps: int) -> Schedule:
         return flow_schedule(
             self.scheduler_config, num_inference_steps, self.sigmas(num_inference_steps), self.mu(num_inference_steps)
         )

@@ -81,7 +81,7 @@ class Sana(DiffusionModel):
         check_needs(self.name, needs)
 
     def check_schedule(self) -> None:
-        check_levels(self.schedule(min(10, int(self.scheduler_config["num_train_timesteps"]))), self.name)
+        check_levels(self._schedule(min(10, int(self.scheduler_config["num_train_timesteps"]))), self.name)
 
     @property
     def size_multiple(self) -> int:
@@ -108,7 +108,7 @@ class Sana(DiffusionModel):
         changes = solver if issubclass(kind, DPMSolverMultistepScheduler) else euler
         return kind.from_config({**self.scheduler_config, **changes})
 
-    def schedule(self, num_inference_steps: int) -> Schedule:
+    def _schedule(self, num_inference_steps: int) -> Schedule:
         return flow_steps(self.sampler(), num_inference_steps)
 
     @property

@@ -26,6 +26,7 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Method": settings.method,
         "DiffusionModel": settings.model,
         "Prompts": settings.prompts,
+        "LoRA steps": settings.lora_steps,
         "Continued from": settings.init_lora,
         "Retained prompts": settings.retain_prompts,
         "Evaluation prompts": settings.eval_prompts,

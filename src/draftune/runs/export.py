@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, lora_file
+from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, lora_file, saved_steps
 from draftune.lora.comfyui import comfyui_names, has_loader
+from draftune.lora.files import steps_metadata
 from draftune.lora.names import in_network
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
@@ -70,6 +71,7 @@ def export_lora(
     target = user_path(output)
     check(target, format, lora_scale, dtype)
     path = source_file(source, best)
+    check_steps(path, format)
     sampler_options(path)  # fails before anything is written if the run cannot be read
     lora = read_deltas(path, model, skip_text_encoder).scaled(lora_scale)
     WRITERS[format](lora, path, target, DTYPES[dtype])
@@ -104,6 +106,16 @@ def source_file(source: Path | str, best: bool = False) -> Path:
 def sampler_options(lora: Path) -> dict[str, Any]:
     """Return the sampler options that a LoRA was trained with (see `draftune.runs.load.sampler_options`)."""
     return load.sampler_options(lora, run_settings(lora))
+
+
+def check_steps(lora: Path, format: str) -> None:
+    """Raise DraftuneError for a LoRA of some sampling steps and a format whose LoRA acts on all of them."""
+    steps = saved_steps(lora)
+    if format == "merged" and not steps.is_all:
+        raise DraftuneError(
+            f"the LoRA is active on the steps {steps} only (lora_steps), but merged weights act on all steps: use "
+            "--format diffusers, and activate the LoRA by step"
+        )
 
 
 def write_diffusers(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
@@ -178,6 +190,7 @@ def origin(lora: LoRADeltas, path: Path) -> dict[str, str]:
         info |= {"base_model": lora.base_model, "ss_sd_model_name": lora.base_model}
     if lora.grid:
         info[SAMPLER_METADATA] = lora.grid
+    info |= steps_metadata(lora.lora_steps)
     if settings := run_settings(path):
         info |= training_metadata(settings)
     return info

@@ -19,6 +19,7 @@ from draftune.lora import (
     open_safetensors,
     read_file,
     saved_grid,
+    saved_steps,
     set_lora_scale,
 )
 from draftune.lora.reader import fit
@@ -27,6 +28,7 @@ from draftune.models.base import default_device
 from draftune.models.layout import load_layout
 from draftune.runs.run_dir import run_settings
 from draftune.sampling.schedule import SAMPLER_OPTIONS
+from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 from draftune.utils.paths import user_path
 
@@ -57,6 +59,11 @@ class LoRASource:
     def grid(self) -> dict[str, Any]:
         """Return the sampler options (see `sampler_options`)."""
         return sampler_options(self.lora, self.settings if self.in_run else None)
+
+    @property
+    def lora_steps(self) -> StepRange:
+        """Return the sampling steps on which the LoRA is active, from its file."""
+        return saved_steps(self.lora)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -135,6 +142,17 @@ def resolve_loras(sources: Sequence[str], base: str | None = None, skip_text_enc
     ]
 
 
+def check_same_steps(sources: Sequence[Path | str]) -> None:
+    """Raise DraftuneError if LoRAs that are to be active together have different ranges of steps (`lora_steps`)."""
+    ranges = {str(source): saved_steps(source) for source in sources}
+    for source, steps in ranges.items():
+        if steps != ranges[str(sources[0])]:
+            raise DraftuneError(
+                f"{str(sources[0])!r} is active on the steps {ranges[str(sources[0])]} (lora_steps), but {source!r} on "
+                f"{steps}: LoRAs of different ranges cannot be combined"
+            )
+
+
 def load_for_sampling(
     source: str,
     base: str | None = None,
@@ -188,5 +206,6 @@ def load_base_with_loras(
     # After loading the LoRAs, which are converted too.
     model.to(default_device(device), precision)
     model.set_sampler_options(**first.grid)
+    model.lora_steps = first.lora_steps
     model.set_size(first.settings.height, first.settings.width)
     return model

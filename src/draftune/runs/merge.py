@@ -8,7 +8,7 @@ from pathlib import Path
 
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, LoRADeltas, base_model, open_safetensors
-from draftune.runs.load import read_deltas
+from draftune.runs.load import check_same_steps, read_deltas
 from draftune.utils.paths import check_writable, user_path
 
 
@@ -32,7 +32,7 @@ def merge_loras(
         The path of the LoRA file.
 
     Raises:
-        DraftuneError: the LoRAs do not fit together, or `output` holds other files.
+        DraftuneError: the LoRAs do not fit together, their `lora_steps` differ, or `output` holds other files.
     """
     folder = user_path(output)
     merged_from = " + ".join(f"{source}@{weight}" for source, weight in sources)
@@ -40,6 +40,7 @@ def merge_loras(
     check_weights(sources)
     check_folder(folder, merged_from=merged_from)
     base = model or common_base([str(source) for source, _ in sources])
+    check_same_steps([source for source, _ in sources])
     first, *others = [read_deltas(source, base, skip_text_encoder).scaled(weight) for source, weight in sources]
     merged: LoRADeltas = first
     for other in others:

@@ -11,6 +11,7 @@ from draftune.errors import DraftuneError, unknown
 from draftune.registry.expression import Call, Sum, Value, parse
 from draftune.registry.factories import is_in_file, load_from_file, signature_of
 from draftune.runs.fingerprint import Source, find_source
+from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 
 RESUMABLE_CHANGES = (
@@ -62,6 +63,7 @@ COMPUTED = (
     "height",
     "width",
     "lora_alpha",
+    "lora_steps",
     "mixed_precision",
     "tiny_decoder",
     "pixel_clamp",
@@ -160,6 +162,8 @@ class RunIdentity:
             return self.same_value(now or "", was or "", earlier)
         if name == "lora_alpha":
             now, was = (run.settings[name] or run.settings["lora_rank"] for run in (self, earlier))
+        if name == "lora_steps":
+            now, was = (StepRange.parse(value or "") for value in (now, was))
         if name == "lora_target_modules":
             now, was = (sorted(target.strip() for target in str(value).split(",")) for value in (now, was))
         return bool(now == was)

@@ -13,11 +13,16 @@ from draftune.sampling.schedule import Prediction, Schedule, Step
 
 def require_stochastic_steps(schedule: Schedule) -> None:
     """Raise DraftuneError unless the schedule has a stochastic step (`Step.ancestral_std` > 0)."""
-    if not any(step.ancestral_std > 0 for step in schedule.steps):
+    if not stochastic_steps(schedule):
         raise DraftuneError(
             f"this method needs a stochastic step before the last one: set num_inference_steps to at least 2, not "
             f"{len(schedule)}"
         )
+
+
+def stochastic_steps(schedule: Schedule) -> list[int]:
+    """Return the indices of the stochastic steps (`Step.ancestral_std` > 0)."""
+    return [i for i, step in enumerate(schedule.steps) if step.ancestral_std > 0]
 
 
 def mean(prediction: Prediction, step: Step) -> Tensor:

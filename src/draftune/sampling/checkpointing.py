@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_call(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def checkpoint_call(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
     """Compute `function(x)` with gradient checkpointing (Chen et al., 2016, arXiv:1604.06174).
 
     The forward pass builds no graph and stores only `x`; the backward pass calls `function` again. Unlike
@@ -26,11 +30,12 @@ def checkpoint_call(function: Callable[[Tensor], Tensor], x: Tensor, parameters:
             backward pass does not restore it.
         x: The input.
         parameters: The trainable tensors that `function` depends on. No other tensor except `x` gets a gradient.
+        context: Makes the context of both calls of `function` and of its backward pass, in which blocks are repeated.
 
     Returns:
         `function(x)`.
     """
-    result: Tensor = CheckpointCall.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
+    result: Tensor = CheckpointCall.apply(function, context, x, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -38,37 +43,39 @@ class CheckpointCall(torch.autograd.Function):
     """The autograd function behind `checkpoint_call`."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        function: Callable[[Tensor], Tensor],
+        context: Callable[[], AbstractContextManager[None]],
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
         """Call `function(x)` without a graph (autograd functions run under `no_grad`)."""
-        ctx.function = function
+        ctx.function, ctx.context = function, context
         ctx.save_for_backward(x, *parameters)
-        return function(x)
+        with context():
+            return function(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Call `function` again with a graph and backpropagate through that graph."""
         x, *parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         inputs = [x.detach().requires_grad_(needed[0]), *parameters]
-        with torch.enable_grad():
-            result = ctx.function(inputs[0])
         targets = [value for value, is_needed in zip(inputs, needed, strict=True) if is_needed]
-        gradients = iter(torch.autograd.grad(result, targets, grad_outputs, allow_unused=True))
-        return None, *(next(gradients) if is_needed else None for is_needed in needed)
-
-
-_checkpoint_blocks = ContextVar("checkpoint_blocks", default=True)
+        with ctx.context():
+            with torch.enable_grad():
+                result = ctx.function(inputs[0])
+            gradients = iter(torch.autograd.grad(result, targets, grad_outputs, allow_unused=True))
+        return None, None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
 def checkpoint_block(block: Callable[..., Any], *args: Any) -> Any:
     """Call one block of a network with gradient checkpointing, for `enable_gradient_checkpointing` of diffusers.
 
-    The blocks must be deterministic: the random state is not restored. Inside `without_block_checkpointing` the block
-    is called directly.
+    The blocks must be deterministic: the random state is not restored.
     """
-    if not _checkpoint_blocks.get():
-        return block(*args)
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -89,17 +96,3 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
-
-
-@contextmanager
-def without_block_checkpointing() -> Iterator[None]:
-    """Call blocks without checkpointing inside this context.
-
-    A call of the base model needs this: in the backward pass, a repeated block would run with the LoRA. Setting one
-    variable avoids two walks over all modules of the network per call.
-    """
-    token = _checkpoint_blocks.set(False)
-    try:
-        yield
-    finally:
-        _checkpoint_blocks.reset(token)

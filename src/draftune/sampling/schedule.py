@@ -30,6 +30,7 @@ class Step(NamedTuple):
         sigma: sigma_t, the coefficient of the noise in x_t.
         alpha_next: alpha_s.
         sigma_next: sigma_s; 0 for a last step that ends at the clean latent.
+        tuned: Whether the fine-tuned model takes this step; False for the base model (`StepRange`).
     """
 
     timestep: float
@@ -37,6 +38,7 @@ class Step(NamedTuple):
     sigma: float
     alpha_next: float
     sigma_next: float
+    tuned: bool = True
 
     @property
     def ancestral_std(self) -> float:

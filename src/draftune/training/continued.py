@@ -11,7 +11,7 @@ import torch
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import RETAINED_PREFIX
-from draftune.lora import base_model, lora_file, saved_grid
+from draftune.lora import base_model, lora_file, saved_grid, saved_steps
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
@@ -19,6 +19,7 @@ from draftune.rewards.online import require_trained
 from draftune.runs.checkpoint import checksum
 from draftune.runs.fingerprint import same_source
 from draftune.runs.run_dir import run_settings
+from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 from draftune.utils.logging import logger
 
@@ -67,7 +68,7 @@ def resolve_continued_run(settings: Settings) -> ContinuedRun | None:
         The LoRA, None without `init_lora`.
 
     Raises:
-        DraftuneError: there is no such LoRA, or it belongs to another model.
+        DraftuneError: there is no such LoRA, or it belongs to another model or to other sampling steps.
     """
     s = settings
     if not s.init_lora:
@@ -79,6 +80,12 @@ def resolve_continued_run(settings: Settings) -> ContinuedRun | None:
         raise DraftuneError(
             f"the LoRA {s.init_lora!r} was trained for {base!r}, not for {s.model!r} (--model); if these are the "
             f"same model, 'draftune merge {s.init_lora} --model {s.model}' writes the LoRA for this name"
+        )
+    if (frozen := saved_steps(lora)) != (steps := StepRange.parse(s.lora_steps)):
+        merged = ", or train on a pipeline with that LoRA merged into it ('draftune export --format merged')"
+        raise DraftuneError(
+            f"the LoRA {s.init_lora!r} is active on the steps {frozen}, but lora_steps is {steps}: both are saved as "
+            f"one LoRA with one range; use --lora-steps {frozen}{merged if frozen.is_all else ''}"
         )
     past = ContinuedRun(lora, checksum(lora), load_prompts(s.retain_prompts) if s.retain_prompts else ())
     earlier = run_settings(lora)

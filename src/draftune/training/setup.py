@@ -25,6 +25,7 @@ from draftune.rewards import Reward, parse_reward
 from draftune.rewards.online import require_trained
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
+from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 from draftune.training.context import TrainContext
 from draftune.training.continued import ContinuedRun, resolve_continued_run
@@ -211,9 +212,23 @@ def set_up_model(
     if past is not None:
         past.compare(model.sampler_options)
     model.pixel_clamp = s.pixel_clamp
+    model.lora_steps = StepRange.parse(s.lora_steps)
     schedule = model.schedule(s.num_inference_steps)
     method.check(schedule)
+    check_trained_steps(s, method, schedule)
     return schedule
+
+
+def check_trained_steps(s: Settings, method: Method, schedule: Schedule) -> None:
+    """Raise DraftuneError if no step of `lora_steps` can get a gradient from the method."""
+    if not method.trained_steps(schedule):
+        tuned = [i for i, step in enumerate(schedule.steps) if step.tuned]
+        reached, count = method.steps_with_gradient(schedule), len(schedule)
+        raise DraftuneError(
+            f"lora_steps={s.lora_steps} holds the steps {tuned[0]} to {tuned[-1]} of {count}, counted from 0, but the "
+            f"method {s.method!r} only trains {min(reached)} to {max(reached)}: extend the range, or use draft or "
+            f"draft_k(k={count - tuned[-1]})"
+        )
 
 
 def to_device(context: TrainContext, sharded: bool) -> None:

@@ -17,7 +17,7 @@ from draftune.training.data import pending_state, read_pending
 from draftune.training.step import TrainStep
 
 METHOD_STATE = {"model", "reward", "reward_normalization_samples", "method", "height", "width"}
-METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one"}
+METHOD_STATE |= {"num_inference_steps", "timestep_spacing", "set_alpha_to_one", "lora_steps"}
 """Settings that a method's state depends on: statistics of the reward, value networks of the sampling steps."""
 
 
