@@ -129,6 +129,8 @@ IDS = {
     "stabilityai/stable-diffusion-3.5-large-turbo": (4, 0.0),
     "black-forest-labs/FLUX.1-dev": (28, 3.5),
     "black-forest-labs/FLUX.1-schnell": (4, 0.0),
+    "Qwen/Qwen-Image": (50, 4.0),
+    "Qwen/Qwen-Image-2512": (50, 4.0),
     "Tongyi-MAI/Z-Image": (50, 5.0),
     "Tongyi-MAI/Z-Image-Turbo": (8, 0.0),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (20, 4.5),

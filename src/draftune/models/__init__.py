@@ -11,6 +11,7 @@ from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
+from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
@@ -35,6 +36,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
     "FluxPipeline": Flux,
+    "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }
 """The family of each supported pipeline class. An added entry makes its pipelines loadable."""
