@@ -21,6 +21,8 @@ from draftune.guidance.sample import sample_guided
 from draftune.lora import add_lora, lora_parameters
 from draftune.models import load_model
 from draftune.published import PUBLISHED, variant
+from draftune.settings import Settings
+from draftune.training.memory_count import count_run
 from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
 
@@ -186,12 +188,13 @@ def test_recommended_targets(folder: Path, tmp_path: Path) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
     ours = drawn(model, "a cat", 0, 4.0)
     draftune.save_lora(model, tmp_path / "lora")
-    for kind in ("diffusers", "merged"):
-        draftune.export_lora(tmp_path / "lora", tmp_path / kind, kind, model=str(folder))
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="pytorch_lora_weights.safetensors")
-    for theirs in (pipeline, DiffusionPipeline.from_pretrained(tmp_path / "merged")):
-        assert (draw(theirs, "a cat", 0) - ours).abs().max() <= 1e-3
+    for kind, output in {"diffusers": "lora2", "merged": "merged", "comfyui": "comfyui.safetensors"}.items():
+        draftune.export_lora(tmp_path / "lora", tmp_path / output, kind, model=str(folder))
+    pipelines = [DiffusionPipeline.from_pretrained(path) for path in (tmp_path / "merged", folder, folder)]
+    pipelines[1].load_lora_weights(tmp_path / "lora2", weight_name="pytorch_lora_weights.safetensors")
+    pipelines[2].load_lora_weights(tmp_path, weight_name="comfyui.safetensors")
+    for pipeline in pipelines:
+        assert (draw(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
 
 
 def test_guided_sampling(folder: Path) -> None:
@@ -211,6 +214,24 @@ def test_long_prompts_are_counted(folder: Path) -> None:
     (found,) = model.truncated([fits, longer])
     assert (found.limit, found.cut) == (546, 1)
     assert [model.encode([prompt], "", False).text.shape[1] for prompt in (fits[1:], fits, longer)] == [511, 512, 512]
+
+
+def test_memory_is_counted(folder: Path, tmp_path: Path) -> None:
+    """From the configs, with their sequences of any length and convolutions in time."""
+    settings = {
+        "model": str(folder),
+        "reward": "brightness",
+        "output": str(tmp_path),
+        "lora_rank": 2,
+        "method": "draft",
+    }
+    found = count_run(Settings(**settings, num_inference_steps=2, batch_size=2, height=SIZE, width=SIZE, device="cpu"))
+    model = load_model(folder)
+    parameters = sum(parameter.numel() for part in model.modules for parameter in part.parameters())
+    lora = 2 * 16 * 2 * 2 * 4  # rank, width, both matrices, blocks, layers of each block
+    assert found.networks >= 2 * parameters + 4 * lora  # bf16, and float32 for the LoRA
+    assert found.optimizer == 2 * 4 * lora
+    assert found.update > 0
 
 
 def test_published_sampling(folder: Path) -> None:

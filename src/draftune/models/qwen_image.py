@@ -60,14 +60,35 @@ class QwenImage(Flow):
     def sigmas(self, num_inference_steps: int) -> Sequence[float]:
         return [1 - i / num_inference_steps for i in range(num_inference_steps)]
 
+    def in_template(self, prompt: str) -> str:
+        """Return a prompt in the pipeline's template."""
+        text: str = self.pipeline.prompt_template_encode.format(prompt)
+        return text
+
+    @property
+    def dropped_tokens(self) -> int:
+        """The number of the template's tokens before the prompt, whose embeddings are dropped."""
+        count: int = self.pipeline.prompt_template_encode_start_idx
+        return count
+
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
-        limit = self.pipeline.prompt_template_encode_start_idx + TEXT_TOKENS
-        return [("tokenizer", limit, [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts])]
+        return [("tokenizer", self.dropped_tokens + TEXT_TOKENS, [self.in_template(prompt) for prompt in prompts])]
 
     def encode_prompts(self, prompts: list[str], negative_prompt: str, guided: bool) -> Condition:
         negative = [negative_prompt or NO_NEGATIVE_PROMPT] * len(prompts) if guided else []
-        text, mask = self.pipeline.encode_prompt(negative + prompts, self.device, max_sequence_length=TEXT_TOKENS)
-        mask = torch.ones(text.shape[:2], device=text.device) if mask is None else mask  # None: no prompt is padded
+        # As the pipeline's `encode_prompt`, but without a choice of rows by values, which has no shape before it runs.
+        tokens = self.pipeline.tokenizer(
+            [self.in_template(prompt) for prompt in negative + prompts],
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.dropped_tokens + TEXT_TOKENS,
+            return_tensors="pt",
+        ).to(self.device)
+        # The logits are not used.
+        options = {"output_hidden_states": True, "logits_to_keep": 1}
+        output = self.pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, **options)
+        text, mask = (rows[:, self.dropped_tokens :] for rows in (output.hidden_states[-1], tokens.attention_mask))
         return Condition(text.to(self.denoiser.dtype), mask.bool())
 
     def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
