@@ -81,6 +81,8 @@ PUBLISHED: dict[str, Defaults] = {
     "flux2-klein-base": Defaults(50, 4.0, **FLUX2),
     # The model cards of black-forest-labs/FLUX.2-klein-4B and FLUX.2-klein-9B.
     "flux2-klein": Defaults(4, 1.0, **FLUX2 | FEW_STEPS),
+    # The defaults of diffusers' QwenImagePipeline, and the model cards of Qwen/Qwen-Image and Qwen-Image-2512.
+    "qwen-image": Defaults(50, 4.0, **FLOW),
     # The model card of Tongyi-MAI/Z-Image: 50 steps and a scale of 4 in diffusers' pipeline, which is 5 here (ZImage).
     "z-image": Defaults(50, 5.0, **FLOW),
     # The model card of Tongyi-MAI/Z-Image-Turbo: eight denoiser calls without guidance.
@@ -109,6 +111,7 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"stabilityai/stable-diffusion-xl-base-(0\.9|1\.0)", "stable-diffusion-xl"),
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "stable-diffusion"),
+    (r"qwen/qwen-image(-2512)?", "qwen-image"),
     (r"tongyi-mai/z-image", "z-image"),
     (r"tongyi-mai/z-image-turbo", "z-image-turbo"),
     (r"pixart-alpha/pixart-(xl|sigma).*", "pixart"),
@@ -169,6 +172,8 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "flux2-dev"
     if pipeline_class == "Flux2KleinPipeline":
         return "flux2-klein" if config_of(PIPELINE).get("is_distilled") else "flux2-klein-base"
+    if pipeline_class == "QwenImagePipeline":
+        return "qwen-image"
     if pipeline_class == "ZImagePipeline":
         # The networks have equal configs; Turbo's noise levels are shifted by 3, the base model's by 6.
         return "z-image-turbo" if config_of("scheduler").get("shift") == 3 else "z-image"

@@ -12,6 +12,7 @@ from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
 from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
+from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
@@ -38,6 +39,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "FluxPipeline": Flux,
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
+    "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }
 """The family of each supported pipeline class. An added entry makes its pipelines loadable."""

@@ -49,6 +49,16 @@ def default_device(device: str = "auto") -> torch.device:
     raise DraftuneError(f"device={device} is not available (CUDA devices: {count}, MPS: {mps}); use auto or cpu")
 
 
+def layout_of(network: nn.Module) -> torch.memory_format:
+    """Return the memory format of a network: channels last, or the usual one if it has 3-D convolutions.
+
+    Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
+    """
+    # PyTorch has this format for weights with four axes only.
+    deep = any(parameter.ndim == 5 for parameter in network.parameters())
+    return torch.contiguous_format if deep else torch.channels_last
+
+
 def checkpoint_blocks(network: nn.Module, enabled: bool) -> None:
     """Enable or disable gradient checkpointing of the blocks of a diffusers network; others are left unchanged."""
     from diffusers import ModelMixin
@@ -91,8 +101,7 @@ class DiffusionModel(Family):
         self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
         for part in self.modules:
-            # Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
-            part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.eval().requires_grad_(False).to(memory_format=layout_of(part))  # type: ignore[call-overload]
         self.set_checkpointing("denoiser")
         # Latents, images and the LoRA are float32 even if the pipeline was loaded in half precision.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
@@ -116,9 +125,10 @@ class DiffusionModel(Family):
         """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision."""
         self.autocast_dtype = DTYPES[precision]
         # Channels last was not tried on MPS.
-        layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+        mps = torch.device(device).type == "mps"
         with silence_libraries():
             for part in self.all_modules:
+                layout = torch.contiguous_format if mps else layout_of(part)
                 part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
         return self
 

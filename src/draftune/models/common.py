@@ -23,27 +23,40 @@ class Condition(NamedTuple):
     pooled: Tensor
 
 
-def apply_cfg(network: Callable[[Tensor], Tensor], x: Tensor, batch_size: int, guidance_scale: float) -> Tensor:
+def apply_cfg(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    batch_size: int,
+    guidance_scale: float,
+    norm_axis: int | None = None,
+) -> Tensor:
     """Call the network with classifier-free guidance (Ho & Salimans, 2022, arXiv:2207.12598).
 
     output = negative + guidance_scale * (positive - negative)
 
-    Both outputs are computed in one call on a doubled batch.
+    Both outputs are computed in one call on a doubled batch. With `norm_axis` the output is rescaled:
+
+    output * |positive| / |output|
 
     Args:
         network: Maps noisy latents to outputs. Its condition has `batch_size` rows; with guidance, the negative
             (unconditional) ones come first.
-        x: Noisy latents, `[B, C, H, W]`.
+        x: Noisy latents, `[B, C, H, W]`, or their tokens, `[B, tokens, width]`.
         batch_size: 2 * B for guidance; B for one plain call.
         guidance_scale: The weight of the positive (conditional) output; unused without guidance.
+        norm_axis: The axis of the norms of models whose guided output is rescaled; None for all others.
 
     Returns:
-        The network's output, `[B, C, H, W]`.
+        The network's output, of the shape of `x`.
     """
     if batch_size == len(x):
         return network(x)
     negative, positive = network(torch.cat([x, x])).chunk(2)
-    return negative + guidance_scale * (positive - negative)
+    output = negative + guidance_scale * (positive - negative)
+    if norm_axis is None:
+        return output
+    norms = [torch.norm(tensor, dim=norm_axis, keepdim=True) for tensor in (positive, output)]
+    return output * (norms[0] / norms[1])
 
 
 def check_size(height: int | None, width: int | None, multiple: int, largest: int | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from draftune.models.base import DiffusionModel
 from draftune.models.common import decode_vae
@@ -41,13 +42,23 @@ def chat_text(tokenizer: Any, prompt: str, thinking: bool) -> str:
     return text
 
 
+def pack(latents: Tensor) -> Tensor:
+    """Return the tokens `[B, H * W / 4, 4 * C]` of latents `[B, C, H, W]`; each token has 2 x 2 of them."""
+    return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the latents of tokens in this many rows and columns, the inverse of `pack`."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+
 def unused_context_layers(blocks: Sequence[nn.Module], name: str) -> frozenset[str]:
     """Return the layers of the last block that compute the text tokens for a next block, which does not exist.
 
     The text's keys and values do not belong to them: image tokens attend to these in the last block too.
     """
     last = len(blocks) - 1
-    unused = ("attn.add_q_proj", "attn.to_add_out", "ff_context.")
+    unused = ("attn.add_q_proj", "attn.to_add_out", "ff_context.", "txt_mlp.")
     layers = dict(blocks[last].named_modules()) if blocks else {}
     # peft moves a layer that has a LoRA to LAYER.base_layer.
     linear = (layer.removesuffix(".base_layer") for layer, module in layers.items() if isinstance(module, nn.Linear))

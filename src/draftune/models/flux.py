@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from draftune.models.common import Condition
-from draftune.models.flow import Flow, unused_context_layers
+from draftune.models.flow import Flow, pack, unpack, unused_context_layers
 from draftune.models.needs import Need, equal, reader_needs
 
 
@@ -71,7 +70,7 @@ class Flux(Flow):
         axes = (torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         guidance = torch.full((batch,), guidance_scale, device=device, dtype=torch.float32)
         output: Tensor = self.denoiser(
-            pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+            pack(x),
             # The timestep has the network's precision, as in the official pipeline.
             timestep=torch.full((batch,), timestep, device=device, dtype=self.denoiser.dtype) / 1000,
             guidance=guidance if self.denoiser.config.guidance_embeds else None,
@@ -80,4 +79,4 @@ class Flux(Flow):
             txt_ids=torch.zeros(condition.text.shape[1], 3, device=device),
             img_ids=torch.cartesian_prod(*axes).to(device),
         ).sample
-        return pixel_shuffle(output.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+        return unpack(output, rows, columns)

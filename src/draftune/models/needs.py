@@ -100,13 +100,13 @@ def autoencoder_needs(vae: Any, shifted: bool = False) -> Iterator[Need]:
         yield number("vae.shift_factor", vae.config.shift_factor, zero=True)
 
 
-def moments_needs(vae: Any) -> Iterator[Need]:
-    """Yield the needs of an autoencoder with an optional mean and standard deviation per latent channel."""
-    channels = vae.config.latent_channels
+def moments_needs(vae: Any, channels: int, optional: bool = True) -> Iterator[Need]:
+    """Yield the needs of an autoencoder with a mean and standard deviation per latent channel; `optional`: or none."""
     for key in ("latents_mean", "latents_std"):
         values = getattr(vae.config, key, None)
         complete = isinstance(values, (list, tuple)) and len(values) == channels
-        ok = values is None or (complete and all(number(key, value, zero=True).ok for value in values))
+        finite = complete and all(number(key, value, zero=True).ok for value in values or ())
+        ok = finite or (optional and values is None)
         yield Need(f"vae.{key}", values, ok, f"{channels} numbers, one for each latent channel")
 
 

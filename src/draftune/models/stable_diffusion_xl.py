@@ -43,7 +43,7 @@ class StableDiffusionXL(StableDiffusion):
     def needs(self) -> Iterator[Need]:
         pipeline, config = self.pipeline, self.pipeline.unet.config
         yield from self.network_needs(addition_embed_type="text_time")
-        yield from moments_needs(pipeline.vae)
+        yield from moments_needs(pipeline.vae, pipeline.vae.config.latent_channels)
         pooled = pipeline.text_encoder_2
         yield of_class("text_encoder_2", pooled, ("CLIPTextModelWithProjection",))
         readers = [("text_encoder_2", pipeline.tokenizer_2, pooled)]

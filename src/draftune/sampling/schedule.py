@@ -236,12 +236,12 @@ def flow_schedule(
         mu: The resolution-dependent shift, as in diffusers' `set_timesteps`; None for schedulers without one.
 
     Raises:
-        DraftuneError: `num_inference_steps` is out of range.
+        DraftuneError: `num_inference_steps` is out of range, see `check_flow_steps`.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    check_steps(num_inference_steps, scheduler.config.num_train_timesteps)
+    check_flow_steps(num_inference_steps, scheduler.config)
     if sigmas is None:
         scheduler.set_timesteps(num_inference_steps, mu=mu)
     else:
@@ -257,9 +257,9 @@ def flow_steps(scheduler: Any, num_inference_steps: int) -> Schedule:
         num_inference_steps: The number of denoiser calls, from 1 to `num_train_timesteps`.
 
     Raises:
-        DraftuneError: `num_inference_steps` is out of range.
+        DraftuneError: `num_inference_steps` is out of range, see `check_flow_steps`.
     """
-    check_steps(num_inference_steps, scheduler.config.num_train_timesteps)
+    check_flow_steps(num_inference_steps, scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
     return flow_levels(scheduler)
 
@@ -278,3 +278,17 @@ def check_steps(num_inference_steps: int, train_steps: int) -> None:
     """Raise DraftuneError unless 1 <= num_inference_steps <= train_steps."""
     if not 1 <= num_inference_steps <= train_steps:
         raise DraftuneError(f"num_inference_steps must be between 1 and {train_steps}, not {num_inference_steps}")
+
+
+def check_flow_steps(num_inference_steps: int, config: Mapping[str, Any]) -> None:
+    """Raise DraftuneError for a number of steps out of range, or one step where the scheduler has a `shift_terminal`.
+
+    All noise levels but the first are stretched to end at `shift_terminal`.
+    """
+    check_steps(num_inference_steps, config["num_train_timesteps"])
+    terminal = config.get("shift_terminal")
+    if terminal and num_inference_steps == 1:
+        raise DraftuneError(
+            "num_inference_steps must be at least 2 for this model, not 1: its scheduler has two given noise levels, "
+            f"the first and the last (shift_terminal={terminal})"
+        )
