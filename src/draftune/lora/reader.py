@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from draftune.lora.deltas import LoRADelta, LoRADeltas
 from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file
 from draftune.lora.names import TEXT_ENCODER, NameTable, Target, is_text
 
+if TYPE_CHECKING:
+    from draftune.lora.adapter import LoRATarget
+
 SKIP = "--skip-text-encoder-lora"
 
 
@@ -23,6 +26,17 @@ def read_lora(
 ) -> LoRADeltas:
     """Read a LoRA file and convert it to weight changes of these networks; see `fit`."""
     return fit(read_file(source), networks, model_name, skip_text_encoder)
+
+
+def read_for(model: LoRATarget, source: Path | str, skip_text_encoder: bool) -> LoRADeltas:
+    """Read a LoRA file for a model, whose text encoders are loaded if the LoRA adapts them or may depend on them."""
+    file = read_file(source)
+    if file.is_dora and not skip_text_encoder:
+        model.load_text_encoders()
+    deltas = fit(file, model.lora_networks, model.name, skip_text_encoder)
+    if deltas.parts != [model.lora_prefix]:
+        model.load_text_encoders()
+    return deltas
 
 
 def fit(

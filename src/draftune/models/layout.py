@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models import adapter
-from draftune.models.loading import part_folder, pipeline_folder, read_index
+from draftune.models.loading import empty_network, part_folder, pipeline_folder, read_index
 from draftune.utils.hub import fetch
 from draftune.utils.loading import first_line
-from draftune.utils.quiet import silence_libraries
 
 
 def load_layout(model: str) -> dict[str, nn.Module]:
@@ -27,8 +25,6 @@ def load_layout(model: str) -> dict[str, nn.Module]:
     Raises:
         DraftuneError: There is no such model, or a config can't be read.
     """
-    from accelerate import init_empty_weights
-
     source = pipeline_folder(model, fetch_configs)
     try:
         index = read_index(source, model)
@@ -36,12 +32,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
         encoders = sorted(part for part in index if part.startswith("text_encoder") and index[part][1] is not None)
         networks = {}
         for part in (denoiser, *encoders):
-            kind, folder = getattr(import_module(index[part][0]), index[part][1]), part_folder(source, part)
-            with silence_libraries(), init_empty_weights():
-                if index[part][0] == "diffusers":
-                    networks[part] = kind.from_config(kind.load_config(folder))
-                else:
-                    networks[part] = kind(kind.config_class.from_pretrained(folder))
+            networks[part] = empty_network(index[part], part_folder(source, part))
         return networks
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise DraftuneError(f"cannot read the configs of the pipeline {model!r}: {first_line(error)}") from error

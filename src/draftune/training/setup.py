@@ -17,6 +17,7 @@ from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
+from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.published import Defaults
@@ -106,7 +107,9 @@ def prepare(
         check_columns(best_columns, score, judge, past)
         decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
         if not isinstance(model, DiffusionModel):
-            model = load_model(settings.model if model is None else model, settings.mixed_precision)
+            # The text encoders are loaded where prompts are encoded, in `to_device`.
+            source = settings.model if model is None else model
+            model = load_model(source, settings.mixed_precision, text_encoders=False)
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.check_shared()
     with processes.raise_on_all_ranks():
@@ -217,13 +220,19 @@ def set_up_model(
 
 
 def to_device(context: TrainContext, sharded: bool) -> None:
-    """Load the rewards' weights, move all networks to the device, and add the LoRA to the model.
+    """Encode the prompts, load the rewards' weights, move all networks to the device, and add the LoRA to the model.
 
     Args:
         context: The run.
         sharded: Whether FSDP will shard the model: it then stays on the CPU, since no device may have room for it.
     """
     s, model, device = context.settings, context.model, context.accelerator.device
+    encoders = text_encoders(model.pipeline).values()
+    if model.embeddings is None and encoders and not any(hasattr(part, "peft_config") for part in encoders):
+        model.embeddings = PromptEmbeddings(model)
+    # First in place, for the precision: a device may have no room for the text encoders beside the other networks.
+    model.to(model.device, s.mixed_precision)
+    model.cache_prompts(context.all_prompts, s.negative_prompt, s.guidance_scale, device)
     model.to("cpu" if sharded else device, s.mixed_precision)
     model.set_checkpointing(
         s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
@@ -242,8 +251,10 @@ def to_device(context: TrainContext, sharded: bool) -> None:
 
 
 def release_model(context: TrainContext) -> None:
-    """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp and compilation."""
+    """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp, compilation, encoders."""
     model = context.model
+    if model.embeddings is not None and not model.embeddings.loaders:
+        model.load_text_encoders()
     model.tiny_decoder, model.pixel_clamp = None, context.pixel_clamp
     if context.settings.compile:
         model.denoiser._compiled_call_impl = None
