@@ -101,8 +101,8 @@ class PromptEmbeddings:
         self.model, self.folder, self.loaders = model, folder, dict(loaders or {})
         self.placeholders = {name: text_encoders(model.pipeline)[name] for name in self.loaders}
         self.rows: dict[tuple[str, str, str], Any] = {}
-        self.loads = 0
-        """How often the text encoders were read from files."""
+        self.rounds = 0
+        """How often the text encoders were needed."""
         for placeholder in self.placeholders.values():
             placeholder.forward = not_loaded
 
@@ -145,6 +145,7 @@ class PromptEmbeddings:
                 raise
             logger.warning(f"the text encoders do not fit into the memory of {device}: they run on the CPU")
             self.encode([item for item in missing if self.key(*item) not in self.rows], torch.device("cpu"))
+        self.rounds += 1
         if cache is not None:
             cache.write((item, self.rows[self.key(*item)]) for item in missing)
 
@@ -194,13 +195,12 @@ class PromptEmbeddings:
         for name, load in self.loaders.items():
             if getattr(self.model.pipeline, name) is self.placeholders[name]:
                 setattr(self.model.pipeline, name, load().eval().requires_grad_(False))
-                self.loads += 1
 
     def free(self) -> None:
         """Drop the text encoders, or move them to main memory if they can't be read again or were read twice."""
         for name, part in text_encoders(self.model.pipeline).items():
-            # A run that needs them again will need them more often: reading takes longer than moving.
-            if name in self.loaders and self.loads <= len(self.loaders):
+            # If they were needed again, they will be needed more often, and reading takes longer than moving.
+            if name in self.loaders and not self.rounds:
                 setattr(self.model.pipeline, name, self.placeholders[name])
             else:
                 part.to("cpu")
