@@ -144,6 +144,8 @@ def architecture(name: str, make: Callable[[], nn.Module], dtype: torch.dtype, f
     if (count := sum(p.numel() for p in network.parameters())) != PUBLISHED[name]:
         raise ValueError(f"{name} has {count:,} parameters, not {PUBLISHED[name]:,}")
     network = network.to_empty(device="cpu").eval()
+    if hasattr(network, "tie_weights"):
+        network.tie_weights()  # `to_empty` gives each name a tensor of its own
     return filled(network) if fill else network
 
 

@@ -135,7 +135,8 @@ def counted(made: Trainer) -> tuple[int, int]:
     All weights are replaced by fake tensors.
     """
     updates, s = made.train_step, made.settings
-    with FakeTensorMode(), Numberless() as memory:
+    # The prompt embeddings are real tensors.
+    with FakeTensorMode(allow_non_fake_inputs=True), Numberless() as memory:
         for network in (*made.model.all_modules, made.reward):
             make_fake(network)
         updates.parameters = {n: p for n, p in made.model.denoiser.named_parameters() if p.requires_grad}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from draftune.cli.main import main
 from draftune.models import DiffusionModel, embedding_cache, load_model
@@ -122,3 +123,19 @@ def test_commands_do_not_load_what_the_cache_has(
         assert main([*command, "--output", str(tmp_path / name)]) == 0
         assert len(loaded_encoders) == 1
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_outputs_of_fake_weights_are_not_stored(
+    pipeline_folder: Path, prompt_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(pipeline_folder, text_encoders=False)
+    assert model.embeddings is not None
+    encoder = torch.nn.Module()
+    with FakeTensorMode():
+        encoder.weight = torch.nn.Parameter(torch.empty(2))
+    model.embeddings.loaders["text_encoder"] = lambda: encoder
+    monkeypatch.setattr(model, "place", lambda part, device: None)
+    monkeypatch.setattr(model, "encode", lambda prompts, negative_prompt, guided: torch.zeros(1, 12, 8))
+    model.cache_prompts(PROMPTS, "", 1.0)
+    assert model.embeddings.rounds == 1
+    assert not files(prompt_cache)

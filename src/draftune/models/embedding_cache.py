@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from draftune import __version__
 from draftune.utils.loading import weights_files
@@ -55,7 +54,7 @@ def encoder_identity(model: DiffusionModel, folder: Path, device: torch.device) 
 
     These are the weights of the text encoders (see `weights_digest`), the contents of their configs, of the tokenizers'
     files, of model_index.json and of the denoiser's config, the family and its precision, the kind of device, and the
-    versions of draftune and of the libraries that encode. None if a file can't be read.
+    versions of draftune and of the libraries that encode. None if there are no weights, or a file can't be read.
     """
     parts = [name for name in model.pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
     files = [folder / "model_index.json", folder / model.lora_prefix / "config.json"]
@@ -78,7 +77,7 @@ def encoder_identity(model: DiffusionModel, folder: Path, device: torch.device) 
         facts["files"] = {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in files}
     except OSError:
         return None
-    return sha256(json.dumps(facts, sort_keys=True).encode())
+    return sha256(json.dumps(facts, sort_keys=True).encode()) if weights else None
 
 
 def weights_digest(path: Path) -> str:
@@ -143,8 +142,6 @@ class EmbeddingCache:
             for item, row in rows:
                 tensors: list[Tensor] = []
                 structure = json.dumps(flat(row, tensors))
-                if any(isinstance(tensor, FakeTensor) for tensor in tensors):
-                    return
                 metadata = {"structure": structure, "sha256": tensors_digest(tensors)}
                 with atomic_write(self.path(*item)) as path:
                     save_tensors(path, {str(i): tensor for i, tensor in enumerate(tensors)}, metadata)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.embedding_cache import NEGATIVE, PROMPT, EmbeddingCache, cache_folder, encoder_identity
@@ -103,6 +104,8 @@ class PromptEmbeddings:
         self.rows: dict[tuple[str, str, str], Any] = {}
         self.rounds = 0
         """How often the text encoders were needed."""
+        self.is_fake = False
+        """Whether the text encoders have fake weights, to count memory; their outputs are not written to disk then."""
         for placeholder in self.placeholders.values():
             placeholder.forward = not_loaded
 
@@ -146,7 +149,7 @@ class PromptEmbeddings:
             logger.warning(f"the text encoders do not fit into the memory of {device}: they run on the CPU")
             self.encode([item for item in missing if self.key(*item) not in self.rows], torch.device("cpu"))
         self.rounds += 1
-        if cache is not None:
+        if cache is not None and not self.is_fake:
             cache.write((item, self.rows[self.key(*item)]) for item in missing)
 
     def encode(self, items: Sequence[tuple[str, str]], device: torch.device) -> None:
@@ -184,6 +187,7 @@ class PromptEmbeddings:
             self.load()
             for part in text_encoders(model.pipeline).values():
                 model.place(part, device)
+                self.is_fake = self.is_fake or any(isinstance(weight, FakeTensor) for weight in part.parameters())
             model.encoding_device = device
             yield
         finally:
@@ -202,7 +206,7 @@ class PromptEmbeddings:
             # If they were needed again, they will be needed more often, and reading takes longer than moving.
             if name in self.loaders and not self.rounds:
                 setattr(self.model.pipeline, name, self.placeholders[name])
-            else:
+            elif part is not self.placeholders.get(name):
                 part.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

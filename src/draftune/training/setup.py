@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from draftune.errors import DraftuneError, gather, unknown
+from draftune.errors import DraftuneError, gather, out_of_memory, unknown
 from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, parse_criterion
 from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
@@ -254,7 +254,12 @@ def release_model(context: TrainContext) -> None:
     """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp, compilation, encoders."""
     model = context.model
     if model.embeddings is not None and not model.embeddings.loaders:
-        model.load_text_encoders()
+        try:
+            model.load_text_encoders()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("the text encoders stay in main memory: the device has no room for them")
     model.tiny_decoder, model.pixel_clamp = None, context.pixel_clamp
     if context.settings.compile:
         model.denoiser._compiled_call_impl = None
