@@ -16,6 +16,9 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -28,6 +31,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
 )
 
 from draftune.assets import EMBEDDED
@@ -80,6 +85,33 @@ CLIP_G: dict[str, Any] = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
+FLUX: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+FLUX_VAE = VAE | {
+    "latent_channels": 16,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+T5_XXL: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -94,6 +126,9 @@ PUBLISHED = {
     "CLIP-L text": 123_060_480,
     "CLIP bigG text": 694_659_840,
     "VAE": 83_653_863,
+    "FLUX.1-dev transformer": 11_901_408_320,
+    "FLUX.1 VAE": 83_819_683,
+    "T5-XXL encoder": 4_762_310_656,
     "CLIP ViT-H/14": 986_109_441,
 }
 """Number of parameters of each network."""
@@ -109,6 +144,8 @@ def architecture(name: str, make: Callable[[], nn.Module], dtype: torch.dtype, f
     if (count := sum(p.numel() for p in network.parameters())) != PUBLISHED[name]:
         raise ValueError(f"{name} has {count:,} parameters, not {PUBLISHED[name]:,}")
     network = network.to_empty(device="cpu").eval()
+    if hasattr(network, "tie_weights"):
+        network.tie_weights()  # `to_empty` gives each name a tensor of its own
     return filled(network) if fill else network
 
 
@@ -161,8 +198,21 @@ def sdxl(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
     )
 
 
+def flux(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
+    build = partial(architecture, dtype=dtype, fill=fill)
+    return FluxPipeline(
+        transformer=build("FLUX.1-dev transformer", lambda: FluxTransformer2DModel(**FLUX)),
+        vae=build("FLUX.1 VAE", lambda: AutoencoderKL(**FLUX_VAE)),
+        text_encoder=build("CLIP-L text", lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
+        text_encoder_2=build("T5-XXL encoder", lambda: T5EncoderModel(T5Config(**T5_XXL))),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),  # only the number of tokens matters
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
 HUB = {"CompVis/stable-diffusion-v1-4": "sd14", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
-PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {"sd14": sd14, "sdxl": sdxl}
+PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {"sd14": sd14, "sdxl": sdxl, "flux": flux}
 
 
 class ViTH(Reward):

@@ -2,13 +2,16 @@
 
     python benchmarks/full_size.py real sd14 mixed_precision=bf16 num_inference_steps=2
     python benchmarks/full_size.py count sdxl method='draft_k(k=5)' batch_size=4
+    python benchmarks/full_size.py count flux --keep-text-encoders mixed_precision=bf16
     python benchmarks/full_size.py table sd14
     python benchmarks/full_size.py presets
 
 Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer. `count` runs the same trainer
 on fake tensors (torch's FakeTensorMode): all operations are dispatched and live bytes are summed, but nothing is
-computed, so a row takes seconds. Both count memory as `draftune preflight` does on a CPU. `table` counts the rows of
-docs/explanation/memory-and-time.md, `presets` those of the presets.
+computed, so a row takes seconds. Both count memory as `draftune preflight` does on a CPU. `count` frees the text
+encoders before, as a run on a model's folder does. With `--keep-text-encoders` they stay, and every update encodes its
+prompts.
+`table` counts the rows of docs/explanation/memory-and-time.md, `presets` those of the presets.
 """
 
 from __future__ import annotations
@@ -28,15 +31,19 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderTiny
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import HUB, PIPELINES, ViTH
+from draftune.models import DiffusionModel, load_model
 from draftune.models.base import DTYPES
+from draftune.models.prompt_embeddings import PromptEmbeddings, mapped, text_encoders
 from draftune.presets import PRESETS, read_yaml
-from draftune.training.memory_count import MemoryCount, network_bytes
+from draftune.training.memory_count import MemoryCount, Numberless, network_bytes
 from draftune.training.memory_count import count as counted
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
-from draftune.utils.weightless import without_weights
+from draftune.utils.weightless import make_fake, without_weights
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
 # Memory does not depend on the number of prefix steps, so that one is enough.
@@ -45,8 +52,11 @@ SIZES = {"sd14": (512, 768, 1024), "sdxl": (768, 1024)}
 
 
 @contextmanager
-def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Trainer]:
-    """Yield a trainer for a model of PIPELINES. Default reward: ViT-H. Without `fill` no weights are written."""
+def trainer(model: str, fill: bool, settings: Mapping[str, Any], keep: bool = False) -> Iterator[Trainer]:
+    """Yield a trainer for a model of PIPELINES. Default reward: ViT-H. Without `fill` no weights are written.
+
+    `keep`: whether the text encoders stay in memory and encode the prompts of every update.
+    """
     with TemporaryDirectory() as folder:
         values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "device": "cpu"}
         if values.get("tiny_decoder"):
@@ -54,9 +64,46 @@ def trainer(model: str, fill: bool, settings: Mapping[str, Any]) -> Iterator[Tra
             AutoencoderTiny().save_pretrained(f"{folder}/small")
         reward = values.pop("reward", None) or ViTH(fill)
         dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
-        made = Trainer(PIPELINES[model](dtype, fill), reward, **values)
+        loaded = load_model(PIPELINES[model](dtype, fill))
+        if not fill:
+            loaded.embeddings = Kept(loaded) if keep else freed(loaded)
+        made = Trainer(loaded, reward, **values)
+        if keep:
+            made.model.embeddings = None
         made.train_step.folder = None
         yield made
+
+
+class Kept(PromptEmbeddings):
+    """Encode nothing in advance."""
+
+    def prepare(self, *args: Any, **options: Any) -> None:
+        """Leave the text encoders where they are."""
+
+
+def freed(model: DiffusionModel) -> PromptEmbeddings:
+    """Return embeddings of zeros for a model, whose text encoders are removed, as in a run on a model's folder."""
+    pipeline, encode, mode = model.pipeline, model.encode, FakeTensorMode()
+    encoders = text_encoders(pipeline)
+    with mode:
+        for part in encoders.values():
+            make_fake(part)
+
+    def put(parts: Mapping[str, nn.Module]) -> None:
+        for name, part in parts.items():
+            setattr(pipeline, name, part)
+
+    def zeros(*args: Any) -> Any:
+        empty = text_encoders(pipeline)
+        put(encoders)
+        with mode, Numberless():
+            condition = encode(*args)
+        put(empty)
+        return mapped(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), condition)
+
+    put({name: nn.Module() for name in encoders})
+    model.encode = zeros  # type: ignore[method-assign]
+    return PromptEmbeddings(model, dict.fromkeys(encoders, nn.Module))
 
 
 def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]:
@@ -75,9 +122,9 @@ def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]
         return {**result, "rss": rss(), "times": times}
 
 
-def count(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def count(model: str, settings: Mapping[str, Any], keep: bool = False) -> dict[str, Any]:
     """Return the bytes of the networks, the peaks of an update and of sampling a batch, and the optimizer state."""
-    with trainer(model, False, settings) as made, without_weights() as mode:
+    with trainer(model, False, settings, keep) as made, without_weights() as mode:
         return counted(made, mode)._asdict()
 
 
@@ -86,10 +133,10 @@ def rss() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1) -> dict[str, Any]:
+def measure(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1, keep: bool = False) -> dict[str, Any]:
     """Measure one row and print it as a line of JSON."""
     try:
-        result = real(model, settings, rounds) if what == "real" else count(model, settings)
+        result = real(model, settings, rounds) if what == "real" else count(model, settings, keep)
     except Exception as error:
         result = {"failed": f"{type(error).__name__}: {error}"[:300]}
     print(json.dumps({"what": what, "model": model, **settings, **result}), flush=True)
@@ -138,14 +185,16 @@ def main() -> None:
     parser.add_argument("model", choices=PIPELINES, nargs="?", default="sd14")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
     parser.add_argument("--rounds", type=int, default=1, help="updates of `real`")
-    args = parser.parse_args()
+    parser.add_argument("--keep-text-encoders", action="store_true", help="count them, and encoding in every update")
+    args = parser.parse_intermixed_args()
     if args.what == "table":
         table(args.model)
     elif args.what == "presets":
         presets()
     else:
         given = (setting.partition("=") for setting in args.settings)
-        measure(args.what, args.model, {name: yaml.safe_load(value) for name, _, value in given}, args.rounds)
+        settings = {name: yaml.safe_load(value) for name, _, value in given}
+        measure(args.what, args.model, settings, args.rounds, args.keep_text_encoders)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported; subprocesses inherit them. Waking a second thread takes longer than the small networks here
 # gain by it, and two workers with several threads each would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["DRAFTUNE_PROMPT_CACHE"] = "off"  # the user's cache is not for tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 for `-m network`
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 from helpers.pipelines import build_pipeline
 from helpers.published_weights import save_clip
@@ -56,3 +60,25 @@ def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors[f"layers.{i}.bias"] = torch.randn(b, generator=generator)
     save_file(tensors, path)
     return path
+
+
+@pytest.fixture
+def prompt_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache of prompt embeddings."""
+    monkeypatch.setenv("DRAFTUNE_PROMPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def loaded_encoders(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """Each text encoder that is read from files."""
+    found: list[weakref.ref[Any]] = []
+    read = CLIPTextModel.from_pretrained.__func__
+
+    def counted(cls: Any, *args: Any, **options: Any) -> Any:
+        result = read(cls, *args, **options)
+        found.append(weakref.ref(result[0]))
+        return result
+
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", classmethod(counted))
+    return found

@@ -87,11 +87,12 @@ def test_each_process_holds_its_part_of_the_frozen_networks(together: Path) -> N
         assert found["count"] == 2
         assert all(size["held"] == size["all"] > 0 for size in found["whole"].values())
         unet, encoder, decoder = found["sharded"].values()
-        for size in (unet, encoder):
-            assert size["held"] <= 0.51 * size["all"]
+        assert unet["held"] <= 0.51 * unet["all"]
+        # The text encoder, of a user's pipeline, is in main memory after the prompts are encoded.
+        assert encoder["held"] == encoder["all"]
         assert decoder["held"] == decoder["all"]
     whole, (first, second) = facts(together)[0]["whole"], (found["sharded"] for found in facts(together))
-    for a, b, size in list(zip(first.values(), second.values(), whole.values(), strict=True))[:2]:
+    for a, b, size in list(zip(first.values(), second.values(), whole.values(), strict=True))[:1]:
         assert a["held"] + b["held"] == size["all"]
 
 

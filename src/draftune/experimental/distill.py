@@ -20,7 +20,7 @@ from draftune.runs.merge import check_folder
 from draftune.sampling.sampler import Denoiser, ddim_step
 from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
-from draftune.training.data import PromptSampler
+from draftune.training.data import PromptSampler, sampled_first
 from draftune.utils.logging import logger
 from draftune.utils.paths import user_path
 
@@ -129,6 +129,9 @@ def distill_lora(
         # The new LoRA is the active one; the model's base denoiser has the source's, under the name FROZEN_ADAPTER.
         add_lora(loaded, rank, targets=list(deltas.of_part(loaded.lora_prefix)))
     loaded.set_checkpointing(tuned.settings.gradient_checkpointing or "blocks")
+    coming = sampled_first(texts, num_trajectories * batch_size, seed)
+    coming += [prompt for group in groups for prompt in group[:PROBED]]
+    loaded.cache_prompts(coming, tuned.settings.negative_prompt, tuned.settings.guidance_scale)
 
     lesson = Distiller(loaded, tuned.settings)
     probes = [lesson.trajectory(group[:PROBED], torch.Generator().manual_seed(seed)) for group in groups]

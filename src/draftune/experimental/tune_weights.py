@@ -27,7 +27,7 @@ from draftune.rewards.online import require_trained
 from draftune.runs.load import check_same_steps, load_base_with_loras, resolve_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
-from draftune.training.data import PromptSampler
+from draftune.training.data import PromptSampler, sampled_first
 from draftune.utils.tables import write_csv, write_json
 
 GUIDANCE = "guidance_scale"
@@ -183,13 +183,14 @@ def tune_weights(
     score, texts = gather(*loaders)
     check_prompts(score.load_weights(), texts)
     if sources:
-        loaded = load_base_with_loras(
-            {f"lora-{i}": source for i, source in enumerate(sources)}, device, mixed_precision
-        )
+        adapters = {f"lora-{i}": source for i, source in enumerate(sources)}
+        loaded = load_base_with_loras(adapters, device, mixed_precision)
     else:
-        loaded = load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
+        loaded = load_model(settings.model, mixed_precision, False).to(default_device(device), mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
+    most = max([settings.guidance_scale, *(guidance_bounds or ())])
+    loaded.cache_prompts(sampled_first(texts, steps * batch_size + num_images, seed), settings.negative_prompt, most)
     evaluator = WeightEvaluator(loaded, score.to(loaded.device), parameters, texts, settings, seed)
 
     start = torch.tensor([parameter.place for parameter in parameters])

@@ -116,6 +116,7 @@ def sample_guided(
     defaults = model.recommended
     schedule = model.schedule(num_inference_steps or defaults["num_inference_steps"])
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    model.cache_prompts(prompts, negative_prompt, scale)
 
     fit = None
     if guide.finetune_from_round:

@@ -17,7 +17,7 @@ from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
 from draftune.lora.names import canonical, in_network
-from draftune.lora.reader import read_lora
+from draftune.lora.reader import read_for
 from draftune.lora.targets import ATTENTION, LoRATarget, used_targets
 from draftune.utils.quiet import silence_libraries
 
@@ -138,7 +138,7 @@ def load_lora(
     Raises:
         DraftuneError: The file can't be read or does not fit the model.
     """
-    deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
+    deltas = read_for(model, source, skip_text_encoder)
     attach_lora(model, deltas, name)
     model.lora_steps = deltas.lora_steps
     return deltas
@@ -213,7 +213,7 @@ def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool =
     """
     if getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} already has a LoRA: load the model again to continue from another one")
-    deltas = read_lora(source, model.lora_networks, model.name, skip_text_encoder)
+    deltas = read_for(model, source, skip_text_encoder)
     deltas.tensors()  # raises for a LoRA that can't be saved
     attach_lora(model, deltas, FROZEN_ADAPTER)
     model.frozen_lora, model.lora_steps = deltas, deltas.lora_steps

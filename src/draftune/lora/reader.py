@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file, steps_of
 from draftune.lora.names import TEXT_ENCODER, NameTable, is_text, layer_weight
 from draftune.lora.original_names import Target
 
+if TYPE_CHECKING:
+    from draftune.lora.targets import LoRATarget
+
 SKIP = "--skip-text-encoder-lora"
 
 
@@ -24,6 +27,17 @@ def read_lora(
 ) -> LoRADeltas:
     """Read a LoRA file and convert it to weight changes of these networks; see `fit`."""
     return fit(read_file(source), networks, model_name, skip_text_encoder)
+
+
+def read_for(model: LoRATarget, source: Path | str, skip_text_encoder: bool) -> LoRADeltas:
+    """Read a LoRA file for a model, whose text encoders are loaded if the LoRA adapts them or may depend on them."""
+    file = read_file(source)
+    if file.is_dora and not skip_text_encoder:
+        model.load_text_encoders()
+    deltas = fit(file, model.lora_networks, model.name, skip_text_encoder)
+    if deltas.parts != [model.lora_prefix]:
+        model.load_text_encoders()
+    return deltas
 
 
 def fit(

@@ -34,6 +34,8 @@ class LoRATarget(Protocol):
 
     def unused_layers(self) -> frozenset[str]: ...
 
+    def load_text_encoders(self) -> None: ...
+
 
 def used_targets(model: LoRATarget, targets: Sequence[str]) -> list[str]:
     """Return the targets, or the full names of their layers.

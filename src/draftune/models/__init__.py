@@ -10,8 +10,9 @@ from draftune.models.base import DiffusionModel
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
-from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
+from draftune.models.loading import encoder_loaders, fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
+from draftune.models.prompt_embeddings import PromptEmbeddings
 from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
 from draftune.models.stable_diffusion import StableDiffusion
@@ -49,7 +50,9 @@ MODELS = {
 }
 
 
-def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> DiffusionModel:
+def load_model(
+    model: str | Path | DiffusionPipeline, precision: str = "no", text_encoders: bool = True
+) -> DiffusionModel:
     """Load a model.
 
     A pipeline object is used in place, not copied. Loading and training change its networks as follows:
@@ -67,6 +70,8 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
         precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
             of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
             "no". Pass the same precision to `DiffusionModel.to`.
+        text_encoders: Whether to load the text encoders of a pipeline that is read from files. Otherwise they are
+            loaded when a prompt has to be encoded, and freed afterwards (`draftune.models.prompt_embeddings`).
 
     Raises:
         DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
@@ -77,7 +82,10 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     name = str(model)
     folder = pipeline_folder(name, fetch_pipeline)
     adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
-    return adapted(read_pipeline(folder, name, precision), name)
+    loaded = adapted(read_pipeline(folder, name, precision, text_encoders), name)
+    if not text_encoders and (loaders := encoder_loaders(folder, name, precision)):
+        loaded.embeddings = PromptEmbeddings(loaded, loaders, folder)
+    return loaded
 
 
 def adapter(pipeline_class: str) -> type[DiffusionModel]:

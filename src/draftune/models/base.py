@@ -16,6 +16,7 @@ from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
+from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.recommended import recommended_of
 from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call
 from draftune.sampling.sampler import Denoiser, rollout
@@ -82,6 +83,8 @@ class DiffusionModel(Family):
     """A frozen LoRA that belongs to the base model. It is added to the trained LoRA when that is saved."""
     lora_steps = StepRange()
     """The steps on which the LoRA is active. On the others the denoiser has no LoRA, not even a frozen one."""
+    embeddings: PromptEmbeddings | None = None
+    """The cached prompt embeddings, which load the text encoders when they need them; None to encode every batch."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         """Check the pipeline, then prepare its networks.
@@ -118,19 +121,43 @@ class DiffusionModel(Family):
     @property
     def lora_networks(self) -> dict[str, Any]:
         """The networks that a LoRA file can adapt, by their names in its keys: the denoiser, then text encoders."""
-        encoders = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
-        return {self.lora_prefix: self.denoiser} | {n: part for n, part in sorted(encoders.items()) if part is not None}
+        return {self.lora_prefix: self.denoiser} | text_encoders(self.pipeline)
+
+    def load_text_encoders(self) -> None:
+        """Have the text encoders in the pipeline, on the model's device, and encode every batch from now on.
+
+        Call it before using `pipeline` itself, or changing a text encoder, of a model that caches its prompts.
+        """
+        if self.embeddings is not None:
+            self.embeddings.load()
+            for part in text_encoders(self.pipeline).values():
+                self.place(part, self.device)
+            self.embeddings = None
+
+    def cache_prompts(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, device: Any = None
+    ) -> None:
+        """Encode the prompts that are not cached yet, with the text encoders on `device`, if `embeddings` is set."""
+        if self.embeddings is not None:
+            self.embeddings.prepare(prompts, negative_prompt, guidance_scale > 1, device)
 
     def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
-        """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision."""
+        """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision.
+
+        If `embeddings` is set, the text encoders stay where they are: they are moved only to encode prompts.
+        """
         self.autocast_dtype = DTYPES[precision]
-        # Channels last was not tried on MPS.
-        mps = torch.device(device).type == "mps"
-        with silence_libraries():
-            for part in self.all_modules:
-                layout = torch.contiguous_format if mps else layout_of(part)
-                part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
+        for part in self.all_modules:
+            if self.embeddings is None or not self.embeddings.holds(part):
+                self.place(part, device)
         return self
+
+    def place(self, part: nn.Module, device: torch.device | str) -> None:
+        """Move a network to a device and cast it to its precision."""
+        # Channels last was not tried on MPS.
+        layout = torch.contiguous_format if torch.device(device).type == "mps" else layout_of(part)
+        with silence_libraries():
+            part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
 
     def set_checkpointing(self, mode: str) -> None:
         """Choose what gradient checkpointing recomputes in the backward pass.
@@ -189,7 +216,8 @@ class DiffusionModel(Family):
         """
         self.check_negative_prompt(negative_prompt, guidance_scale)
         with torch.no_grad(), self.autocast():
-            condition = self.encode(prompts, negative_prompt, guidance_scale > 1)
+            encode = self.encode if self.embeddings is None else self.embeddings.condition
+            condition = encode(prompts, negative_prompt, guidance_scale > 1)
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
         def predict_at(x: Tensor, timestep: float) -> Tensor:
@@ -264,6 +292,7 @@ class DiffusionModel(Family):
             Images `[B, 3, H, W]` in [0, 1], float32 on the CPU.
         """
         self.check_prompts(prompts, negative_prompt)
+        self.cache_prompts(prompts, negative_prompt, guidance_scale)
         images = []
         bar = tqdm(total=len(prompts), desc="sampling", leave=False, disable=not progress)
         for start in range(0, len(prompts), batch_size):

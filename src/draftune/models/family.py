@@ -46,6 +46,8 @@ class Family(ABC):
     """Why the family takes no negative prompt; empty if it takes one."""
     largest: int | None = None
     """The largest possible height and width in pixels; None for no limit."""
+    encoding_device: torch.device | None = None
+    """Where the text encoders are while prompts are encoded before the denoiser is on its device."""
     _reported_negative_prompt = False
 
     @abstractmethod
@@ -144,8 +146,8 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The denoiser's device."""
-        return next(self.denoiser.parameters()).device
+        """The denoiser's device; `encoding_device` while it is set."""
+        return self.encoding_device or next(self.denoiser.parameters()).device
 
     # Size, schedule and prompts.
 

@@ -157,12 +157,10 @@ class Flow(DiffusionModel):
 
         return FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler_config, "stochastic_sampling": False})
 
-    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
-        super().to(device, precision)
-        t5 = getattr(self.pipeline, self.t5) if self.t5 else None
-        if precision == "fp16" and t5 is not None:
-            keep_wide(t5)
-        return self
+    def place(self, part: nn.Module, device: torch.device | str) -> None:
+        super().place(part, device)
+        if self.autocast_dtype is torch.float16 and self.t5 and part is getattr(self.pipeline, self.t5):
+            keep_wide(part)
 
     @property
     def t5_tokens(self) -> int:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models import adapter
-from draftune.models.loading import fetch_configs, part_folder, pipeline_folder, read_index
+from draftune.models.loading import empty_network, fetch_configs, part_folder, pipeline_folder, read_index
 from draftune.utils.loading import first_line
-from draftune.utils.quiet import silence_libraries
-from draftune.utils.weightless import from_config
 
 
 def load_layout(model: str) -> dict[str, nn.Module]:
@@ -26,8 +22,6 @@ def load_layout(model: str) -> dict[str, nn.Module]:
     Raises:
         DraftuneError: There is no such model, or a config can't be read.
     """
-    from accelerate import init_empty_weights
-
     source = pipeline_folder(model, fetch_configs)
     try:
         index = read_index(source, model)
@@ -35,9 +29,7 @@ def load_layout(model: str) -> dict[str, nn.Module]:
         encoders = sorted(part for part in index if part.startswith("text_encoder") and index[part][1] is not None)
         networks = {}
         for part in (denoiser, *encoders):
-            kind, folder = getattr(import_module(index[part][0]), index[part][1]), part_folder(source, part)
-            with silence_libraries(), init_empty_weights():
-                networks[part] = from_config(kind, folder)
+            networks[part] = empty_network(index[part], part_folder(source, part))
         return networks
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise DraftuneError(f"cannot read the configs of the pipeline {model!r}: {first_line(error)}") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
@@ -18,7 +20,7 @@ from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved
 from draftune.utils.paths import user_path
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.single_file import no_pipeline_error
-from draftune.utils.weightless import fake_mode, without_computation
+from draftune.utils.weightless import fake_mode, from_config, without_computation
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -103,13 +105,36 @@ def load_network(entry: list[str], folder: Path, dtype: torch.dtype) -> Any:
     return network if fake_mode() is None or entry[0] == "diffusers" else without_computation(network)
 
 
-def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
+def empty_network(entry: list[str], folder: Path) -> nn.Module:
+    """Build a component of a pipeline from its config, with parameters on the device "meta"."""
+    from accelerate import init_empty_weights
+
+    with silence_libraries(), init_empty_weights():
+        return from_config(getattr(import_module(entry[0]), entry[1]), folder)
+
+
+def is_text_encoder(part: str, entry: Any) -> bool:
+    """Return whether an entry of model_index.json is a text encoder that the pipeline has."""
+    return part.startswith("text_encoder") and isinstance(entry, list) and entry[0] == "transformers"
+
+
+def encoder_loaders(source: Path, name: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
+    """Return the functions that load the text encoders of the pipeline in a folder, by component."""
+    return {
+        part: partial(load_network, entry, source / part, dtype_for(part, source / part, precision))
+        for part, entry in read_index(source, name).items()
+        if is_text_encoder(part, entry)
+    }
+
+
+def read_pipeline(source: Path, name: str, precision: str, text_encoders: bool = True) -> DiffusionPipeline:
     """Load the pipeline in a folder.
 
     Args:
         source: The folder.
         name: The model's name, for messages.
         precision: "no", "bf16" or "fp16", see `draftune.models.load_model`.
+        text_encoders: Whether the text encoders have weights; otherwise they are those of `empty_network`.
 
     Raises:
         DraftuneError: The pipeline can't be loaded.
@@ -122,7 +147,9 @@ def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
         file = "*.safetensors" if fake_mode() is None else "config.json"
         networks = {
-            part: load_network(entry, folder, dtype_for(part, folder, precision))
+            part: empty_network(entry, folder)
+            if is_text_encoder(part, entry) and not text_encoders
+            else load_network(entry, folder, dtype_for(part, folder, precision))
             for part, entry in index.items()
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
             if any((folder := part_folder(source, part)).glob(file))

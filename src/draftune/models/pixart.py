@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftune.models.base import DiffusionModel
 from draftune.models.common import apply_cfg
@@ -49,11 +49,10 @@ class PixArt(DiffusionModel):
         patch: int = self.denoiser.config.patch_size
         return self.pixels_per_latent * patch
 
-    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
-        super().to(device, precision)
-        if precision == "fp16":
-            keep_wide(self.pipeline.text_encoder)
-        return self
+    def place(self, part: nn.Module, device: torch.device | str) -> None:
+        super().place(part, device)
+        if self.autocast_dtype is torch.float16 and part is self.pipeline.text_encoder:
+            keep_wide(part)
 
     @property
     def max_tokens(self) -> int:

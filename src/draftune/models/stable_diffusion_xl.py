@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from draftune.models.common import decode_vae
+from draftune.models.common import Condition, decode_vae
 from draftune.models.needs import Need, check_parts, equal, moments_needs, of_class, reader_needs
 from draftune.models.stable_diffusion import StableDiffusion, width_needs
 from draftune.utils.quiet import silence_libraries
 
 
-class Condition(NamedTuple):
-    """The inputs of the UNet. With guidance, the rows of the negative prompts come first.
-
-    Attributes:
-        text: The penultimate layers of both text encoders, concatenated, `[B, tokens, width]`.
-        pooled: The pooled embedding of the second text encoder, `[B, width]`.
-        sizes: In pixels, `[B, 6]`: height and width of the original, top and left of the crop, height and width of the
-            image.
-    """
-
-    text: Tensor
-    pooled: Tensor
-    sizes: Tensor
-
-
 class StableDiffusionXL(StableDiffusion):
     """A StableDiffusionXLPipeline: UNet, two CLIP text encoders, autoencoder.
 
-    The size condition is that of an uncropped original of the image's size, as by default in diffusers. An empty
-    negative prompt is passed to diffusers as None: its embedding is zero if the pipeline has
+    The text embeddings are the penultimate layers of both text encoders, concatenated. The pooled embedding is that of
+    the second one. The size condition is that of an uncropped original of the image's size, as by default in diffusers.
+    An empty negative prompt is passed to diffusers as None: its embedding is zero if the pipeline has
     `force_zeros_for_empty_prompt`.
     """
 
@@ -79,14 +64,15 @@ class StableDiffusionXL(StableDiffusion):
             )
         if guided:
             text, pooled = torch.cat([negative_text, text]), torch.cat([negative_pooled, pooled])
-        size = [side * self.pixels_per_latent for side in self.latent_size]
-        sizes = torch.tensor([[*size, 0, 0, *size]], device=self.device).expand(len(text), -1)
-        dtype = self.denoiser.dtype
-        return Condition(text.to(dtype), pooled.to(dtype), sizes.to(dtype))
+        return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))
 
     def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
-        added = {"text_embeds": condition.pooled, "time_ids": condition.sizes}
-        return self.call_unet(x, timestep, condition.text, guidance_scale, added_cond_kwargs=added)
+        text, pooled = condition
+        size = [side * self.pixels_per_latent for side in self.latent_size]
+        # In pixels: height and width of the original, top and left of the crop, height and width of the image.
+        sizes = torch.tensor([[*size, 0, 0, *size]], device=text.device, dtype=text.dtype).expand(len(text), -1)
+        added = {"text_embeds": pooled, "time_ids": sizes}
+        return self.call_unet(x, timestep, text, guidance_scale, added_cond_kwargs=added)
 
     def _decode(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config

@@ -178,7 +178,7 @@ def load_for_sampling(
         DraftuneError: the model or the LoRA cannot be loaded.
     """
     if source in MODELS or (user_path(source) / "model_index.json").exists():
-        model = load_model(source, precision).to(default_device(device), precision)
+        model = load_model(source, precision, text_encoders=False).to(default_device(device), precision)
         return model, Settings(model=model.name)
     tuned = resolve_lora(source, base, skip_text_encoder)
     model = load_base_with_loras({ADAPTER: tuned}, device, precision)
@@ -200,7 +200,7 @@ def load_base_with_loras(
         DraftuneError: a LoRA does not fit.
     """
     first = next(iter(loras.values()))
-    model = load_model(first.base, precision)
+    model = load_model(first.base, precision, text_encoders=False)
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After loading the LoRAs, which are converted too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
 from draftune.training.continued import ContinuedRun
+from draftune.training.data import sampled_first
 from draftune.utils.processes import Processes
 
 if TYPE_CHECKING:
@@ -52,6 +54,27 @@ class TrainContext:
     def retained(self) -> Sequence[str]:
         """Return the prompts of the retention loss."""
         return self.continued_run.kept if self.continued_run is not None else ()
+
+    @property
+    def log_prompts(self) -> list[str]:
+        """Return the prompts of the sample grids: some of the evaluation or training prompts, evenly spaced."""
+        prompts = self.eval_prompts or self.prompts
+        count = min(self.settings.num_log_prompts, len(prompts))
+        return [prompts[i * len(prompts) // count] for i in range(count)]
+
+    @property
+    def all_prompts(self) -> list[str]:
+        """Return the prompts that the run uses. Of many training prompts, a short run samples some only."""
+        s, past = self.settings, self.continued_run
+        batches = math.ceil(s.steps / s.prefix_reuse_steps) * s.gradient_accumulation_steps
+        return [
+            *sampled_first(self.prompts, batches * s.batch_size, s.seed),
+            *self.prompts[: max(2, s.reward_normalization_samples)],  # of the checks before training
+            *self.log_prompts,
+            *(self.eval_prompts or ()),
+            *self.retained,
+            *(past.prompts if past is not None else ()),
+        ]
 
     def sample_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Sample one image for each prompt and seed, divided among the processes.

@@ -57,6 +57,12 @@ class PromptSampler:
         return indices
 
 
+def sampled_first(prompts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Return the first `count` prompts that a PromptSampler of this seed samples, each prompt at most once."""
+    order = PromptSampler(len(prompts), torch.Generator().manual_seed(seed))
+    return [prompts[i] for i in order.next(min(count, len(prompts)))]
+
+
 def retained_of(pending: Sequence[BatchInput]) -> list[BatchInput]:
     """Return the retention batches of these inputs."""
     return [item.retained for item in pending if item.retained is not None]

@@ -37,6 +37,7 @@ def shard(model: DiffusionModel, device: torch.device, count: int) -> None:
     """Shard the denoiser and the text encoders over the processes, in place, and move the rest to the device.
 
     The trainable LoRA stays whole in every process. So does the decoder, which is small and is not called as a module.
+    Text encoders whose prompts are cached stay where they are.
 
     Args:
         model: The model, on the CPU.
@@ -49,6 +50,8 @@ def shard(model: DiffusionModel, device: torch.device, count: int) -> None:
 
     mesh = init_device_mesh(device.type, (count,))
     for part in model.all_modules:
+        if model.embeddings is not None and model.embeddings.holds(part):
+            continue
         if part is model.denoiser or isinstance(part, PreTrainedModel):
             trained = {parameter for parameter in part.parameters() if parameter.requires_grad}
             for parameter in part.parameters():

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from draftune.errors import DraftuneError, gather, unknown
+from draftune.errors import DraftuneError, gather, out_of_memory, unknown
 from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, parse_criterion
 from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
+from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.published import Defaults
@@ -107,7 +108,9 @@ def prepare(
         check_columns(best_columns, score, judge, past)
         decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
         if not isinstance(model, DiffusionModel):
-            model = load_model(settings.model if model is None else model, settings.mixed_precision)
+            # The text encoders are loaded where prompts are encoded, in `to_device`.
+            source = settings.model if model is None else model
+            model = load_model(source, settings.mixed_precision, text_encoders=False)
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.check_shared()
     with processes.raise_on_all_ranks():
@@ -232,13 +235,19 @@ def check_trained_steps(s: Settings, method: Method, schedule: Schedule) -> None
 
 
 def to_device(context: TrainContext, sharded: bool) -> None:
-    """Load the rewards' weights, move all networks to the device, and add the LoRA to the model.
+    """Encode the prompts, load the rewards' weights, move all networks to the device, and add the LoRA to the model.
 
     Args:
         context: The run.
         sharded: Whether FSDP will shard the model: it then stays on the CPU, since no device may have room for it.
     """
     s, model, device = context.settings, context.model, context.accelerator.device
+    encoders = text_encoders(model.pipeline).values()
+    if model.embeddings is None and encoders and not any(hasattr(part, "peft_config") for part in encoders):
+        model.embeddings = PromptEmbeddings(model)
+    # First in place, for the precision: a device may have no room for the text encoders beside the other networks.
+    model.to(model.device, s.mixed_precision)
+    model.cache_prompts(context.all_prompts, s.negative_prompt, s.guidance_scale, device)
     model.to("cpu" if sharded else device, s.mixed_precision)
     model.set_checkpointing(
         s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
@@ -257,8 +266,15 @@ def to_device(context: TrainContext, sharded: bool) -> None:
 
 
 def release_model(context: TrainContext) -> None:
-    """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp and compilation."""
+    """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp, compilation, encoders."""
     model = context.model
+    if model.embeddings is not None and not model.embeddings.loaders:
+        try:
+            model.load_text_encoders()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("the text encoders stay in main memory: the device has no room for them")
     model.tiny_decoder, model.pixel_clamp = None, context.pixel_clamp
     if context.settings.compile:
         model.denoiser._compiled_call_impl = None

@@ -29,7 +29,7 @@ class Validation:
     """Sample images and evaluate the model during training. The random numbers of training are not affected.
 
     Attributes:
-        shown: Prompts of the sample grids: `num_log_prompts` of the evaluation or training prompts, evenly spaced.
+        shown: Prompts of the sample grids.
         evaluations: The first and the last evaluation, by update.
         guard: Early stopping, from the first evaluation on.
         last_shown: Update of the last sample grid.
@@ -37,9 +37,7 @@ class Validation:
 
     def __init__(self, context: TrainContext) -> None:
         self.context = context
-        prompts = context.eval_prompts or context.prompts
-        count = min(context.settings.num_log_prompts, len(prompts))
-        self.shown = [prompts[i * len(prompts) // count] for i in range(count)]
+        self.shown = context.log_prompts
         self.evaluations: dict[int, Evaluation] = {}
         self.guard: EarlyStopping | None = None
         self.last_shown = -1
