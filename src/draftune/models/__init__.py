@@ -11,6 +11,7 @@ from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
 from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
+from draftune.models.lumina2 import Lumina2
 from draftune.models.pixart import PixArt
 from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
@@ -39,6 +40,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "FluxPipeline": Flux,
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
+    "Lumina2Pipeline": Lumina2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }

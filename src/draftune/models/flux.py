@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -49,9 +49,6 @@ class Flux(Flow):
         if len(self.denoiser.single_transformer_blocks):
             return frozenset()
         return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
-
-    def sigmas(self, num_inference_steps: int) -> Sequence[float]:
-        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
 
     @property
     def t5_tokens(self) -> int:
