@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DiffusionModel
+from draftune.models.chroma import Chroma
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
@@ -40,6 +41,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "FluxPipeline": Flux,
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
+    "ChromaPipeline": Chroma,
     "Lumina2Pipeline": Lumina2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,

@@ -175,8 +175,9 @@ class Flow(DiffusionModel):
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         names = [name for name in dict.fromkeys((*self.encoders, self.t5)) if getattr(self.pipeline, name) is not None]
-        limits = dict.fromkeys(names, self.pipeline.tokenizer_max_length) | {self.t5: self.t5_tokens}
-        return [(name.replace("text_encoder", "tokenizer"), limits[name], prompts) for name in names]
+        limits = [self.t5_tokens if name == self.t5 else self.pipeline.tokenizer_max_length for name in names]
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
+        return [(tokenizer, limit, prompts) for tokenizer, limit in zip(tokenizers, limits, strict=True)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         # Without autocast, which would run every layer of T5 in half precision, also those of `keep_wide`.
