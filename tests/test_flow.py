@@ -71,11 +71,11 @@ def tiny_clip(kind: type, width: int) -> Any:
     return kind(config)
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(levels: int = 2) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=4,
         scaling_factor=1.5305,

@@ -48,7 +48,7 @@ SOLVER = {
 }
 
 
-def tiny_gemma(folder: Path) -> tuple[Any, Gemma2Model]:
+def tiny_gemma(folder: Path, layers: int = 1) -> tuple[Any, Gemma2Model]:
     """Gemma 2 whose pieces are letters, and its tokenizer, which pads on the left by itself."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz:,."]
     letters = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", fuse_unk=True))
@@ -57,7 +57,7 @@ def tiny_gemma(folder: Path) -> tuple[Any, Gemma2Model]:
     letters.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     told = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=letters, padding_side="left", **told).save_pretrained(folder)
-    config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, head_dim=8)
+    config = Gemma2Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, head_dim=8)
     config.num_attention_heads, config.num_key_value_heads = 2, 1
     return GemmaTokenizerFast.from_pretrained(folder), Gemma2Model(config)
 

@@ -81,6 +81,12 @@ PUBLISHED: dict[str, Defaults] = {
     "flux2-klein-base": Defaults(50, 4.0, **FLUX2),
     # The model cards of black-forest-labs/FLUX.2-klein-4B and FLUX.2-klein-9B.
     "flux2-klein": Defaults(4, 1.0, **FLUX2 | FEW_STEPS),
+    # The defaults of diffusers' ChromaPipeline; its page samples Chroma1-HD with 40 steps, a scale of 3 and a negative
+    # prompt. Learning rate and layers are those of FLUX.1: diffusers has no LoRA script for Chroma.
+    "chroma": Defaults(35, 5.0, **FLUX),
+    # The model card of Alpha-VLLM/Lumina-Image-2.0, with guidance in the first quarter of the steps (Lumina2). Learning
+    # rate and layers: diffusers' train_dreambooth_lora_lumina2.py.
+    "lumina-2": Defaults(50, 4.0, **FLOW),
     # The defaults of diffusers' QwenImagePipeline, and the model cards of Qwen/Qwen-Image and Qwen-Image-2512.
     "qwen-image": Defaults(50, 4.0, **FLOW),
     # The model card of Tongyi-MAI/Z-Image: 50 steps and a scale of 4 in diffusers' pipeline, which is 5 here (ZImage).
@@ -111,6 +117,8 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"stabilityai/stable-diffusion-xl-base-(0\.9|1\.0)", "stable-diffusion-xl"),
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "stable-diffusion"),
+    (r"lodestones/chroma(1-(hd|base))?", "chroma"),
+    (r"alpha-vllm/lumina-image-2\.0", "lumina-2"),
     (r"qwen/qwen-image(-2512)?", "qwen-image"),
     (r"tongyi-mai/z-image", "z-image"),
     (r"tongyi-mai/z-image-turbo", "z-image-turbo"),
@@ -172,6 +180,10 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "flux2-dev"
     if pipeline_class == "Flux2KleinPipeline":
         return "flux2-klein" if config_of(PIPELINE).get("is_distilled") else "flux2-klein-base"
+    if pipeline_class == "ChromaPipeline":
+        return "chroma"
+    if pipeline_class == "Lumina2Pipeline":
+        return "lumina-2"
     if pipeline_class == "QwenImagePipeline":
         return "qwen-image"
     if pipeline_class == "ZImagePipeline":

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DiffusionModel
+from draftune.models.chroma import Chroma
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
 from draftune.models.loading import encoder_loaders, fetch_pipeline, pipeline_folder, read_index, read_pipeline
+from draftune.models.lumina2 import Lumina2
 from draftune.models.pixart import PixArt
 from draftune.models.prompt_embeddings import PromptEmbeddings
 from draftune.models.qwen_image import QwenImage
@@ -40,6 +42,8 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "FluxPipeline": Flux,
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
+    "ChromaPipeline": Chroma,
+    "Lumina2Pipeline": Lumina2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
 }

@@ -220,15 +220,16 @@ class DiffusionModel(Family):
             condition = encode(prompts, negative_prompt, guidance_scale > 1)
         trained = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
-        def predict_at(x: Tensor, timestep: float) -> Tensor:
+        def predict_at(x: Tensor, timestep: float, scale: float) -> Tensor:
             with self.autocast():
-                return self.predict(x, timestep, condition, guidance_scale)
+                return self.predict(x, timestep, condition, scale)
 
         def denoiser(
             lora: Callable[[], AbstractContextManager[None]], trained: Sequence[Tensor], whole: Sequence[str]
         ) -> Denoiser:
             def denoise(x: Tensor, step: Step) -> Prediction:
-                call = partial(predict_at, timestep=step.timestep)
+                scale = self.guidance_at(step, schedule, guidance_scale)
+                call = partial(predict_at, timestep=step.timestep, scale=scale)
                 if self.checkpointing in whole and torch.is_grad_enabled():
                     output = checkpoint_call(call, x, trained, lora)
                 else:

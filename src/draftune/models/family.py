@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError
 from draftune.models.common import check_size, decode_vae
 from draftune.models.needs import Need, check_diffusion, pair
-from draftune.sampling.schedule import SAMPLER_OPTIONS, Schedule, ddim_schedule
+from draftune.sampling.schedule import SAMPLER_OPTIONS, Schedule, Step, ddim_schedule
 from draftune.utils.loading import Truncation, truncation
 from draftune.utils.logging import logger
 
@@ -85,6 +85,10 @@ class Family(ABC):
         Returns:
             The output of the schedule's prediction type, `[B, C, H, W]`.
         """
+
+    def guidance_at(self, step: Step, schedule: Schedule, guidance_scale: float) -> float:
+        """Return the guidance scale that `predict` gets in one step of a schedule."""
+        return guidance_scale
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode clean latents into images `[B, 3, H, W]`, nominally in [0, 1]."""

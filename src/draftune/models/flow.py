@@ -135,22 +135,26 @@ class Flow(DiffusionModel):
 
     def sigmas(self, num_inference_steps: int) -> Sequence[float] | None:
         """Return the noise levels before the shift; None for the scheduler's own."""
-        return None
+        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
 
     def mu(self, num_inference_steps: int) -> float | None:
         """Return the resolution-dependent shift of the noise levels; None without `use_dynamic_shifting`.
 
-        It is linear in the number of image tokens, as `calculate_shift` in diffusers.
+        It is linear in `shift_length`, as `calculate_shift` in diffusers.
         """
         config = self.scheduler_config
         if not config["use_dynamic_shifting"]:
             return None
         few, many = config["base_image_seq_len"], config["max_image_seq_len"]
-        height, width = self.latent_size
-        tokens = (height // self.patch_size) * (width // self.patch_size)
         slope: float = (config["max_shift"] - config["base_shift"]) / (many - few)
-        shift: float = config["base_shift"] + slope * (tokens - few)
+        shift: float = config["base_shift"] + slope * (self.shift_length - few)
         return shift
+
+    @property
+    def shift_length(self) -> int:
+        """The sequence length that determines `mu`: the number of image tokens."""
+        height, width = self.latent_size
+        return (height // self.patch_size) * (width // self.patch_size)
 
     def sampler(self) -> Any:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -169,8 +173,9 @@ class Flow(DiffusionModel):
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         names = [name for name in dict.fromkeys((*self.encoders, self.t5)) if getattr(self.pipeline, name) is not None]
-        limits = dict.fromkeys(names, self.pipeline.tokenizer_max_length) | {self.t5: self.t5_tokens}
-        return [(name.replace("text_encoder", "tokenizer"), limits[name], prompts) for name in names]
+        limits = [self.t5_tokens if name == self.t5 else self.pipeline.tokenizer_max_length for name in names]
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in names]
+        return [(tokenizer, limit, prompts) for tokenizer, limit in zip(tokenizers, limits, strict=True)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         # Without autocast, which would run every layer of T5 in half precision, also those of `keep_wide`.

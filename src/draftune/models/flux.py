@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,27 +12,13 @@ from draftune.models.flow import Flow, pack, unpack, unused_context_layers
 from draftune.models.needs import Need, equal, reader_needs
 
 
-class Flux(Flow):
-    """A FluxPipeline: transformer, CLIP and T5 text encoders, autoencoder.
-
-    Guidance is distilled: the guidance scale is an input of dev's transformer, and schnell ignores it. Each step makes
-    one denoiser call, and there is no negative prompt. The text embeddings are T5's, the pooled ones CLIP's.
-    """
-
-    encoders = ("text_encoder", "text_encoder_2")
-    t5 = "text_encoder_2"
-    network = "FluxTransformer2DModel"
-    no_negative_prompt = "FLUX.1 takes no negative prompt, since its guidance is distilled"
+class PackedFlow(Flow):
+    """What FLUX.1 and Chroma share: a transformer of double and single blocks on packed latents."""
 
     def needs(self) -> Iterator[Need]:
         yield from super().needs()
-        config, clip = self.denoiser.config, self.pipeline.text_encoder
+        config = self.denoiser.config
         yield equal("transformer.patch_size", config.patch_size, 1)
-        yield from reader_needs("text_encoder", self.pipeline.tokenizer, clip)
-        pooled = clip.config.hidden_size
-        yield equal(
-            "transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "the width of text_encoder"
-        )
         axes, head = sum(config.axes_dims_rope), config.attention_head_dim
         yield equal("transformer.axes_dims_rope", axes, head, "its sum must equal attention_head_dim")
 
@@ -50,8 +36,54 @@ class Flux(Flow):
             return frozenset()
         return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
 
-    def sigmas(self, num_inference_steps: int) -> Sequence[float]:
-        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
+    def velocity(self, x: Tensor, timestep: float, text: Tensor, **inputs: Tensor | None) -> Tensor:
+        """Call the transformer.
+
+        Args:
+            x: Noisy latents, `[B, C, H, W]`.
+            timestep: In units of training steps.
+            text: Text embeddings, `[B, tokens, width]`.
+            inputs: The transformer's other inputs.
+
+        Returns:
+            The velocity, `[B, C, H, W]`.
+        """
+        batch, device = len(x), x.device
+        rows, columns = (side // 2 for side in x.shape[2:])
+        # Position ids: (0, row, column) for image tokens, the origin for text tokens.
+        axes = (torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+        output: Tensor = self.denoiser(
+            pack(x),
+            # The timestep has the network's precision, as in the official pipeline.
+            timestep=torch.full((batch,), timestep, device=device, dtype=self.denoiser.dtype) / 1000,
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=device),
+            img_ids=torch.cartesian_prod(*axes).to(device),
+            **inputs,
+        ).sample
+        return unpack(output, rows, columns)
+
+
+class Flux(PackedFlow):
+    """A FluxPipeline: transformer, CLIP and T5 text encoders, autoencoder.
+
+    Guidance is distilled: the guidance scale is an input of dev's transformer, and schnell ignores it. Each step makes
+    one denoiser call, and there is no negative prompt. The text embeddings are T5's, the pooled ones CLIP's.
+    """
+
+    encoders = ("text_encoder", "text_encoder_2")
+    t5 = "text_encoder_2"
+    network = "FluxTransformer2DModel"
+    no_negative_prompt = "FLUX.1 takes no negative prompt, since its guidance is distilled"
+
+    def needs(self) -> Iterator[Need]:
+        yield from super().needs()
+        config, clip = self.denoiser.config, self.pipeline.text_encoder
+        yield from reader_needs("text_encoder", self.pipeline.tokenizer, clip)
+        pooled = clip.config.hidden_size
+        yield equal(
+            "transformer.pooled_projection_dim", config.pooled_projection_dim, pooled, "the width of text_encoder"
+        )
 
     @property
     def t5_tokens(self) -> int:
@@ -64,19 +96,7 @@ class Flux(Flow):
         return Condition(text.to(self.denoiser.dtype), pooled.to(self.denoiser.dtype))
 
     def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
-        batch, device = len(x), x.device
-        rows, columns = (side // 2 for side in x.shape[2:])
-        # Position ids: (0, row, column) for image tokens, the origin for text tokens.
-        axes = (torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
-        guidance = torch.full((batch,), guidance_scale, device=device, dtype=torch.float32)
-        output: Tensor = self.denoiser(
-            pack(x),
-            # The timestep has the network's precision, as in the official pipeline.
-            timestep=torch.full((batch,), timestep, device=device, dtype=self.denoiser.dtype) / 1000,
-            guidance=guidance if self.denoiser.config.guidance_embeds else None,
-            encoder_hidden_states=condition.text,
-            pooled_projections=condition.pooled,
-            txt_ids=torch.zeros(condition.text.shape[1], 3, device=device),
-            img_ids=torch.cartesian_prod(*axes).to(device),
-        ).sample
-        return unpack(output, rows, columns)
+        guidance = torch.full((len(x),), guidance_scale, device=x.device, dtype=torch.float32)
+        guidance_input = guidance if self.denoiser.config.guidance_embeds else None
+        text, pooled = condition
+        return self.velocity(x, timestep, text, pooled_projections=pooled, guidance=guidance_input)

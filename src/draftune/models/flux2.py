@@ -83,9 +83,6 @@ class Flux2(Flow):
         side = self.pipeline.default_sample_size // PATCH
         return side, side
 
-    def sigmas(self, num_inference_steps: int) -> Sequence[float]:
-        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
-
     def mu(self, num_inference_steps: int) -> float:
         """Return the shift of the noise levels, which depends on the image's size and on the number of steps."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu

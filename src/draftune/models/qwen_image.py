@@ -57,9 +57,6 @@ class QwenImage(Flow):
     def unused_layers(self) -> frozenset[str]:
         return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
 
-    def sigmas(self, num_inference_steps: int) -> Sequence[float]:
-        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
-
     def in_template(self, prompt: str) -> str:
         """Return a prompt in the pipeline's template."""
         text: str = self.pipeline.prompt_template_encode.format(prompt)

@@ -53,6 +53,9 @@ class StableDiffusion3(Flow):
         size: int = self.denoiser.config.patch_size
         return size
 
+    def sigmas(self, num_inference_steps: int) -> None:
+        return None
+
     @property
     def largest(self) -> int:  # type: ignore[override]
         side: int = self.denoiser.config.pos_embed_max_size  # in tokens

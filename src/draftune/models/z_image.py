@@ -59,9 +59,6 @@ class ZImage(Flow):
         side: int = min(self.denoiser.config.axes_lens[1:])  # in tokens
         return side * self.size_multiple
 
-    def sigmas(self, num_inference_steps: int) -> Sequence[float]:
-        return [1 - i / num_inference_steps for i in range(num_inference_steps)]
-
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         return [("tokenizer", TEXT_TOKENS, [self.chat(prompt) for prompt in prompts])]
 

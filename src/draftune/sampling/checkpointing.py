@@ -71,12 +71,12 @@ class CheckpointCall(torch.autograd.Function):
         return None, None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
-def checkpoint_block(block: Callable[..., Any], *args: Any) -> Any:
+def checkpoint_block(block: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call one block of a network with gradient checkpointing, for `enable_gradient_checkpointing` of diffusers.
 
     The blocks must be deterministic: the random state is not restored.
     """
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 @contextmanager
