@@ -18,6 +18,7 @@ from draftune.recommended import SAMPLING, recommended, same_method, tell_sampli
 from draftune.registry.factories import TYPE_NAMES
 
 PRECISIONS = ("no", "fp16", "bf16")
+QUANTIZATIONS = ("none", "bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8")
 CHECKPOINTING = ("none", "blocks", "denoiser", "both")
 PIXEL_CLAMPS = ("straight_through", "hard")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -68,9 +69,7 @@ class Settings:
     init_lora: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
     skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.")
 
-    reward: str = setting(
-        None, "Reward expression, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'my/file.py:function'."
-    )
+    reward: str = setting(None, "Reward, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'file.py:function'.")
     reward_batch_size: int = setting(
         1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
     )
@@ -152,6 +151,9 @@ class Settings:
 
     device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, mps, cuda or cuda:N.")
     mixed_precision: str = setting(None, "Precision of the frozen weights and of autocast.", choices=PRECISIONS)
+    quantization: str = setting(
+        "none", "Backend that stores the linear layers of the frozen denoiser in 8 or 4 bits.", choices=QUANTIZATIONS
+    )
     gradient_checkpointing: str | None = setting(
         None,
         "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "

@@ -125,6 +125,7 @@ def tune_weights(
     negative_prompt: str | None = None,
     device: str = "auto",
     mixed_precision: str = "no",
+    quantization: str = "none",
     skip_text_encoder: bool = False,
     progress: bool = False,
 ) -> WeightSearch:
@@ -182,11 +183,11 @@ def tune_weights(
     score, texts = gather(*loaders)
     check_prompts(score.load_weights(), texts)
     if sources:
-        loaded = load_base_with_loras(
-            {f"lora-{i}": source for i, source in enumerate(sources)}, device, mixed_precision
-        )
+        named = {f"lora-{i}": source for i, source in enumerate(sources)}
+        loaded = load_base_with_loras(named, device, mixed_precision, quantization)
     else:
-        loaded = load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
+        chosen = default_device(device)
+        loaded = load_model(settings.model, mixed_precision, quantization, chosen).to(chosen, mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
     evaluator = WeightEvaluator(loaded, score.to(loaded.device), parameters, texts, settings, seed)

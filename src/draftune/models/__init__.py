@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DiffusionModel
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
+from draftune.models.quantization import check_quantization
 from draftune.models.sana import Sana
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
@@ -44,7 +47,12 @@ MODELS = {
 }
 
 
-def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> DiffusionModel:
+def load_model(
+    model: str | Path | DiffusionPipeline,
+    precision: str = "no",
+    quantization: str = "none",
+    device: torch.device | str = "cpu",
+) -> DiffusionModel:
     """Load a model.
 
     A pipeline object is used in place, not copied. Loading and training change its networks as follows:
@@ -62,17 +70,21 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
         precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
             of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
             "no". Pass the same precision to `DiffusionModel.to`.
+        quantization: "none" or a name in `draftune.models.quantization.BACKENDS`: how the linear layers of a denoiser
+            that is read from files are stored. A pipeline object may be quantized already.
+        device: The device of quantized weights. Pass the same device to `DiffusionModel.to`.
 
     Raises:
         DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
             other. A pipeline that is refused is not changed.
     """
+    check_quantization(quantization, precision, not isinstance(model, (str, Path)))
     if not isinstance(model, (str, Path)):
         return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
     name = str(model)
     folder = pipeline_folder(name, fetch_pipeline)
     adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
-    return adapted(read_pipeline(folder, name, precision), name)
+    return adapted(read_pipeline(folder, name, precision, quantization, device), name)
 
 
 def adapter(pipeline_class: str) -> type[DiffusionModel]:

@@ -13,6 +13,7 @@ import torch
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DTYPES
+from draftune.models.quantization import load_denoiser
 from draftune.utils.hub import fetch, is_hub_id, unreachable
 from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.utils.paths import user_path
@@ -21,6 +22,9 @@ from draftune.utils.single_file import no_pipeline_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+DENOISERS = ("unet", "transformer")
+"""The possible names of the denoiser in a pipeline."""
 
 
 def pipeline_folder(model: str, download: Callable[[str], Path]) -> Path:
@@ -71,7 +75,7 @@ def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
     dtype = DTYPES[precision]
     if dtype is None:
         return torch.float32
-    return dtype if part in ("unet", "transformer") else saved_dtype(folder)
+    return dtype if part in DENOISERS else saved_dtype(folder)
 
 
 def read_index(source: Path, name: str) -> dict[str, Any]:
@@ -84,13 +88,27 @@ def read_index(source: Path, name: str) -> dict[str, Any]:
     return index
 
 
-def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
+def load_network(
+    part: str, cls: Any, folder: Path, precision: str, quantization: str, device: torch.device | str
+) -> Any:
+    """Load a component; the arguments are those of `read_pipeline`."""
+    dtype = dtype_for(part, folder, precision)
+    if part in DENOISERS:
+        return load_denoiser(cls, folder, dtype, quantization, torch.device(device))
+    return load_part(cls, folder, dtype)
+
+
+def read_pipeline(
+    source: Path, name: str, precision: str, quantization: str = "none", device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
     """Load the pipeline in a folder.
 
     Args:
         source: The folder.
         name: The model's name, for messages.
         precision: "no", "bf16" or "fp16", see `draftune.models.load_model`.
+        quantization: The quantization of the denoiser, see `draftune.models.load_model`.
+        device: Where the denoiser is quantized.
 
     Raises:
         DraftuneError: The pipeline can't be loaded.
@@ -102,7 +120,9 @@ def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
         left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
         networks = {
-            part: load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype_for(part, folder, precision))
+            part: load_network(
+                part, getattr(import_module(entry[0]), entry[1]), folder, precision, quantization, device
+            )
             for part, entry in index.items()
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
             if any((folder := part_folder(source, part)).glob("*.safetensors"))

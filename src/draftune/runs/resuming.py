@@ -63,6 +63,7 @@ COMPUTED = (
     "width",
     "lora_alpha",
     "mixed_precision",
+    "quantization",
     "tiny_decoder",
     "pixel_clamp",
 )

@@ -19,6 +19,7 @@ from draftune.settings import Settings
 from draftune.training.distributed import accelerator
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
+from draftune.utils.tensors import stored_tensors
 
 ROOM = 0.9
 """Share of the memory that a run may use. The rest is for gaps between allocations and the device's own context."""
@@ -223,7 +224,8 @@ def held_memory(trainer: Trainer) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for network in [*c.model.all_modules, *filter(None, rewards)]
-        for tensor in (*network.parameters(), *network.buffers())
+        for parameter in (*network.parameters(), *network.buffers())
+        for tensor in stored_tensors(parameter)
         if tensor.device == c.accelerator.device
     }
     return sum(storages.values())

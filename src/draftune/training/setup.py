@@ -17,6 +17,7 @@ from draftune.evaluation.metrics import normalized
 from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
+from draftune.models.quantization import check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.published import Defaults
@@ -73,6 +74,7 @@ def prepare(
     best_columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     method = method if isinstance(method, Method) else load_method(settings.method)
     check_method(settings, method)
+    check_quantization(settings.quantization, settings.mixed_precision, isinstance(model, DiffusionModel))
     check_optimizer(settings, method)
     installed_trackers(settings)
     past = resolve_continued_run(settings)
@@ -106,7 +108,8 @@ def prepare(
         check_columns(best_columns, score, judge, past)
         decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
         if not isinstance(model, DiffusionModel):
-            model = load_model(settings.model if model is None else model, settings.mixed_precision)
+            source = settings.model if model is None else model
+            model = load_model(source, settings.mixed_precision, settings.quantization, made.device)
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.check_shared()
     with processes.raise_on_all_ranks():
