@@ -73,6 +73,9 @@ class Settings:
     reward_batch_size: int = setting(
         1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
     )
+    reward_precision: str = setting(
+        "no", "Precision in which the linear layers of rewards are stored; scores are float32.", choices=("no", "bf16")
+    )
     reward_normalization_samples: int = setting(
         0,
         "Images of the base model to normalize the reward with: each term is divided by its standard deviation over "
@@ -187,9 +190,7 @@ class Settings:
         None, "Updates between grids of sample images; 0 samples only before and after training.", low=0
     )
     num_log_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1)
-    log_gradient_snr: bool = setting(
-        False, "Log the signal-to-noise ratio of the gradient, measured over the batches of each update."
-    )
+    log_gradient_snr: bool = setting(False, "Log the signal-to-noise ratio of the gradient over an update's batches.")
     report_to: str | None = setting(
         None, "Trackers, separated by commas: tensorboard, wandb, trackio, or none (default: tensorboard if installed)."
     )

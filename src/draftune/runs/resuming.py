@@ -64,6 +64,7 @@ COMPUTED = (
     "lora_alpha",
     "mixed_precision",
     "quantization",
+    "reward_precision",
     "tiny_decoder",
     "pixel_clamp",
 )

@@ -23,6 +23,7 @@ from draftune.prompts import load_prompts
 from draftune.published import Defaults
 from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import Reward, parse_reward
+from draftune.rewards.bf16_weights import store_in_bf16
 from draftune.rewards.online import require_trained
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
@@ -234,7 +235,10 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     first = context.continued_run.ready(device) if context.continued_run is not None else None
     for reward in (context.reward, context.eval_rewards, first):
         if reward is not None:
-            reward.load_weights().to(device)
+            reward.load_weights()
+            if s.reward_precision == "bf16":
+                store_in_bf16(reward)
+            reward.to(device)
             reward.set_chunk_size(s.reward_batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)
