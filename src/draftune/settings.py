@@ -19,6 +19,7 @@ from draftune.registry.factories import TYPE_NAMES
 from draftune.sampling.step_range import StepRange
 
 PRECISIONS = ("no", "fp16", "bf16")
+QUANTIZATIONS = ("none", "bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8")
 CHECKPOINTING = ("none", "blocks", "denoiser", "both")
 PIXEL_CLAMPS = ("straight_through", "hard")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -72,6 +73,9 @@ class Settings:
     reward: str = setting(None, "Reward, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'file.py:function'.")
     reward_batch_size: int = setting(
         1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
+    )
+    reward_precision: str = setting(
+        "no", "Precision in which the linear layers of rewards are stored; scores are float32.", choices=("no", "bf16")
     )
     reward_normalization_samples: int = setting(
         0,
@@ -154,6 +158,9 @@ class Settings:
 
     device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, mps, cuda or cuda:N.")
     mixed_precision: str = setting(None, "Precision of the frozen weights and of autocast.", choices=PRECISIONS)
+    quantization: str = setting(
+        "none", "Backend that stores the linear layers of the frozen denoiser in 8 or 4 bits.", choices=QUANTIZATIONS
+    )
     gradient_checkpointing: str | None = setting(
         None,
         "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "
@@ -187,9 +194,7 @@ class Settings:
         None, "Updates between grids of sample images; 0 samples only before and after training.", low=0
     )
     num_log_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1)
-    log_gradient_snr: bool = setting(
-        False, "Log the signal-to-noise ratio of the gradient, measured over the batches of each update."
-    )
+    log_gradient_snr: bool = setting(False, "Log the signal-to-noise ratio of the gradient over an update's batches.")
     report_to: str | None = setting(
         None, "Trackers, separated by commas: tensorboard, wandb, trackio, or none (default: tensorboard if installed)."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
-from draftune.settings import DEVICE, MOST, PRECISIONS, Settings
+from draftune.settings import DEVICE, MOST, PRECISIONS, QUANTIZATIONS, Settings
 from draftune.utils.paths import check_writable, names_folder, user_path
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def add_skip_text_encoder(parser: Arguments) -> None:
 
 
 def add_device(parser: Arguments, precision: bool = True) -> None:
-    """Add the device and, with `precision`, the precision of the model."""
+    """Add the device and, with `precision`, the precision and the quantization of the model."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -123,6 +123,12 @@ def add_device(parser: Arguments, precision: bool = True) -> None:
     if precision:
         parser.add_argument(
             "--mixed-precision", choices=PRECISIONS, default="no", help="precision of the model (default: no, float32)"
+        )
+        parser.add_argument(
+            "--quantization",
+            choices=QUANTIZATIONS,
+            default="none",
+            help="backend that stores the denoiser's linear layers in 8 or 4 bits (default: none)",
         )
 
 
@@ -203,7 +209,13 @@ def load_source(args: argparse.Namespace) -> tuple[DiffusionModel, Settings]:
     from draftune.runs.load import load_for_sampling
 
     model, settings = load_for_sampling(
-        args.source, args.model, args.lora_scale, args.device, args.mixed_precision, args.skip_text_encoder_lora
+        args.source,
+        args.model,
+        args.lora_scale,
+        args.device,
+        args.mixed_precision,
+        args.skip_text_encoder_lora,
+        args.quantization,
     )
     return model, replace(settings, **drawing_flags(args))
 

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
             skip_text_encoder=args.skip_text_encoder_lora,
             device=args.device,
             precision=args.mixed_precision,
+            quantization=args.quantization,
         )
     print(f"mean squared difference of the network's outputs from those of {args.source}")
     for name, value in distilled.differences.items():

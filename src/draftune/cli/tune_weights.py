@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         skip_text_encoder=args.skip_text_encoder_lora,
         device=args.device,
         mixed_precision=args.mixed_precision,
+        quantization=args.quantization,
         progress=True,
     )
     with writing_to(folder):

@@ -109,6 +109,7 @@ def compare(
     device: str = "auto",
     precision: str = "no",
     on_comparison: Callable[[LoRASource, Comparison], None] | None = None,
+    quantization: str = "none",
 ) -> Leaderboard:
     """Evaluate LoRAs and their base models. LoRAs with the same sampling settings share the base images.
 
@@ -120,6 +121,7 @@ def compare(
         cpu: Whether to use the CPU only.
         precision: "no", "bf16" or "fp16".
         on_comparison: Called with each LoRA and its comparison, whose images are released afterwards.
+        quantization: "none" or a quantization of the base models, see `draftune.models.load_model`.
 
     Raises:
         DraftuneError: a LoRA does not fit its model, or there is no column `sort`.
@@ -133,7 +135,7 @@ def compare(
     with tqdm(total=len(loras) + len(groups), desc="evaluating", leave=False, disable=None) as progress:
         for number, group in enumerate(groups.values()):
             settings = loras[group[0]].settings
-            model = load_base_with_loras({f"lora{i}": loras[i] for i in group}, device, precision)
+            model = load_base_with_loras({f"lora{i}": loras[i] for i in group}, device, precision, quantization)
             tell_truncated(yardstick.prompts, model, yardstick.rewards if number == 0 else (), settings.negative_prompt)
             set_lora_scales(model, {f"lora{group[0]}": 0.0})
             base = yardstick.measure(model, settings)

@@ -178,6 +178,7 @@ def sweep(
     metric_for_best_model: str | None = None,
     device: str = "auto",
     precision: str = "no",
+    quantization: str = "none",
 ) -> ScaleSweep:
     """Evaluate a LoRA at several scales and at 0, the base model.
 
@@ -189,6 +190,7 @@ def sweep(
             that of the LoRA's run.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         precision: "no", "bf16" or "fp16".
+        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
 
     Raises:
         DraftuneError: the LoRA does not fit its model, or the criterion has an unknown column.
@@ -197,7 +199,7 @@ def sweep(
     metric_for_best_model = settings.metric_for_best_model if metric_for_best_model is None else metric_for_best_model
     columns = parse_criterion(metric_for_best_model) if metric_for_best_model else {}
     yardstick.ready(default_device(device))
-    model = load_base_with_loras({ADAPTER: tuned}, device, precision)
+    model = load_base_with_loras({ADAPTER: tuned}, device, precision, quantization)
     tell_truncated(yardstick.prompts, model, yardstick.rewards, settings.negative_prompt)
     shown = [yardstick.prompts[i] for i in yardstick.shown]
     marks: list[ScalePoint] = []

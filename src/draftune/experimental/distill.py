@@ -75,6 +75,7 @@ def distill_lora(
     skip_text_encoder: bool = False,
     device: str = "auto",
     precision: str = "no",
+    quantization: str = "none",
 ) -> Distilled:
     """Train a LoRA of a lower rank to predict what the source LoRA predicts, and write it into a folder.
 
@@ -118,7 +119,7 @@ def distill_lora(
         )
     if rank < 1 or rank >= (largest := max(layer.rank for layer in deltas.layers.values())):
         raise DraftuneError(f"rank must be at least 1 and below that of {source!r}, {largest}, got {rank}")
-    loaded = load_base_with_loras({FROZEN_ADAPTER: tuned}, device, precision)
+    loaded = load_base_with_loras({FROZEN_ADAPTER: tuned}, device, precision, quantization)
     loaded.check_prompts(texts, tuned.settings.negative_prompt)
     tell_truncated(texts, loaded, (), tuned.settings.negative_prompt)
     # add_lora omits layers whose output the model does not use.

@@ -125,6 +125,7 @@ def tune_weights(
     negative_prompt: str | None = None,
     device: str = "auto",
     mixed_precision: str = "no",
+    quantization: str = "none",
     skip_text_encoder: bool = False,
     progress: bool = False,
 ) -> WeightSearch:
@@ -184,9 +185,11 @@ def tune_weights(
     check_prompts(score.load_weights(), texts)
     if sources:
         adapters = {f"lora-{i}": source for i, source in enumerate(sources)}
-        loaded = load_base_with_loras(adapters, device, mixed_precision)
+        loaded = load_base_with_loras(adapters, device, mixed_precision, quantization)
     else:
-        loaded = load_model(settings.model, mixed_precision, False).to(default_device(device), mixed_precision)
+        chosen = default_device(device)
+        loaded = load_model(settings.model, mixed_precision, quantization, chosen, text_encoders=False)
+        loaded.to(chosen, mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
     most = max([settings.guidance_scale, *(guidance_bounds or ())])

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from draftune.lora.original_names import Target, original_names, xlabs_names
+from draftune.utils.tensors import is_quantized_weight
 
 LAYERS = (nn.Linear, nn.Conv2d)
 TEXT_ENCODER = "text_encoder"
@@ -96,8 +98,10 @@ def adaptable_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_weight(layer: nn.Module) -> Tensor:
-    """Return a layer's weight."""
+    """Return a layer's weight; of a quantized layer a tensor on the device "meta", since its weight is packed."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
+    if isinstance(layer, nn.Linear) and is_quantized_weight(weight):
+        return torch.empty(layer.out_features, layer.in_features, device="meta")
     return weight
 
 

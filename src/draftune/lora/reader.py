@@ -230,7 +230,7 @@ def decomposed(where: str, weight: Tensor, delta: LoRADelta, magnitude: Tensor, 
     The norm is taken over all axes except the axis of the magnitudes m.
     """
     if weight.is_meta:
-        raise DraftuneError(f"{where} is a DoRA, whose weight change needs the weights of the base model")
+        raise DraftuneError(f"{where} is a DoRA, whose weight change needs the unquantized weights of the base model")
     base = weight.detach().float().cpu()
     value = base + delta.change
     others = [i for i in range(value.ndim) if i != axis]

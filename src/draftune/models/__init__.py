@@ -5,16 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DiffusionModel
 from draftune.models.chroma import Chroma
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
-from draftune.models.loading import encoder_loaders, fetch_pipeline, pipeline_folder, read_index, read_pipeline
+from draftune.models.loading import (
+    LoadOptions,
+    encoder_loaders,
+    fetch_pipeline,
+    pipeline_folder,
+    read_index,
+    read_pipeline,
+)
 from draftune.models.lumina2 import Lumina2
 from draftune.models.pixart import PixArt
 from draftune.models.prompt_embeddings import PromptEmbeddings
+from draftune.models.quantization import check_quantization
 from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
 from draftune.models.stable_diffusion import StableDiffusion
@@ -55,7 +65,11 @@ MODELS = {
 
 
 def load_model(
-    model: str | Path | DiffusionPipeline, precision: str = "no", text_encoders: bool = True
+    model: str | Path | DiffusionPipeline,
+    precision: str = "no",
+    quantization: str = "none",
+    device: torch.device | str = "cpu",
+    text_encoders: bool = True,
 ) -> DiffusionModel:
     """Load a model.
 
@@ -74,6 +88,9 @@ def load_model(
         precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
             of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
             "no". Pass the same precision to `DiffusionModel.to`.
+        quantization: "none" or a name in `draftune.models.quantization.BACKENDS`: how the linear layers of a denoiser
+            that is read from files are stored. A pipeline object may be quantized already.
+        device: The device of quantized weights. Pass the same device to `DiffusionModel.to`.
         text_encoders: Whether to load the text encoders of a pipeline that is read from files. Otherwise they are
             loaded when a prompt has to be encoded, and freed afterwards (`draftune.models.prompt_embeddings`).
 
@@ -81,13 +98,15 @@ def load_model(
         DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
             other. A pipeline that is refused is not changed.
     """
+    check_quantization(quantization, precision, not isinstance(model, (str, Path)))
     if not isinstance(model, (str, Path)):
         return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
     name = str(model)
     folder = pipeline_folder(name, fetch_pipeline)
     adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
-    loaded = adapted(read_pipeline(folder, name, precision, text_encoders), name)
-    if not text_encoders and (loaders := encoder_loaders(folder, name, precision)):
+    options = LoadOptions(precision, quantization, device, text_encoders)
+    loaded = adapted(read_pipeline(folder, name, options), name)
+    if not text_encoders and (loaders := encoder_loaders(folder, name, options)):
         loaded.embeddings = PromptEmbeddings(loaded, loaders, folder)
     return loaded
 

@@ -17,6 +17,7 @@ from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
+from draftune.models.quantization import is_quantized, move
 from draftune.recommended import recommended_of
 from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call
 from draftune.sampling.sampler import Denoiser, rollout
@@ -104,7 +105,9 @@ class DiffusionModel(Family):
         self.check_schedule()
         self.autocast_dtype: torch.dtype | None = None
         for part in self.modules:
-            part.eval().requires_grad_(False).to(memory_format=layout_of(part))  # type: ignore[call-overload]
+            part.eval().requires_grad_(False)
+            if not is_quantized(part):
+                part.to(memory_format=layout_of(part))  # type: ignore[call-overload]
         self.set_checkpointing("denoiser")
         # Latents, images and the LoRA are float32 even if the pipeline was loaded in half precision.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
@@ -144,7 +147,8 @@ class DiffusionModel(Family):
     def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
         """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision.
 
-        If `embeddings` is set, the text encoders stay where they are: they are moved only to encode prompts.
+        If `embeddings` is set, the text encoders stay where they are: they are moved only to encode prompts. Quantized
+        weights keep their precision.
         """
         self.autocast_dtype = DTYPES[precision]
         for part in self.all_modules:
@@ -157,7 +161,7 @@ class DiffusionModel(Family):
         # Channels last was not tried on MPS.
         layout = torch.contiguous_format if torch.device(device).type == "mps" else layout_of(part)
         with silence_libraries():
-            part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
+            move(part, torch.device(device), self.dtype_of(part), layout)
 
     def set_checkpointing(self, mode: str) -> None:
         """Choose what gradient checkpointing recomputes in the backward pass.

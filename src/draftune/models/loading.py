@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DTYPES
+from draftune.models.quantization import load_denoiser
 from draftune.utils.hub import fetch, is_hub_id, unreachable
 from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.utils.paths import user_path
@@ -24,6 +26,9 @@ from draftune.utils.weightless import fake_mode, from_config, without_computatio
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+DENOISERS = ("unet", "transformer")
+"""The possible names of the denoiser in a pipeline."""
 
 
 def pipeline_folder(model: str, download: Callable[[str], Path]) -> Path:
@@ -83,7 +88,7 @@ def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
     dtype = DTYPES[precision]
     if dtype is None:
         return torch.float32
-    return dtype if part in ("unet", "transformer") else saved_dtype(folder)
+    return dtype if part in DENOISERS else saved_dtype(folder)
 
 
 def read_index(source: Path, name: str) -> dict[str, Any]:
@@ -96,12 +101,34 @@ def read_index(source: Path, name: str) -> dict[str, Any]:
     return index
 
 
-def load_network(entry: list[str], folder: Path, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a pipeline is read from files; see `draftune.models.load_model`.
+
+    Attributes:
+        precision: "no", "bf16" or "fp16".
+        quantization: "none" or a name in `draftune.models.quantization.BACKENDS`.
+        device: Where the denoiser is quantized.
+        text_encoders: Whether the text encoders have weights; otherwise they are those of `empty_network`.
+    """
+
+    precision: str = "no"
+    quantization: str = "none"
+    device: torch.device | str = "cpu"
+    text_encoders: bool = True
+
+
+def load_network(part: str, entry: list[str], folder: Path, options: LoadOptions) -> Any:
     """Load a component of a pipeline, given its library and class.
 
     Inside `without_weights` it is built from its config, and text encoders return zeros.
     """
-    network = load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype)
+    cls, dtype = getattr(import_module(entry[0]), entry[1]), dtype_for(part, folder, options.precision)
+    if part in DENOISERS:
+        return load_denoiser(cls, folder, dtype, options.quantization, torch.device(options.device))
+    if is_text_encoder(part, entry) and not options.text_encoders:
+        return empty_network(entry, folder)
+    network = load_part(cls, folder, dtype)
     return network if fake_mode() is None or entry[0] == "diffusers" else without_computation(network)
 
 
@@ -118,23 +145,23 @@ def is_text_encoder(part: str, entry: Any) -> bool:
     return part.startswith("text_encoder") and isinstance(entry, list) and entry[0] == "transformers"
 
 
-def encoder_loaders(source: Path, name: str, precision: str) -> dict[str, Callable[[], nn.Module]]:
+def encoder_loaders(source: Path, name: str, options: LoadOptions) -> dict[str, Callable[[], nn.Module]]:
     """Return the functions that load the text encoders of the pipeline in a folder, by component."""
+    options = replace(options, text_encoders=True)
     return {
-        part: partial(load_network, entry, source / part, dtype_for(part, source / part, precision))
+        part: partial(load_network, part, entry, source / part, options)
         for part, entry in read_index(source, name).items()
         if is_text_encoder(part, entry)
     }
 
 
-def read_pipeline(source: Path, name: str, precision: str, text_encoders: bool = True) -> DiffusionPipeline:
+def read_pipeline(source: Path, name: str, options: LoadOptions) -> DiffusionPipeline:
     """Load the pipeline in a folder.
 
     Args:
         source: The folder.
         name: The model's name, for messages.
-        precision: "no", "bf16" or "fp16", see `draftune.models.load_model`.
-        text_encoders: Whether the text encoders have weights; otherwise they are those of `empty_network`.
+        options: How it is loaded.
 
     Raises:
         DraftuneError: The pipeline can't be loaded.
@@ -147,9 +174,7 @@ def read_pipeline(source: Path, name: str, precision: str, text_encoders: bool =
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
         file = "*.safetensors" if fake_mode() is None else "config.json"
         networks = {
-            part: empty_network(entry, folder)
-            if is_text_encoder(part, entry) and not text_encoders
-            else load_network(entry, folder, dtype_for(part, folder, precision))
+            part: load_network(part, entry, folder, options)
             for part, entry in index.items()
             if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
             if any((folder := part_folder(source, part)).glob(file))

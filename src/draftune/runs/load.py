@@ -160,6 +160,7 @@ def load_for_sampling(
     device: str = "auto",
     precision: str = "no",
     skip_text_encoder: bool = False,
+    quantization: str = "none",
 ) -> tuple[DiffusionModel, Settings]:
     """Load a model for sampling.
 
@@ -170,6 +171,7 @@ def load_for_sampling(
         cpu: Whether to use the CPU only.
         precision: "no", "bf16" or "fp16".
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
 
     Returns:
         The model on its device, and the settings to sample with.
@@ -178,16 +180,17 @@ def load_for_sampling(
         DraftuneError: the model or the LoRA cannot be loaded.
     """
     if source in MODELS or (user_path(source) / "model_index.json").exists():
-        model = load_model(source, precision, text_encoders=False).to(default_device(device), precision)
+        place = default_device(device)
+        model = load_model(source, precision, quantization, place, text_encoders=False).to(place, precision)
         return model, Settings(model=model.name)
     tuned = resolve_lora(source, base, skip_text_encoder)
-    model = load_base_with_loras({ADAPTER: tuned}, device, precision)
+    model = load_base_with_loras({ADAPTER: tuned}, device, precision, quantization)
     set_lora_scale(model, lora_scale)
     return model, tuned.settings
 
 
 def load_base_with_loras(
-    loras: Mapping[str, LoRASource], device: str = "auto", precision: str = "no"
+    loras: Mapping[str, LoRASource], device: str = "auto", precision: str = "no", quantization: str = "none"
 ) -> DiffusionModel:
     """Load a base model with several LoRAs as adapters, which `lora.set_lora_scales` switches.
 
@@ -195,16 +198,17 @@ def load_base_with_loras(
         loras: LoRAs of one base model with the same sampling settings, by adapter name.
         cpu: Whether to use the CPU only.
         precision: "no", "bf16" or "fp16".
+        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
 
     Raises:
         DraftuneError: a LoRA does not fit.
     """
-    first = next(iter(loras.values()))
-    model = load_model(first.base, precision, text_encoders=False)
+    first, place = next(iter(loras.values())), default_device(device)
+    model = load_model(first.base, precision, quantization, place, text_encoders=False)
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After loading the LoRAs, which are converted too.
-    model.to(default_device(device), precision)
+    model.to(place, precision)
     model.set_sampler_options(**first.grid)
     model.lora_steps = first.lora_steps
     model.set_size(first.settings.height, first.settings.width)

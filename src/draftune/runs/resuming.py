@@ -65,6 +65,8 @@ COMPUTED = (
     "lora_alpha",
     "lora_steps",
     "mixed_precision",
+    "quantization",
+    "reward_precision",
     "tiny_decoder",
     "pixel_clamp",
 )

@@ -59,6 +59,8 @@ def accelerator(settings: Settings) -> Accelerator:
     with processes_of(made).raise_on_all_ranks():
         if fsdp_requested() and settings.compile:
             raise DraftuneError("compile does not work with FSDP: leave out --compile")
+        if fsdp_requested() and settings.quantization != "none":
+            raise DraftuneError(f"quantization={settings.quantization} does not work with FSDP: leave it out")
         if settings.mixed_precision == "fp16" and made.device.type == "cpu":
             raise DraftuneError("mixed_precision=fp16 does not work on a CPU: use bf16 or no")
         if settings.batch_size % made.num_processes:

@@ -13,6 +13,7 @@ from torch import nn
 from draftune.settings import Settings
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import PeakMemory
+from draftune.utils.tensors import stored_tensors
 from draftune.utils.weightless import make_fake, without_weights
 
 
@@ -86,7 +87,8 @@ def network_bytes(trainer: Trainer) -> int:
     return storage_bytes(
         tensor
         for network in trainer_networks(trainer)
-        for tensor in (*network.parameters(), *network.buffers())
+        for parameter in (*network.parameters(), *network.buffers())
+        for tensor in stored_tensors(parameter)
         if tensor.device == device
     )
 

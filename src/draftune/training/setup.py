@@ -18,11 +18,13 @@ from draftune.lora import add_lora, freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
+from draftune.models.quantization import check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.published import Defaults
 from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import Reward, parse_reward
+from draftune.rewards.bf16_weights import store_in_bf16
 from draftune.rewards.online import require_trained
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
@@ -75,6 +77,7 @@ def prepare(
     best_columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     method = method if isinstance(method, Method) else load_method(settings.method)
     check_method(settings, method)
+    check_quantization(settings.quantization, settings.mixed_precision, isinstance(model, DiffusionModel))
     check_optimizer(settings, method)
     installed_trackers(settings)
     past = resolve_continued_run(settings)
@@ -110,7 +113,9 @@ def prepare(
         if not isinstance(model, DiffusionModel):
             # The text encoders are loaded where prompts are encoded, in `to_device`.
             source = settings.model if model is None else model
-            model = load_model(source, settings.mixed_precision, text_encoders=False)
+            model = load_model(
+                source, settings.mixed_precision, settings.quantization, made.device, text_encoders=False
+            )
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.check_shared()
     with processes.raise_on_all_ranks():
@@ -255,7 +260,10 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     first = context.continued_run.ready(device) if context.continued_run is not None else None
     for reward in (context.reward, context.eval_rewards, first):
         if reward is not None:
-            reward.load_weights().to(device)
+            reward.load_weights()
+            if s.reward_precision == "bf16":
+                store_in_bf16(reward)
+            reward.to(device)
             reward.set_chunk_size(s.reward_batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)

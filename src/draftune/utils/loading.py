@@ -67,12 +67,13 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
         return config_only(cls, folder, dtype, mode)
     if (variant := weights_variant(folder)) is not None:
         options["variant"] = variant
-    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"ignore_mismatched_sizes": True, **options, "use_safetensors": True, "output_loading_info": True}
     try:
         with silence_libraries():
             # `torch_dtype` is the name that all versions of both libraries accept.
             network, info = cls.from_pretrained(folder, torch_dtype=dtype, **options)
-            network = network.to(dtype)
+            if not getattr(network, "is_quantized", False):
+                network = network.to(dtype)
     except Exception as error:
         if out_of_memory(error):
             raise

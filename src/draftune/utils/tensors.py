@@ -1,13 +1,15 @@
-"""Write safetensors files."""
+"""Write safetensors files, and look into quantized tensors."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 LENGTH = 8
 """Bytes at the start of a safetensors file with the length of its JSON header, which is padded to a multiple of it."""
@@ -36,3 +38,21 @@ def sorted_header(data: bytes) -> tuple[bytes, int]:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH)
     return len(text).to_bytes(LENGTH, "little") + text, end
+
+
+def is_quantized_weight(weight: Any) -> bool:
+    """Return whether a parameter holds quantized numbers: every backend stores them in a class of its own."""
+    return isinstance(weight, nn.Parameter) and type(weight) not in (nn.Parameter, FakeTensor)
+
+
+def stored_tensors(tensor: Any) -> Iterator[Tensor]:
+    """Yield the plain tensors that a parameter or buffer is stored in: those of a quantized one are numbers, scales."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from stored_tensors(getattr(tensor, name))
+        return
+    yield tensor
+    state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit weights
+    while state is not None:
+        yield from (value for value in (state.absmax, state.code, state.offset) if value is not None)
+        state = state.state2

@@ -1,0 +1,134 @@
+"""Rewards whose linear layers are stored in bfloat16: memory, scores and gradients against float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from draftune.models import load_model
+from draftune.rewards import Reward, load_reward
+from draftune.rewards.bf16_weights import Bf16Linear, store_in_bf16
+from draftune.rewards.online import OnlineReward
+from draftune.training.memory_check import held_memory
+from draftune.training.trainer import Trainer
+
+PROMPTS = ["cat face", "pizza", "rocket", "red heart", "house", "red apple"]
+
+
+class Scorer(Reward):
+    """A network of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.network(images)[:, 0]
+
+
+class Learner(OnlineReward, Scorer):
+    """The same as a reward that learns."""
+
+    def learn(self, images: Tensor, prompts: Sequence[str], expected: Tensor | None) -> None: ...
+
+    def carried(self) -> dict[str, Tensor]:
+        return {}
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    images = images.clone().requires_grad_()
+    scores = reward(images, prompts)
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    assert scores.dtype == gradient.dtype == torch.float32
+    return scores.detach(), gradient
+
+
+def test_only_weights_are_rounded() -> None:
+    """Scores and gradients are those of float32 with rounded weights, to the last digits."""
+    reward, images = Scorer().load_weights(), torch.rand(3, 3, 8, 8)
+    rounded: Any = copy.deepcopy(reward)
+    for layer in rounded.network:
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.bfloat16().float()
+    store_in_bf16(reward)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = score(reward, images, [""] * 3), score(rounded, images, [""] * 3)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-6
+    assert reward.network[1].weight.dtype == torch.bfloat16
+    assert reward.network[1].bias.dtype == torch.float32
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    layer, x = nn.Linear(4, 3).requires_grad_(False), torch.rand(2, 5, 4, requires_grad=True)
+    expected = torch.autograd.grad((2 * layer(x)).sum(), x)[0]
+    reward = Reward()
+    reward.layer = layer
+    store_in_bf16(reward)
+    output = layer(x)
+    output *= 2
+    assert torch.autograd.grad(output.sum(), x)[0] == pytest.approx(expected, rel=0.01)
+
+
+def test_the_graph_holds_no_converted_weight() -> None:
+    reward: Any = Scorer().load_weights()
+    store_in_bf16(reward)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        reward.network(torch.rand(3, 3, 8, 8, requires_grad=True))
+    assert not any(t.dtype == torch.float32 and t.numel() >= 64 * 192 for t in saved)
+    assert any(t.dtype == torch.bfloat16 for t in saved)
+
+
+def test_rewards_that_learn_and_subclasses_keep_their_weights() -> None:
+    reward = Scorer() + Learner()
+    reward.attention = nn.MultiheadAttention(8, 2)
+    store_in_bf16(reward.load_weights())
+    layers = [module for module in reward.modules() if isinstance(module, Bf16Linear)]
+    assert len(layers) == 2
+    assert all(p.dtype == torch.float32 for p in reward.terms[1][1].parameters())
+    assert all(p.dtype == torch.float32 for p in reward.attention.parameters())
+
+
+@pytest.mark.parametrize("name", ["emoji_clip", "emoji_aesthetic"])
+def test_trained_rewards(name: str) -> None:
+    images = load_model("emoji").sample_tensors(PROMPTS, range(6), load_model("emoji").schedule(5), 3.0)
+    reward = load_reward(name)
+    plain = score(reward, images, PROMPTS)
+    store_in_bf16(reward)
+    rounded = score(reward, images, PROMPTS)
+    assert 0 < (plain[0] - rounded[0]).abs().max() < 0.05 * plain[0].std()
+    assert torch.cosine_similarity(plain[1].flatten(1), rounded[1].flatten(1)).min() > 0.98
+
+
+def test_training(tmp_path: Path) -> None:
+    """The setting reaches both rewards of a run, and the memory check counts the smaller weights."""
+    held = {}
+    for precision in ("no", "bf16"):
+        trainer = Trainer(
+            "emoji",
+            "emoji_clip",
+            eval_rewards="emoji_aesthetic",
+            prompts=PROMPTS,
+            reward_precision=precision,
+            steps=1,
+            num_inference_steps=2,
+            output=str(tmp_path / precision),
+        )
+        held[precision] = held_memory(trainer)
+        context = trainer.context
+        assert context.eval_rewards is not None
+        for reward in (context.reward, context.eval_rewards):
+            linear = [m.weight for m in reward.modules() if type(m) in (nn.Linear, Bf16Linear)]
+            assert {weight.dtype for weight in linear} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    rewards = (trainer.context.reward, trainer.context.eval_rewards)
+    saved = {p.data_ptr(): p.nbytes for r in rewards if r for p in r.parameters() if p.dtype == torch.bfloat16}
+    assert held["no"] - held["bf16"] == sum(saved.values()) > 0
+    trainer.train_step.run(1)
