@@ -79,6 +79,8 @@ PUBLISHED: dict[str, Defaults] = {
     "pixart": Defaults(20, 4.5),
     # The defaults of diffusers' SanaPipeline, and the model cards of SANA and SANA 1.5.
     "sana": Defaults(20, 4.5, **FLOW),
+    # The defaults of diffusers' SanaSprintPipeline, and the model cards of SANA-Sprint.
+    "sana-sprint": Defaults(2, 4.5, **FEW_STEPS),
     # The defaults of diffusers' DiTPipeline; Peebles and Xie, 2022, arXiv:2212.09748, sample by 250 DDPM steps.
     "dit": Defaults(50, 4.0),
     # The steps of diffusers' DDIMPipeline, which uses the same sampler; there is no condition to guide by.
@@ -100,6 +102,7 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"tongyi-mai/z-image-turbo", "z-image-turbo"),
     (r"pixart-alpha/pixart-(xl|sigma).*", "pixart"),
     (r"efficient-large-model/sana(1\.5)?_[0-9.]+[mb]_[0-9]+k?px(_[a-z0-9]+)?_diffusers", "sana"),
+    (r"efficient-large-model/sana_sprint_[0-9.]+b_1024px_diffusers", "sana-sprint"),
     (r"facebook/dit-xl-2-(256|512)", "dit"),
     (r"google/ddpm-.*", "unconditional"),
 )
@@ -148,6 +151,8 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "dit"
     if pipeline_class == "SanaPipeline":
         return "sana"
+    if pipeline_class == "SanaSprintPipeline":
+        return "sana-sprint"
     if pipeline_class == "FluxPipeline":
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
     if pipeline_class == "ZImagePipeline":

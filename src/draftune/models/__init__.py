@@ -12,6 +12,7 @@ from draftune.models.flux import Flux
 from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
 from draftune.models.sana import Sana
+from draftune.models.sana_sprint import SanaSprint
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
@@ -31,6 +32,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
     "SanaPipeline": Sana,
+    "SanaSprintPipeline": SanaSprint,
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
