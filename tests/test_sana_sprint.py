@@ -183,3 +183,14 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         draftune.train(
             model, brighter, prompts=["a cat"], method="draft_k(k=1)", prefix_stride=2, output=str(tmp_path / "run")
         )
+
+
+def test_guided_sampling_of_no_strength_is_the_sampler(folder: Path) -> None:
+    model = load_model(folder)
+    model.set_size(32, 32)
+    ours = model.sample_tensors(["a cat"], [4], model.schedule(4), 4.5)
+    options: dict[str, Any] = {"seeds": [4], "num_inference_steps": 4}
+    guided = draftune.sample_guided(model, brighter, "a cat", "pgdiff_dynamic(strength=0)", **options)
+    assert (guided.images - ours).abs().max() <= 1e-5
+    brightened = draftune.sample_guided(model, brighter, "a cat", "pgdiff_dynamic(strength=0.5)", **options)
+    assert brightened.rewards[-1] > guided.rewards[-1]

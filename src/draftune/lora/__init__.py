@@ -24,6 +24,7 @@ from draftune.lora.files import (
     open_safetensors,
     read_file,
     saved_grid,
+    saved_sampler,
 )
 from draftune.lora.reader import read_lora
 
@@ -50,6 +51,7 @@ __all__ = [
     "read_lora",
     "save_lora",
     "saved_grid",
+    "saved_sampler",
     "set_lora_scale",
     "set_lora_scales",
 ]

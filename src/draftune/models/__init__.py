@@ -29,6 +29,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "DDIMPipeline": Pixels,
     "DDPMPipeline": Pixels,
     "DiTPipeline": DiT,
+    "LatentConsistencyModelPipeline": StableDiffusion,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
     "SanaPipeline": Sana,

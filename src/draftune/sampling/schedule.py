@@ -85,6 +85,7 @@ class Schedule:
             velocity z = noise - x_0 (Liu et al., 2022, arXiv:2209.03003).
         clip: The clipping of the predicted x_0; None for latent-space models.
         initial_scale: The factor of the initial noise, see `DiffusionModel.start`.
+        timestep_scaling: For the boundary condition of consistency models; None for other models.
 
     Raises:
         DraftuneError: The prediction type is unknown. Or it is "epsilon" and a step has alpha = 0, that is zero
@@ -95,6 +96,7 @@ class Schedule:
     prediction_type: str = "epsilon"
     clip: ClipSample | None = None
     initial_scale: float = 1.0
+    timestep_scaling: float | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
@@ -121,13 +123,20 @@ class Schedule:
     def to_prediction(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
         """Convert the network's output to x_0 and noise, and clip x_0 if the schedule has a `clip`.
 
+        A consistency model satisfies x_0(x, t = 0) = x by (Song et al., 2023, arXiv:2303.01469, Eq. 5), with t' the
+        scaled timestep: x_0 = 0.25 / (t'^2 + 0.25) * x + t' / sqrt(t'^2 + 0.25) * predicted x_0
+
         Args:
             output: The network's output for `x`, `[B, C, H, W]`.
             x: The noisy latent x_t, `[B, C, H, W]`.
             step: The step whose level t `x` has.
         """
-        prediction = self._to_prediction(output, x, step)
-        return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
+        clean, noise = self._to_prediction(output, x, step)
+        clean = self.clip(clean) if self.clip else clean
+        if self.timestep_scaling is not None:
+            scaled = self.timestep_scaling * step.timestep
+            clean = 0.25 / (scaled**2 + 0.25) * x + scaled / math.hypot(scaled, 0.5) * clean
+        return Prediction(clean, noise)
 
     def output_difference(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
         """Subtract prediction `b` from prediction `a`, both for the same noisy latent at `step`.
