@@ -36,7 +36,7 @@ def gradient_by_hand(model: StableDiffusion, noise: Tensor, regularization: floa
     unet, vae = model.pipeline.unet, model.pipeline.vae
     condition = model.encode(["cat"], "dog", guided=True)
     x = start = noise.clone().requires_grad_()
-    for timestep, alpha, sigma, alpha_next, sigma_next, _ in model.schedule(T).steps:
+    for timestep, alpha, sigma, alpha_next, sigma_next, *_ in model.schedule(T).steps:
         negative, positive = unet(torch.cat([x, x]), timestep, encoder_hidden_states=condition).sample.chunk(2)
         output = negative + GUIDANCE * (positive - negative)
         x = alpha_next * (x - sigma * output) / alpha + sigma_next * output

@@ -31,8 +31,9 @@ from draftune.methods.drtune import linear_path
 from draftune.models import load_model
 from draftune.runs.export import export_lora
 from draftune.runs.merge import merge_loras
+from draftune.sampling.clip import ClipSample
 from draftune.sampling.sampler import rollout
-from draftune.sampling.schedule import ClipSample, Prediction, Schedule, Step, ddim_schedule
+from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
 from helpers.errors import raises
 from helpers.model_checks import STEPS, check_pictures, check_training, drawn
 from helpers.pipelines import add_random_lora

@@ -140,6 +140,9 @@ IDS = {
     "Tongyi-MAI/Z-Image-Turbo": (8, 0.0),
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": (20, 4.5),
     "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": (20, 4.5),
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": (2, 4.5),
+    "PixArt-alpha/PixArt-LCM-XL-2-1024-MS": (4, 0.0),
+    "SimianLuo/LCM_Dreamshaper_v7": (4, 8.5),
     "facebook/DiT-XL-2-256": (50, 4.0),
     "google/ddpm-cat-256": (50, 1.0),
 }
@@ -326,6 +329,8 @@ OFFICIAL = {
     "FluxPipeline": "flux-dev",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana-sprint",
+    "LatentConsistencyModelPipeline": "latent-consistency",
     "DiTPipeline": "dit",
 }
 

@@ -12,8 +12,9 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from draftune.errors import DraftuneError
 from draftune.models import StableDiffusion
+from draftune.sampling.clip import ClipSample
 from draftune.sampling.sampler import ddim_step, rollout
-from draftune.sampling.schedule import ClipSample, Schedule, Step, ddim_schedule, flow_schedule
+from draftune.sampling.schedule import Schedule, Step, ddim_schedule, flow_schedule
 from helpers.errors import raises
 from helpers.pipelines import SD14_SCHEDULER, build_pipeline
 
@@ -31,7 +32,7 @@ def test_leverage_of_the_last_steps_on_the_grids_of_stable_diffusion() -> None:
     assert leverage(leading[-2]) == pytest.approx(-0.100, abs=5e-3)
     trailing = ddim_schedule(SD14_SCHEDULER | {"timestep_spacing": "trailing", "set_alpha_to_one": True}, 50).steps
     assert [step.timestep for step in trailing[-2:]] == [39, 19]
-    assert trailing[-1][3:] == (1.0, 0.0)
+    assert trailing[-1][3:5] == (1.0, 0.0)
     assert leverage(trailing[-1]) == pytest.approx(-0.138, abs=5e-3)
 
 
@@ -142,7 +143,7 @@ def test_rollout_equals_the_flow_scheduler(
         theirs = scheduler.step(network(theirs, float(t)), t, theirs).prev_sample
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert schedule.steps[0].sigma == pytest.approx(1.0)
-    assert schedule.steps[-1][3:] == (1.0, 0.0)
+    assert schedule.steps[-1][3:5] == (1.0, 0.0)
     assert [step.timestep for step in schedule.steps] == pytest.approx([1000 * step.sigma for step in schedule.steps])
 
 

@@ -103,6 +103,6 @@ def test_refusals(tmp_path: Path) -> None:
     with raises(DraftuneError, "EDMEulerScheduler"):
         load_model(pipeline)
     pipeline = build_pipeline(tmp_path)
-    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8)
-    with raises(DraftuneError, "guidance scale input"):
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=2)
+    with raises(DraftuneError, "unet.time_cond_proj_dim 2"):
         load_model(pipeline)

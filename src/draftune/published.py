@@ -60,8 +60,10 @@ PUBLISHED: dict[str, Defaults] = {
     # The defaults of diffusers' StableDiffusionXLPipeline.
     "stable-diffusion-xl": Defaults(50, 5.0, **LARGE),
     # SD-Turbo and SDXL-Turbo: one to four steps without guidance (diffusers' page on SDXL Turbo; Sauer et al., arXiv
-    # 2311.17042, at four). Latent consistency models: two to four (Luo et al., arXiv 2310.04378).
+    # 2311.17042, at four). LoRAs of TCD: four (their model cards).
     "few-step": Defaults(4, 0.0, method="draft", learning_rate=1e-4),
+    # The defaults of diffusers' LatentConsistencyModelPipeline; two to four steps in Luo et al., arXiv 2310.04378.
+    "latent-consistency": Defaults(4, 8.5, method="draft", learning_rate=1e-4),
     # The defaults of diffusers' StableDiffusion3Pipeline, and the model card of stable-diffusion-3-medium.
     "stable-diffusion-3": Defaults(28, 7.0, **SD3),
     # The model card of stabilityai/stable-diffusion-3.5-medium.
@@ -97,6 +99,8 @@ PUBLISHED: dict[str, Defaults] = {
     "pixart": Defaults(20, 4.5),
     # The defaults of diffusers' SanaPipeline, and the model cards of SANA and SANA 1.5.
     "sana": Defaults(20, 4.5, **FLOW),
+    # The defaults of diffusers' SanaSprintPipeline, and the model cards of SANA-Sprint.
+    "sana-sprint": Defaults(2, 4.5, **FEW_STEPS),
     # The defaults of diffusers' DiTPipeline; Peebles and Xie, 2022, arXiv:2212.09748, sample by 250 DDPM steps.
     "dit": Defaults(50, 4.0),
     # The steps of diffusers' DDIMPipeline, which uses the same sampler; there is no condition to guide by.
@@ -114,6 +118,7 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"stabilityai/stable-diffusion-3\.5-medium", "stable-diffusion-3.5-medium"),
     (r"stabilityai/stable-diffusion-3-medium-diffusers", "stable-diffusion-3"),
     (r"stabilityai/sdx?l?-turbo", "few-step"),
+    (r"simianluo/lcm_dreamshaper_v7", "latent-consistency"),
     (r"stabilityai/stable-diffusion-xl-base-(0\.9|1\.0)", "stable-diffusion-xl"),
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "stable-diffusion"),
@@ -123,7 +128,9 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"tongyi-mai/z-image", "z-image"),
     (r"tongyi-mai/z-image-turbo", "z-image-turbo"),
     (r"pixart-alpha/pixart-(xl|sigma).*", "pixart"),
+    (r"pixart-alpha/pixart-lcm-xl-2-1024-ms", "few-step"),
     (r"efficient-large-model/sana(1\.5)?_[0-9.]+[mb]_[0-9]+k?px(_[a-z0-9]+)?_diffusers", "sana"),
+    (r"efficient-large-model/sana_sprint_[0-9.]+b_1024px_diffusers", "sana-sprint"),
     (r"facebook/dit-xl-2-(256|512)", "dit"),
     (r"google/ddpm-.*", "unconditional"),
 )
@@ -174,6 +181,8 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "dit"
     if pipeline_class == "SanaPipeline":
         return "sana"
+    if pipeline_class == "SanaSprintPipeline":
+        return "sana-sprint"
     if pipeline_class == "FluxPipeline":
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
     if pipeline_class == "Flux2Pipeline":
@@ -199,9 +208,12 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
     plain = {
         "StableDiffusionPipeline": "stable-diffusion",
         "StableDiffusionXLPipeline": "stable-diffusion-xl",
+        "LatentConsistencyModelPipeline": "latent-consistency",
         "PixArtAlphaPipeline": "pixart",
         "PixArtSigmaPipeline": "pixart",
     }.get(str(pipeline_class))
+    if plain and config_of("unet").get("time_cond_proj_dim"):
+        return "latent-consistency"
     return "few-step" if plain and few_steps(config_of("scheduler")) else plain
 
 

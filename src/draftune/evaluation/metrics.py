@@ -228,7 +228,7 @@ def denoiser_mse_by_prompt(
         The error of each prompt [B].
     """
     denoise, base = model.denoisers_for(prompts, schedule, guidance_scale, negative_prompt)
-    x = model.noise([torch.Generator().manual_seed(seed) for seed in seeds], len(prompts))
+    x, schedule = model.start([torch.Generator().manual_seed(seed) for seed in seeds], len(prompts), schedule)
     total = torch.zeros(len(prompts), device=x.device, dtype=x.dtype)
     for step in schedule.steps:
         prediction = denoise(x, step)

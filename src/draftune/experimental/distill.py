@@ -195,8 +195,8 @@ class Distiller:
         """Sample with the teacher from new noise."""
         s = self.settings
         student, teacher = self.model.denoisers_for(prompts, self.schedule, s.guidance_scale, s.negative_prompt)
-        x, steps = self.model.noise(generator, len(prompts)), []
-        for step in self.schedule.steps:
+        (x, schedule), steps = self.model.start(generator, len(prompts), self.schedule), []
+        for step in schedule.steps:
             prediction = teacher(x, step)
             steps.append((step, x, prediction))
             x = ddim_step(prediction, step)

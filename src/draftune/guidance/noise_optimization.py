@@ -100,7 +100,10 @@ def optimize_noise(
     score = require_trained(load_reward(reward)).to(model.device)
     check_prompts(score, [prompt])
     denoise = model.denoiser_for([prompt], schedule, guidance, negative_prompt)
-    noise = model.noise(torch.Generator().manual_seed(seed), 1).requires_grad_()
+    generator = torch.Generator().manual_seed(seed)
+    noise = model.noise(generator, 1).requires_grad_()
+    # A stochastic sampler adds the same noise in every iteration.
+    schedule = schedule.with_noise([model.noise(generator, 1) for _ in range(schedule.num_noises)])
     optimizer = torch.optim.SGD([noise], learning_rate, momentum, nesterov=momentum > 0, maximize=True)
 
     rewards: list[float] = []
@@ -108,7 +111,7 @@ def optimize_noise(
     for step in bar:
         # The last image needs no gradient.
         with torch.set_grad_enabled(step < steps):
-            clean = rollout(denoise, schedule.steps, noise)
+            clean = rollout(denoise, schedule.steps, schedule.initial_scale * noise)
             if step == 0:
                 check_reward(score, model.decode(clean.detach()), [prompt])
                 before = extra_queries(score)

@@ -23,6 +23,7 @@ from draftune.lora.files import (
     open_safetensors,
     read_file,
     saved_grid,
+    saved_sampler,
     saved_steps,
 )
 from draftune.lora.reader import read_lora
@@ -51,6 +52,7 @@ __all__ = [
     "read_lora",
     "save_lora",
     "saved_grid",
+    "saved_sampler",
     "saved_steps",
     "set_lora_scale",
     "set_lora_scales",

@@ -237,15 +237,15 @@ def save_lora(model: LoRATarget, folder: Path | str) -> Path:
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
-        grid = json.dumps(model.sampler_options)
-        return LoRADeltas(attached_deltas(model), model.name, grid, model.lora_steps).write(Path(folder))
+        sampler = json.dumps(model.sampler_metadata)
+        return LoRADeltas(attached_deltas(model), model.name, sampler, model.lora_steps).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
-    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_options)}
+    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_metadata)}
     metadata |= steps_metadata(model.lora_steps)
     if model.frozen_lora is not None:
         both = model.frozen_lora.add(deltas_of_peft(tensors, config.lora_alpha / config.r))
-        both.base_model, both.grid = model.name, json.dumps(model.sampler_options)
+        both.base_model, both.grid = model.name, json.dumps(model.sampler_metadata)
         return both.write(Path(folder))
     targets = sorted(config.target_modules)
     return write_lora(Path(folder), tensors, {part: AdapterConfig(config.r, config.lora_alpha, targets)}, metadata)

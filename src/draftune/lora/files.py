@@ -26,7 +26,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "lora_adapter_metadata"
 """The metadata key of rank and alpha in files of diffusers and peft, as JSON."""
 SAMPLER_METADATA = "sampler_options"
-"""The metadata key of the sampler options in training, as JSON: the arguments of `set_sampler_options`."""
+"""The metadata key of the sampler in training, as JSON: the arguments of `set_sampler_options`, and its scheduler."""
 STEPS_METADATA = "lora_steps"
 """The metadata key of the steps on which the LoRA is active, such as 0.0-0.4; files of other LoRAs do not have it."""
 
@@ -242,11 +242,16 @@ def saved_grid(source: Path | str) -> dict[str, Any]:
     Raises:
         DraftuneError: There is no such file, or its metadata is damaged.
     """
+    sampler = saved_sampler(source)
+    return {name: sampler[name] for name in SAMPLER_OPTIONS if name in sampler}
+
+
+def saved_sampler(source: Path | str) -> dict[str, Any]:
+    """Return all that a LoRA's metadata say of its sampler, as `Family.sampler_metadata`; raises as `saved_grid`."""
     with open_safetensors(lora_file(source)) as file:
         text = (file.metadata() or {}).get(SAMPLER_METADATA, "{}")
     try:
-        settings = json.loads(text)
-        return {name: settings[name] for name in SAMPLER_OPTIONS if name in settings}
+        return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise DraftuneError(f"the metadata of {str(source)!r} is damaged: {SAMPLER_METADATA} can't be read") from error
 

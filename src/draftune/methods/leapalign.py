@@ -70,7 +70,7 @@ class LeapAlign(BackpropMethod):
 
 def leap(prediction: Prediction, step: Step, alpha: float, sigma: float) -> Tensor:
     """Move from `step` to the noise level (alpha, sigma) in one DDIM step."""
-    return ddim_step(prediction, step._replace(alpha_next=alpha, sigma_next=sigma))
+    return ddim_step(prediction, step._replace(alpha_next=alpha, sigma_next=sigma), tau=0.0)
 
 
 def straight_through(x: Tensor, value: Tensor) -> Tensor:

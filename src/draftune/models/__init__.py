@@ -27,6 +27,7 @@ from draftune.models.prompt_embeddings import PromptEmbeddings
 from draftune.models.quantization import check_quantization
 from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
+from draftune.models.sana_sprint import SanaSprint
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
@@ -43,9 +44,11 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "DDIMPipeline": Pixels,
     "DDPMPipeline": Pixels,
     "DiTPipeline": DiT,
+    "LatentConsistencyModelPipeline": StableDiffusion,
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArt,
     "SanaPipeline": Sana,
+    "SanaSprintPipeline": SanaSprint,
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,

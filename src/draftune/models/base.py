@@ -205,6 +205,23 @@ class DiffusionModel(Family):
         schedule = self._schedule(num_inference_steps)
         return schedule if self.lora_steps.is_all else self.lora_steps.mark(schedule)
 
+    def start(
+        self, generators: torch.Generator | Sequence[torch.Generator], count: int, schedule: Schedule
+    ) -> tuple[Tensor, Schedule]:
+        """Sample the initial latents `[count, C, H, W]`, then the fresh noise of each step that adds some.
+
+        Args:
+            generators: As for `noise`. An image's noise depends only on its own generator, as in diffusers.
+            count: The number of images.
+            schedule: The sampling schedule.
+
+        Returns:
+            The latents, and the schedule with this batch's noise; the same schedule for a deterministic sampler.
+        """
+        noise = self.noise(generators, count)
+        latents = noise if schedule.initial_scale == 1 else schedule.initial_scale * noise
+        return latents, schedule.with_noise([self.noise(generators, count) for _ in range(schedule.num_noises)])
+
     def denoiser_for(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""
     ) -> Denoiser:
@@ -282,7 +299,7 @@ class DiffusionModel(Family):
     ) -> Tensor:
         """Sample one image per prompt.
 
-        The initial noise of each image depends only on its own seed, not on its batch.
+        The noise of each image depends only on its own seed, not on its batch.
 
         Args:
             prompts: One for each image.
@@ -304,7 +321,8 @@ class DiffusionModel(Family):
             batch = prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
             denoise = self.denoiser_for(batch, schedule, guidance_scale, negative_prompt)
-            images.append(self.decode(rollout(denoise, schedule.steps, self.noise(generators, len(batch)))).cpu())
+            latents, noisy = self.start(generators, len(batch), schedule)
+            images.append(self.decode(rollout(denoise, noisy.steps, latents)).cpu())
             bar.update(len(batch))
         bar.close()
         return torch.cat(images).float()

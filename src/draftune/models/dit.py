@@ -21,6 +21,7 @@ class DiT(DiffusionModel):
     """
 
     lora_prefix = "transformer"
+    few_step_samplers = False  # the pipeline passes them no generator
     no_negative_prompt = "a class-conditional model has no negative prompt"
     required = ("transformer", "vae", "scheduler")
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError
 from draftune.models.common import check_size, decode_vae
 from draftune.models.needs import Need, check_diffusion, pair
+from draftune.published import few_steps
+from draftune.sampling.few_step import GAMMA, few_step_schedule
 from draftune.sampling.schedule import SAMPLER_OPTIONS, Schedule, Step, ddim_schedule
 from draftune.utils.loading import Truncation, truncation
 from draftune.utils.logging import logger
@@ -40,6 +42,8 @@ class Family(ABC):
     """The components that the pipeline must have."""
     optional: Sequence[str] = ()
     """More networks that are used if the pipeline has them."""
+    few_step_samplers = True
+    """Whether the samplers of few-step models work with the pipeline; if not, they are replaced by DDIM."""
     pixel_space = False
     """Whether the model works on pixels in [-1, 1] instead of latents. Only then may the sampler clip x_0."""
     no_negative_prompt = ""
@@ -120,7 +124,8 @@ class Family(ABC):
     def check_schedule(self) -> None:
         """Raise DraftuneError if no schedule can be built from the scheduler's config."""
         self._schedule(1)
-        self._schedule(int(self.scheduler_config["num_train_timesteps"]))
+        if not self.few_step_sampler:
+            self._schedule(int(self.scheduler_config["num_train_timesteps"]))
 
     def complete_config(self) -> None:  # noqa: B027
         """Add to the pipeline's config, before it is saved, what diffusers reads but does not save."""
@@ -168,12 +173,23 @@ class Family(ABC):
 
     def _schedule(self, num_inference_steps: int) -> Schedule:
         """Build the sampling schedule with this number of steps, of which `DiffusionModel.schedule` marks some."""
+        if self.few_step_sampler:
+            return few_step_schedule(self.sampler(), num_inference_steps)
         return ddim_schedule(self.scheduler_config, num_inference_steps, self.pixel_space)
+
+    @property
+    def few_step_sampler(self) -> bool:
+        """Whether the model is sampled by its own scheduler: that of a few-step diffusion model."""
+        scheduler = self.pipeline.scheduler
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        return self.few_step_samplers and few_steps(config)
 
     def sampler(self) -> Any:
         """Return the diffusers scheduler that samples the same images as `schedule`."""
         from diffusers import DDIMScheduler
 
+        if self.few_step_sampler:
+            return type(self.pipeline.scheduler).from_config(self.scheduler_config)
         unclipped = {} if self.pixel_space else {"clip_sample": False, "thresholding": False}
         return DDIMScheduler.from_config({**self.scheduler_config, **unclipped})
 
@@ -186,6 +202,15 @@ class Family(ABC):
     def sampler_options(self) -> dict[str, Any]:
         """The current values of the arguments of `set_sampler_options`."""
         return {name: self.scheduler_config[name] for name in SAMPLER_OPTIONS if name in self.scheduler_config}
+
+    @property
+    def sampler_metadata(self) -> dict[str, Any]:
+        """What a LoRA's metadata say of the sampler: its options, and the class of a few-step sampler."""
+        if not self.few_step_sampler:
+            return self.sampler_options
+        kind = type(self.pipeline.scheduler).__name__
+        gamma = {"eta": self.scheduler_config.get("eta", GAMMA)} if kind == "TCDScheduler" else {}
+        return self.sampler_options | {"scheduler": kind} | gamma
 
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Raise DraftuneError for prompts that the model can't take."""

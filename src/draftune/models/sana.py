@@ -46,6 +46,8 @@ class Sana(DiffusionModel):
     """
 
     lora_prefix = "transformer"
+    embedded_guidance = False
+    """Whether the guidance scale is an input of the transformer."""
     required = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 
     def needs(self) -> Iterator[Need]:
@@ -54,7 +56,8 @@ class Sana(DiffusionModel):
         yield equal("vae.in_channels", vae.config.in_channels, 3, "rewards take color images")
         yield number("vae.scaling_factor", vae.config.scaling_factor)
         yield of_class("transformer", self.denoiser, ("SanaTransformer2DModel",))
-        yield equal("transformer.guidance_embeds", config.get("guidance_embeds", False), False, "SANA-Sprint's")
+        guided = config.get("guidance_embeds", False)
+        yield equal("transformer.guidance_embeds", guided, self.embedded_guidance, "SANA-Sprint has it, SANA has not")
         channels, why = vae.config.latent_channels, "the autoencoder's latent_channels"
         yield equal("transformer.in_channels", config.in_channels, channels, why)
         outputs = (channels, 2 * channels, None)

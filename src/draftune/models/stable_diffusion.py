@@ -38,7 +38,11 @@ class UNetFamily(DiffusionModel):
 
 
 class StableDiffusion(UNetFamily):
-    """A StableDiffusionPipeline: UNet, CLIP text encoder, autoencoder; epsilon, v or x_0 prediction."""
+    """A StableDiffusionPipeline: UNet, CLIP text encoder, autoencoder; epsilon, v or x_0 prediction.
+
+    Or a LatentConsistencyModelPipeline, whose UNet takes the guidance scale as an input. Guidance then needs no second
+    half of the batch.
+    """
 
     required = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
 
@@ -59,16 +63,29 @@ class StableDiffusion(UNetFamily):
         yield equal("unet.in_channels", unet.config.in_channels, channels, OTHER_PIPELINES)
         yield equal("unet.out_channels", unet.config.out_channels, channels, "the autoencoder's latent_channels")
         yield size_need("unet.sample_size", unet.config.sample_size)
-        guided = "a UNet that takes the guidance scale as an input is not supported"
-        yield equal("unet.time_cond_proj_dim", unet.config.time_cond_proj_dim, None, guided)
+        width, optional = unet.config.time_cond_proj_dim, "Consistency" not in type(self.pipeline).__name__
+        embeds = isinstance(width, int) and width >= 4
+        allowed = "at least 4, the width of an embedding" + (", or None" if optional else "")
+        yield Need("unet.time_cond_proj_dim", width, embeds or (width is None and optional), allowed)
         yield equal("unet.addition_embed_type", unet.config.addition_embed_type, addition_embed_type)
         yield equal("unet.encoder_hid_dim_type", unet.config.encoder_hid_dim_type, None)
         yield equal("unet.dual_cross_attention", unet.config.dual_cross_attention, False)
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the UNet, as of latent consistency models."""
+        return self.denoiser.config.time_cond_proj_dim is not None
+
+    @property
+    def no_negative_prompt(self) -> str:  # type: ignore[override]
+        why = "this UNet takes the guidance scale as an input, and a negative prompt has no effect"
+        return why if self.embedded_guidance else ""
 
     def text_readers(self, prompts: Sequence[str]) -> list[tuple[str, int, Sequence[str]]]:
         return [("tokenizer", self.pipeline.tokenizer.model_max_length, prompts)]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
+        guided = guided and not self.embedded_guidance
         with silence_libraries():  # diffusers warns about each truncated prompt at every call
             positive, negative = self.pipeline.encode_prompt(
                 list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
@@ -82,6 +99,9 @@ class StableDiffusion(UNetFamily):
     def call_unet(self, x: Tensor, timestep: float, text: Tensor, guidance_scale: float, **inputs: Any) -> Tensor:
         """Return the UNet's output with guidance; `inputs` are more arguments of the UNet."""
         t = torch.tensor(timestep, device=x.device)
+        if self.embedded_guidance:
+            embed, width = self.pipeline.get_guidance_scale_embedding, self.denoiser.config.time_cond_proj_dim
+            inputs["timestep_cond"] = embed(torch.tensor([guidance_scale - 1]), width).to(x.device, self.denoiser.dtype)
 
         def network(x: Tensor) -> Tensor:
             output: Tensor = self.denoiser(x, t, encoder_hidden_states=text, **inputs).sample

@@ -55,6 +55,7 @@ class StableDiffusionXL(StableDiffusion):
         return [(name, each.model_max_length, prompts) for name, each in tokenizers.items() if each is not None]
 
     def encode(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Condition:
+        guided = guided and not self.embedded_guidance
         with silence_libraries():  # diffusers warns about each truncated prompt at every call
             text, negative_text, pooled, negative_pooled = self.pipeline.encode_prompt(
                 list(prompts),

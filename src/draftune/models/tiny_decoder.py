@@ -105,7 +105,8 @@ def check_likeness(
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     with torch.no_grad():
         denoise = model.denoiser_for(prompts, schedule, guidance_scale, negative_prompt)
-        latents = rollout(denoise, schedule.steps, model.noise(generators, len(prompts)))
+        latents, schedule = model.start(generators, len(prompts), schedule)
+        latents = rollout(denoise, schedule.steps, latents)
         own = model.decode(latents)
     other = model.decode(latents.requires_grad_()).detach()
     explained = 1 - float((own - other).square().mean() / own.var())

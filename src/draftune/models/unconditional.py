@@ -19,6 +19,7 @@ class Pixels(UNetFamily):
     """
 
     pixel_space = True
+    few_step_samplers = False  # DDIMPipeline replaces them itself
     pixels_per_latent = 1
     required = ("unet", "scheduler")
 

@@ -8,31 +8,43 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from draftune.errors import DraftuneError
 from draftune.sampling.schedule import Prediction, Step
 
 Denoiser = Callable[[Tensor, Step], Prediction]
 """The guided denoiser: maps a noisy latent x_t `[B, C, H, W]` and its step to the predicted x_0 and noise."""
 
 
-def ddim_step(prediction: Prediction, step: Step, tau: float = 0.0) -> Tensor:
-    """Compute the deterministic part of one sampling step from level t to level s.
+def ddim_step(prediction: Prediction, step: Step, tau: float | None = None) -> Tensor:
+    """Compute one sampling step from level t to level s.
 
-    x_s = alpha_s * x_0 + sqrt(sigma_s^2 - tau^2) * noise
+    x_s = alpha_s * x_0 + sqrt(sigma_s^2 - tau^2) * noise + tau * eps
 
-    With `tau=0` this is the DDIM step (Song et al., 2020, arXiv:2010.02502, Eq. 12) for diffusion models, and the Euler
-    step of flow matching for flow models. With `tau > 0` it is the mean of a stochastic step, to which the caller adds
-    tau * eps, eps ~ N(0, I). `tau=step.ancestral_std` gives ancestral (DDPM) sampling.
+    By default tau and eps are the step's `noise_std` and `fresh_noise`, and 0 for deterministic samplers. With a `tau`
+    the last term is left to the caller.
+
+    With tau = 0 this is the DDIM step (Song et al., 2020, arXiv:2010.02502, Eq. 12) for diffusion models, and the Euler
+    step of flow matching for flow models. `tau=step.ancestral_std` gives the mean of ancestral (DDPM) sampling.
 
     Args:
         prediction: The predicted x_0 and noise at level t, each `[B, C, H, W]`.
         step: The step, which holds alpha_s and sigma_s.
-        tau: The standard deviation of the noise to be added, from 0 to sigma_s.
+        tau: The standard deviation of the noise that the caller adds, from 0 to sigma_s.
 
     Returns:
-        x_s, or its mean if `tau > 0`, `[B, C, H, W]`.
+        x_s, or its mean given a `tau`, `[B, C, H, W]`.
+
+    Raises:
+        DraftuneError: The sampler is stochastic, and the step has no `fresh_noise`.
     """
-    noise_scale = math.sqrt(max(0.0, step.sigma_next**2 - tau**2)) if tau else step.sigma_next
-    return step.alpha_next * prediction.clean + noise_scale * prediction.noise
+    std = (step.noise_std or 0.0) if tau is None else tau
+    noise_scale = math.sqrt(max(0.0, step.sigma_next**2 - std**2)) if std else step.sigma_next
+    mean = step.alpha_next * prediction.clean + noise_scale * prediction.noise
+    if tau is not None or not std:
+        return mean
+    if step.fresh_noise is None:
+        raise DraftuneError("this sampler adds noise in each step: take the steps of DiffusionModel.start's schedule")
+    return mean + std * step.fresh_noise
 
 
 class PrefixCache:

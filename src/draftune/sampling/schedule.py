@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
+from draftune.sampling.clip import ClipSample
 
 SAMPLER_OPTIONS = ("timestep_spacing", "set_alpha_to_one")
 """The settings that choose the sampling timesteps, by their names in diffusers."""
@@ -30,6 +31,8 @@ class Step(NamedTuple):
         sigma: sigma_t, the coefficient of the noise in x_t.
         alpha_next: alpha_s.
         sigma_next: sigma_s; 0 for a last step that ends at the clean latent.
+        noise_std: The standard deviation of the fresh noise that the sampler adds; None for a deterministic sampler.
+        fresh_noise: That noise for one batch, `[B, C, H, W]`, see `Schedule.with_noise`.
         tuned: Whether the fine-tuned model takes this step; False for the base model (`StepRange`).
     """
 
@@ -38,11 +41,15 @@ class Step(NamedTuple):
     sigma: float
     alpha_next: float
     sigma_next: float
+    noise_std: float | None = None
+    fresh_noise: Tensor | None = None
     tuned: bool = True
 
     @property
     def ancestral_std(self) -> float:
         """The standard deviation of the noise that the ancestral sampler adds in this step.
+
+        A sampler that is stochastic itself keeps its own, `noise_std`. For all others:
 
         tau = sigma_s * sqrt(1 - (alpha_t * sigma_s / (alpha_s * sigma_t))^2)
 
@@ -51,6 +58,8 @@ class Step(NamedTuple):
         models it is the memoryless noise schedule, under which x_0 is independent of the initial noise (Domingo-Enrich
         et al., 2024, arXiv:2409.08861).
         """
+        if self.noise_std is not None:
+            return self.noise_std
         ratio = self.alpha * self.sigma_next / (self.alpha_next * self.sigma)
         return self.sigma_next * math.sqrt(max(0.0, 1 - ratio**2))
 
@@ -68,31 +77,6 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ClipSample:
-    """Clip the predicted x_0 of pixel-space models (`clip_sample` and `thresholding` in diffusers).
-
-    Attributes:
-        limit: x_0 is clipped to [-limit, limit].
-        quantile: If set, apply dynamic thresholding (Saharia et al., 2022, arXiv:2205.11487, Sec. 2.3). Each image is
-            clipped at this quantile of its absolute values, bounded to [1, limit], and divided by that bound.
-    """
-
-    limit: float
-    quantile: float | None = None
-
-    def __call__(self, clean: Tensor) -> Tensor:
-        """Return the clipped x_0, `[B, C, H, W]`."""
-        if self.quantile is None:
-            return clean.clamp(-self.limit, self.limit)
-        bound = clean.abs().flatten(1).quantile(self.quantile, 1).clamp(1, self.limit)[:, None, None, None]
-        return clean.clamp(-bound, bound) / bound
-
-    def grad_mask(self, clean: Tensor) -> Tensor:
-        """Return a mask of the values of an already clipped x_0 that carry gradient. For `quantile=None` only."""
-        return clean.abs() < self.limit
-
-
-@dataclass(frozen=True)
 class Schedule:
     """A sampling schedule and the prediction type of the network.
 
@@ -102,6 +86,8 @@ class Schedule:
             "v_prediction": z = alpha * noise - sigma * x_0 (Salimans & Ho, 2022, arXiv:2202.00512, App. D). "flow": the
             velocity z = noise - x_0 (Liu et al., 2022, arXiv:2209.03003).
         clip: The clipping of the predicted x_0; None for latent-space models.
+        initial_scale: The factor of the initial noise, see `DiffusionModel.start`.
+        timestep_scaling: For the boundary condition of consistency models; None for other models.
 
     Raises:
         DraftuneError: The prediction type is unknown. Or it is "epsilon" and a step has alpha = 0, that is zero
@@ -111,6 +97,8 @@ class Schedule:
     steps: tuple[Step, ...]
     prediction_type: str = "epsilon"
     clip: ClipSample | None = None
+    initial_scale: float = 1.0
+    timestep_scaling: float | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "sample", "v_prediction", "flow"):
@@ -124,16 +112,33 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.steps)
 
+    @property
+    def num_noises(self) -> int:
+        """The number of steps that add fresh noise."""
+        return sum(bool(step.noise_std) for step in self.steps)
+
+    def with_noise(self, noises: Sequence[Tensor]) -> Schedule:
+        """Return the schedule with the fresh noise of one batch, `[B, C, H, W]` for each step that adds noise."""
+        rest = iter(noises)
+        return replace(self, steps=tuple(s._replace(fresh_noise=next(rest)) if s.noise_std else s for s in self.steps))
+
     def to_prediction(self, output: Tensor, x: Tensor, step: Step) -> Prediction:
         """Convert the network's output to x_0 and noise, and clip x_0 if the schedule has a `clip`.
+
+        A consistency model satisfies x_0(x, t = 0) = x by (Song et al., 2023, arXiv:2303.01469, Eq. 5), with t' the
+        scaled timestep: x_0 = 0.25 / (t'^2 + 0.25) * x + t' / sqrt(t'^2 + 0.25) * predicted x_0
 
         Args:
             output: The network's output for `x`, `[B, C, H, W]`.
             x: The noisy latent x_t, `[B, C, H, W]`.
             step: The step whose level t `x` has.
         """
-        prediction = self._to_prediction(output, x, step)
-        return prediction._replace(clean=self.clip(prediction.clean)) if self.clip else prediction
+        clean, noise = self._to_prediction(output, x, step)
+        clean = self.clip(clean) if self.clip else clean
+        if self.timestep_scaling is not None:
+            scaled = self.timestep_scaling * step.timestep
+            clean = 0.25 / (scaled**2 + 0.25) * x + scaled / math.hypot(scaled, 0.5) * clean
+        return Prediction(clean, noise)
 
     def output_difference(self, a: Prediction, b: Prediction, step: Step) -> Tensor:
         """Subtract prediction `b` from prediction `a`, both for the same noisy latent at `step`.

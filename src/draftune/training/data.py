@@ -23,6 +23,8 @@ class BatchInput:
     """Initial noise [B, C, H, W]."""
     prefix_cache: PrefixCache
     """This process's share of the noise, and of the latents that the prefix has reached."""
+    fresh_noise: list[Tensor] = field(default_factory=list)
+    """This process's share of the noise that a stochastic sampler adds, [B, C, H, W] for each step that adds some."""
     retained: BatchInput | None = None
     """The batch of the retention loss, if there is one."""
 
@@ -75,6 +77,8 @@ def pending_state(pending: Sequence[BatchInput], processes: Processes) -> tuple[
         for i, item in enumerate(items):
             for count, own in item.prefix_cache.latents.items():
                 tensors[f"{name}/{i}/{count}"] = processes.gather(own)
+            for j, own in enumerate(item.fresh_noise):
+                tensors[f"{name}/{i}/fresh{j}"] = processes.gather(own)
     state = {
         "pending": [item.prompt_indices for item in pending],
         "retained": [item.prompt_indices for item in retained],
@@ -90,10 +94,11 @@ def read_pending(
     def read(name: str) -> Iterator[BatchInput]:
         for i, prompts in enumerate(state.get(name, ())):
             prefix = f"{name}/{i}/"
-            saved = {int(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)}
-            latents = {count: value.to(device) for count, value in sorted(saved.items())}
-            own = {count: processes.shard(value) for count, value in latents.items()}
-            yield BatchInput(prompts, latents[0], PrefixCache(own.pop(0), own, stride))
+            saved = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+            latents = {int(key): value for key, value in saved.items() if key.isdigit()}
+            own = {count: processes.shard(value) for count, value in sorted(latents.items())}
+            fresh = [processes.shard(saved[f"fresh{j}"]) for j in range(len(saved) - len(latents))]
+            yield BatchInput(prompts, latents[0], PrefixCache(own.pop(0), own, stride), fresh)
 
     pending = list(read("pending"))
     for item, retained in zip(pending, read("retained"), strict=False):

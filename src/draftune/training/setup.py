@@ -224,6 +224,11 @@ def set_up_model(
     schedule = model.schedule(s.num_inference_steps)
     method.check(schedule)
     check_trained_steps(s, method, schedule)
+    if s.prefix_stride > 1 and schedule.num_noises:
+        raise DraftuneError(
+            f"prefix_stride={s.prefix_stride} does not work with the sampler of {model.name!r}, which adds noise in "
+            "each step: prefix_stride must be 1"
+        )
     return schedule
 
 

@@ -121,8 +121,10 @@ class TrainStep:
         """Return the next prompts with fresh noise."""
         s, model = self.context.settings, self.context.model
         chosen = order.next(s.batch_size)
-        noise = model.noise(self.generator, s.batch_size)
-        return BatchInput(chosen, noise, PrefixCache(self.context.processes.shard(noise), stride=s.prefix_stride))
+        noise, schedule = model.start(self.generator, s.batch_size, self.context.schedule)
+        share = self.context.processes.shard
+        fresh = [share(step.fresh_noise) for step in schedule.steps if step.fresh_noise is not None]
+        return BatchInput(chosen, noise, PrefixCache(share(noise), stride=s.prefix_stride), fresh)
 
     def batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
@@ -142,8 +144,9 @@ class TrainStep:
         own = c.processes.shard(record.prompts)
         denoise, base = c.model.denoisers_for(own, c.schedule, s.guidance_scale, s.negative_prompt)
         reward = partial(self.scorer, record, step)
+        schedule = c.schedule.with_noise(item.fresh_noise)
         return Batch(
-            own, item.prefix_cache, c.schedule, denoise, base, reward, self.generator, c.processes, record.prompts
+            own, item.prefix_cache, schedule, denoise, base, reward, self.generator, c.processes, record.prompts
         )
 
     def optimize(self, step: int, records: list[BatchRecord]) -> None:
