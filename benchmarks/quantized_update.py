@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 from architectures import CLIP_L, VAE, filled, tokenizer
 from draftune.models.base import DTYPES
 from draftune.models.quantization import BACKENDS
-from draftune.training.memory_check import held_memory
+from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
 
 FLUX: dict[str, Any] = {"in_channels": 64, "attention_head_dim": 128, "num_attention_heads": 24}
@@ -122,7 +122,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         trainer.train_step.folder = None
         parameters = trainer.train_step.parameters
-        result |= {"held": held_memory(trainer), "trained": sum(p.numel() for p in parameters.values())}
+        result |= {"held": network_bytes(trainer), "trained": sum(p.numel() for p in parameters.values())}
         print(json.dumps(result), flush=True)
         began = time.perf_counter()
         trainer.train_step.run(1)

@@ -29,7 +29,7 @@ from draftune.methods import Batch, DraftK
 from draftune.models import DiffusionModel, load_model
 from draftune.models.quantization import BACKENDS
 from draftune.sampling.sampler import PrefixCache
-from draftune.training.memory_check import held_memory
+from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
 from draftune.utils.tensors import is_quantized_weight, stored_tensors
 from helpers.pipelines import add_random_lora, tiny_tokenizer
@@ -237,7 +237,7 @@ def test_memory(wide: Path, tmp_path: Path, quantization: str) -> None:
     assert BITS[quantization] <= bits / weights < 1.15 * BITS[quantization]
     settings = {"prompts": ["a cat"], "method": "draft_k(k=1)", "num_inference_steps": 2, "mixed_precision": "no"}
     held = {
-        name: held_memory(Trainer(str(wide), brightness, quantization=name, output=str(tmp_path / name), **settings))
+        name: network_bytes(Trainer(str(wide), brightness, quantization=name, output=str(tmp_path / name), **settings))
         for name in ("none", quantization)
     }
     assert held["none"] - held[quantization] == pytest.approx(4 * weights - bits / 8, rel=0.02)

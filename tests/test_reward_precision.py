@@ -15,7 +15,7 @@ from draftune.models import load_model
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.bf16_weights import Bf16Linear, store_in_bf16
 from draftune.rewards.online import OnlineReward
-from draftune.training.memory_check import held_memory
+from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
 
 PROMPTS = ["cat face", "pizza", "rocket", "red heart", "house", "red apple"]
@@ -122,7 +122,7 @@ def test_training(tmp_path: Path) -> None:
             num_inference_steps=2,
             output=str(tmp_path / precision),
         )
-        held[precision] = held_memory(trainer)
+        held[precision] = network_bytes(trainer)
         context = trainer.context
         assert context.eval_rewards is not None
         for reward in (context.reward, context.eval_rewards):

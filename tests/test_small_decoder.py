@@ -22,7 +22,7 @@ from draftune.methods import DraftK
 from draftune.models import DiffusionModel, StableDiffusion, load_model
 from draftune.models.tiny_decoder import check_likeness, find_small_decoder, load_small_decoder
 from draftune.sampling.sampler import rollout
-from draftune.training.memory_check import held_memory
+from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
 from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora, build_pipeline
@@ -143,7 +143,7 @@ def test_training_decodes_by_it_alone_and_pictures_to_look_at_by_the_models_own(
     plain = Trainer(alike(tmp_path), brightness, **settings)
     trainer = Trainer(alike(tmp_path), brightness, **settings, tiny_decoder=str(tmp_path / "small"))
     weights = sum(p.nbytes for p in trainer.model.tiny_decoder.parameters())
-    assert held_memory(trainer) - held_memory(plain) == weights > 0
+    assert network_bytes(trainer) - network_bytes(plain) == weights > 0
     trainer.train_step.folder = None
     with monkeypatch.context() as patch:
         patch.setattr(trainer.model.tiny_decoder, "decode", refuse)
