@@ -16,8 +16,10 @@ from torch import Tensor
 import draftune
 from draftune.cli.main import main
 from draftune.methods import load_method
+from draftune.methods.leapalign import leap
 from draftune.models import DiffusionModel, load_model
 from draftune.sampling.sampler import rollout
+from draftune.sampling.schedule import Prediction, Step
 from helpers.few_steps import RANDOM, SAMPLERS, draw, with_bar_off, with_scheduler
 from helpers.model_checks import check_training
 from helpers.pipelines import add_random_lora, build_pipeline
@@ -106,3 +108,9 @@ def test_a_run_goes_on_bit_for_bit(sampler: str, tmp_path: Path) -> None:
     assert len(resumed.metrics) == 4
     first, second = lora(whole.folder), lora(resumed.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_leap_has_no_fresh_noise() -> None:
+    clean, noise = torch.full((1, 1, 2, 2), 2.0), torch.ones(1, 1, 2, 2)
+    step = Step(0, 0.6, 0.8, 0.8, 0.6, noise_std=0.6, fresh_noise=torch.full_like(noise, 5.0))
+    assert torch.allclose(leap(Prediction(clean, noise), step, 0.8, 0.6), 0.8 * clean + 0.6 * noise)
