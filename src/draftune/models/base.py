@@ -15,6 +15,7 @@ from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
+from draftune.models.offloading import offload_layers
 from draftune.models.quantization import is_quantized, move
 from draftune.recommended import recommended_of
 from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call, without_block_checkpointing
@@ -111,17 +112,22 @@ class DiffusionModel(Family):
         encoders = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
         return {self.lora_prefix: self.denoiser} | {n: part for n, part in sorted(encoders.items()) if part is not None}
 
-    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
+    def to(self, device: torch.device | str, precision: str = "no", offload: bool = False) -> DiffusionModel:
         """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision.
 
-        Quantized weights keep theirs.
+        Quantized weights keep theirs. With `offload`, the denoiser's weights stay in main memory, and each layer is
+        moved to the device for its calls. This can't be undone.
         """
         self.autocast_dtype = DTYPES[precision]
         # Channels last was not tried on MPS.
         layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
         with silence_libraries():
             for part in self.all_modules:
-                move(part, torch.device(device), self.dtype_of(part), layout)
+                place = torch.device("cpu" if offload and part is self.denoiser else device)
+                move(part, place, self.dtype_of(part), layout)
+        if offload and self.onload_device is None:
+            self.onload_device = torch.device(device)
+            offload_layers(self.denoiser, self.onload_device)
         return self
 
     def set_checkpointing(self, mode: str) -> None:

@@ -46,6 +46,8 @@ class Family(ABC):
     """Why the family takes no negative prompt; empty if it takes one."""
     largest: int | None = None
     """The largest possible height and width in pixels; None for no limit."""
+    onload_device: torch.device | None = None
+    """The device to which the layers of an offloaded denoiser are moved for their calls; None without offloading."""
     _reported_negative_prompt = False
 
     @abstractmethod
@@ -144,8 +146,8 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The denoiser's device."""
-        return next(self.denoiser.parameters()).device
+        """The device on which the denoiser computes."""
+        return self.onload_device or next(self.denoiser.parameters()).device
 
     # Size, schedule and prompts.
 

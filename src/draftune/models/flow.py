@@ -138,8 +138,8 @@ class Flow(DiffusionModel):
 
         return FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler_config, "stochastic_sampling": False})
 
-    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
-        super().to(device, precision)
+    def to(self, device: torch.device | str, precision: str = "no", offload: bool = False) -> DiffusionModel:
+        super().to(device, precision, offload)
         t5 = getattr(self.pipeline, self.t5) if self.t5 else None
         if precision == "fp16" and t5 is not None:
             keep_wide(t5)

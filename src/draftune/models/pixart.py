@@ -49,8 +49,8 @@ class PixArt(DiffusionModel):
         patch: int = self.denoiser.config.patch_size
         return self.pixels_per_latent * patch
 
-    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
-        super().to(device, precision)
+    def to(self, device: torch.device | str, precision: str = "no", offload: bool = False) -> DiffusionModel:
+        super().to(device, precision, offload)
         if precision == "fp16":
             keep_wide(self.pipeline.text_encoder)
         return self
