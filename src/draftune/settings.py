@@ -71,9 +71,7 @@ class Settings:
     skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.")
 
     reward: str = setting(None, "Reward, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'file.py:function'.")
-    reward_batch_size: int = setting(
-        1, "Images that are decoded and scored at once; more need more memory and may be faster.", low=1
-    )
+    reward_batch_size: int = setting(1, "Images that are decoded and scored at once; more need more memory.", low=1)
     reward_precision: str = setting(
         "no", "Precision in which the linear layers of rewards are stored; scores are float32.", choices=("no", "bf16")
     )
@@ -161,6 +159,7 @@ class Settings:
     quantization: str = setting(
         "none", "Backend that stores the linear layers of the frozen denoiser in 8 or 4 bits.", choices=QUANTIZATIONS
     )
+    offload: bool = setting(False, "Store the denoiser in main memory, and move each layer to the device when called.")
     gradient_checkpointing: str | None = setting(
         None,
         "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "

@@ -16,6 +16,7 @@ from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
+from draftune.models.offloading import offload_layers
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.models.quantization import is_quantized, move
 from draftune.recommended import recommended_of
@@ -144,16 +145,20 @@ class DiffusionModel(Family):
         if self.embeddings is not None:
             self.embeddings.prepare(prompts, negative_prompt, guidance_scale > 1, device)
 
-    def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
+    def to(self, device: torch.device | str, precision: str = "no", offload: bool = False) -> DiffusionModel:
         """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision.
 
         If `embeddings` is set, the text encoders stay where they are: they are moved only to encode prompts. Quantized
-        weights keep their precision.
+        weights keep their precision. With `offload`, the denoiser's weights stay in main memory, and each layer is
+        moved to the device for its calls. This can't be undone.
         """
         self.autocast_dtype = DTYPES[precision]
         for part in self.all_modules:
             if self.embeddings is None or not self.embeddings.holds(part):
-                self.place(part, device)
+                self.place(part, "cpu" if offload and part is self.denoiser else device)
+        if offload and self.onload_device is None:
+            self.onload_device = torch.device(device)
+            offload_layers(self.denoiser, self.onload_device)
         return self
 
     def place(self, part: nn.Module, device: torch.device | str) -> None:

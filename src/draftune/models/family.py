@@ -52,6 +52,8 @@ class Family(ABC):
     """The largest possible height and width in pixels; None for no limit."""
     encoding_device: torch.device | None = None
     """Where the text encoders are while prompts are encoded before the denoiser is on its device."""
+    onload_device: torch.device | None = None
+    """The device to which the layers of an offloaded denoiser are moved for their calls; None without offloading."""
     _reported_negative_prompt = False
 
     @abstractmethod
@@ -155,8 +157,8 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The denoiser's device; `encoding_device` while it is set."""
-        return self.encoding_device or next(self.denoiser.parameters()).device
+        """The device on which the denoiser computes; `encoding_device` while it is set."""
+        return self.encoding_device or self.onload_device or next(self.denoiser.parameters()).device
 
     # Size, schedule and prompts.
 

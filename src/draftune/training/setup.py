@@ -14,7 +14,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError, gather, out_of_memory, unknown
 from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, parse_criterion
 from draftune.evaluation.metrics import normalized
-from draftune.lora import add_lora, freeze_lora
+from draftune.lora import add_lora, freeze_lora, lora_parameters
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
@@ -184,6 +184,8 @@ def check_method(settings: Settings, method: Method) -> None:
             "without gradient only if these end at the same step in each update (Method.prefix_is_reusable); "
             "prefix_reuse_steps must be 1"
         )
+    if s.offload and (s.quantization != "none" or s.compile or fsdp_requested()):
+        raise DraftuneError("offload does not work with --quantization, --compile or FSDP: leave them out")
     if s.tiny_decoder and not method.needs_reward_gradient:
         raise DraftuneError(f"{name} uses no gradient of the reward: leave out tiny_decoder")
 
@@ -258,7 +260,7 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     # First in place, for the precision: a device may have no room for the text encoders beside the other networks.
     model.to(model.device, s.mixed_precision)
     model.cache_prompts(context.all_prompts, s.negative_prompt, s.guidance_scale, device)
-    model.to("cpu" if sharded else device, s.mixed_precision)
+    model.to("cpu" if sharded else device, s.mixed_precision, s.offload)
     model.set_checkpointing(
         s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
     )
@@ -273,6 +275,8 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)
         add_lora(model, s.lora_rank, s.lora_alpha, s.lora_target_modules.split(","))
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(model.device)  # peft puts it where an offloaded layer is stored
     if s.compile:
         # In place, unlike torch.compile(module): the names of layers and LoRA tensors stay as they are.
         model.denoiser.compile(backend=COMPILE_BACKEND)
