@@ -36,12 +36,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from architectures import HUB, PIPELINES, ViTH
 from draftune.models import DiffusionModel, load_model
-from draftune.models.base import DTYPES
 from draftune.models.prompt_embeddings import PromptEmbeddings, mapped, text_encoders
 from draftune.presets import PRESETS, read_yaml
 from draftune.training.memory_count import MemoryCount, Numberless, network_bytes
 from draftune.training.memory_count import count as counted
 from draftune.training.trainer import Trainer
+from draftune.utils.devices import DTYPES
 from draftune.utils.memory import peak_memory
 from draftune.utils.weightless import make_fake, without_weights
 

@@ -20,13 +20,13 @@ from draftune.evaluation.metrics import evaluate
 from draftune.lora import FILE_NAME, add_lora, load_lora, lora_parameters
 from draftune.methods import Batch, load_method
 from draftune.models import DiffusionModel, load_model
-from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
 from draftune.runs.logs import EVALUATIONS, METRICS, read_rows
 from draftune.sampling.sampler import PrefixCache
 from draftune.training import train
+from draftune.utils.devices import default_device
 from draftune.utils.memory import peak_memory
 from draftune.utils.paths import atomic_write
 from experiments.budget import Budget

@@ -17,8 +17,8 @@ import torch
 
 import draftune
 from draftune.cli.main import main
-from draftune.models.base import default_device
 from draftune.runs.environment import environment
+from draftune.utils.devices import default_device
 
 CPU = torch.device("cpu")
 

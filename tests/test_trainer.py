@@ -21,7 +21,7 @@ from draftune.lora import lora_parameters
 from draftune.models import load_model
 from draftune.runs.checkpoint import load_optimizer, optimizer_tensors, read_tensors
 from draftune.settings import SCHEDULERS, Settings
-from draftune.training import setup
+from draftune.training import placement
 from draftune.training.optim import learning_rates, make_optimizer
 from draftune.training.trackers import TensorBoard, Trackers
 
@@ -274,7 +274,7 @@ def test_compile(
     pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
 ) -> None:
     """The compiled denoiser has the same gradients, and the LoRA's tensors have the same names."""
-    monkeypatch.setattr(setup, "COMPILE_BACKEND", "aot_eager" if "kl" not in values["method"] else "eager")
+    monkeypatch.setattr(placement, "COMPILE_BACKEND", "aot_eager" if "kl" not in values["method"] else "eager")
     values = values | {"max_grad_norm": 0.0}
     plain, compiled = (trainer(pipeline_folder, tmp_path / str(on), compile=on, **values) for on in (False, True))
     # The LoRA's B is 0 at first: with random weights, A has a gradient too.
@@ -293,7 +293,7 @@ def test_compile(
 
 
 def test_a_compiled_run(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "COMPILE_BACKEND", "eager")
+    monkeypatch.setattr(placement, "COMPILE_BACKEND", "eager")
     made = trainer(pipeline_folder, tmp_path / "compiled", compile=True, steps=2)
     assert made.model.denoiser._compiled_call_impl is not None
     run, plain = made.train(), trainer(pipeline_folder, tmp_path / "plain", steps=2).train()

@@ -13,8 +13,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print one `name: value` line for each property."""
-    from draftune.models.base import default_device
     from draftune.runs.environment import environment
+    from draftune.utils.devices import default_device
 
     for name, value in environment(default_device()).items():
         print(f"{name}: {value}")

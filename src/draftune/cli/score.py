@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> int:
     output = table_output(args.output, args.prompts)
     from draftune.evaluation.image_files import prompts_of, score_files
     from draftune.evaluation.reward_check import tell_truncated
-    from draftune.models.base import default_device
     from draftune.rewards import load_reward
     from draftune.rewards.base import check_prompts
     from draftune.rewards.online import require_trained
+    from draftune.utils.devices import default_device
     from draftune.utils.images import find_images
 
     images = find_images(args.images)

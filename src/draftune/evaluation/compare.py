@@ -15,8 +15,8 @@ from draftune.evaluation.eval_spec import EvalSpec
 from draftune.evaluation.metrics import Comparison, Paired
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import set_lora_scales
-from draftune.models.base import default_device
 from draftune.runs.load import LoRASource, load_base_with_loras
+from draftune.utils.devices import default_device
 from draftune.utils.images import grid, save_image, save_images
 from draftune.utils.tables import NAME, shortened, write_csv, write_json
 

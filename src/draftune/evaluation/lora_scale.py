@@ -17,9 +17,9 @@ from draftune.evaluation.eval_spec import EvalSpec
 from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, set_lora_scale
-from draftune.models.base import default_device
 from draftune.registry.expression import written_sum
 from draftune.runs.load import LoRASource, load_base_with_loras
+from draftune.utils.devices import default_device
 from draftune.utils.images import grid, save_image, save_images
 from draftune.utils.paths import atomic_write
 from draftune.utils.plotting import figure, save

@@ -19,7 +19,6 @@ from draftune.evaluation.reward_check import tell_truncated
 from draftune.experimental.zeroth_order import Estimator
 from draftune.lora import set_lora_scales
 from draftune.models import DiffusionModel, load_model
-from draftune.models.base import default_device
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
@@ -28,6 +27,7 @@ from draftune.runs.load import check_same_steps, load_base_with_loras, resolve_l
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler, sampled_first
+from draftune.utils.devices import default_device
 from draftune.utils.tables import write_csv, write_json
 
 GUIDANCE = "guidance_scale"

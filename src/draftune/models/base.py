@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError
 from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
@@ -20,54 +19,17 @@ from draftune.models.offloading import offload_layers
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.models.quantization import is_quantized, move
 from draftune.recommended import recommended_of
-from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call
+from draftune.sampling.checkpointing import BLOCKS, WHOLE_CALLS, checkpoint_blocks, checkpoint_call
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.sampling.step_range import StepRange
+from draftune.utils.devices import DTYPES, layout_of
 from draftune.utils.images import to_pil
 from draftune.utils.quiet import silence_libraries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
-
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE_CALLS, BLOCKS = ("denoiser", "both"), ("blocks", "both")
-
-
-def default_device(device: str = "auto") -> torch.device:
-    """Return the torch device of a `device` setting: "auto", "cpu", "mps", "cuda" or "cuda:1".
-
-    "auto" is the CUDA (or ROCm) GPU if there is one, else MPS, else the CPU.
-
-    Raises:
-        DraftuneError: this machine has no such device.
-    """
-    count, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
-    if device == "auto":
-        return torch.device("cuda" if count else "mps" if mps else "cpu")
-    chosen = torch.device(device)
-    if {"cuda": (chosen.index or 0) < count, "mps": mps}.get(chosen.type, True):
-        return chosen
-    raise DraftuneError(f"device={device} is not available (CUDA devices: {count}, MPS: {mps}); use auto or cpu")
-
-
-def layout_of(network: nn.Module) -> torch.memory_format:
-    """Return the memory format of a network: channels last, or the usual one if it has 3-D convolutions.
-
-    Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
-    """
-    # PyTorch has this format for weights with four axes only.
-    deep = any(parameter.ndim == 5 for parameter in network.parameters())
-    return torch.contiguous_format if deep else torch.channels_last
-
-
-def checkpoint_blocks(network: nn.Module, enabled: bool) -> None:
-    """Enable or disable gradient checkpointing of the blocks of a diffusers network; others are left unchanged."""
-    from diffusers import ModelMixin
-
-    if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
-        network.enable_gradient_checkpointing(checkpoint_block) if enabled else network.disable_gradient_checkpointing()
 
 
 class DiffusionModel(Family):
@@ -193,14 +155,6 @@ class DiffusionModel(Family):
         """The default settings of the model, by name: those that it was published with."""
         return recommended_of(self.pipeline, self.name)
 
-    def noise(self, generators: torch.Generator | Sequence[torch.Generator], count: int) -> Tensor:
-        """Sample N(0, I) noise `[count, C, H, W]` from one CPU generator, or from one generator per latent."""
-        if isinstance(generators, torch.Generator):
-            noise = torch.randn((count, *self.latent_shape), generator=generators, dtype=self.dtype)
-        else:
-            noise = torch.cat([torch.randn((1, *self.latent_shape), generator=g, dtype=self.dtype) for g in generators])
-        return noise.to(self.device)
-
     def schedule(self, num_inference_steps: int) -> Schedule:
         """Build the sampling schedule with this number of steps, marked by `lora_steps`.
 
@@ -209,23 +163,6 @@ class DiffusionModel(Family):
         """
         schedule = self._schedule(num_inference_steps)
         return schedule if self.lora_steps.is_all else self.lora_steps.mark(schedule)
-
-    def start(
-        self, generators: torch.Generator | Sequence[torch.Generator], count: int, schedule: Schedule
-    ) -> tuple[Tensor, Schedule]:
-        """Sample the initial latents `[count, C, H, W]`, then the fresh noise of each step that adds some.
-
-        Args:
-            generators: As for `noise`. An image's noise depends only on its own generator, as in diffusers.
-            count: The number of images.
-            schedule: The sampling schedule.
-
-        Returns:
-            The latents, and the schedule with this batch's noise; the same schedule for a deterministic sampler.
-        """
-        noise = self.noise(generators, count)
-        latents = noise if schedule.initial_scale == 1 else schedule.initial_scale * noise
-        return latents, schedule.with_noise([self.noise(generators, count) for _ in range(schedule.num_noises)])
 
     def denoiser_for(
         self, prompts: Sequence[str], schedule: Schedule, guidance_scale: float, negative_prompt: str = ""

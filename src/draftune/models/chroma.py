@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftune.models.base import BLOCKS, checkpoint_blocks
 from draftune.models.common import apply_cfg
 from draftune.models.flux import PackedFlow
 from draftune.models.pixart import Condition
-from draftune.sampling.checkpointing import checkpointed
+from draftune.sampling.checkpointing import BLOCKS, checkpoint_blocks, checkpointed
 
 
 class Chroma(PackedFlow):

@@ -34,6 +34,8 @@ class Family(ABC):
     """The model's name, path or hub id, for messages."""
     scheduler_config: dict[str, Any]
     """The config of the pipeline's scheduler, with the changes of `set_sampler_options`."""
+    dtype: torch.dtype
+    """The precision of latents and images: float32, or float64 if the weights are."""
     latent_size: tuple[int, int]
     """(height, width) of a latent; set by `set_size`."""
     lora_prefix: str
@@ -213,6 +215,31 @@ class Family(ABC):
         kind = type(self.pipeline.scheduler).__name__
         gamma = {"eta": self.scheduler_config.get("eta", GAMMA)} if kind == "TCDScheduler" else {}
         return self.sampler_options | {"scheduler": kind} | gamma
+
+    def noise(self, generators: torch.Generator | Sequence[torch.Generator], count: int) -> Tensor:
+        """Sample N(0, I) noise `[count, C, H, W]` from one CPU generator, or from one generator per latent."""
+        if isinstance(generators, torch.Generator):
+            noise = torch.randn((count, *self.latent_shape), generator=generators, dtype=self.dtype)
+        else:
+            noise = torch.cat([torch.randn((1, *self.latent_shape), generator=g, dtype=self.dtype) for g in generators])
+        return noise.to(self.device)
+
+    def start(
+        self, generators: torch.Generator | Sequence[torch.Generator], count: int, schedule: Schedule
+    ) -> tuple[Tensor, Schedule]:
+        """Sample the initial latents `[count, C, H, W]`, then the fresh noise of each step that adds some.
+
+        Args:
+            generators: As for `noise`. An image's noise depends only on its own generator, as in diffusers.
+            count: The number of images.
+            schedule: The sampling schedule.
+
+        Returns:
+            The latents, and the schedule with this batch's noise; the same schedule for a deterministic sampler.
+        """
+        noise = self.noise(generators, count)
+        latents = noise if schedule.initial_scale == 1 else schedule.initial_scale * noise
+        return latents, schedule.with_noise([self.noise(generators, count) for _ in range(schedule.num_noises)])
 
     def check_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> None:
         """Raise DraftuneError for prompts that the model can't take."""

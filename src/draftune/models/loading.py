@@ -15,8 +15,8 @@ from torch import nn
 
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.models.base import DTYPES
 from draftune.models.quantization import load_denoiser
+from draftune.utils.devices import DTYPES
 from draftune.utils.hub import fetch, is_hub_id, unreachable
 from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
 from draftune.utils.paths import user_path

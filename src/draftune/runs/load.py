@@ -24,12 +24,12 @@ from draftune.lora import (
 )
 from draftune.lora.reader import fit
 from draftune.models import MODELS, DiffusionModel, load_model
-from draftune.models.base import default_device
 from draftune.models.layout import load_layout
 from draftune.runs.run_dir import run_settings
 from draftune.sampling.schedule import SAMPLER_OPTIONS
 from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
+from draftune.utils.devices import default_device
 from draftune.utils.paths import user_path
 
 DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")

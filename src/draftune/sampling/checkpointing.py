@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+WHOLE_CALLS, BLOCKS = ("denoiser", "both"), ("blocks", "both")
+
+
+def checkpoint_blocks(network: nn.Module, enabled: bool) -> None:
+    """Enable or disable gradient checkpointing of the blocks of a diffusers network; others are left unchanged."""
+    from diffusers import ModelMixin
+
+    if isinstance(network, ModelMixin) and network._supports_gradient_checkpointing:
+        network.enable_gradient_checkpointing(checkpoint_block) if enabled else network.disable_gradient_checkpointing()
+
 
 def checkpoint_call(
     function: Callable[[Tensor], Tensor],

@@ -28,7 +28,7 @@ def accelerator(settings: Settings) -> Accelerator:
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading, patch_environment
 
-    from draftune.models.base import default_device
+    from draftune.utils.devices import default_device
 
     for other in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() == "true":

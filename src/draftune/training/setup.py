@@ -8,23 +8,20 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from draftune.errors import DraftuneError, gather, out_of_memory, unknown
+from draftune.errors import DraftuneError, gather, unknown
 from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, parse_criterion
 from draftune.evaluation.metrics import normalized
-from draftune.lora import add_lora, freeze_lora, lora_parameters
+from draftune.lora import freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
-from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.models.quantization import check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import load_prompts
 from draftune.published import Defaults
 from draftune.recommended import SAMPLING, same_method
 from draftune.rewards import Reward, parse_reward
-from draftune.rewards.bf16_weights import store_in_bf16
 from draftune.rewards.online import require_trained
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
@@ -35,6 +32,7 @@ from draftune.training.continued import ContinuedRun, resolve_continued_run
 from draftune.training.distributed import accelerator, processes_of, warn_ignored_launcher_options
 from draftune.training.fsdp import fsdp_requested, shard
 from draftune.training.optim import check_optimizer
+from draftune.training.placement import to_device
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
 
@@ -45,8 +43,6 @@ ModelLike: TypeAlias = "str | Path | DiffusionModel | DiffusionPipeline"
 RewardLike: TypeAlias = "str | Reward | Callable[..., Tensor]"
 PromptsLike: TypeAlias = "str | Path | Sequence[str]"
 Value: TypeAlias = "str | int | float | bool | None"
-COMPILE_BACKEND = "inductor"
-"""Backend of torch.compile."""
 
 
 def prepare(
@@ -244,57 +240,6 @@ def check_trained_steps(s: Settings, method: Method, schedule: Schedule) -> None
             f"method {s.method!r} only trains {min(reached)} to {max(reached)}: extend the range, or use draft or "
             f"draft_k(k={count - tuned[-1]})"
         )
-
-
-def to_device(context: TrainContext, sharded: bool) -> None:
-    """Encode the prompts, load the rewards' weights, move all networks to the device, and add the LoRA to the model.
-
-    Args:
-        context: The run.
-        sharded: Whether FSDP will shard the model: it then stays on the CPU, since no device may have room for it.
-    """
-    s, model, device = context.settings, context.model, context.accelerator.device
-    encoders = text_encoders(model.pipeline).values()
-    if model.embeddings is None and encoders and not any(hasattr(part, "peft_config") for part in encoders):
-        model.embeddings = PromptEmbeddings(model)
-    # First in place, for the precision: a device may have no room for the text encoders beside the other networks.
-    model.to(model.device, s.mixed_precision)
-    model.cache_prompts(context.all_prompts, s.negative_prompt, s.guidance_scale, device)
-    model.to("cpu" if sharded else device, s.mixed_precision, s.offload)
-    model.set_checkpointing(
-        s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
-    )
-    first = context.continued_run.ready(device) if context.continued_run is not None else None
-    for reward in (context.reward, context.eval_rewards, first):
-        if reward is not None:
-            reward.load_weights()
-            if s.reward_precision == "bf16":
-                store_in_bf16(reward)
-            reward.to(device)
-            reward.set_chunk_size(s.reward_batch_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(s.seed)
-        add_lora(model, s.lora_rank, s.lora_alpha, s.lora_target_modules.split(","))
-    for parameter in lora_parameters(model).values():
-        parameter.data = parameter.data.to(model.device)  # peft puts it where an offloaded layer is stored
-    if s.compile:
-        # In place, unlike torch.compile(module): the names of layers and LoRA tensors stay as they are.
-        model.denoiser.compile(backend=COMPILE_BACKEND)
-
-
-def release_model(context: TrainContext) -> None:
-    """Undo what training changed in the model, except the LoRA: tiny decoder, pixel clamp, compilation, encoders."""
-    model = context.model
-    if model.embeddings is not None and not model.embeddings.loaders:
-        try:
-            model.load_text_encoders()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            logger.warning("the text encoders stay in main memory: the device has no room for them")
-    model.tiny_decoder, model.pixel_clamp = None, context.pixel_clamp
-    if context.settings.compile:
-        model.denoiser._compiled_call_impl = None
 
 
 def with_normalized_reward(context: TrainContext) -> TrainContext:

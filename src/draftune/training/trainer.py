@@ -30,6 +30,7 @@ from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
 from draftune.training.callbacks import Callback
 from draftune.training.checks import AUDITED
+from draftune.training.placement import release_model
 from draftune.training.result import Run
 from draftune.training.run_checks import RunChecks
 from draftune.training.setup import (
@@ -38,7 +39,6 @@ from draftune.training.setup import (
     RewardLike,
     Value,
     prepare,
-    release_model,
     with_normalized_reward,
 )
 from draftune.training.signals import graceful_interrupt
