@@ -143,10 +143,10 @@ def measure(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1,
     return result
 
 
-def table(model: str) -> None:
+def table(model: str, keep: bool = False) -> None:
     """Count every row of one model's tables."""
     for cell in cells(model):
-        measure("count", model, {"mixed_precision": "bf16", **cell})
+        measure("count", model, {"mixed_precision": "bf16", **cell}, keep=keep)
 
 
 def cells(model: str) -> Iterator[dict[str, Any]]:
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--keep-text-encoders", action="store_true", help="count them, and encoding in every update")
     args = parser.parse_intermixed_args()
     if args.what == "table":
-        table(args.model)
+        table(args.model, args.keep_text_encoders)
     elif args.what == "presets":
         presets()
     else:
