@@ -13,6 +13,7 @@ from draftune.models.chroma import Chroma
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
+from draftune.models.krea2 import Krea2
 from draftune.models.loading import (
     LoadOptions,
     encoder_loaders,
@@ -56,6 +57,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
     "ChromaPipeline": Chroma,
+    "Krea2Pipeline": Krea2,
     "Lumina2Pipeline": Lumina2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,

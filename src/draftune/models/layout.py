@@ -26,7 +26,8 @@ def load_layout(model: str) -> dict[str, nn.Module]:
     try:
         index = read_index(source, model)
         denoiser = adapter(index["_class_name"]).lora_prefix
-        encoders = sorted(part for part in index if part.startswith("text_encoder") and index[part][1] is not None)
+        parts = [part for part, entry in index.items() if isinstance(entry, list) and isinstance(entry[-1], str)]
+        encoders = sorted(part for part in parts if part.startswith("text_encoder"))
         networks = {}
         for part in (denoiser, *encoders):
             networks[part] = empty_network(index[part], part_folder(source, part))
