@@ -28,6 +28,7 @@ from draftune.runs.load import load_base_with_loras, resolve_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.tables import write_csv, write_json
 
 GUIDANCE = "guidance_scale"
@@ -126,6 +127,7 @@ def tune_weights(
     device: str = "auto",
     mixed_precision: str = "no",
     skip_text_encoder: bool = False,
+    options: ModelOptions = NO_OPTIONS,
     progress: bool = False,
 ) -> WeightSearch:
     """Maximize the mean reward over the weights of LoRAs and the guidance scale by finite differences and Adam.
@@ -150,6 +152,7 @@ def tune_weights(
         fd_step: h, as a fraction of the range between the bounds, above 0 and below 0.5.
         learning_rate: Adam's, as a fraction of that range, above 0 and below 1.
         num_images: Images of the final comparison, at least 2.
+        options: Where the base model's files come from, besides its name.
 
     Raises:
         DraftuneError: A setting is not allowed, the LoRAs belong to different models, or the reward is not finite.
@@ -165,10 +168,10 @@ def tune_weights(
             f"got {fd_step} and {learning_rate}"
         )
     check_sources(loras, model, guidance_bounds)
-    sources = resolve_loras([source for source, _ in loras], model, skip_text_encoder)
+    sources = resolve_loras([source for source, _ in loras], model, skip_text_encoder, options)
     if len(bases := list(dict.fromkeys(source.base for source in sources))) > 1:
         raise DraftuneError(f"the LoRAs belong to {bases[0]!r} and {bases[1]!r}; if these are one model, set --model")
-    settings = sources[0].settings if sources else Settings(model=model or "")
+    settings = sources[0].settings if sources else Settings(model=model or "", **options._asdict())
     changes: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes["negative_prompt"] = negative_prompt
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
@@ -182,15 +185,13 @@ def tune_weights(
     score, texts = gather(*loaders)
     check_prompts(score.load_weights(), texts)
     if sources:
-        loaded = load_base_with_loras(
-            {f"lora-{i}": source for i, source in enumerate(sources)}, device, mixed_precision
-        )
+        loaded = load_base_with_loras({f"lora-{i}": s for i, s in enumerate(sources)}, device, mixed_precision)
     else:
-        loaded = load_model(settings.model, mixed_precision).to(default_device(device), mixed_precision)
+        loaded = load_model(settings.model, mixed_precision, **options._asdict())
+        loaded.to(default_device(device), mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
     evaluator = WeightEvaluator(loaded, score.to(loaded.device), parameters, texts, settings, seed)
-
     start = torch.tensor([parameter.place for parameter in parameters])
     place, iterates = start.clone(), []
     rows: list[dict[str, float]] = []

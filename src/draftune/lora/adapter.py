@@ -19,6 +19,7 @@ from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
 from draftune.lora.names import LAYERS, canonical, in_network
 from draftune.lora.reader import read_lora
 from draftune.utils.logging import logger
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.quiet import silence_libraries
 
 ADAPTER = "default"
@@ -35,6 +36,7 @@ class LoRATarget(Protocol):
     name: str
     lora_prefix: str
     frozen_lora: LoRADeltas | None
+    options: ModelOptions
 
     @property
     def denoiser(self) -> Any: ...
@@ -68,12 +70,8 @@ def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: 
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} already has a LoRA: load the model again to train another one")
     targets = used_targets(model, [target.strip() for target in targets])
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        target_modules=targets,
-        init_lora_weights="gaussian",
-    )
+    alpha = rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
     with silence_libraries():
         # The method `add_adapter` of diffusers exists only for some classes of networks.
         inject_adapter_in_model(config, model.denoiser, ADAPTER)
@@ -285,15 +283,15 @@ def save_lora(model: LoRATarget, folder: Path | str) -> Path:
     if ADAPTER not in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} has no LoRA to save")
     part, config = model.lora_prefix, model.denoiser.peft_config[ADAPTER]
+    grid = json.dumps(model.sampler_options)
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
-        return LoRADeltas(attached_deltas(model), model.name, json.dumps(model.sampler_options)).write(Path(folder))
+        return LoRADeltas(attached_deltas(model), model.name, grid, model.options).write(Path(folder))
     own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
     tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
-    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_options)}
     if model.frozen_lora is not None:
         both = model.frozen_lora.add(deltas_of_peft(tensors, config.lora_alpha / config.r))
-        both.base_model, both.grid = model.name, json.dumps(model.sampler_options)
-        return both.write(Path(folder))
-    targets = sorted(config.target_modules)
-    return write_lora(Path(folder), tensors, {part: AdapterConfig(config.r, config.lora_alpha, targets)}, metadata)
+        return LoRADeltas(both.layers, model.name, grid, model.options).write(Path(folder))
+    metadata = {"base_model": model.name, SAMPLER_METADATA: grid, **model.options.metadata()}
+    lora = AdapterConfig(config.r, config.lora_alpha, sorted(config.target_modules))
+    return write_lora(Path(folder), tensors, {part: lora}, metadata)

@@ -12,6 +12,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, write_lora
 from draftune.lora.names import TEXT_ENCODER
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ class LoRADeltas:
         layers: By PART.LAYER, such as "unet.conv_in" or "text_encoder.….q_proj".
         base_model: The name of the base model, if known.
         grid: The timestep settings of the file's metadata, as JSON; "" if there are none.
+        base_options: Where the base model's files come from.
     """
 
     layers: dict[str, LoRADelta]
     base_model: str | None = None
     grid: str = ""
+    base_options: ModelOptions = NO_OPTIONS
 
     def of_part(self, part: str) -> dict[str, LoRADelta]:
         """Return the changes of one network, by the layer's name in that network."""
@@ -159,7 +162,7 @@ class LoRADeltas:
         """Write FOLDER/pytorch_lora_weights.safetensors in diffusers' format and return its path."""
         tensors, rank = self.tensors(dtype)
         if self.base_model:
-            metadata["base_model"] = self.base_model
+            metadata |= {"base_model": self.base_model, **self.base_options.metadata()}
         if self.grid:
             metadata[SAMPLER_METADATA] = self.grid
         configs = {}

@@ -14,6 +14,7 @@ from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas
 from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file
 from draftune.lora.names import TEXT_ENCODER, NameTable, Target, is_text
+from draftune.utils.tensors import is_quantized_weight
 
 SKIP = "--skip-text-encoder-lora"
 
@@ -113,8 +114,10 @@ def changes(
 
 
 def layer_weight(layer: nn.Module) -> Tensor:
-    """Return a layer's weight."""
+    """Return a layer's weight; of a quantized layer a tensor on the device "meta", since its weight is packed."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
+    if isinstance(layer, nn.Linear) and is_quantized_weight(weight):
+        return torch.empty(layer.out_features, layer.in_features, device="meta")
     return weight
 
 
@@ -220,7 +223,7 @@ def decomposed(where: str, weight: Tensor, delta: LoRADelta, magnitude: Tensor, 
     The norm is taken over all axes except the axis of the magnitudes m.
     """
     if weight.is_meta:
-        raise DraftuneError(f"{where} is a DoRA, whose weight change needs the weights of the base model")
+        raise DraftuneError(f"{where} is a DoRA, whose weight change needs the unquantized weights of the base model")
     base = weight.detach().float().cpu()
     value = base + delta.change
     others = [i for i in range(value.ndim) if i != axis]

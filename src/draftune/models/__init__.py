@@ -9,15 +9,18 @@ from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DiffusionModel
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
-from draftune.models.loading import fetch_pipeline, pipeline_folder, read_index, read_pipeline
+from draftune.models.loading import fetch_configs, fetch_pipeline, pipeline_folder, read_index, read_pipeline
 from draftune.models.pixart import PixArt
 from draftune.models.sana import Sana
+from draftune.models.single_file import Checkpoint, open_checkpoint
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.models.unconditional import Pixels
 from draftune.models.z_image import ZImage
 from draftune.utils.loading import first_line
+from draftune.utils.model_options import ModelOptions
+from draftune.utils.paths import user_path
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,7 +47,13 @@ MODELS = {
 }
 
 
-def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> DiffusionModel:
+def load_model(
+    model: str | Path | DiffusionPipeline,
+    precision: str = "no",
+    base_pipeline: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> DiffusionModel:
     """Load a model.
 
     A pipeline object is used in place, not copied. Loading and training change its networks as follows:
@@ -58,10 +67,15 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     To keep a pipeline unchanged, pass a copy (`copy.deepcopy(pipeline)`) or its folder.
 
     Args:
-        model: "emoji", the folder of a saved pipeline, a hub id, or a diffusers pipeline.
+        model: "emoji", the folder of a saved pipeline, a hub id, a checkpoint file (.safetensors or .gguf), or a
+            diffusers pipeline.
         precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
             of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
             "no". Pass the same precision to `DiffusionModel.to`.
+        base_pipeline: Only for a checkpoint file: the folder or hub id of the pipeline that gives what the file lacks.
+            Default: the hub id that the file's tensors imply.
+        revision: Branch, tag or commit of the hub id.
+        variant: Variant of the weights, such as "fp16".
 
     Raises:
         DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
@@ -69,10 +83,42 @@ def load_model(model: str | Path | DiffusionPipeline, precision: str = "no") -> 
     """
     if not isinstance(model, (str, Path)):
         return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
-    name = str(model)
-    folder = pipeline_folder(name, fetch_pipeline)
-    adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
-    return adapted(read_pipeline(folder, name, precision), name)
+    name, options = str(model), ModelOptions(base_pipeline, revision, variant)
+    options.check(name)
+    checkpoint = open_checkpoint(name, options)
+    if checkpoint is None:
+        folder = pipeline_folder(name, fetch_pipeline, options)
+        adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
+    else:
+        folder = checkpoint_folder(checkpoint, options)
+        options = options._replace(base_pipeline=checkpoint.base)
+    loaded = adapted(read_pipeline(folder, name, precision, variant, checkpoint), name)
+    loaded.options = options
+    return loaded
+
+
+def checkpoint_folder(checkpoint: Checkpoint, options: ModelOptions) -> Path:
+    """Return the folder of the pipeline that gives what a checkpoint file lacks.
+
+    Raises:
+        DraftuneError: The file belongs to another family, or the pipeline can't be downloaded.
+    """
+    if checkpoint.kind is not None and checkpoint.kind not in FAMILIES:
+        raise DraftuneError(
+            f"{str(checkpoint.header.path)!r} is a checkpoint of a {checkpoint.kind}, which is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    folder = pipeline_folder(checkpoint.base, fetch_configs, options, "--base-pipeline")
+    index = read_index(folder, checkpoint.base)
+    adapter(index["_class_name"])
+    checkpoint.check(index, folder)
+    if folder == user_path(checkpoint.base):
+        return folder
+
+    def fetch_others(name: str, options: ModelOptions) -> Path:
+        return fetch_pipeline(name, options, checkpoint.parts(index))
+
+    return pipeline_folder(checkpoint.base, fetch_others, options, "--base-pipeline")
 
 
 def adapter(pipeline_class: str) -> type[DiffusionModel]:

@@ -15,11 +15,13 @@ from draftune.lora import FROZEN_ADAPTER, LoRADeltas, adapted_by
 from draftune.models.common import clamp_unit, decode_vae
 from draftune.models.family import Family
 from draftune.models.needs import check_needs, check_parts
+from draftune.models.quantization import is_quantized, move
 from draftune.recommended import recommended_of
 from draftune.sampling.checkpointing import checkpoint_block, checkpoint_call, without_block_checkpointing
 from draftune.sampling.sampler import Denoiser, rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.utils.images import to_pil
+from draftune.utils.model_options import NO_OPTIONS
 from draftune.utils.quiet import silence_libraries
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ class DiffusionModel(Family):
     frozen_lora: LoRADeltas | None = None
     """A frozen LoRA that belongs to the base model. It is added to the trained LoRA when that is saved."""
 
+    options = NO_OPTIONS
+    """Where the model's files came from, besides its name."""
+
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         """Check the pipeline, then prepare its networks.
 
@@ -88,7 +93,9 @@ class DiffusionModel(Family):
         self.autocast_dtype: torch.dtype | None = None
         for part in self.modules:
             # Convolutions are faster with channels last (docs/explanation/memory-and-time.md).
-            part.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            part.eval().requires_grad_(False)
+            if not is_quantized(part):
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.set_checkpointing("denoiser")
         # Latents, images and the LoRA are float32 even if the pipeline was loaded in half precision.
         self.dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
@@ -109,13 +116,16 @@ class DiffusionModel(Family):
         return {self.lora_prefix: self.denoiser} | {n: part for n, part in sorted(encoders.items()) if part is not None}
 
     def to(self, device: torch.device | str, precision: str = "no") -> DiffusionModel:
-        """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision."""
+        """Move the model to a device; with "bf16" or "fp16", store and run the frozen weights in that precision.
+
+        Quantized weights keep theirs.
+        """
         self.autocast_dtype = DTYPES[precision]
         # Channels last was not tried on MPS.
         layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
         with silence_libraries():
             for part in self.all_modules:
-                part.to(device=device, dtype=self.dtype_of(part), memory_format=layout)  # type: ignore[call-overload]
+                move(part, torch.device(device), self.dtype_of(part), layout)
         return self
 
     def set_checkpointing(self, mode: str) -> None:

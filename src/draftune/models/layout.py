@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 
 from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.models import adapter
-from draftune.models.loading import part_folder, pipeline_folder, read_index
-from draftune.utils.hub import fetch
+from draftune.models.loading import fetch_configs, part_folder, pipeline_folder, read_index
+from draftune.models.single_file import open_checkpoint
 from draftune.utils.loading import first_line
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.quiet import silence_libraries
 
 
-def load_layout(model: str) -> dict[str, nn.Module]:
+def load_layout(model: str, options: ModelOptions = NO_OPTIONS) -> dict[str, nn.Module]:
     """Build the networks that a LoRA can adapt from their configs, without weights.
 
     Args:
         model: A model's name as in `load_model`. For a model on the hub only the configs are downloaded.
+        options: Where its configs come from.
 
     Returns:
         The denoiser and the text encoders as in `DiffusionModel.lora_networks`, with parameters on the device "meta".
@@ -29,7 +30,9 @@ def load_layout(model: str) -> dict[str, nn.Module]:
     """
     from accelerate import init_empty_weights
 
-    source = pipeline_folder(model, fetch_configs)
+    checkpoint = open_checkpoint(model, options)
+    name, option = (checkpoint.base, "--base-pipeline") if checkpoint else (model, "--model")
+    source = pipeline_folder(name, fetch_configs, options, option)
     try:
         index = read_index(source, model)
         denoiser = adapter(index["_class_name"]).lora_prefix
@@ -45,10 +48,3 @@ def load_layout(model: str) -> dict[str, nn.Module]:
         return networks
     except (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise DraftuneError(f"cannot read the configs of the pipeline {model!r}: {first_line(error)}") from error
-
-
-def fetch_configs(name: str) -> Path:
-    """Download the configs of a pipeline from the hub, or return its folder in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    return fetch(snapshot_download, name, allow_patterns=["model_index.json", "*.json"])

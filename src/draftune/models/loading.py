@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ import torch
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.models.base import DTYPES
+from draftune.models.single_file import Checkpoint, check_others, load_networks
 from draftune.utils.hub import fetch, is_hub_id, unreachable
-from draftune.utils.loading import TOKENIZER_FILES, first_line, load_part, saved_dtype
+from draftune.utils.loading import TOKENIZER_FILES, first_line, has_variant, load_part, saved_dtype
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions, option_text
 from draftune.utils.paths import user_path
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.single_file import no_pipeline_error
@@ -22,13 +24,23 @@ from draftune.utils.single_file import no_pipeline_error
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+CONFIG_FILES = ["*.json", "*.txt", "*.model"]
+"""Patterns of the files of configs, schedulers and tokenizers."""
 
-def pipeline_folder(model: str, download: Callable[[str], Path]) -> Path:
+
+def pipeline_folder(
+    model: str,
+    download: Callable[[str, ModelOptions], Path],
+    options: ModelOptions = NO_OPTIONS,
+    option: str = "--model",
+) -> Path:
     """Return the folder of a pipeline, which is downloaded if `model` is a hub id.
 
     Args:
         model: "emoji", the folder of a saved pipeline, or a hub id.
         download: Fetches a hub id and returns its folder.
+        options: The revision and the variant.
+        option: The option that names the pipeline, for messages.
 
     Raises:
         DraftuneError: There is no such model, or it can't be downloaded.
@@ -39,25 +51,50 @@ def pipeline_folder(model: str, download: Callable[[str], Path]) -> Path:
     if source.exists():
         raise no_pipeline_error(source)
     if not is_hub_id(model):
-        raise DraftuneError(f"unknown model {model!r}: give 'emoji', the folder of a diffusers pipeline or a hub id")
+        raise DraftuneError(
+            f"unknown model {model!r} ({option}): give 'emoji', the folder of a diffusers pipeline, a hub id or a "
+            "checkpoint file"
+        )
     try:
-        return download(model)
+        return download(model, options)
     except Exception as error:
-        raise unreachable(model, "--model", error=error) from error
+        raise unreachable(model, option, error=error, selected=option_text(options)) from error
 
 
-def fetch_pipeline(name: str) -> Path:
-    """Download the configs and safetensors of a pipeline from the hub, or return its folder in the hub's cache."""
+def fetch_pipeline(name: str, options: ModelOptions = NO_OPTIONS, without: Collection[str] = ()) -> Path:
+    """Download the configs and safetensors of a pipeline from the hub, or return its folder in the hub's cache.
+
+    Args:
+        name: The hub id.
+        options: The revision and the variant.
+        without: Networks whose files are not downloaded.
+    """
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download
 
-    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
-    fetch(hf_hub_download, name, "model_index.json")
+    left_out: dict[str, Any] = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False}
+    left_out |= dict.fromkeys(without) | ({"revision": options.revision} if options.revision else {})
+    fetch(hf_hub_download, name, "model_index.json", revision=options.revision)
     try:
-        return fetch(DiffusionPipeline.download, name, **options)
+        return fetch(DiffusionPipeline.download, name, variant=options.variant, **left_out)
     except OSError:
+        if options.variant:
+            raise
         # Some pipelines are published in half precision only, as the variant "fp16".
-        return fetch(DiffusionPipeline.download, name, variant="fp16", **options)
+        return fetch(DiffusionPipeline.download, name, variant="fp16", **left_out)
+
+
+def fetch_configs(name: str, options: ModelOptions = NO_OPTIONS) -> Path:
+    """Download the configs and tokenizers of a pipeline from the hub, or return its folder in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    return fetch(snapshot_download, name, allow_patterns=CONFIG_FILES, revision=options.revision)
+
+
+def check_variant(source: Path, name: str, index: Mapping[str, Any], variant: str | None) -> None:
+    """Raise DraftuneError if no network of a pipeline has the variant."""
+    if variant and not any(has_variant(part_folder(source, part), variant) for part in index):
+        raise DraftuneError(f"{name!r} has no weights of variant={variant!r} (--variant)")
 
 
 def part_folder(source: Path, part: str) -> Path:
@@ -66,12 +103,12 @@ def part_folder(source: Path, part: str) -> Path:
     return source if part == "unet" and not folder.exists() else folder
 
 
-def dtype_for(part: str, folder: Path, precision: str) -> torch.dtype:
+def dtype_for(part: str, folder: Path, precision: str, variant: str | None = None) -> torch.dtype:
     """Return the precision in which a component is loaded. `DiffusionModel.to` casts those that need another one."""
     dtype = DTYPES[precision]
     if dtype is None:
         return torch.float32
-    return dtype if part in ("unet", "transformer") else saved_dtype(folder)
+    return dtype if part in ("unet", "transformer") else saved_dtype(folder, variant)
 
 
 def read_index(source: Path, name: str) -> dict[str, Any]:
@@ -84,29 +121,44 @@ def read_index(source: Path, name: str) -> dict[str, Any]:
     return index
 
 
-def read_pipeline(source: Path, name: str, precision: str) -> DiffusionPipeline:
+def read_pipeline(
+    source: Path, name: str, precision: str, variant: str | None = None, checkpoint: Checkpoint | None = None
+) -> DiffusionPipeline:
     """Load the pipeline in a folder.
 
     Args:
         source: The folder.
         name: The model's name, for messages.
         precision: "no", "bf16" or "fp16", see `draftune.models.load_model`.
+        variant: Variant of the weights; networks that lack it are loaded from their plain weights.
+        checkpoint: A file with networks that replace those in the folder.
 
     Raises:
         DraftuneError: The pipeline can't be loaded.
     """
     index = read_index(source, name)
+    check_variant(source, name, index, variant)
     try:
         # Safety checkers and image encoders are not loaded: no feature here uses them.
         left_out = {"safety_checker": None, "requires_safety_checker": False}
         left_out |= {part: None for part in ("image_encoder", "feature_extractor") if part in index}
         left_out |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
-        networks = {
-            part: load_part(getattr(import_module(entry[0]), entry[1]), folder, dtype_for(part, folder, precision))
+        of_file = load_networks(checkpoint, source, index, DTYPES[precision]) if checkpoint else {}
+        networks = of_file | {
+            part: load_part(
+                getattr(import_module(entry[0]), entry[1]),
+                folder,
+                dtype_for(part, folder, precision, variant),
+                wanted=variant,
+            )
             for part, entry in index.items()
-            if part not in left_out and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+            if part not in (left_out | of_file)
+            and isinstance(entry, list)
+            and entry[0] in ("diffusers", "transformers")
             if any((folder := part_folder(source, part)).glob("*.safetensors"))
         }
+        if checkpoint:
+            check_others(checkpoint, index, networks)
         for part, entry in index.items():
             is_tokenizer = isinstance(entry, list) and part not in left_out and "Tokenizer" in str(entry[-1])
             if is_tokenizer and not any((part_folder(source, part) / file).is_file() for file in TOKENIZER_FILES):

@@ -33,6 +33,7 @@ from draftune.training.fsdp import fsdp_requested, shard
 from draftune.training.optim import check_optimizer
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
+from draftune.utils.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -106,7 +107,9 @@ def prepare(
         check_columns(best_columns, score, judge, past)
         decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
         if not isinstance(model, DiffusionModel):
-            model = load_model(settings.model if model is None else model, settings.mixed_precision)
+            options = ModelOptions.of(settings)
+            name = settings.model if model is None else model
+            model = load_model(name, settings.mixed_precision, **options._asdict())
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.check_shared()
     with processes.raise_on_all_ranks():

@@ -1,13 +1,14 @@
-"""Write safetensors files."""
+"""Write safetensors files, and look into quantized tensors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 LENGTH = 8
 """Bytes at the start of a safetensors file with the length of its JSON header, which is padded to a multiple of it."""
@@ -36,3 +37,8 @@ def sorted_header(data: bytes) -> tuple[bytes, int]:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH)
     return len(text).to_bytes(LENGTH, "little") + text, end
+
+
+def is_quantized_weight(weight: Any) -> bool:
+    """Return whether a parameter holds quantized numbers: every backend stores them in a class of its own."""
+    return isinstance(weight, nn.Parameter) and type(weight) is not nn.Parameter
