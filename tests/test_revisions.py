@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from draftune.errors import DraftuneError
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
 from draftune.runs.fingerprint import find_source
+from draftune.runs.load import load_for_sampling
 from draftune.settings import Settings
 from draftune.utils.model_options import ModelOptions
 from helpers.errors import mentions, raises
@@ -94,8 +96,6 @@ def test_a_run_belongs_to_its_revision(cache: Path, tmp_path: Path, capsys: pyte
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert mentions(line, "revision v2"), line
     shutil.move(tmp_path / "run" / "lora", tmp_path / "lora")
-    from draftune.runs.load import load_for_sampling
-
     model, _ = load_for_sampling(str(tmp_path / "lora"))
     assert model.options == ModelOptions(revision="v2")
     own, expected = state(model), state(load_model(cache / ("b" * 40)))
@@ -154,6 +154,30 @@ def test_sharded_weights_in_the_cache(cache: Path, pipeline_folder: Path) -> Non
         getattr(pipeline, name).save_pretrained(cache / ("a" * 40) / name, max_shard_size="8KB")
     assert len(list((cache / ("a" * 40) / "unet").glob("*-of-*.safetensors"))) > 1
     assert equal(load_model("some/one"), load_model(pipeline_folder))
+
+
+def test_only_what_a_file_lacks_is_downloaded(
+    cache: Path, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers leaves out the components that are passed as None."""
+    asked: list[dict[str, Any]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        return str(cache / ("b" * 40))
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    file = write(tmp_path / "model.safetensors", denoiser_of(pipeline_folder))
+    load_model(file, base_pipeline="some/one", revision="v2")
+    load_model("some/one", revision="v2")
+    of_file, of_hub = asked
+    assert (of_file["name"], of_file["revision"], of_file["unet"]) == ("some/one", "v2", None)
+    assert not {"unet", "vae", "text_encoder"} & of_hub.keys()
+    assert not {"vae", "text_encoder"} & of_file.keys()
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **options: asked.append(options))
+    with raises(DraftuneError, "some/one variant ema"):
+        load_model("some/one", variant="ema")
+    assert asked[-1]["variant"] == "ema"
 
 
 def test_a_checkpoint_file_with_a_pipeline_in_the_cache(cache: Path, pipeline_folder: Path, tmp_path: Path) -> None:
