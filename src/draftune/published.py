@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from draftune.errors import DraftuneError
 from draftune.utils.hub import cached_folder
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
+from draftune.utils.single_file import infer_pipeline, read_header
 
 ATTENTION = "to_q,to_k,to_v,to_out.0"
 """The attention layers of every family; with TEXT_ATTENTION those of the text stream in joint attention."""
@@ -231,12 +233,26 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
     return "few-step" if plain and few_steps(config_of("scheduler")) else plain
 
 
-def variant(model: str) -> str | None:
-    """Return the key in PUBLISHED of a folder or hub id; None if its family is unknown before a download."""
-    folder = model_folder(model)
+def variant(model: str, options: ModelOptions = NO_OPTIONS) -> str | None:
+    """Return the key in PUBLISHED of a model's name; None if its family is unknown before a download.
+
+    A checkpoint file has the key of its pipeline.
+    """
+    if is_checkpoint(model):
+        return variant(base, options) if (base := options.base_pipeline or implied_pipeline(model)) else None
+    folder = model_folder(model, options.revision)
     if folder is None:
         return well_known(model)
     return variant_of(read_config(folder / "model_index.json").get("_class_name"), config_reader(folder), model)
+
+
+def implied_pipeline(model: str) -> str | None:
+    """Return the hub id that the tensors of a checkpoint file imply; None if the file can't be read."""
+    try:
+        known = infer_pipeline(read_header(user_path(model)))
+    except DraftuneError:
+        return None  # loading the model reports what is wrong with it
+    return known[1] if known else None
 
 
 def well_known(model: str) -> str | None:
@@ -254,7 +270,7 @@ def variant_of_pipeline(pipeline: Any, name: str = "") -> str | None:
     return variant_of(type(pipeline).__name__, config_of, name)
 
 
-def model_folder(model: str) -> Path | None:
+def model_folder(model: str, revision: str | None = None) -> Path | None:
     """Return the folder of a saved pipeline, by path or hub id; None if it is not on this machine."""
     try:
         folder = user_path(model)
@@ -262,7 +278,7 @@ def model_folder(model: str) -> Path | None:
             return folder
     except (DraftuneError, OSError, ValueError):
         return None
-    return cached_folder(model, "model_index.json")
+    return cached_folder(model, "model_index.json", revision=revision)
 
 
 def config_reader(folder: Path) -> ConfigOf:

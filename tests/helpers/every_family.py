@@ -8,13 +8,14 @@ from helpers.odd_models import families
 
 TEXT_FAMILIES = (
     *("sd", "sdxl", "sd3", "dev", "schnell", "pixart", "sana", "sprint", "z_image"),
-    *("klein", "klein_base", "flux2_dev", "qwen_image", "lumina2", "chroma"),
+    *("klein", "klein_base", "flux2_dev", "qwen_image", "lumina2", "chroma", "krea2", "krea2_turbo"),
 )
 """The families with text encoders, by their names in `every_family`."""
 
 
 def every_family(root: Path) -> dict[str, Path]:
     import test_chroma
+    import test_krea2
     import test_lumina2
     import test_qwen_image
     import test_sana
@@ -34,4 +35,6 @@ def every_family(root: Path) -> dict[str, Path]:
         "qwen_image": test_qwen_image.save_qwen_image(root / "qwen_image"),
         "lumina2": test_lumina2.save_lumina(root / "lumina2"),
         "chroma": test_chroma.save_chroma(root / "chroma"),
+        "krea2": test_krea2.save_krea(root / "krea2"),
+        "krea2_turbo": test_krea2.save_krea(root / "krea2_turbo", is_distilled=True),
     }

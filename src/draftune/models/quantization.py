@@ -94,7 +94,9 @@ def check_quantization(quantization: str, precision: str, loaded: bool = False) 
         require(BACKENDS[quantization].package, f"quantization={quantization}", "quantization")
 
 
-def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, quantization: str, device: torch.device) -> Any:
+def load_denoiser(
+    cls: Any, folder: Path, dtype: torch.dtype, quantization: str, device: torch.device, variant: str | None = None
+) -> Any:
     """Load a network of diffusers. Linear layers are quantized while they are read, or were saved quantized.
 
     Args:
@@ -103,13 +105,14 @@ def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, quantization: str,
         dtype: The precision of all other weights and of the computation.
         quantization: "none" or a name in BACKENDS.
         device: Where the weights are quantized.
+        variant: The variant of the weights to load if the folder has it.
 
     Raises:
         DraftuneError: The network can't be loaded, is quantized already or consists of convolutions.
     """
     saved = saved_quantization(folder)
     if quantization == "none" and not saved:
-        return load_part(cls, folder, dtype)
+        return load_part(cls, folder, dtype, variant)
     if quantization != "none" and saved:
         raise DraftuneError(f"the weights in {str(folder)!r} are saved in {saved} already: leave out --quantization")
     if device.type == "cuda" and device.index is None:
@@ -123,7 +126,7 @@ def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, quantization: str,
     if device.type != "cpu" or package == "bitsandbytes":
         options["device_map"] = {"": str(device)}
     with bitsandbytes_on_cpu() if device.type == "cpu" else nullcontext():
-        network = load_part(cls, folder, dtype, **options)
+        network = load_part(cls, folder, dtype, variant, **options)
     if (share := quantized_share(network)) < LEAST_SHARE:
         raise DraftuneError(
             f"quantization={quantization} is for linear layers, and only {share:.0%} of the weights of {str(folder)!r} "
