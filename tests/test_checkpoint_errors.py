@@ -77,8 +77,8 @@ CASES: dict[str, tuple[Callable[[State], State], str]] = {
         "StableDiffusionXLPipeline --base-pipeline",
     ),
     "a family that is not supported": (
-        lambda state: {"cap_embedder.0.weight": torch.zeros(2)},
-        "Lumina2Pipeline",
+        with_more("conditioner.embedders.0.model.ln_final.weight"),
+        "StableDiffusionXLImg2ImgPipeline",
     ),
 }
 
