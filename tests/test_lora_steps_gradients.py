@@ -17,6 +17,7 @@ from draftune.methods import (
     KL,
     AdjointMatching,
     AlignProp,
+    DirectAlign,
     Draft,
     DraftK,
     DraftLV,
@@ -270,7 +271,9 @@ def test_a_method_that_reaches_no_step_of_the_range_is_refused(method: Method, l
         check_trained_steps(settings, method, marked(lora_steps))
 
 
-@pytest.mark.parametrize("method", [Draft(), DraftK(4), ReFL(4), AlignProp(), DRTune(2, 1), LeapAlign(), DDPO()])
+@pytest.mark.parametrize(
+    "method", [Draft(), DraftK(4), ReFL(4), AlignProp(), DRTune(2, 1), LeapAlign(), DirectAlign(), DDPO()]
+)
 def test_a_method_that_reaches_the_range_is_accepted(method: Method) -> None:
     schedule = marked("0.0-0.4")
     method.check(schedule)
