@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import draftune
 from draftune.errors import DraftuneError
 from draftune.prompts import emoji
 from draftune.rewards import Reward, load_reward
@@ -79,3 +81,23 @@ def test_blank_prompts_are_refused() -> None:
     reward: Reward = load_reward(f"relative(emoji_clip, {WORDS})")
     with raises(DraftuneError, "relative(emoji_clip) 1 2"):
         check_prompts(reward, ["a cat", " "])
+
+
+def test_srpo_trains_the_embedded_model(tmp_path: Path) -> None:
+    run = draftune.train(
+        "emoji",
+        f"relative(emoji_clip, {WORDS})",
+        method="direct_align",
+        prompts=emoji("common")[:2],
+        steps=2,
+        batch_size=2,
+        num_inference_steps=6,
+        prefix_reuse_steps=2,
+        eval_prompts="",
+        eval_rewards=None,
+        log_images_steps=0,
+        num_log_prompts=1,
+        output=str(tmp_path / "run"),
+    )
+    assert [row["reward_queries"] for row in run.metrics] == [4, 8]
+    assert all(row["grad_norm"] > 0 for row in run.metrics)

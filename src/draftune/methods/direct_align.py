@@ -57,7 +57,8 @@ class DirectAlign(Method):
         if not self.trained_steps(schedule):
             raise DraftuneError(
                 f"direct_align trains no step: none of the {len(schedule)} steps (num_inference_steps) is between "
-                f"first={self.first} and last={self.last}, in lora_steps, and below a level with a signal: extend them"
+                f"first={self.first} and last={self.last}, in lora_steps, and below a level with a signal: raise "
+                "num_inference_steps or last, or extend lora_steps"
             )
 
     def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
