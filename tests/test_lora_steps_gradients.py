@@ -22,6 +22,7 @@ from draftune.methods import (
     DraftK,
     DraftLV,
     DRTune,
+    FlowBPSparse,
     LeapAlign,
     Method,
     ReFL,
@@ -164,6 +165,30 @@ def test_leapalign_leaps_between_steps_of_the_range() -> None:
     clean, noise = clean_and_noise(switched.output(0.2 * x + 0.8 * x.detach(), steps[j]), x, steps[j], kind)
     x = steps[-1].alpha_next * clean + steps[-1].sigma_next * noise
     (-reward(x + (path[T] - x).detach()).mean()).backward()
+    assert relative(ours, switched.gradient()) < 1e-12
+
+
+def test_flowbp_and_direct_align_train_steps_of_the_range_only() -> None:
+    """Active steps 1 to 3 by the linear path; and the re-noised image, sampled with the base model outside of it."""
+    switched = Switched(marked("0.2-0.8"))
+    steps, kind = switched.schedule.steps, "epsilon"
+    ours = switched.of_method(FlowBPSparse(3))
+    switched.network.zero_grad()
+    x = NOISE
+    for i, step in enumerate(steps):
+        output = switched.output(x.detach(), step)
+        clean, noise = clean_and_noise(output if i in (1, 2, 3) else output.detach(), x, step, kind)
+        x = step.alpha_next * clean + step.sigma_next * noise
+    (-reward(x).mean()).backward()
+    assert relative(ours, switched.gradient()) < 1e-12
+    with injected(randint=[2]) as ranges:
+        ours = switched.of_method(DirectAlign(0.0, 1.0, inversion=False))
+    assert ranges == [(0, 3)]
+    switched.network.zero_grad()
+    step, image = steps[3], x.detach()
+    noisy = step.alpha * image + step.sigma * NOISE
+    clean, noise = clean_and_noise(switched.output(noisy, step), noisy, step, kind)
+    (-reward(clean + step.sigma_next / step.alpha_next * (noise - NOISE)).mean()).backward()
     assert relative(ours, switched.gradient()) < 1e-12
 
 
