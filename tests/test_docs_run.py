@@ -56,7 +56,7 @@ def small_run(values: dict[str, Any]) -> dict[str, Any]:
     """Return settings that make a run take seconds. A folder that holds a run gets one update more."""
     log = Path(str(values.get("output") or "runs/draftune")) / "metrics.jsonl"
     done = len(log.read_text().splitlines()) if log.exists() else 0
-    depth = 10 if re.search(r"k=|m=|drtune|refl|alignprop", str(values.get("method") or "")) else 3
+    depth = 10 if re.search(r"k=|m=|drtune|refl|alignprop|direct_align", str(values.get("method") or "")) else 3
     small = {"steps": done + 1, "num_inference_steps": depth, "batch_size": 2, "num_log_prompts": 1}
     small |= {
         "eval_prompts": "two.txt",

@@ -25,6 +25,7 @@ from helpers.model_checks import check_training
 from helpers.pipelines import add_random_lora, build_pipeline
 
 METHODS = ["draft", "draft_k(k=2)", "draft_lv(n=1)", "refl(m=2)", "drtune(k=2, m=2)", "leapalign", "alignprop(m=3)"]
+METHODS += ["flowbp_sparse(k=2)", "flowbp_bridge(k=3)", "direct_align(last=1)"]
 METHODS += ["adjoint_matching(k=2)", "ddpo(min_count=2)", "kl(draft, beta=0.01)"]
 
 
@@ -47,7 +48,10 @@ def test_every_method_trains(method: str, sampler: str, tmp_path: Path) -> None:
     assert run.metrics[-1]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("method", ["draft", "draft_k(k=2)", "drtune(k=2, m=1)", "leapalign", "alignprop(m=3)"])
+ALL_STEPS = ["draft", "draft_k(k=2)", "drtune(k=2, m=1)", "leapalign", "alignprop(m=3)"]
+
+
+@pytest.mark.parametrize("method", [*ALL_STEPS, "flowbp_sparse(k=2)", "flowbp_bridge(k=3)"])
 def test_methods_score_the_samplers_image(method: str, tmp_path: Path) -> None:
     model = load_model(with_scheduler(build_pipeline(tmp_path), "lcm"))
     x, schedule = model.start(torch.Generator().manual_seed(0), 2, model.schedule(4))

@@ -383,6 +383,8 @@ METHODS = [
     "dpok",
     "kl(draft_k(k=2), beta=0.1)",
     "leapalign",
+    "flowbp_bridge(k=2)",
+    "direct_align(last=1)",
     "alignprop(m=2)",
     "draft",
 ]

@@ -17,10 +17,12 @@ from draftune.methods import (
     KL,
     AdjointMatching,
     AlignProp,
+    DirectAlign,
     Draft,
     DraftK,
     DraftLV,
     DRTune,
+    FlowBPSparse,
     LeapAlign,
     Method,
     ReFL,
@@ -166,6 +168,30 @@ def test_leapalign_leaps_between_steps_of_the_range() -> None:
     assert relative(ours, switched.gradient()) < 1e-12
 
 
+def test_flowbp_and_direct_align_train_steps_of_the_range_only() -> None:
+    """Active steps 1 to 3 by the linear path; and the re-noised image, sampled with the base model outside of it."""
+    switched = Switched(marked("0.2-0.8"))
+    steps, kind = switched.schedule.steps, "epsilon"
+    ours = switched.of_method(FlowBPSparse(3))
+    switched.network.zero_grad()
+    x = NOISE
+    for i, step in enumerate(steps):
+        output = switched.output(x.detach(), step)
+        clean, noise = clean_and_noise(output if i in (1, 2, 3) else output.detach(), x, step, kind)
+        x = step.alpha_next * clean + step.sigma_next * noise
+    (-reward(x).mean()).backward()
+    assert relative(ours, switched.gradient()) < 1e-12
+    with injected(randint=[2]) as ranges:
+        ours = switched.of_method(DirectAlign(0.0, 1.0, inversion=False))
+    assert ranges == [(0, 3)]
+    switched.network.zero_grad()
+    step, image = steps[3], x.detach()
+    noisy = step.alpha * image + step.sigma * NOISE
+    clean, noise = clean_and_noise(switched.output(noisy, step), noisy, step, kind)
+    (-reward(clean + step.sigma_next / step.alpha_next * (noise - NOISE)).mean()).backward()
+    assert relative(ours, switched.gradient()) < 1e-12
+
+
 def test_kl_penalizes_no_step_of_the_base_model() -> None:
     """The penalty of DRaFT over 5 steps is that of the two steps in the range, where alone it calls the base model."""
     switched = Switched(marked("0.0-0.4"))
@@ -270,7 +296,9 @@ def test_a_method_that_reaches_no_step_of_the_range_is_refused(method: Method, l
         check_trained_steps(settings, method, marked(lora_steps))
 
 
-@pytest.mark.parametrize("method", [Draft(), DraftK(4), ReFL(4), AlignProp(), DRTune(2, 1), LeapAlign(), DDPO()])
+@pytest.mark.parametrize(
+    "method", [Draft(), DraftK(4), ReFL(4), AlignProp(), DRTune(2, 1), LeapAlign(), DirectAlign(), DDPO()]
+)
 def test_a_method_that_reaches_the_range_is_accepted(method: Method) -> None:
     schedule = marked("0.0-0.4")
     method.check(schedule)

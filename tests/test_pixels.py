@@ -180,7 +180,7 @@ def test_a_lora_is_trained_saved_and_loaded(folder: Path, tmp_path: Path) -> Non
 
 def test_dynamic_thresholding_is_refused_where_its_gradient_is_not_known(tmp_path: Path) -> None:
     model = load_model(build(tmp_path / "model", grid={"thresholding": True}))
-    for method in ("drtune(k=1, m=1)", "leapalign"):
+    for method in ("drtune(k=1, m=1)", "leapalign", "flowbp_sparse(k=1)"):
         with raises(DraftuneError, "thresholding"):
             load_method(method).check(model.schedule(STEPS))
     load_method("draft").check(model.schedule(STEPS))

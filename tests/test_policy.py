@@ -9,15 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradients import GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
+from test_gradients import CLEAN, GRIDS, NOISE, Gaussian, Network, T, batch_of, clean_and_noise, relative
 from torch import Tensor
 
+from draftune.errors import DraftuneError
 from draftune.experimental.retention import Retention
-from draftune.methods import DDPO, DPOK, KL, AdjointMatching, DraftK, DraftLV, LeapAlign, Method
+from draftune.methods import (
+    DDPO,
+    DPOK,
+    KL,
+    AdjointMatching,
+    DirectAlign,
+    DraftK,
+    DraftLV,
+    FlowBPBridge,
+    LeapAlign,
+    Method,
+)
 from draftune.models import StableDiffusion
-from draftune.sampling.schedule import Prediction, Schedule, Step
+from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule
 from helpers.draws import injected, noises
-from helpers.errors import mentions
+from helpers.errors import mentions, raises
 from helpers.pipelines import add_random_lora, build_pipeline
 
 FLOW_LEVELS = [1.0, 0.9, 0.7, 0.45, 0.2, 0.0]
@@ -330,7 +342,9 @@ def test_advantages_are_those_of_the_prompt_once_it_is_known() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("method", [DraftK(1), DraftK(3), DraftLV(2), LeapAlign(0.2)], ids=str)
+@pytest.mark.parametrize(
+    "method", [DraftK(1), DraftK(3), DraftLV(2), LeapAlign(0.2), FlowBPBridge(3), DirectAlign()], ids=str
+)
 def test_the_penalty_is_the_distance_from_the_base_at_every_call_with_gradient(
     grid: str, method: Method, networks: tuple[Network, Network]
 ) -> None:
@@ -487,3 +501,19 @@ def test_the_adjoint_gradient_by_hand(networks: tuple[Network, Network]) -> None
         ((shift / step.ancestral_std + step.ancestral_std * adjoint) ** 2 / 2).sum((1, 2, 3)).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in network.parameters()])
     assert relative(ours, expected) < 1e-10
+
+
+def test_halves_takes_its_steps_from_both_parts_of_the_trajectory() -> None:
+    """k // 2 of the first 60 %, the others of the rest, each step of a part alike: the authors' choice of steps."""
+    schedule, generator, count = ddim_schedule(CLEAN, 20), torch.Generator().manual_seed(0), 3000
+    random = [i for i, step in enumerate(schedule.steps) if step.ancestral_std]
+    method, drawn = AdjointMatching(k=5, choice="halves"), torch.zeros(20)
+    for _ in range(count):
+        steps = method.sample_steps(schedule, generator)
+        assert (len(steps), sum(i < 12 for i in steps)) == (5, 2)
+        drawn[sorted(steps)] += 1
+    late = [i for i in random if i >= 12]
+    expected = torch.tensor([2 / 12 if i < 12 else 3 / len(late) * (i in late) for i in range(20)])
+    assert ((drawn / count - expected).abs() <= 3.5 * (expected * (1 - expected) / count).sqrt()).all()
+    with raises(DraftuneError, "choice adjoint_matching 'half' 'halves'"):
+        AdjointMatching(choice="half")

@@ -76,6 +76,8 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
         ({"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
         ({"method": "draft_k(k=2)", "prefix_reuse_steps": 3}, (4, 6)),
         ({"method": "leapalign"}, (4, 6)),
+        ({"method": "flowbp_bridge(k=3)"}, (4, 6)),
+        ({"method": "direct_align", "prefix_reuse_steps": 3}, (5, 9)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
         ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
     ],

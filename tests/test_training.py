@@ -56,11 +56,16 @@ CLIMBERS = [
     "alignprop(m=3)",
     "drtune(k=2, m=2)",
     "leapalign",
+    "flowbp_sparse(k=2)",
+    "flowbp_bridge(k=2)",
+    "direct_align",
     "kl(draft_lv, beta=0.0001)",
 ]
 SCORED = {
     "draft_lv": 12,
     "kl(draft_k(k=2), beta=0.1)": 4,
+    "flowbp_bridge(k=2)": 4,
+    "direct_align": 8,
     "adjoint_matching(k=2)": 4,
     "ddpo": 4,
     "ddpo(inner_epochs=2)": 4,
@@ -424,6 +429,9 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "refl"}, "m 3 steps"),
         ({"method": "drtune(k=3, m=2)"}, "k=3 m=2 3 steps"),
         ({"method": "leapalign", "num_inference_steps": 1}, "leapalign 2 steps"),
+        ({"method": "flowbp_sparse(k=4)"}, "k=4 3 steps"),
+        ({"method": "flowbp_bridge"}, "k=4 3 steps"),
+        ({"method": "direct_align", "num_inference_steps": 1}, "direct_align 1 steps"),
         ({"method": "ddpo", "num_inference_steps": 1, "set_alpha_to_one": True}, "num_inference_steps 2 1"),
         ({"method": "adjoint_matching", "num_inference_steps": 1, "set_alpha_to_one": True}, "num_inference_steps 2 1"),
         ({"method": "ddpo(clip_range=0)"}, "clip_range 0"),
@@ -561,6 +569,8 @@ def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: 
         ("refl(m=1)", True),
         ("refl(m=3)", False),
         ("leapalign", False),
+        ("flowbp_sparse(k=2)", False),
+        ("direct_align", True),
     ):
         method = load_method(name)
         asked: set[int] = set()

@@ -26,6 +26,7 @@ EXPRESSIONS = split(
     mine.py | mine.py:f( | brightness:f | 'brightness | emoji_style_probability(style=4d) | classify(target=99999)
     classify(target='no such animal') | 👍 | 😀*brightness | nan*brightness | inf*brightness
     1__0*brightness | brightness(a=1, a=2) | brightness(, ) | threshold(brightness) | threshold(at=0.5)
+    relative(brightness, good=a, bad=b) | relative(emoji_clip, good=a) | relative(emoji_clip, good=a, bad=a)
     zeroth_order(brightness, space=latents) | sharpness_aware(zeroth_order(brightness, space=latent))
     """,
     "brightness - ",
@@ -82,6 +83,7 @@ METHODS = split(
     draft + draft_k | 2*draft | draft(draft) | kl | kl() | kl(draft, beta=-1) | kl(draft + refl) | kl(kl
     draft_lv(n=-1) | refl(m=0) | refl(m=10.5) | leapalign(discount=2) | adjoint_matching(scale=0)
     ddpo(clip_range=0) | dpok(beta=-1) | alignprop(m=0) | drtune(k=0) | nowhere.py:M | draft_k(k=1e400)
+    flowbp_sparse(k=0) | flowbp_bridge(k=1) | flowbp_bridge(discount=2) | direct_align(first=0.5, last=0.2)
     draft_lv(n=True) | 🎨 | draft_k(k='1') | draft_k(10)
     """,
     "",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from draftune.methods.adjoint_matching import AdjointMatching
 from draftune.methods.base import METHODS, BackpropMethod, Batch, Method, register
 from draftune.methods.ddpo import DDPO, DPOK
+from draftune.methods.direct_align import DirectAlign
 from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
+from draftune.methods.flowbp import FlowBPBridge, FlowBPSparse
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
 from draftune.registry.factories import build, parse_call
@@ -20,9 +22,12 @@ __all__ = [
     "AlignProp",
     "Batch",
     "DRTune",
+    "DirectAlign",
     "Draft",
     "DraftK",
     "DraftLV",
+    "FlowBPBridge",
+    "FlowBPSparse",
     "LeapAlign",
     "Method",
     "ReFL",

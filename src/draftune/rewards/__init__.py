@@ -30,6 +30,7 @@ MODULES = (
     "draftune.rewards.imagereward",
     "draftune.rewards.jpeg",
     "draftune.rewards.pixel",
+    "draftune.rewards.relative",
     "draftune.rewards.sharpness_aware",
     "draftune.rewards.symmetry",
     "draftune.experimental.discriminator",
