@@ -32,6 +32,7 @@ MODULES = (
     "draftune.rewards.pixel",
     "draftune.rewards.sharpness_aware",
     "draftune.rewards.symmetry",
+    "draftune.rewards.vqa",
     "draftune.experimental.discriminator",
     "draftune.experimental.threshold",
     "draftune.experimental.black_box",
