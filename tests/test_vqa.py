@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.errors import raises
-from helpers.published_weights import photographs
-from helpers.vision_language import FAMILIES, official_inputs, save_vlm
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from draftune import train
@@ -20,6 +17,9 @@ from draftune.rewards import load_reward, parse_reward
 from draftune.rewards.vlm import VisionLanguageModel
 from draftune.rewards.vqa import VQA
 from draftune.utils.images import from_pil
+from helpers.errors import raises
+from helpers.published_weights import photographs
+from helpers.vision_language import FAMILIES, official_inputs, save_vlm
 
 ASKED = 'Does this figure show "a cat"? Please answer yes or no.'
 CHATS = {
@@ -94,6 +94,9 @@ def test_a_score_depends_on_its_image_and_prompt_only(folders: dict[str, Path]) 
 def test_weights_in_bf16_give_scores_in_float32(folders: dict[str, Path], family: str) -> None:
     whole, half = (load_reward(VQA(model=str(folders[family]), precision=p, against="No")) for p in ("no", "bf16"))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    frequencies = {name: buffer.dtype for name, buffer in half.named_buffers() if "inv_freq" in name}
+    assert frequencies
+    assert set(frequencies.values()) == {torch.float32}
     images = torch.cat([from_pil(image.resize((48, 48))) for image in photographs()[:9]])
     exact, rounded = (reward(images, ["a cat"] * 9) for reward in (whole, half))
     assert rounded.dtype == torch.float32
@@ -101,7 +104,8 @@ def test_weights_in_bf16_give_scores_in_float32(folders: dict[str, Path], family
     assert (exact - rounded).abs().max() < 0.5 * exact.std()
     images.requires_grad_()
     (gradient,) = torch.autograd.grad(half(images, ["a cat"] * 9).sum(), images)
-    assert gradient.isfinite().all() and (gradient.abs().amax((1, 2, 3)) > 0).all()
+    assert gradient.isfinite().all()
+    assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_what_can_not_be_scored_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import (
     AutoTokenizer,
     Qwen2_5_VLConfig,
@@ -17,16 +19,17 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from helpers.published_weights import randomise
+from helpers.published_weights import published_tensors, randomise
 
 # What the published templates do for one message of a user with an image and a text.
 QWEN_CHAT = (
@@ -68,7 +71,14 @@ def byte_tokenizer(folder: Path, special: list[str], chat: str) -> Any:
 
 def text_config(vocabulary: int, **more: Any) -> dict[str, Any]:
     config = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config |= {"bos_token_id": 256, "eos_token_id": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096, "head_dim": 16}
+    config |= {
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "head_dim": 16,
+    }
     return config | more
 
 
@@ -127,3 +137,52 @@ def official_inputs(folder: Path, image: Image.Image, text: str, **changes: Any)
     rows, columns = pixels.pop("rows")[0][0], pixels.pop("cols")[0][0]
     tokens = get_image_prompt_string(rows, columns, 4, "<fake_token_around_image>", "<image>", "<global-img>")
     return {**tokenizer([text.replace("<image>", tokens)], return_tensors="pt"), **pixels}
+
+
+def save_hpsv3(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """A small random HPSv3 in one file with the names of transformers 4.45, and the folder of its tokenizer."""
+    with torch.device("meta"):
+        network = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config))
+    old = {"model.visual.": "visual.", "model.language_model.": "model."}
+    layout = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for new, published in old.items():
+        layout = {published + n.removeprefix(new) if n.startswith(new) else n: shape for n, shape in layout.items()}
+    width = config["text_config"]["hidden_size"]
+    layout |= {"rm_head.0.weight": (1024, width), "rm_head.0.bias": (1024,), "rm_head.3.weight": (16, 1024)}
+    layout |= {"rm_head.3.bias": (16,), "rm_head.5.weight": (2, 16), "rm_head.5.bias": (2,)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(published_tensors(layout), folder / "HPSv3.safetensors")
+    byte_tokenizer(folder / "tokenizer", QWEN_SPECIAL[:-1], QWEN_CHAT)
+    return folder / "HPSv3.safetensors", folder / "tokenizer"
+
+
+def hpsv3_output(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, image: Image.Image, text: str
+) -> Tensor:
+    """What the package hpsv3 computes from the published tensors: mean and log deviation at its own token [2]."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    # qwen_vl_utils resizes to 256 tokens; the processor with its own bounds then leaves the size.
+    height, width = smart_resize(image.height, image.width, 28, 256 * 28 * 28, 256 * 28 * 28)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=14 * 14 * 4 * 4096)([resized], return_tensors="pt")
+    tokens = "<|image_pad|>" * (int(pixels["image_grid_thw"].prod()) // 4)
+    chat = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+    chat += f"{tokens}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer([chat], return_tensors="pt").input_ids
+    network = Qwen2VLModel(Qwen2VLConfig(**config)).eval()
+    names = {"visual.": "visual.", "language_model.": "model."}
+    network.load_state_dict(
+        {
+            name: tensors[old + name.removeprefix(new)]
+            for new, old in names.items()
+            for name in network.state_dict()
+            if name.startswith(new)
+        }
+    )
+    kinds = (ids == config["image_token_id"]).int()
+    states = network(input_ids=ids, mm_token_type_ids=kinds, **pixels).last_hidden_state[0]
+    x = states[ids[0] == tokenizer.convert_tokens_to_ids("<|Reward|>")][0]
+    for layer in (0, 3, 5):
+        x = linear(x if layer == 0 else x.relu(), tensors[f"rm_head.{layer}.weight"], tensors[f"rm_head.{layer}.bias"])
+    return x

@@ -77,7 +77,7 @@ class VisionLanguageModel(nn.Module):
         from transformers import AutoModelForImageTextToText
 
         images = read_images(folder, FAMILIES[model_type(folder)], max_side)
-        model = load_part(AutoModelForImageTextToText, folder, PRECISIONS[precision]).eval()
+        model = load_part(AutoModelForImageTextToText, folder, PRECISIONS[precision], cast_buffers=False).eval()
         return cls(model, read_tokenizer(folder, model.config.text_config.vocab_size), images)
 
     def prompt(self, question: str) -> str:

@@ -77,7 +77,9 @@ class QwenImages:
     def shape(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) to resize an image to: multiples of a token's side, within the bounds."""
         if max(height, width) / min(height, width) > 200:
-            raise DraftuneError(f"a Qwen-VL model reads no image of {height}x{width}: one side is over 200 times longer")
+            raise DraftuneError(
+                f"a Qwen-VL model reads no image of {height}x{width}: one side is over 200 times longer"
+            )
         side = self.patch * self.merge
         sides = [round(n / side) * side for n in (height, width)]
         if math.prod(sides) > self.max_pixels:

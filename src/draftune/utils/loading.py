@@ -48,7 +48,9 @@ def weights_files(folder: Path) -> list[Path]:
     return [path for path, of_file in files.items() if of_file == variant] or list(files)
 
 
-def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def load_part(
+    cls: Any, folder: Path, dtype: torch.dtype = torch.float32, cast_buffers: bool = True, **options: Any
+) -> Any:
     """Load a network of diffusers or transformers from a folder's safetensors.
 
     Inside `without_weights` it is built from its config.
@@ -57,6 +59,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
         cls: The network's class.
         folder: The folder; if it has only a half-precision variant, that is loaded.
         dtype: The network's precision.
+        cast_buffers: Whether buffers get this precision too. In half precision, rotary frequencies would be inexact.
         options: More arguments of `cls.from_pretrained`.
 
     Raises:
@@ -73,7 +76,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
             # `torch_dtype` is the name that all versions of both libraries accept.
             network, info = cls.from_pretrained(folder, torch_dtype=dtype, **options)
             if not getattr(network, "is_quantized", False):
-                network = network.to(dtype)
+                network = network.to(dtype) if cast_buffers else with_parameters(network, dtype)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -108,13 +111,23 @@ def saved_dtype(folder: Path) -> torch.dtype:
     return HALVES.get("".join(dtypes - WHOLE), torch.float32)
 
 
-def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) -> Any:
-    """Build a network of transformers from its config and state dict, in float32 and evaluation mode."""
+def with_parameters(network: Any, dtype: torch.dtype) -> Any:
+    """Cast a network's parameters, not its buffers, in place, and return it."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return network
+
+
+def build_part(
+    cls: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
+    """Build a network of transformers from its config and state dict, in evaluation mode, with parameters of `dtype`."""
     if (mode := fake_mode()) is not None:
         with silence_libraries(), mode:
-            return cls(config, **options).eval()
+            return with_parameters(cls(config, **options).eval(), dtype)
     with silence_libraries():
-        return cls.from_pretrained(None, config=config, state_dict=state, **options).float()
+        network = cls.from_pretrained(None, config=config, state_dict=state, torch_dtype=dtype, **options)
+        return with_parameters(network, dtype)
 
 
 def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -> Any:
