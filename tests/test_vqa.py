@@ -17,6 +17,7 @@ from draftune.rewards import load_reward, parse_reward
 from draftune.rewards.vlm import VisionLanguageModel
 from draftune.rewards.vqa import VQA
 from draftune.utils.images import from_pil
+from draftune.utils.weightless import without_weights
 from helpers.errors import raises
 from helpers.published_weights import photographs
 from helpers.vision_language import FAMILIES, official_inputs, save_vlm
@@ -134,6 +135,14 @@ def test_what_can_not_be_scored_is_refused(folders: dict[str, Path], tmp_path: P
         load_reward(VQA(model=str(copied)))
 
 
+def test_it_is_built_from_its_config_but_not_counted(folders: dict[str, Path]) -> None:
+    with without_weights():
+        reward = load_reward(VQA(model=str(folders["qwen3_vl"])))
+        assert {type(p.data).__name__ for p in reward.parameters()} == {"FakeTensor"}
+        with raises(DraftuneError, "--count"):
+            reward(torch.rand(1, 3, 32, 32), ["a cat"])
+
+
 def test_max_side_bounds_the_input(folders: dict[str, Path]) -> None:
     image = torch.rand(1, 3, 64, 64)
     assert VisionLanguageModel.from_folder(folders["qwen3_vl"]).images(image)[1] == (8, 8)
@@ -144,7 +153,7 @@ def test_max_side_bounds_the_input(folders: dict[str, Path]) -> None:
 
 def test_a_question_trains_the_embedded_model(folders: dict[str, Path], tmp_path: Path) -> None:
     reward = f"vqa(question='Is it red?', model={json.dumps(str(folders['smolvlm']))}, max_side=32)"
-    settings = {"steps": 2, "num_inference_steps": 2, "batch_size": 2, "log_images_steps": 0, "validation_steps": 0}
+    settings = {"steps": 2, "num_inference_steps": 2, "batch_size": 2, "log_images_steps": 0, "eval_prompts": ""}
     result = train("emoji", reward, prompts=["pizza", "sun"], output=str(tmp_path / "run"), **settings)
     assert [row["grad_norm"] > 0 for row in result.metrics] == [True, True]
     assert result.metrics[0]["reward"] != result.metrics[1]["reward"]

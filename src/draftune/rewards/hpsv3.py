@@ -101,13 +101,8 @@ class HPSv3(Reward):
         if not self.token < vocabulary:
             raise DraftuneError(f"the tokenizer in {str(self.folder)!r} has more tokens than {str(self.path)!r}")
         vision = config.vision_config
-        images = QwenImages(
-            vision.patch_size,
-            vision.spatial_merge_size,
-            vision.temporal_patch_size,
-            min_pixels=PIXELS,
-            max_pixels=PIXELS,
-        )
+        sides = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        images = QwenImages(*sides, min_pixels=PIXELS, max_pixels=PIXELS)
         self.vlm = VisionLanguageModel(network, tokenizer, images)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -133,8 +128,8 @@ def hpsv3(weights: str = FILE, tokenizer: str = "Qwen/Qwen2-VL-7B-Instruct", pre
     `weights`: the path of the published HPSv3.safetensors; `tokenizer`: a folder or hub id with Qwen2-VL's tokenizer
     and chat template; `precision`: `bf16`, as by its authors, or `no` (float32); the head and the score are float32.
     Source: Ma et al., 2025, arXiv:2508.03789, MizzenAI/HPSv3 on the hub. Qwen2-VL-7B, 8.3 B parameters, 16.6 GB in
-    bf16, MIT license; input about 200,704 pixels with the image's aspect ratio. Compared with a plain writing of the package hpsv3 1.0.0 on small random
-    weights; never run on the published ones.
+    bf16, MIT license; input about 200,704 pixels with the image's aspect ratio. Compared with a plain writing of the
+    package hpsv3 1.0.0 on small random weights; never run on the published ones.
     Over-optimized: not known.
     """
     return HPSv3(weights, tokenizer, precision)

@@ -18,15 +18,16 @@ from draftune.rewards.clip import model_type
 from draftune.rewards.vlm_images import QwenImages, SmolImages, read_images
 from draftune.rewards.weights import find_network
 from draftune.utils.loading import load_part, load_tokenizer
+from draftune.utils.weightless import fake_mode
 
 FAMILIES = {
-    "qwen2_vl": "qwen",
-    "qwen2_5_vl": "qwen",
-    "qwen3_vl": "qwen",
-    "smolvlm": "smol",
-    "idefics3": "smol",
+    "qwen2_vl": ("qwen", "Qwen2VLForConditionalGeneration"),
+    "qwen2_5_vl": ("qwen", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": ("qwen", "Qwen3VLForConditionalGeneration"),
+    "smolvlm": ("smol", "SmolVLMForConditionalGeneration"),
+    "idefics3": ("smol", "Idefics3ForConditionalGeneration"),
 }
-"""The families of image preprocessing by the `model_type` of the configs."""
+"""The image preprocessing and the class in transformers by the `model_type` of the configs."""
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 """The precisions that a model can be loaded in, by the names of the setting `precision`."""
 
@@ -74,10 +75,11 @@ class VisionLanguageModel(nn.Module):
         Raises:
             DraftuneError: It can't be read, or has no chat template.
         """
-        from transformers import AutoModelForImageTextToText
+        import transformers
 
-        images = read_images(folder, FAMILIES[model_type(folder)], max_side)
-        model = load_part(AutoModelForImageTextToText, folder, PRECISIONS[precision], cast_buffers=False).eval()
+        family, name = FAMILIES[model_type(folder)]
+        images = read_images(folder, family, max_side)
+        model = load_part(getattr(transformers, name), folder, PRECISIONS[precision], cast_buffers=False).eval()
         return cls(model, read_tokenizer(folder, model.config.text_config.vocab_size), images)
 
     def prompt(self, question: str) -> str:
@@ -116,6 +118,9 @@ class VisionLanguageModel(nn.Module):
         Returns:
             The token ids [L], and the last hidden states [L, D].
         """
+        if fake_mode() is not None:
+            # transformers reads the numbers of rows and columns from tensors, which have no values there.
+            raise DraftuneError("the memory of a vision-language reward can't be counted: leave out --count")
         pixels, grid = self.images(image)
         token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         if text.count(token) != 1:

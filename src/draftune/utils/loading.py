@@ -121,7 +121,7 @@ def with_parameters(network: Any, dtype: torch.dtype) -> Any:
 def build_part(
     cls: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any
 ) -> Any:
-    """Build a network of transformers from its config and state dict, in evaluation mode, with parameters of `dtype`."""
+    """Build a network of transformers from its config and state dict, in evaluation mode, parameters in `dtype`."""
     if (mode := fake_mode()) is not None:
         with silence_libraries(), mode:
             return with_parameters(cls(config, **options).eval(), dtype)
