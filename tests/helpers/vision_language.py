@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import (
     AutoTokenizer,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -53,7 +55,7 @@ SMOL_SPECIAL += [f"<row_{row}_col_{column}>" for row in range(1, 9) for column i
 QWEN_PIXELS = {"min_pixels": 32 * 32, "max_pixels": 64 * 64}
 QWEN_PROCESSOR: dict[str, Any] = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2, **QWEN_PIXELS}
 SMOL_PROCESSOR: dict[str, Any] = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3")
 
 
 def byte_tokenizer(folder: Path, special: list[str], chat: str) -> Any:
@@ -85,16 +87,17 @@ def text_config(vocabulary: int, **more: Any) -> dict[str, Any]:
 def save_vlm(folder: Path, family: str, seed: int = 0) -> Path:
     """Save a small random model of a family as its publishers do."""
     torch.manual_seed(seed)
-    if family == "smolvlm":
+    if family in ("smolvlm", "idefics3"):
         tokenizer = byte_tokenizer(folder, SMOL_SPECIAL, SMOL_CHAT)
         text = text_config(len(tokenizer), model_type="llama", pad_token_id=0)
         vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         vision |= {"image_size": 32, "patch_size": 8}
         image = tokenizer.convert_tokens_to_ids("<image>")
-        config: Any = SmolVLMConfig(
+        smol = family == "smolvlm"
+        config: Any = (SmolVLMConfig if smol else Idefics3Config)(
             text_config=text, vision_config=vision, scale_factor=2, image_token_id=image, pad_token_id=0
         )
-        network: Any = SmolVLMForConditionalGeneration(config)
+        network: Any = (SmolVLMForConditionalGeneration if smol else Idefics3ForConditionalGeneration)(config)
         processor = {"image_processor_type": "SmolVLMImageProcessor", **SMOL_PROCESSOR}
     else:
         tokenizer = byte_tokenizer(folder, QWEN_SPECIAL, QWEN_CHAT)
