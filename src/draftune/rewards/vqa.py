@@ -25,7 +25,7 @@ class VQA(Reward):
     Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM or Idefics3. `precision`: `no` (float32) or `bf16`; scores are float32.
     `max_side`: at most so many pixels squared, for SmolVLM the longest side; 0 keeps the model's own.
     With p the probability of the first token of the answer: log p - log(1 - p), or log p(answer) - log p(against).
-    With the default question the sigmoid of the score is VQAScore, P("Yes").
+    With the default question the sigmoid of the score is VQAScore, P("Yes"), by this model instead of its authors'.
     Source: Lin et al., 2024, arXiv:2404.01291; Marafioti et al., 2025, arXiv:2504.05299. The default: SmolVLM-500M,
     Apache-2.0; input up to 2048x2048 in squares of 512x512 and as a whole, which `max_side=512` makes one square.
     Over-optimized: never run on published weights, so not known.
