@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from draftune.cli.main import main
 from draftune.models import FAMILIES, load_model
+from draftune.models.prompt_embeddings import text_encoders
 from draftune.runs.load import read_deltas
 from draftune.settings import Settings
 from draftune.training.memory_count import count_run, network_bytes
@@ -85,3 +87,18 @@ def test_a_lora_of_the_default_layers_is_exported_for_comfyui(
     assert own.layers.keys() == back.layers.keys()
     for name, delta in own.layers.items():
         assert torch.allclose(delta.change, back.layers[name].change, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_text_encoders_in_bf16_are_those_of_diffusers(saved: dict[str, Path], family: str) -> None:
+    """Weights are rounded; computed tables such as rotary frequencies are not."""
+    model = load_model(saved[family], "bf16").to("cpu", "bf16")
+    pipeline = DiffusionPipeline.from_pretrained(saved[family], torch_dtype=torch.bfloat16)
+    for name, encoder in text_encoders(model.pipeline).items():
+        official = getattr(pipeline, name)
+        for kind in ("named_parameters", "named_buffers"):
+            ours, theirs = dict(getattr(encoder, kind)()), dict(getattr(official, kind)())
+            assert ours.keys() == theirs.keys()
+            for key, tensor in ours.items():
+                assert torch.promote_types(tensor.dtype, theirs[key].dtype) == tensor.dtype, key
+                assert torch.equal(tensor.to(theirs[key].dtype), theirs[key]), key

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from draftune.errors import DraftuneError, require, unknown
-from draftune.utils.loading import load_part
+from draftune.utils.loading import cast, load_part
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.tensors import is_quantized_weight
 
@@ -180,7 +180,7 @@ def is_quantized(network: nn.Module) -> bool:
 def move(network: nn.Module, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Move a network to a device and cast its weights; quantized weights are moved only, and keep their layout."""
     if not is_quantized(network):
-        network.to(device=device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+        cast(network, device=device, dtype=dtype, memory_format=layout)
         return
     if next(network.parameters()).device != device:
         network.to(device=device)

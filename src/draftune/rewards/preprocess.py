@@ -140,7 +140,7 @@ def resize(
     Args:
         images: The images.
         shape: Height and width of the result.
-        mode: "bilinear" or "bicubic".
+        mode: "bilinear", "bicubic" or "lanczos".
         window: Rows and columns of the result to compute and return; all by default.
     """
     rows, columns = window or (slice(0, shape[0]), slice(0, shape[1]))
@@ -188,11 +188,13 @@ def pil_weights(size_in: int, size_out: int, mode: str, start: int, stop: int) -
     centers = (torch.arange(start, stop, dtype=torch.float64)[:, None] + 0.5) * scale
     pixels = torch.arange(size_in, dtype=torch.float64)[None]
     stretch = max(scale, 1.0)
-    support = {"bilinear": 1.0, "bicubic": 2.0}[mode] * stretch
+    support = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}[mode] * stretch
     first, last = (centers - support + 0.5).trunc().clamp(min=0), (centers + support + 0.5).trunc()
     x = ((pixels - centers + 0.5) * (1 / stretch)).abs()
     if mode == "bilinear":
         weights = (1 - x).clamp(min=0)
+    elif mode == "lanczos":
+        weights = torch.sinc(x) * torch.sinc(x / 3) * (x < 3)
     else:
         # Keys' cubic with a = -1/2.
         weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5 * (x < 2))

@@ -18,7 +18,7 @@ from draftune.utils.loading import TOKENIZER_FILES, first_line
 from draftune.utils.paths import user_path
 from draftune.utils.weightless import fake_mode
 
-CONFIG_FILES = ["*.json", "*.txt", "*.model"]
+CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 FOLDER_FILES = [*CONFIG_FILES, "*.safetensors"]
 
 

@@ -81,7 +81,7 @@ def load_part(
             # `torch_dtype` is the name that all versions of both libraries accept.
             network, info = cls.from_pretrained(folder, torch_dtype=dtype, **options)
             if not getattr(network, "is_quantized", False):
-                network = network.to(dtype)
+                cast(network, dtype=dtype)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -99,7 +99,7 @@ def config_only(cls: Any, folder: Path, dtype: torch.dtype, mode: Any) -> Any:
     """Build a network from the config in a folder, with fake tensors. Raises DraftuneError if it can't be read."""
     try:
         with silence_libraries(), mode:
-            return from_config(cls, folder).to(dtype)
+            return cast(from_config(cls, folder), dtype=dtype)
     except Exception as error:
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
 
@@ -116,13 +116,34 @@ def saved_dtype(folder: Path, wanted: str | None = None) -> torch.dtype:
     return HALVES.get("".join(dtypes - WHOLE), torch.float32)
 
 
-def build_part(cls: Any, config: Any, state: dict[str, Tensor], **options: Any) -> Any:
-    """Build a network of transformers from its config and state dict, in float32 and evaluation mode."""
+def cast(network: Any, **options: Any) -> Any:
+    """Move or cast a network in place, as by `network.to(**options)`, and return it.
+
+    Tables that a network of transformers computes, such as rotary frequencies, keep their precision. transformers loads
+    them so too: in half precision, positions would be inexact. They are buffers that no file holds.
+    """
+    from transformers import PreTrainedModel
+
+    tables = []
+    if isinstance(network, PreTrainedModel):
+        tables = [(m, name, m._buffers[name]) for m in network.modules() for name in m._non_persistent_buffers_set]
+    network.to(**options)
+    for module, name, table in tables:
+        if table is not None:
+            module._buffers[name] = table.to(options.get("device", table.device))
+    return network
+
+
+def build_part(
+    cls: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
+    """Build a network of transformers from its config and state dict, in evaluation mode, parameters in `dtype`."""
     if (mode := fake_mode()) is not None:
         with silence_libraries(), mode:
-            return cls(config, **options).eval()
+            return cast(cls(config, **options).eval(), dtype=dtype)
     with silence_libraries():
-        return cls.from_pretrained(None, config=config, state_dict=state, **options).float()
+        network = cls.from_pretrained(None, config=config, state_dict=state, torch_dtype=dtype, **options)
+        return cast(network, dtype=dtype)
 
 
 def load_tokenizer(cls: Any, folder: Path, vocabulary: int, at_least: int = 1) -> Any:
