@@ -29,8 +29,8 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
     """Return a function that runs the network calls of an update with `terms` gradient terms of `calls` calls each."""
     model, s = trainer.model, trainer.settings
     prompts = trainer.prompts[: s.batch_size]
-    with torch.no_grad():
-        condition = model.encode(prompts, "", s.guidance_scale > 1)
+    assert model.embeddings is not None  # a trainer has encoded its prompts
+    condition = model.embeddings.condition(prompts, "", s.guidance_scale > 1)
     x = model.noise(torch.Generator().manual_seed(0), len(prompts))
     parameters = list(trainer.train_step.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)

@@ -211,11 +211,12 @@ def test_recommended_targets(folder: Path, tmp_path: Path) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
     ours = drawn(model, "a cat", 0, 5.0)
     draftune.save_lora(model, tmp_path / "lora")
-    for kind in ("diffusers", "merged"):
-        draftune.export_lora(tmp_path / "lora", tmp_path / kind, kind, model=str(folder))
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="pytorch_lora_weights.safetensors")
-    for theirs in (pipeline, DiffusionPipeline.from_pretrained(tmp_path / "merged")):
+    for kind, output in {"diffusers": "lora2", "merged": "merged", "comfyui": "comfyui.safetensors"}.items():
+        draftune.export_lora(tmp_path / "lora", tmp_path / output, kind, model=str(folder))
+    pipelines = [DiffusionPipeline.from_pretrained(path) for path in (tmp_path / "merged", folder, folder)]
+    pipelines[1].load_lora_weights(tmp_path / "lora2", weight_name="pytorch_lora_weights.safetensors")
+    pipelines[2].load_lora_weights(tmp_path, weight_name="comfyui.safetensors")
+    for theirs in pipelines:
         assert (drawing(5.0, SIZE)(theirs, "a cat", 0) - ours).abs().max() <= 1e-3
 
 

@@ -95,7 +95,7 @@ def test_a_merged_step_of_the_prefix_is_that_of_its_first_step() -> None:
     assert seen == [False, True]
 
 
-@pytest.mark.parametrize("family", set(FAMILIES.values()))
+@pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()))
 def test_no_family_bypasses_the_range(family: type[DiffusionModel]) -> None:
     """A family defines `_schedule`; `schedule` marks its steps."""
     assert family.schedule is DiffusionModel.schedule

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import test_sana
-import test_z_image
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -22,9 +20,8 @@ from draftune.models.prompt_embeddings import split, stack, text_encoders
 from draftune.training.trainer import Trainer
 from helpers.embeddings import PROMPTS, direct, files, on_meta, same, tensors
 from helpers.errors import mentions, raises
-from helpers.odd_models import families
+from helpers.every_family import TEXT_FAMILIES, every_family
 
-FAMILIES = ("sd", "sdxl", "sd3", "dev", "schnell", "pixart", "sana", "z_image")
 SMALL: dict[str, Any] = {
     "method": "draft_k(k=1)",
     "batch_size": 2,
@@ -41,9 +38,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("families")
-    others = {"sana": test_sana.save_sana(root / "sana"), "z_image": test_z_image.build(root / "z", {"shift": 6.0})}
-    return families(root) | others
+    return every_family(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture
@@ -61,7 +56,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_rows_equal_direct_encoding(saved: dict[str, Path], prompt_cache: Path, family: str, precision: str) -> None:
     plain = load_model(saved[family], precision).to("cpu", precision)
     model = load_model(saved[family], precision, text_encoders=False).to("cpu", precision)
@@ -91,7 +86,7 @@ def test_the_embedded_model_is_the_same_in_batches_of_any_size() -> None:
         assert same(model.embeddings.condition(prompts, "", True), direct(plain, prompts, "", True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_images_are_the_same(saved: dict[str, Path], family: str) -> None:
     plain, model = load_model(saved[family]), load_model(saved[family], text_encoders=False)
     for each in (plain, model):

@@ -133,6 +133,8 @@ IDS = {
     "black-forest-labs/FLUX.2-klein-base-4B": (50, 4.0),
     "black-forest-labs/FLUX.2-klein-9B": (4, 1.0),
     "lodestones/Chroma1-HD": (35, 5.0),
+    "krea/Krea-2-Raw": (28, 5.5),
+    "krea/Krea-2-Turbo": (8, 0.0),
     "Alpha-VLLM/Lumina-Image-2.0": (50, 4.0),
     "Qwen/Qwen-Image": (50, 4.0),
     "Qwen/Qwen-Image-2512": (50, 4.0),

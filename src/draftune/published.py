@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from draftune.errors import DraftuneError
 from draftune.utils.hub import cached_folder
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
+from draftune.utils.single_file import infer_pipeline, read_header
 
 ATTENTION = "to_q,to_k,to_v,to_out.0"
 """The attention layers of every family; with TEXT_ATTENTION those of the text stream in joint attention."""
@@ -53,6 +55,12 @@ FLUX = FLOW | {"lora_target_modules": f"{ATTENTION},{TEXT_ATTENTION},{FEED_FORWA
 # The layers of train_dreambooth_lora_flux2.py and train_dreambooth_lora_flux2_klein.py. The last two are those of the
 # single blocks, which fuse attention and feed-forward layers.
 FLUX2 = FLOW | {"lora_target_modules": f"{ATTENTION},to_qkv_mlp_proj,attn.to_out"}
+# The layers and the learning rate of train_dreambooth_lora_krea2.py, which the authors of Krea 2 recommend.
+KREA2_LAYERS = (
+    "img_in,final_layer.linear,to_q,to_k,to_v,to_out.0,to_gate,ff.up,ff.down,text_fusion.projector,txt_in.linear_1,"
+    "txt_in.linear_2,time_embed.linear_1,time_embed.linear_2,time_mod_proj"
+)
+KREA2 = FLOW | {"learning_rate": 3e-4, "lora_target_modules": KREA2_LAYERS}
 
 PUBLISHED: dict[str, Defaults] = {
     # The defaults of diffusers' StableDiffusionPipeline, and those of Clark et al., 2023, arXiv:2309.17400.
@@ -86,6 +94,10 @@ PUBLISHED: dict[str, Defaults] = {
     # The defaults of diffusers' ChromaPipeline; its page samples Chroma1-HD with 40 steps, a scale of 3 and a negative
     # prompt. Learning rate and layers are those of FLUX.1: diffusers has no LoRA script for Chroma.
     "chroma": Defaults(35, 5.0, **FLUX),
+    # diffusers' page on Krea2Pipeline: 28 steps and a scale of 4.5 there, which is 5.5 here (Krea2).
+    "krea-2-raw": Defaults(28, 5.5, **KREA2),
+    # The same page: eight steps without guidance.
+    "krea-2-turbo": Defaults(8, 0.0, **KREA2 | {"method": "draft"}),
     # The model card of Alpha-VLLM/Lumina-Image-2.0, with guidance in the first quarter of the steps (Lumina2). Learning
     # rate and layers: diffusers' train_dreambooth_lora_lumina2.py.
     "lumina-2": Defaults(50, 4.0, **FLOW),
@@ -123,6 +135,8 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "stable-diffusion"),
     (r"lodestones/chroma(1-(hd|base))?", "chroma"),
+    (r"krea/krea-2-raw", "krea-2-raw"),
+    (r"krea/krea-2-turbo", "krea-2-turbo"),
     (r"alpha-vllm/lumina-image-2\.0", "lumina-2"),
     (r"qwen/qwen-image(-2512)?", "qwen-image"),
     (r"tongyi-mai/z-image", "z-image"),
@@ -191,6 +205,8 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         return "flux2-klein" if config_of(PIPELINE).get("is_distilled") else "flux2-klein-base"
     if pipeline_class == "ChromaPipeline":
         return "chroma"
+    if pipeline_class == "Krea2Pipeline":
+        return "krea-2-turbo" if config_of(PIPELINE).get("is_distilled") else "krea-2-raw"
     if pipeline_class == "Lumina2Pipeline":
         return "lumina-2"
     if pipeline_class == "QwenImagePipeline":
@@ -217,12 +233,26 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
     return "few-step" if plain and few_steps(config_of("scheduler")) else plain
 
 
-def variant(model: str) -> str | None:
-    """Return the key in PUBLISHED of a folder or hub id; None if its family is unknown before a download."""
-    folder = model_folder(model)
+def variant(model: str, options: ModelOptions = NO_OPTIONS) -> str | None:
+    """Return the key in PUBLISHED of a model's name; None if its family is unknown before a download.
+
+    A checkpoint file has the key of its pipeline.
+    """
+    if is_checkpoint(model):
+        return variant(base, options) if (base := options.base_pipeline or implied_pipeline(model)) else None
+    folder = model_folder(model, options.revision)
     if folder is None:
         return well_known(model)
     return variant_of(read_config(folder / "model_index.json").get("_class_name"), config_reader(folder), model)
+
+
+def implied_pipeline(model: str) -> str | None:
+    """Return the hub id that the tensors of a checkpoint file imply; None if the file can't be read."""
+    try:
+        known = infer_pipeline(read_header(user_path(model)))
+    except DraftuneError:
+        return None  # loading the model reports what is wrong with it
+    return known[1] if known else None
 
 
 def well_known(model: str) -> str | None:
@@ -240,7 +270,7 @@ def variant_of_pipeline(pipeline: Any, name: str = "") -> str | None:
     return variant_of(type(pipeline).__name__, config_of, name)
 
 
-def model_folder(model: str) -> Path | None:
+def model_folder(model: str, revision: str | None = None) -> Path | None:
     """Return the folder of a saved pipeline, by path or hub id; None if it is not on this machine."""
     try:
         folder = user_path(model)
@@ -248,7 +278,7 @@ def model_folder(model: str) -> Path | None:
             return folder
     except (DraftuneError, OSError, ValueError):
         return None
-    return cached_folder(model, "model_index.json")
+    return cached_folder(model, "model_index.json", revision=revision)
 
 
 def config_reader(folder: Path) -> ConfigOf:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.published import ATTENTION, PUBLISHED, variant, variant_of_pipeline, well_known
+from draftune.published import ATTENTION, PUBLISHED, implied_pipeline, variant, variant_of_pipeline, well_known
 from draftune.registry.expression import Value, parse, with_defaults
 from draftune.utils.hub import is_hub_id
 from draftune.utils.logging import logger
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
 
 # Clark et al., 2023, arXiv:2309.17400, section 5: Stable Diffusion 1.4, DDIM, AdamW, a LoRA of rank 8.
@@ -65,12 +66,13 @@ def same_method(first: str, second: str) -> bool:
         return first == second
 
 
-def recommended(model: str) -> dict[str, Any]:
-    """Return the default settings for a model, by its name, folder or hub id."""
+def recommended(model: str, options: ModelOptions = NO_OPTIONS) -> dict[str, Any]:
+    """Return the default settings for a model, by its name, folder, hub id or checkpoint file."""
     if model == "emoji":
         return EMOJI
-    family = variant(model)
-    return PAPER | (PUBLISHED[family]._asdict() if family else {})
+    base = {"base_pipeline": options.base_pipeline or implied_pipeline(model)} if is_checkpoint(model) else {}
+    family = variant(model, options)
+    return PAPER | (PUBLISHED[family]._asdict() if family else {}) | base
 
 
 def recommended_of(pipeline: Any, name: str) -> dict[str, Any]:
@@ -81,19 +83,20 @@ def recommended_of(pipeline: Any, name: str) -> dict[str, Any]:
     return PAPER | PUBLISHED[family]._asdict() | {"mixed_precision": "no"}
 
 
-def tell_sampling(model: str) -> None:
+def tell_sampling(model: str, options: ModelOptions = NO_OPTIONS) -> None:
     """Log the default sampling steps and guidance once for each model for which they are a guess."""
     if model in announced or model == "emoji":
         return
-    family = variant(model)
+    family = variant(model, options)
+    pipeline = (options.base_pipeline or implied_pipeline(model) or "") if is_checkpoint(model) else model
     defaults = PUBLISHED[family or "stable-diffusion"]
     values = (
         f"{defaults.num_inference_steps} steps and guidance {defaults.guidance_scale:g} "
         "(--num-inference-steps, --guidance-scale)"
     )
-    if family is None and is_hub_id(model) and not user_path(model).exists():
-        logger.warning(f"the family of {model!r} is unknown before its download; the defaults are {values}")
-    elif family in ("few-step", "z-image-turbo") and not well_known(model):
+    if family is None and is_hub_id(pipeline) and not user_path(pipeline).exists():
+        logger.warning(f"the family of {pipeline!r} is unknown before its download; the defaults are {values}")
+    elif family in ("few-step", "z-image-turbo") and not well_known(pipeline):
         logger.warning(f"by its scheduler, {model!r} is a few-step model; the defaults are {values}")
     else:
         return

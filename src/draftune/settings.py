@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import types
-import typing
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from functools import cache
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
@@ -17,6 +14,7 @@ from draftune.prompt_files import is_text
 from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
 from draftune.registry.factories import TYPE_NAMES
 from draftune.sampling.step_range import StepRange
+from draftune.utils.model_options import ModelOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
 QUANTIZATIONS = ("none", "bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8")
@@ -27,6 +25,7 @@ SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wi
 """Learning-rate schedules, by their names in `diffusers.optimization`."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+NONE = " | None"
 MOST = 2**63 - 1
 """Largest value of an integer setting."""
 GROUPS = {
@@ -61,7 +60,14 @@ class Settings:
         DraftuneError: a value has the wrong type, is out of range, or does not fit another setting.
     """
 
-    model: str = setting("emoji", "Base model: 'emoji', a diffusers pipeline folder, or a hub id.")
+    model: str = setting(
+        "emoji", "Base model: 'emoji', a diffusers pipeline folder, a hub id, or a file (.safetensors, .gguf)."
+    )
+    base_pipeline: str | None = setting(
+        None, "Pipeline (folder or hub id) that completes a checkpoint file: configs, tokenizers, other networks."
+    )
+    revision: str | None = setting(None, "Branch, tag or commit of the hub id (default: main).")
+    variant: str | None = setting(None, "Variant of the weights, such as fp16 (default: plain weights, if any).")
     prompts: str = setting(
         None,
         "Training prompts: a named set (see 'draftune list prompts') or a file (.txt with one prompt a line, .csv, "
@@ -207,13 +213,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["model"] = checked(next(f for f in fields(self) if f.name == "model"), self.model)
-        defaults = recommended(values["model"])
+        first = ("model", *ModelOptions._fields)
+        values |= {f.name: checked(f, values[f.name]) for f in fields(self) if f.name in first}
+        options = ModelOptions.of(values)
+        options.check(values["model"])
+        defaults = recommended(values["model"], options)
         if isinstance(self.method, str) and not same_method(self.method, defaults["method"]):
             # The recommended number belongs to the recommended method.
             defaults = defaults | {"prefix_reuse_steps": 1}
         if any(values[name] is None for name in SAMPLING):
-            tell_sampling(values["model"])
+            tell_sampling(values["model"], options)
         values |= {name: value for name, value in defaults.items() if values[name] is None}
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, values[f.name]))
@@ -253,22 +262,12 @@ class Settings:
 
 def optional(f: Field[Any]) -> bool:
     """Return whether a setting's type allows None; its empty text then means none."""
-    return isinstance(hints()[f.name], types.UnionType)
-
-
-@cache
-def hints() -> dict[str, Any]:
-    """Return the types of the fields. Cached, since evaluating the annotations is slow."""
-    return typing.get_type_hints(Settings)
+    return str(f.type).endswith(NONE)
 
 
 def kind(f: Field[Any]) -> type:
     """Return the type of a setting's values other than None: str, int, float or bool."""
-    hint = hints()[f.name]
-    if isinstance(hint, types.UnionType):
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    assert isinstance(hint, type)
-    return hint
+    return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).removesuffix(NONE)]
 
 
 def checked(f: Field[Any], value: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.settings import DEVICE, MOST, PRECISIONS, QUANTIZATIONS, Settings
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import check_writable, names_folder, user_path
 
 if TYPE_CHECKING:
@@ -85,7 +86,20 @@ def add_base_model(parser: Arguments) -> None:
     parser.add_argument(
         "--model", type=filled, metavar="MODEL", help="base model (default: the one named in the LoRA's file or run)"
     )
+    add_model_options(parser)
     add_skip_text_encoder(parser)
+
+
+def add_model_options(parser: Arguments) -> None:
+    """Add the options of `ModelOptions`, which say where the model's files come from."""
+    parser.add_argument(
+        "--base-pipeline",
+        type=filled,
+        metavar="MODEL",
+        help="pipeline that completes a checkpoint file (default: that of the LoRA's run, or implied by the file)",
+    )
+    parser.add_argument("--revision", type=filled, metavar="NAME", help="branch, tag or commit of the model's hub id")
+    parser.add_argument("--variant", type=filled, metavar="NAME", help="variant of the model's weights, such as fp16")
 
 
 def add_drawing(parser: argparse.ArgumentParser, scale: bool = True) -> None:
@@ -216,6 +230,7 @@ def load_source(args: argparse.Namespace) -> tuple[DiffusionModel, Settings]:
         args.mixed_precision,
         args.skip_text_encoder_lora,
         args.quantization,
+        ModelOptions.of(args),
     )
     return model, replace(settings, **drawing_flags(args))
 

@@ -6,13 +6,14 @@ import argparse
 
 from draftune.cli.common import (
     Command,
+    add_base_model,
     add_device,
     add_number,
-    add_skip_text_encoder,
     check_numbers,
     filled,
     writing_to,
 )
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import user_path
 
 
@@ -34,10 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--learning-rate", 3e-4, "LR", "learning rate of AdamW, 0 or more and below 1")
     add_number(parser, "--seed", 0, "S", "seed of the prompts' order and the noise")
     parser.add_argument("--output", type=filled, required=True, metavar="DIR", help="folder of the new LoRA")
-    parser.add_argument(
-        "--model", type=filled, metavar="NAME", help="the base model (default: the one named in the LoRA)"
-    )
-    add_skip_text_encoder(parser)
+    add_base_model(parser)
     add_device(parser)
 
 
@@ -59,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             model=args.model,
             skip_text_encoder=args.skip_text_encoder_lora,
+            options=ModelOptions.of(args),
             device=args.device,
             precision=args.mixed_precision,
             quantization=args.quantization,

@@ -17,6 +17,7 @@ from draftune.cli.common import (
     table_output,
     writing_to,
 )
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import folder_output
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from draftune.evaluation.eval_spec import resolve_eval_spec
     from draftune.runs.load import resolve_loras
 
-    loras = resolve_loras(args.sources, args.model, args.skip_text_encoder_lora)
+    loras = resolve_loras(args.sources, args.model, args.skip_text_encoder_lora, ModelOptions.of(args))
     yardstick = resolve_eval_spec(loras, args.prompts, args.reward, args.eval_rewards, args.num_images)
     loras = [replace(tuned, settings=replace(tuned.settings, **drawing_flags(args))) for tuned in loras]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from draftune.cli.common import Command, add_base_model, add_lora, add_number, filled, writing_to
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import user_path
 
 LOAD = {
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
             args.dtype,
             args.model,
             args.skip_text_encoder_lora,
+            ModelOptions.of(args),
         )
     load = LOAD[args.format].format(path=str(path))
     if args.format == "diffusers" and (trained := sampler_options(source_file(args.source, args.best))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from draftune.cli.common import Command, add_base_model, add_weighted_loras, filled, writing_to
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import user_path
 
 
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
 
     loras = [weighted(text) for text in args.loras]
     with writing_to(user_path(args.output)):
-        path = merge_loras(loras, args.output, args.model, args.skip_text_encoder_lora)
+        path = merge_loras(loras, args.output, args.model, args.skip_text_encoder_lora, ModelOptions.of(args))
     print(path.parent)
 
 

@@ -18,6 +18,7 @@ from draftune.cli.common import (
     writing_to,
 )
 from draftune.errors import DraftuneError
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import folder_output, user_path
 
 DEFAULT = "0,0.25,0.5,0.75,1,1.25,1.5"
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.metric_for_best_model:
         parse_criterion(args.metric_for_best_model)
-    tuned = resolve_lora(args.source, args.model, args.skip_text_encoder_lora)
+    tuned = resolve_lora(args.source, args.model, args.skip_text_encoder_lora, ModelOptions.of(args))
     source = user_path(args.source)
     output = folder_output(args.output or str((source if source.is_dir() else source.parent) / "sweep"), "--output")
     yardstick = resolve_eval_spec([tuned], args.prompts, args.reward, args.eval_rewards, args.num_images)

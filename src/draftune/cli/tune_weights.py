@@ -8,6 +8,7 @@ import shlex
 
 from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, writing_to
 from draftune.errors import DraftuneError
+from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import check_writable, user_path
 
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         negative_prompt=args.negative_prompt,
         skip_text_encoder=args.skip_text_encoder_lora,
+        options=ModelOptions.of(args),
         device=args.device,
         mixed_precision=args.mixed_precision,
         quantization=args.quantization,
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     with writing_to(folder):
         search.write(folder)
         if args.merge:
-            merge_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora)
+            merge_loras(search.weights, folder / "lora", args.model, args.skip_text_encoder_lora, ModelOptions.of(args))
     width = max(len(parameter.name) for parameter in search.parameters)
     for parameter in search.parameters:
         print(f"{parameter.name:{width}}  {parameter.start:7.3f} → {search.values[parameter.name]:7.3f}")

@@ -22,6 +22,7 @@ from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler, sampled_first
 from draftune.utils.logging import logger
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.paths import user_path
 
 PROBED = 4
@@ -73,6 +74,7 @@ def distill_lora(
     seed: int = 0,
     model: str | None = None,
     skip_text_encoder: bool = False,
+    options: ModelOptions = NO_OPTIONS,
     device: str = "auto",
     precision: str = "no",
     quantization: str = "none",
@@ -93,6 +95,7 @@ def distill_lora(
         steps_per_trajectory: Optimizer steps on each, at different sampling steps.
         learning_rate: Initial learning rate, 0 or more and below 1.
         group_balance: beta of `balanced_weights`.
+        options: Where the base model's files come from, besides its name.
 
     Raises:
         DraftuneError: A setting is not allowed, or the source does not change the images.
@@ -110,8 +113,8 @@ def distill_lora(
     weights = [weight for weight, group in zip(balance, groups, strict=True) for _ in group]
     if precision == "fp16":
         raise DraftuneError("distillation does not work in fp16: use bf16 or no")
-    tuned = resolve_lora(source, model, skip_text_encoder)
-    deltas = read_deltas(source, tuned.base, skip_text_encoder)
+    tuned = resolve_lora(source, model, skip_text_encoder, options)
+    deltas = read_deltas(source, tuned.base, skip_text_encoder, tuned.options)
     if len(deltas.parts) > 1:
         raise DraftuneError(
             f"the LoRA {source!r} also adapts a text encoder, and only a denoiser's LoRA is distilled: "
@@ -169,7 +172,9 @@ def distill_lora(
         f"{loaded.lora_prefix}.{name.replace(f'.{ADAPTER}.', '.')}": value
         for name, value in lora_parameters(loaded).items()
     }
-    student = LoRADeltas(deltas_of_peft(tensors, 1.0), deltas.base_model, deltas.grid, deltas.lora_steps)
+    student = LoRADeltas(
+        deltas_of_peft(tensors, 1.0), deltas.base_model, deltas.grid, deltas.lora_steps, deltas.base_options
+    )
     return Distilled(student.write(folder, distilled_from=origin), differences)
 
 

@@ -28,6 +28,7 @@ from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler, sampled_first
 from draftune.utils.devices import default_device
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.tables import write_csv, write_json
 
 GUIDANCE = "guidance_scale"
@@ -127,6 +128,7 @@ def tune_weights(
     mixed_precision: str = "no",
     quantization: str = "none",
     skip_text_encoder: bool = False,
+    options: ModelOptions = NO_OPTIONS,
     progress: bool = False,
 ) -> WeightSearch:
     """Maximize the mean reward over the weights of LoRAs and the guidance scale by finite differences and Adam.
@@ -151,6 +153,7 @@ def tune_weights(
         fd_step: h, as a fraction of the range between the bounds, above 0 and below 0.5.
         learning_rate: Adam's, as a fraction of that range, above 0 and below 1.
         num_images: Images of the final comparison, at least 2.
+        options: Where the base model's files come from, besides its name.
 
     Raises:
         DraftuneError: A setting is not allowed, the LoRAs belong to different models, or the reward is not finite.
@@ -166,11 +169,11 @@ def tune_weights(
             f"got {fd_step} and {learning_rate}"
         )
     check_sources(loras, model, guidance_bounds)
-    sources = resolve_loras([source for source, _ in loras], model, skip_text_encoder)
+    sources = resolve_loras([source for source, _ in loras], model, skip_text_encoder, options)
     if len(bases := list(dict.fromkeys(source.base for source in sources))) > 1:
         raise DraftuneError(f"the LoRAs belong to {bases[0]!r} and {bases[1]!r}; if these are one model, set --model")
     check_same_steps([source.source for source in sources])
-    settings = sources[0].settings if sources else Settings(model=model or "")
+    settings = sources[0].settings if sources else Settings(model=model or "", **options._asdict())
     changes: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     changes["negative_prompt"] = negative_prompt
     settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
@@ -188,14 +191,15 @@ def tune_weights(
         loaded = load_base_with_loras(adapters, device, mixed_precision, quantization)
     else:
         chosen = default_device(device)
-        loaded = load_model(settings.model, mixed_precision, quantization, chosen, text_encoders=False)
+        loaded = load_model(
+            settings.model, mixed_precision, quantization, chosen, text_encoders=False, **options._asdict()
+        )
         loaded.to(chosen, mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
     most = max([settings.guidance_scale, *(guidance_bounds or ())])
     loaded.cache_prompts(sampled_first(texts, steps * batch_size + num_images, seed), settings.negative_prompt, most)
     evaluator = WeightEvaluator(loaded, score.to(loaded.device), parameters, texts, settings, seed)
-
     start = torch.tensor([parameter.place for parameter in parameters])
     place, iterates = start.clone(), []
     rows: list[dict[str, float]] = []

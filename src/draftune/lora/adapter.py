@@ -47,12 +47,8 @@ def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: 
     if ADAPTER in getattr(model.denoiser, "peft_config", {}):
         raise DraftuneError(f"{model.name!r} already has a LoRA: load the model again to train another one")
     targets = used_targets(model, [target.strip() for target in targets])
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        target_modules=targets,
-        init_lora_weights="gaussian",
-    )
+    alpha = rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
     with silence_libraries():
         # The method `add_adapter` of diffusers exists only for some classes of networks.
         inject_adapter_in_model(config, model.denoiser, ADAPTER)
@@ -238,14 +234,15 @@ def save_lora(model: LoRATarget, folder: Path | str) -> Path:
     if is_loaded(config):
         # A loaded LoRA can have layers of different ranks and adapt text encoders.
         sampler = json.dumps(model.sampler_metadata)
-        return LoRADeltas(attached_deltas(model), model.name, sampler, model.lora_steps).write(Path(folder))
-    own = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
-    tensors = {f"{part}.{name}": tensor for name, tensor in own.items()}
-    metadata = {"base_model": model.name, SAMPLER_METADATA: json.dumps(model.sampler_metadata)}
-    metadata |= steps_metadata(model.lora_steps)
+        own = LoRADeltas(attached_deltas(model), model.name, sampler, model.lora_steps, model.options)
+        return own.write(Path(folder))
+    trained = get_peft_model_state_dict(model.denoiser, adapter_name=ADAPTER)
+    tensors = {f"{part}.{name}": tensor for name, tensor in trained.items()}
+    sampler = json.dumps(model.sampler_metadata)
     if model.frozen_lora is not None:
         both = model.frozen_lora.add(deltas_of_peft(tensors, config.lora_alpha / config.r))
-        both.base_model, both.grid = model.name, json.dumps(model.sampler_metadata)
-        return both.write(Path(folder))
-    targets = sorted(config.target_modules)
-    return write_lora(Path(folder), tensors, {part: AdapterConfig(config.r, config.lora_alpha, targets)}, metadata)
+        return LoRADeltas(both.layers, model.name, sampler, model.lora_steps, model.options).write(Path(folder))
+    metadata = {"base_model": model.name, SAMPLER_METADATA: sampler}
+    metadata |= steps_metadata(model.lora_steps) | model.options.metadata()
+    lora = AdapterConfig(config.r, config.lora_alpha, sorted(config.target_modules))
+    return write_lora(Path(folder), tensors, {part: lora}, metadata)

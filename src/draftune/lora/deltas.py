@@ -13,6 +13,7 @@ from draftune.errors import DraftuneError
 from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
 from draftune.lora.names import TEXT_ENCODER
 from draftune.sampling.step_range import StepRange
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class LoRADeltas:
         base_model: The name of the base model, if known.
         grid: The timestep settings of the file's metadata, as JSON; "" if there are none.
         lora_steps: The sampling steps on which the LoRA is active.
+        base_options: Where the base model's files come from.
 
     Raises:
         DraftuneError: The LoRA is active on a range of steps and adapts a text encoder, which runs before all steps.
@@ -104,6 +106,7 @@ class LoRADeltas:
     base_model: str | None = None
     grid: str = ""
     lora_steps: StepRange = field(default_factory=StepRange)
+    base_options: ModelOptions = NO_OPTIONS
 
     def __post_init__(self) -> None:
         if not self.lora_steps.is_all and any(part.startswith(TEXT_ENCODER) for part in self.parts):
@@ -180,7 +183,7 @@ class LoRADeltas:
         """Write FOLDER/pytorch_lora_weights.safetensors in diffusers' format and return its path."""
         tensors, rank = self.tensors(dtype)
         if self.base_model:
-            metadata["base_model"] = self.base_model
+            metadata |= {"base_model": self.base_model, **self.base_options.metadata()}
         if self.grid:
             metadata[SAMPLER_METADATA] = self.grid
         metadata |= steps_metadata(self.lora_steps)

@@ -10,6 +10,7 @@ from draftune.lora.deltas import LoRADeltas
 from draftune.lora.names import LAYERS
 from draftune.sampling.step_range import StepRange
 from draftune.utils.logging import logger
+from draftune.utils.model_options import ModelOptions
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The default target modules: the attention layers."""
@@ -22,6 +23,7 @@ class LoRATarget(Protocol):
     lora_prefix: str
     frozen_lora: LoRADeltas | None
     lora_steps: StepRange
+    options: ModelOptions
 
     @property
     def denoiser(self) -> Any: ...

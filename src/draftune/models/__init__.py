@@ -13,9 +13,11 @@ from draftune.models.chroma import Chroma
 from draftune.models.dit import DiT
 from draftune.models.flux import Flux
 from draftune.models.flux2 import Flux2, Flux2Klein
+from draftune.models.krea2 import Krea2
 from draftune.models.loading import (
     LoadOptions,
     encoder_loaders,
+    fetch_configs,
     fetch_pipeline,
     pipeline_folder,
     read_index,
@@ -28,12 +30,15 @@ from draftune.models.quantization import check_quantization
 from draftune.models.qwen_image import QwenImage
 from draftune.models.sana import Sana
 from draftune.models.sana_sprint import SanaSprint
+from draftune.models.single_file import Checkpoint, open_checkpoint
 from draftune.models.stable_diffusion import StableDiffusion
 from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.models.unconditional import Pixels
 from draftune.models.z_image import ZImage
 from draftune.utils.loading import first_line
+from draftune.utils.model_options import ModelOptions
+from draftune.utils.paths import user_path
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,6 +61,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "Flux2Pipeline": Flux2,
     "Flux2KleinPipeline": Flux2Klein,
     "ChromaPipeline": Chroma,
+    "Krea2Pipeline": Krea2,
     "Lumina2Pipeline": Lumina2,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
@@ -73,6 +79,9 @@ def load_model(
     quantization: str = "none",
     device: torch.device | str = "cpu",
     text_encoders: bool = True,
+    base_pipeline: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> DiffusionModel:
     """Load a model.
 
@@ -87,15 +96,20 @@ def load_model(
     To keep a pipeline unchanged, pass a copy (`copy.deepcopy(pipeline)`) or its folder.
 
     Args:
-        model: "emoji", the folder of a saved pipeline, a hub id, or a diffusers pipeline.
+        model: "emoji", the folder of a saved pipeline, a hub id, a checkpoint file (.safetensors or .gguf), or a
+            diffusers pipeline.
         precision: "no", "bf16" or "fp16". Only for weights that are read from files (always safetensors): the precision
             of the denoiser. All other networks have their saved precision with "bf16" and "fp16", and float32 with
             "no". Pass the same precision to `DiffusionModel.to`.
         quantization: "none" or a name in `draftune.models.quantization.BACKENDS`: how the linear layers of a denoiser
-            that is read from files are stored. A pipeline object may be quantized already.
+            that is read from a pipeline's folder are stored. A pipeline object may be quantized already.
         device: The device of quantized weights. Pass the same device to `DiffusionModel.to`.
-        text_encoders: Whether to load the text encoders of a pipeline that is read from files. Otherwise they are
+        text_encoders: Whether to load the text encoders of a pipeline that is read from a folder. Otherwise they are
             loaded when a prompt has to be encoded, and freed afterwards (`draftune.models.prompt_embeddings`).
+        base_pipeline: Only for a checkpoint file: the folder or hub id of the pipeline that gives what the file lacks.
+            Default: the hub id that the file's tensors imply.
+        revision: Branch, tag or commit of the hub id.
+        variant: Variant of the weights, such as "fp16".
 
     Raises:
         DraftuneError: The model does not exist, its pipeline class is not supported, or its components do not fit each
@@ -104,14 +118,52 @@ def load_model(
     check_quantization(quantization, precision, not isinstance(model, (str, Path)))
     if not isinstance(model, (str, Path)):
         return adapted(model, str(getattr(model.config, "_name_or_path", None) or "pipeline"))
-    name = str(model)
-    folder = pipeline_folder(name, fetch_pipeline)
-    adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
-    options = LoadOptions(precision, quantization, device, text_encoders)
-    loaded = adapted(read_pipeline(folder, name, options), name)
-    if not text_encoders and (loaders := encoder_loaders(folder, name, options)):
+    name, source = str(model), ModelOptions(base_pipeline, revision, variant)
+    source.check(name)
+    checkpoint = open_checkpoint(name, source)
+    if checkpoint is None:
+        folder = pipeline_folder(name, fetch_pipeline, source)
+        adapter(read_index(folder, name)["_class_name"])  # refuses an unsupported class before its weights are read
+    elif quantization != "none":
+        raise DraftuneError(
+            f"quantization={quantization} is for pipelines in folders or on the hub, not for the checkpoint file "
+            f"{name!r}: leave it out, or give a GGUF file, whose weights are quantized"
+        )
+    else:
+        folder = checkpoint_folder(checkpoint, source)
+        source = source._replace(base_pipeline=checkpoint.base)
+    # The text encoders of a checkpoint file are read with it.
+    freed = checkpoint is None and not text_encoders
+    options = LoadOptions(precision, quantization, device, not freed, variant)
+    loaded = adapted(read_pipeline(folder, name, options, checkpoint), name)
+    loaded.options = source
+    if freed and (loaders := encoder_loaders(folder, name, options)):
         loaded.embeddings = PromptEmbeddings(loaded, loaders, folder)
     return loaded
+
+
+def checkpoint_folder(checkpoint: Checkpoint, options: ModelOptions) -> Path:
+    """Return the folder of the pipeline that gives what a checkpoint file lacks.
+
+    Raises:
+        DraftuneError: The file belongs to another family, or the pipeline can't be downloaded.
+    """
+    if checkpoint.kind is not None and checkpoint.kind not in FAMILIES:
+        raise DraftuneError(
+            f"{str(checkpoint.header.path)!r} is a checkpoint of a {checkpoint.kind}, which is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    folder = pipeline_folder(checkpoint.base, fetch_configs, options, "--base-pipeline")
+    index = read_index(folder, checkpoint.base)
+    adapter(index["_class_name"])
+    checkpoint.check(index, folder)
+    if folder == user_path(checkpoint.base):
+        return folder
+
+    def fetch_others(name: str, options: ModelOptions) -> Path:
+        return fetch_pipeline(name, options, checkpoint.parts(index))
+
+    return pipeline_folder(checkpoint.base, fetch_others, options, "--base-pipeline")
 
 
 def adapter(pipeline_class: str) -> type[DiffusionModel]:

@@ -25,6 +25,7 @@ from draftune.sampling.schedule import Prediction, Schedule, Step
 from draftune.sampling.step_range import StepRange
 from draftune.utils.devices import DTYPES, layout_of
 from draftune.utils.images import to_pil
+from draftune.utils.model_options import NO_OPTIONS
 from draftune.utils.quiet import silence_libraries
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class DiffusionModel(Family):
     """The steps on which the LoRA is active. On the others the denoiser has no LoRA, not even a frozen one."""
     embeddings: PromptEmbeddings | None = None
     """The cached prompt embeddings, which load the text encoders when they need them; None to encode every batch."""
+
+    options = NO_OPTIONS
+    """Where the model's files came from, besides its name."""
 
     def __init__(self, pipeline: DiffusionPipeline, name: str) -> None:
         """Check the pipeline, then prepare its networks.

@@ -62,7 +62,7 @@ def encoder_identity(model: DiffusionModel, folder: Path, device: torch.device) 
     for part in sorted(parts):
         if part.startswith("text_encoder"):
             files += sorted((folder / part).glob("*.json"))
-            weights += sorted(weights_files(folder / part))
+            weights += sorted(weights_files(folder / part, model.options.variant))
         else:
             files += sorted(path for path in (folder / part).glob("*") if path.is_file())
     kind = type(model)

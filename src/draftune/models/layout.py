@@ -7,14 +7,17 @@ from torch import nn
 from draftune.errors import DraftuneError
 from draftune.models import adapter
 from draftune.models.loading import empty_network, fetch_configs, part_folder, pipeline_folder, read_index
+from draftune.models.single_file import open_checkpoint
 from draftune.utils.loading import first_line
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 
 
-def load_layout(model: str) -> dict[str, nn.Module]:
+def load_layout(model: str, options: ModelOptions = NO_OPTIONS) -> dict[str, nn.Module]:
     """Build the networks that a LoRA can adapt from their configs, without weights.
 
     Args:
         model: A model's name as in `load_model`. For a model on the hub only the configs are downloaded.
+        options: Where its configs come from.
 
     Returns:
         The denoiser and the text encoders as in `DiffusionModel.lora_networks`, with parameters on the device "meta".
@@ -22,11 +25,14 @@ def load_layout(model: str) -> dict[str, nn.Module]:
     Raises:
         DraftuneError: There is no such model, or a config can't be read.
     """
-    source = pipeline_folder(model, fetch_configs)
+    checkpoint = open_checkpoint(model, options)
+    name, option = (checkpoint.base, "--base-pipeline") if checkpoint else (model, "--model")
+    source = pipeline_folder(name, fetch_configs, options, option)
     try:
         index = read_index(source, model)
         denoiser = adapter(index["_class_name"]).lora_prefix
-        encoders = sorted(part for part in index if part.startswith("text_encoder") and index[part][1] is not None)
+        parts = [part for part, entry in index.items() if isinstance(entry, list) and isinstance(entry[-1], str)]
+        encoders = sorted(part for part in parts if part.startswith("text_encoder"))
         networks = {}
         for part in (denoiser, *encoders):
             networks[part] = empty_network(index[part], part_folder(source, part))

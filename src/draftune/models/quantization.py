@@ -98,7 +98,9 @@ def check_quantization(quantization: str, precision: str, loaded: bool = False) 
         require(BACKENDS[quantization].package, f"quantization={quantization}", "quantization")
 
 
-def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, quantization: str, device: torch.device) -> Any:
+def load_denoiser(
+    cls: Any, folder: Path, dtype: torch.dtype, quantization: str, device: torch.device, variant: str | None = None
+) -> Any:
     """Load a network of diffusers. Linear layers are quantized while they are read, or were saved quantized.
 
     Args:
@@ -107,19 +109,20 @@ def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, quantization: str,
         dtype: The precision of all other weights and of the computation.
         quantization: "none" or a name in BACKENDS.
         device: Where the weights are quantized.
+        variant: The variant of the weights to load if the folder has it.
 
     Raises:
         DraftuneError: The network can't be loaded, is quantized already or consists of convolutions.
     """
     saved = saved_quantization(folder)
     if quantization == "none" and not saved:
-        return load_part(cls, folder, dtype)
+        return load_part(cls, folder, dtype, variant)
     if quantization != "none" and saved:
         raise DraftuneError(f"the weights in {str(folder)!r} are saved in {saved} already: leave out --quantization")
     if (mode := fake_mode()) is not None:
         if saved:
             raise DraftuneError(f"the weights in {str(folder)!r} are saved in {saved}: their memory can't be counted")
-        network = load_part(cls, folder, dtype)
+        network = load_part(cls, folder, dtype, variant)
         with mode:
             pack(network, quantization, dtype)
         check_share(network, folder, quantization)
@@ -137,7 +140,7 @@ def load_denoiser(cls: Any, folder: Path, dtype: torch.dtype, quantization: str,
     if device.type != "cpu" or package == "bitsandbytes":
         options["device_map"] = {"": str(device)}
     with bitsandbytes_on_cpu() if device.type == "cpu" else nullcontext():
-        network = load_part(cls, folder, dtype, **options)
+        network = load_part(cls, folder, dtype, variant, **options)
     check_share(network, folder, quantization)
     follow_autocast(network)
     keep_dtype(network)

@@ -15,9 +15,41 @@ from draftune.sampling.checkpointing import checkpointed
 
 TEXT_TOKENS = 512  # the default of diffusers' pipeline call
 NO_NEGATIVE_PROMPT = " "  # of the model card, where guidance is used without a negative prompt
+WHY_CHANNELS = "the transformer's channels for the autoencoder's z_dim"
 
 
-class QwenImage(Flow):
+class VideoDecoded(Flow):
+    """What Qwen-Image and Krea 2 share: packed latents, and an autoencoder for videos."""
+
+    def needs(self) -> Iterator[Need]:
+        vae = self.pipeline.vae
+        yield of_class("vae", vae, ("AutoencoderKLQwenImage",))
+        yield equal("vae.input_channels", vae.config.input_channels, 3, "rewards take color images")
+        channels = vae.config.z_dim
+        yield from moments_needs(vae, channels, optional=False)
+        yield of_class("transformer", self.denoiser, (self.network,))
+        yield equal("transformer.in_channels", self.denoiser.config.in_channels, 4 * channels, WHY_CHANNELS)
+
+    @property
+    def channels(self) -> int:
+        packed: int = self.denoiser.config.in_channels
+        return packed // 4
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        vae, recomputed = self.pipeline.vae, torch.is_grad_enabled() and self.checkpointing != "none"
+        mean, std = (
+            latents.new_tensor(moment)[:, None, None] for moment in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        frame = (latents * std + mean).unsqueeze(2).to(vae.dtype)
+        # `vae.decode` decodes a first frame in the same way, then clamps its pixels, which would remove their gradient.
+        # diffusers has no gradient checkpointing for this autoencoder.
+        blocks = [block for level in vae.decoder.up_blocks for block in (*level.resnets, *(level.upsamplers or ()))]
+        with checkpointed(blocks if recomputed else []):
+            frames: Tensor = vae.decoder(vae.post_quant_conv(frame))
+        return frames.squeeze(2) / 2 + 0.5
+
+
+class QwenImage(VideoDecoded):
     """A QwenImagePipeline: transformer, Qwen2.5-VL as text encoder, autoencoder for videos.
 
     The text embeddings are the language model's last hidden states for a prompt in the pipeline's template. Those of
@@ -30,16 +62,10 @@ class QwenImage(Flow):
     network = "QwenImageTransformer2DModel"
 
     def needs(self) -> Iterator[Need]:
-        transformer, vae, encoder = self.denoiser, self.pipeline.vae, self.pipeline.text_encoder
-        yield of_class("vae", vae, ("AutoencoderKLQwenImage",))
-        yield equal("vae.input_channels", vae.config.input_channels, 3, "rewards take color images")
-        config, channels = transformer.config, vae.config.z_dim
-        yield from moments_needs(vae, channels, optional=False)
-        yield of_class("transformer", transformer, (self.network,))
+        yield from super().needs()
+        config, encoder = self.denoiser.config, self.pipeline.text_encoder
         yield equal("transformer.patch_size", config.patch_size, 2)
-        why = "the transformer's channels for the autoencoder's z_dim"
-        yield equal("transformer.in_channels", config.in_channels, 4 * channels, why)
-        yield equal("transformer.out_channels", config.out_channels, channels, why)
+        yield equal("transformer.out_channels", config.out_channels, self.channels, WHY_CHANNELS)
         why = "diffusers has no such input"
         yield equal("transformer.guidance_embeds", config.guidance_embeds, False, why)
         yield equal("transformer.use_additional_t_cond", config.get("use_additional_t_cond", False), False, why)
@@ -48,11 +74,6 @@ class QwenImage(Flow):
         yield from reader_needs("text_encoder", self.pipeline.tokenizer, encoder)
         width = encoder.config.get_text_config().hidden_size
         yield equal("transformer.joint_attention_dim", config.joint_attention_dim, width, "the width of text_encoder")
-
-    @property
-    def channels(self) -> int:
-        packed: int = self.denoiser.config.in_channels
-        return packed // 4
 
     def unused_layers(self) -> frozenset[str]:
         return unused_context_layers(self.denoiser.transformer_blocks, "transformer_blocks")
@@ -103,16 +124,3 @@ class QwenImage(Flow):
             return output
 
         return unpack(apply_cfg(network, pack(x), len(condition.text), guidance_scale, norm_axis=-1), rows, columns)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        vae, recomputed = self.pipeline.vae, torch.is_grad_enabled() and self.checkpointing != "none"
-        mean, std = (
-            latents.new_tensor(moment)[:, None, None] for moment in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        frame = (latents * std + mean).unsqueeze(2).to(vae.dtype)
-        # `vae.decode` decodes a first frame in the same way, then clamps its pixels, which would remove their gradient.
-        # diffusers has no gradient checkpointing for this autoencoder.
-        blocks = [block for level in vae.decoder.up_blocks for block in (*level.resnets, *(level.upsamplers or ()))]
-        with checkpointed(blocks if recomputed else []):
-            frames: Tensor = vae.decoder(vae.post_quant_conv(frame))
-        return frames.squeeze(2) / 2 + 0.5

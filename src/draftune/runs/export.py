@@ -21,11 +21,13 @@ from draftune.lora.files import steps_metadata
 from draftune.lora.names import in_network
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
+from draftune.models.quantization import is_quantized
 from draftune.runs import load
 from draftune.runs.load import read_deltas
 from draftune.runs.run_dir import run_settings
 from draftune.settings import Settings
 from draftune.utils.logging import logger
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.paths import atomic_write, check_writable, user_path
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.tensors import save_tensors
@@ -47,6 +49,7 @@ def export_lora(
     dtype: str = "fp32",
     model: str | None = None,
     skip_text_encoder: bool = False,
+    options: ModelOptions = NO_OPTIONS,
 ) -> Path:
     """Export a LoRA for another tool.
 
@@ -61,6 +64,7 @@ def export_lora(
         dtype: "fp32" or "fp16".
         model: The base model; the one named in the LoRA's metadata or run by default.
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+        options: Where the base model's files come from, besides its name.
 
     Returns:
         The path of `output`.
@@ -73,7 +77,7 @@ def export_lora(
     path = source_file(source, best)
     check_steps(path, format)
     sampler_options(path)  # fails before anything is written if the run cannot be read
-    lora = read_deltas(path, model, skip_text_encoder).scaled(lora_scale)
+    lora = read_deltas(path, model, skip_text_encoder, options).scaled(lora_scale)
     WRITERS[format](lora, path, target, DTYPES[dtype])
     return target
 
@@ -161,7 +165,7 @@ def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) 
         raise DraftuneError("--format kohya does not support unconditional models: use --format diffusers or merged")
     named, rank = lora.tensors(dtype)
     # Text encoders are numbered if the pipeline has two, even if the LoRA changes only one.
-    numbered = len(lora.parts) > 1 and "text_encoder_2" in load_layout(str(lora.base_model))
+    numbered = len(lora.parts) > 1 and "text_encoder_2" in load_layout(str(lora.base_model), lora.base_options)
     encoders = {"text_encoder": "te1" if numbered else "te", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
     for name, tensor in named.items():
@@ -213,7 +217,12 @@ def training_metadata(settings: Settings) -> dict[str, str]:
 
 def write_merged(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) -> None:
     """Write the base model's pipeline with the LoRA merged into its weights."""
-    model = load_model(str(lora.base_model))
+    model = load_model(str(lora.base_model), **lora.base_options._asdict())
+    if is_quantized(model.denoiser):
+        raise DraftuneError(
+            f"--format merged can't write the quantized weights of {model.name!r}: use --format diffusers, or merge "
+            "into the unquantized model (--model)"
+        )
     model.set_sampler_options(**sampler_options(path))
     merge(model, lora)
     save_pipeline(model, target, dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError
 from draftune.utils.hub import cached_folder
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.paths import user_path
 
 INDEX = "model_index.json"
@@ -37,17 +38,21 @@ class Source:
         path: The absolute path with links resolved.
         stamp: Digest of names, sizes and modification times: equal paths and stamps imply equal contents.
         known: The SHA-256 of each file by its name in the folder, if they were computed before.
+        variant: The variant of a pipeline's weights; "" for plain weights.
+        in_part: Whether only some of the files are loaded, as from the base pipeline of a checkpoint file.
     """
 
     text: str
     path: str
     stamp: str
     known: Mapping[str, str] = field(default_factory=dict)
+    variant: str = ""
+    in_part: bool = False
 
     @cached_property
     def sha256(self) -> dict[str, str]:
         """Return the SHA-256 of each file by its name in the folder; slow for large weights."""
-        return dict(self.known) or fingerprint(Path(self.path))
+        return dict(self.known) or fingerprint(Path(self.path), self.variant)
 
     def holds(self, earlier: Source) -> bool:
         """Return whether the contents equal those of an earlier source.
@@ -59,26 +64,33 @@ class Source:
             return True
         if not earlier.sha256:
             return self.path == earlier.path  # no file in it can be loaded
-        if INDEX in earlier.sha256:
+        if INDEX in earlier.sha256 and not self.in_part:
             return self.sha256 == earlier.sha256
         return earlier.sha256.items() <= self.sha256.items()
 
     def saved(self) -> dict[str, Any]:
         """Return the source for JSON, with the SHA-256 of its files."""
-        return {"text": self.text, "path": self.path, "stamp": self.stamp, "known": self.sha256}
+        return {**asdict(self), "known": self.sha256}
 
 
-def find_source(text: str) -> Source | None:
-    """Return the file or folder on this machine that a name or path in the settings stands for, if there is one."""
+def find_source(text: str, options: ModelOptions = NO_OPTIONS, in_part: bool = False) -> Source | None:
+    """Return the file or folder on this machine that a name or path in the settings stands for, if there is one.
+
+    Args:
+        text: The name or path.
+        options: The revision and the variant of a model.
+        in_part: Whether the files of a pipeline are loaded in part only.
+    """
     try:
         path: Path | None = EMBEDDED.get(text) or user_path(text)
         if path is not None and not path.exists():
-            path = cached_folder(text, INDEX, "config.json")
+            path = cached_folder(text, INDEX, "config.json", revision=options.revision)
         if path is None or not text.strip():
             return None
-        path = path.resolve()
-        facts = [(name, (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in files_of(path)]
-        return Source(text, str(path), hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16])
+        path, variant = path.resolve(), options.variant or ""
+        facts = [(name, (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in files_of(path, variant)]
+        stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return Source(text, str(path), stamp, variant=variant, in_part=in_part)
     except (DraftuneError, OSError, ValueError, AttributeError):
         return None  # loading it reports the error
 
@@ -89,14 +101,14 @@ def same_source(first: str, second: str) -> bool:
     return first == second if a is None or b is None else a.holds(b)
 
 
-def fingerprint(path: Path) -> dict[str, str]:
+def fingerprint(path: Path, variant: str = "") -> dict[str, str]:
     """Return the SHA-256 of each file of a folder by its name in the folder; of a single file under the name "".
 
     Raises:
         DraftuneError: a file cannot be read.
     """
     try:
-        return {name: sha256_of(file) for name, file in files_of(path)}
+        return {name: sha256_of(file) for name, file in files_of(path, variant)}
     except OSError as error:
         raise DraftuneError(f"cannot read {error.filename!r}: {error.strerror}") from error
 
@@ -113,16 +125,16 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
-def files_of(path: Path) -> list[tuple[str, Path]]:
+def files_of(path: Path, variant: str = "") -> list[tuple[str, Path]]:
     """Return (name in the folder, path) of the files to hash, sorted, for a file, pipeline, run or other folder."""
     if path.is_file():
         return [("", path)]
-    files = pipeline_files(path) if (path / INDEX).is_file() else folder_files(path)
+    files = pipeline_files(path, variant) if (path / INDEX).is_file() else folder_files(path)
     return sorted((file.relative_to(path).as_posix(), file) for file in files)
 
 
-def pipeline_files(path: Path) -> Iterator[Path]:
-    """Yield the files that the components of a saved pipeline are loaded from."""
+def pipeline_files(path: Path, variant: str = "") -> Iterator[Path]:
+    """Yield the files that the components of a saved pipeline are loaded from, of a variant also the plain weights."""
     yield path / INDEX
     index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     for part, entry in index.items():
@@ -131,13 +143,18 @@ def pipeline_files(path: Path) -> Iterator[Path]:
             folder = path / part if (path / part).is_dir() else path
             files = {file.name: file for file in folder.iterdir() if file.suffix in LOADED and file != path / INDEX}
             # A half-precision variant is loaded if the plain file is missing.
-            yield from (file for name, file in files.items() if VARIANT.sub("", name) == name or not plain(name, files))
+            yield from (
+                file
+                for name, file in files.items()
+                if variant or VARIANT.sub("", name) == name or not plain(name, files.keys())
+            )
 
 
-def plain(name: str, names: Collection[str]) -> bool:
+def plain(name: str, names: Set[str]) -> bool:
     """Return whether the full-precision form of a file is among these names, as one file or in shards."""
     whole = VARIANT.sub("", name)
-    return whole in names or f"{whole.partition('.')[0].partition('-0')[0]}.safetensors.index.json" in names
+    stem = whole.partition(".")[0].partition("-0")[0]
+    return not names.isdisjoint({whole, f"{stem}.safetensors", f"{stem}.safetensors.index.json"})
 
 
 def folder_files(path: Path) -> Iterator[Path]:

@@ -30,7 +30,10 @@ from draftune.sampling.schedule import SAMPLER_OPTIONS
 from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 from draftune.utils.devices import default_device
+from draftune.utils.hub import cached_folder, is_hub_id
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
+from draftune.utils.single_file import single_file_error
 
 DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
 
@@ -46,6 +49,7 @@ class LoRASource:
         settings: The settings of its run; outside of a run the recommended settings of its model.
         in_run: Whether the LoRA belongs to a run.
         skip_text_encoder: Whether its layers of text encoders are ignored.
+        options: Where the base model's files come from.
     """
 
     source: str
@@ -54,6 +58,7 @@ class LoRASource:
     settings: Settings
     in_run: bool
     skip_text_encoder: bool = False
+    options: ModelOptions = NO_OPTIONS
 
     @property
     def grid(self) -> dict[str, Any]:
@@ -68,7 +73,12 @@ class LoRASource:
     @property
     def drawing(self) -> dict[str, Any]:
         """Return everything that images of the base model depend on, besides prompts and seeds."""
-        return {"model": self.base, **{name: getattr(self.settings, name) for name in DRAWING}, **self.grid}
+        return {
+            "model": self.base,
+            **self.options._asdict(),
+            **{name: getattr(self.settings, name) for name in DRAWING},
+            **self.grid,
+        }
 
 
 def sampler_options(lora: Path, settings: Settings | None) -> dict[str, Any]:
@@ -88,26 +98,41 @@ def sampler_options(lora: Path, settings: Settings | None) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def resolve_lora(source: str, base: str | None = None, skip_text_encoder: bool = False) -> LoRASource:
+def base_options(source: str) -> ModelOptions:
+    """Return where the files of a LoRA's base model come from, by the file's metadata."""
+    with open_safetensors(lora_file(source)) as file:
+        return ModelOptions.from_metadata(file.metadata() or {})
+
+
+def resolve_lora(
+    source: str, base: str | None = None, skip_text_encoder: bool = False, options: ModelOptions = NO_OPTIONS
+) -> LoRASource:
     """Find a LoRA and its base model. No weights are loaded.
 
     Args:
         source: A run's folder, a LoRA file or its folder.
         base: The base model; the one named in the LoRA's metadata or run by default.
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+        options: Where the base model's files come from. Without `base`, the LoRA's metadata have the default.
 
     Raises:
         DraftuneError: there is no LoRA, or its base model is unknown.
     """
     path = lora_file(source)
+    if base is None:
+        options = options.over(base_options(source))
     base = base or base_model(source)
     if base is None:
         raise DraftuneError(f"the LoRA {source!r} does not name its base model: give --model")
-    settings = run_settings(path)
-    return LoRASource(source, path, base, settings or Settings(model=base), settings is not None, skip_text_encoder)
+    options.check(base)
+    run = run_settings(path)
+    settings = run or Settings(model=base, **options._asdict())
+    return LoRASource(source, path, base, settings, run is not None, skip_text_encoder, options)
 
 
-def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: bool = False) -> LoRADeltas:
+def read_deltas(
+    source: Path | str, base: str | None = None, skip_text_encoder: bool = False, options: ModelOptions = NO_OPTIONS
+) -> LoRADeltas:
     """Read the weight differences of a LoRA, by layer of its base model.
 
     Of the base model only configs are read; its weights only for DoRA, which depends on them.
@@ -116,23 +141,34 @@ def read_deltas(source: Path | str, base: str | None = None, skip_text_encoder: 
         source: A run's folder, a LoRA file or its folder.
         base: The base model; the one named in the LoRA's metadata or run by default.
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
+        options: Where the base model's files come from.
 
     Raises:
         DraftuneError: the file cannot be read or does not fit, or the base model cannot be loaded.
     """
-    tuned = resolve_lora(str(source), base)
+    tuned = resolve_lora(str(source), base, options=options)
     file = read_file(tuned.lora)
-    networks = load_model(tuned.base).lora_networks if file.is_dora else load_layout(tuned.base)
-    return fit(file, networks, tuned.base, skip_text_encoder)
+    if file.is_dora:
+        networks: Mapping[str, Any] = load_model(tuned.base, **tuned.options._asdict()).lora_networks
+    else:
+        networks = load_layout(tuned.base, tuned.options)
+    return replace(fit(file, networks, tuned.base, skip_text_encoder), base_options=tuned.options)
 
 
-def resolve_loras(sources: Sequence[str], base: str | None = None, skip_text_encoder: bool = False) -> list[LoRASource]:
+def resolve_loras(
+    sources: Sequence[str],
+    base: str | None = None,
+    skip_text_encoder: bool = False,
+    options: ModelOptions = NO_OPTIONS,
+) -> list[LoRASource]:
     """Find several LoRAs, each once. A LoRA outside of a run gets the settings of the first run of its model.
 
     Raises:
         DraftuneError: one error that lists everything that is wrong.
     """
-    loras = gather(*(partial(resolve_lora, source, base, skip_text_encoder) for source in dict.fromkeys(sources)))
+    loras = gather(
+        *(partial(resolve_lora, source, base, skip_text_encoder, options) for source in dict.fromkeys(sources))
+    )
     runs = {tuned.base: tuned for tuned in reversed(loras) if tuned.in_run}
     return [
         replace(tuned, settings=runs[tuned.base].settings, in_run=True)
@@ -161,17 +197,19 @@ def load_for_sampling(
     precision: str = "no",
     skip_text_encoder: bool = False,
     quantization: str = "none",
+    options: ModelOptions = NO_OPTIONS,
 ) -> tuple[DiffusionModel, Settings]:
     """Load a model for sampling.
 
     Args:
-        source: A model's name, a pipeline's folder, a run's folder, a LoRA file or its folder.
+        source: A model's name, a pipeline's folder, a checkpoint file, a run's folder, a LoRA file or its folder.
         base: The base model of the LoRA; the one named in its metadata or run by default.
         lora_scale: Scale of the LoRA.
         cpu: Whether to use the CPU only.
         precision: "no", "bf16" or "fp16".
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
         quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
+        options: Where the model's files come from.
 
     Returns:
         The model on its device, and the settings to sample with.
@@ -179,11 +217,11 @@ def load_for_sampling(
     Raises:
         DraftuneError: the model or the LoRA cannot be loaded.
     """
-    if source in MODELS or (user_path(source) / "model_index.json").exists():
+    if is_model(source, options) and not (base and is_checkpoint(source)):
         place = default_device(device)
-        model = load_model(source, precision, quantization, place, text_encoders=False).to(place, precision)
-        return model, Settings(model=model.name)
-    tuned = resolve_lora(source, base, skip_text_encoder)
+        model = load_model(source, precision, quantization, place, text_encoders=False, **options._asdict())
+        return model.to(place, precision), Settings(model=model.name, **options._asdict())
+    tuned = resolve_lora(source, base, skip_text_encoder, options)
     model = load_base_with_loras({ADAPTER: tuned}, device, precision, quantization)
     set_lora_scale(model, lora_scale)
     return model, tuned.settings
@@ -204,7 +242,7 @@ def load_base_with_loras(
         DraftuneError: a LoRA does not fit.
     """
     first, place = next(iter(loras.values())), default_device(device)
-    model = load_model(first.base, precision, quantization, place, text_encoders=False)
+    model = load_model(first.base, precision, quantization, place, text_encoders=False, **first.options._asdict())
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After loading the LoRAs, which are converted too.
@@ -213,3 +251,14 @@ def load_base_with_loras(
     model.lora_steps = first.lora_steps
     model.set_size(first.settings.height, first.settings.width)
     return model
+
+
+def is_model(source: str, options: ModelOptions) -> bool:
+    """Return whether a text names a model, not a LoRA: a pipeline's folder, a checkpoint file or a hub id."""
+    path = user_path(source)
+    if is_checkpoint(source):
+        return single_file_error(path, unknown=options.base_pipeline is not None) is not None
+    known = source in MODELS or (path / "model_index.json").exists()
+    # A text of this form that is neither on this machine nor in the cache is more likely a mistyped folder.
+    on_hub = is_hub_id(source) and not path.exists()
+    return known or (on_hub and (any(options) or cached_folder(source, "model_index.json") is not None))

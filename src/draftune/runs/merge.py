@@ -8,7 +8,8 @@ from pathlib import Path
 
 from draftune.errors import DraftuneError
 from draftune.lora import FILE_NAME, LoRADeltas, base_model, open_safetensors
-from draftune.runs.load import check_same_steps, read_deltas
+from draftune.runs.load import base_options, check_same_steps, read_deltas
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.paths import check_writable, user_path
 
 
@@ -17,6 +18,7 @@ def merge_loras(
     output: Path | str,
     model: str | None = None,
     skip_text_encoder: bool = False,
+    options: ModelOptions = NO_OPTIONS,
 ) -> Path:
     """Write the weighted sum of LoRAs as one LoRA.
 
@@ -27,6 +29,7 @@ def merge_loras(
         output: The folder to write. It must be empty, or hold the result of the same merge.
         model: The base model; by default the one that all LoRAs name.
         skip_text_encoder: Whether to ignore the LoRAs' layers of text encoders.
+        options: Where the base model's files come from, besides its name.
 
     Returns:
         The path of the LoRA file.
@@ -39,10 +42,13 @@ def merge_loras(
     merged_from += " without text encoders" if skip_text_encoder else ""
     check_weights(sources)
     check_folder(folder, merged_from=merged_from)
+    if model is None:
+        options = options.over(base_options(str(sources[0][0])))
     base = model or common_base([str(source) for source, _ in sources])
     check_same_steps([source for source, _ in sources])
-    first, *others = [read_deltas(source, base, skip_text_encoder).scaled(weight) for source, weight in sources]
-    merged: LoRADeltas = first
+    loras = [read_deltas(source, base, skip_text_encoder, options).scaled(weight) for source, weight in sources]
+    merged: LoRADeltas = loras[0]
+    others = loras[1:]
     for other in others:
         merged = merged.add(other.layers)
         merged.grid = merged.grid if merged.grid == other.grid else ""

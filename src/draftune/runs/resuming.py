@@ -13,6 +13,7 @@ from draftune.registry.factories import is_in_file, load_from_file, signature_of
 from draftune.runs.fingerprint import Source, find_source
 from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
+from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 
 RESUMABLE_CHANGES = (
     "steps",
@@ -33,6 +34,7 @@ ROUNDING = ("reward_batch_size", "gradient_checkpointing", "offload", "compile",
 """Settings that may differ too: memory, speed and device. They change results by rounding only."""
 COMPUTED = (
     "model",
+    *ModelOptions._fields,
     "reward",
     "reward_normalization_samples",
     "method",
@@ -86,7 +88,7 @@ FIXED = (
 
 CONTENTS = ("prompts", "eval_prompts", "retain_prompts", "init_lora")
 """Settings that are compared by a digest of their contents: prompts, and the weights of a LoRA."""
-SOURCES = ("model", "tiny_decoder")
+SOURCES = ("model", "base_pipeline", "tiny_decoder")
 """Settings that name a model. They are compared by the model's files."""
 CONSTANT = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps."""
@@ -129,7 +131,7 @@ class RunIdentity:
         self.contents = contents
         self.settings: dict[str, Any] = {f.name: f.default for f in fields(Settings)} | dict(settings)
         self.trees = {name: parsed(self.settings[name]) for name in EXPRESSIONS}
-        known = map(find_source, self.names()) if sources is None else (Source(**source) for source in sources)
+        known = map(self.find, self.names()) if sources is None else (Source(**source) for source in sources)
         self.sources = {source.text: source for source in known if source is not None}
 
     def names(self) -> list[str]:
@@ -138,6 +140,13 @@ class RunIdentity:
         for name, kind in EXPRESSIONS.items():
             texts += paths_in(self.trees[name], kind)
         return list(dict.fromkeys(text for text in texts if isinstance(text, str)))
+
+    def find(self, text: str) -> Source | None:
+        """Return the file or folder on this machine that a text in the settings stands for."""
+        base = text == self.settings["base_pipeline"]
+        return find_source(
+            text, ModelOptions.of(self.settings) if base or text == self.settings["model"] else NO_OPTIONS, base
+        )
 
     def saved_sources(self, earlier: RunIdentity | None) -> list[dict[str, Any]]:
         """Return the sources for JSON. Hashes of files that did not change are taken from the earlier run."""

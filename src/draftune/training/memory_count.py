@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from draftune.settings import Settings
 from draftune.training.trainer import Trainer
-from draftune.utils.memory import PeakMemory
+from draftune.utils.memory import PeakMemory, tensors
 from draftune.utils.tensors import stored_tensors
 from draftune.utils.weightless import make_fake, without_weights
 
@@ -101,9 +102,16 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 class Numberless(PeakMemory):
-    """Count memory, and return 1 where a number is read: all values are finite, and no gradient is 0."""
+    """Count memory, and return 1 where a number of a fake tensor is read: all values are finite, no gradient is 0.
+
+    Operations on real tensors alone are computed: the lengths of prompts, by which some networks slice.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = list(tensors((args, kwargs)))
+        if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+            with unset_fake_temporarily():
+                return super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
         return super().__torch_dispatch__(func, types, args, kwargs)

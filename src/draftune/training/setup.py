@@ -35,6 +35,7 @@ from draftune.training.optim import check_optimizer
 from draftune.training.placement import to_device
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
+from draftune.utils.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -108,9 +109,13 @@ def prepare(
         decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
         if not isinstance(model, DiffusionModel):
             # The text encoders are loaded where prompts are encoded, in `to_device`.
-            source = settings.model if model is None else model
             model = load_model(
-                source, settings.mixed_precision, settings.quantization, made.device, text_encoders=False
+                settings.model if model is None else model,
+                settings.mixed_precision,
+                settings.quantization,
+                made.device,
+                text_encoders=False,
+                **ModelOptions.of(settings)._asdict(),
             )
         model.tiny_decoder = load_small_decoder(decoder, model) if decoder else None
     folder.check_shared()

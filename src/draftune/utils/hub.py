@@ -15,13 +15,13 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def cached_folder(name: str, *files: str) -> Path | None:
+def cached_folder(name: str, *files: str, revision: str | None = None) -> Path | None:
     """Return the folder of a hub id in the hub's cache that contains one of these files; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        paths = [try_to_load_from_cache(name, file) for file in files] if is_hub_id(name) else []
+        paths = [try_to_load_from_cache(name, file, revision=revision) for file in files] if is_hub_id(name) else []
     except HFValidationError:
         return None
     return next((Path(path).parent for path in paths if isinstance(path, str)), None)
@@ -72,7 +72,9 @@ def fetch(download: Callable[..., str], name: str, *args: Any, **options: Any) -
         log.setLevel(level)
 
 
-def unreachable(name: str, option: str, file: str = "", error: Exception | None = None) -> DraftuneError:
+def unreachable(
+    name: str, option: str, file: str = "", error: Exception | None = None, selected: str = ""
+) -> DraftuneError:
     """Return the error for a model that is neither on this machine nor can be downloaded.
 
     Args:
@@ -80,12 +82,18 @@ def unreachable(name: str, option: str, file: str = "", error: Exception | None 
         option: The command line option that takes the model's folder or file.
         file: The one file that is needed; empty for the whole repository.
         error: The exception of huggingface_hub, which can mean that the repository or file does not exist.
+        selected: The selected revision and variant, to be appended to the name.
     """
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    what, kind = (f"{file!r} of {name!r}", "path") if file else (repr(name), "folder")
+    what, kind = (f"{file!r} of {name!r}", "path") if file else (f"{name!r}{selected}", "folder")
     # LocalEntryNotFoundError, raised without a network, is a subclass of EntryNotFoundError.
-    if isinstance(error, (EntryNotFoundError, RepositoryNotFoundError)) and not isinstance(
+    if isinstance(error, (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)) and not isinstance(
         error, LocalEntryNotFoundError
     ):
         return DraftuneError(f"there is no {what} on the hub, or none that you may read ({option})")

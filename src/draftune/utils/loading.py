@@ -26,29 +26,36 @@ VARIANTS = ("fp16", "bf16")
 """The variants of diffusers and transformers, for weights saved in half precision."""
 
 
-def weights_variant(folder: Path) -> str | None:
-    """Return the variant to load if a folder has no plain weights, such as "fp16"; None if it has plain ones.
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Return whether a folder has weights of a variant; None stands for plain weights.
 
     A variant is one file, such as diffusion_pytorch_model.fp16.safetensors, or several files with an index.
     """
-    for variant in (None, *VARIANTS):
-        dot = f".{variant}" if variant else ""
-        for stem in WEIGHTS:
-            if (folder / f"{stem}{dot}.safetensors").is_file():
-                return variant
-            if (folder / f"{stem}.safetensors.index{dot}.json").is_file():
-                return variant
-    return None
+    dot = f".{variant}" if variant else ""
+    names = [f"{stem}{end}" for stem in WEIGHTS for end in (f"{dot}.safetensors", f".safetensors.index{dot}.json")]
+    return any((folder / name).is_file() for name in names)
 
 
-def weights_files(folder: Path) -> list[Path]:
+def weights_variant(folder: Path, wanted: str | None = None) -> str | None:
+    """Return the variant to load from a folder, None for plain weights.
+
+    It is `wanted` if the folder has it, else none, else a half-precision variant if there are no plain weights.
+    """
+    variants = (*([wanted] if wanted else []), None, *VARIANTS)
+    return next((variant for variant in variants if has_variant(folder, variant)), None)
+
+
+def weights_files(folder: Path, wanted: str | None = None) -> list[Path]:
     """Return the safetensors files that are loaded from a folder: the plain ones, or those of its variant."""
-    files = {path: next((v for v in VARIANTS if f".{v}" in path.name), None) for path in folder.glob("*.safetensors")}
-    variant = weights_variant(folder)
+    known = [*([wanted] if wanted else []), *VARIANTS]
+    files = {path: next((v for v in known if f".{v}" in path.name), None) for path in folder.glob("*.safetensors")}
+    variant = weights_variant(folder, wanted)
     return [path for path, of_file in files.items() if of_file == variant] or list(files)
 
 
-def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def load_part(
+    cls: Any, folder: Path, dtype: torch.dtype = torch.float32, wanted: str | None = None, **options: Any
+) -> Any:
     """Load a network of diffusers or transformers from a folder's safetensors.
 
     Inside `without_weights` it is built from its config.
@@ -57,6 +64,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
         cls: The network's class.
         folder: The folder; if it has only a half-precision variant, that is loaded.
         dtype: The network's precision.
+        wanted: The variant to load if the folder has it.
         options: More arguments of `cls.from_pretrained`.
 
     Raises:
@@ -65,7 +73,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype = torch.float32, **opti
     """
     if (mode := fake_mode()) is not None:
         return config_only(cls, folder, dtype, mode)
-    if (variant := weights_variant(folder)) is not None:
+    if (variant := weights_variant(folder, wanted)) is not None:
         options["variant"] = variant
     options = {"ignore_mismatched_sizes": True, **options, "use_safetensors": True, "output_loading_info": True}
     try:
@@ -96,11 +104,11 @@ def config_only(cls: Any, folder: Path, dtype: torch.dtype, mode: Any) -> Any:
         raise DraftuneError(f"no {cls.__name__} in {str(folder)!r}: {first_line(error)}") from error
 
 
-def saved_dtype(folder: Path) -> torch.dtype:
+def saved_dtype(folder: Path, wanted: str | None = None) -> torch.dtype:
     """Return the precision of a folder's safetensors: a half precision if all weights have it, or float32."""
     try:
         dtypes = set()
-        for path in weights_files(folder):
+        for path in weights_files(folder, wanted):
             with safe_open(path, "pt") as file:
                 dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
