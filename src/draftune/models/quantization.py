@@ -188,11 +188,13 @@ def keep_dtype(network: Any) -> None:
             # A LoRA renames linear layers.
             if parameter.is_floating_point() and not isinstance(module, nn.Linear):
                 path = f"{name}.{key}".removeprefix(".")
-                own = {
-                    "dtype": property(lambda self, path=path: self.get_parameter(path).dtype),
-                    "__module__": kind.__module__,
-                }
-                network.__class__ = type(kind.__name__, (kind,), own)
+
+                def dtype(network: Any, path: str = path) -> torch.dtype:
+                    found: torch.dtype = network.get_parameter(path).dtype
+                    return found
+
+                members = {"dtype": property(dtype), "__module__": kind.__module__}
+                network.__class__ = type(kind.__name__, (kind,), members)
                 return
 
 
