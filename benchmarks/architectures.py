@@ -1,149 +1,159 @@
-"""Architectures of published models with random weights, or with weights that are never written and use no memory.
+"""Networks and folders of published models, without their weights: each config is checked by its parameter count.
 
-They follow the published configs. Each network's parameter count is checked against the published one.
+`write_folder` writes what `draftune preflight --count` reads of a pipeline: configs, a scheduler and tokenizers, which
+are small but have the published classes. `PIPELINES` builds pipelines with random weights, or with weights that are
+never written and use no memory.
 """
 
 from __future__ import annotations
 
 import openmp  # isort: skip  # noqa: F401 - before torch
 
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
+from diffusers import DiffusionPipeline
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from torch import nn
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from draftune.assets import EMBEDDED
 from draftune.rewards import Reward
 from draftune.rewards.clip import ClipEncoder
-from draftune.rewards.hpsv2 import VIT_H_14, LongestEdge
+from draftune.rewards.hpsv2 import LongestEdge
+from published_configs import MODELS, PARTS, SHORT, TINY_DECODERS
 
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz.,:", "▁", "Ġ", "Ċ"]
+# What the published template of Qwen 3 does for one message of a user.
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think>{% endif %}{% endif %}"
+)
+SPECIAL = {
+    "t5": ("<pad>", "</s>", "<s>", "<unk>"),
+    "gemma": ("<pad>", "<eos>", "<bos>", "<unk>"),
+    "qwen": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
 }
-SD14_UNET: dict[str, Any] = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-    "attention_head_dim": 8,
-}
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-CLIP_L: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-CLIP_G: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
-FLUX: dict[str, Any] = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-FLUX_VAE = VAE | {
-    "latent_channels": 16,
-    "sample_size": 1024,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-T5_XXL: dict[str, Any] = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
-SCHEDULER: dict[str, Any] = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
-PUBLISHED = {
-    "SD 1.4 UNet": 859_520_964,
-    "SDXL UNet": 2_567_463_684,
-    "CLIP-L text": 123_060_480,
-    "CLIP bigG text": 694_659_840,
-    "VAE": 83_653_863,
-    "FLUX.1-dev transformer": 11_901_408_320,
-    "FLUX.1 VAE": 83_819_683,
-    "T5-XXL encoder": 4_762_310_656,
-    "CLIP ViT-H/14": 986_109_441,
-}
-"""Number of parameters of each network."""
+"""The special tokens: padding, end, start and, if there is one, the token of unknown text."""
+TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5TokenizerFast", "gemma": "GemmaTokenizerFast", "qwen": "Qwen2Tokenizer"}
+"""The class of each kind of tokenizer."""
 
 
-def architecture(name: str, make: Callable[[], nn.Module], dtype: torch.dtype, fill: bool) -> Any:
-    """Build a network named in PUBLISHED. Raise ValueError if its parameter count is not the published one.
+def class_of(kind: str) -> Any:
+    """Return a class of diffusers or transformers."""
+    return getattr(diffusers if hasattr(diffusers, kind) else transformers, kind)
+
+
+def entry(kind: str) -> list[str]:
+    """Return a class as an entry of model_index.json."""
+    return ["diffusers" if hasattr(diffusers, kind) else "transformers", kind]
+
+
+def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Build a network of PARTS on the device "meta".
+
+    Raises:
+        ValueError: Its parameter count is not the published one.
+    """
+    part = PARTS[name]
+    kind = class_of(part.kind)
+    with torch.device("meta"):
+        network = kind(**part.config) if entry(part.kind)[0] == "diffusers" else kind(kind.config_class(**part.config))
+    if (count := sum(parameter.numel() for parameter in network.parameters())) != part.parameters:
+        raise ValueError(f"{name} has {count:,} parameters, not {part.parameters:,}")
+    return network.to(dtype)
+
+
+def write_folder(model: str, folder: Path) -> Path:
+    """Write the folder of a pipeline of MODELS without weights, and return it.
+
+    Raises:
+        ValueError: A network's parameter count is not the published one.
+    """
+    published = MODELS[model]
+    scheduler, options = published.scheduler
+    index = {"_class_name": published.kind, "scheduler": entry(scheduler), **(published.index or {})}
+    for part, name in published.networks.items():
+        write_config(name, folder / part)
+        index[part] = entry(PARTS[name].kind)
+    for part, kind in published.tokenizers.items():
+        write_tokenizer(kind, folder / part)
+        index[part] = entry(TOKENIZERS[kind])
+    class_of(scheduler)(**options).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_config(name: str, folder: Path) -> None:
+    """Write the config of a network of PARTS."""
+    network = empty(name)
+    if entry(PARTS[name].kind)[0] == "diffusers":
+        network.save_config(folder)
+    else:
+        network.config.save_pretrained(folder)
+
+
+def write_tokenizer(kind: str, folder: Path) -> None:
+    """Write a small tokenizer: CLIP's is the embedded model's, the tokens of all others are letters.
+
+    A prompt has more tokens than with the published tokenizer.
+    """
+    if kind == "clip":
+        tokenizer().save_pretrained(folder)
+        return
+    special = SPECIAL[kind]
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=False))
+    if kind == "qwen":
+        folder.mkdir(parents=True)
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate([*special, *LETTERS])}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        letters = transformers.Qwen2Tokenizer.from_pretrained(folder, **names, unk_token=special[0])
+        letters.chat_template = CHAT
+    else:
+        pieces = Tokenizer(
+            Unigram([(token, -float(i >= len(special))) for i, token in enumerate([*special, *LETTERS])], 3)
+        )
+        letters = PreTrainedTokenizerFast(tokenizer_object=pieces, model_max_length=512, **names)
+    letters.save_pretrained(folder)
+
+
+def write_clip(folder: Path) -> Path:
+    """Write the folder of a reward with ViT-H/14, for `hpsv2` and `pickscore`: config, preprocessing and tokenizer.
+
+    The vocabulary has the published size, which `hpsv2` checks.
+    """
+    write_config("CLIP ViT-H/14", folder)
+    words = {word: i for i, word in enumerate(tokenizer().get_vocab())}
+    size = PARTS["CLIP-L text"].config["vocab_size"]
+    vocabulary = words | {f"word {i}": i for i in range(len(words), size)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPImageProcessorPil().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_decoder(name: str, folder: Path) -> Path:
+    """Write the folder of a tiny decoder of TINY_DECODERS without weights."""
+    diffusers.AutoencoderTiny(latent_channels=TINY_DECODERS[name]).save_config(folder)
+    return folder
+
+
+def architecture(name: str, dtype: torch.dtype, fill: bool) -> Any:
+    """Build a network of PARTS on the CPU.
 
     Without `fill` the weights are never written. On most systems they then use no memory.
+
+    Raises:
+        ValueError: Its parameter count is not the published one.
     """
-    with torch.device("meta"):
-        network = make().to(dtype)
-    if (count := sum(p.numel() for p in network.parameters())) != PUBLISHED[name]:
-        raise ValueError(f"{name} has {count:,} parameters, not {PUBLISHED[name]:,}")
-    network = network.to_empty(device="cpu").eval()
+    network = empty(name, dtype).to_empty(device="cpu").eval()
     if hasattr(network, "tie_weights"):
         network.tie_weights()  # `to_empty` gives each name a tensor of its own
     return filled(network) if fill else network
@@ -170,49 +180,23 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(EMBEDDED["emoji"] / "tokenizer", model_max_length=77)
 
 
-def sd14(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
-    build = partial(architecture, dtype=dtype, fill=fill)
-    return StableDiffusionPipeline(
-        unet=build("SD 1.4 UNet", lambda: UNet2DConditionModel(**SD14_UNET)),
-        vae=build("VAE", lambda: AutoencoderKL(**VAE, sample_size=512, scaling_factor=0.18215)),
-        text_encoder=build("CLIP-L text", lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
-        tokenizer=tokenizer(),
-        scheduler=DDIMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+def pipeline(model: str, dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
+    """Build a pipeline of MODELS whose tokenizers are CLIP's, see `architecture`."""
+    published = MODELS[model]
+    scheduler, options = published.scheduler
+    made: DiffusionPipeline = class_of(published.kind)(
+        **{part: architecture(name, dtype, fill) for part, name in published.networks.items()},
+        **{part: tokenizer() for part in published.tokenizers},
+        **{key: None if value == [None, None] else value for key, value in (published.index or {}).items()},
+        scheduler=class_of(scheduler)(**options),
     )
+    return made
 
 
-def sdxl(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
-    build = partial(architecture, dtype=dtype, fill=fill)
-    return StableDiffusionXLPipeline(
-        unet=build("SDXL UNet", lambda: UNet2DConditionModel(**SDXL_UNET)),
-        vae=build("VAE", lambda: AutoencoderKL(**VAE, sample_size=1024, scaling_factor=0.13025, force_upcast=True)),
-        text_encoder=build("CLIP-L text", lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
-        text_encoder_2=build("CLIP bigG text", lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G))),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        scheduler=DDIMScheduler(**SCHEDULER),
-        add_watermarker=False,
-    )
-
-
-def flux(dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
-    build = partial(architecture, dtype=dtype, fill=fill)
-    return FluxPipeline(
-        transformer=build("FLUX.1-dev transformer", lambda: FluxTransformer2DModel(**FLUX)),
-        vae=build("FLUX.1 VAE", lambda: AutoencoderKL(**FLUX_VAE)),
-        text_encoder=build("CLIP-L text", lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
-        text_encoder_2=build("T5-XXL encoder", lambda: T5EncoderModel(T5Config(**T5_XXL))),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),  # only the number of tokens matters
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-    )
-
-
-HUB = {"CompVis/stable-diffusion-v1-4": "sd14", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl"}
-PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {"sd14": sd14, "sdxl": sdxl, "flux": flux}
+PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {
+    name: partial(pipeline, SHORT[name]) for name in ("sd14", "sdxl")
+}
+"""Builds the pipelines that can be filled with weights, by short name."""
 
 
 class ViTH(Reward):
@@ -222,7 +206,7 @@ class ViTH(Reward):
 
     def __init__(self, fill: bool) -> None:
         super().__init__()
-        clip = architecture("CLIP ViT-H/14", lambda: CLIPModel(CLIPConfig(**VIT_H_14)), torch.float32, fill)
+        clip = architecture("CLIP ViT-H/14", torch.float32, fill)
         self.clip = ClipEncoder(clip, tokenizer(), LongestEdge(224))
 
     def score(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:

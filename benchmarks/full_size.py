@@ -2,16 +2,15 @@
 
     python benchmarks/full_size.py real sd14 mixed_precision=bf16 num_inference_steps=2
     python benchmarks/full_size.py count sdxl method='draft_k(k=5)' batch_size=4
-    python benchmarks/full_size.py count flux --keep-text-encoders mixed_precision=bf16
+    python benchmarks/full_size.py count flux mixed_precision=bf16 quantization=bnb_4bit
     python benchmarks/full_size.py table sd14
-    python benchmarks/full_size.py presets
+    python benchmarks/full_size.py presets zimage-16gb
 
-Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer. `count` runs the same trainer
-on fake tensors (torch's FakeTensorMode): all operations are dispatched and live bytes are summed, but nothing is
-computed, so a row takes seconds. Both count memory as `draftune preflight` does on a CPU. `count` frees the text
-encoders before, as a run on a model's folder does. With `--keep-text-encoders` they stay, and every update encodes its
-prompts.
-`table` counts the rows of docs/explanation/memory-and-time.md, `presets` those of the presets.
+Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer, of sd14 and sdxl only.
+`count` writes a folder with the published configs and counts a run on it as `draftune preflight --count` does: all
+operations are dispatched on fake tensors and live bytes are summed, but nothing is computed. Both count memory as
+`draftune preflight` does on a CPU. A count also has the bytes of the text encoders, which are freed before an update.
+`table` counts the rows of docs/explanation/memory-and-time.md, `presets` all presets or those that are named.
 """
 
 from __future__ import annotations
@@ -25,90 +24,55 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderTiny
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from architectures import HUB, PIPELINES, ViTH
-from draftune.models import DiffusionModel, load_model
-from draftune.models.prompt_embeddings import PromptEmbeddings, mapped, text_encoders
+from architectures import PIPELINES, ViTH, write_clip, write_folder, write_tiny_decoder
+from draftune.models.base import DTYPES
 from draftune.presets import PRESETS, read_yaml
-from draftune.training.memory_count import MemoryCount, Numberless, network_bytes
-from draftune.training.memory_count import count as counted
+from draftune.recommended import recommended
+from draftune.settings import Settings
+from draftune.training.memory_count import MemoryCount, count_run, network_bytes
 from draftune.training.trainer import Trainer
-from draftune.utils.devices import DTYPES
 from draftune.utils.memory import peak_memory
-from draftune.utils.weightless import make_fake, without_weights
+from published_configs import MODELS, PARTS, SHORT
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
 # Memory does not depend on the number of prefix steps, so that one is enough.
 DEFAULTS: dict[str, Any] = {"method": "draft_k(k=1)", "batch_size": 1, "guidance_scale": 7.5, "num_inference_steps": 2}
 SIZES = {"sd14": (512, 768, 1024), "sdxl": (768, 1024)}
+LONG = " ".join(["cat"] * 300)
+"""A prompt with more tokens than any text encoder reads: some models have as many embeddings as tokens."""
+FEWER_STEPS: dict[str, dict[str, Any]] = {
+    "draft_lv": {"num_inference_steps": 2},
+    "refl": {"num_inference_steps": 2, "method": "refl(m=1)"},
+}
+"""Fewer prefix steps for a count of presets, by the name of the method: the peak is in the steps with gradient."""
 
 
 @contextmanager
-def trainer(model: str, fill: bool, settings: Mapping[str, Any], keep: bool = False) -> Iterator[Trainer]:
-    """Yield a trainer for a model of PIPELINES. Default reward: ViT-H. Without `fill` no weights are written.
-
-    `keep`: whether the text encoders stay in memory and encode the prompts of every update.
-    """
+def trainer(model: str, settings: Mapping[str, Any]) -> Iterator[Trainer]:
+    """Yield a trainer for a model of PIPELINES with random weights. Default reward: ViT-H."""
     with TemporaryDirectory() as folder:
         values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "device": "cpu"}
         if values.get("tiny_decoder"):
             values["tiny_decoder"] = f"{folder}/small"
             AutoencoderTiny().save_pretrained(f"{folder}/small")
-        reward = values.pop("reward", None) or ViTH(fill)
+        reward = values.pop("reward", None) or ViTH(True)
         dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
-        loaded = load_model(PIPELINES[model](dtype, fill))
-        if not fill:
-            loaded.embeddings = Kept(loaded) if keep else freed(loaded)
-        made = Trainer(loaded, reward, **values)
-        if keep:
-            made.model.embeddings = None
+        made = Trainer(PIPELINES[model](dtype, True), reward, **values)
         made.train_step.folder = None
         yield made
 
 
-class Kept(PromptEmbeddings):
-    """Encode nothing in advance."""
-
-    def prepare(self, *args: Any, **options: Any) -> None:
-        """Leave the text encoders where they are."""
-
-
-def freed(model: DiffusionModel) -> PromptEmbeddings:
-    """Return embeddings of zeros for a model, whose text encoders are removed, as in a run on a model's folder."""
-    pipeline, encode, mode = model.pipeline, model.encode, FakeTensorMode()
-    encoders = text_encoders(pipeline)
-    with mode:
-        for part in encoders.values():
-            make_fake(part)
-
-    def put(parts: Mapping[str, nn.Module]) -> None:
-        for name, part in parts.items():
-            setattr(pipeline, name, part)
-
-    def zeros(*args: Any) -> Any:
-        empty = text_encoders(pipeline)
-        put(encoders)
-        with mode, Numberless():
-            condition = encode(*args)
-        put(empty)
-        return mapped(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), condition)
-
-    put({name: nn.Module() for name in encoders})
-    model.encode = zeros  # type: ignore[method-assign]
-    return PromptEmbeddings(model, dict.fromkeys(encoders, nn.Module))
-
-
 def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Return the first update's peak memory, the process's peak, and wall and CPU seconds of each update."""
-    with trainer(model, True, settings) as made:
+    with trainer(model, settings) as made:
         result: dict[str, Any] = {"held": network_bytes(made), "rss_before": rss()}
         start = time.perf_counter(), time.process_time()
         result["peak"] = peak_memory(lambda: made.train_step.run(1))
@@ -122,10 +86,29 @@ def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]
         return {**result, "rss": rss(), "times": times}
 
 
-def count(model: str, settings: Mapping[str, Any], keep: bool = False) -> dict[str, Any]:
-    """Return the bytes of the networks, the peaks of an update and of sampling a batch, and the optimizer state."""
-    with trainer(model, False, settings, keep) as made, without_weights() as mode:
-        return counted(made, mode)._asdict()
+def count(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bytes of a run: text encoders, networks without them, optimizer state, update, sampling a batch.
+
+    Args:
+        settings: Settings of `draftune train`. The model is a hub id of MODELS, the tiny decoder one of TINY_DECODERS,
+            the reward `hpsv2`, `pickscore` or none that has files.
+    """
+    with TemporaryDirectory() as root:
+        folder, values = Path(root), {"reward": "pickscore", **settings}
+        model, decoder = values["model"], values.get("tiny_decoder")
+        texts = [name for part, name in MODELS[model].networks.items() if part.startswith("text_encoder")]
+        values["model"] = str(write_folder(model, folder / "model"))
+        if decoder:
+            values["tiny_decoder"] = str(write_tiny_decoder(decoder, folder / "decoder"))
+        if values["reward"] in ("hpsv2", "pickscore"):
+            clip = write_clip(folder / "clip")
+            files = {"hpsv2": f'weights="none", tokenizer="{clip}"', "pickscore": f'model="{clip}"'}
+            values["reward"] = f"{values['reward']}({files[values['reward']]})"
+        (folder / "prompts.txt").write_text(LONG)
+        asked = Settings(**{**values, "prompts": str(folder / "prompts.txt"), "output": str(folder / "run")})
+        width = (DTYPES[asked.mixed_precision] or torch.float32).itemsize
+        encoders = width * sum(PARTS[name].parameters for name in texts)
+        return {"text_encoders": encoders, **count_run(asked)._asdict()}
 
 
 def rss() -> int:
@@ -133,20 +116,23 @@ def rss() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1, keep: bool = False) -> dict[str, Any]:
+def measure(what: str, model: str, settings: Mapping[str, Any], rounds: int = 1) -> dict[str, Any]:
     """Measure one row and print it as a line of JSON."""
     try:
-        result = real(model, settings, rounds) if what == "real" else count(model, settings, keep)
+        if what == "real":
+            result = real(model, settings, rounds)
+        else:
+            result = count({**DEFAULTS, "model": SHORT[model], **settings})
     except Exception as error:
         result = {"failed": f"{type(error).__name__}: {error}"[:300]}
     print(json.dumps({"what": what, "model": model, **settings, **result}), flush=True)
     return result
 
 
-def table(model: str, keep: bool = False) -> None:
+def table(model: str) -> None:
     """Count every row of one model's tables."""
     for cell in cells(model):
-        measure("count", model, {"mixed_precision": "bf16", **cell}, keep=keep)
+        measure("count", model, {"mixed_precision": "bf16", **cell})
 
 
 def cells(model: str) -> Iterator[dict[str, Any]]:
@@ -159,42 +145,51 @@ def cells(model: str) -> Iterator[dict[str, Any]]:
     yield {"mixed_precision": "no", "batch_size": 4}
     yield {"batch_size": 4, "reward_batch_size": 4}
     yield {"batch_size": 4, "gradient_checkpointing": "none"}
-    yield {"tiny_decoder": "small"}
+    yield {"tiny_decoder": {"sd14": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}[model]}
     for mode in ("none", "blocks", "denoiser", "both"):
         yield {"method": "draft_k(k=5)", "num_inference_steps": 6, "gradient_checkpointing": mode}
     yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "denoiser"}
 
 
-def presets() -> None:
-    """Count every preset with a ViT-H reward, and print its share of the preset's device memory."""
-    for name, path in PRESETS.items():
-        values = read_yaml(path)
-        model = HUB[values.pop("model")]
-        left_out = ("reward", "prompts", "num_inference_steps")
-        settings = {key: value for key, value in values.items() if key not in left_out}
-        result = measure("count", model, settings)
-        if "update" in result:
-            total = result["networks"] + MemoryCount(**{name: result[name] for name in MemoryCount._fields}).peak
-            room = int(name.rpartition("-")[2].removesuffix("gb")) * 2**30
-            print(f"{name}: {total / 1e9:.2f} GB, {total / room:.0%} of {room / 2**30:.0f} GiB", flush=True)
+def preset_count(name: str) -> tuple[MemoryCount, float]:
+    """Return the count of a preset, and its share of the device's memory."""
+    values = read_yaml(PRESETS[name])
+    method = values.get("method") or recommended(values["model"])["method"]
+    fewer = FEWER_STEPS.get(method.partition("(")[0], {})
+    result = count({**values, **fewer, "gradient_accumulation_steps": 1})
+    if values.get("gradient_accumulation_steps", 1) > 1:
+        # All batches of an update but the first one find the gradients of another one in memory.
+        result["update"] += result["optimizer"] // 2
+    counted = MemoryCount(**{field: result[field] for field in MemoryCount._fields})
+    room = int(name.rpartition("-")[2].removesuffix("gb")) * 2**30
+    return counted, (counted.networks + counted.peak) / room
+
+
+def presets(names: list[str]) -> None:
+    """Count presets, and print the numbers of their comments."""
+    for name in names:
+        counted, share = preset_count(name)
+        networks, update = counted.networks / 1e9, counted.peak / 1e9
+        total = networks + update
+        print(f"{name}: networks {networks:.2f} GB, an update {update:.2f} GB, {total:.2f} GB, {share:.1%}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("real", "count", "table", "presets"))
-    parser.add_argument("model", choices=PIPELINES, nargs="?", default="sd14")
-    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
+    parser.add_argument(
+        "names", nargs="*", metavar="MODEL, PRESET or SETTING=VALUE", help=f"models: {', '.join(SHORT)}"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="updates of `real`")
-    parser.add_argument("--keep-text-encoders", action="store_true", help="count them, and encoding in every update")
-    args = parser.parse_intermixed_args()
-    if args.what == "table":
-        table(args.model, args.keep_text_encoders)
-    elif args.what == "presets":
-        presets()
+    args = parser.parse_args()
+    names = [name for name in args.names if "=" not in name]
+    settings = {name: yaml.safe_load(value) for name, _, value in (s.partition("=") for s in args.names if "=" in s)}
+    if args.what == "presets":
+        presets(names or list(PRESETS))
+    elif args.what == "table":
+        table(names[0])
     else:
-        given = (setting.partition("=") for setting in args.settings)
-        settings = {name: yaml.safe_load(value) for name, _, value in given}
-        measure(args.what, args.model, settings, args.rounds, args.keep_text_encoders)
+        measure(args.what, names[0], settings, args.rounds)
 
 
 if __name__ == "__main__":

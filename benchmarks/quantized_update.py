@@ -30,11 +30,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from architectures import CLIP_L, VAE, filled, tokenizer
+from architectures import filled, tokenizer
 from draftune.models.quantization import BACKENDS
 from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
 from draftune.utils.devices import DTYPES
+from published_configs import CLIP_L, VAE
 
 FLUX: dict[str, Any] = {"in_channels": 64, "attention_head_dim": 128, "num_attention_heads": 24}
 FLUX |= {"joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": (16, 56, 56)}

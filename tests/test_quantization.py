@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from draftune.methods import Batch, DraftK
 from draftune.models import DiffusionModel, load_model
 from draftune.models.quantization import BACKENDS
 from draftune.sampling.sampler import PrefixCache
-from draftune.training.memory_count import network_bytes
+from draftune.settings import Settings
+from draftune.training.memory_count import count_run, network_bytes
 from draftune.training.trainer import Trainer
+from draftune.utils.memory import peak_memory
 from draftune.utils.tensors import stored_tensors
 from helpers.pipelines import add_random_lora
-from helpers.quantized import STEPS, dequantized, opened, quantized_layers, save_wide
+from helpers.quantized import STEPS, dequantized, images, opened, quantized_layers, save_wide
 
 BITS = {"bnb_4bit": 4, "bnb_8bit": 8, "torchao_int8": 8, "torchao_float8": 8}
 K = 2
@@ -141,6 +145,54 @@ def test_training(wide: Path, tmp_path: Path, quantization: str, precision: str)
     theirs = load_model(pipeline)
     theirs.set_size(16, 16)
     assert torch.equal(theirs.sample_tensors(["a cat"], [0], theirs.schedule(STEPS), 1.0), after)
+
+
+def test_counted_memory(wide: Path, tmp_path: Path, quantization: str) -> None:
+    """From configs alone: packed weights take what the backend's weights take."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    values: dict[str, Any] = {
+        "prompts": str(tmp_path / "prompts.txt"),
+        "reward": "emoji_aesthetic",
+        "method": "draft_k(k=2)",
+        "quantization": quantization,
+        "mixed_precision": "bf16",
+        "num_inference_steps": 2,
+        "height": 64,
+        "width": 64,
+        "device": "cpu",
+        "output": str(tmp_path / "run"),
+    }
+    made = Trainer(str(wide), **values)
+    configs = Path(shutil.copytree(wide, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")))
+    counted = count_run(Settings(model=str(configs), **values))
+    # bitsandbytes stores the scales of its 8-bit layers outside of their parameters.
+    rows = sum(layer.out_features for layer in quantized_layers(opened(wide, quantization)).values())
+    assert counted.networks == network_bytes(made) + (4 * rows if quantization == "bnb_8bit" else 0)
+    peak = peak_memory(lambda: made.train_step.run(1))
+    # Its layers also keep their rounded inputs, which are not counted.
+    assert counted.update < peak if quantization == "bnb_8bit" else counted.update == pytest.approx(peak, rel=0.02)
+
+
+def test_activations_have_the_precision_of_autocast(wide: Path, quantization: str) -> None:
+    """As those of plain layers: not that of the norm before them."""
+    model = opened(wide, quantization, "bf16")
+    found = []
+    for layer in quantized_layers(model).values():
+        layer.register_forward_hook(lambda layer, inputs, output: found.append(output.dtype))
+    images(model)
+    assert set(found) == {torch.bfloat16}
+
+
+def test_the_precision_of_a_network_is_not_that_of_its_lora(wide: Path, quantization: str) -> None:
+    """Also if no linear layer has a bias, so that the LoRA's weights are the first ones in floating point."""
+    model = opened(wide, quantization, "bf16")
+    for layer in model.denoiser.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_parameter("bias", None)
+    add_random_lora(model)
+    assert model.denoiser.dtype == torch.bfloat16
+    model.to("cpu", "no")
+    assert model.denoiser.dtype == torch.float32
 
 
 def test_memory(wide: Path, tmp_path: Path, quantization: str) -> None:

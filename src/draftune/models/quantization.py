@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from draftune.errors import DraftuneError, require, unknown
+from draftune.models.packed import PackedLinear, pack
 from draftune.utils.loading import cast, load_part
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.tensors import is_quantized_weight
+from draftune.utils.weightless import fake_mode
 
 
 def bitsandbytes(**options: Any) -> Callable[[torch.dtype], Any]:
@@ -90,6 +92,8 @@ def check_quantization(quantization: str, precision: str, loaded: bool = False) 
         )
     if precision == "fp16":
         raise DraftuneError(f"quantization={quantization} does not work with mixed_precision=fp16: use bf16 or no")
+    if fake_mode() is not None:
+        return  # counting needs no backend
     with silence_libraries():
         require(BACKENDS[quantization].package, f"quantization={quantization}", "quantization")
 
@@ -115,6 +119,16 @@ def load_denoiser(
         return load_part(cls, folder, dtype, variant)
     if quantization != "none" and saved:
         raise DraftuneError(f"the weights in {str(folder)!r} are saved in {saved} already: leave out --quantization")
+    if (mode := fake_mode()) is not None:
+        if saved:
+            raise DraftuneError(f"the weights in {str(folder)!r} are saved in {saved}: their memory can't be counted")
+        network = load_part(cls, folder, dtype, variant)
+        with mode:
+            pack(network, quantization, dtype)
+        check_share(network, folder, quantization)
+        follow_autocast(network)
+        keep_dtype(network)
+        return network
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     # Packed weights do not have the shapes of the config's layers.
@@ -127,11 +141,9 @@ def load_denoiser(
         options["device_map"] = {"": str(device)}
     with bitsandbytes_on_cpu() if device.type == "cpu" else nullcontext():
         network = load_part(cls, folder, dtype, variant, **options)
-    if (share := quantized_share(network)) < LEAST_SHARE:
-        raise DraftuneError(
-            f"quantization={quantization} is for linear layers, and only {share:.0%} of the weights of {str(folder)!r} "
-            "belong to some: leave it out"
-        )
+    check_share(network, folder, quantization)
+    follow_autocast(network)
+    keep_dtype(network)
     # Its 8-bit layers warn at every call that they convert their input to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in network.modules():
@@ -141,11 +153,63 @@ def load_denoiser(
     return network
 
 
+def check_share(network: nn.Module, folder: Path, quantization: str) -> None:
+    """Raise DraftuneError if too small a share of a network's weights is quantized."""
+    if (share := quantized_share(network)) < LEAST_SHARE:
+        raise DraftuneError(
+            f"quantization={quantization} is for linear layers, and only {share:.0%} of the weights of {str(folder)!r} "
+            "belong to some: leave it out"
+        )
+
+
+def follow_autocast(network: nn.Module) -> None:
+    """Let quantized linear layers cast their input to autocast's precision, as autocast does for plain ones.
+
+    Without it a layer returns float32 for the float32 output of a norm, and so do all layers after it.
+    """
+
+    def cast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        kind = inputs[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs[0].dtype
+        return (inputs[0].to(dtype), *inputs[1:])
+
+    for layer in quantized_layers(network):
+        layer.register_forward_pre_hook(cast)
+
+
+def keep_dtype(network: Any) -> None:
+    """Let a network's `dtype` stay that of its own weights: diffusers returns that of the first one in floating point.
+
+    In a network whose linear layers have no bias, that would be a LoRA's.
+    """
+    kind = type(network)
+    for name, module in network.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            # A LoRA renames linear layers.
+            if parameter.is_floating_point() and not isinstance(module, nn.Linear):
+                path = f"{name}.{key}".removeprefix(".")
+
+                def dtype(network: Any, path: str = path) -> torch.dtype:
+                    found: torch.dtype = network.get_parameter(path).dtype
+                    return found
+
+                members = {"dtype": property(dtype), "__module__": kind.__module__}
+                network.__class__ = type(kind.__name__, (kind,), members)
+                return
+
+
 def quantized_share(network: nn.Module) -> float:
     """Return the share of a network's weights that are quantized."""
-    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and is_quantized_weight(m.weight)]
+    layers = quantized_layers(network)
+    packed = {id(layer.weight) for layer in layers}
     quantized = sum(layer.in_features * layer.out_features for layer in layers)
-    return quantized / (quantized + sum(p.numel() for p in network.parameters() if not is_quantized_weight(p)))
+    return quantized / (quantized + sum(p.numel() for p in network.parameters() if id(p) not in packed))
+
+
+def quantized_layers(network: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a network that are quantized, or have the sizes of quantized ones."""
+    linear = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    return [layer for layer in linear if isinstance(layer, PackedLinear) or is_quantized_weight(layer.weight)]
 
 
 def saved_quantization(folder: Path) -> str:

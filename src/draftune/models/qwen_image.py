@@ -43,7 +43,8 @@ class VideoDecoded(Flow):
         frame = (latents * std + mean).unsqueeze(2).to(vae.dtype)
         # `vae.decode` decodes a first frame in the same way, then clamps its pixels, which would remove their gradient.
         # diffusers has no gradient checkpointing for this autoencoder.
-        with checkpointed([*vae.decoder.up_blocks] if recomputed else []):
+        blocks = [block for level in vae.decoder.up_blocks for block in (*level.resnets, *(level.upsamplers or ()))]
+        with checkpointed(blocks if recomputed else []):
             frames: Tensor = vae.decoder(vae.post_quant_conv(frame))
         return frames.squeeze(2) / 2 + 0.5
 

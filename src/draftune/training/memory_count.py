@@ -65,7 +65,8 @@ def count(trainer: Trainer, mode: Any) -> MemoryCount:
         steps.parameters = {n: p for n, p in trainer.model.denoiser.named_parameters() if p.requires_grad}
         steps.optimizer.param_groups[0]["params"] = list(steps.parameters.values())
         # A generator on fake tensors draws no numbers.
-        steps.prompt_sampler.queue = list(islice(cycle(range(len(trainer.prompts))), s.batch_size))
+        needed = s.batch_size * s.gradient_accumulation_steps * s.prefix_reuse_steps
+        steps.prompt_sampler.queue = list(islice(cycle(range(len(trainer.prompts))), needed))
         memory.live = memory.peak = 0
         steps.run(1)
         update, before = memory.peak, memory.live
