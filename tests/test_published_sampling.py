@@ -219,6 +219,15 @@ def test_a_family_has_its_own_training_settings(saved: dict[str, Path], tmp_path
     assert {getattr(dev, name) for name in others} == {getattr(paper, name) for name in others}
 
 
+def test_the_recommended_method_fits_the_number_of_steps(saved: dict[str, Path], tmp_path: Path) -> None:
+    dev = str(saved["dev"])
+    methods = [Settings(model=dev, num_inference_steps=steps).method for steps in (28, 10, 9, 1)]
+    assert methods == ["refl(m=10)", "refl(m=10)", "refl(m=9)", "refl(m=1)"]
+    assert Settings(model=dev, num_inference_steps=4, method="refl(m=10)").method == "refl(m=10)"
+    values = {"output": str(tmp_path), "report_to": "none", "num_inference_steps": 4}
+    assert prepare(load_model(dev), bright, ["a cat"], None, None, None, values).settings.method == "refl(m=4)"
+
+
 def test_a_loaded_model_is_trained_with_the_settings_of_its_family_in_its_own_precision(
     saved: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.published import ATTENTION, PUBLISHED, implied_pipeline, variant, variant_of_pipeline, well_known
+from draftune.published import ATTENTION, FLOW, PUBLISHED, implied_pipeline, variant, variant_of_pipeline, well_known
 from draftune.registry.expression import Value, parse, with_defaults
 from draftune.utils.hub import is_hub_id
 from draftune.utils.logging import logger
@@ -64,6 +64,12 @@ def same_method(first: str, second: str) -> bool:
         return with_defaults(parse(first), METHOD_DEFAULTS) == with_defaults(parse(second), METHOD_DEFAULTS)
     except DraftuneError:
         return first == second
+
+
+def fit_to_steps(method: str, num_inference_steps: Any) -> str:
+    """Return a recommended method for this number of sampling steps: ReFL stops at one of at most as many steps."""
+    fewer = isinstance(num_inference_steps, int) and 0 < num_inference_steps < 10
+    return f"refl(m={num_inference_steps})" if method == FLOW["method"] and fewer else method
 
 
 def recommended(model: str, options: ModelOptions = NO_OPTIONS) -> dict[str, Any]:

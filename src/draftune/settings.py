@@ -11,7 +11,7 @@ from typing import Any
 
 from draftune.errors import DraftuneError, unknown
 from draftune.prompt_files import is_text
-from draftune.recommended import SAMPLING, recommended, same_method, tell_sampling
+from draftune.recommended import SAMPLING, fit_to_steps, recommended, same_method, tell_sampling
 from draftune.registry.factories import TYPE_NAMES
 from draftune.sampling.step_range import StepRange
 from draftune.utils.model_options import ModelOptions
@@ -224,15 +224,15 @@ class Settings:
         if any(values[name] is None for name in SAMPLING):
             tell_sampling(values["model"], options)
         values |= {name: value for name, value in defaults.items() if values[name] is None}
+        if self.method is None:
+            values["method"] = fit_to_steps(values["method"], values["num_inference_steps"])
         for f in fields(self):
             object.__setattr__(self, f.name, checked(f, values[f.name]))
         if not DEVICE.fullmatch(self.device):
             raise DraftuneError(f"device must be auto, cpu, mps, cuda or cuda:N, not {self.device!r}")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise DraftuneError(
-                f"lr_scheduler=constant has no warmup: use constant_with_warmup, or lr_warmup_steps=0 instead of "
-                f"{self.lr_warmup_steps}"
-            )
+            other = f"lr_warmup_steps=0 instead of {self.lr_warmup_steps}"
+            raise DraftuneError(f"lr_scheduler=constant has no warmup: use constant_with_warmup, or {other}")
         StepRange.parse(self.lora_steps).indices(self.num_inference_steps)
         for name in self.trackers:
             if name not in TRACKERS:

@@ -17,15 +17,12 @@ from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import (
     CONFIG,
     FILE_NAME,
-    SAMPLER_METADATA,
     base_model,
     lora_file,
     open_safetensors,
     read_file,
-    saved_grid,
-    saved_sampler,
-    saved_steps,
 )
+from draftune.lora.metadata import SAMPLER_METADATA, saved_grid, saved_sampler, saved_steps
 from draftune.lora.reader import read_lora
 from draftune.lora.targets import ATTENTION
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
-from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
+from draftune.lora.files import AdapterConfig, write_lora
+from draftune.lora.metadata import SAMPLER_METADATA, steps_metadata
 from draftune.lora.names import canonical, in_network
 from draftune.lora.reader import read_for
 from draftune.lora.targets import ATTENTION, LoRATarget, used_targets

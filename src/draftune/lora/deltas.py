@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.lora.files import SAMPLER_METADATA, AdapterConfig, steps_metadata, write_lora
+from draftune.lora.files import AdapterConfig, write_lora
+from draftune.lora.metadata import SAMPLER_METADATA, steps_metadata
 from draftune.lora.names import TEXT_ENCODER
 from draftune.sampling.step_range import StepRange
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions

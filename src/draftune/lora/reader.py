@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas
-from draftune.lora.files import SAMPLER_METADATA, LoRAFile, read_file, steps_of
+from draftune.lora.files import LoRAFile, read_file
+from draftune.lora.metadata import SAMPLER_METADATA, steps_of
 from draftune.lora.names import TEXT_ENCODER, NameTable, is_text, layer_weight
 from draftune.lora.original_names import Target
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError, unknown
 from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, lora_file, saved_steps
 from draftune.lora.comfyui import comfyui_names, has_loader
-from draftune.lora.files import steps_metadata
+from draftune.lora.metadata import steps_metadata
 from draftune.lora.names import in_network
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
