@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ EXPRESSIONS = (
 """Options whose values may begin with a minus."""
 MOST_IN_USAGE = 30
 """Options of a command above which its usage line does not list them; the help does."""
+IMPORT_WARNINGS = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao")
+"""Loggers of installed libraries that warn when they are imported, about kernels for other devices."""
 GROUPS = {"experimental": "commands that may change or be removed without notice"}
 
 
@@ -99,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         # Read by OpenMP when torch is imported. Idle threads that busy-wait would slow working threads on shared cores.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        for name in IMPORT_WARNINGS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with log_to_terminal():
             return args.run(args) or 0
     except DraftuneError as error:
