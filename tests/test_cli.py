@@ -243,7 +243,7 @@ def test_mistakes_get_one_line_and_code_2(
         "missing.yaml": [*train, "--config", str(tmp_path / "missing.yaml")],
         "trian": ["trian"],
         "'reward' 'rewards'": ["list", "reward"],
-        "'hpsv' 'hpsv2'": ["list", "hpsv"],
+        "'hpsv22' 'hpsv2'": ["list", "hpsv22"],
         "my.py:name": [*train, "--reward", "mine.py"],
         "nest": [*train, "--reward", "sharpness_aware(" * 300],
         "missing.csv": [

@@ -49,7 +49,7 @@ def distillation(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tenso
 
 
 def evaluation(denoise: Denoiser, base: Denoiser, schedule: Schedule) -> Tensor:
-    model = SimpleNamespace(denoisers_for=lambda *_: (denoise, base), noise=lambda *_: NOISE)
+    model = SimpleNamespace(denoisers_for=lambda *_: (denoise, base), start=lambda *_: (NOISE, schedule))
     return torch.tensor(denoiser_mse_from_base(model, ["a", "b"], schedule, 1.0))  # type: ignore[arg-type]
 
 

@@ -18,10 +18,12 @@ from draftune.lora import load_lora
 from draftune.models import load_model
 from draftune.models.prompt_embeddings import split, stack, text_encoders
 from draftune.training.trainer import Trainer
-from helpers.embeddings import PROMPTS, direct, files, on_meta, same, tensors
+from helpers.embeddings import PROMPTS, close, direct, files, on_meta, same
 from helpers.errors import mentions, raises
 from helpers.every_family import TEXT_FAMILIES, every_family
 
+RAGGED = ("qwen_image", "krea2", "krea2_turbo")
+"""Families whose rows are as long as the longest prompt of a batch, with the negative prompt."""
 SMALL: dict[str, Any] = {
     "method": "draft_k(k=1)",
     "batch_size": 2,
@@ -69,12 +71,13 @@ def test_rows_equal_direct_encoding(saved: dict[str, Path], prompt_cache: Path, 
             rows = [split(direct(plain, [prompt], negative_prompt, guided)) for prompt in prompts]
             alone = [row[0] for row in rows if len(row) > 1] + [row[-1] for row in rows]
             embedded = model.embeddings.condition(prompts, negative_prompt, guided)
-            assert same(embedded, stack(alone))
+            tolerance = 1e-5 if precision == "no" else 0.05
+            if family in RAGGED:
+                assert close(embedded, stack(alone), tolerance)
+            else:
+                assert same(embedded, stack(alone))
             assert same(again.embeddings.condition(prompts, negative_prompt, guided), embedded)
-            # Batches of another size may differ in the last bits.
-            whole = direct(plain, prompts, negative_prompt, guided)
-            for tensor, other in zip(tensors(embedded), tensors(whole), strict=True):
-                assert torch.allclose(tensor.float(), other.float(), atol=1e-5 if precision == "no" else 0.05)
+            assert close(embedded, direct(plain, prompts, negative_prompt, guided), tolerance)
     assert on_meta(again)
     assert (model.embeddings.rounds > 0, again.embeddings.rounds) == (True, 0)  # `again` read them from the disk
 

@@ -189,6 +189,7 @@ def test_a_run_on_a_file(saved: dict[str, Path], tmp_path: Path, capsys: pytest.
     assert model.options == ModelOptions(str(base))
     assert settings.num_inference_steps == 50
     other, _ = load_for_sampling(str(tmp_path / "lora"), str(folder))
+    other.load_text_encoders()
     same_weights(model, other)
     for format in ("diffusers", "merged"):
         draftune.export_lora(tmp_path / "lora", tmp_path / format, format)

@@ -28,6 +28,19 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+def unpadded(condition: Any) -> Any:
+    """The tokens of each row that its mask includes; the condition itself if it has no mask of its tokens."""
+    if "mask" not in getattr(condition, "_fields", ()) or condition.text.shape[1] != condition.mask.shape[1]:
+        return condition
+    return [text[mask.bool()] for text, mask in zip(condition.text, condition.mask, strict=True)]
+
+
+def close(a: Any, b: Any, atol: float) -> bool:
+    """Whether the tokens are equal but for rounding: batches of another size may differ in the last bits."""
+    pairs = zip(tensors(unpadded(a)), tensors(unpadded(b)), strict=True)
+    return all(torch.allclose(x.float(), y.float(), atol=atol) for x, y in pairs)
+
+
 def direct(model: DiffusionModel, prompts: list[str], negative_prompt: str, guided: bool) -> Any:
     with torch.no_grad(), model.autocast():
         return model.encode(prompts, negative_prompt, guided)

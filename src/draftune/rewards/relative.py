@@ -21,7 +21,7 @@ class Relative(Reward):
 
     Example: `relative(hpsv2, good="Natural lighting", bad="CG render")`. What r rewards whatever the prompt says
     cancels, up to `strength` times its score. Scale: the difference of two scores of r, plus `strength` times the
-    score; `strength` 0: the difference alone. Cost: twice that of r. Weights and sizes are those of r.
+    score; `strength` 0: the difference alone. Cost: twice that of r. Weights and input size are those of r.
     Over-optimized: as r, more slowly; the good words themselves appear where r reads text in images.
     Source: SRPO (Shen et al., arXiv:2509.06942) and the authors' code (Tencent-Hunyuan/SRPO, fastvideo/SRPO.py), whose
     strength is 0.1 to 0.25 by noise level. It has four good words, such as "Real" and "Detailed", one an update.
