@@ -10,11 +10,11 @@ DIST := worksteal
 demo: $(VENV)/installed
 	$(BIN)/draftune train --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Runs ruff, mypy, codespell and the tests that are not marked slow, gpu or network.
+# Runs ruff, mypy, codespell and the tests that are not marked slow, full_size, gpu or network.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network"
+	$(BIN)/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network and not full_size"
 
-# Runs ruff, mypy, codespell and all tests but those marked gpu or network.
+# Runs ruff, mypy, codespell and all tests but those marked full_size, gpu or network.
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist $(DIST)
 

@@ -55,7 +55,7 @@ def test_a_preset_names_a_published_model_and_says_that_it_fits(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == CHEAPEST else pytest.mark.slow) for name in PRESETS]
+    "name", [pytest.param(name, marks=() if name == CHEAPEST else pytest.mark.full_size) for name in PRESETS]
 )
 def test_a_preset_takes_what_it_says(name: str) -> None:
     """From the published configs, each checked by its number of parameters."""
