@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from draftune.methods import METHODS
+from draftune.models import FAMILIES
+from draftune.rewards import REWARDS
 from helpers.pipelines import build_pipeline
 from helpers.published_weights import save_clip
 
@@ -30,6 +35,26 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those that are asked for by `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def package_modules() -> set[str]:
+    """Return the names of the package's imported modules, without those of users' files (`run_file`)."""
+    return {name for name in sys.modules if name.startswith("draftune.") and ":" not in name}
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """Remove what a test registered: the next test of the same process must not find it.
+
+    What the package itself registers stays: a module that is imported for the first time does so only once.
+    """
+    tables: list[dict[str, Any]] = [REWARDS, METHODS, FAMILIES]
+    before = [dict(table) for table in tables]
+    yield
+    for table, names in zip(tables, before, strict=True):
+        own = {name: made for name, made in table.items() if made.__module__ in package_modules()}
+        table.clear()
+        table.update(own | names)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from test_docs import DOCUMENTS, PARSER, Block, blocks, calls, named
 
 import draftune
 from draftune.cli.main import expressions_joined, main
-from draftune.methods import METHODS
-from draftune.rewards import REWARDS
 
 pytestmark = pytest.mark.slow
 
@@ -106,16 +103,6 @@ def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "base"
 
 
-@pytest.fixture
-def registered() -> Iterator[None]:
-    """Forget the rewards and methods that the pages' files register."""
-    before = [(table, dict(table)) for table in (REWARDS, METHODS)]
-    yield
-    for table, names in before:
-        table.clear()
-        table.update(names)  # type: ignore[arg-type]
-
-
 def provide(text: str, base: Path) -> None:
     """Copy the short run to each run that the text reads and that is not there."""
     for name in RUN.findall(text):
@@ -124,9 +111,7 @@ def provide(text: str, base: Path) -> None:
 
 
 @pytest.mark.parametrize("document", PAGES, ids=named)
-def test_commands_run(
-    document: Path, base_run: Path, registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_run(document: Path, base_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
     train = draftune.train

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import check_reward
 from draftune.registry.factories import run_file
-from draftune.rewards import REWARDS, load_reward, parse_reward
+from draftune.rewards import load_reward, parse_reward
 from helpers.errors import mentions, raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-reward.md"
@@ -28,12 +27,11 @@ WEIGHT, BIAS = torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([0.25])
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[Path]:
+def file(tmp_path: Path) -> Path:
     (block,) = re.findall(r"```python title=\"mean_color.py\"\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "mean_color.py").write_text(block)
     save_file({"weight": WEIGHT, "bias": BIAS}, tmp_path / "linear.safetensors")
-    yield tmp_path / "mean_color.py"
-    REWARDS.pop("mean_color", None)
+    return tmp_path / "mean_color.py"
 
 
 def test_its_scores_and_gradients_are_those_of_its_formula(file: Path) -> None:
