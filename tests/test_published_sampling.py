@@ -32,7 +32,7 @@ from helpers.pipelines import add_random_lora
 # What the model cards and diffusers' pipelines say.
 WANTED = {
     "sd": (50, 7.5),
-    "sdxl": (50, 5.0),
+    "sdxl": (30, 5.0),
     "sd3": (40, 4.5),  # with qk_norm and dual attention: 3.5 medium
     "dev": (28, 3.5),
     "schnell": (4, 0.0),
@@ -49,8 +49,8 @@ VARIANTS: dict[str, tuple[str, Any, tuple[int, float]]] = {
     "tcd": ("sdxl", scheduler("TCDScheduler"), (4, 0.0)),
     "pixart-lcm": ("pixart", scheduler("LCMScheduler"), (4, 0.0)),
     # Trailing steps alone do not make a few-step model.
-    "trailing ddim": ("sdxl", scheduler("DDIMScheduler", **TRAILING), (50, 5.0)),
-    "trailing v": ("sdxl", scheduler("EulerDiscreteScheduler", prediction_type="v_prediction", **TRAILING), (50, 5.0)),
+    "trailing ddim": ("sdxl", scheduler("DDIMScheduler", **TRAILING), (30, 5.0)),
+    "trailing v": ("sdxl", scheduler("EulerDiscreteScheduler", prediction_type="v_prediction", **TRAILING), (30, 5.0)),
     "sd3 medium": ("sd3", rebuild("transformer", qk_norm=None, dual_attention_layers=()), (28, 7.0)),
     "sd3.5 large": ("sd3", rebuild("transformer", dual_attention_layers=()), (28, 3.5)),
     "a flow with keys of betas": (
@@ -97,6 +97,20 @@ def test_variants_are_told_apart_by_their_configs(saved: dict[str, Path], tmp_pa
     assert tuple(load_model(folder).recommended[name] for name in SAID) == wanted
 
 
+@pytest.mark.parametrize("model", ["stabilityai/sdxl-turbo", "lcm", "guided lcm"])
+def test_few_step_models_of_sdxl_train_in_its_precision(saved: dict[str, Path], tmp_path: Path, model: str) -> None:
+    """Their networks have the size of SDXL's: in float32 they do not fit into one consumer GPU."""
+    if model != "stabilityai/sdxl-turbo":
+        folder = Path(shutil.copytree(saved["sdxl"], tmp_path / "sdxl"))
+        scheduler("LCMScheduler")(folder)
+        if model == "guided lcm":
+            edit("unet/config.json", time_cond_proj_dim=256)(folder)
+        model = str(folder)
+    settings = Settings(model=model)
+    assert (settings.mixed_precision, settings.learning_rate, settings.method) == ("bf16", 1e-4, "draft")
+    assert Settings(model="stabilityai/sd-turbo").mixed_precision == "no"
+
+
 @pytest.mark.parametrize(
     ("name", "turbo"),
     [
@@ -120,7 +134,7 @@ IDS = {
     "CompVis/stable-diffusion-v1-4": (50, 7.5),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (50, 7.5),
     "stabilityai/stable-diffusion-2-1-base": (50, 7.5),
-    "stabilityai/stable-diffusion-xl-base-1.0": (50, 5.0),
+    "stabilityai/stable-diffusion-xl-base-1.0": (30, 5.0),
     "stabilityai/sdxl-turbo": (4, 0.0),
     "stabilityai/sd-turbo": (4, 0.0),
     "stabilityai/stable-diffusion-3-medium-diffusers": (28, 7.0),
@@ -349,4 +363,6 @@ OFFICIAL = {
 @pytest.mark.parametrize("kind", OFFICIAL)
 def test_diffusers_agrees_where_its_pipelines_are_the_source(kind: str) -> None:
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters
-    assert tuple(parameters[name].default for name in SAID) == PUBLISHED[OFFICIAL[kind]][:2]
+    steps = {"StableDiffusionXLPipeline": 50}.get(kind, PUBLISHED[OFFICIAL[kind]].num_inference_steps)  # 30: its pages
+    expected = (steps, PUBLISHED[OFFICIAL[kind]].guidance_scale)
+    assert tuple(parameters[name].default for name in SAID) == expected

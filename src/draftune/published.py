@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from draftune.errors import DraftuneError
-from draftune.utils.hub import cached_folder
+from draftune.utils.model_configs import PIPELINE, ConfigOf, config_reader, model_folder, read_config
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
 from draftune.utils.single_file import infer_pipeline, read_header
@@ -65,13 +64,15 @@ KREA2 = FLOW | {"learning_rate": 3e-4, "lora_target_modules": KREA2_LAYERS}
 PUBLISHED: dict[str, Defaults] = {
     # The defaults of diffusers' StableDiffusionPipeline, and those of Clark et al., 2023, arXiv:2309.17400.
     "stable-diffusion": Defaults(50, 7.5),
-    # The defaults of diffusers' StableDiffusionXLPipeline.
-    "stable-diffusion-xl": Defaults(50, 5.0, **LARGE),
+    # The guidance of diffusers' StableDiffusionXLPipeline, and the steps of diffusers' page on accelerated inference.
+    "stable-diffusion-xl": Defaults(30, 5.0, **LARGE),
     # SD-Turbo and SDXL-Turbo: one to four steps without guidance (diffusers' page on SDXL Turbo; Sauer et al., arXiv
     # 2311.17042, at four). LoRAs of TCD: four (their model cards).
     "few-step": Defaults(4, 0.0, method="draft", learning_rate=1e-4),
+    "few-step-xl": Defaults(4, 0.0, **FEW_STEPS),
     # The defaults of diffusers' LatentConsistencyModelPipeline; two to four steps in Luo et al., arXiv 2310.04378.
     "latent-consistency": Defaults(4, 8.5, method="draft", learning_rate=1e-4),
+    "latent-consistency-xl": Defaults(4, 8.5, **FEW_STEPS),
     # The defaults of diffusers' StableDiffusion3Pipeline, and the model card of stable-diffusion-3-medium.
     "stable-diffusion-3": Defaults(28, 7.0, **SD3),
     # The model card of stabilityai/stable-diffusion-3.5-medium.
@@ -129,7 +130,8 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
     (r"stabilityai/stable-diffusion-3\.5-large", "stable-diffusion-3.5-large"),
     (r"stabilityai/stable-diffusion-3\.5-medium", "stable-diffusion-3.5-medium"),
     (r"stabilityai/stable-diffusion-3-medium-diffusers", "stable-diffusion-3"),
-    (r"stabilityai/sdx?l?-turbo", "few-step"),
+    (r"stabilityai/sd-turbo", "few-step"),
+    (r"stabilityai/sdxl-turbo", "few-step-xl"),
     (r"simianluo/lcm_dreamshaper_v7", "latent-consistency"),
     (r"stabilityai/stable-diffusion-xl-base-(0\.9|1\.0)", "stable-diffusion-xl"),
     (r"(compvis|runwayml|stable-diffusion-v1-5)/stable-diffusion-v1-[1-5]", "stable-diffusion"),
@@ -150,11 +152,31 @@ WELL_KNOWN: tuple[tuple[str, str], ...] = (
 )
 """Patterns of hub ids in lower case, and their families: these are known before a download."""
 
+ONE_VARIANT: dict[str, str] = {
+    "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl",
+    "LatentConsistencyModelPipeline": "latent-consistency",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana-sprint",
+    "Flux2Pipeline": "flux2-dev",
+    "ChromaPipeline": "chroma",
+    "Lumina2Pipeline": "lumina-2",
+    "QwenImagePipeline": "qwen-image",
+    "DiTPipeline": "dit",
+    "DDPMPipeline": "unconditional",
+    "DDIMPipeline": "unconditional",
+}
+"""The keys in PUBLISHED of pipeline classes that imply the family's variant, all but its distilled models."""
+FEW_STEP = {
+    "stable-diffusion": "few-step",
+    "stable-diffusion-xl": "few-step-xl",
+    "latent-consistency": "few-step",
+    "pixart": "few-step",
+}
+"""The keys in PUBLISHED of families' distilled models."""
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
-ConfigOf = Callable[[str], Mapping[str, Any]]
-"""A function from a component's name to its config with its `_class_name`; empty if it cannot be read."""
-PIPELINE = "pipeline"
-"""The name that stands for the pipeline itself in ConfigOf."""
 
 
 def few_steps(scheduler: Mapping[str, Any]) -> bool:
@@ -189,28 +211,12 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         config_of: Reads the config of a component, which distinguishes variants of a family.
         name: Path or hub id. Only it distinguishes Stable Diffusion 3.5 Large from its turbo.
     """
-    if pipeline_class in ("DDPMPipeline", "DDIMPipeline"):
-        return "unconditional"
-    if pipeline_class == "DiTPipeline":
-        return "dit"
-    if pipeline_class == "SanaPipeline":
-        return "sana"
-    if pipeline_class == "SanaSprintPipeline":
-        return "sana-sprint"
     if pipeline_class == "FluxPipeline":
         return "flux-dev" if config_of("transformer").get("guidance_embeds") else "flux-schnell"
-    if pipeline_class == "Flux2Pipeline":
-        return "flux2-dev"
     if pipeline_class == "Flux2KleinPipeline":
         return "flux2-klein" if config_of(PIPELINE).get("is_distilled") else "flux2-klein-base"
-    if pipeline_class == "ChromaPipeline":
-        return "chroma"
     if pipeline_class == "Krea2Pipeline":
         return "krea-2-turbo" if config_of(PIPELINE).get("is_distilled") else "krea-2-raw"
-    if pipeline_class == "Lumina2Pipeline":
-        return "lumina-2"
-    if pipeline_class == "QwenImagePipeline":
-        return "qwen-image"
     if pipeline_class == "ZImagePipeline":
         # The networks have equal configs; Turbo's noise levels are shifted by 3, the base model's by 6.
         return "z-image-turbo" if config_of("scheduler").get("shift") == 3 else "z-image"
@@ -221,16 +227,12 @@ def variant_of(pipeline_class: object, config_of: ConfigOf, name: str = "") -> s
         if not config.get("qk_norm"):
             return "stable-diffusion-3"
         return "stable-diffusion-3.5-medium" if config.get("dual_attention_layers") else "stable-diffusion-3.5-large"
-    plain = {
-        "StableDiffusionPipeline": "stable-diffusion",
-        "StableDiffusionXLPipeline": "stable-diffusion-xl",
-        "LatentConsistencyModelPipeline": "latent-consistency",
-        "PixArtAlphaPipeline": "pixart",
-        "PixArtSigmaPipeline": "pixart",
-    }.get(str(pipeline_class))
-    if plain and config_of("unet").get("time_cond_proj_dim"):
-        return "latent-consistency"
-    return "few-step" if plain and few_steps(config_of("scheduler")) else plain
+    key = ONE_VARIANT.get(str(pipeline_class))
+    if key not in FEW_STEP:
+        return key
+    if config_of("unet").get("time_cond_proj_dim"):
+        return "latent-consistency-xl" if key == "stable-diffusion-xl" else "latent-consistency"
+    return FEW_STEP[key] if few_steps(config_of("scheduler")) else key
 
 
 def variant(model: str, options: ModelOptions = NO_OPTIONS) -> str | None:
@@ -268,33 +270,3 @@ def variant_of_pipeline(pipeline: Any, name: str = "") -> str | None:
         return {**getattr(component, "config", {}), "_class_name": type(component).__name__}
 
     return variant_of(type(pipeline).__name__, config_of, name)
-
-
-def model_folder(model: str, revision: str | None = None) -> Path | None:
-    """Return the folder of a saved pipeline, by path or hub id; None if it is not on this machine."""
-    try:
-        folder = user_path(model)
-        if (folder / "model_index.json").is_file():
-            return folder
-    except (DraftuneError, OSError, ValueError):
-        return None
-    return cached_folder(model, "model_index.json", revision=revision)
-
-
-def config_reader(folder: Path) -> ConfigOf:
-    """Return a reader of the configs of the components in a saved pipeline's folder."""
-
-    def config_of(part: str) -> Mapping[str, Any]:
-        files = {"scheduler": "scheduler/scheduler_config.json", PIPELINE: "model_index.json"}
-        return read_config(folder / files.get(part, f"{part}/config.json"))
-
-    return config_of
-
-
-def read_config(path: Path) -> Mapping[str, Any]:
-    """Return a JSON object, empty if it cannot be read; loading the model reports what is wrong with it."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}

@@ -102,7 +102,7 @@ def tell_sampling(model: str, options: ModelOptions = NO_OPTIONS) -> None:
     )
     if family is None and is_hub_id(pipeline) and not user_path(pipeline).exists():
         logger.warning(f"the family of {pipeline!r} is unknown before its download; the defaults are {values}")
-    elif family in ("few-step", "z-image-turbo") and not well_known(pipeline):
+    elif family in ("few-step", "few-step-xl", "z-image-turbo") and not well_known(pipeline):
         logger.warning(f"by its scheduler, {model!r} is a few-step model; the defaults are {values}")
     else:
         return

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError, out_of_memory
-from draftune.published import read_config
 from draftune.utils.loading import HALVES, WHOLE, first_line
+from draftune.utils.model_configs import read_config
 from draftune.utils.model_options import ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
 from draftune.utils.quiet import silence_libraries
