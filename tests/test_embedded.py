@@ -108,7 +108,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     code = "".join(block for block in blocks if "from_pretrained" not in block)
     code = code.replace("steps=20", "steps=2, num_inference_steps=3, num_validation_images=1, num_log_prompts=2")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("draftune.prompts.emoji", lambda part: ["pizza", "rocket", "house", "sun"])
+    monkeypatch.setattr("draftune.prompts.sets.emoji", lambda part: ["pizza", "rocket", "house", "sun"])
     names: dict[str, Any] = {}
     exec(code, names)
     assert (tmp_path / "cat.png").is_file()

@@ -14,7 +14,7 @@ import draftune
 ROOT = Path(draftune.__file__).parent
 MOST_IN_ROOT = 10
 LAYERS = [
-    *("errors", "utils", "registry", "published", "prompt_files", "prompts", "sampling", "recommended", "settings"),
+    *("errors", "utils", "registry", "published", "prompts", "sampling", "recommended", "settings"),
     *("presets", "lora", "models", "rewards", "methods", "runs", "evaluation", "training", "guidance", "experimental"),
     *("report", "cli"),
 ]

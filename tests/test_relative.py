@@ -11,7 +11,7 @@ from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
-from draftune.prompts import emoji
+from draftune.prompts.sets import emoji
 from draftune.rewards import Reward, load_reward
 from draftune.rewards.base import FunctionReward, check_prompts
 from draftune.rewards.relative import Relative

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.prompt_files import is_text
+from draftune.prompts.files import is_text
 from draftune.recommended import SAMPLING, fit_to_steps, recommended, same_method, tell_sampling
 from draftune.registry.factories import TYPE_NAMES
 from draftune.sampling.step_range import StepRange
@@ -70,8 +70,8 @@ class Settings:
     variant: str | None = setting(None, "Variant of the weights, such as fp16 (default: plain weights, if any).")
     prompts: str = setting(
         None,
-        "Training prompts: a named set (see 'draftune list prompts') or a file (.txt with one prompt a line, .csv, "
-        ".tsv, .json, .jsonl or .yaml).",
+        "Training prompts: a named set (see 'draftune list prompts'), a file (.txt with one prompt a line, .csv, .tsv, "
+        ".json, .jsonl, .yaml, .parquet), a folder of captions, or hf://datasets/OWNER/NAME:COLUMN.",
     )
     init_lora: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
     skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.")
@@ -179,7 +179,9 @@ class Settings:
     )
     compile: bool = setting(False, "Compile the denoiser with torch.compile.")
 
-    eval_prompts: str | None = setting(None, "Evaluation prompts: a named set or a file; '' for no evaluations.")
+    eval_prompts: str | None = setting(
+        None, "Evaluation prompts, as --prompts, or how many of --prompts to hold out; '' for no evaluations."
+    )
     eval_rewards: str | None = setting(
         None, "Evaluation rewards: an expression that is measured but not trained on; '' for none."
     )

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from draftune.cli import COMMANDS
 from draftune.errors import DraftuneError, out_of_memory, unknown
-from draftune.prompt_files import is_text
+from draftune.prompts.files import is_text
 from draftune.utils.logging import log_to_terminal
 from draftune.utils.processes import is_peer_failure, message_for_rank, rank_and_world_size
 

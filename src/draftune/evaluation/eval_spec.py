@@ -12,7 +12,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError, gather
 from draftune.evaluation.metrics import Evaluation, evaluate
 from draftune.models import DiffusionModel
-from draftune.prompts import load_prompts
+from draftune.prompts import load_prompts, run_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
@@ -101,7 +101,7 @@ def resolve_eval_spec(
         raise DraftuneError(f"the LoRA {loras[0].source!r} belongs to no run: give --prompts and --reward")
     evaluated_by = eval_rewards if eval_rewards is not None or run is None else run.eval_rewards
     parts: list[Callable[[], Any]] = [
-        lambda: arg_or_run_setting("prompts", prompts, run and (run.eval_prompts or run.prompts), load_prompts),
+        lambda: load_prompts(prompts) if prompts else of_run("prompts", lambda: prompts_of(run)),
         lambda: arg_or_run_setting("reward", reward, run and run.reward, find_taught),
         lambda: arg_or_run_setting("eval_rewards", eval_rewards, evaluated_by, find_taught) if evaluated_by else None,
     ]
@@ -117,12 +117,21 @@ def find_taught(reward: Any) -> Reward:
     return require_trained(parse_reward(reward))
 
 
+def prompts_of(run: Settings | None) -> list[str]:
+    """Return the prompts on which a run is evaluated."""
+    assert run is not None  # without a run, the caller requires prompts
+    return run_prompts(run.prompts, run.eval_prompts, run.seed)
+
+
 def arg_or_run_setting(name: str, given: Any, run_setting: Any, load: Callable[[Any], T]) -> T:
     """Load the given value, else the run's setting. Raises DraftuneError that names the flag if that fails."""
-    if given:
-        return load(given)
+    return load(given) if given else of_run(name, lambda: load(run_setting))
+
+
+def of_run(name: str, load: Callable[[], T]) -> T:
+    """Load a setting of a run. Raises DraftuneError that names the flag if that fails."""
     try:
-        return load(run_setting)
+        return load()
     except DraftuneError as error:
         flag = "--" + name.replace("_", "-")
         raise DraftuneError(f"{name} of the run cannot be loaded (give {flag}): {error}") from error

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from draftune.assets import EMBEDDED
 from draftune.errors import unknown
-from draftune.prompts import emoji
+from draftune.prompts.sets import emoji
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.utils.loading import load_part

@@ -12,7 +12,7 @@ import torch
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.lora import base_model, lora_file, saved_grid, saved_steps
-from draftune.prompts import load_prompts
+from draftune.prompts import load_prompts, run_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
@@ -93,7 +93,7 @@ def resolve_continued_run(settings: Settings) -> ContinuedRun | None:
         try:
             reward, prompts = require_trained(parse_reward(earlier.reward)), past.kept
             if earlier.eval_prompts:
-                prompts = load_prompts(earlier.eval_prompts)
+                prompts = run_prompts(earlier.prompts, earlier.eval_prompts, earlier.seed)
             if prompts:
                 past.reward, past.prompts = reward, prompts
         except DraftuneError as error:

@@ -18,7 +18,7 @@ from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
 from draftune.models.quantization import check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
-from draftune.prompts import load_prompts
+from draftune.prompts import split_prompts
 from draftune.published import Defaults
 from draftune.recommended import SAMPLING, fit_to_steps, same_method
 from draftune.rewards import Reward, parse_reward
@@ -65,8 +65,9 @@ def prepare(
     named = {"model": model, "reward": reward, "prompts": prompts, "eval_rewards": eval_rewards, "method": method}
     values = values | {name: describe(value) for name, value in named.items() if value is not None}
     settings = resolve_settings(model, settings, values)
-    texts = load_prompts(settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts))
-    eval_texts = load_prompts(settings.eval_prompts) if settings.eval_prompts else None
+    source = settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts)
+    texts, held_out = split_prompts(source, settings.eval_prompts or "", settings.seed)
+    eval_texts = held_out or None
     if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
         raise DraftuneError(
             "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"

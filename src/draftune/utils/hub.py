@@ -27,8 +27,8 @@ def cached_folder(name: str, *files: str, revision: str | None = None) -> Path |
     return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
-def reachable(name: str) -> bool:
-    """Return whether the hub responds to one request for a repository's metadata.
+def reachable(name: str, repo_type: str = "model") -> bool:
+    """Return whether the hub responds to one request for the metadata of a model's or data set's repository.
 
     The request takes at most HF_HUB_ETAG_TIMEOUT seconds (an environment variable of huggingface_hub, default 10). With
     HF_HUB_OFFLINE set no request is made.
@@ -36,11 +36,11 @@ def reachable(name: str) -> bool:
     Raises:
         RepositoryNotFoundError: The hub responds that the repository does not exist, or that access is denied.
     """
-    from huggingface_hub import constants, model_info
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        HfApi().repo_info(name, repo_type=repo_type, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except RepositoryNotFoundError:
         raise
     except Exception:  # the HTTP library behind huggingface_hub, and so its exceptions, depend on the version
@@ -67,7 +67,8 @@ def fetch(download: Callable[..., str], name: str, *args: Any, **options: Any) -
     # Warnings about retries would hide the error message that follows.
     log.setLevel(logging.ERROR)
     try:
-        return Path(download(name, *args, local_files_only=not reachable(name), **options))
+        online = reachable(name, options.get("repo_type", "model"))
+        return Path(download(name, *args, local_files_only=not online, **options))
     finally:
         log.setLevel(level)
 

@@ -15,6 +15,7 @@ from draftune.errors import DraftuneError
 
 TEXT_KEYS = ("prompt", "text", "caption")
 """Names of the column with the prompt's text, in any case; the first one that a file has is used."""
+PARQUET = ".parquet"
 Rows = list[tuple[str, Any]]
 """The place of an entry in its file ("line 3"), and the entry: text, or a dictionary of columns."""
 
@@ -136,6 +137,27 @@ def read_yaml(text: str, path: Path) -> Rows:
         if nested := [name for name, value in row.items() if not isinstance(value, str)]:
             raise DraftuneError(f"{str(path)!r}, {where}: {nested[0]!r} must be one value, such as text")
     return numbered
+
+
+def read_parquet(path: Path) -> Rows:
+    """Read the columns of text and numbers of a Parquet file.
+
+    Raises:
+        DraftuneError: pyarrow is not installed, or the file is invalid.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DraftuneError(f"{str(path)!r} needs the package pyarrow: pip install 'draftune[data]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            types = pyarrow.types
+            left_out = (types.is_binary, types.is_large_binary, types.is_nested)
+            columns = [field.name for field in file.schema_arrow if not any(test(field.type) for test in left_out)]
+            rows = file.read(columns=columns).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DraftuneError(f"{str(path)!r} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def entries(rows: Any, path: Path, expected: str) -> Rows:
