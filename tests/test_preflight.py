@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from draftune.cli.main import main
-from draftune.cli.preflight import duration, report
+from draftune.cli.preflight import report
 from draftune.errors import DraftuneError
 from draftune.models import load_model
 from draftune.settings import Settings
@@ -167,12 +167,6 @@ def test_the_command(settings: Settings, tmp_path: Path, capsys: pytest.CaptureF
         assert mentions(capsys.readouterr().err, "--memory 0")
     assert main([*command, "--method", "draft_k(k=9)"]) == 2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["note.txt"]
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 59.4, 59.6, 61, 3599, 3600, 3700 * 24)] == [
-        "0 s", "59 s", "1 min 0 s", "1 min 1 s", "59 min 59 s", "1 h 0 min", "24 h 40 min"
-    ]  # fmt: skip
 
 
 def test_the_memory_of_the_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

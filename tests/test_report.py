@@ -34,8 +34,9 @@ from draftune.report.collect import MOST_FRAMES
 from draftune.report.images import PIXELS, evenly, fitting
 from draftune.report.serve import Server, is_loopback
 from draftune.report.settings_table import changed, command
-from draftune.report.summary import duration, moved, number, summary
+from draftune.report.summary import moved, number, summary
 from draftune.settings import Settings
+from draftune.utils.tables import duration
 from helpers.errors import mentions, raises
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "a 'quoted' \u2028 & plain one"]
@@ -172,7 +173,7 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
-    assert (facts["TrainStep"], facts["Scored images"], facts["Training time"]) == ("40 of 40", "480", "1 h")
+    assert (facts["Updates"], facts["Scored images"], facts["Training time"]) == ("40 of 40", "480", "1 h")
     (run / "evaluations.jsonl").unlink()
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
@@ -289,7 +290,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: 7\n")
     data = collect(tmp_path)
     assert data["summary"] == "No update has been made yet."
-    assert dict(data["facts"])["TrainStep"] == "0 of 7"
+    assert dict(data["facts"])["Updates"] == "0 of 7"
     assert data["charts"] == data["samples"]["frames"] == data["sweep"]["frames"] == data["reward_check"] == []
     write_report(tmp_path, tmp_path / "page" / "new.html")
     assert (tmp_path / "page" / "new.html").stat().st_size > 10_000

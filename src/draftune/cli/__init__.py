@@ -1,6 +1,7 @@
 """The commands of the command line, one file each. Importing them does not import torch."""
 
 from draftune.cli import (
+    card,
     distill,
     env,
     evaluate,
@@ -33,6 +34,8 @@ COMMANDS: tuple[Command, ...] = (
     sweep.COMMAND,
     merge.COMMAND,
     export.COMMAND,
+    card.CARD,
+    card.PUSH,
     optimize_noise.COMMAND,
     score.COMMAND,
     listing.COMMAND,

@@ -43,7 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export the LoRA, and print how other tools load it."""
     from draftune.lora import saved_sampler, saved_steps
-    from draftune.runs.export import export_lora, sampler_options, source_file
+    from draftune.runs.export import export_lora, source_file
+    from draftune.runs.usage import scheduler_line
 
     with writing_to(user_path(args.output)):
         path = export_lora(
@@ -58,12 +59,9 @@ def run(args: argparse.Namespace) -> None:
             ModelOptions.of(args),
         )
     load = LOAD[args.format].format(path=str(path))
-    if args.format == "diffusers" and (trained := sampler_options(source_file(args.source, args.best))):
-        options = ", ".join(f"{name}={value!r}" for name, value in trained.items())
-        sampler = saved_sampler(source_file(args.source, args.best))
-        kind = sampler.get("scheduler", "DDIMScheduler")
-        load += f"; pipe.scheduler = {kind}.from_config(pipe.scheduler.config, {options})"
-        load += f"; pipe(…, eta={sampler['eta']})" if "eta" in sampler else ""
+    if args.format == "diffusers" and (line := scheduler_line(source := source_file(args.source, args.best))):
+        sampler = saved_sampler(source)
+        load += f"; {line}" + (f"; pipe(…, eta={sampler['eta']})" if "eta" in sampler else "")
     if args.format != "merged" and not (steps := saved_steps(path)).is_all:
         load += f"; for the steps {steps} only, by a callback_on_step_end (docs/how-to/lora-steps.md)"
     print(f"{path}\n{load}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from draftune.cli import train
 from draftune.cli.common import Command
 from draftune.errors import DraftuneError
+from draftune.utils.tables import duration
 
 if TYPE_CHECKING:
     from draftune.training.memory_check import MemoryReport, MemoryTrial
@@ -82,14 +83,6 @@ def flag(name: str, value: object) -> str:
 def size(bytes: int) -> str:
     """Return bytes in MiB."""
     return f"{bytes / 2**20:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration such as "3 h 20 min", "5 min 10 s" or "12 s"."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 COMMAND = Command(

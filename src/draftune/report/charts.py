@@ -30,8 +30,8 @@ def charts(metrics: Rows, evaluations: Rows, reward: str | None) -> list[dict[st
     curves = [in_training(metrics, "reward", "Reward in training", note, "reward")]
     if reward is not None:
         columns = dict.fromkeys(key for row in evaluations for key in row if key not in (*AXES, reward, *NOT_PLOTTED))
-        curves.append(call_closure(evaluations, reward, "Reward", "at the evaluations", "reward"))
-        curves += [call_closure(evaluations, key, *looks(key)) for key in columns]
+        curves.append(evaluation_curve(evaluations, reward, "Reward", "at the evaluations", "reward"))
+        curves += [evaluation_curve(evaluations, key, *looks(key)) for key in columns]
     else:
         parts = dict.fromkeys(key for row in metrics for key in row if key.startswith(PART))
         curves += [in_training(metrics, key, *looks(key.removeprefix(PART))) for key in parts]
@@ -62,7 +62,7 @@ def in_training(rows: Rows, key: str, title: str, note: str, kind: str, log: boo
     }
 
 
-def call_closure(rows: Rows, key: str, title: str, note: str, kind: str) -> dict[str, Any]:
+def evaluation_curve(rows: Rows, key: str, title: str, note: str, kind: str) -> dict[str, Any]:
     """Return the curve of a column of the evaluations; its band is ± two standard errors, if these are known."""
     bands = [doubled(row.get("stderr", {}).get(key)) for row in rows]
     return curve(key, title, note + BAND * any(bands), kind, along(rows), [row.get(key) for row in rows], bands)

@@ -85,7 +85,7 @@ def shown(
     frames = [sample(row, len(prompts)) for row in rows]
     pairs = [sample(row, min(len(prompts), MOST_PAIRS), SIZES[0]) for row in (rows[:1] + rows[-1:])]
     over_scales = [
-        frame(scale, [sub_rewards(folder / SWEEP.parent, name) for name in names[: len(swept)]])
+        frame(scale, [inside(folder / SWEEP.parent, name) for name in names[: len(swept)]])
         for scale, names in zip(scales, sweep.get("images", []), strict=False)
     ]
     parts: dict[str, Any] = {
@@ -108,7 +108,7 @@ def whole(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [frame for frame in frames if frame["images"] and None not in frame["images"]]
 
 
-def sub_rewards(folder: Path, name: object) -> Path:
+def inside(folder: Path, name: object) -> Path:
     """Return the path of a file in the folder; of a missing file if the name points outside of it."""
     path = (folder / str(name)).resolve()
     return path if path.is_relative_to(folder.resolve()) else folder / "outside"

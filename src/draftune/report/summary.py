@@ -11,6 +11,7 @@ from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.registry.expression import Call, parse
 from draftune.settings import Settings
 from draftune.training.early_stopping import EarlyStopping, spread
+from draftune.utils.tables import duration
 
 Rows = Sequence[Mapping[str, Any]]
 ENDS = 10
@@ -24,13 +25,13 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Reward": settings.reward,
         "Evaluation rewards": settings.eval_rewards,
         "Method": settings.method,
-        "DiffusionModel": settings.model,
+        "Base model": settings.model,
         "Prompts": settings.prompts,
         "LoRA steps": settings.lora_steps,
         "Continued from": settings.init_lora,
         "Retained prompts": settings.retain_prompts,
         "Evaluation prompts": settings.eval_prompts,
-        "TrainStep": f"{last['step']:,} of {settings.steps:,}",
+        "Updates": f"{last['step']:,} of {settings.steps:,}",
         "Scored images": f"{last['reward_queries']:,}",
         "Training time": duration(last["train_seconds"]),
         "Device": device,
@@ -136,13 +137,3 @@ def mean(values: Sequence[float | None]) -> float | None:
 def number(value: float) -> str:
     """Format a number with four significant digits, or without decimals from 1000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Format a duration by its two largest units: "12 s", "3 min 20 s", "2 h", "3 d 4 h"."""
-    left, parts = round(seconds), list[tuple[int, str]]()
-    for unit, size in {"d": 86400, "h": 3600, "min": 60, "s": 1}.items():
-        count, left = divmod(left, size)
-        if count or parts:
-            parts.append((count, unit))
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count) or "0 s"

@@ -44,3 +44,13 @@ def finite(value: Any) -> Any:
 def shortened(text: str, width: int = NAME) -> str:
     """Return the text, shortened to its end, where paths differ."""
     return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def duration(seconds: float) -> str:
+    """Format a duration by its two largest units: "12 s", "3 min 20 s", "2 h", "3 d 4 h"."""
+    left, parts = round(seconds), list[tuple[int, str]]()
+    for unit, size in {"d": 86400, "h": 3600, "min": 60, "s": 1}.items():
+        count, left = divmod(left, size)
+        if count or parts:
+            parts.append((count, unit))
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2] if count) or "0 s"

@@ -1,0 +1,158 @@
+"""The model card of a run's LoRA, and the folder that is uploaded to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from draftune.errors import DraftuneError
+from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
+from draftune.lora import saved_steps
+from draftune.report.charts import reward_column
+from draftune.report.collect import read_json
+from draftune.report.settings_table import command
+from draftune.report.summary import best_step, facts, number, summary, warning
+from draftune.runs.export import export_lora, source_file
+from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
+from draftune.runs.run_dir import CONFIG, read_settings
+from draftune.runs.usage import diffusers_code
+from draftune.settings import Settings
+from draftune.utils.paths import atomic_write, user_path
+
+PREVIEW = "before_after.png"
+PACKAGES = ("draftune", "torch", "diffusers", "transformers", "peft")
+EMBEDDED = "the embedded model"
+
+
+def write_card(
+    run: Path | str, output: Path | str, repository: str = "", best: bool = False, license: str = ""
+) -> Path:
+    """Write a folder for the hub: the LoRA in diffusers' format, a model card, the image and the run's settings.
+
+    Args:
+        run: The run's folder.
+        output: The folder, which must not exist or be empty.
+        repository: The hub id in the card's code; the output folder's name by default.
+        best: Whether to take the run's best LoRA by its evaluations instead of the last one.
+        license: The licence's identifier on the hub, such as "apache-2.0"; "" for none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DraftuneError: there is no run, it has no LoRA, or the folder cannot be written.
+    """
+    folder, target = user_path(run), user_path(output)
+    if not (folder / CONFIG).is_file():
+        raise DraftuneError(f"no run at {str(folder)!r}: give a folder with a {CONFIG}")
+    text = model_card(folder, repository or target.name, best, license)
+    export_lora(folder, target, "diffusers", best=best)
+    for name in (PREVIEW, CONFIG):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    with atomic_write(target / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return target
+
+
+def model_card(folder: Path, repository: str, best: bool = False, license: str = "") -> str:
+    """Return the model card of a run's LoRA in the hub's format. See `write_card` for the arguments."""
+    from huggingface_hub import ModelCardData
+
+    lora, settings = source_file(folder, best), read_settings(folder / CONFIG)
+    metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)
+    environment = read_json(folder / "environment.json")
+    reward, steps = reward_column(evaluations), saved_steps(lora)
+    on_hub = settings.model.count("/") == 1 and not user_path(settings.model).exists()
+    data = ModelCardData(
+        base_model=settings.model if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=license or None,
+        tags=["lora", "draftune", "reward-fine-tuning", settings.method.partition("(")[0]],
+    )
+    prompt = next((row["prompts"][0] for row in read_rows(folder / SAMPLES)), "a prompt")
+    arguments = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
+    base = f"`{settings.model}`" if settings.model != "emoji" else EMBEDDED
+    shown = best_step(evaluations) if best else metrics[-1]["step"] if metrics else 0
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {folder.resolve().name}",
+        f"A LoRA for {base}, fine-tuned on the reward `{settings.reward}` by backpropagation through sampling "
+        f"(`{settings.method}`) with draftune. These are the weights after "
+        f"{shown:,} updates.",
+        *([f"![Images before and after training]({PREVIEW})"] if (folder / PREVIEW).is_file() else []),
+        "## Use",
+        f"```python\n{diffusers_code(lora, repository, settings.model, prompt, arguments)}\n```",
+        *(
+            []
+            if steps.is_all
+            else [f"The LoRA was trained for the sampling steps {steps} only; it is off on the others."]
+        ),
+        "`pipe.set_adapters` and a weight below 1 weaken the effect.",
+        "## Results",
+        results(evaluations, reward, shown) or "The run has no evaluations.",
+        summary(settings, metrics, evaluations, reward),
+        "## Over-optimization",
+        over_optimization(settings, evaluations, reward),
+        "## Training",
+        markdown_table(["", ""], facts(settings, metrics, environment.get("device"))),
+        "Repeat it with:",
+        f"```bash\n{command(settings)}\n```",
+        ", ".join(f"{name} {environment[name]}" for name in PACKAGES if name in environment),
+        "## Licence",
+        licence(base, settings, license),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: int | None) -> str:
+    """Return a table of the evaluations before training and at an update, with standard errors."""
+    rows = {row["step"]: row for row in evaluations}
+    if reward is None or not evaluations:
+        return ""
+    first, last = evaluations[0], rows.get(step, evaluations[-1])
+    columns = [key for key in first if key == reward or key.startswith(EVAL_PREFIX)]
+
+    def cell(row: Mapping[str, Any], key: str) -> str:
+        error = (row.get("stderr") or {}).get(key)
+        if row.get(key) is None:
+            return "not finite"
+        return number(row[key]) + (f" ± {number(error)}" if error is not None else "")
+
+    kinds = {reward: "trained on", DIVERSITY: "not trained on"}
+    lines = [
+        [f"`{key.removeprefix(EVAL_PREFIX)}`", kinds.get(key, "not trained on"), cell(first, key), cell(last, key)]
+        for key in columns
+    ]
+    table = markdown_table(["score", "", "base model", f"after {last['step']:,} updates"], lines)
+    return f"{table}\n\nMeans over the evaluation images ± standard errors."
+
+
+def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any]], reward: str | None) -> str:
+    """Return what the evaluations say of over-optimization."""
+    if text := warning(settings, evaluations, reward):
+        return f"**{text}**"
+    if not settings.eval_rewards:
+        return "No reward was measured that was not trained on: over-optimization would not have been noticed."
+    return (
+        "Every reward can be exploited: higher scores then come with worse images. The scores that were not trained on "
+        "gave no warning in this run. They are models too: look at the images."
+    )
+
+
+def licence(base: str, settings: Settings, license: str) -> str:
+    """Return the paragraph on licences."""
+    given = f"The LoRA: {license}." if license else "No licence of the LoRA was given."
+    return (
+        f"{given} The licence of the base model ({base}) applies to images and to merged weights. The reward "
+        f"(`{settings.reward}`) has licences of its own; `draftune list` names them."
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; vertical bars in cells are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
