@@ -6,6 +6,7 @@ from draftune.guidance.noise_optimization import optimize_noise as optimize_nois
 from draftune.guidance.sample import sample_guided as sample_guided
 from draftune.lora import load_lora as load_lora
 from draftune.lora import save_lora as save_lora
+from draftune.lora import set_lora_scale as set_lora_scale
 from draftune.methods import Batch as Batch
 from draftune.methods import Method as Method
 from draftune.methods import load_method as load_method
