@@ -44,7 +44,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     train = draftune.train
 
     def small_train(model: str, reward: str, **given: Any) -> draftune.Run:
-        made = {**given, **values}
+        made = {"model": model, "reward": reward, **given, **values}
         for name in ("prompts", "eval_prompts"):
             made |= {name: "two.txt"} if name in given else {}
         made |= {name: 1 for name in ("validation_steps",) if name in given}
@@ -84,6 +84,17 @@ def test_question(small: dict[str, Any], tmp_path: Path, pipeline_folder: Path) 
     small |= {"reward": f"vqa(question={question[1]!r}, model={str(vlm)!r}, max_side=32)"}
     example("question")
     assert len(metrics("runs/question")) == 2
+
+
+def test_the_readme_s_question_trains(small: dict[str, Any], tmp_path: Path, pipeline_folder: Path) -> None:
+    """One line of the README makes a question a reward; the other, of a function, runs with the documentation."""
+    (expression,) = re.findall(r"--reward '(vqa\(.*\))'", (EXAMPLES.parent / "README.md").read_text())
+    options = f", model={str(save_vlm(tmp_path / 'vlm', 'smolvlm'))!r}, max_side=32)"
+    run = draftune.train(
+        str(pipeline_folder), expression.removesuffix(")") + options, prompts="two.txt", output="runs/hands"
+    )
+    assert [row["step"] for row in run.metrics] == [1, 2]
+    assert all(row["grad_norm"] > 0 for row in run.metrics)
 
 
 def test_own_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
