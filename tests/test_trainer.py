@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -307,15 +308,17 @@ class FakeTracker(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.rows: list[tuple[int, dict[str, Any]]] = []
         self.options: dict[str, Any] = {}
         self.finished = 0
+        self.Image = lambda image, caption: (image.size, caption)
+        self.Table = lambda columns, data: [columns, *data]
 
     def init(self, **options: Any) -> FakeTracker:
         self.options = options
         return self
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(self, metrics: dict[str, Any], step: int) -> None:
         self.rows.append((step, metrics))
 
     def finish(self) -> None:
@@ -333,11 +336,40 @@ def test_hosted_trackers(pipeline_folder: Path, tmp_path: Path, monkeypatch: pyt
         assert tracker.options["project"] == "draftune"
         assert tracker.options["name"] == "run"
         assert tracker.options["config"]["learning_rate"] == 0.01
-        assert [step for step, _ in tracker.rows] == [0, 1, 1]
-        assert "eval/brightness" in tracker.rows[0][1]
-        assert {"reward", "grad_norm", "learning_rate"} <= tracker.rows[1][1].keys()
+        assert [step for step, _ in tracker.rows] == [0, 0, 1, 1, 1]
+        shown, before, update, images, after = (row for _, row in tracker.rows)
+        assert {"eval/brightness"} <= before.keys() & after.keys()
+        assert {"reward", "grad_norm", "learning_rate"} <= update.keys()
+        for row in (shown, images):
+            header, (prompt, score, image) = row["samples/table"][:2]
+            assert header == ["prompt", "reward", "image"]
+            assert row["samples/00"] == image == (image[0], f"{prompt} ({score:.3g})")
         assert tracker.finished == 1
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_wandb_offline(pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trainer(pipeline_folder, tmp_path / "run", report_to="wandb", steps=1).train()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    assert len(list((folder / "files" / "media" / "images" / "samples").glob("00_*.png"))) == 2
+    table = json.loads(next((folder / "files" / "media" / "table" / "samples").glob("table_*.json")).read_text())
+    assert table["columns"] == ["prompt", "reward", "image"]
+
+
+def test_tensorboard_shows_the_samples(pipeline_folder: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = trainer(pipeline_folder, tmp_path / "run", report_to="tensorboard", steps=1)
+    made.train()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    names = [f"samples/{i:02d} {prompt}" for i, prompt in enumerate(made.validation.shown)]
+    assert events.Tags()["images"] == names
+    assert [event.step for event in events.Images(names[0])] == [0, 1]
 
 
 def test_which_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

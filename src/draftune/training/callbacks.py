@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from draftune.training.trainer import Trainer
+
+
+class Samples(NamedTuple):
+    """Sample images of one update.
+
+    Attributes:
+        images: One image of each prompt.
+        prompts: The prompts.
+        scores: The reward of each image.
+    """
+
+    images: Sequence[Image]
+    prompts: Sequence[str]
+    scores: Sequence[float]
+
+    def rows(self) -> Iterator[tuple[Image, str, float]]:
+        """Yield each image with its prompt and its score."""
+        return zip(self.images, self.prompts, self.scores, strict=True)
 
 
 class Callback:
@@ -33,6 +53,14 @@ class Callback:
         Args:
             step: Number of updates before it; 0 is the base model.
             row: Its row of evaluations.jsonl.
+        """
+
+    def on_sample(self, step: int, samples: Samples) -> None:
+        """Handle a grid of sample images.
+
+        Args:
+            step: Number of updates before it; 0 is the base model.
+            samples: The images with their prompts and scores.
         """
 
     def on_save(self, step: int) -> None:

@@ -8,19 +8,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from draftune.errors import require
 from draftune.settings import Settings
-from draftune.training.callbacks import Callback
+from draftune.training.callbacks import Callback, Samples
 from draftune.utils.logging import logger
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from draftune.training.trainer import Trainer
 
 
 class Tracker(Protocol):
-    """A started run of a tracker. `wandb.init` and `trackio.init` return such an object."""
+    """A started run of a tracker."""
 
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_samples(self, samples: Samples, step: int) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -36,19 +42,42 @@ class TensorBoard:
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
+
+    def log_samples(self, samples: Samples, step: int) -> None:
+        for i, (image, prompt, _) in enumerate(samples.rows()):
+            self.writer.add_image(f"samples/{i:02d} {prompt}", np.asarray(image), step, dataformats="HWC")
 
     def finish(self) -> None:
         self.writer.close()
 
 
-def start_hosted(name: str, trainer: Trainer) -> Tracker:
-    """Start a run of wandb or trackio in the project "draftune", with the settings and the name of the run's folder."""
-    module: Any = require(name, f"report_to={name}", name)
-    tracker: Tracker = module.init(project="draftune", name=trainer.folder.path.name, config=asdict(trainer.settings))
-    return tracker
+class Hosted:
+    """Send numbers, images and tables to wandb or trackio, which have the same functions.
+
+    A run of the project "draftune" is started, with the settings and the name of the run's folder.
+    """
+
+    def __init__(self, name: str, trainer: Trainer) -> None:
+        self.module: Any = require(name, f"report_to={name}", name)
+        self.run = self.module.init(project="draftune", name=trainer.folder.path.name, config=asdict(trainer.settings))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def log_samples(self, samples: Samples, step: int) -> None:
+        def image(values: tuple[Image, str, float]) -> Any:
+            return self.module.Image(values[0], caption=f"{values[1]} ({values[2]:.3g})")
+
+        data = [[row[1], row[2], image(row)] for row in samples.rows()]
+        table = self.module.Table(columns=["prompt", "reward", "image"], data=data)
+        images = {f"samples/{i:02d}": image(row) for i, row in enumerate(samples.rows())}
+        self.run.log({**images, "samples/table": table}, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
 
 
 def installed_trackers(settings: Settings) -> list[str]:
@@ -65,7 +94,7 @@ def installed_trackers(settings: Settings) -> list[str]:
 
 
 class Trackers(Callback):
-    """Send the numbers of metrics.jsonl, and those of evaluations.jsonl under `eval/`, to trackers.
+    """Send the numbers of metrics.jsonl, those of evaluations.jsonl under `eval/`, and sample images to trackers.
 
     Only the main process sends them. A tracker that fails with an OSError, such as a full disk, is stopped; the run
     continues without it.
@@ -80,7 +109,7 @@ class Trackers(Callback):
             if name == "tensorboard":
                 self.trackers[name] = TensorBoard(trainer.folder.path, trainer.folder.done)
             else:
-                self.trackers[name] = start_hosted(name, trainer)
+                self.trackers[name] = Hosted(name, trainer)
 
     def on_step_end(self, step: int, logs: Mapping[str, Any]) -> None:
         self.each(lambda tracker: tracker.log(numbers(logs), step=step))
@@ -88,6 +117,9 @@ class Trackers(Callback):
     def on_evaluate(self, step: int, row: Mapping[str, Any]) -> None:
         metrics = {f"eval/{name}": value for name, value in numbers(row).items()}
         self.each(lambda tracker: tracker.log(metrics, step=step))
+
+    def on_sample(self, step: int, samples: Samples) -> None:
+        self.each(lambda tracker: tracker.log_samples(samples, step=step))
 
     def on_train_end(self) -> None:
         self.each(lambda tracker: tracker.finish())

@@ -240,7 +240,9 @@ class Trainer:
     def log_images(self) -> None:
         """Sample a grid of images, with the averaged LoRA if there is a moving average."""
         with self.train_step.averaged():
-            self.validation.log_samples(self.global_step)
+            samples = self.validation.log_samples(self.global_step)
+        if samples is not None:
+            self.notify("on_sample", self.global_step, samples)
 
     def evaluate(self) -> None:
         """Evaluate the model, with the averaged LoRA if there is a moving average."""

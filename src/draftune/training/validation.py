@@ -19,6 +19,7 @@ from draftune.evaluation.metrics import (
 from draftune.lora import save_lora
 from draftune.runs.checkpoint import preserve_rng
 from draftune.runs.logs import EVALUATIONS, SAMPLES
+from draftune.training.callbacks import Samples
 from draftune.training.context import TrainContext
 from draftune.training.early_stopping import EarlyStopping
 from draftune.utils.images import grid, save_image, to_pil
@@ -43,30 +44,36 @@ class Validation:
         self.last_shown = -1
 
     @preserve_rng()
-    def log_samples(self, step: int) -> None:
-        """Write the sample grid of an update, its single images, and their scores as a line of samples.jsonl."""
+    def log_samples(self, step: int) -> Samples | None:
+        """Write the sample grid of an update, its single images, and their scores as a line of samples.jsonl.
+
+        Returns:
+            The images with their prompts and scores; None if this update's grid was written before.
+        """
         if step == self.last_shown:
-            return
+            return None
         context, folder = self.context, self.context.folder
         images = context.sample_images(self.shown, range(len(self.shown)))
         self.last_shown = step
         with context.processes.raise_on_all_ranks():
             scores = score_batches(context.reward, images, self.shown, context.model.device)[0].tolist()
+        samples = Samples(to_pil(images), self.shown, scores)
         if not context.processes.main:
-            return
+            return samples
         captions = [f"{score:.3g}" for score in scores]
         if step == 0:
             self.base_images, self.base_captions = images, captions
         path = folder.sample_path(step)
         save_image(grid([images], [], self.shown, [captions]), path)
-        for i, image in enumerate(to_pil(images)):
+        for i, image in enumerate(samples.images):
             save_image(image, path.with_suffix("") / f"{i:02d}.png")
         if step == 0 and folder.done:
-            return  # a resumed run has a newer before_after.png
+            return None  # a resumed run has a newer before_after.png
         folder.log(SAMPLES, {"step": step, "prompts": list(map(str, self.shown)), "scores": scores})
         rows = [self.base_images, images]
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
         save_image(sheet, folder.path / "before_after.png")
+        return samples
 
     @preserve_rng()
     def evaluate(self, step: int, counted: Mapping[str, float]) -> dict[str, Any] | None:
