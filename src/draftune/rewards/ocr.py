@@ -94,7 +94,8 @@ class OCR(TextReward):
     temporal classification (Graves et al., 2006, Eq. 3). Spaces are ignored, case counts. Other text in a box costs.
     The boxes have no gradient and are upright; a fixed box suits a model that writes nothing yet. Source: Cui et al.,
     2025, arXiv:2507.05595. PP-OCRv5 mobile: 16 MB, and 5 MB for the detector, Apache-2.0; input 48 pixels high.
-    Over-optimized: never run on published weights, so not known. Check with `ocr_cer` and another recognizer.
+    Run with the weights of PP-OCRv4, whose networks are the same; never with those of PP-OCRv5. Over-optimized: noise
+    that only this recognizer reads as the text. Evaluate with `ocr_cer` and another recognizer.
     """
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
