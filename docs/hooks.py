@@ -179,9 +179,17 @@ def methods() -> str:
 
 
 def rewards() -> str:
+    """Return a section for each group of rewards, with the facts of each reward below its docstring."""
     from draftune.rewards import REWARDS
+    from draftune.rewards.catalog import facts_of, in_groups
 
-    return registry(REWARDS)
+    sections = []
+    for group, names in in_groups(REWARDS).items():
+        entries = (
+            f"{entry(name, REWARDS[name])}\n\n*{escaped(facts_of(name))}*".removesuffix("\n\n**") for name in names
+        )
+        sections.append("\n\n".join([f"## {group[0].upper()}{group[1:]}", *entries]))
+    return "\n\n".join(sections)
 
 
 def names() -> str:

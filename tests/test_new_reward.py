@@ -17,7 +17,8 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import check_reward
 from draftune.registry.factories import run_file
-from draftune.rewards import load_reward, parse_reward
+from draftune.rewards import REWARDS, load_reward, parse_reward
+from draftune.rewards.catalog import CATALOG, YOUR_OWN, in_groups
 from helpers.errors import mentions, raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-reward.md"
@@ -85,3 +86,35 @@ def test_experimental_rewards_are_imported_at_the_first_lookup() -> None:
     code = "import sys, draftune.rewards as r; assert not [m for m in sys.modules if 'draftune.experimental' in m]; "
     code += "assert r.load_reward('threshold(brightness, at=0.5)').label == 'threshold(brightness)'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_built_in_reward_is_in_one_group() -> None:
+    """Others are listed as the user's own, without size and license: `CATALOG` needs a row for a new reward."""
+    built_in = [name for name, factory in REWARDS.items() if factory.__module__.startswith("draftune.")]
+    groups = in_groups(built_in)
+    assert YOUR_OWN not in groups
+    listed = [name for facts in CATALOG.values() for name in facts]
+    assert sorted(listed) == sorted(built_in)
+
+
+def test_the_list_shows_groups_and_facts(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file(file, "reward")
+    assert main(["list", "rewards"]) == 0
+    text = capsys.readouterr().out
+    order = [text.index(f"\n  {group}\n") for group in [*CATALOG, YOUR_OWN]]
+    assert order == sorted(order)
+    assert "mean_color" in text[order[-1] :]
+    hpsv2 = text[text.index("    hpsv2 ") :]
+    assert mentions(hpsv2[: hpsv2.index("    hpsv3 ")], "986 M Apache-2.0 arXiv:2306.09341 Compared Never")
+    assert main(["list", "ocr"]) == 0
+    assert mentions(capsys.readouterr().out, "box Compared Never")
+
+
+def test_facts_are_those_of_the_docstrings() -> None:
+    for facts in CATALOG.values():
+        for name, fact in facts.items():
+            text = " ".join((REWARDS[name].__doc__ or "").split())
+            if fact.source.startswith(("arXiv", "github")):
+                assert fact.source in text or "of `" in text, name
+            if fact.license and "of `" not in text:
+                assert fact.license.split()[0] in text, name

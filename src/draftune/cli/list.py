@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from draftune.presets import PRESETS, first_comment
     from draftune.prompts import PROMPT_SETS
     from draftune.rewards import REWARDS
+    from draftune.rewards.catalog import facts_of, in_groups
     from draftune.training.optim import gradient_filters, optimizers
 
     methods, named_optimizers, filters = all_methods(), optimizers(), gradient_filters()
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
         "presets": {name: first_comment(preset) for name, preset in PRESETS.items()},
     }
     if args.what in described:
-        print(description(args.what, described[args.what]))
+        facts = facts_of(args.what) if args.what in REWARDS else ""
+        print("\n\n".join(filter(None, (description(args.what, described[args.what]), facts))))
         return
     if args.what in PRESETS:
         print(PRESETS[args.what].read_text(encoding="utf-8"), end="")
@@ -52,9 +54,21 @@ def run(args: argparse.Namespace) -> None:
         raise unknown("list or name", args.what, [*tables, *described, *PRESETS])
     for what in [args.what] if args.what else tables:
         print(what)
-        width = max(map(len, tables[what]))
-        for name, text in tables[what].items():
-            print(f"  {name:{width}}  {text}")
+        if what == "rewards":
+            for group, names in in_groups(REWARDS).items():
+                print(f"\n  {group}")
+                print_table({name: tables[what][name] for name in names}, "    ", facts_of if args.what else None)
+        else:
+            print_table(tables[what])
+
+
+def print_table(table: Mapping[str, str], indent: str = "  ", more: Callable[[str], str] | None = None) -> None:
+    """Print names with their texts, and below each text what `more` returns for the name."""
+    width = max(map(len, table))
+    for name, text in table.items():
+        print(f"{indent}{name:{width}}  {text}")
+        if more is not None and (line := more(name)):
+            print(f"{indent}{'':{width}}  {line}")
 
 
 def description(name: str, described: Callable[..., Any]) -> str:
