@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,11 +75,11 @@ class DiffusionNFT(Method):
         check_min("decay_start", self.decay_start, 0)
         check_fraction(self.timestep_fraction)
         check_advantages(self.spread, self.adv_clip_max, "diffusion_nft")
-        if not self.beta > 0:
-            raise DraftuneError(f"beta must be above 0, got {self.beta}")
+        if not 0 < self.beta < math.inf:
+            raise DraftuneError(f"beta must be above 0 and finite, got {self.beta}")
         for name in ("kl_weight", "decay_rate"):
-            if not (value := getattr(self, name)) >= 0:
-                raise DraftuneError(f"{name} must be at least 0, got {value}")
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise DraftuneError(f"{name} must be at least 0 and finite, got {value}")
         if not 0 <= self.decay_max < 1:
             raise DraftuneError(f"decay_max must be from 0 to below 1, got {self.decay_max}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,11 +16,11 @@ SPREADS = ("update", "group")
 
 
 def check_advantages(spread: str, adv_clip_max: float, method: str) -> None:
-    """Raise DraftuneError unless `spread` is in SPREADS and `adv_clip_max` is above 0."""
+    """Raise DraftuneError unless `spread` is in SPREADS and `adv_clip_max` is above 0 and finite."""
     if spread not in SPREADS:
         raise unknown(f"spread of {method}", str(spread), SPREADS)
-    if not adv_clip_max > 0:
-        raise DraftuneError(f"adv_clip_max must be above 0, got {adv_clip_max}")
+    if not 0 < adv_clip_max < math.inf:
+        raise DraftuneError(f"adv_clip_max must be above 0 and finite, got {adv_clip_max}")
 
 
 def gathered(batches: Sequence[Batch], rewards: Sequence[Tensor]) -> Tensor:
