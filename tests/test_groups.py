@@ -16,6 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.methods import DDPO, DiffusionNFT, DraftK, FlowGRPO, Method, MixGRPO, OnlineDPO, load_method
 from draftune.methods.groups import gathered, group_advantages, own_parts
 from draftune.methods.lora_copy import LoRACopy
+from draftune.prompts import load_prompts
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler
 from draftune.training.memory_check import smaller_batches
@@ -163,3 +164,20 @@ def test_a_run_scores_groups_across_its_batches(pipeline_folder: Path, tmp_path:
     assert groups[0] != groups[4]
     assert groups == [groups[0]] * 4 + [groups[4]] * 4
     assert trained.metrics[0]["reward_queries"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["diffusion_nft(timestep_fraction=0.5)", "online_dpo(timestep_fraction=0.5, pairs=2)"]
+)
+def test_the_reward_rises_on_the_embedded_model(method: str, tmp_path: Path) -> None:
+    """The same 16 images before and after 10 updates: their files shrink, by scores alone."""
+    values = {"batch_size": 8, "num_images_per_prompt": 8, "steps": 10, "learning_rate": 3e-3, "guidance_scale": None}
+    values |= {"num_inference_steps": 8, "num_log_prompts": 1, "num_validation_images": 1, "eval_rewards": ""}
+    (tmp_path / "prompts.txt").write_text("\n".join(load_prompts("emoji-common")[::4]))
+    prompts = {"prompts": "emoji-common", "eval_prompts": str(tmp_path / "prompts.txt")}
+    before, after = (
+        row["jpeg_compressibility"]
+        for row in run("emoji", tmp_path, "jpeg_compressibility", method=method, **values | prompts).evaluations
+    )
+    assert after > before + 0.5
