@@ -27,7 +27,7 @@ from helpers.pipelines import add_random_lora, build_pipeline
 METHODS = ["draft", "draft_k(k=2)", "draft_lv(n=1)", "refl(m=2)", "drtune(k=2, m=2)", "leapalign", "alignprop(m=3)"]
 METHODS += ["flowbp_sparse(k=2)", "flowbp_bridge(k=3)", "direct_align(last=1)"]
 METHODS += ["adjoint_matching(k=2)", "ddpo(min_count=2)", "kl(draft, beta=0.01)"]
-METHODS += ["flow_grpo", "mix_grpo(window=2)", "diffusion_nft", "online_dpo"]
+METHODS += ["mix_grpo(window=2)", "diffusion_nft", "online_dpo"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -80,7 +80,6 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
         ({"method": "direct_align", "prefix_reuse_steps": 3}, (5, 9)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
         ({"method": "diffusion_nft(decay_rate=0.3)", "num_images_per_prompt": 2}, (4, 7)),
-        ({"method": "mix_grpo(window=1, window_updates=1)", "num_images_per_prompt": 2}, (4, 7)),
         (
             {"method": "online_dpo(reference_updates=3)", "num_images_per_prompt": 2, "gradient_accumulation_steps": 2},
             (5, 11),
