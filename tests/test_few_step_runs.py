@@ -27,6 +27,7 @@ from helpers.pipelines import add_random_lora, build_pipeline
 METHODS = ["draft", "draft_k(k=2)", "draft_lv(n=1)", "refl(m=2)", "drtune(k=2, m=2)", "leapalign", "alignprop(m=3)"]
 METHODS += ["flowbp_sparse(k=2)", "flowbp_bridge(k=3)", "direct_align(last=1)"]
 METHODS += ["adjoint_matching(k=2)", "ddpo(min_count=2)", "kl(draft, beta=0.01)"]
+METHODS += ["mix_grpo(window=2)", "diffusion_nft", "online_dpo"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,6 +40,7 @@ def test_every_method_trains(method: str, sampler: str, tmp_path: Path) -> None:
         prompts=["a cat", "a dog"],
         steps=1,
         batch_size=2,
+        num_images_per_prompt=load_method(method).min_images_per_prompt,
         num_inference_steps=4,
         guidance_scale=0.0,
         log_images_steps=0,

@@ -36,6 +36,7 @@ from transformers import (
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import ATTENTION, add_lora, lora_parameters
+from draftune.methods import load_method
 from draftune.models import DiffusionModel, load_model
 from draftune.runs.export import sampler_options, source_file
 from draftune.sampling.ancestral import mean
@@ -386,6 +387,10 @@ METHODS = [
     "flowbp_bridge(k=2)",
     "direct_align(last=1)",
     "alignprop(m=2)",
+    "flow_grpo",
+    "mix_grpo(window=2)",
+    "diffusion_nft",
+    "online_dpo(pairs=2)",
     "draft",
 ]
 
@@ -399,6 +404,7 @@ def test_other_methods(sd3: Path, tmp_path: Path, method: str) -> None:
     before = drawn(model, "a cat", 0, 5.0)
     settings = {"steps": 2, "batch_size": 4, "num_inference_steps": STEPS, "guidance_scale": 5.0, "log_images_steps": 0}
     settings |= {"learning_rate": 0.02, "num_log_prompts": 1, "output": str(tmp_path / "run"), "prompts": ["a cat"]}
+    settings["num_images_per_prompt"] = load_method(method).min_images_per_prompt
     run = draftune.train(model, brightness, method=method, **settings)
     assert all(row["grad_norm"] > 0 for row in run.metrics)
     assert (drawn(model, "a cat", 0, 5.0) - before).abs().max() > 1e-3

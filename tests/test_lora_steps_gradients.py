@@ -208,7 +208,7 @@ def test_kl_penalizes_no_step_of_the_base_model() -> None:
     assert relative(ours, switched.gradient()) < 1e-9
 
 
-@pytest.mark.parametrize("method", ["adjoint_matching(k=9)", "ddpo", "dpok", "sft_pg(generator_steps=1)"])
+@pytest.mark.parametrize("method", ["adjoint_matching(k=9)", "ddpo", "dpok", "flow_grpo", "sft_pg(generator_steps=1)"])
 @pytest.mark.parametrize(("lora_steps", "trained"), [("0.2-0.8", [1, 2, 3]), ("0.6-1.0", [3])])
 def test_methods_with_stochastic_steps_train_those_of_the_range(
     method: str, lora_steps: str, trained: list[int]

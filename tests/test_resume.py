@@ -79,6 +79,11 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
         ({"method": "flowbp_bridge(k=3)"}, (4, 6)),
         ({"method": "direct_align", "prefix_reuse_steps": 3}, (5, 9)),
         ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
+        ({"method": "diffusion_nft(decay_rate=0.3)", "num_images_per_prompt": 2}, (4, 7)),
+        (
+            {"method": "online_dpo(reference_updates=3)", "num_images_per_prompt": 2, "gradient_accumulation_steps": 2},
+            (5, 11),
+        ),
         ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",

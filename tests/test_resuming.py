@@ -381,6 +381,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "fewer prompts": {"prompts": ["a bear"]},
     "batches": {"batch_size": 1, "gradient_accumulation_steps": 3, "prefix_reuse_steps": 1},
     "method": {"method": "ddpo(min_count=2)", "prefix_reuse_steps": 1},
+    "groups": {"method": "diffusion_nft", "num_images_per_prompt": 2, "batch_size": 4, "prefix_reuse_steps": 1},
     "optimiser": {"optimizer": "sgd(momentum=0.5)"},
     "precision": {"mixed_precision": "bf16"},
     "sampler": {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 16, "width": 24},

@@ -73,7 +73,17 @@ SCORED = {
     "kl(sft_pg(generator_steps=2), beta=0.1)": 4,
     "sft_pg": 4,
     "kl(ddpo(timestep_fraction=0.5), beta=0.1)": 4,
+    "flow_grpo": 4,
+    "mix_grpo(window=2, beta=0.1)": 4,
+    "diffusion_nft(inner_epochs=2)": 4,
+    "kl(online_dpo, beta=0.1)": 4,
+    "online_dpo": 4,
 }
+
+
+def grouped(method: str) -> dict[str, int]:
+    """The setting that methods on groups of images need."""
+    return {"num_images_per_prompt": load_method(method).min_images_per_prompt}
 
 
 def test_every_method_is_trained_below() -> None:
@@ -89,9 +99,11 @@ def test_every_gradient_method_raises_the_reward(pipeline: Any, tmp_path: Path, 
 
 @pytest.mark.parametrize(("method", "queries"), SCORED.items())
 def test_every_kind_of_method_logs_the_same(pipeline: Any, tmp_path: Path, method: str, queries: int) -> None:
-    result = run(pipeline, tmp_path, method=method, steps=2, gradient_accumulation_steps=2, learning_rate=0.02)
+    values = {"gradient_accumulation_steps": 2, "learning_rate": 0.02, **grouped(method)}
+    result = run(pipeline, tmp_path, method=method, steps=2, **values)
     keys = ["step", "reward", "reward_std", "reward_queries", "grad_norm", "grad_clip_fraction", "learning_rate"]
-    own = ["clip_fraction"] if "ddpo" in method or "dpok" in method else []
+    own = ["clip_fraction"] if any(name in method for name in ("ddpo", "dpok", "grpo")) else []
+    own += ["preference_accuracy"] if "online_dpo" in method else []
     assert [list(row) for row in result.metrics] == [[*keys, "train_seconds", *own]] * 2
     assert [row["reward_queries"] for row in result.metrics] == [queries, 2 * queries]
     assert all(row["grad_norm"] > 0 for row in result.metrics)

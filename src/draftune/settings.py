@@ -115,6 +115,9 @@ class Settings:
     steps: int = setting(None, "Number of updates.", low=1)
     batch_size: int = setting(4, "Images of one backward pass, over all processes.", low=1)
     gradient_accumulation_steps: int = setting(1, "Batches of one update.", low=1)
+    num_images_per_prompt: int = setting(
+        1, "Images of each prompt in an update, side by side: the groups that some methods compare.", low=1
+    )
     optimizer: str = setting(
         "adamw", "Optimizer, such as 'adamw', 'adamw_8bit' or 'sgd(momentum=0.9)' (see 'draftune list optimizers')."
     )

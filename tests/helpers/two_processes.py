@@ -42,6 +42,15 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "float32": {"method": "draft_lv(n=1)", "dtype": torch.float32},
     "draft_lv": {"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2},
     "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
+    # Groups in both processes, over two batches, in one batch, and each in a process of its own.
+    "diffusion_nft": {
+        "method": "diffusion_nft(inner_epochs=2)",
+        "num_images_per_prompt": 4,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+    },
+    "online_dpo": {"method": "online_dpo(pairs=2)", "num_images_per_prompt": 4},
+    "flow_grpo": {"method": "mix_grpo(window=1)", "num_images_per_prompt": 4, "batch_size": 8},
     "kept": {"method": "draft_k(k=1)", "init_lora": "FIRST", "retain_prompts": "animals", "prefix_reuse_steps": 2},
     # A critic and a value network compute in float32.
     "float32 critic": {

@@ -5,12 +5,15 @@ from __future__ import annotations
 from draftune.methods.adjoint_matching import AdjointMatching
 from draftune.methods.base import METHODS, BackpropMethod, Batch, Method, register
 from draftune.methods.ddpo import DDPO, DPOK
+from draftune.methods.diffusion_nft import DiffusionNFT
 from draftune.methods.direct_align import DirectAlign
 from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
+from draftune.methods.flow_grpo import FlowGRPO, MixGRPO
 from draftune.methods.flowbp import FlowBPBridge, FlowBPSparse
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
+from draftune.methods.online_dpo import OnlineDPO
 from draftune.registry.factories import build, parse_call
 
 __all__ = [
@@ -22,14 +25,18 @@ __all__ = [
     "AlignProp",
     "Batch",
     "DRTune",
+    "DiffusionNFT",
     "DirectAlign",
     "Draft",
     "DraftK",
     "DraftLV",
     "FlowBPBridge",
     "FlowBPSparse",
+    "FlowGRPO",
     "LeapAlign",
     "Method",
+    "MixGRPO",
+    "OnlineDPO",
     "ReFL",
     "BackpropMethod",
     "all_methods",

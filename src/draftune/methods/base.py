@@ -22,8 +22,8 @@ build each graph just before its `yield`. Run denoiser calls that need no gradie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +75,10 @@ class Batch:
     """Prompts of the whole batch, of all processes. Default: `prompts`."""
     retention_batch: Batch | None = None
     """B retention prompts, on which the model should not change; None if the run has none."""
+    images_per_prompt: int = 1
+    """Images of a group: each prompt of the update occurs this many times in a row, maybe across batches."""
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    """The trained tensors of the LoRA by name. `LoRACopy` samples with others in their place."""
 
     def __post_init__(self) -> None:
         self.all_prompts = self.all_prompts or self.prompts
@@ -118,6 +122,10 @@ class Method:
     """
     min_images_per_update: int = 1
     """Minimum of `batch_size` times `gradient_accumulation_steps`: 2 if rewards of an update are compared."""
+    min_images_per_prompt: int = 1
+    """Minimum of `num_images_per_prompt`: 2 if the images of a prompt are compared."""
+    whole_groups_per_batch: bool = False
+    """Whether all images of a prompt must be in one batch (`Batch.images_per_prompt`)."""
 
     def check(self, schedule: Schedule) -> None:
         """Raise DraftuneError if the method's settings do not fit the schedule, such as k > T."""
@@ -162,7 +170,10 @@ class Method:
         raise NotImplementedError
 
     def losses_per_step(self, batches: Iterable[Batch]) -> Iterator[Iterator[Tensor]]:
-        """Yield the losses of each optimizer step of one update. Default: one step on `losses(batches)`."""
+        """Yield the losses of each optimizer step of one update. Default: one step on `losses(batches)`.
+
+        What follows a `yield` runs after that optimizer step.
+        """
         yield self.losses(batches)
 
     def metrics(self) -> dict[str, float]:
@@ -208,6 +219,8 @@ class MethodWrapper(Method):
         self.method = method
         self.needs_reward_gradient, self.supports_fp16 = method.needs_reward_gradient, method.supports_fp16
         self.min_images_per_update = method.min_images_per_update
+        self.min_images_per_prompt = method.min_images_per_prompt
+        self.whole_groups_per_batch = method.whole_groups_per_batch
 
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)

@@ -45,6 +45,7 @@ COMPUTED = (
     "prefix_reuse_steps",
     "prefix_stride",
     "gradient_accumulation_steps",
+    "num_images_per_prompt",
     "optimizer",
     "gradient_filter",
     "learning_rate",

@@ -31,7 +31,11 @@ def mean(prediction: Prediction, step: Step) -> Tensor:
 
 
 def ancestral_rollout(
-    denoise: Denoiser, schedule: Schedule, x: Tensor, randn_like: Callable[[Tensor], Tensor]
+    denoise: Denoiser,
+    schedule: Schedule,
+    x: Tensor,
+    randn_like: Callable[[Tensor], Tensor],
+    mean_of: Callable[[Prediction, Step], Tensor] = mean,
 ) -> Iterator[tuple[Step, Tensor, Tensor, Tensor]]:
     """Sample with the ancestral sampler: x_s = mean + tau * eps, eps ~ N(0, I).
 
@@ -40,12 +44,13 @@ def ancestral_rollout(
         schedule: The sampling schedule.
         x: The initial noise `[B, C, H, W]`.
         randn_like: Returns N(0, I) noise in the shape of its argument.
+        mean_of: The mean of a step; by default that of the ancestral sampler.
 
     Yields:
         For each step: the step, x_t, the mean of x_s and x_s, each `[B, C, H, W]`.
     """
     for step in schedule.steps:
-        center = mean(denoise(x, step), step)
+        center = mean_of(denoise(x, step), step)
         following = center + step.ancestral_std * randn_like(x)
         yield step, x, center, following
         x = following

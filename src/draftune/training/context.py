@@ -66,9 +66,9 @@ class TrainContext:
     def all_prompts(self) -> list[str]:
         """Return the prompts that the run uses. Of many training prompts, a short run samples some only."""
         s, past = self.settings, self.continued_run
-        batches = math.ceil(s.steps / s.prefix_reuse_steps) * s.gradient_accumulation_steps
+        images = math.ceil(s.steps / s.prefix_reuse_steps) * s.gradient_accumulation_steps * s.batch_size
         return [
-            *sampled_first(self.prompts, batches * s.batch_size, s.seed),
+            *sampled_first(self.prompts, images // s.num_images_per_prompt, s.seed),
             *self.prompts[: max(2, s.reward_normalization_samples)],  # of the checks before training
             *self.log_prompts,
             *(self.eval_prompts or ()),

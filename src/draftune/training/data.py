@@ -45,16 +45,23 @@ class BatchRecord:
 
 
 class PromptSampler:
-    """An endless stream of prompt indices: random permutations of all prompts, one after the other."""
+    """An endless stream of prompt indices: random permutations of all prompts, one after the other.
 
-    def __init__(self, count: int, generator: torch.Generator) -> None:
-        self.count, self.generator = count, generator
+    Args:
+        count: Number of prompts.
+        generator: Random numbers for the permutations.
+        repeats: How often each index follows itself in the stream: the images of a prompt that form a group.
+    """
+
+    def __init__(self, count: int, generator: torch.Generator, repeats: int = 1) -> None:
+        self.count, self.generator, self.repeats = count, generator, repeats
         self.queue: list[int] = []
 
     def next(self, size: int) -> list[int]:
         """Return the next `size` indices."""
         while len(self.queue) < size:
-            self.queue += torch.randperm(self.count, generator=self.generator).tolist()
+            order = torch.randperm(self.count, generator=self.generator).tolist()
+            self.queue += [index for index in order for _ in range(self.repeats)]
         indices, self.queue = self.queue[:size], self.queue[size:]
         return indices
 

@@ -139,6 +139,8 @@ def smaller_batches(settings: Settings) -> dict[str, Any]:
     if size == 1:
         return {}
     half = size // 2 if size % 2 == 0 else 1
+    if half % settings.num_images_per_prompt and load_method(settings.method).whole_groups_per_batch:
+        return {}
     return {"batch_size": half, "gradient_accumulation_steps": number * size // half}
 
 

@@ -178,6 +178,7 @@ def check_method(settings: Settings, method: Method) -> None:
             f"{name} compares the rewards of an update with each other: batch_size times gradient_accumulation_steps "
             f"must be at least {method.min_images_per_update}, not {images}"
         )
+    check_groups(s, method)
     for setting in ("prefix_reuse_steps", "prefix_stride"):
         if getattr(s, setting) > 1 and not method.starts_without_grad():
             raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
@@ -191,6 +192,27 @@ def check_method(settings: Settings, method: Method) -> None:
         raise DraftuneError("offload does not work with --quantization, --compile or FSDP: leave them out")
     if s.tiny_decoder and not method.needs_reward_gradient:
         raise DraftuneError(f"{name} uses no gradient of the reward: leave out tiny_decoder")
+
+
+def check_groups(s: Settings, method: Method) -> None:
+    """Raise DraftuneError unless the groups of images of one prompt fill an update, and are what the method needs."""
+    size, name = s.num_images_per_prompt, f"the method {s.method!r}"
+    if size < method.min_images_per_prompt:
+        raise DraftuneError(
+            f"{name} compares the images of a prompt: num_images_per_prompt must be at least "
+            f"{method.min_images_per_prompt}, not {size}; with a --batch-size that is a multiple of it"
+        )
+    images = s.batch_size * s.gradient_accumulation_steps
+    if images % size:
+        raise DraftuneError(
+            f"num_images_per_prompt={size} must divide the images of an update, batch_size times "
+            f"gradient_accumulation_steps, which are {images}"
+        )
+    if method.whole_groups_per_batch and s.batch_size % size:
+        raise DraftuneError(
+            f"{name} compares images within a batch: num_images_per_prompt={size} must divide batch_size, which is "
+            f"{s.batch_size}"
+        )
 
 
 def check_columns(

@@ -91,7 +91,7 @@ def load_train_state(
     updates.generator.set_state(tensors["generator"])
     updates.scorer.queries, updates.seconds = state["reward_queries"], state["train_seconds"]
     updates.skipped, updates.skipped_in_a_row, updates.overflows = state["nonfinite_steps"]
-    if "prompts" not in changed:
+    if not {"prompts", "num_images_per_prompt"} & set(changed):
         updates.prompt_sampler.queue = state["prompts"]
     if "retain_prompts" not in changed:
         updates.retain_sampler.queue = state.get("retain_prompts_order", [])

@@ -62,7 +62,7 @@ class TrainStep:
         self.gradient_noise = GradientNoise(self.parameters, context.processes) if s.log_gradient_snr else None
         # Training has its own generator, so that samples and evaluations do not change it.
         self.generator = torch.Generator().manual_seed(s.seed)
-        self.prompt_sampler = PromptSampler(len(context.prompts), self.generator)
+        self.prompt_sampler = PromptSampler(len(context.prompts), self.generator, s.num_images_per_prompt)
         self.retain_sampler = PromptSampler(len(context.retained), self.generator)
         self.gradient_check = GradientCheck(self.parameters)
         self.scorer = Scorer(context)
@@ -146,7 +146,17 @@ class TrainStep:
         reward = partial(self.scorer, record, step)
         schedule = c.schedule.with_noise(item.fresh_noise)
         return Batch(
-            own, item.prefix_cache, schedule, denoise, base, reward, self.generator, c.processes, record.prompts
+            own,
+            item.prefix_cache,
+            schedule,
+            denoise,
+            base,
+            reward,
+            self.generator,
+            c.processes,
+            record.prompts,
+            images_per_prompt=s.num_images_per_prompt,
+            parameters=self.parameters,
         )
 
     def optimize(self, step: int, records: list[BatchRecord]) -> None:
