@@ -169,7 +169,7 @@ class Racer:
         def draw(prompts: Any, seeds: Any) -> Tensor:
             return self.model.sample_tensors(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
 
-        scores = evaluate(draw, ours.reward, ours.eval_rewards, prompts, 1, self.model.device).scores
+        scores = evaluate(draw, ours.reward, ours.context.eval_rewards, prompts, 1, self.model.device).scores
         self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
         values = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {values}", flush=True)

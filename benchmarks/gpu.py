@@ -33,13 +33,15 @@ PARTS = {
     "sd14": ("updates of Stable Diffusion 1.4 at 512x512 with a ViT-H reward, and its presets", 110),
     "sdxl": ("updates of SDXL at 1024x1024 with a ViT-H reward, and its presets", 100),
     "transformers": ("updates of FLUX.1-dev and Z-Image at 1024x1024, in bf16 and in few bits", 100),
-    "levers": ("prefix shared by updates, CUDA graphs and compilation, against plain", 120),
+    "levers": ("a prefix shared by updates and a compiled denoiser against plain, and variants of a call", 120),
+    "graphs": ("a call of the denoiser in a CUDA graph against plain", 40),
     "alignprop": ("TRL's AlignPropTrainer at equal settings, in turn", 120),
 }
 """What each part measures and its limit in seconds, in the order of their value."""
 COUNTS = "counts"
 """The part that counts the memory of the rows of other parts. It needs no GPU and runs beside them."""
-FIRST = "environment"
+FIRST, FIRST_LIMIT = "environment", 180
+"""The part that names the machine and fails where it has no such device, and its limit in seconds."""
 STATUS = "status"
 COLUMNS = "outcome seconds by_plain peak_bytes counted_peak_bytes peak_by_counted networks_bytes counted_networks_bytes"
 """The first columns of a table; the others follow in the order of their appearance."""
@@ -74,7 +76,10 @@ def read(folder: Path) -> Rows:
     rows: Rows = {}
     path = folder / "rows.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        values = json.loads(line)
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue  # cut off when its part was stopped
         row = rows.setdefault((values.pop("part"), values.pop("row")), {})
         if "failed" not in values and "seconds" in values:
             row.pop("failed", None)
@@ -226,11 +231,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    fresh, args.only = args.only is None, args.only or [*PARTS, COUNTS]
-    if fresh and start(FIRST, args).wait() != 0:
+    began, fresh, args.only = time.monotonic(), args.only is None, args.only or [*PARTS, COUNTS]
+    if fresh and "Complete" not in (text := follow(start(FIRST, args), FIRST_LIMIT, args.output)):
         last = (args.output / "gpu.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        print("".join(last) or f"the process of {FIRST} failed", file=sys.stderr)
+        print("".join(last) or f"{FIRST}: {text}", file=sys.stderr)
         return 2
+    args.minutes -= (time.monotonic() - began) / 60
     run(args)
     print(f"{args.output / 'gpu.md'} has the tables")
     return 0

@@ -14,7 +14,7 @@ import statistics
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +33,7 @@ from draftune.models import DiffusionModel, load_model
 from draftune.runs.environment import environment
 from draftune.training import placement
 from draftune.utils.devices import default_device
-from gpu_rows import SIZES, Rows
+from gpu_rows import SIZES, Row, Rows
 from published_configs import SHORT
 from small_configs import SHALLOW, TINY
 
@@ -69,21 +69,27 @@ class Kit(Rows):
             torch.cuda.empty_cache()
 
 
-def measure(kit: Kit, part: str) -> None:
-    """Measure the rows of a part."""
-    plain = 0.0
-    for row in kit.rows(part):
+def measure(kit: Kit, part: str, rows: Sequence[Row]) -> None:
+    """Measure the updates of some rows of a part."""
+    for row in rows:
         with kit.failures(part, row.name):
             shared = row.settings.get("prefix_reuse_steps", 1)  # updates that share a prefix are timed together
             settings = {"prompts": [full_size.LONG], **row.settings, "device": kit.device}
             result = full_size.real(row.model, settings, (WARM_UP + TIMED) * shared)
             values = update_values(result, shared)
             if part == "levers":
-                plain = plain or values["seconds"]
-                values["by_plain"] = values["seconds"] / plain
+                plain = gpu.read(kit.output).get((part, "plain"), values)
+                values["by_plain"] = values["seconds"] / plain["seconds"]
             kit.add(part, row.name, **values, settings=row.settings)
-    if part == "levers":
-        time_calls(kit)
+
+
+def measure_levers(kit: Kit) -> None:
+    """Measure the rows of `levers`, the variants of a call, and last what is compiled, which takes long."""
+    rows = kit.rows("levers")
+    measure(kit, "levers", [row for row in rows if not row.settings.get("compile")])
+    time_calls(kit, "levers")
+    measure(kit, "levers", [row for row in rows if row.settings.get("compile")])
+    time_calls(kit, "levers", "compiled")
 
 
 def update_values(result: Mapping[str, Any], shared: int) -> dict[str, Any]:
@@ -96,8 +102,14 @@ def update_values(result: Mapping[str, Any], shared: int) -> dict[str, Any]:
     return {**values, **{names[key]: result[key] for key in names if key in result}, "updates": walls}
 
 
-def time_calls(kit: Kit) -> None:
-    """Time a guided call of Stable Diffusion 1.4 without gradient and with its backward pass, as `levers.py` does."""
+def time_calls(kit: Kit, part: str, *names: str) -> None:
+    """Time a guided call of Stable Diffusion 1.4 without gradient and with its backward pass, as `levers.py` does.
+
+    Args:
+        kit: The arguments.
+        part: The part that the rows belong to.
+        *names: "compiled" or names of `levers.GRAPHS`; by default the other variants.
+    """
     device, prompts = default_device(kit.device), full_size.PROMPTS[:1]
 
     def made(layout: torch.memory_format = torch.channels_last) -> DiffusionModel:
@@ -105,15 +117,16 @@ def time_calls(kit: Kit) -> None:
         return levers.prepared(load_model(pipeline).to(device, "bf16"), layout)
 
     plain = made()
-    models = {"plain": plain, "inference mode": plain, "guidance in two calls": plain}
-    free, graph = levers.calls({**models, "channels first": made(torch.contiguous_format)}, prompts)
-    for name in (*free, "compiled", *levers.GRAPHS):
-        with kit.failures("levers", f"a call, {name}"):
-            if name == "compiled":
-                compiled = made()
-                compiled.denoiser.compile(backend=placement.COMPILE_BACKEND)
-                more_free, more_graph = levers.calls({name: compiled}, prompts)
-                free, graph = free | more_free, graph | more_graph
+    models = {"plain": plain}
+    if not names:
+        models |= {"inference mode": plain, "guidance in two calls": plain}
+        models["channels first"] = made(torch.contiguous_format)
+    elif "compiled" in names:
+        models["compiled"] = made()
+        models["compiled"].denoiser.compile(backend=placement.COMPILE_BACKEND)
+    free, graph = levers.calls(models, prompts)
+    for name in names or models:
+        with kit.failures(part, f"a call, {name}"):
             if name in levers.GRAPHS:
                 free[name] = levers.graphed(plain, prompts, tensor_timestep=name == levers.GRAPHS[1])
             times = levers.measured({"plain": free["plain"], name: free[name]}, CALLS)
@@ -121,7 +134,7 @@ def time_calls(kit: Kit) -> None:
             values = {"seconds": statistics.median(times[name]), "by_plain": statistics.median(ratios)}
             if name in graph:
                 values["with_gradient_seconds"] = statistics.median(levers.measured({"": graph[name]}, CALLS)[""])
-            kit.add("levers", f"a call, {name}", **values)
+            kit.add(part, f"a call, {name}", **values)
 
 
 def count(kit: Kit) -> None:
@@ -208,8 +221,12 @@ def main() -> int:
         count(kit)
     elif args.part == "alignprop":
         compare_with_trl(kit)
+    elif args.part == "levers":
+        measure_levers(kit)
+    elif args.part == "graphs":
+        time_calls(kit, "graphs", *levers.GRAPHS)
     else:
-        measure(kit, args.part)
+        measure(kit, args.part, kit.rows(args.part))
     return 0
 
 

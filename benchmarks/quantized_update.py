@@ -147,15 +147,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer.train_step.run(1)
         ended = time.perf_counter()
     updated = [bool(p.any()) for name, p in parameters.items() if "lora_B" in name]  # all were 0
-    result |= {"rss": peak_rss(), "layers_updated": f"{sum(updated)} of {len(updated)}"}
+    result = {**result, "rss": peak_rss(), "layers_updated": f"{sum(updated)} of {len(updated)}"}
     seconds = {"seconds_building": round(built - start, 1), "seconds_update": round(ended - began, 1)}
-    return {
-        **vars(args),
-        **result,
-        **seconds,
-        "rss": peak_rss(),
-        "layers_updated": f"{sum(updated.values())} of {len(updated)}",
-    }
+    return {**vars(args), **result, **seconds}
 
 
 def main() -> None:
