@@ -84,7 +84,7 @@ def test_how_the_parts_of_a_run_ended(tmp_path: Path, monkeypatch: pytest.Monkey
         return made[part]
 
     monkeypatch.setattr(gpu, "start", start)
-    gpu.run(argparse.Namespace(output=tmp_path, minutes=3 / 60, only=[*codes]))
+    gpu.run(argparse.Namespace(output=tmp_path, minutes=3 / 60, only=[*codes], tiny=False))
     status = {name: row["text"] for name, row in json.loads((tmp_path / "gpu.json").read_text())["status"].items()}
     assert mentions(status["good"], "Complete")
     assert mentions(status["bad"], "exit code 3")
