@@ -123,8 +123,8 @@ def apart(ours: Trainer, theirs: AlignPropTrainer, model: DiffusionModel) -> str
     return f"images differ by {distance:.1e}; gradients {here.norm():.3g}, TRL {there.norm():.3g}, cosine {cosine:.4f}"
 
 
-def time_updates(args: argparse.Namespace, k: int) -> None:
-    """Print memory and time of updates with gradient through the last k steps."""
+def time_updates(args: argparse.Namespace, k: int) -> dict[str, Any]:
+    """Print and return memory and time of updates with gradient through the last k steps."""
     model = load_model(args.model)
     same = {"timestep_spacing": model.sampler().config.timestep_spacing, "set_alpha_to_one": False}
     # Like TRL's trainer: recompute whole calls, and sample a new prefix for each update.
@@ -132,17 +132,21 @@ def time_updates(args: argparse.Namespace, k: int) -> None:
     ours = draftune(args, model, method=f"draft_k(k={k})", lora_rank=4, eval_rewards="", **same)
     fixed = {"truncated_backprop_rand": False, "truncated_backprop_timestep": ours.settings.num_inference_steps - k}
     theirs, model = alignprop(ours, sample_eta=0.0, **fixed)
-    print(f"k={k}  start: {apart(ours, theirs, model)}", flush=True)
+    start = apart(ours, theirs, model)
+    print(f"k={k}  start: {start}", flush=True)
     count = itertools.count(1)
     pair: list[Callable[[], object]] = [lambda: ours.train_step.run(next(count)), lambda: theirs.step(0, 0)]
     for update in pair:
         update()
-    here, there = (peak_memory(update, ours.model.device) / 2**20 for update in pair)
+    peaks = [peak_memory(update, ours.model.device) for update in pair]
+    here, there = (peak / 2**20 for peak in peaks)
     print(f"k={k}  memory: draftune {here:.1f} MiB, TRL {there:.1f} MiB, ratio {there / here:.2f}", flush=True)
     pairs = [[seconds(update) for update in pair] for _ in range(args.rounds)]
     here, there = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     print(f"k={k}  update: draftune {here:.3f} s, TRL {there:.3f} s, ratio {ratio:.3f}", flush=True)
+    values = {"seconds": here, "TRL_seconds": there, "TRL_by_draftune": ratio, "start": start}
+    return {**values, "peak_bytes": peaks[0], "TRL_peak_bytes": peaks[1]}
 
 
 @dataclass
@@ -165,7 +169,7 @@ class Racer:
         def draw(prompts: Any, seeds: Any) -> Tensor:
             return self.model.sample_tensors(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
 
-        scores = evaluate(draw, ours.reward, ours.eval_rewards, prompts, 1, self.model.device).scores
+        scores = evaluate(draw, ours.reward, ours.context.eval_rewards, prompts, 1, self.model.device).scores
         self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
         values = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {values}", flush=True)

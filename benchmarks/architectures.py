@@ -1,8 +1,7 @@
 """Networks and folders of published models, without their weights: each config is checked by its parameter count.
 
 `write_folder` writes what `draftune preflight --count` reads of a pipeline: configs, a scheduler and tokenizers, which
-are small but have the published classes. `PIPELINES` builds pipelines with random weights, or with weights that are
-never written and use no memory.
+are small but have the published classes. `pipeline` builds a pipeline with random weights on a device.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import openmp  # isort: skip  # noqa: F401 - before torch
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -28,7 +27,8 @@ from draftune.assets import EMBEDDED
 from draftune.rewards import Reward
 from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.hpsv2 import LongestEdge
-from published_configs import MODELS, PARTS, SHORT, TINY_DECODERS
+from draftune.utils.weightless import apply_to_tables
+from published_configs import MODELS, PARTS, TINY_DECODERS
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz.,:", "▁", "Ġ", "Ċ"]
 # What the published template of Qwen 3 does for one message of a user.
@@ -44,6 +44,11 @@ SPECIAL = {
 """The special tokens: padding, end, start and, if there is one, the token of unknown text."""
 TOKENIZERS = {"clip": "CLIPTokenizer", "t5": "T5TokenizerFast", "gemma": "GemmaTokenizerFast", "qwen": "Qwen2Tokenizer"}
 """The class of each kind of tokenizer."""
+CHANGES: dict[str, dict[str, Any]] = {}
+"""Arguments that replace those of PARTS, by the name of a network; its parameter count is then not the published one.
+
+`small_configs.SHALLOW` and `TINY` are such changes.
+"""
 
 
 def class_of(kind: str) -> Any:
@@ -57,16 +62,17 @@ def entry(kind: str) -> list[str]:
 
 
 def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Build a network of PARTS on the device "meta".
+    """Build a network of PARTS with parameters on the device "meta"; its buffers have their values.
 
     Raises:
         ValueError: Its parameter count is not the published one.
     """
     part = PARTS[name]
-    kind = class_of(part.kind)
-    with torch.device("meta"):
-        network = kind(**part.config) if entry(part.kind)[0] == "diffusers" else kind(kind.config_class(**part.config))
-    if (count := sum(parameter.numel() for parameter in network.parameters())) != part.parameters:
+    kind, config = class_of(part.kind), part.config | CHANGES.get(name, {})
+    with init_empty_weights():
+        network = kind(**config) if entry(part.kind)[0] == "diffusers" else kind(kind.config_class(**config))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if count != part.parameters and name not in CHANGES:
         raise ValueError(f"{name} has {count:,} parameters, not {part.parameters:,}")
     return network.to(dtype)
 
@@ -145,33 +151,29 @@ def write_tiny_decoder(name: str, folder: Path) -> Path:
     return folder
 
 
-def architecture(name: str, dtype: torch.dtype, fill: bool) -> Any:
-    """Build a network of PARTS on the CPU.
-
-    Without `fill` the weights are never written. On most systems they then use no memory.
+def architecture(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """Build a network of PARTS with random weights on a device, see `filled`.
 
     Raises:
         ValueError: Its parameter count is not the published one.
     """
-    network = empty(name, dtype).to_empty(device="cpu").eval()
+    network = empty(name, dtype).eval()
+    apply_to_tables(network, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     if hasattr(network, "tie_weights"):
-        network.tie_weights()  # `to_empty` gives each name a tensor of its own
-    return filled(network) if fill else network
+        network.tie_weights()  # `init_empty_weights` gives each name a tensor of its own
+    return filled(network)
 
 
 @torch.no_grad()
 def filled(network: nn.Module) -> nn.Module:
     """Initialize weights that preserve the scale of activations: N(0, 1 / fan_in), norm weights 1, biases 0."""
-    generator = torch.Generator().manual_seed(0)
+    generator = None
     for name, parameter in network.named_parameters():
+        generator = generator or torch.Generator(parameter.device).manual_seed(0)
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    for name, buffer in network.named_buffers():
-        if not name.endswith("position_ids"):
-            raise ValueError(f"the contents of the buffer {name} are unknown")
-        buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return network
 
 
@@ -180,23 +182,33 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(EMBEDDED["emoji"] / "tokenizer", model_max_length=77)
 
 
-def pipeline(model: str, dtype: torch.dtype, fill: bool) -> DiffusionPipeline:
-    """Build a pipeline of MODELS whose tokenizers are CLIP's, see `architecture`."""
+def pipeline(model: str, dtype: torch.dtype, device: torch.device | str = "cpu", **networks: Any) -> DiffusionPipeline:
+    """Build a pipeline of MODELS with random weights on a device.
+
+    Args:
+        model: The hub id.
+        dtype: The precision of its networks.
+        device: Where they are.
+        **networks: Networks that are built already, by component.
+    """
     published = MODELS[model]
     scheduler, options = published.scheduler
+    parts = {part: name for part, name in published.networks.items() if part not in networks}
+    with TemporaryDirectory() as folder:
+        for part, kind in published.tokenizers.items():
+            write_tokenizer(kind, Path(folder, part))
+        tokenizers = {
+            part: class_of(TOKENIZERS[kind]).from_pretrained(Path(folder, part))
+            for part, kind in published.tokenizers.items()
+        }
     made: DiffusionPipeline = class_of(published.kind)(
-        **{part: architecture(name, dtype, fill) for part, name in published.networks.items()},
-        **{part: tokenizer() for part in published.tokenizers},
+        **networks,
+        **{part: architecture(name, dtype, device) for part, name in parts.items()},
+        **tokenizers,
         **{key: None if value == [None, None] else value for key, value in (published.index or {}).items()},
         scheduler=class_of(scheduler)(**options),
     )
     return made
-
-
-PIPELINES: dict[str, Callable[[torch.dtype, bool], DiffusionPipeline]] = {
-    name: partial(pipeline, SHORT[name]) for name in ("sd14", "sdxl")
-}
-"""Builds the pipelines that can be filled with weights, by short name."""
 
 
 class ViTH(Reward):
@@ -204,9 +216,9 @@ class ViTH(Reward):
 
     label = "vit-h"
 
-    def __init__(self, fill: bool) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        clip = architecture("CLIP ViT-H/14", torch.float32, fill)
+        clip = architecture("CLIP ViT-H/14", torch.float32, device)
         self.clip = ClipEncoder(clip, tokenizer(), LongestEdge(224))
 
     def score(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:

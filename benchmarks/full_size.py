@@ -6,7 +6,7 @@
     python benchmarks/full_size.py table sd14
     python benchmarks/full_size.py presets zimage-16gb
 
-Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer, of sd14 and sdxl only.
+Any setting of `draftune train` can be given. `real` runs updates with draftune's trainer, with `device=cuda` on a GPU.
 `count` writes a folder with the published configs and counts a run on it as `draftune preflight --count` does: all
 operations are dispatched on fake tensors and live bytes are summed, but nothing is computed. Both count memory as
 `draftune preflight` does on a CPU. A count also has the bytes of the text encoders, which are freed before an update.
@@ -32,15 +32,17 @@ import torch
 import yaml
 from diffusers import AutoencoderTiny
 
-from architectures import PIPELINES, ViTH, write_clip, write_folder, write_tiny_decoder
+from architectures import ViTH, empty, pipeline, write_clip, write_folder, write_tiny_decoder
 from draftune.models.base import DTYPES
 from draftune.presets import PRESETS, read_yaml
 from draftune.recommended import recommended
 from draftune.settings import Settings
+from draftune.training.memory_check import seconds
 from draftune.training.memory_count import MemoryCount, count_run, network_bytes
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
-from published_configs import MODELS, PARTS, SHORT
+from published_configs import MODELS, PARTS, SHORT, TINY_DECODERS
+from quantized_update import quantized
 
 PROMPTS = ["cat face", "pizza", "red apple", "rocket"]
 # Memory does not depend on the number of prefix steps, so that one is enough.
@@ -57,32 +59,45 @@ FEWER_STEPS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def trainer(model: str, settings: Mapping[str, Any]) -> Iterator[Trainer]:
-    """Yield a trainer for a model of PIPELINES with random weights. Default reward: ViT-H."""
+    """Yield a trainer for a model of SHORT with random weights, built on its device. Default reward: ViT-H."""
     with TemporaryDirectory() as folder:
-        values = {**DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run", "device": "cpu"}
-        if values.get("tiny_decoder"):
+        values = {"device": "cpu", **DEFAULTS, "prompts": PROMPTS, **settings, "output": f"{folder}/run"}
+        device, name = values["device"], SHORT[model]
+        if decoder := values.get("tiny_decoder"):
             values["tiny_decoder"] = f"{folder}/small"
-            AutoencoderTiny().save_pretrained(f"{folder}/small")
-        reward = values.pop("reward", None) or ViTH(True)
+            AutoencoderTiny(latent_channels=TINY_DECODERS[decoder]).save_pretrained(f"{folder}/small")
+        reward = values.pop("reward", None) or ViTH(device)
         dtype = DTYPES[values.get("mixed_precision", "no")] or torch.float32
-        made = Trainer(PIPELINES[model](dtype, True), reward, **values)
+        networks = {}
+        if (quantization := values.pop("quantization", "none")) != "none":
+            network = empty(MODELS[name].networks["transformer"], dtype)
+            networks["transformer"], _ = quantized(network, quantization, device)
+        made = Trainer(pipeline(name, dtype, device, **networks), reward, **values)
         made.train_step.folder = None
         yield made
 
 
 def real(model: str, settings: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Return the first update's peak memory, the process's peak, and wall and CPU seconds of each update."""
+    """Return the first update's peak memory, and wall and CPU seconds of each update.
+
+    Of the CPU also the process's peak, of a GPU also the peaks of the bytes that are allocated and reserved in all.
+    """
     with trainer(model, settings) as made:
+        device = made.model.device
         result: dict[str, Any] = {"held": network_bytes(made), "rss_before": rss()}
-        start = time.perf_counter(), time.process_time()
-        result["peak"] = peak_memory(lambda: made.train_step.run(1))
-        times = []
-        for i in range(rounds):
-            if i:
-                made.train_step.run(1 + i)
-            now = time.perf_counter(), time.process_time()
-            times.append([round(b - a, 1) for a, b in zip(start, now, strict=True)])
-            start = now
+        times: list[list[float]] = []
+
+        def update() -> None:
+            start = time.process_time()
+            wall = seconds(lambda: made.train_step.run(1 + len(times)), device)
+            times.append([round(wall, 4), round(time.process_time() - start, 4)])
+
+        result["peak"] = peak_memory(update, device)
+        for _ in range(rounds - 1):
+            update()
+        if device.type == "cuda":
+            result["allocated"] = torch.cuda.max_memory_allocated(device)
+            result["reserved"] = torch.cuda.max_memory_reserved(device)
         return {**result, "rss": rss(), "times": times}
 
 
@@ -151,13 +166,17 @@ def cells(model: str) -> Iterator[dict[str, Any]]:
     yield {"method": "draft", "num_inference_steps": 50, "gradient_checkpointing": "denoiser"}
 
 
-def preset_count(name: str) -> tuple[MemoryCount, float]:
-    """Return the count of a preset, and its share of the device's memory."""
+def preset_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a preset for an update of one batch, with few steps: its peak is that of all steps."""
     values = read_yaml(PRESETS[name])
     method = values.get("method") or recommended(values["model"])["method"]
-    fewer = FEWER_STEPS.get(method.partition("(")[0], {})
-    result = count({**values, **fewer, "gradient_accumulation_steps": 1})
-    if values.get("gradient_accumulation_steps", 1) > 1:
+    return {**values, **FEWER_STEPS.get(method.partition("(")[0], {}), "gradient_accumulation_steps": 1}
+
+
+def preset_count(name: str) -> tuple[MemoryCount, float]:
+    """Return the count of a preset, and its share of the device's memory."""
+    result = count(preset_settings(name))
+    if read_yaml(PRESETS[name]).get("gradient_accumulation_steps", 1) > 1:
         # All batches of an update but the first one find the gradients of another one in memory.
         result["update"] += result["optimizer"] // 2
     counted = MemoryCount(**{field: result[field] for field in MemoryCount._fields})

@@ -17,6 +17,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,30 +31,28 @@ from overhead import seconds
 
 GUIDANCE = 3.0
 SHARED = (1, 2, 4, 8, 16)
+GRAPHS = ("CUDA graph", "CUDA graph, timestep on the GPU")
 
 
-def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> DiffusionModel:
-    """Load the model with a new LoRA."""
-    model = load_model(name).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+def prepared(model: DiffusionModel, layout: torch.memory_format = torch.channels_last) -> DiffusionModel:
+    """Add a new LoRA to a model and set its memory layout."""
     add_lora(model, 8)
     for part in model.modules:
         part.to(memory_format=layout)  # type: ignore[call-overload]
     return model
 
 
-def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
-    """Print times and ratios to the plain variant: channels last, float32, both guidance branches in one call."""
-    models = {
-        "plain": adapted(args.model),
-        "channels first": adapted(args.model, layout=torch.contiguous_format),
-        "bf16": adapted(args.model, "bf16"),
-        "inference mode": adapted(args.model),
-        "guidance in two calls": adapted(args.model),
-    }
-    if args.compile:
-        models["compiled"] = adapted(args.model)
-        models["compiled"].denoiser.compile()
-    free: dict[str, Callable[[], object]] = {}
+def adapted(name: str, precision: str = "no", layout: torch.memory_format = torch.channels_last) -> DiffusionModel:
+    """Load the model with a new LoRA."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return prepared(load_model(name).to(device, precision), layout)
+
+
+def calls(
+    models: dict[str, DiffusionModel], prompts: Sequence[str]
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], object]]]:
+    """Return a guided call without gradient and one with its backward pass, both by the names of the variants."""
+    free: dict[str, Callable[[], Tensor]] = {}
     graph: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         with torch.no_grad():
@@ -76,6 +75,61 @@ def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
         free[name] = without
         if name != "inference mode":
             graph[name] = lambda call=call: call().float().mean().backward()
+    return free, graph
+
+
+def graphed(model: DiffusionModel, prompts: Sequence[str], tensor_timestep: bool = False) -> Callable[[], Tensor]:
+    """Capture a guided call without gradient in a CUDA graph, and return a function that replays it.
+
+    Args:
+        model: The model, on a GPU.
+        prompts: The prompts of the call.
+        tensor_timestep: Whether the timestep is a tensor on the GPU instead of a number.
+
+    Raises:
+        RuntimeError: The call can't be captured, or this torch has no CUDA.
+    """
+    timestep: Any = torch.tensor(500, device=model.device) if tensor_timestep else 500
+    with torch.no_grad():
+        condition = model.encode(prompts, "", True)
+    x = model.noise(torch.Generator().manual_seed(0), len(prompts))
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        with model.autocast():
+            return model.predict(x, timestep, condition, GUIDANCE)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """Print times and ratios to the plain variant: channels last, float32, both guidance branches in one call."""
+    models = {
+        "plain": adapted(args.model),
+        "channels first": adapted(args.model, layout=torch.contiguous_format),
+        "bf16": adapted(args.model, "bf16"),
+        "inference mode": adapted(args.model),
+        "guidance in two calls": adapted(args.model),
+    }
+    if args.compile:
+        models["compiled"] = adapted(args.model)
+        models["compiled"].denoiser.compile()
+    without, graph = calls(models, prompts)
+    free: dict[str, Callable[[], object]] = {**without}
     model = models["plain"]
     free["encoding the prompts"] = torch.no_grad()(lambda: model.encode(prompts, "", True))
     print(f"| a call for {len(prompts)} prompts | without a graph | of plain | with, and backward | of plain |")

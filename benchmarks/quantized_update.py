@@ -31,7 +31,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from architectures import filled, tokenizer
-from draftune.models.quantization import BACKENDS
+from draftune.models.quantization import BACKENDS, follow_autocast, keep_dtype
 from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
 from draftune.utils.devices import DTYPES
@@ -43,18 +43,33 @@ DOUBLE, SINGLE, PUBLISHED = 19, 38, 11_891_178_560
 """Numbers of blocks of both kinds, and of parameters."""
 
 
-@torch.no_grad()
 def transformer(double: int, single: int, quantization: str, dtype: torch.dtype) -> tuple[Any, int]:
-    """Build the transformer as diffusers loads one, weights N(0, 1 / fan_in). Return it and the parameter count."""
+    """Build FLUX.1-schnell's transformer with these numbers of blocks. Return it and its parameter count."""
     with torch.device("meta"):
-        network = FluxTransformer2DModel(num_layers=double, num_single_layers=single, **FLUX).to(dtype)
+        network = FluxTransformer2DModel(num_layers=double, num_single_layers=single, **FLUX)
+    return quantized(network.to(dtype), quantization)
+
+
+@torch.no_grad()
+def quantized(network: Any, quantization: str, device: torch.device | str = "cpu") -> tuple[Any, int]:
+    """Quantize a network on the device "meta" as diffusers loads one, with weights N(0, 1 / fan_in), layer by layer.
+
+    Args:
+        network: The network, in the precision of the computation.
+        quantization: A name in BACKENDS.
+        device: Where its weights are stored.
+
+    Returns:
+        The network, and the number of its parameters before.
+    """
+    dtype, device = network.dtype, torch.device(device)
     count = sum(parameter.numel() for parameter in network.parameters())
     quantizer = DiffusersAutoQuantizer.from_config(BACKENDS[quantization].config(dtype), pre_quantized=False)
     quantizer.offload = False
     quantizer.preprocess_model(model=network, device_map=None, keep_in_fp32_modules=[])
-    generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(network.named_parameters()):
-        value = torch.zeros(parameter.shape, dtype=dtype)
+        value = torch.zeros(parameter.shape, dtype=dtype, device=device)
         if parameter.ndim > 1:
             value.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
         elif not name.endswith("bias"):
@@ -65,9 +80,12 @@ def transformer(double: int, single: int, quantization: str, dtype: torch.dtype)
             set_module_tensor_to_device(network, name, device, value)
     quantizer.postprocess_model(network)
     network.hf_quantizer = quantizer
+    # The rest as `draftune.models.quantization.load_denoiser` does.
+    follow_autocast(network)
+    keep_dtype(network)
     for module in network.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as `draftune.models.quantization` does
+            module.support_avx512bf16_for_cpu = False
     return network.eval(), count
 
 
@@ -129,15 +147,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer.train_step.run(1)
         ended = time.perf_counter()
     updated = [bool(p.any()) for name, p in parameters.items() if "lora_B" in name]  # all were 0
-    result |= {"rss": peak_rss(), "layers_updated": f"{sum(updated)} of {len(updated)}"}
+    result = {**result, "rss": peak_rss(), "layers_updated": f"{sum(updated)} of {len(updated)}"}
     seconds = {"seconds_building": round(built - start, 1), "seconds_update": round(ended - began, 1)}
-    return {
-        **vars(args),
-        **result,
-        **seconds,
-        "rss": peak_rss(),
-        "layers_updated": f"{sum(updated.values())} of {len(updated)}",
-    }
+    return {**vars(args), **result, **seconds}
 
 
 def main() -> None:

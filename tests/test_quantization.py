@@ -47,7 +47,7 @@ def quantization(request: pytest.FixtureRequest) -> str:
 
 
 def reward(x: Tensor) -> Tensor:
-    return (torch.sin(x) * torch.arange(1.0, 5.0)[:, None, None]).mean((1, 2, 3))
+    return (torch.sin(x) * torch.arange(1.0, 5.0, device=x.device)[:, None, None]).mean((1, 2, 3))
 
 
 def gradient(model: DiffusionModel, checkpointing: str = "none") -> Tensor:

@@ -49,8 +49,10 @@ def save_wide(folder: Path) -> Path:
     return folder / "model"
 
 
-def opened(folder: Path, quantization: str = "none", precision: str = "no") -> DiffusionModel:
-    model = load_model(folder, precision, quantization).to("cpu", precision)
+def opened(
+    folder: Path, quantization: str = "none", precision: str = "no", device: torch.device | str = "cpu"
+) -> DiffusionModel:
+    model = load_model(folder, precision, quantization, device).to(device, precision)
     model.set_size(16, 16)
     return model
 

@@ -85,13 +85,14 @@ def trainer_networks(trainer: Trainer) -> list[nn.Module]:
 
 def network_bytes(trainer: Trainer) -> int:
     """Return the bytes of every network on the device during training, the LoRA included."""
-    device = trainer.context.accelerator.device
+    # The type alone: a tensor's device has an index that accelerate's device lacks.
+    device = trainer.context.accelerator.device.type
     return storage_bytes(
         tensor
         for network in trainer_networks(trainer)
         for parameter in (*network.parameters(), *network.buffers())
         for tensor in stored_tensors(parameter)
-        if tensor.device == device
+        if tensor.device.type == device
     )
 
 
