@@ -20,8 +20,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from helpers.browsers import browser, visit
 from helpers.pipelines import build_pipeline
 from helpers.published_weights import save_clip
+
+__all__ = ["browser", "visit"]  # fixtures of another file
 
 torch.set_num_threads(1)
 
