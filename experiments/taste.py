@@ -25,8 +25,7 @@ from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, rename_c
 RATER = "emoji_style_probability(style='3d')"
 LOG_ODDS = f"'{__file__}:rater_log_odds'"
 POOL = "taste-pool"
-BASE, PROBABILITY, JUDGE, TASTE = "base model", "rater's probability", "rater's log-odds", "taste"
-RATER_REWARDS = {PROBABILITY: RATER, JUDGE: LOG_ODDS}
+BASE, JUDGE, TASTE = "base model", "rater's log-odds", "taste"
 
 
 @cache
@@ -47,11 +46,11 @@ def spec(reward: str, label: str, seed: int, budget: Budget) -> RunSpec:
 
 def runs(budget: Budget) -> list[RunSpec]:
     """Return the runs on the rater itself; those on comparisons depend on the base model's images."""
-    return [rater_spec(name, seed, budget) for name in RATER_REWARDS for seed in range(budget.seeds)]
+    return [rater_spec(seed, budget) for seed in range(budget.seeds)]
 
 
-def rater_spec(name: str, seed: int, budget: Budget) -> RunSpec:
-    return spec(RATER_REWARDS[name], f"taste {name}", seed, budget)
+def rater_spec(seed: int, budget: Budget) -> RunSpec:
+    return spec(LOG_ODDS, f"taste {JUDGE}", seed, budget)
 
 
 def pool(runner: ExperimentRunner) -> list[list[float]]:
@@ -118,19 +117,19 @@ def run_comparisons(runner: ExperimentRunner, count: int, seed: int) -> Row:
     if row["accepted"]:
         result = runner.run(spec(expression, f"taste {count} comparisons", seed, runner.budget))
         return row | rename_columns(result.final)
-    return row | rename_columns(runner.run(rater_spec(JUDGE, seed, runner.budget)).evaluations[0])
+    return row | rename_columns(runner.run(rater_spec(seed, runner.budget)).evaluations[0])
 
 
 def measure(runner: ExperimentRunner) -> list[Row]:
     rows: list[Row] = []
     for seed in range(runner.budget.seeds):
-        results = {name: runner.run(rater_spec(name, seed, runner.budget)) for name in RATER_REWARDS}
-        own: list[Row] = [{"variant": BASE, **rename_columns(results[JUDGE].evaluations[0])}]
-        own += [{"variant": name, **rename_columns(result.final)} for name, result in results.items()]
+        judge = runner.run(rater_spec(seed, runner.budget))
+        own: list[Row] = [{"variant": BASE, **rename_columns(judge.evaluations[0])}]
+        own.append({"variant": JUDGE, **rename_columns(judge.final)})
         for count in runner.budget.comparisons:
             measured = runner.cached(f"taste {count} {seed}", partial(run_comparisons, runner, count, seed))
             own.append({"variant": TASTE, "comparisons": count, **measured})
-        start, end = own[0]["p_3d"], own[2]["p_3d"]
+        start, end = own[0]["p_3d"], own[1]["p_3d"]
         for row in own:
             share = (row["p_3d"] - start) / (end - start) if end != start else 0.0
             rows.append({"variant": "", "comparisons": None, "seed": seed, **row, "share": share})

@@ -34,7 +34,7 @@ from helpers.errors import mentions, raises
 
 
 def test_pairs_go_round_the_prompts_and_share_no_image() -> None:
-    asked = pairs(["a", "b", "c"], 8, seed=5)
+    asked = pairs(["a", "b", "c", "a"], 8, seed=5)
     assert [pair.prompt for pair in asked] == ["a", "b", "c", "a", "b", "c", "a", "b"]
     assert asked[0].seeds == asked[1].seeds == (5, 6)
     assert len({(pair.prompt, seed) for pair in asked for seed in pair.seeds}) == 16

@@ -39,7 +39,8 @@ class Pair:
 
 def pairs(prompts: Sequence[str], count: int, seed: int = 0) -> list[Pair]:
     """Return `count` pairs, one of each prompt before the second of any. No image is in two pairs."""
-    rounds = [(prompts[i % len(prompts)], seed + 2 * (i // len(prompts))) for i in range(count)]
+    texts = list(dict.fromkeys(prompts))
+    rounds = [(texts[i % len(texts)], seed + 2 * (i // len(texts))) for i in range(count)]
     return [Pair(prompt, (first, first + 1)) for prompt, first in rounds]
 
 

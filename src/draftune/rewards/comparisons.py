@@ -66,7 +66,7 @@ def comparison(
     prompt: str, choice: str, model: str, update: int | None, seeds: tuple[int, int], settings: dict[str, object]
 ) -> Comparison:
     """Return the comparison of two images that the model can sample again. Their files are named by a digest."""
-    known = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    known, prompt = json.dumps(settings, sort_keys=True, ensure_ascii=False), prompt.strip()
     step = "" if update is None else str(update)
     left, right = (digest(model, step, prompt, str(seed), known) for seed in seeds)
     return Comparison(prompt, choice, model, step, str(seeds[0]), str(seeds[1]), known, left, right)
