@@ -35,7 +35,12 @@ from helpers.errors import mentions, raises
 
 def test_pairs_go_round_the_prompts_and_share_no_image() -> None:
     asked = pairs(["a", "b", "c", "a"], 8, seed=5)
-    assert [pair.prompt for pair in asked] == ["a", "b", "c", "a", "b", "c", "a", "b"]
+    order = [pair.prompt for pair in asked]
+    assert sorted(order[:3]) == ["a", "b", "c"]
+    assert order == [*order[:3], *order[:3], *order[:2]]
+    assert pairs(["a", "b", "c"], 5, seed=5) == asked[:5]
+    names = [f"{i:03d}" for i in range(100)]
+    assert max(pair.prompt for pair in pairs(names, 20)) > "050"  # not the first of a sorted file
     assert asked[0].seeds == asked[1].seeds == (5, 6)
     assert len({(pair.prompt, seed) for pair in asked for seed in pair.seeds}) == 16
 
@@ -53,7 +58,7 @@ def test_answers_in_the_file_are_not_asked_again(tmp_path: Path) -> None:
     other = comparison("a", "left", "another model", None, (0, 1), {})
     write_comparisons(path, [placed(other, path), placed(row_of(asked[2], "skip"), path)])
     session = RatingSession(path, asked, row_of, gray)
-    assert [row.prompt for row in session.open_rows] == ["a", "b", "b"]
+    assert [row.prompt for row in session.open_rows] == [asked[i].prompt for i in (0, 1, 3)]
     state = session.state()
     assert (state["done"], state["total"], state["images"]) == (1, 4, None)
     # Each pair is answered as soon as it has images, in order.
@@ -161,7 +166,7 @@ def test_the_command_asks_and_goes_on(tmp_path: Path) -> None:
         assert (process.returncode, errors) == (0, "")
         assert mentions(output, "my.csv", done + 1, "of 2")
     rows = read_comparisons(tmp_path / "my.csv")
-    assert [row.prompt for row in rows] == ["pizza", "sun"]
+    assert sorted(row.prompt for row in rows) == ["pizza", "sun"]
     assert json.loads(rows[0].settings) == {"guidance_scale": 3.0, "num_inference_steps": 1}
     # The images are those that the row describes: they are sampled again, bit for bit.
     folder = tmp_path / "my-images"

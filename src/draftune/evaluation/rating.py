@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from PIL.Image import Image
@@ -38,10 +39,20 @@ class Pair:
 
 
 def pairs(prompts: Sequence[str], count: int, seed: int = 0) -> list[Pair]:
-    """Return `count` pairs, one of each prompt before the second of any. No image is in two pairs."""
-    texts = list(dict.fromkeys(prompts))
+    """Return `count` pairs, one of each prompt before the second of any. No image is in two pairs.
+
+    A larger `count` adds pairs at the end.
+    """
+    texts = shuffled(prompts, seed)
     rounds = [(texts[i % len(texts)], seed + 2 * (i // len(texts))) for i in range(count)]
     return [Pair(prompt, (first, first + 1)) for prompt, first in rounds]
+
+
+def shuffled(prompts: Sequence[str], seed: int) -> list[str]:
+    """Return each prompt once, in a random order: files are often sorted, and a person may rate only some of them."""
+    texts = list(dict.fromkeys(prompts))
+    Random(seed).shuffle(texts)
+    return texts
 
 
 def pair_settings(settings: Settings, options: ModelOptions | None = None, **loading: Any) -> dict[str, Any]:

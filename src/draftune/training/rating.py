@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.rating import Pair, pair_settings, pairs, sampler
+from draftune.evaluation.rating import Pair, pair_settings, pairs, sampler, shuffled
 from draftune.rewards import Reward
 from draftune.rewards.base import sub_rewards
 from draftune.rewards.comparisons import SKIP, Comparison, comparison, moved, read_comparisons, write_comparisons
@@ -135,8 +135,8 @@ def check_rating(settings: Settings, reward: Reward, num_processes: int) -> None
 
 
 def prompts_at(step: int, prompts: Sequence[str], settings: Settings) -> list[str]:
-    """Return the prompts that are asked about at an update: the next ones of the training prompts, in their order."""
-    count = settings.rate_comparisons
+    """Return the prompts that are asked about at an update: the next ones of the training prompts, shuffled."""
+    count, prompts = settings.rate_comparisons, shuffled(prompts, settings.seed)
     first = (step // settings.rate_every - 1) * count
     return [prompts[(first + i) % len(prompts)] for i in range(min(count, len(prompts)))]
 
