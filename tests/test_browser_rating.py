@@ -36,7 +36,7 @@ def rating(path: Path, count: int, sample: Callable[[str, Sequence[int]], Tensor
     asked = pairs([HOSTILE, "a dog"], count)
     session = RatingSession(path, asked, lambda p, choice: comparison(p.prompt, choice, "m", None, p.seeds, {}), sample)
     stopped = Event()
-    with RatingServer(0) as server:
+    with RatingServer(0, "later") as server:
         server.session = session
         thread = Thread(target=session.run, args=(stopped.is_set,))
         thread.start()

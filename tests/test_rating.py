@@ -79,7 +79,7 @@ def test_answers_in_the_file_are_not_asked_again(tmp_path: Path) -> None:
 
 def test_a_failing_disk_ends_the_command(tmp_path: Path) -> None:
     session = RatingSession(tmp_path / "taste.csv", pairs(["a"], 1), row_of, gray)
-    with RatingServer(0) as server:
+    with RatingServer(0, "later") as server:
         server.session = session
         ran: list[BaseException] = []
 
@@ -110,8 +110,8 @@ def post(server: RatingServer, body: Any, path: str = "/answer", **headers: str)
 def test_only_the_own_page_may_answer(tmp_path: Path) -> None:
     path = tmp_path / "taste.csv"
     session = RatingSession(path, pairs(["a"], 2), row_of, gray)
-    with RatingServer(0) as server:
-        assert json.loads(post(server, {"images": [], "choice": "left"})[1]) == {"idle": True}
+    with RatingServer(0, "later") as server:
+        assert json.loads(post(server, {"images": [], "choice": "left"})[1]) == {"idle": "later"}
         server.session = session
         stopped = Event()
         thread = Thread(target=session.run, args=(stopped.is_set,))
@@ -150,8 +150,8 @@ def test_the_command_asks_and_goes_on(tmp_path: Path) -> None:
         assert process.stdout is not None
         address = process.stdout.readline().split()[0]
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
-        state: dict[str, Any] = {"images": None}
-        while state["images"] is None:
+        state: dict[str, Any] = {}
+        while state.get("images") is None:
             with urllib.request.urlopen(address + "state", timeout=20) as answer:
                 state = json.load(answer)
             time.sleep(0.05)

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     asked = pairs(load_prompts(args.prompts), args.num_comparisons, args.seed)
     if path.is_file():
         read_comparisons(path)  # a wrong file is refused before the model is loaded
-    with RatingServer(args.port) as server:
+    with RatingServer(args.port, "Loading the model …") as server:
+        print(f"{server.address}  (stop with Ctrl-C; the same command goes on)", flush=True)
         model, settings = load_source(args)
         known = pair_settings(
             settings,
@@ -78,12 +79,10 @@ def run(args: argparse.Namespace) -> None:
             title=args.source,
         )
         server.session = session
-        if not session.finished:
-            print(f"{server.address}  (stop with Ctrl-C; the same command goes on)", flush=True)
-            try:
-                session.run()
-            except KeyboardInterrupt:
-                print()
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            print()
     print(f"{path}  {len(session.own)} of {len(asked)} pairs have answers; as a reward: \"taste(ratings='{path}')\"")
 
 

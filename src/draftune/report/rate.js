@@ -37,7 +37,7 @@ async function show(state) {
     find("pair").hidden = true;
     find("prompt").textContent = "";
     document.title = "Compare images – draftune";
-    if (state.idle) say("Training continues. The next pairs will appear here.");
+    if (state.idle) say(state.idle);
     else if (state.finished) say(`All ${state.total} pairs have answers, in ${state.file}.`);
     else say("Sampling images …");
     setTimeout(poll, state.idle || state.finished ? POLL_IDLE : POLL);

@@ -129,6 +129,8 @@ class RatingSession:
         Raises:
             DraftuneError: the answers could not be written.
         """
+        if self.finished:
+            return
         while not (self.finished or stop()):
             with self.changed:
                 if self.failure is not None:
@@ -195,9 +197,9 @@ class RatingHandler(LocalHandler):
         self.tell()
 
     def tell(self) -> None:
-        """Send the state of the session; without one, that there is nothing to compare now."""
+        """Send the state of the session; without one, what the page is to say."""
         session = self.server.session
-        state = session.state() if session is not None else {"idle": True}
+        state = session.state() if session is not None else {"idle": self.server.waiting}
         self.answer(json.dumps(state), "application/json")
         if session is not None and state["finished"]:
             session.finished_seen.set()
@@ -208,13 +210,15 @@ class RatingServer(LocalServer):
 
     Args:
         port: The port, 0 for any free one.
+        waiting: What the page says while there is nothing to compare.
 
     Raises:
         DraftuneError: the port cannot be used.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, waiting: str) -> None:
         super().__init__(RatingHandler, port)
+        self.waiting = waiting
         self.session: RatingSession | None = None
         self.thread = Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self.thread.start()

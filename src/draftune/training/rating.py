@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RATINGS = "taste.csv"
 """File of the comparisons in a run's folder: those that the reward was built from, and those of the run."""
 
+WAITING = "Training continues. The next pairs will appear here."
+
 
 class RunRating:
     """Pauses training every `rate_every` updates for `rate_comparisons` pairs of the images that the run has reached.
@@ -102,9 +104,9 @@ class RunRating:
 
         if self.server is None:
             try:
-                self.server = RatingServer(PORT)
+                self.server = RatingServer(PORT, WAITING)
             except DraftuneError:
-                self.server = RatingServer(0)  # another run has the port
+                self.server = RatingServer(0, WAITING)  # another run has the port
         return self.server
 
     def close(self) -> None:
