@@ -35,6 +35,7 @@ NAMES = (
     "optimizers",
     "second_reward",
     "few_steps",
+    "taste",
 )
 EXPERIMENTS: dict[str, Experiment] = {name: importlib.import_module(f"experiments.{name}").EXPERIMENT for name in NAMES}
 

@@ -40,6 +40,10 @@ class Budget:
     few_names: int = 64
     kid_max_steps: int = 50
     """Largest number of sampling steps of the base model for which KID is measured."""
+    comparisons: tuple[int, ...] = (25, 50, 100, 200)
+    """Comparisons of the simulated rater in the experiment `taste`."""
+    rating_pool: int = 10
+    """Images of each training name that the simulated rater compares."""
 
 
 FULL = Budget()
@@ -64,4 +68,6 @@ QUICK = Budget(
     few_steps=(3,),
     few_names=2,
     kid_max_steps=5,
+    comparisons=(12,),
+    rating_pool=4,
 )

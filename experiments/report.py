@@ -38,7 +38,10 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a figure. Values are means over seeds; a line's band is from the lowest to the highest seed."""
+    """One plot of a figure. Values are means over seeds; a line's band is from the lowest to the highest seed.
+
+    With `ci` the band is the 95 % interval of the mean.
+    """
 
     x: str
     y: str
@@ -51,6 +54,7 @@ class Panel:
     ylabel: str = ""
     where: Mapping[str, Any] | None = None
     """Values that a row must have to be shown."""
+    ci: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,11 @@ def draw(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
             axes.plot(x.T, y.T, ".", color=points.get_color(), alpha=0.4)
         else:
             (line,) = axes.plot(x.mean(0), mean, ".-", label=name)
-            axes.fill_between(x.mean(0), y.min(0), y.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
+            low, high = y.min(0), y.max(0)
+            if panel.ci:
+                half = np.array([ci95(list(values)) for values in y.T])
+                low, high = mean - half, mean + half
+            axes.fill_between(x.mean(0), low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     if panel.log:
         positive = [row[panel.x] for row in rows if isinstance(row.get(panel.x), (int, float)) and row[panel.x] > 0]
         axes.set_xscale("symlog", linthresh=min(positive, default=1.0))

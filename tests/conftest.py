@@ -25,8 +25,11 @@ from transformers import CLIPTextModel
 from draftune.methods import METHODS
 from draftune.models import FAMILIES
 from draftune.rewards import REWARDS
+from helpers.browsers import browser, visit
 from helpers.pipelines import build_pipeline
 from helpers.published_weights import save_clip
+
+__all__ = ["browser", "visit"]  # fixtures of another file
 
 torch.set_num_threads(1)
 

@@ -25,7 +25,7 @@ from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.settings import Settings
 from draftune.utils.images import save_image, to_pil
-from experiments import black_box, few_steps, guidance, lv_samples, optimizers, second_reward, symmetry
+from experiments import black_box, few_steps, guidance, lv_samples, optimizers, second_reward, symmetry, taste
 from experiments.__main__ import EXPERIMENTS, main, shard_runs
 from experiments.budget import FULL, QUICK
 from experiments.examples import copy_examples, example_images
@@ -399,3 +399,25 @@ def test_a_quick_experiment_resumes(tmp_path: Path, capsys: pytest.CaptureFixtur
     stamps = {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*") if path.is_file()}
     assert main(argv) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in (results / "runs").rglob("*") if path.is_file()}
+
+
+def test_the_share_of_the_raters_own_gain(tmp_path: Path) -> None:
+    def scores(spec: RunSpec, step: int) -> dict[str, float]:
+        return {"eval/emoji_style_probability": 0.1 + step / 40 * (0.8 if "odds" in spec.label else 0.2)}
+
+    runner = FakeRunner(tmp_path, scores)
+    for count in FULL.comparisons:
+        for seed in range(FULL.seeds):
+            refused = count == FULL.comparisons[0]
+            row = {
+                "accepted": int(not refused),
+                "held_out_accuracy": 0.6,
+                "p_3d": 0.1 if refused else 0.3 + 0.001 * count,
+            }
+            runner.cached(f"taste {count} {seed}", lambda row=row: row)
+    table = taste.table(taste.measure(runner))
+    shares = {(row["variant"], row["comparisons"]): row["share"] for row in table}
+    assert shares["base model", None] == 0
+    assert shares["rater's log-odds", None] == 1
+    assert shares["taste", FULL.comparisons[0]] == pytest.approx(0)
+    assert shares["taste", 100] == pytest.approx(0.3 / 0.8)

@@ -32,7 +32,8 @@ from draftune.errors import DraftuneError
 from draftune.report import collect, write_report
 from draftune.report.collect import MOST_FRAMES
 from draftune.report.images import PIXELS, evenly, fitting
-from draftune.report.serve import Server, is_loopback
+from draftune.report.loopback import is_loopback
+from draftune.report.serve import Server
 from draftune.report.settings_table import changed, command
 from draftune.report.summary import moved, number, summary
 from draftune.settings import Settings

@@ -87,6 +87,13 @@ class Settings:
         "them; 0 does not normalize.",
         low=0,
     )
+    rate_every: int = setting(
+        0,
+        "Updates after which training pauses for comparisons in the browser, to which the reward 'taste' is fitted "
+        "again; 0 never asks.",
+        low=0,
+    )
+    rate_comparisons: int = setting(20, "Pairs of images of each pause of --rate-every.", low=1)
     pixel_clamp: str = setting(
         "straight_through",
         "Gradient of the reward at decoded pixels outside [0, 1]: passed on unchanged, or 0 (the gradient of a clamp).",

@@ -33,11 +33,11 @@ def page(data: Mapping[str, Any], live: bool = False) -> str:
     )
 
 
-def policy(style: str, script: str, live: bool) -> str:
-    """Return the Content-Security-Policy: only this style and script, by digest, and embedded images."""
+def policy(style: str, script: str, live: bool, images: str = "data:") -> str:
+    """Return the Content-Security-Policy: only this style and script, by digest, and images of one source."""
     allowed = {
         "default-src": "'none'",
-        "img-src": "data:",
+        "img-src": images,
         "style-src": source(style),
         "script-src": source(script),
         "base-uri": "'none'",

@@ -36,6 +36,7 @@ MODULES = (
     "draftune.rewards.relative",
     "draftune.rewards.sharpness_aware",
     "draftune.rewards.symmetry",
+    "draftune.rewards.taste",
     "draftune.rewards.unifiedreward",
     "draftune.rewards.vqa",
     "draftune.experimental.discriminator",

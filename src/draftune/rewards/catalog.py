@@ -141,6 +141,15 @@ CATALOG: dict[str, dict[str, Facts]] = {
         "threshold": Facts(WRAPPED),
         "zeroth_order": Facts(WRAPPED, source="arXiv:2012.11518", compared="exact gradients"),
     },
+    YOUR_OWN: {
+        "taste": Facts(
+            "that of its CLIP or SigLIP model",
+            "that of its model; your comparisons are yours",
+            "Bradley and Terry, 1952",
+            "scipy's optimum of the same likelihood",
+            "published CLIP or SigLIP weights, nor on a person's comparisons",
+        ),
+    },
 }
 """The built-in rewards by their groups. A test fails for one that is missing."""
 
@@ -150,7 +159,7 @@ def in_groups(names: Iterable[str]) -> dict[str, list[str]]:
     names = list(names)
     grouped = {group: [name for name in facts if name in names] for group, facts in CATALOG.items()}
     listed = {name for members in grouped.values() for name in members}
-    grouped[YOUR_OWN] = [name for name in names if name not in listed]
+    grouped[YOUR_OWN] = [*grouped.get(YOUR_OWN, []), *(name for name in names if name not in listed)]
     return {group: members for group, members in grouped.items() if members}
 
 

@@ -37,6 +37,8 @@ COMPUTED = (
     *ModelOptions._fields,
     "reward",
     "reward_normalization_samples",
+    "rate_every",
+    "rate_comparisons",
     "method",
     "prompts",
     "retain_prompts",
@@ -96,7 +98,7 @@ CONSTANT = ("constant", "constant_with_warmup")
 EXPRESSIONS = {"reward": "reward", "eval_rewards": "reward", "method": "method", "optimizer": "optimizer"}
 EXPRESSIONS |= {"gradient_filter": "gradient filter"}
 """Settings that are expressions, and the kind of their names."""
-PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "file", "path")
+PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "ratings", "file", "path")
 """Arguments in expressions whose values are files, folders or models."""
 
 

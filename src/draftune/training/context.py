@@ -17,6 +17,7 @@ from draftune.sampling.schedule import Schedule
 from draftune.settings import Settings
 from draftune.training.continued import ContinuedRun
 from draftune.training.data import sampled_first
+from draftune.training.rating import asked_prompts
 from draftune.utils.processes import Processes
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class TrainContext:
             *sampled_first(self.prompts, images // s.num_images_per_prompt, s.seed),
             *self.prompts[: max(2, s.reward_normalization_samples)],  # of the checks before training
             *self.log_prompts,
+            *asked_prompts(self.prompts, s),
             *(self.eval_prompts or ()),
             *self.retained,
             *(past.prompts if past is not None else ()),

@@ -33,6 +33,7 @@ from draftune.training.distributed import accelerator, processes_of, warn_ignore
 from draftune.training.fsdp import fsdp_requested, shard
 from draftune.training.optim import check_optimizer
 from draftune.training.placement import to_device
+from draftune.training.rating import check_rating
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
 from draftune.utils.model_options import ModelOptions
@@ -104,6 +105,7 @@ def prepare(
             lambda: parse_reward(evaluated) if evaluated else None,
         )
         assert score is not None
+        check_rating(settings, score, processes.count)
         if settings.reward_normalization_samples:
             require_trained(score)
         check_columns(best_columns, score, judge, past)

@@ -31,6 +31,7 @@ from draftune.settings import Settings
 from draftune.training.callbacks import Callback
 from draftune.training.checks import AUDITED
 from draftune.training.placement import release_model
+from draftune.training.rating import RunRating
 from draftune.training.result import Run
 from draftune.training.run_checks import RunChecks
 from draftune.training.setup import (
@@ -93,6 +94,7 @@ class Trainer:
         self.global_step = 0
         self.should_stop = False
         self.checks = RunChecks(context)
+        self.rating = RunRating(context)
 
     @property
     def settings(self) -> Settings:
@@ -138,6 +140,7 @@ class Trainer:
                         self.folder.create(self.settings, self.required_disk_bytes(), **known)
                 self.run()
         finally:
+            self.rating.close()
             release_model(self.context)
             self.folder.close()
         rows = self.folder.rows
@@ -201,6 +204,9 @@ class Trainer:
             while self.global_step < s.steps and not (
                 self.validation.should_stop or self.processes.any(self.should_stop)
             ):
+                self.rating.ask(self, stop_requested)
+                if self.should_stop:
+                    break
                 logs = self.step()
                 bar.set_postfix(reward=f"{logs['reward']:.3f}", grad=f"{logs['grad_norm']:.2g}")
                 bar.update()
