@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_published import published_layout
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from draftune.errors import DraftuneError
 from draftune.rewards import load_reward, parse_reward
-from draftune.rewards.hpsv3 import INSTRUCTION, KEYS, QWEN2_VL_7B, HPSv3
+from draftune.rewards.hpsv3 import INSTRUCTION, KEYS, QWEN2_VL_7B, HPSv3, head
 from draftune.rewards.unifiedreward import QUESTION, UnifiedReward
 from draftune.utils.images import from_pil
 from helpers.errors import raises
@@ -65,15 +68,15 @@ def test_hpsv3_in_bf16_has_a_float32_head_and_a_gradient(tmp_path: Path) -> None
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
-def test_the_published_size() -> None:
+def test_the_published_layout(tmp_path: Path) -> None:
+    """The file has the names of the package's class with transformers 4.45, and the small one those of its blocks."""
+    layout = published_layout("hpsv3")
     with torch.device("meta"):
         network = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**QWEN2_VL_7B))
-    assert network.lm_head.weight.shape == (151658, 3584)
-    assert (
-        KEYS.find("network.model.language_model.layers.27.mlp.up_proj.weight")[0]
-        == "model.layers.27.mlp.up_proj.weight"
-    )
-    assert KEYS.find("network.model.visual.merger.mlp.2.bias")[0] == "visual.merger.mlp.2.bias"
+        assert KEYS.layout(nn.ModuleDict({"network": network, "head": head(3584)})) == layout
+    weights, _ = save_hpsv3(tmp_path, CONFIG)
+    deeper = re.compile(r"visual\.blocks\.[1-9]|model\.layers\.([2-9]|1\d)")
+    assert load_file(weights).keys() == {name for name in layout if not deeper.match(name)}
 
 
 def test_hpsv3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
