@@ -9,6 +9,7 @@ from draftune.methods.direct_align import DirectAlign
 from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
 from draftune.methods.flowbp import FlowBPBridge, FlowBPSparse
+from draftune.methods.flowbp_lagrange import FlowBPLagrange
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
 from draftune.registry.factories import build, parse_call
@@ -27,6 +28,7 @@ __all__ = [
     "DraftK",
     "DraftLV",
     "FlowBPBridge",
+    "FlowBPLagrange",
     "FlowBPSparse",
     "LeapAlign",
     "Method",
