@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.bf16_weights import store_in_bf16
 from draftune.utils.images import from_pil
 from official import PAIRS, PROMPTS, test_images
 
@@ -39,14 +38,12 @@ def score(reward: Reward, image: Image.Image, prompt: str) -> tuple[Tensor, Tens
 def row(name: str, folder: Path) -> str:
     """Return the table row of one reward."""
     try:
-        reward = load_reward(name) if name in TRAINED else PAIRS[name](folder)[0].load_weights()
+        rewards = [load_reward(name if name in TRAINED else PAIRS[name](folder)[0], p) for p in ("no", "bf16")]
     except (ImportError, FileNotFoundError) as error:
         return f"| {name} | not installed ({str(error).splitlines()[0]}) | | | |"
     pairs = [(image, prompt or "a") for image, prompt in zip(test_images(), PROMPTS.split("|"), strict=True)]
     sizes, results = [], []
-    for precision in ("no", "bf16"):
-        if precision == "bf16":
-            store_in_bf16(reward)
+    for reward in rewards:
         sizes.append(sum(p.nbytes for p in reward.parameters()))
         results.append([score(reward, *pair) for pair in pairs])
     plain, rounded = (torch.stack([value for value, _ in result]) for result in results)

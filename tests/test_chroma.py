@@ -16,15 +16,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from test_flow import DEV, brighter, drawing, enliven, tiny_t5, tiny_vae
-from test_gradients import batch_of
 from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters
-from draftune.methods import DraftK
 from draftune.models import load_model
 from draftune.published import PUBLISHED, variant
+from helpers.draft_k import check_draft_k
 from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
 
@@ -122,49 +121,27 @@ def test_mask(folder: Path) -> None:
 def test_draft_k_equals_plain_autograd(folder: Path, checkpointing: str) -> None:
     """In float64; diffusers' own checkpointing leaves the mask out."""
     pipeline = ChromaPipeline.from_pretrained(folder, torch_dtype=torch.float64)
-    model = load_model(pipeline)
-    model.set_checkpointing(checkpointing)
-    model.set_size(SIZE, SIZE)
-    add_lora(model, 2)
-    parameters = lora_parameters(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
 
-    def reward(images: Tensor) -> Tensor:
-        return torch.sin(3 * images).mean((1, 2, 3))
+    def official(noise: Tensor) -> Tensor:
+        assert not pipeline.transformer.is_gradient_checkpointing
+        text, text_ids, mask, other, _, other_mask = pipeline.encode_prompt(PROMPTS, ["", ""])
+        ids = pipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float64)
+        scheduler, vae, x = pipeline.scheduler, pipeline.vae, pipeline._pack_latents(noise, 2, 4, 8, 8)
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+        levels, image = scheduler.sigmas.double(), torch.ones(2, 16)
+        for i, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(i >= 1):  # the last two steps of three
+                time = timestep.expand(2).double() / 1000
+                positive, negative = (
+                    pipeline.transformer(x, states, time, ids, text_ids, torch.cat([part, image.to(part)], 1)).sample
+                    for states, part in ((text, mask), (other, other_mask))
+                )
+                x = x + (levels[i + 1] - levels[i]) * (negative + 3 * (positive - negative))
+        latents = pipeline._unpack_latents(x, SIZE, SIZE, 2)
+        images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
+        return images
 
-    schedule = model.schedule(3)
-    denoise = model.denoiser_for(PROMPTS, schedule, 3.0)
-    for loss in DraftK(k=2).losses([batch_of(denoise, schedule, None, noise, lambda x: reward(model.decode(x)))]):
-        (-loss).backward()
-    ours = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    assert ours.keys() == parameters.keys()
-
-    for parameter in parameters.values():
-        parameter.grad = None
-    assert not pipeline.transformer.is_gradient_checkpointing
-    text, text_ids, mask, other, _, other_mask = pipeline.encode_prompt(PROMPTS, ["", ""])
-    ids = pipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float64)
-    scheduler, vae, x = pipeline.scheduler, pipeline.vae, pipeline._pack_latents(noise, 2, 4, 8, 8)
-    scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
-    levels, image = scheduler.sigmas.double(), torch.ones(2, 16)
-    for i, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 1):  # the last two steps of three
-            time = timestep.expand(2).double() / 1000
-            positive, negative = (
-                pipeline.transformer(x, states, time, ids, text_ids, torch.cat([part, image.to(part)], 1)).sample
-                for states, part in ((text, mask), (other, other_mask))
-            )
-            x = x + (levels[i + 1] - levels[i]) * (negative + 3 * (positive - negative))
-    latents = pipeline._unpack_latents(x, SIZE, SIZE, 2)
-    images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
-    reward(images + (images.clamp(0, 1) - images).detach()).mean().backward()
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        assert (ours[name] - parameter.grad).norm() < 1e-9 * parameter.grad.norm(), name
+    check_draft_k(pipeline, checkpointing, PROMPTS, official, SIZE)
 
 
 def test_blocks_are_recomputed(folder: Path) -> None:

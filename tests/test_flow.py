@@ -385,6 +385,7 @@ METHODS = [
     "kl(draft_k(k=2), beta=0.1)",
     "leapalign",
     "flowbp_bridge(k=2)",
+    "flowbp_lagrange(order=2, active=2)",
     "direct_align(last=1)",
     "alignprop(m=2)",
     "flow_grpo",

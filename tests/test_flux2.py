@@ -12,13 +12,11 @@ from test_flow import drawing
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.lora import add_lora, lora_parameters
-from draftune.methods import Batch, DraftK
 from draftune.models import load_model
 from draftune.published import PUBLISHED
-from draftune.sampling.sampler import PrefixCache
+from helpers.draft_k import check_draft_k
 from helpers.errors import raises
-from helpers.flux2 import FAMILIES, randomize, tiny_flux2
+from helpers.flux2 import FAMILIES, tiny_flux2
 from helpers.model_checks import STEPS, check_guidance, check_pictures, drawn, opened
 
 OFFICIAL = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2")
@@ -123,51 +121,30 @@ def test_rows_of_a_call(folders: dict[str, Path], family: str) -> None:
 def test_draft_k_equals_plain_autograd(folders: dict[str, Path], family: str, checkpointing: str) -> None:
     """In float64; the official network's rotations are float32 in every precision."""
     pipeline = DiffusionPipeline.from_pretrained(folders[family], torch_dtype=torch.float64)
-    model = load_model(pipeline)
-    model.set_checkpointing(checkpointing)
-    model.set_size(16, 16)
-    add_lora(model, 2, targets=PUBLISHED["flux2-klein"].lora_target_modules.split(","))
-    parameters = lora_parameters(model)
-    randomize(parameters, 0.3)
-    assert all(parameter.dtype == torch.float64 for parameter in parameters.values())
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 16, 4, 4, generator=generator, dtype=torch.float64)
-    schedule = model.schedule(3)
 
-    def reward(images: Tensor) -> Tensor:
-        return torch.sin(3 * images).mean((1, 2, 3))
+    def official(noise: Tensor) -> Tensor:
+        text, text_ids = pipeline.encode_prompt(PROMPTS)
+        empty, _ = pipeline.encode_prompt(["", ""])
+        scheduler, vae = pipeline.scheduler, pipeline.vae
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3], mu=OFFICIAL.compute_empirical_mu(16, 3))
+        levels, ids = scheduler.sigmas.double(), pipeline._prepare_latent_ids(noise)
+        guidance = torch.full((2,), 3.0, dtype=torch.float64) if family == "dev" else None
+        x = pipeline._pack_latents(noise)
+        for i, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(i >= 1):  # the last two steps of three
+                time = timestep.double().expand(2) / 1000
+                outputs = [
+                    pipeline.transformer(x, states, time, ids, text_ids, guidance, return_dict=False)[0]
+                    for states in ((text, empty) if family == "base" else (text,))
+                ]
+                guided = outputs[-1] + 3 * (outputs[0] - outputs[-1]) if family == "base" else outputs[0]
+                x = x + (levels[i + 1] - levels[i]) * guided
+        latents = pipeline._unpack_latents_with_ids(x, ids)
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        latents = latents * std[:, None, None] + vae.bn.running_mean[:, None, None]
+        images = vae.decode(pipeline._unpatchify_latents(latents)).sample / 2 + 0.5
+        return images
 
-    denoise = model.denoiser_for(PROMPTS, schedule, 3.0)
-    batch = Batch(PROMPTS, PrefixCache(noise), schedule, denoise, denoise, lambda x: reward(model.decode(x)), generator)
-    for loss in DraftK(k=2).losses([batch]):
-        (-loss).backward()
-    ours = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    assert ours.keys() == parameters.keys()
-
-    for parameter in parameters.values():
-        parameter.grad = None
-    text, text_ids = pipeline.encode_prompt(PROMPTS)
-    empty, _ = pipeline.encode_prompt(["", ""])
-    scheduler, vae = pipeline.scheduler, pipeline.vae
-    scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3], mu=OFFICIAL.compute_empirical_mu(16, 3))
-    levels, ids = scheduler.sigmas.double(), pipeline._prepare_latent_ids(noise)
-    guidance = torch.full((2,), 3.0, dtype=torch.float64) if family == "dev" else None
-    x = pipeline._pack_latents(noise)
-    for i, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 1):  # the last two steps of three
-            time = timestep.double().expand(2) / 1000
-            outputs = [
-                pipeline.transformer(x, states, time, ids, text_ids, guidance, return_dict=False)[0]
-                for states in ((text, empty) if family == "base" else (text,))
-            ]
-            guided = outputs[-1] + 3 * (outputs[0] - outputs[-1]) if family == "base" else outputs[0]
-            x = x + (levels[i + 1] - levels[i]) * guided
-    latents = pipeline._unpack_latents_with_ids(x, ids)
-    std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-    latents = latents * std[:, None, None] + vae.bn.running_mean[:, None, None]
-    images = vae.decode(pipeline._unpatchify_latents(latents)).sample / 2 + 0.5
-    images = images + (images.clamp(0, 1) - images).detach()
-    reward(images).mean().backward()
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        assert (ours[name] - parameter.grad).norm() < 1e-9 * parameter.grad.norm(), name
+    check_draft_k(
+        pipeline, checkpointing, PROMPTS, official, 16, targets=PUBLISHED["flux2-klein"].lora_target_modules.split(",")
+    )

@@ -16,17 +16,16 @@ from diffusers import (
     Lumina2Transformer2DModel,
 )
 from test_flow import brighter, drawing, enliven, tiny_vae
-from test_gradients import batch_of
 from test_sana import tiny_gemma
 from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters
-from draftune.methods import DraftK
 from draftune.models import load_model
 from draftune.models.lumina2 import Lumina2
 from draftune.published import PUBLISHED, variant
+from helpers.draft_k import check_draft_k
 from helpers.errors import raises
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training
 
@@ -130,47 +129,26 @@ def test_draft_k_equals_plain_autograd(
     """In float64, with guidance in all trained steps or only in the first of them."""
     monkeypatch.setattr(Lumina2, "guided_share", share)
     pipeline = Lumina2Pipeline.from_pretrained(folder, torch_dtype=torch.float64)
-    model = load_model(pipeline)
-    model.set_checkpointing(checkpointing)
-    add_lora(model, 2)
-    parameters = lora_parameters(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    noise = torch.randn(2, 4, 4, 4, generator=generator, dtype=torch.float64)
 
-    def reward(images: Tensor) -> Tensor:
-        return torch.sin(3 * images).mean((1, 2, 3))
+    def official(noise: Tensor) -> Tensor:
+        text, mask, negative, negative_mask = pipeline.encode_prompt(PROMPTS, negative_prompt=["", ""])
+        scheduler, x = pipeline.scheduler, noise
+        scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2])
+        levels = scheduler.sigmas.double()
+        for i, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(i >= 5 - k):
+                time = (1 - timestep / 1000).expand(2)
+                output = pipeline.transformer(x, time, text, mask).sample
+                if (i + 1) / 5 <= share:
+                    other = pipeline.transformer(x, time, negative, negative_mask).sample
+                    guided = other + 3 * (output - other)
+                    output = guided * (output.square().sum(3, True) / guided.square().sum(3, True)).sqrt()
+                x = x - (levels[i + 1] - levels[i]) * output
+        vae = pipeline.vae
+        images = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
+        return images
 
-    schedule = model.schedule(5)
-    denoise = model.denoiser_for(PROMPTS, schedule, 3.0)
-    for loss in DraftK(k).losses([batch_of(denoise, schedule, None, noise, lambda x: reward(model.decode(x)))]):
-        (-loss).backward()
-    ours = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    assert ours.keys() == parameters.keys()
-
-    for parameter in parameters.values():
-        parameter.grad = None
-    text, mask, negative, negative_mask = pipeline.encode_prompt(PROMPTS, negative_prompt=["", ""])
-    scheduler, x = pipeline.scheduler, noise
-    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2])
-    levels = scheduler.sigmas.double()
-    for i, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 5 - k):
-            time = (1 - timestep / 1000).expand(2)
-            output = pipeline.transformer(x, time, text, mask).sample
-            if (i + 1) / 5 <= share:
-                other = pipeline.transformer(x, time, negative, negative_mask).sample
-                guided = other + 3 * (output - other)
-                output = guided * (output.square().sum(3, True) / guided.square().sum(3, True)).sqrt()
-            x = x - (levels[i + 1] - levels[i]) * output
-    vae = pipeline.vae
-    images = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
-    reward(images + (images.clamp(0, 1) - images).detach()).mean().backward()
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        assert (ours[name] - parameter.grad).norm() < 1e-9 * parameter.grad.norm(), name
+    check_draft_k(pipeline, checkpointing, PROMPTS, official, steps=5, k=k)
 
 
 @pytest.mark.usefixtures("always_guided")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks.group_offloading import ModuleGroup
+from test_every_family import small
 from test_flow import save_flux
+from torch._subclasses.fake_tensor import FakeTensor
 
 from draftune.errors import DraftuneError
 from draftune.lora import lora_parameters, save_lora
 from draftune.methods import Batch, DraftK
 from draftune.models import DiffusionModel, load_model
-from draftune.models.offloading import offload_layers
+from draftune.models.offloading import OffloadedLinear
 from draftune.sampling.sampler import PrefixCache
+from draftune.training.memory_count import count_run, network_bytes
 from draftune.training.trainer import Trainer
+from draftune.utils import converted_linear
+from draftune.utils.memory import peak_memory
 from helpers.pipelines import add_random_lora
 
 MODES = ["none", "blocks", "denoiser", "both"]
@@ -40,47 +45,69 @@ def gradient(model: DiffusionModel, checkpointing: str) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None])
 
 
-def opened(folder: Path) -> DiffusionModel:
-    model = load_model(folder).to("cpu")
+def opened(folder: Path, precision: str = "no", offload: bool = False) -> DiffusionModel:
+    model = load_model(folder, precision).to("cpu", precision, offload)
     model.set_size(16, 16)
     return model
 
 
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> dict[int, torch.Tensor]:
+    """Weights that are copied for each product, as from main memory, by the addresses of what the layers hold: NaN."""
+    stored: dict[int, torch.Tensor] = {}
+    moved = converted_linear.moved
+
+    def copied(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Weights without values, in a count, are moved as they are."""
+        return moved(weight, x) if isinstance(weight, FakeTensor) else stored[weight.data_ptr()].to(x).clone()
+
+    monkeypatch.setattr(converted_linear, "moved", copied)
+    return stored
+
+
+def take_away(model: DiffusionModel, elsewhere: dict[int, torch.Tensor]) -> None:
+    for layer in model.denoiser.modules():
+        if isinstance(layer, OffloadedLinear):
+            elsewhere[layer.weight.data_ptr()] = layer.weight.data.clone()
+            layer.weight.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("checkpointing", MODES)
-def test_gradient_of_weights_elsewhere(schnell: Path, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its calls a layer has other numbers, NaN, as on a device of its own: nothing reads them."""
-    stored: dict[torch.Tensor, torch.Tensor] = {}
+def test_gradient_of_weights_elsewhere(
+    schnell: Path, checkpointing: str, precision: str, elsewhere: dict[int, torch.Tensor]
+) -> None:
+    model = opened(schnell, precision, offload=True)
+    take_away(model, elsewhere)
+    assert len(elsewhere) > 20
+    assert torch.equal(gradient(model, checkpointing), gradient(opened(schnell, precision), checkpointing))
 
-    def onload(self: ModuleGroup) -> None:
-        for parameter in self.modules[0].parameters():
-            parameter.data = stored[parameter].clone()
 
-    def offload(self: ModuleGroup) -> None:
-        for parameter in self.modules[0].parameters():
-            stored.setdefault(parameter, parameter.data)
-            parameter.data = torch.full_like(parameter.data, torch.nan)
+@pytest.mark.parametrize("checkpointing", MODES)
+def test_no_graph_holds_copied_weights(schnell: Path, checkpointing: str, elsewhere: dict[int, torch.Tensor]) -> None:
+    """The peak is at most a copied weight above that of a run without offloading."""
+    model = opened(schnell, offload=True)
+    take_away(model, elsewhere)
+    plain = opened(schnell)
+    largest = max(weight.nbytes for weight in elsewhere.values())
+    more = peak_memory(lambda: gradient(model, checkpointing)) - peak_memory(lambda: gradient(plain, checkpointing))
+    assert more <= largest < 0.25 * sum(weight.nbytes for weight in elsewhere.values())
 
-    monkeypatch.setattr(ModuleGroup, "onload_", onload)
-    monkeypatch.setattr(ModuleGroup, "offload_", offload)
-    model = opened(schnell)
-    offload_layers(model.denoiser, CPU)
-    assert len(stored) > 40
-    assert all(parameter.isnan().all() for parameter in stored)
-    assert torch.equal(gradient(model, checkpointing), gradient(opened(schnell), checkpointing))
-    assert all(parameter.isnan().all() for parameter in stored)
+
+def test_the_count_is_without_the_weights_in_main_memory(
+    schnell: Path, tmp_path: Path, elsewhere: dict[int, torch.Tensor]
+) -> None:
+    values: dict[str, Any] = {"method": "draft_k(k=2)", "offload": True, "gradient_checkpointing": "none"}
+    settings = small(schnell, tmp_path / "run", **values)
+    count, trainer = count_run(settings), Trainer(settings=settings)
+    take_away(trainer.model, elsewhere)
+    assert count.networks == network_bytes(trainer) - sum(weight.nbytes for weight in elsewhere.values())
+    assert count.update == pytest.approx(peak_memory(lambda: trainer.train_step.run(1)), rel=0.02)
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_training(schnell: Path, tmp_path: Path, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(schnell: Path, tmp_path: Path, first: bool) -> None:
     """A run with offloading trains the LoRA of one without it, bit for bit, also on top of a frozen LoRA."""
-    moved: set[str] = set()
-    onload = ModuleGroup.onload_
-
-    def counted(self: ModuleGroup) -> None:
-        moved.update(str(p.requires_grad) for module in self.modules for p in module.parameters())
-        onload(self)
-
-    monkeypatch.setattr(ModuleGroup, "onload_", counted)
     init = ""
     if first:
         start = opened(schnell)
@@ -108,7 +135,9 @@ def test_training(schnell: Path, tmp_path: Path, first: bool, monkeypatch: pytes
         assert trainer.model.device == CPU
         trainer.train()
         tuned.append([p.detach().clone() for p in lora_parameters(trainer.model).values()])
-        assert moved == ({"False"} if offload else set())
+        offloaded = [m for m in trainer.model.denoiser.modules() if isinstance(m, OffloadedLinear)]
+        assert bool(offloaded) == offload
+        assert not any(parameter.requires_grad for layer in offloaded for parameter in layer.parameters())
     assert all(torch.equal(a, b) for a, b in zip(*tuned, strict=True))
 
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from test_flow import brighter
-from test_gradients import batch_of
 from test_qwen_image import PROMPTS, SIZE, save_qwen_image, unguided
 from torch import Tensor
 
 import draftune
-from draftune.lora import add_lora, lora_parameters
-from draftune.methods import DraftK
 from draftune.models import load_model
+from helpers.draft_k import check_draft_k
 from helpers.model_checks import STEPS, opened
 
 
@@ -29,53 +27,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_draft_k_equals_plain_autograd(folder: Path, checkpointing: str) -> None:
     """In float64; the official networks compute rotations, time and enlargement in float32 in every precision."""
     pipeline = diffusers.QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float64)
-    model = load_model(pipeline)
-    model.set_checkpointing(checkpointing)
-    model.set_size(SIZE, SIZE)
-    add_lora(model, 2)
-    parameters = lora_parameters(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
 
-    def reward(images: Tensor) -> Tensor:
-        return torch.sin(3 * images).mean((1, 2, 3))
+    def official(noise: Tensor) -> Tensor:
+        inputs = [pipeline.encode_prompt(texts) for texts in (PROMPTS, [" ", " "])]
+        scheduler, vae, x = pipeline.scheduler, pipeline.vae, pipeline._pack_latents(noise, 2, 4, 8, 8)
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3], mu=0.5 + 0.4 * (16 - 256) / (8192 - 256))
+        levels = scheduler.sigmas.double()
+        for i, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(i >= 1):  # the last two steps of three
+                positive, negative = (
+                    pipeline.transformer(x, text, mask, timestep.expand(2).double() / 1000, [[(1, 4, 4)]] * 2).sample
+                    for text, mask in inputs
+                )
+                guided = negative + 3 * (positive - negative)
+                guided = (
+                    guided * positive.square().sum(2, keepdim=True).sqrt() / guided.square().sum(2, keepdim=True).sqrt()
+                )
+                x = x + (levels[i + 1] - levels[i]) * guided
+        latents = pipeline._unpack_latents(x, SIZE, SIZE, 4)
+        moments = (vae.config.latents_std, vae.config.latents_mean)
+        std, mean = (noise.new_tensor(moment).view(4, 1, 1, 1) for moment in moments)
+        images = vae.decoder(vae.post_quant_conv(latents * std + mean))[:, :, 0] / 2 + 0.5
+        assert 0.01 < (images != images.clamp(0, 1)).double().mean() < 0.5
+        return images
 
-    schedule = model.schedule(3)
-    denoise = model.denoiser_for(PROMPTS, schedule, 3.0)
-    for loss in DraftK(k=2).losses([batch_of(denoise, schedule, None, noise, lambda x: reward(model.decode(x)))]):
-        (-loss).backward()
-    ours = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    assert ours.keys() == parameters.keys()
-
-    for parameter in parameters.values():
-        parameter.grad = None
-    inputs = [pipeline.encode_prompt(texts) for texts in (PROMPTS, [" ", " "])]
-    scheduler, vae, x = pipeline.scheduler, pipeline.vae, pipeline._pack_latents(noise, 2, 4, 8, 8)
-    scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3], mu=0.5 + 0.4 * (16 - 256) / (8192 - 256))
-    levels = scheduler.sigmas.double()
-    for i, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 1):  # the last two steps of three
-            positive, negative = (
-                pipeline.transformer(x, text, mask, timestep.expand(2).double() / 1000, [[(1, 4, 4)]] * 2).sample
-                for text, mask in inputs
-            )
-            guided = negative + 3 * (positive - negative)
-            guided = (
-                guided * positive.square().sum(2, keepdim=True).sqrt() / guided.square().sum(2, keepdim=True).sqrt()
-            )
-            x = x + (levels[i + 1] - levels[i]) * guided
-    latents = pipeline._unpack_latents(x, SIZE, SIZE, 4)
-    moments = (vae.config.latents_std, vae.config.latents_mean)
-    std, mean = (noise.new_tensor(moment).view(4, 1, 1, 1) for moment in moments)
-    images = vae.decoder(vae.post_quant_conv(latents * std + mean))[:, :, 0] / 2 + 0.5
-    assert 0.01 < (images != images.clamp(0, 1)).double().mean() < 0.5
-    reward(images + (images.clamp(0, 1) - images).detach()).mean().backward()
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        assert (ours[name] - parameter.grad).norm() < 1e-9 * parameter.grad.norm(), name
+    check_draft_k(pipeline, checkpointing, PROMPTS, official, SIZE)
 
 
 def test_decoder_is_recomputed(folder: Path) -> None:

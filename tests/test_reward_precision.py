@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from draftune.errors import DraftuneError
 from draftune.models import load_model
 from draftune.rewards import Reward, load_reward
-from draftune.rewards.bf16_weights import Bf16Linear, store_in_bf16
 from draftune.rewards.online import OnlineReward
+from draftune.rewards.precision import Bf16Linear
+from draftune.settings import Settings
 from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
+from helpers.errors import raises
+from helpers.quantized import dequantized
 
 PROMPTS = ["cat face", "pizza", "rocket", "red heart", "house", "red apple"]
 
@@ -52,12 +56,13 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tenso
 
 def test_only_weights_are_rounded() -> None:
     """Scores and gradients are those of float32 with rounded weights, to the last digits."""
-    reward, images = Scorer().load_weights(), torch.rand(3, 3, 8, 8)
+    reward, images = Scorer(), torch.rand(3, 3, 8, 8)
     rounded: Any = copy.deepcopy(reward)
     for layer in rounded.network:
         if isinstance(layer, nn.Linear):
             layer.weight.data = layer.weight.data.bfloat16().float()
-    store_in_bf16(reward)
+    load_reward(reward, "bf16")
+    load_reward(rounded, "no")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = score(reward, images, [""] * 3), score(rounded, images, [""] * 3)
     for a, b in zip(ours, theirs, strict=True):
@@ -71,15 +76,14 @@ def test_outputs_may_be_changed_in_place() -> None:
     expected = torch.autograd.grad((2 * layer(x)).sum(), x)[0]
     reward = Reward()
     reward.layer = layer
-    store_in_bf16(reward)
+    load_reward(reward, "bf16")
     output = layer(x)
     output *= 2
     assert torch.autograd.grad(output.sum(), x)[0] == pytest.approx(expected, rel=0.01)
 
 
 def test_the_graph_holds_no_converted_weight() -> None:
-    reward: Any = Scorer().load_weights()
-    store_in_bf16(reward)
+    reward: Any = load_reward(Scorer(), "bf16")
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         reward.network(torch.rand(3, 3, 8, 8, requires_grad=True))
@@ -90,7 +94,7 @@ def test_the_graph_holds_no_converted_weight() -> None:
 def test_rewards_that_learn_and_subclasses_keep_their_weights() -> None:
     reward = Scorer() + Learner()
     reward.attention = nn.MultiheadAttention(8, 2)
-    store_in_bf16(reward.load_weights())
+    load_reward(reward, "bf16")
     layers = [module for module in reward.modules() if isinstance(module, Bf16Linear)]
     assert len(layers) == 2
     assert all(p.dtype == torch.float32 for p in reward.terms[1][1].parameters())
@@ -100,10 +104,8 @@ def test_rewards_that_learn_and_subclasses_keep_their_weights() -> None:
 @pytest.mark.parametrize("name", ["emoji_clip", "emoji_aesthetic"])
 def test_trained_rewards(name: str) -> None:
     images = load_model("emoji").sample_tensors(PROMPTS, range(6), load_model("emoji").schedule(5), 3.0)
-    reward = load_reward(name)
-    plain = score(reward, images, PROMPTS)
-    store_in_bf16(reward)
-    rounded = score(reward, images, PROMPTS)
+    plain = score(load_reward(name), images, PROMPTS)
+    rounded = score(load_reward(name, "bf16"), images, PROMPTS)
     assert 0 < (plain[0] - rounded[0]).abs().max() < 0.05 * plain[0].std()
     assert torch.cosine_similarity(plain[1].flatten(1), rounded[1].flatten(1)).min() > 0.98
 
@@ -132,3 +134,33 @@ def test_training(tmp_path: Path) -> None:
     saved = {p.data_ptr(): p.nbytes for r in rewards if r for p in r.parameters() if p.dtype == torch.bfloat16}
     assert held["no"] - held["bf16"] == sum(saved.values()) > 0
     trainer.train_step.run(1)
+
+
+def test_quantized_weights() -> None:
+    """Scores and gradients are those of float32 with the numbers that the 4-bit weights stand for."""
+    reward, images = Scorer(), torch.rand(3, 3, 8, 8)
+    plain, exact = copy.deepcopy(reward), copy.deepcopy(reward)
+    load_reward(reward, "bnb_4bit")
+    for i in (1, 3):
+        assert reward.network[i].weight.dtype == torch.uint8
+        exact.network[i].weight.data = dequantized(reward.network[i])
+    ours, theirs = score(reward, images, [""] * 3), score(load_reward(exact), images, [""] * 3)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    cosine = torch.cosine_similarity(ours[1].flatten(), score(load_reward(plain), images, [""] * 3)[1].flatten(), dim=0)
+    assert 0.9 < cosine < 1
+
+
+def test_quantization_of_other_layers_is_refused() -> None:
+    class Convolution(Reward):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return self.network(images)[:, 0]
+
+    with raises(DraftuneError, "reward_precision=bnb_4bit", 3):
+        load_reward(Convolution(), "bnb_4bit")
+    with raises(DraftuneError, "reward_precision", "bnb_8bit"):
+        Settings(reward_precision="bnb_8bit")

@@ -87,7 +87,8 @@ def grouped(method: str) -> dict[str, int]:
 
 
 def test_every_method_is_trained_below() -> None:
-    assert {method.partition("(")[0] for method in (*CLIMBERS, *SCORED)} == all_methods().keys()
+    named = {method.partition("(")[0] for method in (*CLIMBERS, *SCORED)}
+    assert named == all_methods().keys() - {"flowbp_lagrange"}  # for flow models: tests/test_flow.py
 
 
 @pytest.mark.parametrize("method", CLIMBERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_published import published_layout
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from draftune.errors import DraftuneError
-from draftune.rewards import parse_reward
-from draftune.rewards.hpsv3 import INSTRUCTION, KEYS, QWEN2_VL_7B, HPSv3
+from draftune.rewards import load_reward, parse_reward
+from draftune.rewards.hpsv3 import INSTRUCTION, KEYS, QWEN2_VL_7B, HPSv3, head
 from draftune.rewards.unifiedreward import QUESTION, UnifiedReward
 from draftune.utils.images import from_pil
 from helpers.errors import raises
@@ -36,7 +39,7 @@ CONFIG: dict[str, Any] = {
 def test_hpsv3_agrees_with_its_package(tmp_path: Path) -> None:
     weights, tokenizer = save_hpsv3(tmp_path, CONFIG)
     tensors = load_file(weights)
-    reward = HPSv3(str(weights), str(tokenizer), "no", CONFIG).load_weights()
+    reward = load_reward(HPSv3(str(weights), str(tokenizer), CONFIG), "no")
     assert isinstance(reward, HPSv3)
     ours, theirs, scores = [], [], []
     for i, image in enumerate(photographs()):
@@ -54,7 +57,7 @@ def test_hpsv3_agrees_with_its_package(tmp_path: Path) -> None:
 
 def test_hpsv3_in_bf16_has_a_float32_head_and_a_gradient(tmp_path: Path) -> None:
     weights, tokenizer = save_hpsv3(tmp_path, CONFIG)
-    reward = HPSv3(str(weights), str(tokenizer), "bf16", CONFIG).load_weights()
+    reward = HPSv3(str(weights), str(tokenizer), CONFIG).load_weights()
     assert {p.dtype for p in reward.vlm.parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
     assert {p.dtype for p in reward.head.parameters()} == {torch.float32}  # type: ignore[union-attr]
     images = torch.rand(2, 3, 40, 64, requires_grad=True)
@@ -65,25 +68,23 @@ def test_hpsv3_in_bf16_has_a_float32_head_and_a_gradient(tmp_path: Path) -> None
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
-def test_the_published_size() -> None:
+def test_the_published_layout(tmp_path: Path) -> None:
+    """The file has the names of the package's class with transformers 4.45, and the small one those of its blocks."""
+    layout = published_layout("hpsv3")
     with torch.device("meta"):
         network = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**QWEN2_VL_7B))
-    assert network.lm_head.weight.shape == (151658, 3584)
-    assert (
-        KEYS.find("network.model.language_model.layers.27.mlp.up_proj.weight")[0]
-        == "model.layers.27.mlp.up_proj.weight"
-    )
-    assert KEYS.find("network.model.visual.merger.mlp.2.bias")[0] == "visual.merger.mlp.2.bias"
+        assert KEYS.layout(nn.ModuleDict({"network": network, "head": head(3584)})) == layout
+    weights, _ = save_hpsv3(tmp_path, CONFIG)
+    deeper = re.compile(r"visual\.blocks\.[1-9]|model\.layers\.([2-9]|1\d)")
+    assert load_file(weights).keys() == {name for name in layout if not deeper.match(name)}
 
 
 def test_hpsv3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     with raises(DraftuneError, "HPSv3", "weights="):
         parse_reward("hpsv3")
     weights, tokenizer = save_hpsv3(tmp_path, CONFIG)
-    with raises(DraftuneError, "precision", "int8"):
-        HPSv3(str(weights), str(tokenizer), "int8", CONFIG)
     with raises(DraftuneError, "<|Reward|>"):
-        HPSv3(str(weights), str(tokenizer), "no", CONFIG).load_weights()(torch.rand(1, 3, 28, 28), ["<|Reward|>"])
+        HPSv3(str(weights), str(tokenizer), CONFIG).load_weights()(torch.rand(1, 3, 28, 28), ["<|Reward|>"])
 
 
 @pytest.mark.parametrize("axis", ["alignment", "style"])
@@ -92,7 +93,7 @@ def test_unifiedreward_is_the_expected_score_in_the_published_answer(tmp_path: P
     network = AutoModelForImageTextToText.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     digits = tokenizer.convert_tokens_to_ids(list("12345"))
-    reward = UnifiedReward(axis, str(folder), "no").load_weights()
+    reward = load_reward(UnifiedReward(axis, str(folder)), "no")
 
     def expected(image: Image.Image, text: str) -> float:
         logits = network(**official_inputs(folder, image, text)).logits[0, -1]

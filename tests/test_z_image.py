@@ -17,11 +17,10 @@ import draftune
 from draftune.errors import DraftuneError
 from draftune.guidance.sample import sample_guided
 from draftune.lora import add_lora, lora_parameters
-from draftune.methods import Batch, DraftK
 from draftune.models import load_model
 from draftune.published import PUBLISHED, variant
 from draftune.recommended import tell_sampling
-from draftune.sampling.sampler import PrefixCache
+from helpers.draft_k import check_draft_k
 from helpers.errors import mentions, raises
 from helpers.language_models import tiny_qwen
 from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
@@ -124,51 +123,26 @@ def test_shift_by_the_size(tmp_path: Path) -> None:
 def test_draft_k_equals_plain_autograd(base: Path, checkpointing: str) -> None:
     """In float64; the official network's rotations and time are float32 in every precision."""
     pipeline = ZImagePipeline.from_pretrained(base, torch_dtype=torch.float64)
-    model = load_model(pipeline)
-    model.set_checkpointing(checkpointing)
-    model.set_size(16, 16)
-    add_lora(model, 2)
-    parameters = lora_parameters(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    assert all(parameter.dtype == torch.float64 for parameter in parameters.values())
-    noise = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64)
     prompts = ["a cat", "a dog that sits on a chair, looks at a cat"]
-    schedule = model.schedule(3)
 
-    def reward(images: Tensor) -> Tensor:
-        return torch.sin(3 * images).mean((1, 2, 3))
+    def official(noise: Tensor) -> Tensor:
+        positive, negative = pipeline.encode_prompt(list(prompts), negative_prompt=["", ""])
+        scheduler = pipeline.scheduler
+        scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
+        levels = scheduler.sigmas.double()
+        assert torch.allclose(levels, torch.tensor([1, 12 / 13, 6 / 8, 0], dtype=torch.float64))
+        x = noise
+        for i, timestep in enumerate(scheduler.timesteps):
+            with torch.set_grad_enabled(i >= 1):  # the last two steps of three
+                latents, time = [*x[:, :, None], *x[:, :, None]], ((1000 - timestep) / 1000).expand(4)
+                output = torch.stack(pipeline.transformer(latents, time, positive + negative, return_dict=False)[0])
+                guided = output[:2] + 2 * (output[:2] - output[2:])
+                x = x - (levels[i + 1] - levels[i]) * guided[:, :, 0]
+        vae = pipeline.vae
+        images = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
+        return images
 
-    denoise = model.denoiser_for(prompts, schedule, 3.0)
-    batch = Batch(prompts, PrefixCache(noise), schedule, denoise, denoise, lambda x: reward(model.decode(x)), generator)
-    for loss in DraftK(k=2).losses([batch]):
-        (-loss).backward()
-    ours = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
-    assert ours.keys() == parameters.keys()
-
-    for parameter in parameters.values():
-        parameter.grad = None
-    positive, negative = pipeline.encode_prompt(list(prompts), negative_prompt=["", ""])
-    scheduler = pipeline.scheduler
-    scheduler.set_timesteps(sigmas=[1.0, 2 / 3, 1 / 3])
-    levels = scheduler.sigmas.double()
-    assert torch.allclose(levels, torch.tensor([1, 12 / 13, 6 / 8, 0], dtype=torch.float64))
-    x = noise
-    for i, timestep in enumerate(scheduler.timesteps):
-        with torch.set_grad_enabled(i >= 1):  # the last two steps of three
-            latents, time = [*x[:, :, None], *x[:, :, None]], ((1000 - timestep) / 1000).expand(4)
-            output = torch.stack(pipeline.transformer(latents, time, positive + negative, return_dict=False)[0])
-            guided = output[:2] + 2 * (output[:2] - output[2:])
-            x = x - (levels[i + 1] - levels[i]) * guided[:, :, 0]
-    vae = pipeline.vae
-    images = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample / 2 + 0.5
-    images = images + (images.clamp(0, 1) - images).detach()
-    reward(images).mean().backward()
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None
-        assert (ours[name] - parameter.grad).norm() < 1e-9 * parameter.grad.norm(), name
+    check_draft_k(pipeline, checkpointing, prompts, official, 16)
 
 
 def test_training(base: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from draftune.utils.model_options import ModelOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
 QUANTIZATIONS = ("none", "bnb_4bit", "bnb_8bit", "torchao_int8", "torchao_float8")
+REWARD_PRECISIONS = ("no", "bf16", "bnb_4bit")
 CHECKPOINTING = ("none", "blocks", "denoiser", "both")
 PIXEL_CLAMPS = ("straight_through", "hard")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -78,8 +79,11 @@ class Settings:
 
     reward: str = setting(None, "Reward, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'file.py:function'.")
     reward_batch_size: int = setting(1, "Images that are decoded and scored at once; more need more memory.", low=1)
-    reward_precision: str = setting(
-        "no", "Precision in which the linear layers of rewards are stored; scores are float32.", choices=("no", "bf16")
+    reward_precision: str | None = setting(
+        None,
+        "Precision in which the linear layers of rewards are stored; scores are float32 (default: that of the reward, "
+        "bf16 for hpsv3 and unifiedreward, else no).",
+        choices=REWARD_PRECISIONS,
     )
     reward_normalization_samples: int = setting(
         0,

@@ -83,7 +83,8 @@ METHODS = split(
     draft + draft_k | 2*draft | draft(draft) | kl | kl() | kl(draft, beta=-1) | kl(draft + refl) | kl(kl
     draft_lv(n=-1) | refl(m=0) | refl(m=10.5) | leapalign(discount=2) | adjoint_matching(scale=0)
     ddpo(clip_range=0) | dpok(beta=-1) | alignprop(m=0) | drtune(k=0) | nowhere.py:M | draft_k(k=1e400)
-    flowbp_sparse(k=0) | flowbp_bridge(k=1) | flowbp_bridge(discount=2) | direct_align(first=0.5, last=0.2)
+    flowbp_sparse(k=0) | flowbp_bridge(k=1) | flowbp_bridge(discount=2) | flowbp_lagrange(active=5)
+    direct_align(first=0.5, last=0.2)
     diffusion_nft(beta=0) | flow_grpo(noise_level=0) | mix_grpo(window=0) | online_dpo(pairs=0)
     draft_lv(n=True) | 🎨 | draft_k(k='1') | draft_k(10)
     """,

@@ -7,6 +7,7 @@ import sys
 
 from draftune.cli.common import Command, add_device, filled, table_output, writing_to
 from draftune.errors import DraftuneError
+from draftune.settings import REWARD_PRECISIONS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt file (.csv, .jsonl, …) with the columns 'image' and 'prompt'",
     )
     parser.add_argument("--output", type=filled, metavar="FILE", help="also write the table, as .csv or .json")
+    parser.add_argument(
+        "--reward-precision",
+        choices=REWARD_PRECISIONS,
+        help="precision in which the reward's linear layers are stored (default: that of the reward)",
+    )
     add_device(parser, precision=False)
 
 
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     images = find_images(args.images)
     prompts = prompts_of(images, args.prompts) if args.prompts else [args.prompt] * len(images)
     device = default_device(args.device)
-    reward = require_trained(load_reward(args.reward)).to(device)
+    reward = require_trained(load_reward(args.reward, args.reward_precision)).to(device)
     check_prompts(reward, prompts)
     tell_truncated(prompts, None, [reward])
     scores = score_files(reward, images, prompts, device)

@@ -11,6 +11,7 @@ from draftune.methods.draft import AlignProp, Draft, DraftK, DraftLV, ReFL
 from draftune.methods.drtune import DRTune
 from draftune.methods.flow_grpo import FlowGRPO, MixGRPO
 from draftune.methods.flowbp import FlowBPBridge, FlowBPSparse
+from draftune.methods.flowbp_lagrange import FlowBPLagrange
 from draftune.methods.kl import KL
 from draftune.methods.leapalign import LeapAlign
 from draftune.methods.online_dpo import OnlineDPO
@@ -31,6 +32,7 @@ __all__ = [
     "DraftK",
     "DraftLV",
     "FlowBPBridge",
+    "FlowBPLagrange",
     "FlowBPSparse",
     "FlowGRPO",
     "LeapAlign",

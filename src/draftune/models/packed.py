@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -58,11 +59,11 @@ class Product(torch.autograd.Function):
         return gradient @ ctx.layer.unpacked().to(gradient.dtype), None
 
 
-def pack(network: nn.Module, quantization: str, dtype: torch.dtype) -> None:
+def pack(network: nn.Module, quantization: str, dtype: torch.dtype, left_out: Collection[nn.Module] = ()) -> None:
     """Replace the linear layers of a network with fake tensors by packed ones, except those that stay in float32."""
     whole = getattr(network, "_keep_in_fp32_modules", None) or ()
     for name, layer in network.named_modules():
-        if type(layer) is not nn.Linear or any(part in name.split(".") for part in whole):
+        if type(layer) is not nn.Linear or layer in left_out or any(part in name.split(".") for part in whole):
             continue
         size = packed_bytes(quantization, layer.out_features, layer.in_features)
         layer.weight = nn.Parameter(layer.weight.new_empty(size, dtype=torch.uint8), requires_grad=False)

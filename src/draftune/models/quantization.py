@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -69,13 +69,14 @@ LEAST_SHARE = 0.2
 """The smallest share of a network's weights that is worth their rounding; of Stable Diffusion 1.4's UNet it is 31 %."""
 
 
-def check_quantization(quantization: str, precision: str, loaded: bool = False) -> None:
+def check_quantization(quantization: str, precision: str, loaded: bool = False, name: str = "quantization") -> None:
     """Check the setting before anything is loaded.
 
     Args:
         quantization: "none" or a name in BACKENDS.
         precision: "no", "bf16" or "fp16".
         loaded: Whether the model is an object in memory.
+        name: The setting, for error messages.
 
     Raises:
         DraftuneError: The name is unknown, the model is loaded already, the precision is fp16, or the backend's package
@@ -84,7 +85,7 @@ def check_quantization(quantization: str, precision: str, loaded: bool = False) 
     if quantization == "none":
         return
     if quantization not in BACKENDS:
-        raise unknown("quantization", quantization, ["none", *BACKENDS])
+        raise unknown(name, quantization, ["none", *BACKENDS])
     if loaded:
         raise DraftuneError(
             f"quantization={quantization} is for models that are read from files: load the pipeline with quantized "
@@ -95,7 +96,7 @@ def check_quantization(quantization: str, precision: str, loaded: bool = False) 
     if fake_mode() is not None:
         return  # counting needs no backend
     with silence_libraries():
-        require(BACKENDS[quantization].package, f"quantization={quantization}", "quantization")
+        require(BACKENDS[quantization].package, f"{name}={quantization}", "quantization")
 
 
 def load_denoiser(
@@ -151,6 +152,38 @@ def load_denoiser(
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     return network
+
+
+def quantize_linear(
+    network: nn.Module, quantization: str, dtype: torch.dtype, left_out: Collection[nn.Module] = ()
+) -> None:
+    """Replace the linear layers of a loaded network by those of bitsandbytes in 4 bits, with the same weights.
+
+    Args:
+        network: A frozen network on the CPU.
+        quantization: "bnb_4bit".
+        dtype: The precision of the computation.
+        left_out: Modules that are not replaced.
+    """
+    if (mode := fake_mode()) is not None:
+        with mode:
+            pack(network, quantization, dtype, left_out)
+        return
+    bnb: Any = import_module("bitsandbytes.nn")
+    config = BACKENDS[quantization].config(dtype)
+    options = {
+        "quant_type": config.bnb_4bit_quant_type,
+        "compress_statistics": config.bnb_4bit_use_double_quant,
+    }
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear or layer in left_out:
+                continue
+            packed = bnb.Linear4bit(1, 1, bias=False, compute_dtype=dtype, **options)
+            packed.in_features, packed.out_features, packed.bias = layer.in_features, layer.out_features, layer.bias
+            packed.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, **options).to(layer.weight.device)
+            packed.support_avx512bf16_for_cpu = False  # see `load_denoiser`
+            setattr(parent, name, packed.eval())
 
 
 def check_share(network: nn.Module, folder: Path, quantization: str) -> None:

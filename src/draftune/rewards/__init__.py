@@ -55,17 +55,20 @@ def __getattr__(name: str) -> Any:
     return base.REWARDS
 
 
-def load_reward(reward: str | Reward | Callable[..., Any]) -> Reward:
+def load_reward(reward: str | Reward | Callable[..., Any], precision: str | None = None) -> Reward:
     """Return a reward with its weights loaded and frozen.
 
     Args:
         reward: An expression such as "clip + 0.1*jpeg_compressibility(quality=80)", a `Reward`, or a function of
             images [B, 3, H, W] in [0, 1] and B prompts that returns scores [B].
+        precision: Precision of the weights, see `load_in_precision`.
 
     Raises:
         DraftuneError: for an unknown name or setting, or missing weights, before any weights are read.
     """
-    return parse_reward(reward).load_weights()
+    from draftune.rewards.precision import load_in_precision
+
+    return load_in_precision(parse_reward(reward), precision)
 
 
 def parse_reward(reward: str | Reward | Callable[..., Any]) -> Reward:

@@ -37,6 +37,10 @@ class Reward(nn.Module):
     """Whether `load` was called."""
     chunk_size: int = 1
     """Images that are scored at a time; the memory for activations is that of one chunk."""
+    precision: str | None = None
+    """The precision in which the weights are stored, see `load_in_precision`; None is "no" (float32)."""
+    converts_itself: bool = False
+    """Whether `load` stores the weights in `precision`."""
     reads_prompts: bool = False
     """Whether `score` reads the text of the prompts, so that a blank prompt is refused."""
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftune.errors import DraftuneError, gather, unknown
+from draftune.errors import DraftuneError, gather
 from draftune.rewards.base import Reward, register
-from draftune.rewards.vlm import PRECISIONS, VisionLanguageModel, read_tokenizer
+from draftune.rewards.vlm import VisionLanguageModel, dtype_of, read_tokenizer
 from draftune.rewards.vlm_images import QwenImages
 from draftune.rewards.weights import KeyMap, find_file, find_tokenizer
 from draftune.utils.loading import build_part
@@ -72,16 +72,15 @@ class HPSv3(Reward):
     """The mean that the published model predicts. Other configs than the published one are for tests."""
 
     reads_prompts = True
+    precision, converts_itself = "bf16", True
 
-    def __init__(self, weights: str, tokenizer: str, precision: str, config: dict[str, Any] = QWEN2_VL_7B) -> None:
+    def __init__(self, weights: str, tokenizer: str, config: dict[str, Any] = QWEN2_VL_7B) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise unknown("precision", precision, list(PRECISIONS))
         self.path, self.folder = gather(
             lambda: find_file(weights, "the reward's weights=", ("MizzenAI/HPSv3", FILE)),
             lambda: find_tokenizer(tokenizer, "the reward's tokenizer="),
         )
-        self.config, self.dtype = config, PRECISIONS[precision]
+        self.config = config
 
     def load(self) -> None:
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -93,8 +92,8 @@ class HPSv3(Reward):
         state = KEYS.read(shapes, self.path)
         self.head = head(width)
         self.head.load_state_dict({name: state.pop(f"head.{name}").float() for name in self.head.state_dict()})
-        state = {name.removeprefix("network."): tensor.to(self.dtype) for name, tensor in state.items()}
-        network = build_part(Qwen2VLForConditionalGeneration, config, state, dtype=self.dtype)
+        state = {name.removeprefix("network."): tensor for name, tensor in state.items()}
+        network = build_part(Qwen2VLForConditionalGeneration, config, state, dtype=dtype_of(self.precision))
         tokenizer = read_tokenizer(self.folder, vocabulary)
         tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN]})
         self.token = tokenizer.convert_tokens_to_ids(TOKEN)
@@ -103,7 +102,7 @@ class HPSv3(Reward):
         vision = config.vision_config
         sides = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         images = QwenImages(*sides, min_pixels=PIXELS, max_pixels=PIXELS)
-        self.vlm = VisionLanguageModel(network, tokenizer, images)
+        self.vlm = VisionLanguageModel(network, tokenizer, images, self.precision)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.distribution(images, prompts)[:, 0]
@@ -114,22 +113,23 @@ class HPSv3(Reward):
         for image, prompt in zip(images, prompts, strict=True):
             text = self.vlm.prompt(INSTRUCTION.replace("{text_prompt}", prompt))
             ids, states = self.vlm.hidden(image[None], text)
-            read = states[ids == self.token]
-            if len(read) != 1:
+            places = [place for place, token in enumerate(ids.tolist()) if token == self.token]
+            if len(places) != 1:
                 raise DraftuneError(f"a prompt must not contain {TOKEN!r}, which the reward hpsv3 reads")
-            results.append(self.head(read.float())[0])
+            results.append(self.head(states[places[0]].float()))
         return torch.stack(results)
 
 
 @register("hpsv3")
-def hpsv3(weights: str = FILE, tokenizer: str = "Qwen/Qwen2-VL-7B-Instruct", precision: str = "bf16") -> Reward:
+def hpsv3(weights: str = FILE, tokenizer: str = "Qwen/Qwen2-VL-7B-Instruct") -> Reward:
     """Human Preference Score v3: how people rate an image of the prompt; the mean of a predicted normal distribution.
 
     `weights`: the path of the published HPSv3.safetensors; `tokenizer`: a folder or hub id with Qwen2-VL's tokenizer
-    and chat template; `precision`: `bf16`, as by its authors, or `no` (float32); the head and the score are float32.
+    and chat template. The network computes in bf16, as by its authors, unless `--reward-precision` is `no`; the head
+    and the score are float32.
     Source: Ma et al., 2025, arXiv:2508.03789, MizzenAI/HPSv3 on the hub. Qwen2-VL-7B, 8.3 B parameters, 16.6 GB in
     bf16, MIT license; input about 200,704 pixels with the image's aspect ratio. Compared with a plain writing of the
     package hpsv3 1.0.0 on small random weights; never run on the published ones.
     Over-optimized: not known.
     """
-    return HPSv3(weights, tokenizer, precision)
+    return HPSv3(weights, tokenizer)

@@ -34,7 +34,7 @@ class UnifiedReward(Reward):
     """UnifiedReward 2.0: the expected score of an image, 1 to 5, on one of three axes that its authors trained.
 
     `axis`: `alignment` with the prompt, `coherence` or `style`; `model`: a folder or hub id of a Qwen2.5-VL or Qwen3-VL
-    version; `precision`: `bf16` or `no` (float32); `max_side`: as of `vqa`.
+    version, which computes in bf16 unless `--reward-precision` is `no`; `max_side`: as of `vqa`.
     The score is sum_s s p(s), p the softmax over the tokens 1 to 5 where the answer has the axis' score; digits after
     the point are left out. The axes before it in the answer have their expected scores, rounded.
     Source: Wang et al., 2025, arXiv:2503.05236, CodeGoat24/UnifiedReward on GitHub. The default: Qwen2.5-VL-7B, MIT
@@ -43,12 +43,12 @@ class UnifiedReward(Reward):
     """
 
     reads_prompts = True
+    precision, converts_itself = "bf16", True
 
     def __init__(
         self,
         axis: str = "alignment",
         model: str = "CodeGoat24/UnifiedReward-2.0-qwen-7b",
-        precision: str = "bf16",
         max_side: int = 0,
     ) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class UnifiedReward(Reward):
         if axis not in names:
             raise unknown("axis", axis, names)
         self.axes = AXES[: names.index(axis) + 1]
-        self.precision, self.max_side = precision, checked_side(max_side)
-        self.folder = find_model(model, precision)
+        self.max_side = checked_side(max_side)
+        self.folder = find_model(model)
 
     def load(self) -> None:
         self.vlm = VisionLanguageModel.from_folder(self.folder, self.precision, self.max_side)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from draftune.errors import DraftuneError, unknown
-from draftune.rewards.bf16_weights import ConvertedLinear
+from draftune.errors import DraftuneError
+from draftune.models.quantization import BACKENDS, quantize_linear
 from draftune.rewards.clip import model_type
 from draftune.rewards.vlm_images import QwenImages, SmolImages, read_images
 from draftune.rewards.weights import find_network
+from draftune.utils.converted_linear import ConvertedLinear
 from draftune.utils.loading import load_part, load_tokenizer
-from draftune.utils.weightless import fake_mode
 
 FAMILIES = {
     "qwen2_vl": ("qwen", "Qwen2VLForConditionalGeneration"),
@@ -28,18 +28,19 @@ FAMILIES = {
     "idefics3": ("smol", "Idefics3ForConditionalGeneration"),
 }
 """The image preprocessing and the class in transformers by the `model_type` of the configs."""
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
-"""The precisions that a model can be loaded in, by the names of the setting `precision`."""
 
 
-def find_model(model: str, precision: str, option: str = "the reward's model=") -> Path:
+def dtype_of(precision: str | None) -> torch.dtype:
+    """Return the dtype that a network is loaded in: bfloat16 also for quantized weights."""
+    return torch.float32 if precision in (None, "no") else torch.bfloat16
+
+
+def find_model(model: str, option: str = "the reward's model=") -> Path:
     """Return the folder of a vision-language model.
 
     Raises:
-        DraftuneError: There is none, it is of another kind, or the precision is unknown.
+        DraftuneError: There is none, or it is of another kind.
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, list(PRECISIONS))
     folder = find_network(model, option)
     if (kind := model_type(folder)) not in FAMILIES:
         raise DraftuneError(f"{str(folder)!r} is a {kind} model; {option} takes {', '.join(FAMILIES)}")
@@ -53,8 +54,13 @@ class VisionLanguageModel(nn.Module):
     the backward pass.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, images: QwenImages | SmolImages) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, images: QwenImages | SmolImages, precision: str | None = None
+    ) -> None:
         super().__init__()
+        if precision in BACKENDS:
+            # The output layer is read in parts.
+            quantize_linear(model, precision, torch.bfloat16, [model.lm_head])
         self.model = model
         self.tokenizer = tokenizer
         self.images = images
@@ -64,12 +70,12 @@ class VisionLanguageModel(nn.Module):
             block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     @classmethod
-    def from_folder(cls, folder: Path, precision: str = "no", max_side: int = 0) -> VisionLanguageModel:
+    def from_folder(cls, folder: Path, precision: str | None = None, max_side: int = 0) -> VisionLanguageModel:
         """Load a saved model.
 
         Args:
             folder: Its folder.
-            precision: "no" or "bf16".
+            precision: See `load_in_precision`.
             max_side: See `read_images`.
 
         Raises:
@@ -79,8 +85,8 @@ class VisionLanguageModel(nn.Module):
 
         family, name = FAMILIES[model_type(folder)]
         images = read_images(folder, family, max_side)
-        model = load_part(getattr(transformers, name), folder, PRECISIONS[precision]).eval()
-        return cls(model, read_tokenizer(folder, model.config.text_config.vocab_size), images)
+        model = load_part(getattr(transformers, name), folder, dtype_of(precision)).eval()
+        return cls(model, read_tokenizer(folder, model.config.text_config.vocab_size), images, precision)
 
     def prompt(self, question: str) -> str:
         """Return the chat of an image and a question, up to where the answer begins, with one placeholder."""
@@ -118,9 +124,6 @@ class VisionLanguageModel(nn.Module):
         Returns:
             The token ids [L], and the last hidden states [L, D].
         """
-        if fake_mode() is not None:
-            # transformers reads the numbers of rows and columns from tensors, which have no values there.
-            raise DraftuneError("the memory of a vision-language reward can't be counted: leave out --count")
         pixels, grid = self.images(image)
         token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
         if text.count(token) != 1:

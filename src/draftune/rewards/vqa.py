@@ -22,8 +22,9 @@ class VQA(Reward):
 
     `question`: the question; `{prompt}` becomes each image's prompt. `answer`: only its first token counts. `against`:
     another answer; empty compares with all other tokens. `model`: a folder or hub id in transformers' format of
-    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM or Idefics3. `precision`: `no` (float32) or `bf16`; scores are float32.
-    `max_side`: at most so many pixels squared, for SmolVLM the longest side; 0 keeps the model's own.
+    Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM or Idefics3; it computes in bf16 with `--reward-precision bf16` or
+    `bnb_4bit`; scores are float32. `max_side`: at most so many pixels squared, for SmolVLM the longest side; 0 keeps
+    the model's own.
     With p the probability of the first token of the answer: log p - log(1 - p), or log p(answer) - log p(against).
     With the default question the sigmoid of the score is VQAScore, P("Yes"), by this model instead of its authors'.
     Source: Lin et al., 2024, arXiv:2404.01291; Marafioti et al., 2025, arXiv:2504.05299. The default: SmolVLM-500M,
@@ -31,13 +32,14 @@ class VQA(Reward):
     Over-optimized: never run on published weights, so not known.
     """
 
+    converts_itself = True
+
     def __init__(
         self,
         question: str = QUESTION,
         answer: str = "Yes",
         against: str = "",
         model: str = "HuggingFaceTB/SmolVLM-500M-Instruct",
-        precision: str = "no",
         max_side: int = 0,
     ) -> None:
         super().__init__()
@@ -46,8 +48,8 @@ class VQA(Reward):
                 raise DraftuneError(f"{name} of reward vqa must not be empty")
         self.question, self.answers = question, [answer, *([against] if against else [])]
         self.reads_prompts = "{prompt}" in question
-        self.precision, self.max_side = precision, checked_side(max_side)
-        self.folder = find_model(model, precision)
+        self.max_side = checked_side(max_side)
+        self.folder = find_model(model)
 
     def load(self) -> None:
         self.vlm = VisionLanguageModel.from_folder(self.folder, self.precision, self.max_side)

@@ -193,7 +193,7 @@ class KeyMap:
             DraftuneError: for a tensor that is missing, extra or of another shape.
         """
         if fake_mode() is not None:
-            return {name: torch.zeros(tensor.shape) for name, tensor in network.state_dict().items()}
+            return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in network.state_dict().items()}
         used = {name: tensor for name, tensor in load_tensors(source).items() if not re.fullmatch(unused, name)}
         check_layout(self.layout(network), used, source)
         state = {}

@@ -16,6 +16,7 @@ from draftune.prompts import load_prompts, run_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
+from draftune.rewards.precision import load_in_precision
 from draftune.runs.checkpoint import checksum
 from draftune.runs.fingerprint import same_source
 from draftune.runs.run_dir import run_settings
@@ -50,11 +51,11 @@ class ContinuedRun:
         if (known := saved_grid(self.lora)) and known != grid:
             logger.warning("%r was trained on the timesteps %s, but this run uses %s", str(self.lora), known, grid)
 
-    def ready(self, device: torch.device) -> Reward | None:
+    def ready(self, device: torch.device, precision: str | None) -> Reward | None:
         """Load the reward's weights. If that fails, log a warning and drop the reward: it is only measured."""
         try:
             if self.reward is not None:
-                check_prompts(self.reward.load_weights().to(device), self.prompts)
+                check_prompts(load_in_precision(self.reward, precision).to(device), self.prompts)
         except DraftuneError as error:
             logger.warning("the reward of the earlier training is not measured: %s", error)
             self.reward = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -16,6 +16,10 @@ from draftune.training.trainer import Trainer
 from draftune.utils.memory import PeakMemory, tensors
 from draftune.utils.tensors import stored_tensors
 from draftune.utils.weightless import make_fake, without_weights
+
+aten = torch.ops.aten
+INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index)
+"""Operations whose second argument is a list of indices."""
 
 
 class MemoryCount(NamedTuple):
@@ -105,14 +109,37 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 class Numberless(PeakMemory):
     """Count memory, and return 1 where a number of a fake tensor is read: all values are finite, no gradient is 0.
 
-    Operations on real tensors alone are computed: the lengths of prompts, by which some networks slice.
+    Operations on real tensors alone are computed, and so are tables of integers: positions and the lengths of prompts,
+    by which some networks slice. A mask of what differs from a number is real, and true everywhere.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = list(tensors((args, kwargs)))
-        if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+        if func is aten.ne.Scalar and isinstance(args[0], FakeTensor):
+            inputs, func, args, kwargs = [], aten.ones.default, (list(args[0].shape),), {"dtype": torch.bool}
+        if not any(isinstance(tensor, FakeTensor) for tensor in inputs) and (
+            inputs or makes_integers(func, args, kwargs)
+        ):
             with unset_fake_temporarily():
                 return super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
+        if func.overloadpacket in INDEXED:
+            args = args[0], [index for mask in args[1] for index in places(mask)], *args[2:]
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def places(index: Any) -> Sequence[Any]:
+    """Return what a tensor is indexed by instead of a mask of real values, which fake tensors do not take."""
+    if not isinstance(index, torch.Tensor) or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return [index]
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)
+
+
+def makes_integers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Return whether an operation without input tensors makes a table of integers or booleans."""
+    dtype = (kwargs or {}).get("dtype")
+    if dtype is None:
+        return func.overloadpacket is aten.arange and all(isinstance(n, int) for n in args)
+    return not (dtype.is_floating_point or dtype.is_complex)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from draftune.errors import out_of_memory
-from draftune.lora import add_lora, lora_parameters
+from draftune.lora import add_lora
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
-from draftune.rewards.bf16_weights import store_in_bf16
+from draftune.rewards.precision import load_in_precision
 from draftune.training.context import TrainContext
 from draftune.utils.logging import logger
+from draftune.utils.weightless import fake_mode
 
 COMPILE_BACKEND = "inductor"
 """Backend of torch.compile."""
@@ -33,19 +36,18 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     model.set_checkpointing(
         s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
     )
-    first = context.continued_run.ready(device) if context.continued_run is not None else None
+    first = context.continued_run.ready(device, s.reward_precision) if context.continued_run is not None else None
     for reward in (context.reward, context.eval_rewards, first):
         if reward is not None:
-            reward.load_weights()
-            if s.reward_precision == "bf16":
-                store_in_bf16(reward)
+            load_in_precision(reward, s.reward_precision)
             reward.to(device)
             reward.set_chunk_size(s.reward_batch_size)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), fake_mode() or nullcontext():
         torch.manual_seed(s.seed)
         add_lora(model, s.lora_rank, s.lora_alpha, s.lora_target_modules.split(","))
-    for parameter in lora_parameters(model).values():
-        parameter.data = parameter.data.to(model.device)  # peft puts it where an offloaded layer is stored
+        for module in model.denoiser.modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                module.to(model.device)  # peft puts a LoRA where the weight of its layer is stored
     if s.compile:
         # In place, unlike torch.compile(module): the names of layers and LoRA tensors stay as they are.
         model.denoiser.compile(backend=COMPILE_BACKEND)

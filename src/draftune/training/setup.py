@@ -16,7 +16,7 @@ from draftune.evaluation.metrics import normalized
 from draftune.lora import freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
-from draftune.models.quantization import check_quantization
+from draftune.models.quantization import BACKENDS, check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import split_prompts
 from draftune.published import Defaults
@@ -77,6 +77,8 @@ def prepare(
     method = method if isinstance(method, Method) else load_method(settings.method)
     check_method(settings, method)
     check_quantization(settings.quantization, settings.mixed_precision, isinstance(model, DiffusionModel))
+    if settings.reward_precision in BACKENDS:
+        check_quantization(settings.reward_precision, "no", name="reward_precision")
     check_optimizer(settings, method)
     installed_trackers(settings)
     past = resolve_continued_run(settings)

@@ -29,7 +29,8 @@ class PeakMemory(TorchDispatchMode):
         existing = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for tensor in tensors(out):
-            if (storage := tensor.untyped_storage())._cdata not in existing:
+            storage = tensor.untyped_storage()
+            if tensor.device.type == "cpu" and storage._cdata not in existing:
                 self.add(storage)
         return out
 

@@ -15,6 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 _mode: ContextVar[FakeTensorMode | None] = ContextVar("weightless", default=None)
 
 
+def main_memory() -> torch.device:
+    """Return the device of tensors that are stored in main memory: in a count, where the CPU is the device, "meta"."""
+    return torch.device("cpu" if fake_mode() is None else "meta")
+
+
 @contextmanager
 def without_weights() -> Iterator[FakeTensorMode]:
     """Let all functions that load networks build them from their configs, with fake tensors of one mode."""
@@ -67,7 +72,7 @@ def from_config(cls: Any, folder: Path) -> nn.Module:
 
 def make_fake(network: nn.Module) -> None:
     """Replace all parameters and buffers of a network by fake tensors; call inside a FakeTensorMode."""
-    apply_to_tables(network, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+    apply_to_tables(network, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device))
 
 
 def without_computation(encoder: Any) -> Any:
