@@ -9,7 +9,8 @@ from typing import Any
 from draftune.cli.common import Command
 from draftune.presets import config_path, read_yaml
 from draftune.recommended import PAPER
-from draftune.settings import GROUPS, Settings, kind
+from draftune.settings import GROUPS, Settings
+from draftune.settings.fields import kind
 from draftune.utils.processes import rank_and_world_size, shutdown
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.prompts.files import is_text
 from draftune.recommended import SAMPLING, fit_to_steps, recommended, same_method, tell_sampling
-from draftune.registry.factories import TYPE_NAMES
 from draftune.sampling.step_range import StepRange
+from draftune.settings.fields import checked, setting
 from draftune.utils.model_options import ModelOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -26,9 +23,6 @@ SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wi
 """Learning-rate schedules, by their names in `diffusers.optimization`."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-NONE = " | None"
-MOST = 2**63 - 1
-"""Largest value of an integer setting."""
 GROUPS = {
     "model": "model",
     "reward": "reward",
@@ -41,13 +35,6 @@ GROUPS = {
     "output": "output",
 }
 """The first setting of each group of `draftune train --help`, and the group's title."""
-
-
-def setting(
-    default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
-) -> Any:
-    """Return a dataclass field with its help text, and the choices or the range [low, high] of its values."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,45 +261,3 @@ class Settings:
         import yaml
 
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
-
-
-def optional(f: Field[Any]) -> bool:
-    """Return whether a setting's type allows None; its empty text then means none."""
-    return str(f.type).endswith(NONE)
-
-
-def kind(f: Field[Any]) -> type:
-    """Return the type of a setting's values other than None: str, int, float or bool."""
-    return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).removesuffix(NONE)]
-
-
-def checked(f: Field[Any], value: Any) -> Any:
-    """Return the value converted to the setting's type. Raises DraftuneError for a wrong type or range."""
-    if value is None:
-        if f.default is None or f.default is MISSING:
-            return None
-        raise DraftuneError(f"{f.name} must have a value")
-    expected = kind(f)
-    if value is False and "no" in f.metadata["choices"]:
-        value = "no"  # YAML 1.1 reads no as false
-    if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 reads 1e-3 as text
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise DraftuneError(f"{f.name} must be {TYPE_NAMES[expected]}, not {value!r}")
-    if isinstance(value, str) and not (value.strip() or f.default == "" or optional(f)):
-        raise DraftuneError(f"{f.name} must not be empty")
-    if isinstance(value, str) and ("\0" in value or not is_text(value)):
-        raise DraftuneError(f"{f.name} must be text without control characters, not {value!r}")
-    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    if high is None and expected is int:
-        high = MOST
-    if low is not None and not value >= low:
-        raise DraftuneError(f"{f.name} must be at least {low:g}, not {value!r}")
-    if high is not None and not value <= high:
-        raise DraftuneError(f"{f.name} must be at most {high:g}, not {value!r}")
-    if isinstance(value, float) and math.isinf(value):
-        raise DraftuneError(f"{f.name} must be finite")
-    if choices and value not in choices:
-        raise unknown(f.name, str(value), choices)
-    return value
