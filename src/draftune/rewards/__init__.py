@@ -27,6 +27,7 @@ MODULES = (
     "draftune.rewards.detection",
     "draftune.rewards.dreamsim",
     "draftune.rewards.emoji",
+    "draftune.rewards.face",
     "draftune.rewards.hpsv2",
     "draftune.rewards.hpsv3",
     "draftune.rewards.imagereward",

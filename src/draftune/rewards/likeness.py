@@ -48,10 +48,14 @@ class Likeness(Reward):
         """Return normalized embeddings [B, D] of images [B, 3, H, W]."""
         raise NotImplementedError
 
+    def reference_features(self, image: Tensor) -> Tensor:
+        """Return the normalized embedding [1, D] of a reference image [1, 3, H, W]."""
+        return self.features(image)
+
     def embed_references(self) -> None:
         """Compute the mean of the reference images' embeddings."""
         with torch.no_grad():
-            embeddings = torch.cat([self.features(image) for image in self.images])
+            embeddings = torch.cat([self.reference_features(image) for image in self.images])
         self.register_buffer("references", embeddings.mean(0), persistent=False)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
