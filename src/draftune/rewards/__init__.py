@@ -28,6 +28,7 @@ MODULES = (
     "draftune.rewards.dreamsim",
     "draftune.rewards.emoji",
     "draftune.rewards.face",
+    "draftune.rewards.emoji_latent",
     "draftune.rewards.hpsv2",
     "draftune.rewards.hpsv3",
     "draftune.rewards.imagereward",
