@@ -48,6 +48,7 @@ from helpers.published_weights import (
     BLIP_TEXT_CONFIG,
     BLIP_VISION_CONFIG,
     HPS_CONFIG,
+    agree,
     cropped_pixels,
     photographs,
     squashed_pixels,
@@ -91,20 +92,6 @@ def test_layout_of_the_aesthetic_head_and_efficientnet() -> None:
         {name: torch.empty(shape) for name, shape in published_layout("efficientnet-lite0").items()}
     )
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
-
-
-def agree(
-    reward: Reward, prompts: list[str], official: Callable[[Image.Image, str], Tensor], bound: float = 1e-3
-) -> None:
-    """Our scores of 50 pictures are the official ones, within a share of the official scores' spread."""
-    ours, theirs = [], []
-    with torch.no_grad():
-        for i, picture in enumerate(photographs()):
-            prompt = prompts[i % len(prompts)]
-            ours.append(float(reward(from_pil(picture), [prompt])))
-            theirs.append(float(official(picture, prompt)))
-    assert np.std(theirs) > 1e-3
-    assert np.abs(np.subtract(ours, theirs)).max() < 1e-3 * np.std(theirs)
 
 
 def test_hpsv2_agrees_with_openclip(tmp_path: Path) -> None:

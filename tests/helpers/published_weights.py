@@ -33,11 +33,13 @@ from transformers import (
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from draftune.rewards import Reward
 from draftune.rewards.aesthetic import Head
 from draftune.rewards.hpsv2 import OPEN_CLIP
 from draftune.rewards.imagereward import BLIP
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from draftune.rewards.weights import KeyMap
+from draftune.utils.images import from_pil
 from helpers.pipelines import tiny_tokenizer
 
 Pixels = np.ndarray[Any, Any]
@@ -281,6 +283,18 @@ def save_resnet(folder: Path) -> Path:
     processor |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
+
+
+def agree(reward: Reward, prompts: list[str], official: Callable[[Image.Image, str], Tensor]) -> None:
+    """Our scores of 50 pictures are the official ones, within a share of the official scores' spread."""
+    ours, theirs = [], []
+    with torch.no_grad():
+        for i, picture in enumerate(photographs()):
+            prompt = prompts[i % len(prompts)]
+            ours.append(float(reward(from_pil(picture), [prompt])))
+            theirs.append(float(official(picture, prompt)))
+    assert np.std(theirs) > 1e-3
+    assert np.abs(np.subtract(ours, theirs)).max() < 1e-3 * np.std(theirs)
 
 
 # What official scorers do to a picture, in PIL and NumPy --------------------------------------------------------------

@@ -3,4 +3,5 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-EMBEDDED = {name: ROOT / name.replace("_", "-") for name in ("emoji", "emoji_clip", "emoji_aesthetic", "emoji_judge")}
+NAMES = ("emoji", "emoji_clip", "emoji_aesthetic", "emoji_judge", "emoji_latent_aesthetic")
+EMBEDDED = {name: ROOT / name.replace("_", "-") for name in NAMES}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
@@ -185,8 +186,8 @@ def diversity(
         images: Images [prompts * images_per_prompt, 3, H, W]; images of one prompt follow each other.
 
     Returns:
-        The mean pairwise Euclidean distance of each prompt [prompts], 0 to 2 for unit features; None if no term has
-        features or there is one image per prompt.
+        The mean pairwise Euclidean distance of each prompt [prompts], 0 to 2 for unit features; the mean of one minus
+        their cosine for a term with `cosine_distance`. None if no term has features or there is one image per prompt.
     """
     extractors = [part for _, part in eval_rewards.terms if hasattr(part, "features")]
     if not extractors or images_per_prompt < 2:
@@ -194,7 +195,11 @@ def diversity(
     chunks = images.split(eval_rewards.chunk_size)
     features = torch.cat([checked_features(extractors[0], chunk.to(device)).cpu() for chunk in chunks])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
-    return torch.cdist(groups, groups).sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
+    if getattr(extractors[0], "cosine_distance", False):
+        distances = 1 - normalize(groups, dim=-1) @ normalize(groups, dim=-1).mT
+    else:
+        distances = torch.cdist(groups, groups)
+    return distances.sum((1, 2)) / (images_per_prompt * (images_per_prompt - 1))
 
 
 def denoiser_mse_from_base(

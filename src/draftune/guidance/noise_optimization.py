@@ -115,7 +115,8 @@ def optimize_noise(
             if step == 0:
                 check_reward(score, model.decode(clean.detach()), [prompt])
                 before = extra_queries(score)
-            scores, _, image = score_latents(score, clean, model.decode, [prompt])
+            scores, _, decoded = score_latents(score, clean, model.decode, [prompt])
+            image = model.decode(clean.detach()) if decoded is None else decoded
             value = scores.sum()
         rewards.append(float(value.detach()))
         bar.set_postfix(reward=f"{rewards[-1]:.3f}")

@@ -85,9 +85,29 @@ CATALOG: dict[str, dict[str, Facts]] = {
             "pyiqa 0.1.16 itself: MUSIQ with random weights, PIQE, entropy",
             PUBLISHED,
         ),
+        "emoji_latent_aesthetic": Facts(
+            "0.24 M parameters, 0.5 MB", "Apache-2.0", MODEL_CARD, "`emoji_aesthetic` by rank correlation"
+        ),
         "emoji_aesthetic": Facts("2.9 M parameters, 6 MB", "Apache-2.0", MODEL_CARD, ""),
     },
     "likeness": {
+        "dino": Facts(
+            "DINOv2 small: 22 M parameters, 88 MB", "Apache-2.0", "arXiv:2304.07193", TRANSFORMERS, PUBLISHED
+        ),
+        "dreamsim": Facts(
+            "258 M parameters, 1.0 GB",
+            "MIT",
+            "arXiv:2306.09344",
+            "the package dreamsim 0.2.1 on small random weights",
+            PUBLISHED,
+        ),
+        "face": Facts(
+            "23 M parameters, 0.1 GB, and 0.6 GB for the detector",
+            "trained on photographs collected for research: non-commercial",
+            "arXiv:1503.03832",
+            "the package facenet-pytorch 2.6.0 on random weights",
+            PUBLISHED,
+        ),
         "image_similarity": Facts(),
         "image_match": Facts(source="arXiv:2309.10810"),
         "emoji_style_probability": Facts("1.3 M parameters, 2.7 MB", "Apache-2.0", MODEL_CARD, ""),

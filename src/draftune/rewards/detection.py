@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -53,11 +55,23 @@ class OwlViT(Reward):
 
     def logits(self, images: Tensor, queries: Sequence[str]) -> Tensor:
         """Return the logit of each box [B, boxes]."""
-        tokens = tokenized(self.tokenizer, queries, self.max_tokens).to(images.device)
-        logits: Tensor = self.model(
-            pixel_values=self.preprocess(images), input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        ).logits
+        logits: Tensor = self.detect(images, queries).logits
         return logits[..., 0]
+
+    def detect(self, images: Tensor, queries: Sequence[str]) -> Any:
+        """Return the network's output: logits [B, boxes, 1] and boxes [B, boxes, 4]."""
+        tokens = tokenized(self.tokenizer, queries, self.max_tokens).to(images.device)
+        return self.model(
+            pixel_values=self.preprocess(images), input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        )
+
+    def best_boxes(self, images: Tensor, prompts: Sequence[str]) -> list[tuple[float, float, float, float]]:
+        """Return each image's best box: left, top, right, bottom in shares of the image's width and height."""
+        output = self.detect(images, self.queries(prompts))
+        best = output.logits[..., 0].argmax(1)
+        boxes = output.pred_boxes[torch.arange(len(images)), best]
+        corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).clamp(0, 1)
+        return [(left, top, right, bottom) for left, top, right, bottom in corners.tolist()]
 
 
 @register("object_detection")

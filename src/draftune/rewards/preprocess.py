@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.functional import interpolate
 
 from draftune.errors import DraftuneError
 
@@ -29,15 +30,19 @@ MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 # Defaults of transformers' image processors.
 PROCESSORS: dict[str, dict[str, Any]] = {
+    "Bit": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": 3},
     "CLIP": {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": 3},
     "ConvNext": {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256, "resample": 2},
+    "DINOv3ViT": {"size": {"height": 224, "width": 224}, "resample": 2},
     "OwlViT": {"size": {"height": 768, "width": 768}, "do_center_crop": False, "crop_size": 768, "resample": 3},
     "Siglip": {"size": {"height": 224, "width": 224}, "resample": 3},
     "ViT": {"size": {"height": 224, "width": 224}, "resample": 2},
 }
 for name, processor in PROCESSORS.items():
-    clip = name in ("CLIP", "OwlViT")
-    processor |= {"image_mean": CLIP_MEAN if clip else HALF, "image_std": CLIP_STD if clip else HALF}
+    mean, std = (CLIP_MEAN, CLIP_STD) if name in ("Bit", "CLIP", "OwlViT") else (HALF, HALF)
+    if name == "DINOv3ViT":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    processor |= {"image_mean": mean, "image_std": std}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Preprocess:
         std: Standard deviation of each channel.
         mode: "bilinear" or "bicubic".
         center: How the crop's start is rounded: "floor" as in transformers, "round" as in torchvision.
+        rounding: Whether resized values are rounded to 8 bits, as PIL's are. The processor of DINOv3 resizes floats.
     """
 
     size: int | tuple[int, int] = 224
@@ -59,6 +65,7 @@ class Preprocess:
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
     center: Literal["floor", "round"] = "floor"
+    rounding: bool = True
 
     @classmethod
     def from_folder(cls, folder: Path) -> Preprocess:
@@ -89,7 +96,7 @@ class Preprocess:
         config = PROCESSORS[kind] | {key: value for key, value in config.items() if value is not None}
         size = config["size"]
         # A plain number is the shortest edge for some processors and a square for others.
-        shortest = kind in ("CLIP", "ConvNext") if isinstance(size, int) else "shortest_edge" in size
+        shortest = kind in ("Bit", "CLIP", "ConvNext") if isinstance(size, int) else "shortest_edge" in size
         crop = edge(config["crop_size"]) if config.get("do_center_crop") else None
         if kind == "ConvNext":
             # Images are resized to size / crop_pct and cropped to size; from 384 pixels on they are not cropped.
@@ -103,12 +110,20 @@ class Preprocess:
             mean=tuple(config["image_mean"]),
             std=tuple(config["image_std"]),
             mode=MODES[config["resample"]],
+            rounding=kind != "DINOv3ViT",
         )
 
     def __call__(self, images: Tensor) -> Tensor:
         shape = self.size if isinstance(self.size, tuple) else shortest_edge_shape(images, self.size)
         crop = shape if self.crop is None else (self.crop, self.crop)
-        return normalized(resize(images, shape, self.mode, center(shape, crop, self.center)), self.mean, self.std)
+        window = center(shape, crop, self.center)
+        if self.rounding:
+            images = resize(images, shape, self.mode, window)
+        else:
+            if shape != images.shape[-2:]:
+                images = interpolate(images, shape, mode=self.mode, antialias=True, align_corners=False)
+            images = images[..., window[0], window[1]]
+        return normalized(images, self.mean, self.std)
 
 
 def edge(size: int | list[int] | dict[str, Any], name: str = "height") -> int:

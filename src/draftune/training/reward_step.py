@@ -50,7 +50,8 @@ class Scorer:
 
         def scored(latents: Tensor, some: slice) -> Tensor:
             score, terms, images = score_latents(reward, latents, model.decode, prompts[some])
-            image_chunks.append(images)
+            if images is not None:  # rewards of latents need none
+                image_chunks.append(images)
             totals.append(score.detach())
             for label, values in terms.items():
                 parts.setdefault(label, []).append(values)
@@ -64,7 +65,7 @@ class Scorer:
         self.queries += len(batch.prompts) + int(more)
         finite = bool(total.isfinite().all())
         if first or not finite:
-            batch.images, batch.reward = torch.cat(image_chunks), total
+            batch.images, batch.reward = torch.cat(image_chunks) if image_chunks else None, total
             batch.parts = {label: processes.gather(torch.cat(scores)) for label, scores in parts.items()}
         if not finite:
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")

@@ -61,12 +61,19 @@ def from_config(cls: Any, folder: Path) -> nn.Module:
     """Build a network of diffusers or transformers from the config in a folder, without its weights."""
     if hasattr(cls, "load_config"):  # diffusers
         network: nn.Module = cls.from_config(cls.load_config(folder))
-    elif cls.config_class is None:  # transformers' Auto classes
-        from transformers import AutoConfig
+        return network
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
+    # Some initializations read values, which fake tensors don't have.
+    with no_init_weights():
+        if cls.config_class is None:  # transformers' Auto classes
+            from transformers import AutoConfig
 
-        network = cls.from_config(AutoConfig.from_pretrained(folder))
-    else:
-        network = cls(cls.config_class.from_pretrained(folder))
+            network = cls.from_config(AutoConfig.from_pretrained(folder))
+        else:
+            network = cls(cls.config_class.from_pretrained(folder))
     return network
 
 
