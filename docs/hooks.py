@@ -101,7 +101,8 @@ def cell(text: str) -> str:
 
 def settings() -> str:
     """Return a table of all settings, with type, range and default."""
-    from draftune.settings import GROUPS, Settings, kind
+    from draftune.settings import GROUPS, Settings
+    from draftune.settings.field_checks import kind
 
     groups: dict[str, list[Field[Any]]] = {}
     title = ""

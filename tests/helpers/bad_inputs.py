@@ -12,7 +12,7 @@ from typing import Any
 
 from draftune.cli import COMMANDS
 from draftune.settings import Settings
-from draftune.settings.fields import kind
+from draftune.settings.field_checks import kind
 
 SMALL = ["--steps", "1", "--num-inference-steps", "2", "--batch-size", "1", "--log-images-steps", "0"]
 SMALL += ["--num-log-prompts", "1", "--guidance-scale", "2", "--reward", "brightness", "--prompts", "animals"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
 from draftune.settings import DEVICE, PRECISIONS, QUANTIZATIONS, Settings
-from draftune.settings.fields import MOST
+from draftune.settings.field_checks import MOST
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import check_writable, names_folder, user_path
 

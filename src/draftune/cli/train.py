@@ -10,7 +10,7 @@ from draftune.cli.common import Command
 from draftune.presets import config_path, read_yaml
 from draftune.recommended import PAPER
 from draftune.settings import GROUPS, Settings
-from draftune.settings.fields import kind
+from draftune.settings.field_checks import kind
 from draftune.utils.processes import rank_and_world_size, shutdown
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from draftune.errors import DraftuneError, unknown
 from draftune.recommended import SAMPLING, fit_to_steps, recommended, same_method, tell_sampling
 from draftune.sampling.step_range import StepRange
-from draftune.settings.fields import checked, setting
+from draftune.settings.field_checks import checked, setting
 from draftune.utils.model_options import ModelOptions
 
 PRECISIONS = ("no", "fp16", "bf16")
