@@ -74,11 +74,13 @@ def world(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Wo
 def nothing_long_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What would go on for hours, were the input good after all."""
 
+    from draftune.report.rating import RatingSession
     from draftune.report.serve import Server
 
-    def serve(server: Server) -> None:
+    def serve(server: Server | RatingSession) -> None:
         raise AssertionError("it was taken for good")
 
+    monkeypatch.setattr(RatingSession, "run", serve)
     monkeypatch.setattr(Server, "serve_forever", serve)
 
 

@@ -124,7 +124,7 @@ def test_unets_that_take_the_guidance_scale(kind: str, tmp_path: Path) -> None:
     with raises(DraftuneError, "--negative-prompt"):
         model.check_prompts(["a cat"], "a dog")
     pipeline.save_pretrained(tmp_path / "model")
-    assert variant(str(tmp_path / "model")) == "latent-consistency"
+    assert variant(str(tmp_path / "model")) == "latent-consistency" + ("-xl" if kind == "sdxl" else "")
     settings = recommended(str(tmp_path / "model"))
     assert (settings["num_inference_steps"], settings["guidance_scale"], settings["method"]) == (4, 8.5, "draft")
 

@@ -187,7 +187,10 @@ def test_a_model_in_the_hubs_cache_is_known_by_its_files(
     assert found == "flux-dev"
 
 
-def test_an_unknown_id_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_id_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    Settings(model="some/one")
+    assert caplog.messages == []  # offline, where it can't be loaded
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert of(Settings(model="some/one")) == (50, 7.5)
     Settings(model="some/one")
     (line,) = caplog.text.splitlines()

@@ -10,7 +10,7 @@ from typing import Any
 from draftune.errors import DraftuneError
 from draftune.published import ATTENTION, FLOW, PUBLISHED, implied_pipeline, variant, variant_of_pipeline, well_known
 from draftune.registry.expression import Value, parse, with_defaults
-from draftune.utils.hub import is_hub_id
+from draftune.utils.hub import is_hub_id, offline
 from draftune.utils.logging import logger
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
@@ -101,6 +101,8 @@ def tell_sampling(model: str, options: ModelOptions = NO_OPTIONS) -> None:
         "(--num-inference-steps, --guidance-scale)"
     )
     if family is None and is_hub_id(pipeline) and not user_path(pipeline).exists():
+        if offline():
+            return  # it can't be downloaded, as loading it reports
         logger.warning(f"the family of {pipeline!r} is unknown before its download; the defaults are {values}")
     elif family in ("few-step", "few-step-xl", "z-image-turbo") and not well_known(pipeline):
         logger.warning(f"by its scheduler, {model!r} is a few-step model; the defaults are {values}")

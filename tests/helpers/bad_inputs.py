@@ -80,6 +80,9 @@ class Making:
             "preflight": ["--model", str(world.model), "--output", out, *SMALL],
             "watch": [run, "--port", "0"],
             "report": [run, "--output", f"{out}.html"],
+            "rate": [run, "--prompts", str(world.prompts), "--output", f"{out}.csv", "--port", "0", *drawing],
+            "card": [run, "--output", out],
+            "push": [run, "me/lora", "--dry-run"],
             "sample": [run, "--prompt", "cat", "--output", f"{out}.png", *drawing],
             "eval": [run, *measured, "--output", f"{out}.csv", *drawing],
             "sweep": [run, *measured, "--output", out, "--scales", "1", *drawing],
@@ -100,7 +103,7 @@ MAKERS: dict[str, tuple[Maker, tuple[str, ...]]] = {}
 TRAINING = ("train", "preflight")
 TUNE, DISTILL, NOISE = "experimental tune-weights", "experimental distill", "optimize-noise"
 OF_A_LORA = ("sample", "eval", "sweep", "merge", DISTILL, TUNE, "export", NOISE)
-OF_A_RUN = ("report", "watch", "sample", "eval", "sweep", DISTILL, TUNE, "export", NOISE)
+OF_A_RUN = ("report", "watch", "card", "push", "sample", "eval", "sweep", DISTILL, TUNE, "export", NOISE)
 
 
 def bad(*commands: str) -> Callable[[Maker], Maker]:

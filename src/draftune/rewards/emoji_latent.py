@@ -62,7 +62,8 @@ class EmojiLatentAesthetic(LatentScore):
     """`emoji_aesthetic` from the embedded model's clean latents, without its decoder; about 3 to 9.
 
     A small network that was distilled from `emoji_aesthetic` and its gradient; for models with the embedded
-    autoencoder. Images, as in evaluations, are encoded first. 0.2 M parameters, 0.5 MB, Apache-2.0; see its model card.
+    autoencoder. Input: latents 4x16x16; images, as in evaluations, are encoded first. 0.2 M parameters,
+    0.5 MB, Apache-2.0; see its model card.
     Over-optimized: as `emoji_aesthetic`, and beyond that, latents that the network scores too high.
     """
 

@@ -15,6 +15,13 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
+def offline() -> bool:
+    """Return whether the environment variable HF_HUB_OFFLINE forbids requests to the hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def cached_folder(name: str, *files: str, revision: str | None = None) -> Path | None:
     """Return the folder of a hub id in the hub's cache that contains one of these files; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
