@@ -3,7 +3,7 @@
     python recipes/emoji/autoencoder.py --data build/emoji --output build/emoji/vae
 
 Encoder and decoder are trained together for `--encoder-steps` updates. Then the encoder stays as it is, so that the
-text-to-image model can be trained on its latents, and a patch discriminator joins the losses of the decoder:
+text-to-image model can be trained on its latents. The decoder is trained further, with a patch discriminator:
 
     loss = L1 + 2 * L1 of the spatial differences + perceptual distance + 1e-5 KL, then + adversarial loss without KL
 
@@ -41,6 +41,7 @@ CONFIG = {
     "norm_num_groups": 8,
     "sample_size": 128,
     "mid_block_add_attention": False,
+    "scaling_factor": 1.0,
 }
 
 
@@ -73,24 +74,33 @@ def image_gradient(loss: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def set_scaling_factor(vae: AutoencoderKL, images: Tensor) -> None:
-    """Store the scale to unit variance, which the denoiser needs, as Stable Diffusion does."""
+def standardize(vae: AutoencoderKL, images: Tensor) -> None:
+    """Give each channel of the latents mean 0 and variance 1, as the denoiser needs them, without changing any image.
+
+    The scale and shift are folded into the last layer of the encoder and the first layer of the decoder.
+    """
     latents = torch.cat([vae.encode(x.to(vae.device)).latent_dist.mean for x in images.split(64)])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    last, first, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    first.bias += first.weight[:, :, 0, 0] @ mean
+    first.weight *= std[None, :, None, None]
+    last.weight[:channels] /= std[:, None, None, None]
+    last.bias[:channels] = (last.bias[:channels] - mean) / std
+    # The other half of its outputs are the logarithms of the posterior's variance.
+    last.bias[channels:] -= 2 * std.log()
 
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKL, images: Tensor) -> str:
-    """Return a line with PSNR and edge energy of reconstructions, and the scales of the latents."""
+    """Return a line with PSNR and edge energy of reconstructions, and the standard deviations of the latents."""
     posteriors = [vae.encode(x.to(vae.device)).latent_dist for x in images.split(64)]
     outputs = torch.cat([vae.decode(p.mean).sample.clamp(-1, 1).cpu() for p in posteriors])
     psnr = 10 * torch.log10(4 / (outputs - images).square().mean((1, 2, 3))).mean()
-    scale = vae.config.scaling_factor
-    means, stds = (torch.cat([getattr(p, name) for p in posteriors]) * scale for name in ("mean", "std"))
+    means, stds = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
     channels = ", ".join(f"{a:.2f} ± {b:.2f}" for a, b in zip(means.std((0, 2, 3)), stds.mean((0, 2, 3)), strict=True))
     return (
         f"PSNR {psnr:.2f} dB, edge energy {edge_energy(outputs) / edge_energy(images):.3f} of the originals'; "
-        f"latents' std ± posterior's by channel: {channels}"
+        f"standard deviation of the latents ± of the posterior, by channel: {channels}"
     )
 
 
@@ -127,14 +137,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.5, 0.99), weight_decay=1e-3, fused=True)
     start = load_state(args.output, training, optimizer)
     torch.manual_seed(start)
-    if start > args.encoder_steps:
-        set_scaling_factor(average, measured)
     last_save = time.monotonic()
     progress = Progress(start, args.steps)
     for step in progress:
-        if step == args.encoder_steps:
-            vae.load_state_dict(average.state_dict())
-            set_scaling_factor(average, measured)
         adversarial = step >= args.encoder_steps
         if adversarial:
             vae.encoder.requires_grad_(False)
@@ -146,7 +151,7 @@ def main() -> None:
         with autocast(device):
             posterior = vae.encode(x).latent_dist
             if adversarial:
-                noise = torch.randn_like(posterior.mean) * (args.latent_noise / average.config.scaling_factor)
+                noise = args.latent_noise * torch.randn_like(posterior.mean)
                 y = vae.decode(posterior.mean + noise).sample.float()
             else:
                 y = vae.decode(posterior.sample()).sample.float()
@@ -171,10 +176,12 @@ def main() -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         update_average(average, vae, step)
+        if step + 1 == args.encoder_steps:
+            standardize(average, measured)
+            vae.load_state_dict(average.state_dict())
+            print(f"\nthe encoder is final: {evaluate(average, measured)}", flush=True)
         if time.monotonic() - last_save > 240 or step + 1 in (args.encoder_steps, args.steps):
             save_state(args.output, training, optimizer, step + 1)
-            if step + 1 == args.encoder_steps:
-                set_scaling_factor(average, measured)
             export(average, args.output)
             last_save = time.monotonic()
     print(evaluate(average, measured))

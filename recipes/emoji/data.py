@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image, ImageDraw, ImageFont
 
 from tokenizer import build_tokenizer, save_tokenizer
@@ -146,6 +145,8 @@ def draw_noto(font: ImageFont.FreeTypeFont, unified: str) -> Image.Image | None:
 
 def draw_twemoji(svg: bytes) -> Image.Image:
     """Draw a vector graphic on white."""
+    import resvg_py  # only this step of the recipes needs it
+
     png = resvg_py.svg_to_bytes(svg_string=svg.decode(), width=SIZE, height=SIZE, background="white")
     return Image.open(io.BytesIO(png)).convert("RGB")
 
