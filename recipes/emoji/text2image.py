@@ -106,6 +106,12 @@ class Captions:
         return torch.where(u > 0.9, self.empty, tokens)
 
 
+def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the weight of each timestep's squared error of v: min(1, gamma / (SNR + 1))."""
+    # SNR + 1 = 1 / (1 - alphas_cumprod)
+    return (gamma * (1 - alphas_cumprod)).clamp(max=1)
+
+
 def learning_rate(step: int, steps: int, peak: float, decay: int) -> float:
     """Return the learning rate: 200 warmup steps, constant, then linear decay to 2% of `peak`."""
     return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / decay))
@@ -178,8 +184,7 @@ def main() -> None:
         model.unet.set_attn_processor(AttnProcessor())
     network = DistributedDataParallel(model) if distributed else model
     scheduler = DDIMScheduler(**SCHEDULER)
-    # SNR + 1 = 1 / (1 - alphas_cumprod)
-    importance = (args.snr_gamma * (1 - scheduler.alphas_cumprod)).clamp(max=1).to(device)
+    snr_weights = min_snr_weights(scheduler.alphas_cumprod, args.snr_gamma).to(device)
     last_export = time.monotonic()
     progress = Progress(start, args.steps)
     for step in progress:
@@ -196,7 +201,7 @@ def main() -> None:
         with autocast(device):
             prediction = network(noisy, timesteps, tokens)
         errors = (prediction.float() - velocity).square().mean((1, 2, 3))
-        loss = (importance[timesteps] * errors).mean()
+        loss = (snr_weights[timesteps] * errors).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
