@@ -5,12 +5,13 @@
 Encoder and decoder are trained together for `--encoder-steps` updates. Then the encoder stays as it is, so that the
 text-to-image model can be trained on its latents. The decoder is trained further, with a patch discriminator:
 
-    loss = L1 + 2 * L1 of the spatial differences + perceptual distance + 1e-5 KL, then + adversarial loss without KL
+    loss = 5 * (L1 + L1 of the spatial differences) + perceptual distance + 5e-6 KL, then + adversarial loss without KL
 
 The gradient of the adversarial loss with respect to the images is scaled to `--adversarial` times the norm of the other
 losses' gradient. The decoder sees latents with noise of `--latent-noise` standard deviations, since the denoiser's
-latents are inexact. The learning rate decays over the last `--decay` updates, so that a run can be continued with a
-larger `--steps`. It resumes from its checkpoint and exports an exponential moving average of the weights.
+latents are inexact. The learning rate is constant after `--encoder-steps` and decays over the last `--decay` updates,
+so that a run can be continued with a larger `--steps`. It resumes from its checkpoint and exports an exponential moving
+average of the weights.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CONFIG = {
     "block_out_channels": [16, 32, 64, 96],
     "layers_per_block": 1,
     "latent_channels": 8,
-    "norm_num_groups": 8,
+    "norm_num_groups": 2,
     "sample_size": 128,
     "mid_block_add_attention": False,
     "scaling_factor": 1.0,
@@ -63,9 +64,15 @@ def augmented(x: Tensor) -> Tensor:
     return torch.roll(x, (dy, dx), (-2, -1))
 
 
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Return the learning rate: warmup, linear decay to a quarter with the encoder, constant, linear decay to 0."""
+    warmup, decay = (step + 1) / 200, (args.steps - step) / args.decay
+    return args.learning_rate * min(warmup, max(0.25, 1 - 0.75 * step / args.encoder_steps), 0.25 * decay)
+
+
 def reconstruction_loss(distance: PerceptualDistance, y: Tensor, x: Tensor) -> Tensor:
     """Compute the loss of decoded images without the adversarial one."""
-    return l1_loss(y, x) + 2 * sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True)) + distance(y, x)
+    return 5 * (l1_loss(y, x) + sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))) + distance(y, x)
 
 
 def image_gradient(loss: Tensor, y: Tensor) -> Tensor:
@@ -115,12 +122,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--output", type=Path, default=Path("build/emoji/vae"))
-    parser.add_argument("--encoder-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--encoder-steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=30000)
     parser.add_argument("--decay", type=int, default=3000, help="last updates, over which the learning rate decays")
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--kl-weight", type=float, default=1e-5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--kl-weight", type=float, default=5e-6)
     parser.add_argument("--adversarial", type=float, default=0.5)
     parser.add_argument("--latent-noise", type=float, default=0.1)
     args = parser.parse_args()
@@ -133,8 +140,11 @@ def main() -> None:
     vae, average = training.vae, training.average
     discriminator = training.discriminator.to(memory_format=torch.channels_last)
     distance = PerceptualDistance().to(device, memory_format=torch.channels_last)
-    groups = [{"params": list(vae.parameters())}, {"params": list(discriminator.parameters())}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.5, 0.99), weight_decay=1e-3, fused=True)
+    groups = [
+        {"params": list(vae.parameters()), "betas": (0.9, 0.99)},
+        {"params": list(discriminator.parameters()), "betas": (0.5, 0.99)},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=1e-3, fused=True)
     start = load_state(args.output, training, optimizer)
     torch.manual_seed(start)
     last_save = time.monotonic()
@@ -144,9 +154,8 @@ def main() -> None:
         if adversarial:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        peak = args.learning_rate * min(1.0, (step + 1) / 200, max(0.02, (args.steps - step) / args.decay))
         for group in optimizer.param_groups:
-            group["lr"] = peak / 3 if adversarial else peak
+            group["lr"] = learning_rate(step, args)
         x = augmented(images[torch.randint(len(images), (args.batch_size,))]).to(device)
         with autocast(device):
             posterior = vae.encode(x).latent_dist
