@@ -8,11 +8,12 @@ text-to-image model can be trained on its latents. The decoder is trained furthe
 
     loss = 5 * (L1 + L1 of the spatial differences) + perceptual distance + 5e-6 KL, then + adversarial loss without KL
 
-The gradient of the adversarial loss with respect to the images is scaled to `--adversarial` times the norm of the other
-losses' gradient. The decoder sees latents with noise of `--latent-noise` standard deviations, since the denoiser's
-latents are inexact. The learning rate is constant after `--encoder-steps` and decays over the last `--decay` updates,
-so that a run can be continued with a larger `--steps`. It resumes from its checkpoint and exports an exponential moving
-average of the weights.
+The gradient of the adversarial loss with respect to the images is scaled to `--adversarial` times the norm of the pixel
+losses' gradient, since colors drift where it exceeds the gradient that restores them. It grows from 0 over
+`--adversarial-warmup` updates. The decoder sees latents with noise of `--latent-noise` standard deviations, since the
+denoiser's latents are inexact. The learning rate is constant after `--encoder-steps` and decays over the last `--decay`
+updates, so that a run can be continued with a larger `--steps`. It resumes from its checkpoint and exports an
+exponential moving average of the weights.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.learning_rate * min(warmup, max(0.25, 1 - 0.75 * step / args.encoder_steps), 0.25 * decay)
 
 
-def reconstruction_loss(distance: PerceptualDistance, y: Tensor, x: Tensor) -> Tensor:
-    """Compute the loss of decoded images without the adversarial one."""
-    return 5 * (l1_loss(y, x) + sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True))) + distance(y, x)
+def pixel_loss(y: Tensor, x: Tensor) -> Tensor:
+    """Compute L1 of images and of their spatial differences."""
+    return 5 * (l1_loss(y, x) + sum(l1_loss(a, b) for a, b in zip(edges(y), edges(x), strict=True)))
 
 
 def image_gradient(loss: Tensor, y: Tensor) -> Tensor:
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--kl-weight", type=float, default=5e-6)
     parser.add_argument("--adversarial", type=float, default=0.5)
+    parser.add_argument("--adversarial-warmup", type=int, default=1000)
     parser.add_argument("--latent-noise", type=float, default=0.1)
     args = parser.parse_args()
 
@@ -175,24 +177,26 @@ def main() -> None:
                 y = vae.decode(posterior.mean + noise).sample.float()
             else:
                 y = vae.decode(posterior.sample()).sample.float()
-            # A leaf, so that the gradients of two losses can be compared before one backward pass of the decoder.
+            # A leaf, so that the gradients of the losses can be compared before one backward pass of the decoder.
             leaf = y.detach().to(memory_format=torch.channels_last).requires_grad_()
-            loss = reconstruction_loss(distance, leaf, x)
-        gradient = image_gradient(loss, leaf)
+            pixels, perceptual = pixel_loss(leaf, x), distance(leaf, x)
+        restoring = image_gradient(pixels, leaf)
+        gradient = restoring + image_gradient(perceptual, leaf)
         optimizer.zero_grad()
         if adversarial:
             with autocast(device):
                 realism = discriminator(leaf).float().mean()
                 separation = discriminator.loss(x, leaf.detach())
             fooling = image_gradient(-realism, leaf)
-            gradient = gradient + fooling * (args.adversarial * gradient.norm() / fooling.norm())
+            weight = args.adversarial * min(1.0, (step - args.encoder_steps) / args.adversarial_warmup)
+            gradient = gradient + fooling * (weight * restoring.norm() / fooling.norm())
             separation.backward()
             y.backward(gradient)
-            progress.show(loss=loss.item(), hinge=separation.item())
+            progress.show(pixels=pixels.item(), perceptual=perceptual.item(), hinge=separation.item())
         else:
             divergence = args.kl_weight * posterior.kl().mean()
             torch.autograd.backward([y, divergence], [gradient, None])
-            progress.show(loss=loss.item(), kl=divergence.item())
+            progress.show(pixels=pixels.item(), perceptual=perceptual.item(), kl=divergence.item())
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         update_average(average, vae, step)
