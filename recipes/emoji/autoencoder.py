@@ -137,8 +137,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--kl-weight", type=float, default=5e-6)
-    parser.add_argument("--adversarial", type=float, default=0.5)
-    parser.add_argument("--adversarial-warmup", type=int, default=1000)
+    parser.add_argument("--adversarial", type=float, default=0.2)
+    parser.add_argument("--adversarial-warmup", type=int, default=2000)
     parser.add_argument("--latent-noise", type=float, default=0.1)
     args = parser.parse_args()
 
@@ -164,8 +164,8 @@ def main() -> None:
         if adversarial:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        for group, factor in zip(optimizer.param_groups, (1, 2), strict=True):
+            group["lr"] = factor * learning_rate(step, args)
         count = args.batch_size * (2 if step < args.crop_steps else 1)
         x = augmented(images[torch.randint(len(images), (count,))]).to(device)
         if step < args.crop_steps:
