@@ -37,6 +37,23 @@ def uniform(count: int, low: float, high: float) -> torch.Tensor:
     return torch.empty(count, 1, 1, 1).uniform_(low, high)
 
 
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the vertical and horizontal differences of neighboring pixels."""
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def edge_energy(images: torch.Tensor) -> float:
+    """Return the mean squared difference of neighboring pixels."""
+    return sum(difference.square().mean().item() for difference in edges(images))
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, module: torch.nn.Module, step: int) -> None:
+    """Update the exponential moving average with a decay that grows to 0.999."""
+    rate = 1 - min(0.999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
+
+
 def percent(correct: torch.Tensor) -> str:
     """Format the fraction of true values."""
     return f"{100 * correct.float().mean():.1f} %"

@@ -1,10 +1,13 @@
-"""Build the data set: emoji images with names, from Noto, Twemoji and Fluent 3D as published on npm.
+"""Build the data set: emoji images with names, from Noto's font and from Twemoji and Fluent 3D as published on npm.
 
     python recipes/emoji/data.py --output build/emoji
 
-This downloads the three packages with `npm pack` and selects the names that all three sets contain. It writes
-`emoji.npz` (images: uint8 [N, 64, 64, 3] on white; names; styles), the same images as `pictures/STYLE/NAME.png`, the
+This downloads the packages with `npm pack` and selects the names that all three sets contain. It writes
+`emoji.npz` (images: uint8 [N, 128, 128, 3] on white; names; styles), the same images as `pictures/STYLE/NAME.png`, the
 tokenizer and, into the package, the two lists of names.
+
+Noto is read from the bitmaps of the font file (`apt install fonts-noto-color-emoji`), Twemoji from vector graphics
+(`pip install resvg-py`).
 """
 
 from __future__ import annotations
@@ -18,17 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tokenizer import build_tokenizer, save_tokenizer
 
-PACKAGES = {
-    "noto": "emoji-datasource-google@16.0.0",
-    "twemoji": "emoji-datasource-twitter@16.0.0",
-    "3d": "@lobehub/fluent-emoji-3d@1.1.0",
-}
-STYLES = tuple(PACKAGES)
-SIZE = 64
+INDEX = "emoji-datasource-twitter@16.0.0"
+TWEMOJI = "@twemoji/svg@15.0.0"
+FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"
+NOTO = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+STYLES = ("noto", "twemoji", "3d")
+SIZE = 128
 ASSETS = Path(__file__).parents[2] / "src" / "draftune" / "assets"
 
 # Without people (skin tones, gender variants), flags, clocks, keycaps, signs and office supplies: they are numerous and
@@ -85,16 +87,21 @@ COMMON = (
 
 @dataclass
 class Emoji:
-    """The data set: images uint8 [N, 64, 64, 3], with the name and the style of each."""
+    """The data set: images uint8 [N, 128, 128, 3], with the name and the style of each."""
 
     images: np.ndarray
     names: list[str]
     styles: list[str]
 
     @classmethod
-    def load(cls, folder: Path) -> Emoji:
+    def load(cls, folder: Path, size: int = SIZE) -> Emoji:
+        """Load the data set, with images resized to `size` by the filter that the rewards' image processors use."""
         data = np.load(folder / "emoji.npz")
-        return cls(data["images"], data["names"].tolist(), data["styles"].tolist())
+        images = data["images"]
+        if size != SIZE:
+            resized = (Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images)
+            images = np.stack([np.asarray(image) for image in resized])
+        return cls(images, data["names"].tolist(), data["styles"].tolist())
 
     @property
     def vocabulary(self) -> list[str]:
@@ -115,26 +122,10 @@ def fetch(package: str, folder: Path) -> Path:
     return archive
 
 
-def read_png_set(archive: Path, set_name: str) -> tuple[list[dict], dict[str, Image.Image]]:
-    """Read the index of an emoji-datasource package and its 64-pixel images by code point."""
-    index, images = [], {}
+def read_package(archive: Path, suffix: str) -> dict[str, bytes]:
+    """Read the files of an npm package with this suffix, by path."""
     with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.name == "package/emoji.json":
-                index = json.load(tar.extractfile(member))
-            elif member.name.startswith(f"package/img/{set_name}/64/") and member.name.endswith(".png"):
-                images[code_point(member.name)] = Image.open(io.BytesIO(tar.extractfile(member).read()))
-    return index, images
-
-
-def read_fluent_set(archive: Path) -> dict[str, Image.Image]:
-    """Read the images of the Fluent package by code point."""
-    with tarfile.open(archive) as tar:
-        return {
-            code_point(m.name): Image.open(io.BytesIO(tar.extractfile(m).read()))
-            for m in tar
-            if m.name.endswith(".webp")
-        }
+        return {m.name: tar.extractfile(m).read() for m in tar if m.name.endswith(suffix)}
 
 
 def code_point(path: str) -> str:
@@ -142,21 +133,39 @@ def code_point(path: str) -> str:
     return Path(path).stem.lower().replace("-fe0f", "")
 
 
-def on_white(image: Image.Image, margin: int) -> np.ndarray:
-    """Crop `margin` pixels on each side, resize, and composite on white: RGB uint8 [64, 64, 3]."""
-    image = image.convert("RGBA")
+def draw_noto(font: ImageFont.FreeTypeFont, unified: str) -> Image.Image | None:
+    """Draw an emoji from its bitmap of 136x128 pixels without the margin of 4; None if the font has no such glyph."""
+    text = "".join(chr(int(code, 16)) for code in unified.split("-"))
+    if font.getbbox(text) != (0, 0, SIZE + 8, SIZE):
+        return None
+    image = Image.new("RGB", (SIZE, SIZE), "white")
+    ImageDraw.Draw(image).text((-4, 0), text, font=font, embedded_color=True)
+    return image
+
+
+def draw_twemoji(svg: bytes) -> Image.Image:
+    """Draw a vector graphic on white."""
+    import resvg_py  # only this step of the recipes needs it
+
+    png = resvg_py.svg_to_bytes(svg_string=svg.decode(), width=SIZE, height=SIZE, background="white")
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def draw_fluent(webp: bytes, margin: int = 12) -> Image.Image:
+    """Resize an image of 256 pixels on white, without most of its empty margin of 15 pixels on each side."""
+    image = Image.open(io.BytesIO(webp)).convert("RGBA")
     image = image.crop((margin, margin, image.width - margin, image.height - margin))
     image = image.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
-    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
-def build(output: Path) -> Emoji:
+def build(output: Path, noto_font: Path) -> Emoji:
     output.mkdir(parents=True, exist_ok=True)
-    archives = {style: fetch(package, output) for style, package in PACKAGES.items()}
-    index, noto = read_png_set(archives["noto"], "google")
-    _, twemoji = read_png_set(archives["twemoji"], "twitter")
-    sets = {"noto": noto, "twemoji": twemoji, "3d": read_fluent_set(archives["3d"])}
+    index = json.loads(read_package(fetch(INDEX, output), "package/emoji.json")["package/emoji.json"])
+    font = ImageFont.truetype(noto_font, 109)
+    twemoji = {code_point(path): svg for path, svg in read_package(fetch(TWEMOJI, output), ".svg").items()}
+    fluent = {code_point(path): webp for path, webp in read_package(fetch(FLUENT, output), ".webp").items()}
 
     images, names, styles = [], [], []
     for entry in index:
@@ -164,11 +173,11 @@ def build(output: Path) -> Emoji:
         if entry["subcategory"] not in SUBCATEGORIES or any(word in name for word in SKIPPED_WORDS):
             continue
         key = code_point(entry["image"])
-        if any(key not in by_code for by_code in sets.values()):
+        noto = draw_noto(font, entry["unified"])
+        if noto is None or key not in twemoji or key not in fluent:
             continue
-        for style, by_code in sets.items():
-            # Fluent images have an empty margin of 15 of 256 pixels on each side; the others fill the frame.
-            images.append(on_white(by_code[key], margin=12 if style == "3d" else 0))
+        for style, image in zip(STYLES, (noto, draw_twemoji(twemoji[key]), draw_fluent(fluent[key])), strict=True):
+            images.append(np.asarray(image))
             names.append(RENAMED.get(name, name))
             styles.append(style)
     emoji = Emoji(np.stack(images), names, styles)
@@ -189,5 +198,7 @@ def build(output: Path) -> Emoji:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/emoji"))
-    emoji = build(parser.parse_args().output)
+    parser.add_argument("--noto-font", type=Path, default=NOTO)
+    args = parser.parse_args()
+    emoji = build(args.output, args.noto_font)
     print(f"{len(emoji.names)} images of {len(emoji.vocabulary)} names")

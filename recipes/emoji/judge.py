@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true")
     args = parser.parse_args()
 
-    emoji = Emoji.load(args.data)
+    emoji = Emoji.load(args.data, SIZE)
     folder = args.assets / "emoji-judge"
     if not args.evaluate:
         torch.manual_seed(20)

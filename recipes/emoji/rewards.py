@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true")
     args = parser.parse_args()
 
-    emoji = Emoji.load(args.data)
+    emoji = Emoji.load(args.data, SIZE)
     clip_folder, head_file = args.assets / "emoji-clip", args.assets / "emoji-aesthetic" / "model.safetensors"
     if not args.evaluate:
         torch.manual_seed(0)

@@ -1,12 +1,19 @@
-"""Train the text-to-image model from emoji names to 64x64 images, and save it as a StableDiffusionPipeline.
+"""Train the text-to-image model from emoji names to 128x128 images, and save it as a StableDiffusionPipeline.
 
     python recipes/emoji/text2image.py --data build/emoji --vae build/emoji/vae --output build/emoji/model
 
-Denoiser and text encoder are trained together, with v-prediction and zero terminal SNR. The learning rate is constant
-and decays over the last `--decay` updates, so that a run can be continued with a larger `--steps`. It resumes from its
-checkpoint and exports an exponential moving average of the weights. On a CPU, two processes of one thread are faster
-than one process of two threads: `torchrun --nproc-per-node 2 recipes/emoji/text2image.py …`. `--batch-size` is that of
-each process.
+Denoiser and text encoder are trained together, with v-prediction and zero terminal SNR. The loss of each image has the
+min-SNR weight of v-prediction (Hang et al., 2023, arXiv:2303.09556), with SNR + 1 in place of SNR, so that the noisiest
+step keeps a weight of 1:
+
+    min(1, gamma / (SNR + 1))
+
+The learning rate is constant and decays over the last `--decay` updates, so that a run can be continued with a larger
+`--steps`. It resumes from its checkpoint and exports an exponential moving average of the weights. The encoder of --vae
+must be final; its decoder may be trained further, and each export contains its latest one.
+
+On a CPU, two processes of one thread are faster than one process of two threads:
+`torchrun --nproc-per-node 2 recipes/emoji/text2image.py …`. `--batch-size` is that of each process.
 """
 
 from __future__ import annotations
@@ -26,15 +33,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from common import Progress, autocast, load_state, pick_device, save_state, to_float
+from common import Progress, autocast, load_state, pick_device, save_state, to_float, update_average
 from data import COMMON, Emoji
 from tokenizer import MAX_LENGTH, load_tokenizer, save_tokenizer
 
 UNET = {
     "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [64, 128, 128],
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": [64, 128, 160],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "layers_per_block": 1,
@@ -99,16 +106,15 @@ class Captions:
         return torch.where(u > 0.9, self.empty, tokens)
 
 
+def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the weight of each timestep's squared error of v: min(1, gamma / (SNR + 1))."""
+    # SNR + 1 = 1 / (1 - alphas_cumprod)
+    return (gamma * (1 - alphas_cumprod)).clamp(max=1)
+
+
 def learning_rate(step: int, steps: int, peak: float, decay: int) -> float:
     """Return the learning rate: 200 warmup steps, constant, then linear decay to 2% of `peak`."""
     return peak * min(1.0, (step + 1) / 200, max(0.02, (steps - step) / decay))
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, step: int) -> None:
-    """Update the exponential moving average with a decay that grows to 0.999."""
-    rate = 1 - min(0.999, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
 
 
 def export(average: TextToImage, vae_folder: Path, tokenizer: CLIPTokenizer, output: Path) -> None:
@@ -143,11 +149,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
     parser.add_argument("--output", type=Path, default=Path("build/emoji/model"))
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--decay", type=int, default=2500, help="last updates, over which the learning rate decays")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--common-weight", type=float, default=3.0, help="sampling weight of the 64 common names")
+    parser.add_argument("--common-weight", type=float, default=6.0, help="sampling weight of the 64 common names")
+    parser.add_argument("--snr-gamma", type=float, default=5.0, help="gamma of the min-SNR weight")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -177,6 +184,7 @@ def main() -> None:
         model.unet.set_attn_processor(AttnProcessor())
     network = DistributedDataParallel(model) if distributed else model
     scheduler = DDIMScheduler(**SCHEDULER)
+    snr_weights = min_snr_weights(scheduler.alphas_cumprod, args.snr_gamma).to(device)
     last_export = time.monotonic()
     progress = Progress(start, args.steps)
     for step in progress:
@@ -192,13 +200,14 @@ def main() -> None:
         velocity = scheduler.get_velocity(x0, noise, timesteps)
         with autocast(device):
             prediction = network(noisy, timesteps, tokens)
-        loss = torch.nn.functional.mse_loss(prediction.float(), velocity)
+        errors = (prediction.float() - velocity).square().mean((1, 2, 3))
+        loss = (snr_weights[timesteps] * errors).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         update_average(average, model, step)
-        progress.show(loss=loss.item())
+        progress.show(loss=loss.item(), mse=errors.mean().item())
         if rank == 0 and time.monotonic() - last_export > 300:
             save_state(args.output, model, optimizer, step + 1, average=average.state_dict())
             export(average, args.vae, tokenizer, args.output)

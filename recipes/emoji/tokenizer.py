@@ -13,11 +13,10 @@ MAX_LENGTH = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def build_tokenizer(names: list[str], styles: tuple[str, ...], vocab_size: int = 2048) -> CLIPTokenizer:
+def build_tokenizer(names: list[str], styles: tuple[str, ...], vocab_size: int = 2304) -> CLIPTokenizer:
     """Train byte-pair merges on the names, so that most words of an emoji name are one token.
 
-    As in CLIP, the alphabet contains all bytes, so that any text can be encoded. The order of equally frequent merges
-    differs between calls. Build the tokenizer once and share it.
+    As in CLIP, the alphabet contains all bytes, so that any text can be encoded.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -25,16 +24,18 @@ def build_tokenizer(names: list[str], styles: tuple[str, ...], vocab_size: int =
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=alphabet,
+        # Given here, the ends of words have the same numbers in every call, and equally frequent merges the same order.
+        special_tokens=[a + "</w>" for a in alphabet],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(sorted(set(names)) * 2 + list(styles) * 100, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m.split(" ")) for m in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     with TemporaryDirectory() as folder:

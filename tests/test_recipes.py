@@ -1,0 +1,70 @@
+"""The recipes of the embedded models: their functions without a training run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "emoji"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Return a function that imports a module of the recipes by its name, which is not kept."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(RECIPES)
+    yield import_module
+    for path in RECIPES.glob("*.py"):
+        if path.stem not in before:
+            sys.modules.pop(path.stem, None)
+
+
+def test_standardized_latents_decode_to_the_same_images(recipe: Callable[[str], ModuleType]) -> None:
+    autoencoder = recipe("autoencoder")
+    torch.manual_seed(0)
+    vae = autoencoder.AutoencoderKL(**autoencoder.CONFIG).eval()
+    images = torch.rand(3, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        vae.quant_conv.bias.add_(torch.randn(16))
+        before = vae.encode(images).latent_dist
+        expected = vae.decode(before.mean).sample
+        autoencoder.standardize(vae, images)
+        after = vae.encode(images).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, expected, atol=1e-4, rtol=1e-4)
+    std = before.mean.std((0, 2, 3))
+    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.std, before.std / std[:, None, None], atol=1e-3, rtol=1e-3)
+
+
+def test_min_snr_weights_are_those_of_v_prediction(recipe: Callable[[str], ModuleType]) -> None:
+    alphas_cumprod = torch.tensor([0.999, 0.9, 0.5, 0.0])
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    expected = (snr + 1).clamp(max=5) / (snr + 1)
+    torch.testing.assert_close(recipe("text2image").min_snr_weights(alphas_cumprod, 5.0), expected)
+
+
+def test_the_tokenizer_is_the_same_in_every_call(recipe: Callable[[str], ModuleType]) -> None:
+    build = recipe("tokenizer").build_tokenizer
+    names = (RECIPES.parents[1] / "src/draftune/assets/names-other.txt").read_text(encoding="utf-8").split("\n")
+    vocabularies = [build(names, ("noto", "twemoji", "3d")).get_vocab() for _ in range(2)]
+    assert vocabularies[0] == vocabularies[1]
+
+
+def test_edge_energy_counts_both_directions(recipe: Callable[[str], ModuleType]) -> None:
+    rows = torch.tensor([-1.0, 1.0]).repeat(4)[:, None].expand(1, 3, 8, 8)
+    assert recipe("common").edge_energy(rows) == 4
+    assert recipe("common").edge_energy(rows * rows.mT) == 8
+
+
+def test_hinge_loss_has_margins_of_1(recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    discriminator = recipe("perceptual").PatchDiscriminator()
+    monkeypatch.setattr(discriminator, "forward", lambda images: images)
+    real, fake = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 0.25]])
+    assert discriminator.loss(real, fake) == pytest.approx(0.25 + 0.625)
