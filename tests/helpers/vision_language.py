@@ -183,8 +183,10 @@ def hpsv3_output(
             if name.startswith(new)
         }
     )
-    kinds = (ids == config["image_token_id"]).int()
-    states = network(input_ids=ids, mm_token_type_ids=kinds, **pixels).last_hidden_state[0]
+    # transformers 4.45, which the package needs, numbers the tokens from 0 on if no positions are given.
+    states = network(
+        input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1), **pixels
+    ).last_hidden_state[0]
     x = states[ids[0] == tokenizer.convert_tokens_to_ids("<|Reward|>")][0]
     for layer in (0, 3, 5):
         x = linear(x if layer == 0 else x.relu(), tensors[f"rm_head.{layer}.weight"], tensors[f"rm_head.{layer}.bias"])

@@ -52,7 +52,7 @@ CATALOG: dict[str, dict[str, Facts]] = {
             "8.3 B parameters, 16.6 GB in bf16",
             "MIT",
             "arXiv:2508.03789",
-            "a plain writing of the package hpsv3 1.0.0 on small random weights",
+            "the package hpsv3 1.0.0 on small random weights",
             PUBLISHED,
         ),
         "imagereward": Facts(

@@ -112,7 +112,8 @@ class HPSv3(Reward):
         results = []
         for image, prompt in zip(images, prompts, strict=True):
             text = self.vlm.prompt(INSTRUCTION.replace("{text_prompt}", prompt))
-            ids, states = self.vlm.hidden(image[None], text)
+            # The authors' class calls transformers 4.45's model without positions, which are then sequential.
+            ids, states = self.vlm.hidden(image[None], text, sequential=True)
             places = [place for place, token in enumerate(ids.tolist()) if token == self.token]
             if len(places) != 1:
                 raise DraftuneError(f"a prompt must not contain {TOKEN!r}, which the reward hpsv3 reads")
@@ -128,8 +129,8 @@ def hpsv3(weights: str = FILE, tokenizer: str = "Qwen/Qwen2-VL-7B-Instruct") -> 
     and chat template. The network computes in bf16, as by its authors, unless `--reward-precision` is `no`; the head
     and the score are float32.
     Source: Ma et al., 2025, arXiv:2508.03789, MizzenAI/HPSv3 on the hub. Qwen2-VL-7B, 8.3 B parameters, 16.6 GB in
-    bf16, MIT license; input about 200,704 pixels with the image's aspect ratio. Compared with a plain writing of the
-    package hpsv3 1.0.0 on small random weights; never run on the published ones.
+    bf16, MIT license; input about 200,704 pixels with the image's aspect ratio. Compared with the class of the
+    package hpsv3 1.0.0 in transformers 4.45.2 on small random weights; never run on the published ones.
     Over-optimized: not known.
     """
     return HPSv3(weights, tokenizer)

@@ -114,12 +114,14 @@ class VisionLanguageModel(nn.Module):
         )
         return "\n".join(lines) + f"\n\n{whole}"
 
-    def hidden(self, image: Tensor, text: str) -> tuple[Tensor, Tensor]:
+    def hidden(self, image: Tensor, text: str, sequential: bool = False) -> tuple[Tensor, Tensor]:
         """Read an image and a chat.
 
         Args:
             image: The image [1, 3, H, W] in [0, 1].
             text: The chat, with one placeholder for the image.
+            sequential: Whether the tokens are numbered 0 to L - 1, those of the image too, instead of by the positions
+                of patches in the image.
 
         Returns:
             The token ids [L], and the last hidden states [L, D].
@@ -136,6 +138,8 @@ class VisionLanguageModel(nn.Module):
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         else:
             inputs["pixel_values"] = pixels[None]
+        if sequential:
+            inputs["position_ids"] = torch.arange(ids.shape[1], device=image.device).expand(3, 1, -1)
         for block in self.blocks:
             # transformers checkpoints blocks in training mode only. The layers in them stay in evaluation mode.
             block.training = torch.is_grad_enabled() and image.requires_grad
