@@ -296,3 +296,14 @@ def test_an_interrupt_keeps_what_was_learned(pipeline_folder: Path, tmp_path: Pa
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    """As in `draftune env | head -0`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "draftune", "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (0, "")

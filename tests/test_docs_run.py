@@ -54,7 +54,8 @@ def small_run(values: dict[str, Any]) -> dict[str, Any]:
     log = Path(str(values.get("output") or "runs/draftune")) / "metrics.jsonl"
     done = len(log.read_text().splitlines()) if log.exists() else 0
     depth = 10 if re.search(r"k=|m=|drtune|refl|alignprop|direct_align", str(values.get("method") or "")) else 3
-    small = {"steps": done + 1, "num_inference_steps": depth, "batch_size": 2, "num_log_prompts": 1}
+    group = values.get("num_images_per_prompt") or 1
+    small = {"steps": done + 1, "num_inference_steps": depth, "batch_size": max(2, group), "num_log_prompts": 1}
     small |= {
         "eval_prompts": "two.txt",
         "num_validation_images": 1,

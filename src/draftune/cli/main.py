@@ -105,7 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in IMPORT_WARNINGS:
             logging.getLogger(name).setLevel(logging.ERROR)
         with log_to_terminal():
-            return args.run(args) or 0
+            code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has ended. What is still buffered is discarded, or Python's exit fails.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except DraftuneError as error:
         if (message := message_for_rank(error)) is not None:
             print(f"draftune: {message}", file=sys.stderr)

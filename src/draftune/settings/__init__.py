@@ -166,7 +166,9 @@ class Settings:
     quantization: str = setting(
         "none", "Backend that stores the linear layers of the frozen denoiser in 8 or 4 bits.", choices=QUANTIZATIONS
     )
-    offload: bool = setting(False, "Store the denoiser in main memory, and move each layer to the device when called.")
+    offload: bool = setting(
+        False, "Store the denoiser's linear layers in main memory, and copy each weight when it is used."
+    )
     gradient_checkpointing: str | None = setting(
         None,
         "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "
