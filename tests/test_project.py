@@ -102,7 +102,7 @@ def test_the_notice_names_files_that_are_there_and_all_weights() -> None:
     assert {f"src/draftune/assets/{folder}" for folder in folders} <= set(named)
 
 
-def test_distributions_hold_licence_and_notice() -> None:
+def test_distributions_hold_license_and_notice() -> None:
     files = project("license-files")
     assert {"LICENSE", "NOTICE"} <= set(files)
     assert all((ROOT / name).is_file() for name in files)

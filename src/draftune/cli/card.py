@@ -19,7 +19,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
         "--best", action="store_true", help="take the run's best LoRA by its evaluations (default: the last one)"
     )
     parser.add_argument(
-        "--license", default="", metavar="ID", help="the LoRA's licence on the hub, such as apache-2.0 (default: none)"
+        "--license", default="", metavar="ID", help="the LoRA's license on the hub, such as apache-2.0 (default: none)"
     )
 
 

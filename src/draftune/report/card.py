@@ -36,7 +36,7 @@ def write_card(
         output: The folder, which must not exist or be empty.
         repository: The hub id in the card's code; the output folder's name by default.
         best: Whether to take the run's best LoRA by its evaluations instead of the last one.
-        license: The licence's identifier on the hub, such as "apache-2.0"; "" for none.
+        license: The license's identifier on the hub, such as "apache-2.0"; "" for none.
 
     Returns:
         The folder.
@@ -102,8 +102,8 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
         "Repeat it with:",
         f"```bash\n{command(settings)}\n```",
         ", ".join(f"{name} {environment[name]}" for name in PACKAGES if name in environment),
-        "## Licence",
-        licence(base, settings, license),
+        "## License",
+        license_paragraph(base, settings, license),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -143,12 +143,12 @@ def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any
     )
 
 
-def licence(base: str, settings: Settings, license: str) -> str:
-    """Return the paragraph on licences."""
-    given = f"The LoRA: {license}." if license else "No licence of the LoRA was given."
+def license_paragraph(base: str, settings: Settings, license: str) -> str:
+    """Return the paragraph on licenses."""
+    given = f"The LoRA: {license}." if license else "No license of the LoRA was given."
     return (
-        f"{given} The licence of the base model ({base}) applies to images and to merged weights. The reward "
-        f"(`{settings.reward}`) has licences of its own; `draftune list` names them."
+        f"{given} The license of the base model ({base}) applies to images and to merged weights. The reward "
+        f"(`{settings.reward}`) has licenses of its own; `draftune list` names them."
     )
 
 
