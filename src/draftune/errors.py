@@ -83,3 +83,9 @@ def gather(*attempts: Callable[[], T]) -> list[T]:
     if problems:
         raise DraftuneError(*problems)
     return results
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters, or its class name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

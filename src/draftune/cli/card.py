@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from draftune.cli.common import Command, filled, writing_to
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, first_line
 from draftune.utils.hub import is_hub_id
 from draftune.utils.paths import user_path
 
@@ -75,8 +75,7 @@ def push(args: argparse.Namespace) -> None:
         except (
             Exception
         ) as error:  # the HTTP library behind huggingface_hub, and so its exceptions, depend on the version
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DraftuneError(f"the upload to {args.repository!r} failed: {reason}") from error
+            raise DraftuneError(f"the upload to {args.repository!r} failed: {first_line(error)}") from error
     print(address)
 
 

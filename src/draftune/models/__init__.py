@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from draftune.errors import DraftuneError, out_of_memory
+from draftune.errors import DraftuneError, first_line, out_of_memory
 from draftune.models.base import DiffusionModel
 from draftune.models.chroma import Chroma
 from draftune.models.dit import DiT
@@ -36,7 +36,6 @@ from draftune.models.stable_diffusion_3 import StableDiffusion3
 from draftune.models.stable_diffusion_xl import StableDiffusionXL
 from draftune.models.unconditional import Pixels
 from draftune.models.z_image import ZImage
-from draftune.utils.loading import first_line
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import user_path
 

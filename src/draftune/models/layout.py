@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, first_line
 from draftune.models import adapter
 from draftune.models.loading import empty_network, fetch_configs, part_folder, pipeline_folder, read_index
 from draftune.models.single_file import open_checkpoint
-from draftune.utils.loading import first_line
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 
 

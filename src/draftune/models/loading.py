@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from draftune.assets import EMBEDDED
-from draftune.errors import DraftuneError, out_of_memory
+from draftune.errors import DraftuneError, first_line, out_of_memory
 from draftune.models.quantization import load_denoiser
 from draftune.models.single_file import DENOISERS, Checkpoint, check_others, load_networks
 from draftune.utils.devices import DTYPES
 from draftune.utils.hub import fetch, is_hub_id, unreachable
-from draftune.utils.loading import TOKENIZER_FILES, first_line, has_variant, load_part, saved_dtype
+from draftune.utils.loading import TOKENIZER_FILES, has_variant, load_part, saved_dtype
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions, option_text
 from draftune.utils.paths import user_path
 from draftune.utils.quiet import silence_libraries

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from draftune.errors import DraftuneError
-from draftune.utils.loading import first_line
+from draftune.errors import DraftuneError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

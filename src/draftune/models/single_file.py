@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from draftune.errors import DraftuneError, out_of_memory
-from draftune.utils.loading import HALVES, WHOLE, first_line
+from draftune.errors import DraftuneError, first_line, out_of_memory
+from draftune.utils.loading import HALVES, WHOLE
 from draftune.utils.model_configs import read_config
 from draftune.utils.model_options import ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, first_line
 from draftune.prompts.files import Rows
 from draftune.utils.hub import fetch
 
@@ -84,8 +84,7 @@ def missing(source: HubSource, error: Exception) -> DraftuneError:
     """Return the error for a data set that is neither on this machine nor can be downloaded."""
     name = f"{source.file!r} of {source.repository!r}" if source.file else repr(source.repository)
     split = f", split {source.split!r}," if source.split else ""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return DraftuneError(
-        f"the data set {name}{split} is not on this machine and could not be fetched from the hub ({reason}): "
-        f"download it where there is a network, and give the file to --prompts"
+        f"the data set {name}{split} is not on this machine and could not be fetched from the hub "
+        f"({first_line(error)}): download it where there is a network, and give the file to --prompts"
     )

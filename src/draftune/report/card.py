@@ -19,6 +19,7 @@ from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.runs.usage import diffusers_code
 from draftune.settings import Settings
+from draftune.utils.hub import is_hub_id
 from draftune.utils.paths import atomic_write, user_path
 
 PREVIEW = "before_after.png"
@@ -65,7 +66,7 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
     metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)
     environment = read_json(folder / "environment.json")
     reward, steps = reward_column(evaluations), saved_steps(lora)
-    on_hub = settings.model.count("/") == 1 and not user_path(settings.model).exists()
+    on_hub = is_hub_id(settings.model) and not user_path(settings.model).exists()
     data = ModelCardData(
         base_model=settings.model if on_hub else None,
         library_name="diffusers",

@@ -16,6 +16,7 @@ from draftune.rewards.base import register
 from draftune.rewards.likeness import Likeness
 from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, normalized, resize
 from draftune.rewards.weights import check_layout, find_file, load_into, load_tensors
+from draftune.utils.paths import user_path
 from draftune.utils.weightless import fake_mode
 
 RELEASES = "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints/"
@@ -88,9 +89,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, heads, eps, branch.quick) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps)
         if branch.clip:
-            self.pos_drop = nn.LayerNorm(
-                width, eps
-            )  # CLIP's norm before the blocks, under the name that DINO has there
+            self.pos_drop = nn.LayerNorm(width, eps)  # CLIP's norm before the blocks, under DINO's name
             self.proj = nn.Parameter(torch.zeros(width, output))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ class DreamSim(Likeness):
         if variant not in VARIANTS:
             raise unknown("variant of reward dreamsim", variant, VARIANTS)
         super().__init__(image)
-        folder = Path(weights)
+        folder = user_path(weights)
         lora, branches = VARIANTS[variant]
         zipped = f"{RELEASES}dreamsim_{variant}_checkpoint.zip, unzip it"
         adapter = folder / lora / "adapter_model.safetensors"

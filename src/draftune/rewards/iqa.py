@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftune.errors import DraftuneError, out_of_memory, unknown
+from draftune.errors import DraftuneError, first_line, out_of_memory, unknown
 from draftune.rewards.base import Reward, register
-from draftune.utils.loading import first_line
 from draftune.utils.logging import logger
 from draftune.utils.weightless import fake_mode
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draftune.assets import EMBEDDED
-from draftune.errors import DraftuneError, out_of_memory
+from draftune.errors import DraftuneError, first_line, out_of_memory
 from draftune.utils.hub import fetch, is_hub_id, unreachable
-from draftune.utils.loading import TOKENIZER_FILES, first_line
+from draftune.utils.loading import TOKENIZER_FILES
 from draftune.utils.paths import user_path
 from draftune.utils.weightless import fake_mode
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError, out_of_memory
+from draftune.errors import DraftuneError, first_line, out_of_memory
 from draftune.lora import save_lora
 from draftune.methods import Method
 from draftune.registry.factories import error_text
@@ -47,7 +47,6 @@ from draftune.training.state import load_train_state, train_state
 from draftune.training.step import TrainStep
 from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Validation
-from draftune.utils.loading import first_line
 from draftune.utils.processes import is_peer_failure
 
 

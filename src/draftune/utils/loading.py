@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from draftune.errors import DraftuneError, out_of_memory
+from draftune.errors import DraftuneError, first_line, out_of_memory
 from draftune.utils.quiet import silence_libraries
 from draftune.utils.weightless import fake_mode, from_config
 
@@ -203,9 +203,3 @@ def truncation(reader: str, tokenizer: Any, texts: Sequence[str], limit: int) ->
     with silence_libraries():  # the tokenizer warns about texts longer than its own limit
         tokens = text_tokenizer(tokenizer)(list(texts)).input_ids if texts else []
     return Truncation(reader, limit, sum(len(ids) > limit for ids in tokens))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, at most 200 characters, or its class name if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
