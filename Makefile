@@ -14,9 +14,9 @@ demo: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network and not full_size"
 
-# Runs ruff, mypy, codespell and all tests but those marked full_size, gpu or network.
+# Runs ruff, mypy, codespell and all tests but those marked full_size, gpu or network. OPTIONS are for pytest.
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist $(DIST)
+	$(BIN)/python -m pytest -n 2 --dist $(DIST) $(OPTIONS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,25 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those that are asked for by `-m gpu`."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-part", metavar="I/N", help="of the tests marked slow, run part I of N only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one part of the slow tests."""
+    if text := config.getoption("--slow-part"):
+        part, parts = map(int, text.split("/"))
+        if not 1 <= part <= parts:
+            raise pytest.UsageError(f"--slow-part must be I/N with I from 1 to N, not {text}")
+        left_out = [
+            item
+            for item in items
+            if item.get_closest_marker("slow") and zlib.crc32(item.nodeid.encode()) % parts != part - 1
+        ]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def package_modules() -> set[str]:
