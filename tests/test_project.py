@@ -65,7 +65,7 @@ def test_the_commands_that_run_the_tests_are_targets_that_the_readme_names() -> 
     for target in ("test", "test-all"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
         assert f"`make {target}`" in readme
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] in ("make test", "make test-all")
+    assert re.match(r"make test(-all)?\b", (ROOT / ".ci" / "run").read_text().splitlines()[-1])
 
 
 def test_there_is_a_workflow() -> None:
