@@ -38,7 +38,7 @@ BATCH = 32
 
 @torch.no_grad()
 def sample_latents(model: DiffusionModel, prompts: Sequence[str], count: int, guidance: float, seed: int) -> Tensor:
-    """Sample clean latents [count, 4, 16, 16] for prompts in random order."""
+    """Sample clean latents [count, 8, 16, 16] for prompts in random order."""
     generator, latents = torch.Generator().manual_seed(seed), []
     order = torch.randperm(len(prompts), generator=generator).tolist()
     schedule = model.schedule(10)
