@@ -181,8 +181,8 @@ def methods() -> str:
 
 def rewards() -> str:
     """Return a section for each group of rewards, with the facts of each reward below its docstring."""
+    from draftune.registry.catalog import facts_of, in_groups
     from draftune.rewards import REWARDS
-    from draftune.rewards.catalog import facts_of, in_groups
 
     sections = []
     for group, names in in_groups(REWARDS).items():
