@@ -9,6 +9,7 @@ from typing import Any
 
 from draftune.cli.common import Command
 from draftune.errors import unknown
+from draftune.registry.factories import first_sentence
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +83,6 @@ def description(name: str, described: Callable[..., Any]) -> str:
 def experimental(described: Callable[..., Any]) -> str:
     """Return a mark for what may change or be removed without notice, else an empty string."""
     return " (experimental)" if described.__module__.startswith("draftune.experimental.") else ""
-
-
-def first_sentence(text: str | None) -> str:
-    """Return the first paragraph of a docstring as one line."""
-    return " ".join((text or "").split("\n\n")[0].split())
 
 
 COMMAND = Command(
