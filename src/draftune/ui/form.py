@@ -34,7 +34,7 @@ LABELS = {
     "steps": "Number of updates",
     "batch_size": "Images of a batch",
     "validation_steps": "Updates between evaluations",
-    "early_stopping_patience": "Evaluations without improvement before it stops",
+    "early_stopping_patience": "Evaluations before it stops early",
 }
 """Labels that are not the settings' names."""
 ACRONYMS = {"lora": "LoRA", "ema": "EMA", "snr": "SNR", "lr": "LR", "eval": "evaluation", "num": "number of"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.report.collect import SWEEP as SWEPT
 from draftune.report.collect import read_json
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.settings import Settings
@@ -151,12 +152,11 @@ def check_state(folder: RunsFolder, jobs: Jobs, name: str) -> dict[str, Any] | N
 
 
 def sweep_state(jobs: Jobs, name: str) -> dict[str, Any]:
-    """Return whether the scales of a run's LoRA are being compared, and the error of the last comparison."""
+    """Return whether the scales of a run's LoRA are being compared, and whether the last comparison ended well."""
     job = jobs.get(name, SWEEP)
-    if job is None:
-        return {"busy": False, "error": ""}
-    if not job.ended:
-        return {"busy": True, "waiting": job.pid is None, "error": ""}
-    lines = jobs.lines(name, SWEEP)
-    failed = not job.stopped and bool(lines) and lines[-1].startswith("draftune: ")
-    return {"busy": False, "error": jobs.error(name, SWEEP) if failed else ""}
+    if job is None or not job.ended:
+        return {"busy": job is not None, "waiting": job is not None and job.pid is None}
+    written = (jobs.folder.run(name) / SWEPT).is_file() and (
+        jobs.folder.run(name) / SWEPT
+    ).stat().st_mtime > job.created
+    return {"busy": False, "done": written, "error": "" if written or job.stopped else jobs.error(name, SWEEP)}
