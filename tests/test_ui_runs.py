@@ -144,9 +144,10 @@ def test_a_finished_run_can_be_taken(client: Client, folder: Path, monkeypatch: 
     assert client.state.jobs.get("old", "sweep").arguments == ["sweep", str(run), "--scales=-1,1", "--num-images=1"]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
 def test_a_job_has_no_stranger_on_its_path(folder: Path, tmp_path: Path) -> None:
-    """A file torch.py in the folder where the page was started is not imported."""
-    (tmp_path / "torch.py").write_text("print('stranger')")
+    """A file draftune.py in the folder where the page was started is not imported."""
+    (tmp_path / "draftune.py").write_text("print('stranger')")
     jobs = Jobs(Client(folder).state.folder)
     jobs.folder.record("first").mkdir()
     jobs.submit("first", TRAIN, ["--version"])
