@@ -28,11 +28,30 @@ START = 60_000
 """Milliseconds until a process has imported everything and has made an update, on a busy machine."""
 
 
+WATCHER = """
+import sys
+def hear(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"):
+        with open({!r}, "a") as file:
+            file.write(f"{{event}} {{arguments}}\\n")
+sys.addaudithook(hear)
+with open({!r}, "a") as file:
+    file.write("listening\\n")
+"""
+"""A sitecustomize.py: it writes down what the processes of Python connect to."""
+
+
 @contextmanager
 def command(folder: Path) -> Iterator[str]:
-    """Serve the page as the command does, and yield its address."""
+    """Serve the page as the command does, and yield its address. What it and its runs connect to is in `heard`."""
+    (folder / "watcher").mkdir(exist_ok=True)
+    (folder / "watcher" / "sitecustomize.py").write_text(WATCHER.format(*2 * [str(folder / "heard")]))
+    paths = [str(folder / "watcher"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Nothing but the page's own manners keeps it from asking the hub.
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     words = [sys.executable, "-m", "draftune", "ui", "--folder", "runs", "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
         assert process.stdout is not None
         yield process.stdout.readline().split()[0]
         process.send_signal(signal.SIGTERM)
@@ -112,6 +131,10 @@ def test_from_the_form_to_a_lora_by_keyboard(visit: Visit, tmp_path: Path) -> No
         page.goto("about:blank")
     places = {urlsplit(url).netloc for url in visit.requests if url.startswith("http")}
     assert places == {urlsplit(one).netloc for one in (address, again)}
+    # Neither the servers nor the run connected to anything.
+    heard = (tmp_path / "heard").read_text().splitlines()
+    assert set(heard) == {"listening"}
+    assert len(heard) >= 4
 
 
 def test_errors_are_announced_and_lead_to_their_fields(visit: Visit, tmp_path: Path) -> None:

@@ -49,18 +49,8 @@ def test_no_name_leads_out_of_the_folder(client: Client, folder: Path, tmp_path:
     (folder / ".ui" / "other").symlink_to(outside)
     written_run(folder / "inside")
     assert client.state.folder.names() == ["inside"]
-    for name in (
-        "link",
-        "..",
-        "%2e%2e",
-        "..%2fsecret",
-        ".ui",
-        "other",
-        "inside%00",
-        "-x",
-        "nothing",
-        "inside%2f..%2flink",
-    ):
+    encoded = ("%2e%2e", "..%2fsecret", "inside%00", "inside%2f..%2flink")
+    for name in ("link", ".ui", "other", "-x", "nothing", *encoded):
         for page in ("", "data", "status", "images/x"):
             assert client.get(f"/runs/{name}/{page}").status_code in (404, 307), (name, page)
         assert client.submit(f"/runs/{name}/start").status_code == 404, name
@@ -121,6 +111,9 @@ def test_a_draft_has_the_settings_of_the_command_line(client: Client, folder: Pa
     written = Settings(**yaml.safe_load((folder / ".ui" / "first" / "settings.yaml").read_text()))
     assert written == replace(expected, output=str(folder / "first"))
     assert state(client, "first") == "draft"
+    page = client.get("/new?preset=sdxl-12gb").text
+    assert '<option value="sdxl-12gb" selected>' in page
+    assert 'value="stabilityai/stable-diffusion-xl-base-1.0"' in page
     # The form shows them again, and changes the same draft.
     page = client.get("/new?edit=first").text
     assert 'value="-1*brightness"' in page

@@ -64,15 +64,17 @@ class App:
         """Show the form, with the settings of a preset or of an earlier run."""
         asked = request.query_params
         earlier = asked.get("edit") or asked.get("from", "")
-        return self.show(prefilled(self.context.folder, asked.get("preset", ""), earlier, "edit" in asked))
+        preset = asked.get("preset", "")
+        return self.show(prefilled(self.context.folder, preset, earlier, "edit" in asked), preset=preset)
 
-    def show(self, draft: Draft, status: int = HTTPStatus.OK) -> Response:
+    def show(self, draft: Draft, status: int = HTTPStatus.OK, preset: str = "") -> Response:
         """Show the form with a draft's values."""
         defaults = default_texts(draft.values.get("model", ""))
         return self.context.html(
             "form.html",
             status,
             draft=draft,
+            preset=preset,
             groups=form_fields(draft.values, draft.errors),
             choices=choices(),
             default_prompts=defaults["prompts"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
@@ -129,11 +131,17 @@ def settings_of(folder: RunsFolder, name: str) -> Settings | None:
     """Return the settings of a run as they were asked for; None if there are none that can be read."""
     for path in (folder.settings(name), folder.run(name) / CONFIG):
         if path.is_file():
-            try:
-                return read_settings(path)
-            except DraftuneError:
-                return None
+            return settings_at(path, path.stat().st_mtime_ns)
     return None
+
+
+@lru_cache(maxsize=1000)
+def settings_at(path: Path, changed: int) -> Settings | None:
+    """Return the settings in a file that was changed at this time; None if they cannot be read."""
+    try:
+        return read_settings(path)
+    except DraftuneError:
+        return None
 
 
 def check_state(folder: RunsFolder, jobs: Jobs, name: str) -> dict[str, Any] | None:
