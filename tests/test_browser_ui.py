@@ -47,7 +47,7 @@ def command(folder: Path) -> Iterator[str]:
     (folder / "watcher").mkdir(exist_ok=True)
     (folder / "watcher" / "sitecustomize.py").write_text(WATCHER.format(*2 * [str(folder / "heard")]))
     paths = [str(folder / "watcher"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Nothing but the page's own manners keeps it from asking the hub.
+    # With HF_HUB_OFFLINE, a request to the hub would not be noticed.
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     words = [sys.executable, "-m", "draftune", "ui", "--folder", "runs", "--port", "0"]
