@@ -10,6 +10,7 @@ from typing import Any
 
 from draftune.cli.common import Command
 from draftune.errors import unknown
+from draftune.registry.factories import first_sentence
 from draftune.registry.sources import Source, in_table, registered
 
 
@@ -100,11 +101,6 @@ def description(name: str, described: Callable[..., Any]) -> str:
 def experimental(what: str, source: Source) -> str:
     """Return a mark for a method that may change or be removed without notice, else an empty string."""
     return " (experimental)" if what == "methods" and source.module.startswith("draftune.experimental.") else ""
-
-
-def first_sentence(text: str | None) -> str:
-    """Return the first paragraph of a docstring as one line."""
-    return " ".join((text or "").split("\n\n")[0].split())
 
 
 COMMAND = Command(

@@ -89,9 +89,7 @@ class LocalServer(ThreadingHTTPServer):
         try:
             super().__init__((ADDRESS, port), handler)
         except (OSError, OverflowError) as error:
-            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
-            raise DraftuneError(f"port {port} {problem}: give another (--port)") from error
+            raise port_error(port, error) from error
 
     @property
     def address(self) -> str:
@@ -102,6 +100,13 @@ class LocalServer(ThreadingHTTPServer):
         # A browser may close the connection during a response.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+def port_error(port: int, error: OSError | OverflowError) -> DraftuneError:
+    """Return the error for a port that cannot be used."""
+    taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+    problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
+    return DraftuneError(f"port {port} {problem}: give another (--port)")
 
 
 def is_loopback(host: str) -> bool:

@@ -69,18 +69,8 @@ def prepare(
     source = settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts)
     texts, held_out = split_prompts(source, settings.eval_prompts or "", settings.seed)
     eval_texts = held_out or None
-    if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
-        raise DraftuneError(
-            "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
-        )
-    best_columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     method = method if isinstance(method, Method) else load_method(settings.method)
-    check_method(settings, method)
-    check_quantization(settings.quantization, settings.mixed_precision, isinstance(model, DiffusionModel))
-    if settings.reward_precision in BACKENDS:
-        check_quantization(settings.reward_precision, "no", name="reward_precision")
-    check_optimizer(settings, method)
-    installed_trackers(settings)
+    best_columns = check_settings(settings, method, isinstance(model, DiffusionModel))
     past = resolve_continued_run(settings)
     if past is not None and past.kept:
         from draftune.experimental.retention import Retention
@@ -157,6 +147,34 @@ def resolve_settings(model: ModelLike | None, settings: Settings | None, values:
     if settings and not same_method(str(values.get("method", settings.method)), settings.method):
         base.pop("prefix_reuse_steps")  # the recommended number depends on the method
     return Settings.from_mapping(base | values)
+
+
+def check_settings(settings: Settings, method: Method, loaded: bool = False) -> dict[str, float]:
+    """Check what needs no file of the model or of a reward.
+
+    Args:
+        settings: The settings.
+        method: The training method.
+        loaded: Whether the model is loaded already.
+
+    Returns:
+        The weights of the columns in `metric_for_best_model`.
+
+    Raises:
+        DraftuneError: settings do not fit each other, the method or the installed packages.
+    """
+    if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
+        raise DraftuneError(
+            "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
+        )
+    columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
+    check_method(settings, method)
+    check_quantization(settings.quantization, settings.mixed_precision, loaded)
+    if settings.reward_precision in BACKENDS:
+        check_quantization(settings.reward_precision, "no", name="reward_precision")
+    check_optimizer(settings, method)
+    installed_trackers(settings)
+    return columns
 
 
 def describe(value: Any) -> str:
