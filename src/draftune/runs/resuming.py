@@ -45,6 +45,7 @@ COMPUTED = (
     "retain_weight",
     "batch_size",
     "prefix_reuse_steps",
+    "prefix_reuse_cosine",
     "prefix_stride",
     "gradient_accumulation_steps",
     "num_images_per_prompt",

@@ -100,6 +100,13 @@ class Settings:
         "for the first of them only.",
         low=1,
     )
+    prefix_reuse_cosine: float = setting(
+        0.0,
+        "Lowest cosine between the gradients from a reused and from a new prefix, such as 0.95: --prefix-reuse-steps "
+        "is then the first number, and doubles or halves to meet it; 0 fixes the number.",
+        low=0,
+        high=0.999,
+    )
     prefix_stride: int = setting(1, "Sampling steps of the prefix that training merges into one.", low=1)
     retain_prompts: str = setting(
         "",

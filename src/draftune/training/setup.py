@@ -186,11 +186,11 @@ def check_method(settings: Settings, method: Method) -> None:
     for setting in ("prefix_reuse_steps", "prefix_stride"):
         if getattr(s, setting) > 1 and not method.starts_without_grad():
             raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
-    if s.prefix_reuse_steps > 1 and not method.prefix_is_reusable():
+    if (s.prefix_reuse_steps > 1 or s.prefix_reuse_cosine) and not method.prefix_is_reusable():
         raise DraftuneError(
-            f"prefix_reuse_steps={s.prefix_reuse_steps} does not work with {name}: updates share the sampling steps "
-            "without gradient only if these end at the same step in each update (Method.prefix_is_reusable); "
-            "prefix_reuse_steps must be 1"
+            f"prefix_reuse_steps={s.prefix_reuse_steps} and prefix_reuse_cosine={s.prefix_reuse_cosine:g} do not work "
+            f"with {name}: updates share the sampling steps without gradient only if these end at the same step in "
+            "each update (Method.prefix_is_reusable); prefix_reuse_steps must be 1, prefix_reuse_cosine 0"
         )
     if s.offload and (s.quantization != "none" or s.compile or fsdp_requested()):
         raise DraftuneError("offload does not work with --quantization, --compile or FSDP: leave them out")
