@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        help="models, rewards, methods, guidance, optimizers, filters, prompts, presets, or a name",
+        help="models, rewards, methods, guidance, optimizers, filters, caches, prompts, presets, or a name",
     )
 
 
@@ -29,10 +29,12 @@ def run(args: argparse.Namespace) -> None:
     from draftune.prompts import PROMPT_SETS
     from draftune.rewards import REWARDS
     from draftune.rewards.catalog import facts_of, in_groups
+    from draftune.sampling.call_cache import CALL_CACHES
     from draftune.training.optim import gradient_filters, optimizers
 
     methods, named_optimizers, filters = all_methods(), optimizers(), gradient_filters()
     described: dict[str, Callable[..., Any]] = {**REWARDS, **methods, **GUIDES, **named_optimizers, **filters}
+    described |= CALL_CACHES
     tables: dict[str, Mapping[str, str]] = {
         "models": MODELS,
         "rewards": {name: first_sentence(factory.__doc__) for name, factory in REWARDS.items()},
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         "guidance": {name: first_sentence(guide.__doc__) for name, guide in GUIDES.items()},
         "optimizers": {name: first_sentence(made.__doc__) for name, made in named_optimizers.items()},
         "filters": {name: first_sentence(made.__doc__) for name, made in filters.items()},
+        "caches": {name: first_sentence(made.__doc__) for name, made in CALL_CACHES.items()},
         "prompts": {name: text for name, (text, _) in PROMPT_SETS.items()},
         "presets": {name: first_comment(preset) for name, preset in PRESETS.items()},
     }

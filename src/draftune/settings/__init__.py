@@ -108,6 +108,14 @@ class Settings:
         high=0.999,
     )
     prefix_stride: int = setting(1, "Sampling steps of the prefix that training merges into one.", low=1)
+    prefix_cache: str = setting(
+        "",
+        "Cache that predicts some denoiser calls of the prefix: 'taylorseer(interval=2)' for every model, "
+        "'first_block_cache(threshold=0.05)' for some transformers; '' for none.",
+    )
+    prefix_precision: str = setting(
+        "same", "Precision in which the prefix is computed; the weights stay as they are.", choices=("same", "bf16")
+    )
     retain_prompts: str = setting(
         "",
         "Prompts on which the fine-tuned model must match the model of --init-lora, best those of that training: "

@@ -117,7 +117,7 @@ def gradient_of(updates: TrainStep, step: int, item: BatchInput, replay: RNGRepl
     # With a reward in its record, a batch counts as scored, so that online rewards do not learn from it.
     record = updates.record(item)
     record.reward = torch.empty(0)
-    for loss in context.method.losses([updates.batch(step, item, record)]):
+    for loss in next(context.method.losses_per_step([updates.batch(step, item, record)])):
         context.accelerator.backward(loss)
     context.processes.mean_(parameters.values())
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]

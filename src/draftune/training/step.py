@@ -26,6 +26,7 @@ from draftune.training.fsdp import reshard
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.nonfinite import MAX_NONFINITE_STEPS, save_nonfinite, skip_or_stop
 from draftune.training.optim import RNGReplay, filter_of, learning_rates, needs_closure, optimizer_of
+from draftune.training.prefix_mode import PrefixMode
 from draftune.training.prefix_reuse import PrefixReuse, adapt_reuse
 from draftune.training.reward_step import NonFiniteError, Scorer
 from draftune.training.update_row import update_row
@@ -68,6 +69,7 @@ class TrainStep:
         self.retain_sampler = PromptSampler(len(context.retained), self.generator)
         self.gradient_check = GradientCheck(self.parameters)
         self.scorer = Scorer(context)
+        self.prefix_mode = PrefixMode(s, context.model)
         self.pending: list[BatchInput] = []
         self.reuse = PrefixReuse(s.prefix_reuse_steps, s.prefix_reuse_cosine)
         self.overflows = self.skipped = self.skipped_in_a_row = 0
@@ -172,6 +174,7 @@ class TrainStep:
             record.prompts,
             images_per_prompt=s.num_images_per_prompt,
             parameters=self.parameters,
+            prefix_mode=self.prefix_mode,
         )
 
     def optimize(self, step: int, records: list[BatchRecord]) -> None:
