@@ -75,6 +75,7 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
     [
         ({"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2}, (8, 18)),
         ({"method": "draft_k(k=2)", "prefix_reuse_steps": 3}, (3, 6)),
+        ({"method": "draft_k(k=2)", "prefix_reuse_steps": 1, "prefix_reuse_cosine": 0.9}, (3, 9)),
         ({"method": "leapalign"}, (3, 6)),
         ({"method": "flowbp_bridge(k=3)"}, (3, 6)),
         ({"method": "direct_align", "prefix_reuse_steps": 3}, (4, 9)),

@@ -51,7 +51,8 @@ PARALLEL: dict[str, dict[str, Any]] = {
     },
     "online_dpo": {"method": "online_dpo(pairs=2)", "num_images_per_prompt": 4},
     "flow_grpo": {"method": "mix_grpo(window=1)", "num_images_per_prompt": 4, "batch_size": 8},
-    "kept": {"method": "draft_k(k=1)", "init_lora": "FIRST", "retain_prompts": "animals", "prefix_reuse_steps": 2},
+    "kept": {"method": "draft_k(k=1)", "init_lora": "FIRST", "retain_prompts": "animals"}
+    | {"prefix_reuse_steps": 1, "prefix_reuse_cosine": 0.9},
     # A critic and a value network compute in float32.
     "float32 critic": {
         "method": "sft_pg(generator_steps=2)",

@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        help="models, rewards, methods, guidance, optimizers, filters, prompts, presets, or a name",
+        help="models, rewards, methods, guidance, optimizers, filters, caches, prompts, presets, or a name",
     )
 
 
@@ -36,6 +36,7 @@ def described() -> dict[str, dict[str, Source]]:
         "guidance": in_table(*GUIDES),
         "optimizers": in_table(*OPTIMIZERS) | in_table(EXPERIMENTAL, "OPTIMIZERS"),
         "filters": in_table(EXPERIMENTAL, "FILTERS"),
+        "caches": in_table("draftune.sampling.call_cache", "CALL_CACHES"),
     }
 
 

@@ -33,6 +33,7 @@ from draftune.training.distributed import accelerator, processes_of, warn_ignore
 from draftune.training.fsdp import fsdp_requested, shard
 from draftune.training.optim import check_optimizer
 from draftune.training.placement import to_device
+from draftune.training.prefix_mode import check_prefix, check_prefix_sampler
 from draftune.training.rating import check_rating
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
@@ -201,15 +202,7 @@ def check_method(settings: Settings, method: Method) -> None:
             f"must be at least {method.min_images_per_update}, not {images}"
         )
     check_groups(s, method)
-    for setting in ("prefix_reuse_steps", "prefix_stride"):
-        if getattr(s, setting) > 1 and not method.starts_without_grad():
-            raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
-    if s.prefix_reuse_steps > 1 and not method.prefix_is_reusable():
-        raise DraftuneError(
-            f"prefix_reuse_steps={s.prefix_reuse_steps} does not work with {name}: updates share the sampling steps "
-            "without gradient only if these end at the same step in each update (Method.prefix_is_reusable); "
-            "prefix_reuse_steps must be 1"
-        )
+    check_prefix(s, method)
     if s.offload and (s.quantization != "none" or s.compile or fsdp_requested()):
         raise DraftuneError("offload does not work with --quantization, --compile or FSDP: leave them out")
     if s.tiny_decoder and not method.needs_reward_gradient:
@@ -273,11 +266,7 @@ def set_up_model(
     schedule = model.schedule(s.num_inference_steps)
     method.check(schedule)
     check_trained_steps(s, method, schedule)
-    if s.prefix_stride > 1 and schedule.num_noises:
-        raise DraftuneError(
-            f"prefix_stride={s.prefix_stride} does not work with the sampler of {model.name!r}, which adds noise in "
-            "each step: prefix_stride must be 1"
-        )
+    check_prefix_sampler(s, model, schedule)
     return schedule
 
 

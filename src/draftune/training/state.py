@@ -40,6 +40,7 @@ def train_state(updates: TrainStep) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors |= latents
     return {
         **pending,
+        "prefix_reuse": updates.reuse.state_dict(),
         "retain_prompts_order": updates.retain_sampler.queue,
         "reward_queries": updates.scorer.queries,
         "train_seconds": updates.seconds,
@@ -99,6 +100,7 @@ def load_train_state(
         # Started batches depend on nearly all settings: after a change, fresh ones are started.
         stride = context.settings.prefix_stride
         updates.pending = read_pending(state, tensors, context.processes, context.model.device, stride)
+        updates.reuse.load_state_dict(updates.reuse.state_dict() | state.get("prefix_reuse", {}))
     if isinstance(context.reward, WeightedSum) and same_reward:
         # Normalizing again may give weights that differ in their last digits.
         context.reward.weights = state["weights"]
