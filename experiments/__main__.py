@@ -14,7 +14,6 @@ from pathlib import Path
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, unknown
 from draftune.prompts import load_prompts
-from draftune.utils.images import save_image
 from draftune.utils.paths import atomic_write, folder_output, user_path
 from draftune.utils.tables import duration
 from experiments.budget import FULL, TINY, Budget
@@ -125,12 +124,11 @@ def run(args: argparse.Namespace) -> None:
         print_estimates(jobs, runner)
     if args.dry_run:
         return
-    for name, experiment in chosen.items():
+    for name in chosen:
         work(jobs[name], runner)
         rows = [row for job in jobs[name] for row in job.rows(runner)]
         write_rows(folder / "results" / f"{name}.csv", rows)
-        if experiment.image:
-            save_image(experiment.image(runner), folder / "results" / f"{name}_images.png")
+
         write_report(folder, [name])
 
 

@@ -8,16 +8,14 @@ from itertools import product
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from draftune.evaluation.kid import kid
 from draftune.models import DiffusionModel
 from draftune.rewards import load_reward
 from draftune.sampling.ancestral import ancestral_rollout
-from draftune.utils.images import grid, open_image
 from experiments.budget import Budget
-from experiments.examples import EXAMPLES, example_files, example_images
+from experiments.examples import EXAMPLES, example_images
 from experiments.experiment import Claim, Experiment, Job, Panel, by_seed, claim
 from experiments.runner import DRAFT_1, EVAL_BATCH, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec
 from experiments.statistics import Effect, mean_effect, paired_effect
@@ -27,7 +25,7 @@ BASE_STEPS = (1, 2, *STEPS, 20)
 IMAGES_PER_NAME = 3
 """As many as there are real images of a name: one in each style."""
 BATCHES = 5
-DISCRIMINATOR = f"discriminator(folder='{EXAMPLES}', width=32, learning_rate=0.001)"
+DISCRIMINATOR = f"discriminator(folder={EXAMPLES}, width=32, learning_rate=0.001)"
 LEARNING_RATE = 3e-4
 """With 0.001, the embedded model's default, each variant with 3 steps ended farther away than it began."""
 BASE, SFT_PG, DRAFT = "base", "SFT-PG", "DRaFT-1"
@@ -116,21 +114,6 @@ def measure_run(name: str, steps: int, seed: int, runner: ExperimentRunner) -> l
     return [row | distances(runner, model, steps, SAMPLERS[name], seed)]
 
 
-def sample_grid(runner: ExperimentRunner, count: int = 8) -> Image.Image:
-    """Return images of the base model and of each variant, above real ones."""
-    assert runner.examples is not None
-    real = {file.stem: file for file in example_files(runner.examples, runner.eval_prompts)}
-    known = [name for name in runner.eval_prompts if name in real]
-    names, rows = (known[:: max(1, len(known) // count)] * count)[:count], {}
-    for name, steps in ((n, s) for s in STEPS for n in (BASE, *(own for own, fewer in variants() if fewer == s))):
-        loras = {} if name == BASE else {"lora": runner.lora(spec(name, steps, 0, runner.budget))}
-        model = runner.model(loras)
-        images = model.sample_tensors(names, [0] * count, model.schedule(steps), GUIDANCE_SCALE, batch_size=count)
-        rows[f"{name}, {steps} steps"] = images
-    rows["real"] = torch.cat([open_image(real[name]) for name in names])
-    return grid(list(rows.values()), list(rows), names)
-
-
 def change(rows: list[Row], name: str, steps: int, column: str) -> Effect:
     """Return the change of a distance by training, with the sampler of the method."""
     own, base = (
@@ -173,6 +156,5 @@ EXPERIMENT = Experiment(
         Panel("steps", y, "variant", kind="points", log=True, xlabel="sampling steps", ylabel=f"KID x 1,000, {label}")
         for y, label in zip(KIDS, ("classifier", "CLIP"), strict=True)
     ],
-    image=sample_grid,
     needs_examples=True,
 )

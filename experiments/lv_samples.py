@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -99,7 +100,8 @@ def factor(rows: list[Row], grid: str, reward: str, batch: int) -> Effect:
         target = min(curve[-1]["reward"] for curve in pair)
         for updates, curve in zip((one, other), pair, strict=True):
             points = [row["update"] for row in curve], [row["reward"] for row in curve]
-            updates.append(max(1.0, queries_to_reach(*points, target, logarithm=False)[0]))
+            # A reward that the base model has already says nothing.
+            updates.append(queries_to_reach(*points, target, logarithm=False)[0] or math.nan)
     return factor_effect(one, other, [False] * len(one))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ from draftune.runs.merge import merge_loras
 from experiments.budget import Budget
 from experiments.experiment import Claim, Experiment, Job, Panel, by_seed, claim
 from experiments.lora_merging import ORANGE
-from experiments.runner import DRAFT_1, REWARD, ExperimentRunner, Row, RunSpec, short_scores, slug, spaced
+from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, short_scores, slug, spaced
 from experiments.statistics import mean_effect, paired_effect
 
 WEIGHTS = (0.1, 1.0)
@@ -26,8 +26,8 @@ RANK, TRAJECTORIES = 8, 20
 """Rank of the distilled LoRA, and batches of samples for its training."""
 BASE, FIRST, PLAIN, HALF = "base model", "first reward only", "continued", "continued, half weight"
 RETAINED = tuple(f"retained at {weight:g}" for weight in WEIGHTS)
-DISTILLED, MERGED, JOINT = f"{RETAINED[0]}, distilled", "two LoRAs merged", "both rewards in one run"
-VARIANTS = (BASE, FIRST, PLAIN, HALF, *RETAINED, DISTILLED, MERGED, JOINT)
+DISTILLED = f"{RETAINED[0]}, distilled"
+VARIANTS = (BASE, FIRST, PLAIN, HALF, *RETAINED, DISTILLED)
 
 
 def split_names(names: Sequence[str], count: int) -> dict[str, list[str]]:
@@ -37,63 +37,43 @@ def split_names(names: Sequence[str], count: int) -> dict[str, list[str]]:
     return {key: spaced(group, count) for key, group in groups.items()}
 
 
-class Variants:
-    """The variants of one seed: how each gets a LoRA, from runs that are made when they are first needed."""
+def label(variant: str, seed: int) -> str:
+    return f"second-reward {variant} seed={seed}"
 
-    def __init__(self, runner: ExperimentRunner, seed: int) -> None:
-        self.runner, self.seed, self.budget = runner, seed, runner.budget
-        self.names = split_names(load_prompts("emoji"), self.budget.train_prompts)
 
-    def first(self) -> Path:
-        return self.runner.lora(RunSpec(DRAFT_1, self.budget.short, self.seed))
+def lora(variant: str, seed: int, runner: ExperimentRunner) -> Path | None:
+    """Return a variant's LoRA, from runs that are made when they are first needed; None for the base model."""
+    budget, names = runner.budget, split_names(load_prompts("emoji"), runner.budget.train_prompts)
 
-    def second(self, variant: str, **settings: Any) -> Path:
-        """Return the LoRA of a run of the second reward on names of things."""
-        settings = {"reward": ORANGE, "prompts": self.names["things"], **settings}
-        return self.runner.lora(RunSpec(DRAFT_1, self.budget.short[-1:], self.seed, settings, self.label(variant)))
+    def second(**settings: Any) -> Path:
+        settings = {"reward": ORANGE, "prompts": names["things"], "init_lora": str(first), **settings}
+        return runner.lora(RunSpec(DRAFT_1, budget.short[-1:], seed, settings, label(variant, seed)))
 
-    def label(self, variant: str) -> str:
-        return f"second-reward {variant} seed={self.seed}"
+    def source(name: str) -> Path:
+        path = lora(name, seed, runner)
+        assert path is not None
+        return path
 
-    def joint(self) -> Path:
-        prompts = [*self.runner.prompts, *self.names["things"]]
-        settings = {"reward": f"{REWARD} + {ORANGE}", "prompts": prompts, "reward_normalization_samples": 4}
-        updates = (2 * self.budget.short[-1],)
-        return self.runner.lora(RunSpec(DRAFT_1, updates, self.seed, settings, self.label(JOINT)))
-
-    def made(self, variant: str, make: Callable[[Path], object]) -> Path:
-        """Return the folder of a LoRA that is computed from others."""
-        folder = self.runner.folder / slug(self.label(variant))
-        with self.runner.lock(folder.name):
-            if not (folder / "lora" / FILE_NAME).is_file() and not (folder / FILE_NAME).is_file():
-                make(folder)
-        return folder
-
-    def lora(self, variant: str) -> Path | None:
-        if variant == BASE:
-            return None
-        first = self.first()
-        if variant == FIRST:
-            return first
-        if variant == PLAIN:
-            return self.second(PLAIN, init_lora=str(first))
-        if variant == HALF:
-            pairs = [(first, 0.5), (self.lora(PLAIN), 0.5)]
-            return self.made(HALF, lambda folder: merge_loras(pairs, folder))  # type: ignore[arg-type]
-        if variant in RETAINED:
-            faces = self.runner.prompt_file("second-reward-faces", self.names["faces"])
-            weight = WEIGHTS[RETAINED.index(variant)]
-            return self.second(variant, init_lora=str(first), retain_prompts=faces, retain_weight=weight)
-        if variant == DISTILLED:
-            source, paths = str(self.lora(RETAINED[0])), min(TRAJECTORIES, self.budget.short[-1])
-            prompts: list[str | list[str]] = [self.names["things"], self.names["faces"]]
-            return self.made(
-                DISTILLED, lambda f: distill_lora(source, prompts, f, RANK, num_trajectories=paths, seed=self.seed)
-            )
-        if variant == MERGED:
-            both = [(first, 1.0), (self.second("second reward only"), 1.0)]
-            return self.made(MERGED, lambda folder: merge_loras(both, folder))
-        return self.joint()
+    if variant == BASE:
+        return None
+    first = runner.lora(RunSpec(DRAFT_1, budget.short, seed))
+    if variant == FIRST:
+        return first
+    if variant == PLAIN:
+        return second()
+    if variant in RETAINED:
+        faces = runner.prompt_file("second-reward-faces", names["faces"])
+        return second(retain_prompts=faces, retain_weight=WEIGHTS[RETAINED.index(variant)])
+    folder = runner.folder / slug(label(variant, seed))
+    with runner.lock(folder.name):
+        if not (folder / FILE_NAME).is_file() and not (folder / "lora" / FILE_NAME).is_file():
+            if variant == HALF:
+                merge_loras([(first, 0.5), (source(PLAIN), 0.5)], folder)
+            else:
+                prompts: list[str | list[str]] = [names["things"], names["faces"]]
+                paths = min(TRAJECTORIES, budget.short[-1])
+                distill_lora(str(source(RETAINED[0])), prompts, folder, RANK, num_trajectories=paths, seed=seed)
+    return folder
 
 
 def jobs(budget: Budget) -> list[Job]:
@@ -108,7 +88,7 @@ def jobs(budget: Budget) -> list[Job]:
 
 def evaluate_variant(variant: str, seed: int, runner: ExperimentRunner) -> list[Row]:
     """Return both rewards and the name accuracy on faces and on things that no run trained on."""
-    folder, count = Variants(runner, seed).lora(variant), runner.budget.grid_images
+    folder, count = lora(variant, seed, runner), runner.budget.grid_images
     model, reward = runner.model({"default": folder} if folder else {}), runner.reward + load_reward(ORANGE)
     row: Row = {"variant": variant, "seed": seed}
     for group, names in split_names(load_prompts("emoji-common"), runner.budget.eval_prompts).items():

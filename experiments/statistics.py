@@ -78,12 +78,12 @@ def ratio_effect(first: Sequence[float], second: Sequence[float]) -> Effect:
 def factor_effect(first: Sequence[float], second: Sequence[float], censored: Sequence[bool]) -> Effect:
     """Return the factor `first / second`, where `first` may be a lower bound, of a run that ended too early.
 
-    It is NaN if a value of `first` is, as where the score to reach is not above the base model's.
+    It is NaN if a value is, as where the score to reach is not above the base model's.
 
     Without censored values this is `ratio_effect`. With them the estimate is the smallest ratio. The median is above
     the smallest of n values with a probability of 1 - 2^-n (97 % for five), also if larger ones are only bounds.
     """
-    if math.isnan(sum(first)):
+    if math.isnan(sum(first) + sum(second)):
         return Effect(math.nan, math.nan, math.nan, len(first), 1.0)
     if not any(censored):
         return ratio_effect(first, second)
