@@ -99,7 +99,7 @@ def state_key(folder: RunsFolder, jobs: Jobs, name: str, step: int) -> str:
     if job is not None and not job.ended:
         if job.pid is None:
             return "waiting"
-        begun = step and (folder.run(name) / METRICS).stat().st_mtime > job.started
+        begun = step and (folder.run(name) / METRICS).stat().st_mtime > job.since
         return "stopping" if job.stopped else "training" if begun else "starting"
     if folder.finished(name):
         return "finished"
