@@ -40,8 +40,8 @@ class Job:
         waits: Whether it waits for the device; counting memory does not.
         pid: The process, None while the job waits.
         since: When the page started it, in seconds since 1970.
-        started: The process's own start time, as the system reports it. A process of the same number that started at another time is a foreign
-            one.
+        started: The process's own start time, as the system reports it. A process of the same number that started at
+            another time is a foreign one.
         stopped: Whether it was asked to stop.
         ended: Whether it has ended.
     """
