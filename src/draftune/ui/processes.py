@@ -39,8 +39,9 @@ class Job:
         created: When it was asked for, in seconds since 1970.
         waits: Whether it waits for the device; counting memory does not.
         pid: The process, None while the job waits.
-        started: The process's own start time. A process of the same number that started at another time is a foreign
-            one.
+        since: When the page started it, in seconds since 1970.
+        started: The process's own start time, as the system reports it. A process of the same number that started at
+            another time is a foreign one.
         stopped: Whether it was asked to stop.
         ended: Whether it has ended.
     """
@@ -52,6 +53,7 @@ class Job:
     created: float
     waits: bool = True
     pid: int | None = None
+    since: float = 0.0
     started: float = 0.0
     stopped: bool = False
     ended: bool = False
@@ -146,11 +148,13 @@ class Jobs:
 
     def start(self, job: Job) -> None:
         """Start the process of a job in a session of its own."""
+        since = time.time()
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
         with self.log(job.name, job.kind).open("ab" if job.kind == TRAIN else "wb") as log:
             child = self.run(job, log, environment)
         self.children.append(child)
-        self.save(replace(job, pid=child.pid, started=psutil.Process(child.pid).create_time()))
+        started = psutil.Process(child.pid).create_time()
+        self.save(replace(job, pid=child.pid, since=since, started=started))
 
     def run(self, job: Job, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Run the command line with its output in a log."""

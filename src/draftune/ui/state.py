@@ -10,6 +10,7 @@ from typing import Any
 from draftune.errors import DraftuneError
 from draftune.report.collect import SWEEP as SWEPT
 from draftune.report.collect import read_json
+from draftune.runs.logs import METRICS
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.settings import Settings
 from draftune.ui.folder import RunsFolder
@@ -98,7 +99,8 @@ def state_key(folder: RunsFolder, jobs: Jobs, name: str, step: int) -> str:
     if job is not None and not job.ended:
         if job.pid is None:
             return "waiting"
-        return "stopping" if job.stopped else "training" if step else "starting"
+        begun = step and (folder.run(name) / METRICS).stat().st_mtime > job.since
+        return "stopping" if job.stopped else "training" if begun else "starting"
     if folder.finished(name):
         return "finished"
     if job is None:
