@@ -19,6 +19,7 @@ import pytest
 from safetensors.torch import load
 from test_report import written_run
 
+from draftune.cli.main import main
 from draftune.ui.server import page_server
 from helpers.browsers import CONTRAST, Visit
 
@@ -53,8 +54,10 @@ def command(folder: Path) -> Iterator[str]:
     words = [sys.executable, "-m", "draftune", "ui", "--folder", "runs", "--port", "0"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
         assert process.stdout is not None
-        yield process.stdout.readline().split()[0]
-        process.send_signal(signal.SIGTERM)
+        try:
+            yield process.stdout.readline().split()[0]
+        finally:
+            process.send_signal(signal.SIGTERM)
 
 
 @contextmanager
@@ -196,12 +199,9 @@ def test_the_pages_fit_a_phone_and_are_legible(browser: Any, tmp_path: Path, sch
     context.close()
 
 
-def test_a_second_server_of_a_folder_is_refused(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+def test_a_second_server_of_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with served(tmp_path / "runs") as address:
         port = str(urlsplit(address).port)
         for words, named in {("runs", "0"): "another 'draftune ui'", ("other", port): f"port {port}"}.items():
-            command = [sys.executable, "-m", "draftune", "ui", "--folder", words[0], "--port", words[1]]
-            ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-            assert ended.returncode == 2
-            assert named in ended.stderr
+            assert main(["ui", "--folder", str(tmp_path / words[0]), "--port", words[1]]) == 2
+            assert named in capsys.readouterr().err

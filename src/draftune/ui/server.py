@@ -42,6 +42,7 @@ def page_server(folder: Path | str, port: int) -> Iterator[tuple[str, uvicorn.Se
                 if os.name != "nt":  # Windows would let two servers share a port
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind((ADDRESS, port))
+                listener.listen()  # who opens the address at once waits until the server has started
             except (OSError, OverflowError) as error:
                 raise port_error(port, error) from error
             config = uvicorn.Config(
