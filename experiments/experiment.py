@@ -68,8 +68,8 @@ class Panel:
         x, y: Columns of the axes.
         by: Column whose values become separate lines; "" for one line.
         key: Column of the points of a line, each with one row of every seed; default: `x`.
-        kind: "line", "points" or "bar".
-        where: Values that a row must have to be shown.
+        kind: "line", "points", or "names" where x is a text.
+        where: Values that a row must have to be shown, or tuples of them.
     """
 
     x: str

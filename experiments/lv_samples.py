@@ -165,7 +165,7 @@ EXPERIMENT = Experiment(
             Panel("update", "reward", ylabel=f"reward, {grid}", where={"grid": grid, "loss": "aesthetic", "batch": 1})
             for grid in GRIDS
         ),
-        Panel("loss", "variance_ratio", "grid", kind="bar", ylabel="variance of LV / of DRaFT-1"),
+        Panel("loss", "variance_ratio", "grid", kind="names", ylabel="variance of LV / of DRaFT-1"),
     ],
     columns=3,
 )

@@ -159,9 +159,10 @@ def points(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[Any, Point
 
     A line ends where the run of a seed ends.
     """
-    wanted = (panel.where or {}).items()
+    wanted = {k: v if isinstance(v, tuple) else (v,) for k, v in (panel.where or {}).items()}
+
     shown = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
-    shown = [row for row in shown if all(row.get(key) == value for key, value in wanted)]
+    shown = [row for row in shown if all(row.get(key) in values for key, values in wanted.items())]
     lines: dict[str, dict[Any, list[Row]]] = {}
     for row in shown:
         lines.setdefault(str(row.get(panel.by, "")), {}).setdefault(row[panel.key or panel.x], []).append(row)
@@ -173,7 +174,10 @@ def points(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[Any, Point
         result[name] = [
             (
                 key,
-                (0.0 if panel.kind == "bar" else median_band([row[panel.x] for row in group])[0], band(group, panel.y)),
+                (
+                    0.0 if panel.kind == "names" else median_band([row[panel.x] for row in group])[0],
+                    band(group, panel.y),
+                ),
             )
             for key, group in whole.items()
         ]
@@ -187,13 +191,14 @@ def band(rows: Sequence[Row], column: str) -> tuple[float, float, float]:
 def draw(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     """Draw one panel."""
     smallest = math.inf
-    for name, line in points(rows, panel).items():
+    for number, (name, line) in enumerate(points(rows, panel).items()):
         x, y, low, high = zip(*((x, *y) for _, (x, y) in line), strict=True)
         errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         smallest = min([smallest, *(value for value in x if value > 0)])
-        if panel.kind == "bar":
-            texts = [textwrap.fill(str(key), 16) for key, _ in line]
-            axes.bar(texts, y, yerr=errors, label=name if panel.by else "", alpha=0.8)
+        if panel.kind == "names":
+            axes.set_xticks(range(len(line)), [str(key) for key, _ in line])
+            axes.errorbar([i + 0.1 * number for i in range(len(line))], y, yerr=errors, fmt="o", label=name)
+
         elif panel.kind == "points":
             axes.errorbar(x, y, yerr=errors, fmt="o", label=name, alpha=0.8)
         else:

@@ -143,8 +143,11 @@ def answer(rows: list[Row]) -> list[str]:
 
 
 def scored_panels() -> list[Panel]:
+    shown = ("DDPO", "DRaFT-1", "DRaFT-LV")
     return [
-        Panel("reward_queries", "reward", "variant", log=True, ylabel=label, where={"task": task.name})
+        Panel(
+            "reward_queries", "reward", "variant", log=True, ylabel=label, where={"task": task.name, "variant": shown}
+        )
         for task, label in zip(TASKS, ("reward, style", "-kB of the JPEG file"), strict=True)
     ]
 
