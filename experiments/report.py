@@ -160,27 +160,17 @@ def points(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[Any, Point
     A line ends where the run of a seed ends.
     """
     wanted = {k: v if isinstance(v, tuple) else (v,) for k, v in (panel.where or {}).items()}
-
-    shown = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
-    shown = [row for row in shown if all(row.get(key) in values for key, values in wanted.items())]
     lines: dict[str, dict[Any, list[Row]]] = {}
-    for row in shown:
-        lines.setdefault(str(row.get(panel.by, "")), {}).setdefault(row[panel.key or panel.x], []).append(row)
+    for row in rows:
+        complete = row.get(panel.x) is not None and row.get(panel.y) is not None
+        if complete and all(row.get(key) in values for key, values in wanted.items()):
+            lines.setdefault(str(row.get(panel.by, "")), {}).setdefault(row[panel.key or panel.x], []).append(row)
     result = {}
     for name, own in lines.items():
         most = max(map(len, own.values())) if panel.kind == "line" else 0
         whole = {key: group for key, group in own.items() if len(group) >= most}
-
-        result[name] = [
-            (
-                key,
-                (
-                    0.0 if panel.kind == "names" else median_band([row[panel.x] for row in group])[0],
-                    band(group, panel.y),
-                ),
-            )
-            for key, group in whole.items()
-        ]
+        x = {key: 0.0 if panel.kind == "names" else band(group, panel.x)[0] for key, group in whole.items()}
+        result[name] = [(key, (x[key], band(group, panel.y))) for key, group in whole.items()]
     return result
 
 

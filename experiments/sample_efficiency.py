@@ -20,6 +20,7 @@ MIN_NAMES = 0.9
 """Share of the base model's recognized names that a learning rate must keep."""
 PAPER = 200
 MARGIN = 1.5
+SHOWN = {"variant": ("DDPO", "DRaFT-1", "DRaFT-LV")}
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,6 @@ def answer(rows: list[Row]) -> list[str]:
     ]
 
 
-def scored_panels() -> list[Panel]:
-    shown = ("DDPO", "DRaFT-1", "DRaFT-LV")
-    return [
-        Panel(
-            "reward_queries", "reward", "variant", log=True, ylabel=label, where={"task": task.name, "variant": shown}
-        )
-        for task, label in zip(TASKS, ("reward, style", "-kB of the JPEG file"), strict=True)
-    ]
-
-
 EXPERIMENT = Experiment(
     title="Sample efficiency",
     question="How many scored images does DDPO need for the reward of DRaFT-LV?",
@@ -161,5 +152,8 @@ EXPERIMENT = Experiment(
     jobs=jobs,
     claims=claims,
     answer=answer,
-    panels=scored_panels(),
+    panels=[
+        Panel("reward_queries", "reward", "variant", log=True, ylabel=label, where={"task": task.name, **SHOWN})
+        for task, label in zip(TASKS, ("reward, style", "-kB of the JPEG file"), strict=True)
+    ],
 )
