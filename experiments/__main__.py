@@ -14,6 +14,7 @@ from pathlib import Path
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, unknown
 from draftune.prompts import load_prompts
+from draftune.utils.images import save_image
 from draftune.utils.paths import atomic_write, folder_output, user_path
 from draftune.utils.tables import duration
 from experiments.budget import FULL, TINY, Budget
@@ -129,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
         rows = [row for job in jobs[name] for row in job.rows(runner)]
         write_rows(folder / "results" / f"{name}.csv", rows)
 
+        if image := chosen[name].image:
+            save_image(image(runner), folder / "results" / f"{name}_images.png")
         write_report(folder, [name])
 
 

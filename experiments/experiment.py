@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from PIL import Image
+
 from experiments.budget import Budget
 from experiments.runner import BusyError, ExperimentRunner, Row, RunSpec
 from experiments.statistics import Effect, verdict
@@ -94,6 +96,7 @@ class Experiment:
         answer: Returns sentences of the answer and its limits, each an item of a list.
         panels: Plots of `NAME.png`.
         columns: Columns of panels in the figure.
+        image: Returns sample images for `NAME_images.png`, if the experiment shows any.
         needs_examples: Whether the experiment needs real images (`--examples`).
     """
 
@@ -105,7 +108,7 @@ class Experiment:
     answer: Callable[[list[Row]], list[str]]
     panels: Sequence[Panel]
     columns: int = 2
-
+    image: Callable[[ExperimentRunner], Image.Image] | None = None
     needs_examples: bool = False
 
 

@@ -120,6 +120,8 @@ def section(name: str, experiment: Experiment, rows: Sequence[Row]) -> str:
     answer = "\n".join(wrap(sentence, "- ") for sentence in experiment.answer(list(rows)))
     figures = f"![{experiment.title}](results/{name}.png) [All values](results/{name}.csv)."
 
+    if experiment.image:
+        figures += f" ![Images](results/{name}_images.png)"
     text = wrap(f"*{experiment.question}* {experiment.setting}")
     return "\n\n".join([f"## {experiment.title}", text, answer, figures])
 
