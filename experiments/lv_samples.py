@@ -46,7 +46,7 @@ def jobs(budget: Budget) -> list[Job]:
         columns = {"grid": grid, "loss": reward, "batch": batch}
         for name, method in (("DRaFT-1", DRAFT_1), ("DRaFT-LV", DRAFT_LV)):
             label = f"lv {name} {grid} {reward} batch={batch} seed={seed}"
-            spec = RunSpec(method, budget.short, seed, settings(grid, reward, batch), label)
+            spec = RunSpec(method, budget.pair, seed, settings(grid, reward, batch), label)
             made.append(curve_job("lv", spec, **columns, method=name))
     for seed, grid, reward in product(range(budget.seeds), GRIDS, REWARDS):
         gradients = budget.noises * (budget.noises + 1)

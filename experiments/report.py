@@ -36,7 +36,7 @@ of related papers on the embedded model. It is small: its results need not hold 
 
 **Setup.** The model samples emoji in 20 steps with guidance 3. Unless a section says otherwise, a run has batches of 4
 images of 45 names, a LoRA of rank 8, AdamW with learning rate 1e-3 and the reward `emoji_aesthetic`. An evaluation has
-256 images of 64 names that no run trains on, other images for each seed, and the scores of judges that no run trains
+{images} images of names that no run trains on, other images for each seed, and the scores of judges that no run trains
 against: `p_3d`, the probability of the 3D style, and `name_accuracy`, the share of images whose name is recognized.
 
 **Statistics.** An effect is paired by seed, with its 95 % interval over seeds (Student's t; of a factor, of its
@@ -107,7 +107,16 @@ def write_results(path: Path, experiments: Mapping[str, Experiment], rows: Mappi
             summary.append(line | {"seeds": str(claim.effect.seeds), "command": f"`{name}`"})
     sections = [section(name, experiments[name], own) for name, own in rows.items()]
     everything = [row for own in rows.values() for row in own]
-    parts = ["# Results", INTRODUCTION, "## Summary", markdown(summary), wrap(origin(everything)), *sections, EARLIER]
+    images = max((row["images"] for row in everything if row.get("images")), default=0)
+    parts = [
+        "# Results",
+        INTRODUCTION.format(images=images),
+        "## Summary",
+        markdown(summary),
+        wrap(origin(everything)),
+        *sections,
+        EARLIER,
+    ]
 
     text = "\n\n".join(parts)
 

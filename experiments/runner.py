@@ -338,7 +338,7 @@ def short_scores(evaluation: Evaluation, reward: Reward) -> Row:
     scores = evaluation.scores
     parts = {f"reward/{part.label}": scores[part.label] for _, part in reward.terms if len(reward.terms) > 1}
     named = {short: scores[name] for name, short in COLUMNS.items() if name in scores}
-    return {"reward": scores[reward.label], **parts, **named}
+    return {"reward": scores[reward.label], **parts, **named, "images": len(evaluation.images)}
 
 
 def with_provenance(row: Row) -> Row:

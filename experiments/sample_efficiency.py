@@ -49,9 +49,11 @@ def ddpo_spec(task: Task, rate: float, seed: int, updates: tuple[int, ...], budg
 
 
 def ddpo_updates(budget: Budget) -> list[int]:
-    """Return the updates of DDPO with an evaluation: every `every`, up to the limit of scored images."""
-    last = max(1, budget.ddpo_images // (8 * budget.ddpo_batches))
-    return sorted({*range(budget.every, last, budget.every), last})
+    """Return the updates of DDPO with an evaluation: ever sparser ones, up to the limit of scored images."""
+    last, updates = max(1, budget.ddpo_images // (8 * budget.ddpo_batches)), [budget.every]
+    while updates[-1] < last:
+        updates.append(updates[-1] + max(budget.every, updates[-1] // 5))
+    return [update for update in updates if update < last] + [last]
 
 
 def search_jobs(task: Task, budget: Budget) -> list[Job]:
