@@ -169,7 +169,7 @@ def seed_of(name: str) -> int:
 
 
 def fake_variance(name: str) -> list[Row]:
-    grid, reward = name.split()[3:5]
+    grid, _, reward = name.removeprefix("job lv variance ").rpartition(" seed=")[0].rpartition(" ")
     share = (0.3 if grid == "leading" else 0.1) + 0.01 * seed_of(name)
     row = {"grid": grid, "loss": reward, "seed": seed_of(name), "within": share, "between": 1 - share}
     return [row | {"share": share, "variance_ratio": 1 - 2 / 3 * share}]
@@ -554,7 +554,7 @@ def test_a_quick_experiment_resumes_and_reports(tmp_path: Path, capsys: pytest.C
 def test_measurements_on_the_embedded_model(tmp_path: Path) -> None:
     """One job of each kind that does more than evaluate a run, all with the same runs."""
     runner = ExperimentRunner(tmp_path, replace(TINY, eval_prompts=1, num_inference_steps=2))
-    (variance,) = lv_samples.gradient_variance("leading", "aesthetic", 0, runner)
+    (variance,) = lv_samples.gradient_variance("trailing", "aesthetic", 0, runner)
     assert 0 < variance["share"] < 1
     assert variance["variance_ratio"] == pytest.approx(1 - 2 / 3 * variance["share"])
     spec = over_optimization.REMEDIES[0].spec(0, runner.budget)
