@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DIST := worksteal
 
-.PHONY: demo docs test test-all lint clean
+.PHONY: demo docs test test-all bench lint clean
 
 # Trains the embedded model for some minutes and leaves before_after.png and a LoRA in a new folder of runs/.
 demo: $(VENV)/installed
@@ -17,6 +17,10 @@ test: lint
 # Runs ruff, mypy, codespell and all tests but those marked full_size, gpu or network.
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist $(DIST)
+
+# Runs short versions of the CPU benchmarks in at most ten minutes, each figure beside the published one.
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
