@@ -29,7 +29,7 @@ TOLERANCE = 0.05
 BENCHMARKS = {
     "startup": ("startup.py --rounds 3", 50),
     "overhead": ("overhead.py --rounds 3", 120),
-    "families": ("overhead.py --rounds 3 --families sd sdxl sd3", 60),
+    "families": ("overhead.py --rounds 3 --families sd sdxl sd3 dev pixart sana", 90),
     "growth": ("growth.py --rounds 1 --short", 120),
     "levers": ("levers.py --rounds 3 --batches 2", 70),
     "latent_reward": ("latent_reward.py --rounds 3 --steps 0", 30),

@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from draftune.sampling.schedule import Step
 from draftune.training.trainer import Trainer
 
 
@@ -40,22 +41,23 @@ def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
     x = model.noise(torch.Generator().manual_seed(0), len(prompts))
     parameters = list(trainer.train_step.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    timesteps = [step.timestep for step in trainer.schedule.steps]
+    path = trainer.schedule.steps
 
-    def call(timestep: float, inside: bool = False) -> torch.Tensor:
+    def call(step: Step, inside: bool = False) -> torch.Tensor:
         # Inside a chain of calls, the backward pass continues to the previous call.
-        return model.predict(x.detach().requires_grad_(inside), timestep, condition, s.guidance_scale)
+        scale = model.guidance_at(step, trainer.schedule, s.guidance_scale)
+        return model.predict(x.detach().requires_grad_(inside), step.timestep, condition, scale)
 
     def run() -> None:
         with torch.no_grad():
-            for timestep in timesteps[:-calls]:
-                call(timestep)
+            for step in path[:-calls]:
+                call(step)
         for _ in range(terms):
             for i in range(calls):
                 if s.gradient_checkpointing in ("denoiser", "both"):
                     with torch.no_grad():
-                        call(timesteps[i - calls])
-                predicted = call(timesteps[i - calls], i > 0)
+                        call(path[i - calls])
+                predicted = call(path[i - calls], i > 0)
                 if i < calls - 1:
                     predicted.mean().backward()
             for part, prompt in zip(predicted.split(s.reward_batch_size), prompts, strict=True):
@@ -115,6 +117,8 @@ def family_trainers(names: Sequence[str], folder: Path) -> Iterator[tuple[str, T
     settings = {"method": "draft_k(k=1)", "gradient_checkpointing": "blocks", "mixed_precision": "no"}
     settings |= {"num_inference_steps": 10, "batch_size": 16, "prefix_reuse_steps": 1}
     for name in names or TEXT_FAMILIES:
+        if name not in ("sd", "sdxl", "sd3"):
+            settings |= {"height": 64, "width": 64}  # their own size is that of the published models
         yield name, Trainer(str(folders[name]), "brightness", ["a cat"] * 16, output=f"{folder}/{name}-run", **settings)
 
 
