@@ -31,7 +31,7 @@ BENCHMARKS = {
     "overhead": ("overhead.py --rounds 3", 120),
     "families": ("overhead.py --rounds 3 --families sd sdxl sd3 dev pixart sana", 90),
     "growth": ("growth.py --rounds 1 --short", 120),
-    "levers": ("levers.py --rounds 3 --batches 2", 70),
+    "levers": ("levers.py --rounds 3 --batches 2 --tables calls reuse signal", 70),
     "latent_reward": ("latent_reward.py --rounds 3 --steps 0", 30),
     "memory": ("full_size.py count sd14 mixed_precision=bf16", 40),
     "processes": ("processes.py", 50),
