@@ -7,6 +7,7 @@ import os
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,6 +93,10 @@ class LocalServer(ThreadingHTTPServer):
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
             raise DraftuneError(f"port {port} {problem}: give another (--port)") from error
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's would ask the name server for this machine's name
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     @property
     def address(self) -> str:
