@@ -1,4 +1,4 @@
-"""The built wheel in an empty folder: commands, examples and notebook run, and nothing is sent anywhere."""
+"""The built wheel in an empty folder: commands, page, examples and notebook run, and nothing is sent anywhere."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 DIST_INFO = f"draftune-{draftune.__version__}.dist-info"
 MOST_MEGABYTES = 60
-# The way from the form to a LoRA in the page belongs here too.
-TESTS_OF_THE_WHEEL = ("test_examples.py", "test_notebook.py")
+TESTS_OF_THE_WHEEL = (
+    "test_examples.py",
+    "test_notebook.py",
+    # It watches the sockets of its server and its runs itself, and is skipped without a browser.
+    "test_browser_ui.py::test_from_the_form_to_a_lora_by_keyboard",
+)
 SMALL = ["--num-inference-steps", "2", "--batch-size", "1", "--eval-prompts", "", "--num-log-prompts", "1"]
 # In one process, because importing torch and diffusers takes longer than most of the commands.
 RUN = """
