@@ -13,7 +13,7 @@ ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HF_HOME=/cache/huggingface XDG_CACHE_H
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 COPY src ./src
-RUN pip install -c constraints.txt ".[data,hpsv2,plots,preflight,quantization,tensorboard]" \
+RUN pip install -c constraints.txt ".[data,hpsv2,plots,preflight,quant,tensorboard]" \
     && useradd --create-home --uid 1000 user \
     && mkdir -p /work/runs /cache \
     && chown -R user /work /cache

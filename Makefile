@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIST := worksteal
+OLDEST := .venv-oldest
 
-.PHONY: demo docs test test-all lint clean
+.PHONY: demo docs test test-all test-oldest bench lint clean
 
 # Trains the embedded model for some minutes and leaves before_after.png and a LoRA in a new folder of runs/.
 demo: $(VENV)/installed
@@ -17,6 +18,19 @@ test: lint
 # Runs ruff, mypy, codespell and all tests but those marked full_size, gpu or network. OPTIONS are for pytest.
 test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist $(DIST) $(OPTIONS)
+
+# Runs the tests that are not marked slow with the oldest dependencies, on Python 3.10: make test-oldest PYTHON=python3.10.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network and not full_size"
+
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]' torchvision
+	touch $@
+
+# Runs short versions of the CPU benchmarks in at most ten minutes, each figure beside the published one.
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -43,4 +57,4 @@ $(VENV)/installed-docs: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs site
+	rm -rf $(VENV) $(OLDEST) build dist runs site

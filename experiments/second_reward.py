@@ -2,193 +2,154 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from draftune.evaluation.metrics import evaluate
 from draftune.experimental.distill import distill_lora
+from draftune.lora import FILE_NAME
 from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.runs.merge import merge_loras
 from experiments.budget import Budget
+from experiments.experiment import Claim, Experiment, Job, Panel, by_seed, claim
 from experiments.lora_merging import ORANGE
-from experiments.report import Experiment, Panel, aggregate, value_at
-from experiments.runner import DRAFT_1, REWARD, ExperimentRunner, Row, RunSpec, rename_columns, slug
+from experiments.runner import DRAFT_1, ExperimentRunner, Row, RunSpec, short_scores, slug, spaced
+from experiments.statistics import mean_effect, paired_effect
 
-RETAIN_WEIGHTS = (0.1, 1.0)
-"""The reward's standard deviation in a batch is 0.03."""
+WEIGHTS = (0.1, 1.0)
+"""Weights of the retention. The second reward's standard deviation in a batch is 0.03."""
 RANK, TRAJECTORIES = 8, 20
 """Rank of the distilled LoRA, and batches of samples for its training."""
-NORMALIZATION_IMAGES = 16
 BASE, FIRST, PLAIN, HALF = "base model", "first reward only", "continued", "continued, half weight"
-MERGED, JOINT = "two LoRAs merged", "both rewards in one run"
-DISTILLED = f"retained at {RETAIN_WEIGHTS[0]:g}, distilled to rank {RANK}"
-
-
-def retained(weight: float) -> str:
-    return f"retained at {weight:g}"
-
-
-def first_spec(seed: int, budget: Budget) -> RunSpec:
-    # No other experiment makes runs of these seeds longer: the LoRA is from the last update.
-    return RunSpec(DRAFT_1, budget.steps, seed + 1)
-
-
-def runs(budget: Budget) -> list[RunSpec]:
-    """Return the runs on the first reward; the others continue from them."""
-    return [first_spec(seed, budget) for seed in range(budget.seeds)]
+RETAINED = tuple(f"retained at {weight:g}" for weight in WEIGHTS)
+DISTILLED = f"{RETAINED[0]}, distilled"
+VARIANTS = (BASE, FIRST, PLAIN, HALF, *RETAINED, DISTILLED)
 
 
 def split_names(names: Sequence[str], count: int) -> dict[str, list[str]]:
     """Return `count` names of faces and `count` other names, evenly spaced."""
     faces = [name for name in names if "face" in name.split()]
     groups = {"faces": faces, "things": [name for name in names if name not in faces]}
-    return {key: group[:: max(1, len(group) // count)][:count] for key, group in groups.items()}
+    return {key: spaced(group, count) for key, group in groups.items()}
 
 
-def folder_name(variant: str, seed: int) -> str:
-    return slug(f"second-reward {variant} seed={seed}")
+def label(variant: str, seed: int) -> str:
+    return f"second-reward {variant} seed={seed}"
 
 
-class Variants:
-    """The variants of one seed: how each gets a LoRA, from runs that are made when they are first needed."""
+def lora(variant: str, seed: int, runner: ExperimentRunner) -> Path | None:
+    """Return a variant's LoRA, from runs that are made when they are first needed; None for the base model."""
+    budget, names = runner.budget, split_names(load_prompts("emoji"), runner.budget.train_prompts)
 
-    def __init__(self, runner: ExperimentRunner, seed: int) -> None:
-        self.runner, self.seed, self.budget = runner, seed, runner.budget
-        self.names = split_names(load_prompts("emoji"), self.budget.train_prompts)
-        self.first = runner.folder / first_spec(seed, self.budget).name
+    def second(**settings: Any) -> Path:
+        settings = {"reward": ORANGE, "prompts": names["things"], "init_lora": str(first), **settings}
+        return runner.lora(RunSpec(DRAFT_1, budget.short[-1:], seed, settings, label(variant, seed)))
 
-    def spec(self, variant: str, **settings: Any) -> RunSpec:
-        """Return a run of the second reward on names of things, without evaluations."""
-        settings = {"reward": ORANGE, "prompts": self.names["things"], **settings}
-        label = folder_name(variant, self.seed)
-        return RunSpec(DRAFT_1, self.budget.steps, self.seed + 1, settings, label, evaluated=False)
+    def source(name: str) -> Path:
+        path = lora(name, seed, runner)
+        assert path is not None
+        return path
 
-    def plain_spec(self) -> RunSpec:
-        return self.spec(PLAIN, init_lora=str(self.first))
-
-    def retained_spec(self, weight: float) -> RunSpec:
-        faces = self.runner.prompt_file("second-reward-faces", self.names["faces"])
-        return self.spec(retained(weight), init_lora=str(self.first), keep=faces, retain_weight=weight)
-
-    def joint_spec(self) -> RunSpec:
-        prompts, reward = [*self.runner.prompts, *self.names["things"]], f"{REWARD} + {ORANGE}"
-        settings = {
-            "reward": reward,
-            "prompts": prompts,
-            "reward_normalization_samples": min(NORMALIZATION_IMAGES, len(prompts)),
-        }
-        label = folder_name(JOINT, self.seed)
-        return RunSpec(DRAFT_1, 2 * self.budget.steps, self.seed + 1, settings, label, evaluated=False)
-
-    def merge(self, variant: str, *sources: tuple[Path, float]) -> Path:
-        folder = self.runner.folder / folder_name(variant, self.seed)
-        merge_loras(sources, folder)
-        return folder
-
-    def half(self) -> Path:
-        return self.merge(HALF, (self.first, 0.5), (self.runner.lora(self.plain_spec()), 0.5))
-
-    def merged(self) -> Path:
-        return self.merge(MERGED, (self.first, 1.0), (self.runner.lora(self.spec("second reward only")), 1.0))
-
-    def distilled(self) -> Path:
-        source, folder = self.runner.lora(self.retained_spec(RETAIN_WEIGHTS[0])), folder_name(DISTILLED, self.seed)
-        prompts: list[str | list[str]] = [self.names["things"], self.names["faces"]]
-        paths, target = min(TRAJECTORIES, self.budget.steps), self.runner.folder / folder
-        distill_lora(str(source), prompts, target, RANK, num_trajectories=paths, seed=self.seed)
-        return target
-
-    def loras(self) -> dict[str, Callable[[], Path | None]]:
-        lora = self.runner.lora
-        return {
-            BASE: lambda: None,
-            FIRST: lambda: self.first,
-            PLAIN: lambda: lora(self.plain_spec()),
-            HALF: self.half,
-            **{
-                retained(w): lambda w=w: lora(self.retained_spec(w))  # type: ignore[misc]
-                for w in RETAIN_WEIGHTS[: self.budget.retain_weights]
-            },
-            DISTILLED: self.distilled,
-            MERGED: self.merged,
-            JOINT: lambda: lora(self.joint_spec()),
-        }
+    if variant == BASE:
+        return None
+    first = runner.lora(RunSpec(DRAFT_1, budget.short, seed))
+    if variant == FIRST:
+        return first
+    if variant == PLAIN:
+        return second()
+    if variant in RETAINED:
+        faces = runner.prompt_file("second-reward-faces", names["faces"])
+        return second(retain_prompts=faces, retain_weight=WEIGHTS[RETAINED.index(variant)])
+    folder = runner.folder / slug(label(variant, seed))
+    with runner.lock(folder.name):
+        if not (folder / FILE_NAME).is_file() and not (folder / "lora" / FILE_NAME).is_file():
+            if variant == HALF:
+                merge_loras([(first, 0.5), (source(PLAIN), 0.5)], folder)
+            else:
+                prompts: list[str | list[str]] = [names["things"], names["faces"]]
+                paths = min(TRAJECTORIES, budget.short[-1])
+                distill_lora(str(source(RETAINED[0])), prompts, folder, RANK, num_trajectories=paths, seed=seed)
+    return folder
 
 
-def evaluate_variant(runner: ExperimentRunner, lora: Callable[[], Path | None]) -> Row:
+def jobs(budget: Budget) -> list[Job]:
+    spec = RunSpec(DRAFT_1, budget.short)
+    images = 2 * budget.eval_prompts * budget.grid_images
+    cost = lambda runner: 2 * spec.steps * runner.cost(DRAFT_1)["seconds"]  # noqa: E731
+    return [
+        Job(f"second reward {variant} seed={seed}", partial(evaluate_variant, variant, seed), (), images, cost)
+        for seed, variant in product(range(budget.few_seeds), VARIANTS)
+    ]
+
+
+def evaluate_variant(variant: str, seed: int, runner: ExperimentRunner) -> list[Row]:
     """Return both rewards and the name accuracy on faces and on things that no run trained on."""
-    folder = lora()
-    model = runner.model({"default": folder} if folder else {})
-    row: Row = {}
-    reward = runner.reward + load_reward(ORANGE)
+    folder, count = lora(variant, seed, runner), runner.budget.grid_images
+    model, reward = runner.model({"default": folder} if folder else {}), runner.reward + load_reward(ORANGE)
+    row: Row = {"variant": variant, "seed": seed}
     for group, names in split_names(load_prompts("emoji-common"), runner.budget.eval_prompts).items():
-        scores = evaluate(runner.sampler(model), reward, runner.judges, names, 1).scores
-        short = rename_columns(scores)
-        row |= {f"{group}_reward": short["reward"], f"{group}_orange": scores["color"]}
-        row |= {f"{group}_name_accuracy": short["name_accuracy"]}
-    return row
+        scores = evaluate(runner.sampler(model), reward, runner.judges, names, count, model.device)
+        row |= {f"{group}_reward": scores.scores[runner.reward.label], f"{group}_orange": scores.scores["color"]}
+        row |= {f"{group}_name_accuracy": short_scores(scores, reward)["name_accuracy"]}
+    return [row]
 
 
-def measure(runner: ExperimentRunner) -> list[Row]:
-    rows = []
-    for seed in range(runner.budget.seeds):
-        runner.lora(first_spec(seed, runner.budget))
-        for variant, lora in Variants(runner, seed).loras().items():
-            name = f"{folder_name(variant, seed)}-scores"
-            scores = runner.cached(name, partial(evaluate_variant, runner, lora))
-            rows.append({"variant": variant, "seed": seed, **scores})
-    return add_shares(rows)
+def share(rows: list[Row], variant: str, column: str, start: str, end: str) -> list[float]:
+    """Return a variant's share of the way from one variant to another, of each seed."""
+    low, high, own = (by_seed(rows, column, variant=name) for name in (start, end, variant))
+    return [(c - a) / (b - a) for a, b, c in zip(low, high, own, strict=True)]
 
 
-def add_shares(rows: list[Row]) -> list[Row]:
-    """Add the retained share of the first reward's gain on faces, and the share of the second's gain on things.
-
-    The first share is relative to the first run's gain, the second to the gain of `continued`.
-    """
-    at = {(row["variant"], row["seed"]): row for row in rows}
-
-    def share(row: Row, key: str, start: str, end: str) -> float:
-        low, high = at[start, row["seed"]][key], at[end, row["seed"]][key]
-        return float((row[key] - low) / (high - low)) if high != low else 0.0
-
-    for row in rows:
-        row["first_retained"] = share(row, "faces_reward", BASE, FIRST)
-        row["second_gained"] = share(row, "things_orange", FIRST, PLAIN)
-    return rows
+def retained(rows: list[Row], variant: str) -> list[float]:
+    """Return the retained share of the first reward's gain on faces."""
+    return share(rows, variant, "faces_reward", BASE, FIRST)
 
 
-def table(rows: list[Row]) -> list[Row]:
-    """Return means over seeds. `above_scaling`: `first_retained` beyond a smaller weight of `continued`'s update.
+def gained(rows: list[Row], variant: str) -> list[float]:
+    """Return the share of the second reward's gain on things, relative to plain continued training."""
+    return share(rows, variant, "things_orange", FIRST, PLAIN)
 
-    The weight is the one at which the second reward gains as much.
-    """
-    columns = [key for key in rows[0] if key not in ("variant", "seed")]
-    lines = aggregate(rows, "variant", columns, ci="first_retained")
-    curve = [next(line for line in lines if line["variant"] == name) for name in (FIRST, HALF, PLAIN)]
-    for line in lines:
-        scaled = value_at(curve, "second_gained", line["second_gained"], "first_retained")
-        line["above_scaling"] = line["first_retained"] - scaled
-    return lines
+
+def averages(rows: list[Row], variant: str) -> list[float]:
+    return [(a + b) / 2 for a, b in zip(retained(rows, variant), gained(rows, variant), strict=True)]
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    kept, plain = retained(rows, RETAINED[0]), retained(rows, PLAIN)
+    means = {name: averages(rows, name) for name in (RETAINED[0], PLAIN, DISTILLED)}
+    form = "{:+.0%}"
+    return [
+        claim("FOSTER: retention forgets less than continued training", paired_effect(kept, plain), 0.1, form=form),
+        claim("its mean of both shares is higher", paired_effect(means[RETAINED[0]], means[PLAIN]), 0.1, form=form),
+        claim("distillation loses some of it", paired_effect(means[DISTILLED], means[RETAINED[0]]), 0.1, -1, form),
+    ]
+
+
+def answer(rows: list[Row]) -> list[str]:
+    parts = [
+        f"{name} {mean_effect(retained(rows, name)).value:.0%} and {mean_effect(gained(rows, name)).value:.0%}"
+        for name in VARIANTS[2:]
+    ]
+    return [
+        "First reward retained on faces (share of the first run's gain) and second gained on things (of the gain of "
+        f"`continued`): {'; '.join(parts)}."
+    ]
 
 
 EXPERIMENT = Experiment(
     title="Second reward",
     question="Can a model learn a second reward without losing the first?",
-    runs=runs,
-    measure=measure,
-    table=table,
+    setting="First `emoji_aesthetic` on 45 names, then `color(target=orange)` on 45 names of things, DRaFT-1; images "
+    "of faces should stay as they were. All evaluated names are new.",
+    jobs=jobs,
+    claims=claims,
+    answer=answer,
     panels=[
-        Panel(
-            x,
-            "faces_reward",
-            by="variant",
-            kind="scatter",
-            xlabel=f"second reward, {group}",
-            ylabel="first reward, faces",
-        )
-        for x, group in (("things_orange", "things"), ("faces_orange", "faces"))
+        Panel(f"{group}_orange", "faces_reward", "variant", "variant", "points", xlabel=f"second reward, {group}")
+        for group in ("things", "faces")
     ],
 )

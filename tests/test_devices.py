@@ -97,6 +97,25 @@ def test_each_process_holds_its_part_of_the_frozen_networks(together: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_bytes_of_an_update_are_those_of_the_formula(together: Path) -> None:
+    """The formulas of docs/explanation/growth.md; the networks and the LoRA are in float64."""
+    for found in facts(together):
+        for name, values in two_processes.TRAFFIC.items():
+            plain, sharded = found["traffic"][name], found["sharded traffic"][name]
+            for seen in (plain, sharded):
+                assert seen["all_reduce"] == 8 * (seen["numbers"] + seen["tensors"]) > 0
+                # Scores of 2 of 4 images, by the reward and its two terms, and two checks for errors of 9 bytes each.
+                assert seen["all_gather"] == 4 * 2 * 3 + 8 + 2 * 9
+            assert plain["all_gather_single"] == 0
+            k, most = int(values["method"][-2]), sharded["weights"]
+            gathered = sharded["all_gather_single"] / most
+            if values["gradient_checkpointing"] in ("denoiser", "both"):
+                assert gathered == two_processes.SETTINGS["num_inference_steps"] + k
+            else:  # the backward pass ends before the layers that come before the first LoRA
+                assert gathered == pytest.approx(two_processes.SETTINGS["num_inference_steps"] + k, rel=0.02)
+
+
+@pytest.mark.slow
 def test_a_mistake_ends_all_processes_and_is_said_once(together: Path) -> None:
     first, second = facts(together)
     for name, words in (

@@ -132,7 +132,7 @@ def test_commands_run(document: Path, base_run: Path, tmp_path: Path, monkeypatc
             exec(block.text, names)
             continue
         for argv in calls(block.text):
-            if argv in seen or argv[0] in ("watch",):
+            if argv in seen or argv[0] in ("watch", "ui"):
                 continue
             seen.append(argv)
             output = argv.index("--output") + 1 if "--output" in argv else None

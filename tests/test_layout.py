@@ -16,7 +16,7 @@ MOST_IN_ROOT = 10
 LAYERS = [
     *("errors", "utils", "registry", "published", "prompts", "sampling", "recommended", "settings"),
     *("presets", "lora", "models", "rewards", "methods", "runs", "evaluation", "training", "guidance", "experimental"),
-    *("report", "cli"),
+    *("report", "ui", "cli"),
 ]
 OUTSIDE = {"", "__main__", "assets"}
 """The package itself, which imports nothing at first, its entry, and data."""

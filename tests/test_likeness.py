@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from draftune import train
 from draftune.errors import DraftuneError
@@ -24,6 +23,11 @@ from draftune.utils.weightless import without_weights
 from helpers.errors import raises
 from helpers.likeness import BIT, DINO, SMALL, dreamsim_embedding, float_pixels, save_dino, save_dreamsim
 from helpers.published_weights import agree, cropped_pixels, photographs
+
+try:
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+except ImportError:  # transformers 4
+    from transformers.models.bit.image_processing_bit import BitImageProcessor as BitImageProcessorPil
 
 FAST = ("ensemble", "clip_vitb32")
 

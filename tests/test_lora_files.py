@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_stable_diffusion(
 ) -> None:
     unet_name, text_name, names = SPELLINGS[spelling]
     halves = {unet_name(name): both for name, both in pairs(model.denoiser, 2, ATTENTION).items()}
-    halves |= {unet_name(name): both for name, both in pairs(model.denoiser, 3, ("attn2.to_k", "conv1")).items()}
+    other = 2 if version("diffusers").startswith("0.35.") else 3  # 0.35 applies a wrong scale where ranks differ
+    halves |= {unet_name(name): both for name, both in pairs(model.denoiser, other, ("attn2.to_k", "conv1")).items()}
     path = write(tmp_path / "lora.safetensors", halves, names)
     if text:
         inner = pairs(model.pipeline.text_encoder, 2, ("q_proj", "out_proj", "fc1"))

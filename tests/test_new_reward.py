@@ -16,9 +16,9 @@ import draftune.rewards
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.reward_check import check_reward
+from draftune.registry.catalog import CATALOG, YOUR_OWN, in_groups
 from draftune.registry.factories import run_file
 from draftune.rewards import REWARDS, load_reward, parse_reward
-from draftune.rewards.catalog import CATALOG, YOUR_OWN, in_groups
 from helpers.errors import mentions, raises
 
 PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "add-a-reward.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -105,8 +106,14 @@ def test_a_counted_run_finds_the_settings_that_a_measured_one_finds(
     assert counted.best.run == {}
     flags = ["--model", str(without), "--prompts", settings.prompts, "--output", settings.output]
     flags += ["--reward", settings.reward, "--num-inference-steps", "2", "--device", "cpu"]
-    assert main(["preflight", "--count", "--memory", "1", *flags]) == 0
-    assert mentions(capsys.readouterr().out, "counted from the configs")
+    answer = tmp_path / "answer.json"
+    assert main(["preflight", "--count", "--memory", "1", "--json", str(answer), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert mentions(printed, "counted from the configs")
+    written = json.loads(answer.read_text())
+    assert (written["fits"], written["memory"], written["seconds"]) == (True, 2**30, None)
+    assert f"{written['trials'][0]['total'] / 2**20:.0f} MiB" in printed
+    assert main(["preflight", "--json", "answer.txt", *flags]) == 2
 
 
 def test_updates_that_share_a_path_are_timed_with_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import draftune
 ROOT = Path(__file__).parent.parent
 FORM = ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PRE_COMMIT = ROOT / ".pre-commit-config.yaml"
 
 
@@ -24,7 +26,7 @@ def read(path: Path) -> Any:
 
 def project(key: str) -> Any:
     """Return a value of pyproject.toml that Python reads as TOML does. Python 3.10 has no tomllib."""
-    return ast.literal_eval(re.findall(rf"^{key} = (.+)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0])
+    return ast.literal_eval(re.findall(rf"^{key} = (.+)$", PYPROJECT, re.MULTILINE)[0])
 
 
 def test_the_citation_is_of_this_version() -> None:
@@ -52,12 +54,51 @@ def test_a_workflow_can_be_read(path: Path) -> None:
 
 def test_a_workflow_runs_the_tests_on_each_python() -> None:
     workflow = read(ROOT / ".github" / "workflows" / "tests.yml")
-    for job in workflow["jobs"].values():
-        versions = job["strategy"]["matrix"]["python"]
-        assert all(isinstance(version, str) for version in versions)  # 3.10 as a number is 3.1
-        assert f">={versions[0]}" == project("requires-python")
-        targets = [step["run"].split() for step in job["steps"] if "run" in step]
-        assert ["make", "test-all"] in targets
+    versions = workflow["jobs"]["cpu"]["strategy"]["matrix"]["python"]
+    assert all(isinstance(version, str) for version in versions)  # 3.10 as a number is 3.1
+    assert f">={versions[0]}" == project("requires-python")
+    assert set(versions) == set(re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT))
+    targets = {name: [step.get("run") for step in job["steps"]] for name, job in workflow["jobs"].items()}
+    assert "make test-all" in targets["cpu"]
+    assert "make test-oldest" in targets["oldest"]
+
+
+def bounds() -> dict[str, str]:
+    """Return the lower bound of each package in pyproject.toml; that of the core for one that an extra raises."""
+    return dict(reversed(re.findall(r'"([\w-]+)>=([\d.]+)"', PYPROJECT.partition("\ndependencies")[2])))
+
+
+def core() -> set[str]:
+    """Return the names of the dependencies that are always installed."""
+    return set(re.findall(r'"([\w-]+)', PYPROJECT.partition("\ndependencies")[2].partition("]")[0]))
+
+
+def test_the_extras_that_files_name_are_there() -> None:
+    extras = set(re.findall(r"^(\w+) = \[", PYPROJECT.partition("[project.optional-dependencies]")[2], re.MULTILINE))
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [*files, ROOT / "Dockerfile", ROOT / "Makefile"])
+    named = re.findall(r"""(?:draftune|['"]\.+)\[([a-z\d,]+)\]""", text)
+    assert {"tensorboard", "quant", "data"} <= extras
+    assert {name for names in named for name in names.split(",")} <= extras
+    assert set(re.findall(r"""require\([^\n]*, "(\w+)"\)""", text)) <= extras
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
+    del pinned["torchvision"]  # the SmolVLM of transformers 4 needs it
+    assert core() <= pinned.keys()
+    for name, version in pinned.items():
+        assert re.fullmatch(rf"{re.escape(bounds()[name])}(\.0)*", version), name
+
+
+def test_what_the_package_imports_is_declared_and_the_reverse() -> None:
+    imports = re.compile(r"^ *(?:import|from) (\w+)(?:[\w.]* import.*|[\w.]*)$", re.MULTILINE)
+    used = {name for path in (ROOT / "src").rglob("*.py") for name in imports.findall(path.read_text(encoding="utf-8"))}
+    used -= {*sys.stdlib_module_names, "draftune"}
+    modules = {"pillow": "PIL", "pyyaml": "yaml"}
+    assert {modules.get(name, name) for name in core()} <= used
+    assert used <= {modules.get(name, name) for name in bounds()} | {"pyarrow"}  # of datasets
 
 
 def test_the_commands_that_run_the_tests_are_targets_that_the_readme_names() -> None:

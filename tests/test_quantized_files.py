@@ -105,7 +105,7 @@ def test_bad_values(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         error = capsys.readouterr().err
         assert name in error
         assert backend.package in error
-        assert "draftune[quantization]" in error
+        assert "draftune[quant]" in error
     assert main([*train, "--quantization", "bnb_4bit", "--mixed-precision", "fp16"]) == 2
     assert "fp16" in capsys.readouterr().err
     assert main([*train, "--quantization", "int4"]) == 2

@@ -73,18 +73,19 @@ def rows(folder: Path, name: str) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("values", "cuts"),
     [
-        ({"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2}, (9, 18)),
-        ({"method": "draft_k(k=2)", "prefix_reuse_steps": 3}, (4, 6)),
-        ({"method": "leapalign"}, (4, 6)),
-        ({"method": "flowbp_bridge(k=3)"}, (4, 6)),
-        ({"method": "direct_align", "prefix_reuse_steps": 3}, (5, 9)),
-        ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (4, 7)),
-        ({"method": "diffusion_nft(decay_rate=0.3)", "num_images_per_prompt": 2}, (4, 7)),
+        ({"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2}, (8, 18)),
+        ({"method": "draft_k(k=2)", "prefix_reuse_steps": 3}, (3, 6)),
+        ({"method": "draft_k(k=2)", "prefix_reuse_steps": 1, "prefix_reuse_cosine": 0.9}, (3, 9)),
+        ({"method": "leapalign"}, (3, 6)),
+        ({"method": "flowbp_bridge(k=3)"}, (3, 6)),
+        ({"method": "direct_align", "prefix_reuse_steps": 3}, (4, 9)),
+        ({"method": "ddpo(min_count=2, inner_epochs=2)"}, (3, 7)),
+        ({"method": "diffusion_nft(decay_rate=0.3)", "num_images_per_prompt": 2}, (3, 7)),
         (
             {"method": "online_dpo(reference_updates=3)", "num_images_per_prompt": 2, "gradient_accumulation_steps": 2},
-            (5, 11),
+            (4, 11),
         ),
-        ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (4, 7)),
+        ({"method": "kl(alignprop(m=3), beta=0.01)", "mixed_precision": "bf16"}, (3, 7)),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )

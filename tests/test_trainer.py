@@ -25,6 +25,7 @@ from draftune.settings import SCHEDULERS, Settings
 from draftune.training import placement
 from draftune.training.optim import learning_rates, make_optimizer
 from draftune.training.trackers import TensorBoard, Trackers
+from draftune.training.validation import Validation
 
 PROMPTS = ["a cat", "a dog", "a bird"]
 SMALL: dict[str, Any] = {
@@ -85,14 +86,51 @@ def test_callbacks_see_every_event(pipeline_folder: Path, tmp_path: Path) -> Non
     recorder = Recorder()
     run = trainer(pipeline_folder, tmp_path / "run", recorder, **values).train()
     assert recorder.events == [
-        *[("begin", 0), ("save", 0), ("evaluate", 0), ("step", 1), ("save", 1)],
-        *[("step", 2), ("save", 2), ("evaluate", 2), ("save", 2), ("end", 2)],
+        *[("begin", 0), ("save", 0), ("step", 1), ("save", 1), ("step", 2), ("save", 2)],
+        *[("evaluate", 0), ("evaluate", 2), ("save", 2), ("end", 2)],
     ]
     assert [dict(row) for row in recorder.logs] == run.metrics
     again = Recorder()
     trainer(pipeline_folder, tmp_path / "run", again, **(values | {"steps": 3})).train()
     # The base model's evaluation is in the log already.
     assert again.events[:3] == [("begin", 0), ("step", 3), ("save", 3)]
+
+
+def test_the_base_model_is_evaluated_alike_before_and_after_updates(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "eval.txt").write_text("a fish\na tree\n")
+    # The fine-tuned model is brighter, so the base model is the best by this metric.
+    values = {"steps": 4, "eval_prompts": str(tmp_path / "eval.txt"), "eval_rewards": "", "learning_rate": 0.05}
+    values |= {"metric_for_best_model": "-brightness", "ema_decay": 0.5, "validation_steps": 3}
+    late = trainer(pipeline_folder, tmp_path / "late", **values).train()
+    monkeypatch.setattr(Validation, "base_comes_first", True)
+    early = trainer(pipeline_folder, tmp_path / "early", **values).train()
+    for run in (early, late):
+        for row in (*run.metrics, *run.evaluations):
+            del row["train_seconds"]
+        assert [row["best"] for row in run.evaluations] == [True, False, False]
+        best = load_file(run.folder / "best" / "pytorch_lora_weights.safetensors")
+        assert not any(tensor.any() for name, tensor in best.items() if ".lora_B." in name)
+        assert (run.folder / "checkpoints" / "step-000000").is_dir()
+    assert late.evaluations == early.evaluations
+    assert late.metrics == early.metrics
+    assert all(torch.equal(tensor, lora(early.folder)[name]) for name, tensor in lora(late.folder).items())
+    assert late.comparison is not None
+    assert early.comparison is not None
+    assert torch.equal(late.comparison.base.images, early.comparison.base.images)
+
+
+@pytest.mark.parametrize(
+    ("reward", "report_to", "first"),
+    [("brightness", "tensorboard", False), ("brightness", "wandb", True), ("threshold(brightness, at=1)", "", True)],
+)
+def test_a_reward_that_changes_and_hosted_trackers_get_the_base_model_first(
+    reward: str, report_to: str, first: bool, pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftune.training.trackers.require", lambda *_: None)
+    values = SMALL | {"output": str(tmp_path / "run"), "report_to": report_to}
+    assert draftune.Trainer(str(pipeline_folder), reward, PROMPTS, **values).validation.base_comes_first is first
 
 
 def test_a_callback_ends_the_run(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
 from draftune.training.checks import GradientCheck
-from draftune.training.step import PromptSampler, TrainStep, clipped_share
+from draftune.training.step import PromptSampler, TrainStep
 from draftune.training.trainer import Trainer
+from draftune.training.update_row import clipped_share
 from draftune.utils.images import open_image
 from draftune.utils.memory import peak_memory
 from helpers.errors import mentions, raises
@@ -458,6 +459,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(pipelin
         ({"method": "kl(ddpo)", "prefix_stride": 2}, "prefix_stride 1"),
         ({"method": "refl(m=2)", "prefix_reuse_steps": 2}, "prefix_reuse_steps 2 refl"),
         ({"method": "alignprop(m=3)", "prefix_reuse_steps": 3}, "prefix_reuse_steps 3 alignprop"),
+        ({"method": "refl(m=2)", "prefix_reuse_cosine": 0.9}, "prefix_reuse_cosine 0.9 refl"),
         (
             {"method": "kl(leapalign)", "prefix_reuse_steps": 2},
             "prefix_reuse_steps 2 kl",

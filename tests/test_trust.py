@@ -228,7 +228,7 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
     from draftune.training import Trainer
 
     whole = train(pipeline_folder, tmp_path / "whole", checkpointing_steps=0)
-    look, looks = Trainer.log_and_evaluate, []
+    look, looks = Trainer.evaluate, []
 
     def cut(trainer: Trainer) -> None:
         looks.append(trainer.global_step)
@@ -236,11 +236,11 @@ def test_a_run_that_ended_in_its_last_look_has_only_that_left(
             raise KeyboardInterrupt
         look(trainer)
 
-    monkeypatch.setattr(Trainer, "log_and_evaluate", cut)
+    monkeypatch.setattr(Trainer, "evaluate", cut)
     with pytest.raises(KeyboardInterrupt):
         train(pipeline_folder, tmp_path / "run", checkpointing_steps=0)
     monkeypatch.undo()
-    assert looks == [0, 6]
+    assert looks == [3, 6]
     assert [row["step"] for row in rows(tmp_path / "run", "evaluations.jsonl")] == [0, 3]
     train(pipeline_folder, tmp_path / "run", checkpointing_steps=0)
     assert_equal(lora(whole.folder), lora(tmp_path / "run"))

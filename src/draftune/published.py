@@ -13,6 +13,11 @@ from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
 from draftune.utils.single_file import infer_pipeline, read_header
 
+MODELS = {
+    "emoji": "emoji at 64x64 from their names, shipped with this package",
+    "CompVis/stable-diffusion-v1-4": "Stable Diffusion 1.4, the paper's model (from the hub)",
+}
+"""Models that `draftune list` names, each with a description."""
 ATTENTION = "to_q,to_k,to_v,to_out.0"
 """The attention layers of every family; with TEXT_ATTENTION those of the text stream in joint attention."""
 TEXT_ATTENTION = "add_q_proj,add_k_proj,add_v_proj,to_add_out"

@@ -79,6 +79,7 @@ class Making:
             "train": ["--model", str(world.model), "--output", out, *SMALL],
             "preflight": ["--model", str(world.model), "--output", out, *SMALL],
             "watch": [run, "--port", "0"],
+            "ui": ["--folder", out, "--port", "0"],
             "report": [run, "--output", f"{out}.html"],
             "rate": [run, "--prompts", str(world.prompts), "--output", f"{out}.csv", "--port", "0", *drawing],
             "card": [run, "--output", out],

@@ -114,6 +114,7 @@ NUMBERS: dict[str, dict[str, list[str]]] = {
     },
     NOISE: {"--steps": ["0", "x", "-1"], "--learning-rate": ["nan", "-1", "inf", "x"], "--seed": ["-1", str(2**63)]},
     "watch": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
+    "ui": {"--port": ["99999", "-1", "x", "65536", "80a", "9" * 30, "8642.5", ""]},
     "export": {"--format": ["diffuser", "", "Kohya", "safetensors", "merged "]},
     "preflight": {"--memory": ["0", "-1", "nan", "inf", "x", "", "8GB", "1e400"]},
     "train": {

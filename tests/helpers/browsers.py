@@ -13,6 +13,21 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 QUIET += ["--disable-sync", "--no-first-run"]
+CONTRAST = """() => {
+    const light = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+        .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const paper = (element) => {
+        const color = getComputedStyle(element).backgroundColor;
+        return color === "rgba(0, 0, 0, 0)" && element !== document.body ? paper(element.parentElement) : light(color);
+    };
+    const text = "p, dt, dd, h1, h2, h3, figcaption, output, a, summary, td, th, label, legend, button, .state";
+    return Math.min(...[...document.querySelectorAll(text)].map((element) => {
+        const pair = [light(getComputedStyle(element).color), paper(element)].sort((a, b) => a - b);
+        return (pair[1] + 0.05) / (pair[0] + 0.05);
+    }));
+}"""
+"""How many times as light, or as dark, as the paper behind it the palest text of a page is."""
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from draftune.errors import DraftuneError
@@ -51,7 +52,8 @@ PARALLEL: dict[str, dict[str, Any]] = {
     },
     "online_dpo": {"method": "online_dpo(pairs=2)", "num_images_per_prompt": 4},
     "flow_grpo": {"method": "mix_grpo(window=1)", "num_images_per_prompt": 4, "batch_size": 8},
-    "kept": {"method": "draft_k(k=1)", "init_lora": "FIRST", "retain_prompts": "animals", "prefix_reuse_steps": 2},
+    "kept": {"method": "draft_k(k=1)", "init_lora": "FIRST", "retain_prompts": "animals"}
+    | {"prefix_reuse_steps": 1, "prefix_reuse_cosine": 0.9},
     # A critic and a value network compute in float32.
     "float32 critic": {
         "method": "sft_pg(generator_steps=2)",
@@ -67,6 +69,11 @@ SHARDED: dict[str, dict[str, Any]] = {
     "blocks": {"method": "kl(draft_k(k=1), beta=0.1)", "gradient_checkpointing": "blocks"},
     "both": {"method": "draft_k(k=2)", "gradient_checkpointing": "both"},
 }
+TRAFFIC: dict[str, dict[str, Any]] = {
+    f"k={k}, {mode}": {"method": f"draft_k(k={k})", "gradient_checkpointing": mode}
+    for k, mode in ((1, "none"), (1, "blocks"), (2, "denoiser"), (2, "both"))
+}
+"""Runs whose communication is counted."""
 UPDATES = 2
 
 
@@ -127,6 +134,39 @@ def sizes(trainer: Trainer) -> dict[str, dict[str, int]]:
     return found
 
 
+@contextmanager
+def counted_traffic() -> Iterator[dict[str, int]]:
+    """Count what this process hands to collectives inside the block, in bytes by their names.
+
+    `all_gather_single` is FSDP's; its bytes are those of the gathered tensor. The others are counted by their input.
+    """
+    traffic, patch = {"all_reduce": 0, "all_gather": 0, "all_gather_single": 0}, pytest.MonkeyPatch()
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def collective(first: Any, *others: Any, **options: Any) -> Any:
+            traffic[name] += (others[0] if isinstance(first, list) else first).nbytes
+            return original(first, *others, **options)
+
+        return collective
+
+    for name in traffic:
+        patch.setattr(distributed, name, counting(name, getattr(distributed, name)))
+    with patch.context():
+        yield traffic
+    patch.undo()
+
+
+def update_traffic(model: str, output: Path, **values: Any) -> dict[str, int]:
+    """Return the traffic of an update, with what it depends on: bytes of the UNet, numbers and tensors of the LoRA."""
+    trainer, _ = updated(model, output, **values)
+    parameters = trainer.train_step.parameters.values()
+    frozen = [p for p in trainer.model.denoiser.parameters() if not p.requires_grad]
+    with counted_traffic() as traffic:
+        trainer.train_step.run(UPDATES + 1)
+    sizes = {"numbers": sum(p.numel() for p in parameters), "tensors": len(parameters)}
+    return traffic | sizes | {"weights": sum(p.numel() * p.element_size() for p in frozen)}
+
+
 def picky(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward that fails in the second process alone, and at training's first pictures alone."""
     if rank_and_world_size()[0] == 1 and torch.is_grad_enabled() and len(prompts) == 1:
@@ -154,6 +194,7 @@ def main(model: str, folder: Path) -> None:
         trainer, rows = updated(model, folder / "run", **values)
         save(folder, f"parallel {name}", trainer, rows)
     facts["whole"] = sizes(trainer)
+    facts["traffic"] = {name: update_traffic(model, folder / "run", **values) for name, values in TRAFFIC.items()}
     facts["alone"] = said(model, folder / "run", reward=picky, reward_batch_size=1)
     facts["undefined"] = said(model, folder / "undefined", reward=undefined, nonfinite_action="stop")
     facts["uneven"] = said(model, folder / "run", batch_size=3)
@@ -164,6 +205,9 @@ def main(model: str, folder: Path) -> None:
         trainer, rows = updated(model, folder / "run", **values)
         save(folder, f"sharded {name}", trainer, rows)
     facts["sharded"] = sizes(trainer)
+    facts["sharded traffic"] = {
+        name: update_traffic(model, folder / "run", **values) for name, values in TRAFFIC.items()
+    }
     (folder / f"facts-{index}.json").write_text(json.dumps(facts))
     shutdown()
 

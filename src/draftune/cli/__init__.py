@@ -16,6 +16,7 @@ from draftune.cli import (
     sweep,
     train,
     tune_weights,
+    ui,
     watch,
 )
 from draftune.cli import (
@@ -28,6 +29,7 @@ __all__ = ["COMMANDS", "Command"]
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND,
     preflight.COMMAND,
+    ui.COMMAND,
     watch.COMMAND,
     report.COMMAND,
     sample.COMMAND,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from draftune.cli import train
-from draftune.cli.common import Command
+from draftune.cli.common import Command, filled, writing_to
 from draftune.errors import DraftuneError
-from draftune.utils.tables import duration
+from draftune.utils.paths import check_writable, user_path
+from draftune.utils.tables import duration, write_json
 
 if TYPE_CHECKING:
     from draftune.training.memory_check import MemoryReport, MemoryTrial
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count the memory from the configs of model and rewards, without downloading weights or measuring time",
     )
+    parser.add_argument("--json", type=filled, metavar="FILE", help="write the answer also to a .json file")
     train.arguments(parser)
 
 
@@ -32,11 +34,19 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print the report. Return 0 if the run fits as requested, else 1."""
     if args.memory is not None and not 0 < args.memory < math.inf:
         raise DraftuneError(f"--memory must be more than 0 and finite, not {args.memory}")
+    output = user_path(args.json) if args.json else None
+    if output is not None:
+        if output.suffix.lower() != ".json":
+            raise DraftuneError(f"--json must be a .json file, not {args.json!r}")
+        check_writable(output)
     settings = train.train_settings(args)
     from draftune.training.memory_check import preflight
 
     result = preflight(settings, int(args.memory * 2**30) if args.memory else None, args.count)
     print(report(result))
+    if output is not None:
+        with writing_to(output):
+            write_json(output, as_json(result))
     return 0 if result.fits and not result.changes else 1
 
 
@@ -64,6 +74,29 @@ def report(result: MemoryReport) -> str:
         parts = ", ".join(f"{count} {name} {duration(taken)}" for name, (count, taken) in best.run.items())
         lines.append(f"The whole run: about {duration(best.seconds)} ({parts}).")
     return "\n".join(lines)
+
+
+def as_json(result: MemoryReport) -> dict[str, Any]:
+    """Return the report as JSON: sizes in bytes, times in seconds (None if they were not measured)."""
+    best = result.best
+    return {
+        "fits": result.fits,
+        "device": str(result.device),
+        "memory": result.memory,
+        "changes": result.changes,
+        "seconds": best.seconds if best.run else None,
+        "trials": [
+            {
+                "change": trial.change,
+                "ran": trial.ran,
+                "networks": trial.held,
+                "update": trial.peak,
+                "total": trial.total,
+                "seconds_per_update": trial.update if trial.run else None,
+            }
+            for trial in result.trials
+        ],
+    }
 
 
 def row(trial: MemoryTrial) -> str:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -79,6 +80,8 @@ class Batch:
     """Images of a group: each prompt of the update occurs this many times in a row, maybe across batches."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The trained tensors of the LoRA by name. `LoRACopy` samples with others in their place."""
+    prefix_mode: Callable[[Denoiser, Schedule], AbstractContextManager[Denoiser]] = lambda exact, _: nullcontext(exact)
+    """Context in which the prefix is sampled; its value replaces the denoiser (see `PrefixMode`)."""
 
     def __post_init__(self) -> None:
         self.all_prompts = self.all_prompts or self.prompts
@@ -93,7 +96,10 @@ class Batch:
 
         These steps are the prefix. The result is cached, so that a second call with the same `count` is free.
         """
-        return self.prefix_cache.get(count, self.denoise, self.schedule.steps)
+        if count in self.prefix_cache.latents:
+            return self.prefix_cache.latents[count]
+        with torch.no_grad(), self.prefix_mode(self.denoise, self.schedule) as denoise:
+            return self.prefix_cache.get(count, denoise, self.schedule.steps)
 
     def randn_like(self, like: Tensor) -> Tensor:
         """Sample N(0, I) in the shape [B, ...], dtype and device of `like`."""

@@ -42,7 +42,7 @@ from draftune.utils.paths import user_path
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["FAMILIES", "MODELS", "DiffusionModel", "StableDiffusion", "load_model"]
+__all__ = ["FAMILIES", "DiffusionModel", "StableDiffusion", "load_model"]
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
     "DDIMPipeline": Pixels,
@@ -66,10 +66,6 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
     "ZImagePipeline": ZImage,
 }
 """The family of each supported pipeline class. An added entry makes its pipelines loadable."""
-MODELS = {
-    "emoji": "emoji at 64x64 from their names, shipped with this package",
-    "CompVis/stable-diffusion-v1-4": "Stable Diffusion 1.4, the paper's model (from the hub)",
-}
 
 
 def load_model(

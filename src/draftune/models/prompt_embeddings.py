@@ -101,7 +101,7 @@ class PromptEmbeddings:
     def __init__(self, model: DiffusionModel, loaders: Loaders | None = None, folder: Path | None = None) -> None:
         self.model, self.folder, self.loaders = model, folder, dict(loaders or {})
         self.placeholders = {name: text_encoders(model.pipeline)[name] for name in self.loaders}
-        self.rows: dict[tuple[str, str, str], Any] = {}
+        self.by_precision: dict[str, dict[tuple[str, str], Any]] = {}
         self.rounds = 0
         """How often the text encoders were needed."""
         self.is_fake = False
@@ -111,17 +111,17 @@ class PromptEmbeddings:
 
     def condition(self, prompts: Sequence[str], negative_prompt: str, guided: bool) -> Any:
         """Return what the model's `encode` returns for these arguments, on the model's device."""
-        self.prepare(prompts, negative_prompt, guided)
-        keys = [self.key(PROMPT, prompt) for prompt in prompts]
+        known = self.prepare(prompts, negative_prompt, guided)
+        keys = [(PROMPT, prompt) for prompt in prompts]
         if guided:
-            keys = [self.key(NEGATIVE, negative_prompt)] * len(prompts) + keys
+            keys = [(NEGATIVE, negative_prompt)] * len(prompts) + keys
         # A family without classifier-free guidance has no negative rows.
-        rows = [row for row in map(self.rows.__getitem__, keys) if row is not None]
+        rows = [row for row in map(known.__getitem__, keys) if row is not None]
         return mapped(lambda tensor: tensor.to(self.model.device), stack(rows))
 
     def prepare(
         self, prompts: Sequence[str], negative_prompt: str, guided: bool, device: torch.device | str | None = None
-    ) -> None:
+    ) -> dict[tuple[str, str], Any]:
         """Read or encode the prompts that have no row yet, then free the text encoders.
 
         If the device has no room for the text encoders, they run on the CPU.
@@ -131,38 +131,44 @@ class PromptEmbeddings:
             negative_prompt: Encoded too with guidance.
             guided: Whether guidance is used.
             device: Where the text encoders run; the denoiser's device by default.
+
+        Returns:
+            All rows of the present precision.
         """
+        rows = self.rows
         wanted = [(PROMPT, prompt) for prompt in dict.fromkeys(prompts)] + [(NEGATIVE, negative_prompt)] * guided
-        missing = [item for item in wanted if self.key(*item) not in self.rows]
+        missing = [item for item in wanted if item not in rows]
         device = torch.device(device or self.model.device)
         cache = self.cache(device) if missing else None
         if cache is not None:
-            self.rows |= {self.key(*item): row for item in missing for row in cache.read(*item)}
-            missing = [item for item in missing if self.key(*item) not in self.rows]
+            rows |= {item: row for item in missing for row in cache.read(*item)}
+            missing = [item for item in missing if item not in rows]
         if not missing:
-            return
+            return rows
         try:
             self.encode(missing, device)
         except RuntimeError as error:
             if device.type == "cpu" or not out_of_memory(error):
                 raise
             logger.warning(f"the text encoders do not fit into the memory of {device}: they run on the CPU")
-            self.encode([item for item in missing if self.key(*item) not in self.rows], torch.device("cpu"))
+            self.encode([item for item in missing if item not in rows], torch.device("cpu"))
         self.rounds += 1
         if cache is not None and not self.is_fake:
-            cache.write((item, self.rows[self.key(*item)]) for item in missing)
+            cache.write((item, rows[item]) for item in missing)
+        return rows
 
     def encode(self, items: Sequence[tuple[str, str]], device: torch.device) -> None:
         """Encode prompts one after the other, the first one together with the negative prompt if that is missing."""
         negatives = [text for kind, text in items if kind == NEGATIVE]
         prompts = [text for kind, text in items if kind == PROMPT] or [""]
+        known = self.rows
         with self.loaded(device), torch.no_grad(), self.model.autocast():
             for prompt in prompts:
                 rows = split(self.model.encode([prompt], "".join(negatives), bool(negatives)))
-                self.rows[self.key(PROMPT, prompt)] = stored(rows[-1])
+                known[PROMPT, prompt] = stored(rows[-1])
                 for negative in negatives:
                     # One row alone: the family has no classifier-free guidance.
-                    self.rows[self.key(NEGATIVE, negative)] = stored(rows[0]) if len(rows) > 1 else None
+                    known[NEGATIVE, negative] = stored(rows[0]) if len(rows) > 1 else None
                 negatives = []
 
     def holds(self, part: nn.Module) -> bool:
@@ -175,9 +181,10 @@ class PromptEmbeddings:
         identity = encoder_identity(self.model, self.folder, device) if self.folder is not None and place else None
         return EmbeddingCache(place, identity, type(self.model)) if place and identity else None
 
-    def key(self, kind: str, text: str) -> tuple[str, str, str]:
-        """Return the key of a row; rows of another precision are others."""
-        return kind, text, f"{self.model.autocast_dtype} {self.model.denoiser.dtype}"
+    @property
+    def rows(self) -> dict[tuple[str, str], Any]:
+        """Return the rows of the present precision. It is slow: the denoiser's `dtype` walks through its modules."""
+        return self.by_precision.setdefault(f"{self.model.autocast_dtype} {self.model.denoiser.dtype}", {})
 
     @contextmanager
     def loaded(self, device: torch.device) -> Iterator[None]:

@@ -96,7 +96,7 @@ def check_quantization(quantization: str, precision: str, loaded: bool = False, 
     if fake_mode() is not None:
         return  # counting needs no backend
     with silence_libraries():
-        require(BACKENDS[quantization].package, f"{name}={quantization}", "quantization")
+        require(BACKENDS[quantization].package, f"{name}={quantization}", "quant")
 
 
 def load_denoiser(

@@ -180,6 +180,11 @@ def run_file(path: Path, kind: str) -> ModuleType:
     return module
 
 
+def first_sentence(docstring: str | None) -> str:
+    """Return the first paragraph of a docstring as one line."""
+    return " ".join((docstring or "").split("\n\n")[0].split())
+
+
 def error_text(error: BaseException) -> str:
     """Return an error in one line, with the last line of code outside of libraries that it came through."""
     frames = traceback.extract_tb(error.__traceback__)

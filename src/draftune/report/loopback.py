@@ -7,6 +7,7 @@ import os
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -89,9 +90,11 @@ class LocalServer(ThreadingHTTPServer):
         try:
             super().__init__((ADDRESS, port), handler)
         except (OSError, OverflowError) as error:
-            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
-            raise DraftuneError(f"port {port} {problem}: give another (--port)") from error
+            raise port_error(port, error) from error
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's would ask the name server for this machine's name
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     @property
     def address(self) -> str:
@@ -102,6 +105,13 @@ class LocalServer(ThreadingHTTPServer):
         # A browser may close the connection during a response.
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+def port_error(port: int, error: OSError | OverflowError) -> DraftuneError:
+    """Return the error for a port that cannot be used."""
+    taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+    problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
+    return DraftuneError(f"port {port} {problem}: give another (--port)")
 
 
 def is_loopback(host: str) -> bool:

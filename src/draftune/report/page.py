@@ -27,10 +27,15 @@ def page(data: Mapping[str, Any], live: bool = False) -> str:
         name=html.escape(data["name"]),
         policy=policy(style, script, live),
         style=style,
-        # Without "<" in it, the data cannot end the script element.
-        data=json.dumps({**data, "live": live}, allow_nan=False).replace("<", "\\u003c"),
+        sections=part("sections.html"),
+        data=embedded(data, live),
         script=script,
     )
+
+
+def embedded(data: Mapping[str, Any], live: bool) -> str:
+    """Return the data as JSON for a script element: without "<" in it, it cannot end the element."""
+    return json.dumps({**data, "live": live}, allow_nan=False).replace("<", "\\u003c")
 
 
 def policy(style: str, script: str, live: bool, images: str = "data:") -> str:

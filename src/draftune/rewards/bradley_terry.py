@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -31,6 +30,8 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Return the lower and upper end of the interval."""
+        from scipy import stats  # takes 0.8 s to import
+
         found = stats.binomtest(self.correct, self.count).proportion_ci(CONFIDENCE, method="wilson")
         return float(found.low), float(found.high)
 

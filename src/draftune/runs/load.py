@@ -23,8 +23,9 @@ from draftune.lora import (
     set_lora_scale,
 )
 from draftune.lora.reader import fit
-from draftune.models import MODELS, DiffusionModel, load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
+from draftune.published import MODELS
 from draftune.runs.run_dir import run_settings
 from draftune.sampling.schedule import SAMPLER_OPTIONS
 from draftune.sampling.step_range import StepRange

@@ -45,7 +45,10 @@ COMPUTED = (
     "retain_weight",
     "batch_size",
     "prefix_reuse_steps",
+    "prefix_reuse_cosine",
     "prefix_stride",
+    "prefix_cache",
+    "prefix_precision",
     "gradient_accumulation_steps",
     "num_images_per_prompt",
     "optimizer",
@@ -96,7 +99,7 @@ SOURCES = ("model", "base_pipeline", "tiny_decoder")
 CONSTANT = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps."""
 EXPRESSIONS = {"reward": "reward", "eval_rewards": "reward", "method": "method", "optimizer": "optimizer"}
-EXPRESSIONS |= {"gradient_filter": "gradient filter"}
+EXPRESSIONS |= {"gradient_filter": "gradient filter", "prefix_cache": "prefix cache"}
 """Settings that are expressions, and the kind of their names."""
 PATHS = ("model", "head", "weights", "tokenizer", "folder", "critic", "image", "mask", "ratings", "file", "path")
 """Arguments in expressions whose values are files, folders or models."""
@@ -253,6 +256,7 @@ def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
     """Return the factories of all names in expressions, by kind."""
     from draftune.methods import all_methods
     from draftune.rewards import REWARDS
+    from draftune.sampling.call_cache import CALL_CACHES
     from draftune.training.optim import gradient_filters, optimizers
 
     return {
@@ -260,6 +264,7 @@ def tables() -> dict[str, Mapping[str, Callable[..., Any]]]:
         "method": all_methods(),
         "optimizer": optimizers(),
         "gradient filter": gradient_filters(),
+        "prefix cache": CALL_CACHES,
     }
 
 

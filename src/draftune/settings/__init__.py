@@ -100,7 +100,22 @@ class Settings:
         "for the first of them only.",
         low=1,
     )
+    prefix_reuse_cosine: float = setting(
+        0.0,
+        "Lowest cosine between the gradients from a reused and from a new prefix, such as 0.95: --prefix-reuse-steps "
+        "is then the first number, and doubles or halves to meet it; 0 fixes the number.",
+        low=0,
+        high=0.999,
+    )
     prefix_stride: int = setting(1, "Sampling steps of the prefix that training merges into one.", low=1)
+    prefix_cache: str = setting(
+        "",
+        "Cache that predicts some denoiser calls of the prefix: 'taylorseer(interval=2)' for every model, "
+        "'first_block_cache(threshold=0.05)' for some transformers; '' for none.",
+    )
+    prefix_precision: str = setting(
+        "same", "Precision in which the prefix is computed; the weights stay as they are.", choices=("same", "bf16")
+    )
     retain_prompts: str = setting(
         "",
         "Prompts on which the fine-tuned model must match the model of --init-lora, best those of that training: "

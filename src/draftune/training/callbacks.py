@@ -50,6 +50,8 @@ class Callback:
     def on_evaluate(self, step: int, row: Mapping[str, Any]) -> None:
         """Handle an evaluation.
 
+        The base model is evaluated right before the first evaluation of the fine-tuned model.
+
         Args:
             step: Number of updates before it; 0 is the base model.
             row: Its row of evaluations.jsonl.
@@ -57,6 +59,8 @@ class Callback:
 
     def on_sample(self, step: int, samples: Samples) -> None:
         """Handle a grid of sample images.
+
+        That of the base model comes after the first update.
 
         Args:
             step: Number of updates before it; 0 is the base model.

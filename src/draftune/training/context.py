@@ -67,7 +67,8 @@ class TrainContext:
     def all_prompts(self) -> list[str]:
         """Return the prompts that the run uses. Of many training prompts, a short run samples some only."""
         s, past = self.settings, self.continued_run
-        images = math.ceil(s.steps / s.prefix_reuse_steps) * s.gradient_accumulation_steps * s.batch_size
+        shared = 1 if s.prefix_reuse_cosine else s.prefix_reuse_steps
+        images = math.ceil(s.steps / shared) * s.gradient_accumulation_steps * s.batch_size
         return [
             *sampled_first(self.prompts, images // s.num_images_per_prompt, s.seed),
             *self.prompts[: max(2, s.reward_normalization_samples)],  # of the checks before training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ class BatchInput:
     """This process's share of the noise that a stochastic sampler adds, [B, C, H, W] for each step that adds some."""
     retained: BatchInput | None = None
     """The batch of the retention loss, if there is one."""
+
+    def renewed(self) -> BatchInput:
+        """Return the same prompts and noise without the latents that the prefix has reached."""
+        cache = PrefixCache(self.prefix_cache.latents[0], stride=self.prefix_cache.stride)
+        return replace(self, prefix_cache=cache, retained=self.retained and self.retained.renewed())
 
 
 @dataclass

@@ -53,7 +53,7 @@ def count_run(settings: Settings) -> MemoryCount:
         DraftuneError: as `train` would.
     """
     with without_weights() as mode:
-        trainer = Trainer(settings=replace(settings, device="cpu", compile=False))
+        trainer = Trainer(settings=replace(settings, device="cpu", compile=False, prefix_cache=""))
         return count(trainer, mode)
 
 

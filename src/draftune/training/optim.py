@@ -45,11 +45,14 @@ def sgd(
     return SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit, "sgd": sgd}
+
+
 def optimizers() -> dict[str, Callable[..., Optimizer]]:
     """Return the factories of all optimizers by name. The experimental ones are imported here, on first use."""
-    from draftune.experimental.optimizers import OPTIMIZERS
+    from draftune.experimental import optimizers
 
-    return {"adamw": adamw, "adamw_8bit": adamw_8bit, "sgd": sgd, **OPTIMIZERS}
+    return OPTIMIZERS | optimizers.OPTIMIZERS
 
 
 def gradient_filters() -> Mapping[str, Callable[..., Tensor]]:

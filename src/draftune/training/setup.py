@@ -33,6 +33,7 @@ from draftune.training.distributed import accelerator, processes_of, warn_ignore
 from draftune.training.fsdp import fsdp_requested, shard
 from draftune.training.optim import check_optimizer
 from draftune.training.placement import to_device
+from draftune.training.prefix_mode import check_prefix, check_prefix_sampler
 from draftune.training.rating import check_rating
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
@@ -69,18 +70,8 @@ def prepare(
     source = settings.prompts if prompts is None or isinstance(prompts, (str, Path)) else list(prompts)
     texts, held_out = split_prompts(source, settings.eval_prompts or "", settings.seed)
     eval_texts = held_out or None
-    if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
-        raise DraftuneError(
-            "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
-        )
-    best_columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     method = method if isinstance(method, Method) else load_method(settings.method)
-    check_method(settings, method)
-    check_quantization(settings.quantization, settings.mixed_precision, isinstance(model, DiffusionModel))
-    if settings.reward_precision in BACKENDS:
-        check_quantization(settings.reward_precision, "no", name="reward_precision")
-    check_optimizer(settings, method)
-    installed_trackers(settings)
+    best_columns = check_settings(settings, method, isinstance(model, DiffusionModel))
     past = resolve_continued_run(settings)
     if past is not None and past.kept:
         from draftune.experimental.retention import Retention
@@ -159,6 +150,34 @@ def resolve_settings(model: ModelLike | None, settings: Settings | None, values:
     return Settings.from_mapping(base | values)
 
 
+def check_settings(settings: Settings, method: Method, loaded: bool = False) -> dict[str, float]:
+    """Check what needs no file of the model or of a reward.
+
+    Args:
+        settings: The settings.
+        method: The training method.
+        loaded: Whether the model is loaded already.
+
+    Returns:
+        The weights of the columns in `metric_for_best_model`.
+
+    Raises:
+        DraftuneError: settings do not fit each other, the method or the installed packages.
+    """
+    if settings.early_stopping_patience and not (settings.validation_steps and settings.eval_prompts):
+        raise DraftuneError(
+            "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
+        )
+    columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
+    check_method(settings, method)
+    check_quantization(settings.quantization, settings.mixed_precision, loaded)
+    if settings.reward_precision in BACKENDS:
+        check_quantization(settings.reward_precision, "no", name="reward_precision")
+    check_optimizer(settings, method)
+    installed_trackers(settings)
+    return columns
+
+
 def describe(value: Any) -> str:
     """Return the text that config.yaml stores for an object that was passed in Python."""
     if isinstance(value, (str, Path)):
@@ -183,15 +202,7 @@ def check_method(settings: Settings, method: Method) -> None:
             f"must be at least {method.min_images_per_update}, not {images}"
         )
     check_groups(s, method)
-    for setting in ("prefix_reuse_steps", "prefix_stride"):
-        if getattr(s, setting) > 1 and not method.starts_without_grad():
-            raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be 1")
-    if s.prefix_reuse_steps > 1 and not method.prefix_is_reusable():
-        raise DraftuneError(
-            f"prefix_reuse_steps={s.prefix_reuse_steps} does not work with {name}: updates share the sampling steps "
-            "without gradient only if these end at the same step in each update (Method.prefix_is_reusable); "
-            "prefix_reuse_steps must be 1"
-        )
+    check_prefix(s, method)
     if s.offload and (s.quantization != "none" or s.compile or fsdp_requested()):
         raise DraftuneError("offload does not work with --quantization, --compile or FSDP: leave them out")
     if s.tiny_decoder and not method.needs_reward_gradient:
@@ -255,11 +266,7 @@ def set_up_model(
     schedule = model.schedule(s.num_inference_steps)
     method.check(schedule)
     check_trained_steps(s, method, schedule)
-    if s.prefix_stride > 1 and schedule.num_noises:
-        raise DraftuneError(
-            f"prefix_stride={s.prefix_stride} does not work with the sampler of {model.name!r}, which adds noise in "
-            "each step: prefix_stride must be 1"
-        )
+    check_prefix_sampler(s, model, schedule)
     return schedule
 
 

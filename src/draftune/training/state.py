@@ -11,7 +11,7 @@ from torch import Tensor
 from draftune.errors import DraftuneError
 from draftune.rewards import WeightedSum
 from draftune.rewards.online import carried
-from draftune.runs.checkpoint import load_optimizer, optimizer_tensors
+from draftune.runs.checkpoint import MAX_CHECKPOINTS, checkpoints, load_optimizer, optimizer_tensors
 from draftune.runs.resuming import COMPUTED
 from draftune.training.data import pending_state, read_pending
 from draftune.training.step import TrainStep
@@ -40,6 +40,7 @@ def train_state(updates: TrainStep) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors |= latents
     return {
         **pending,
+        "prefix_reuse": updates.reuse.state_dict(),
         "retain_prompts_order": updates.retain_sampler.queue,
         "reward_queries": updates.scorer.queries,
         "train_seconds": updates.seconds,
@@ -99,6 +100,7 @@ def load_train_state(
         # Started batches depend on nearly all settings: after a change, fresh ones are started.
         stride = context.settings.prefix_stride
         updates.pending = read_pending(state, tensors, context.processes, context.model.device, stride)
+        updates.reuse.load_state_dict(updates.reuse.state_dict() | state.get("prefix_reuse", {}))
     if isinstance(context.reward, WeightedSum) and same_reward:
         # Normalizing again may give weights that differ in their last digits.
         context.reward.weights = state["weights"]
@@ -107,3 +109,12 @@ def load_train_state(
         context.method.load_state_dict(state["method"] | own)
     if context.accelerator.scaler and state["scaler"]:
         context.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def disk_bytes(updates: TrainStep) -> int:
+    """Return the bytes of the checkpoints and LoRAs that the run will write; AdamW stores two moments a weight."""
+    lora = sum(parameter.nbytes for parameter in updates.parameters.values())
+    learned = sum(tensor.nbytes for tensor in carried(updates.context.reward).values())
+    copies = 4 if updates.ema is not None else 3
+    coming = max(1, MAX_CHECKPOINTS + 2 - len(checkpoints(updates.context.folder.path / "checkpoints")))
+    return coming * (copies * lora + learned) + 2 * lora

@@ -26,7 +26,10 @@ from draftune.training.fsdp import reshard
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.nonfinite import MAX_NONFINITE_STEPS, save_nonfinite, skip_or_stop
 from draftune.training.optim import RNGReplay, filter_of, learning_rates, needs_closure, optimizer_of
+from draftune.training.prefix_mode import PrefixMode
+from draftune.training.prefix_reuse import PrefixReuse, adapt_reuse
 from draftune.training.reward_step import NonFiniteError, Scorer
+from draftune.training.update_row import update_row
 
 
 class TrainStep:
@@ -37,7 +40,7 @@ class TrainStep:
 
     Attributes:
         parameters: The trainable LoRA tensors by name.
-        pending: Current batches: prompt indices, noise and cached prefix. They serve `prefix_reuse_steps` updates.
+        pending: Current batches: prompt indices, noise and cached prefix. They serve `reuse.steps` updates.
         norms: Gradient norms of the current update before clipping, one for each backward pass.
         skipped, skipped_in_a_row: Updates skipped because of a reward or gradient that is not finite.
         without_gradient: Consecutive updates whose gradient was exactly 0.
@@ -66,7 +69,9 @@ class TrainStep:
         self.retain_sampler = PromptSampler(len(context.retained), self.generator)
         self.gradient_check = GradientCheck(self.parameters)
         self.scorer = Scorer(context)
+        self.prefix_mode = PrefixMode(s, context.model)
         self.pending: list[BatchInput] = []
+        self.reuse = PrefixReuse(s.prefix_reuse_steps, s.prefix_reuse_cosine)
         self.overflows = self.skipped = self.skipped_in_a_row = 0
         self.norms: list[float] = []
         self.without_gradient = 0
@@ -90,6 +95,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         begin_step(self.context.reward, step)
+        measured = adapt_reuse(self, step)
         self.sample_inputs()
         records: list[BatchRecord] = []
         self.norms = []
@@ -101,14 +107,19 @@ class TrainStep:
         except NonFiniteError as error:
             self.handle_nonfinite(step, records, error)
         self.without_gradient = 0 if any(self.norms or [math.nan]) else self.without_gradient + 1
-        if step % self.context.settings.prefix_reuse_steps == 0:
-            self.pending = []
+        self.reuse.count()
+        if not self.pending or (self.reuse.finished and not self.reuse.due):
+            self.replace_pending()
         reshard(self.context.model)
         for learned in carried(self.context.reward).values():
             # Each process updated it with images of its own.
             learned.copy_(self.context.processes.gather(learned[None]).mean(0))
         self.seconds += time.perf_counter() - start
-        return self.logs(step, rate, records)
+        return update_row(self, step, rate, records) | measured
+
+    def replace_pending(self) -> None:
+        """Discard the batches and their prefixes, so that the next update samples others."""
+        self.pending, self.reuse.used = [], 0
 
     def sample_inputs(self) -> None:
         """Choose prompts and noise for the batches of an update, unless the update before left them."""
@@ -129,17 +140,23 @@ class TrainStep:
     def batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
         for item in self.pending:
-            records.append(BatchRecord([self.context.prompts[i] for i in item.prompt_indices], item.noise))
-            batch = self.batch(step, item, records[-1])
-            if item.retained is not None:
-                retained = BatchRecord(
-                    [self.context.retained[i] for i in item.retained.prompt_indices], item.retained.noise
-                )
-                batch.retention_batch = self.batch(step, item.retained, retained)
-            yield batch
+            records.append(self.record(item))
+            yield self.batch(step, item, records[-1])
+
+    def record(self, item: BatchInput) -> BatchRecord:
+        """Return an empty record of a batch."""
+        return BatchRecord([self.context.prompts[i] for i in item.prompt_indices], item.noise)
 
     def batch(self, step: int, item: BatchInput, record: BatchRecord) -> Batch:
         """Return this process's share of a batch; its scores are stored in `record`."""
+        batch = self.batch_of(step, item, record)
+        if (kept := item.retained) is not None:
+            names = [self.context.retained[i] for i in kept.prompt_indices]
+            batch.retention_batch = self.batch_of(step, kept, BatchRecord(names, kept.noise))
+        return batch
+
+    def batch_of(self, step: int, item: BatchInput, record: BatchRecord) -> Batch:
+        """Return this process's share of a batch, without its retention batch."""
         c, s = self.context, self.context.settings
         own = c.processes.shard(record.prompts)
         denoise, base = c.model.denoisers_for(own, c.schedule, s.guidance_scale, s.negative_prompt)
@@ -157,6 +174,7 @@ class TrainStep:
             record.prompts,
             images_per_prompt=s.num_images_per_prompt,
             parameters=self.parameters,
+            prefix_mode=self.prefix_mode,
         )
 
     def optimize(self, step: int, records: list[BatchRecord]) -> None:
@@ -242,34 +260,6 @@ class TrainStep:
         with processes.raise_on_all_ranks():
             skip_or_stop(error, self.folder, step, skip, self.skipped_in_a_row)
 
-    def logs(self, step: int, rate: float, records: Sequence[BatchRecord]) -> dict[str, float]:
-        """Return the update's row of metrics.jsonl. Raises DraftuneError if the method scored no image."""
-        s, norms = self.context.settings, self.norms or [math.nan]
-        # An optimizer with a closure scores the same batches several times: log the first evaluation.
-        scored = [batch for batch in records[: s.gradient_accumulation_steps] if batch.reward is not None]
-        if not scored:
-            raise DraftuneError(f"the method {s.method!r} scored no image")
-        reward = torch.cat([batch.reward for batch in scored if batch.reward is not None])
-        parts = {label: torch.cat([batch.parts[label] for batch in scored]) for label in scored[0].parts}
-        row = {
-            "step": step,
-            "reward": float(reward.mean()),
-            "reward_std": float(reward.std(unbiased=False)),
-            "reward_queries": self.scorer.queries,
-            "grad_norm": norms[0],
-            "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
-            "learning_rate": rate,
-            "train_seconds": round(self.seconds, 4),
-            **self.context.method.metrics(),
-        }
-        if self.gradient_noise is not None:
-            row["gradient_snr"] = self.gradient_noise.ratio
-        if len(parts) > 1:
-            row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
-        if self.skipped:
-            row["nonfinite_steps"] = self.skipped
-        return row
-
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Give the LoRA its averaged weights inside the block, if there is a moving average."""
@@ -283,10 +273,3 @@ class TrainStep:
             yield
         finally:
             self.ema.restore(weights)
-
-
-def clipped_share(norms: Sequence[float], max_grad_norm: float) -> float:
-    """Return the fraction of gradients that were scaled down to `max_grad_norm`; NaN if a norm is not finite."""
-    if not all(map(math.isfinite, norms)):
-        return math.nan
-    return sum(norm > (max_grad_norm or math.inf) for norm in norms) / len(norms)

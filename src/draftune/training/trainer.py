@@ -16,15 +16,7 @@ from draftune.lora import save_lora
 from draftune.methods import Method
 from draftune.registry.factories import error_text
 from draftune.rewards import Reward
-from draftune.rewards.online import carried
-from draftune.runs.checkpoint import (
-    MAX_CHECKPOINTS,
-    checkpoints,
-    load_random_state,
-    random_state,
-    read_state,
-    read_tensors,
-)
+from draftune.runs.checkpoint import checkpoints, load_random_state, random_state, read_state, read_tensors
 from draftune.runs.environment import environment
 from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
@@ -43,7 +35,7 @@ from draftune.training.setup import (
     with_normalized_reward,
 )
 from draftune.training.signals import graceful_interrupt
-from draftune.training.state import load_train_state, train_state
+from draftune.training.state import disk_bytes, load_train_state, train_state
 from draftune.training.step import TrainStep
 from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Validation
@@ -136,7 +128,7 @@ class Trainer:
                 with self.processes.raise_on_all_ranks():
                     if self.processes.main:
                         known = {"reward_check": report, "environment": environment(self.context.accelerator.device)}
-                        self.folder.create(self.settings, self.required_disk_bytes(), **known)
+                        self.folder.create(self.settings, disk_bytes(self.train_step), **known)
                 self.run()
         finally:
             self.rating.close()
@@ -146,13 +138,15 @@ class Trainer:
         return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.validation.comparison())
 
     def run(self) -> None:
-        """Evaluate the base model, train, and evaluate the fine-tuned model."""
+        """Train, with samples and evaluations of the base and the fine-tuned model."""
         try:
             self.notify("on_train_begin", self)
             if not self.folder.checkpoint:
                 self.save_checkpoint()
-            # In a resumed run too, the LoRA is 0 until the checkpoint is loaded: these are the base model's images.
-            self.log_and_evaluate()
+            if self.validation.base_comes_first:
+                # In a resumed run too, the LoRA is 0 until the checkpoint is loaded.
+                self.log_images()
+                self.evaluate()
             if self.folder.checkpoint:
                 self.load_checkpoint(self.folder.checkpoint)
             with graceful_interrupt() as stop_requested:
@@ -163,7 +157,8 @@ class Trainer:
                         with self.train_step.averaged():
                             save_lora(self.model, self.folder.path / "lora")
                 self.save_checkpoint()  # the last evaluation may take long
-                self.log_and_evaluate()
+                self.log_images()
+                self.evaluate()
                 self.save_checkpoint(finished=True)
         except BaseException:
             with suppress(DraftuneError):
@@ -209,6 +204,7 @@ class Trainer:
                 logs = self.step()
                 bar.set_postfix(reward=f"{logs['reward']:.3f}", grad=f"{logs['grad_norm']:.2g}")
                 bar.update()
+                self.log_base_images()
                 if self.global_step == s.steps:
                     break  # `run` samples, evaluates and saves after the last update
                 if s.log_images_steps and self.global_step % s.log_images_steps == 0:
@@ -237,25 +233,30 @@ class Trainer:
             self.checks.check_images_changed(self.global_step)
         return logs
 
-    def log_and_evaluate(self) -> None:
-        """Sample a grid of images and evaluate the model."""
-        self.log_images()
-        self.evaluate()
-
     def log_images(self) -> None:
         """Sample a grid of images, with the averaged LoRA if there is a moving average."""
+        self.log_base_images()
         with self.train_step.averaged():
-            samples = self.validation.log_samples(self.global_step)
-        if samples is not None:
-            self.notify("on_sample", self.global_step, samples)
+            self.log_samples(self.global_step)
+
+    def log_base_images(self) -> None:
+        """Sample a grid of images of the base model, once. It comes after the first update, which is sooner seen."""
+        if self.validation.last_shown < 0:
+            with self.validation.base_model():
+                self.log_samples(0)
+
+    def log_samples(self, step: int) -> None:
+        """Sample a grid of images and notify the callbacks."""
+        if (samples := self.validation.log_samples(step)) is not None:
+            self.notify("on_sample", step, samples)
 
     def evaluate(self) -> None:
-        """Evaluate the model, with the averaged LoRA if there is a moving average."""
+        """Evaluate the model, with the averaged LoRA if there is a moving average; the base model before it, once."""
         counted = {"reward_queries": self.train_step.scorer.queries, "train_seconds": round(self.train_step.seconds, 4)}
         with self.train_step.averaged():
-            row = self.validation.evaluate(self.global_step, counted)
-        if row is not None:
-            self.notify("on_evaluate", self.global_step, row)
+            rows = self.validation.evaluate(self.global_step, counted)
+        for row in rows:
+            self.notify("on_evaluate", row["step"], row)
 
     def save_checkpoint(self, finished: bool = False) -> None:
         """Save the state of the run. Every process must call it."""
@@ -278,14 +279,6 @@ class Trainer:
         """Return the part of an error that says which checkpoint the run can be resumed from."""
         newest = checkpoints(self.folder.path / "checkpoints")
         return f"the same command resumes from {newest[-1].name}" if newest else "there is no checkpoint"
-
-    def required_disk_bytes(self) -> int:
-        """Return the bytes of the checkpoints and LoRAs that the run will write; AdamW stores two moments a weight."""
-        lora = sum(parameter.nbytes for parameter in self.train_step.parameters.values())
-        learned = sum(tensor.nbytes for tensor in carried(self.reward).values())
-        copies = 4 if self.train_step.ema is not None else 3
-        coming = max(1, MAX_CHECKPOINTS + 2 - len(checkpoints(self.folder.path / "checkpoints")))
-        return coming * (copies * lora + learned) + 2 * lora
 
     def notify(self, event: str, *arguments: Any) -> None:
         """Call one method of every callback. Raises DraftuneError that names the callback that failed."""

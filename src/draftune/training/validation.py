@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, default_criterion
@@ -16,12 +19,17 @@ from draftune.evaluation.metrics import (
     evaluate,
     score_batches,
 )
-from draftune.lora import save_lora
-from draftune.runs.checkpoint import preserve_rng
+from draftune.lora import lora_parameters, save_lora
+from draftune.rewards import Reward
+from draftune.rewards.base import sub_rewards
+from draftune.rewards.online import OnlineReward
+from draftune.runs.checkpoint import load_random_state, preserve_rng, random_state
 from draftune.runs.logs import EVALUATIONS, SAMPLES
 from draftune.training.callbacks import Samples
 from draftune.training.context import TrainContext
 from draftune.training.early_stopping import EarlyStopping
+from draftune.training.optim import UP
+from draftune.training.trackers import installed_trackers
 from draftune.utils.images import grid, save_image, to_pil
 from draftune.utils.logging import logger
 
@@ -32,16 +40,26 @@ class Validation:
     Attributes:
         shown: Prompts of the sample grids.
         evaluations: The first and the last evaluation, by update.
-        guard: Early stopping, from the first evaluation on.
-        last_shown: Update of the last sample grid.
+        last_shown: Update of the last sample grid, -1 before the base model's.
     """
 
     def __init__(self, context: TrainContext) -> None:
         self.context = context
         self.shown = context.log_prompts
         self.evaluations: dict[int, Evaluation] = {}
-        self.guard: EarlyStopping | None = None
         self.last_shown = -1
+        self.random_at_start = random_state()
+
+    @property
+    def base_comes_first(self) -> bool:
+        """Return whether the base model is evaluated before the first update, not with the first evaluation after it.
+
+        A reward that changes during training scores the base model as it is at the start. Hosted trackers refuse a step
+        that is lower than the last one.
+        """
+        s, parts = self.context.settings, sub_rewards(self.context.reward).values()
+        changes = any(isinstance(part, OnlineReward) or type(part).on_step is not Reward.on_step for part in parts)
+        return bool(s.rate_every) or changes or installed_trackers(s) not in ([], ["tensorboard"])
 
     @preserve_rng()
     def log_samples(self, step: int) -> Samples | None:
@@ -75,20 +93,49 @@ class Validation:
         save_image(sheet, folder.path / "before_after.png")
         return samples
 
-    @preserve_rng()
-    def evaluate(self, step: int, counted: Mapping[str, float]) -> dict[str, Any] | None:
+    def evaluate(self, step: int, counted: Mapping[str, float]) -> list[dict[str, Any]]:
         """Evaluate the model on the evaluation prompts, if there are any, and save the LoRA if it is the best so far.
+
+        The first time, the base model is evaluated before it.
 
         Args:
             step: Number of updates so far.
             counted: Further columns of the row, such as the seconds of training.
 
         Returns:
-            The new row of evaluations.jsonl; None if this update was evaluated before.
+            The new rows of evaluations.jsonl; none for an update that was evaluated before.
         """
+        if not self.context.eval_prompts or step in self.evaluations:
+            return []
+        rows = []
+        if step and 0 not in self.evaluations:
+            count = len(self.context.eval_prompts) * self.context.settings.num_validation_images
+            logger.info(f"update {step}: the base model is evaluated first, on {count} images")
+            with self.base_model():
+                rows.append(self.evaluate_now(0, {name: type(value)() for name, value in counted.items()}))
+        rows.append(self.evaluate_now(step, counted))
+        return [row for row in rows if row is not None]
+
+    @contextmanager
+    def base_model(self) -> Iterator[None]:
+        """Set the LoRA to 0 inside the block, and the global random generators to their states at the start."""
+        ups = [tensor for name, tensor in lora_parameters(self.context.model).items() if UP in name]
+        trained = [tensor.detach().clone() for tensor in ups]
+        with preserve_rng(), torch.no_grad():
+            load_random_state(*self.random_at_start)
+            for tensor in ups:
+                tensor.zero_()
+            try:
+                yield
+            finally:
+                for tensor, values in zip(ups, trained, strict=True):
+                    tensor.copy_(values)
+
+    @preserve_rng()
+    def evaluate_now(self, step: int, counted: Mapping[str, float]) -> dict[str, Any] | None:
+        """Evaluate the model. Return the row of `evaluate`, None if the log has one of this update."""
         context, s, device = self.context, self.context.settings, self.context.model.device
-        if not context.eval_prompts or step in self.evaluations:
-            return None
+        assert context.eval_prompts
         evaluation = evaluate(
             context.sample_images,
             context.reward,
@@ -105,7 +152,7 @@ class Validation:
         measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": evaluation.stderr}
         # Processes may differ in the last digits, but must decide alike.
         row = context.processes.broadcast(measured)
-        guard = self.guard = self.guard or self.resumed_guard()
+        guard = self.guard
         if any(row["step"] == old["step"] for old in guard.rows):
             return None
         row["best"] = guard.update(row)
@@ -116,8 +163,9 @@ class Validation:
             logger.warning(warning)
         return dict(row)
 
-    def resumed_guard(self) -> EarlyStopping:
-        """Return early stopping with the evaluations before the checkpoint that the run is resumed from."""
+    @cached_property
+    def guard(self) -> EarlyStopping:
+        """Return early stopping, with the evaluations before the checkpoint that the run is resumed from."""
         context = self.context
         rule = default_criterion(context.settings.metric_for_best_model, context.eval_rewards)
         guard = EarlyStopping(
@@ -154,13 +202,13 @@ class Validation:
 
     @property
     def best(self) -> int | None:
-        """Return the update of the best evaluation."""
-        return int(self.guard.best["step"]) if self.guard and self.guard.best else None
+        """Return the update of the best evaluation. Before the first one that is the base model."""
+        return int(self.guard.best["step"]) if self.guard.best else 0 if self.context.eval_prompts else None
 
     @property
     def should_stop(self) -> bool:
         """Return whether early stopping ends the run."""
-        return self.guard is not None and self.guard.should_stop
+        return self.guard.should_stop
 
     def comparison(self) -> Comparison | None:
         """Return the base model's evaluation and the last one; None without evaluations."""

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
+
+local: ContextVar[bool] = ContextVar("local", default=False)
+
+
+class NotLocalError(DraftuneError):
+    """The files of a hub id are not in the hub's cache, and could not be downloaded."""
+
+
+@contextmanager
+def local_files_only() -> Iterator[None]:
+    """Make no request to the hub inside the block: `fetch` returns what is in the cache, or fails."""
+    token = local.set(True)
+    try:
+        yield
+    finally:
+        local.reset(token)
 
 
 def is_hub_id(name: str) -> bool:
@@ -38,11 +56,13 @@ def reachable(name: str, repo_type: str = "model") -> bool:
     """Return whether the hub responds to one request for the metadata of a model's or data set's repository.
 
     The request takes at most HF_HUB_ETAG_TIMEOUT seconds (an environment variable of huggingface_hub, default 10). With
-    HF_HUB_OFFLINE set no request is made.
+    HF_HUB_OFFLINE set, and inside `local_files_only`, no request is made.
 
     Raises:
         RepositoryNotFoundError: The hub responds that the repository does not exist, or that access is denied.
     """
+    if local.get():
+        return False
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -105,7 +125,7 @@ def unreachable(
         error, LocalEntryNotFoundError
     ):
         return DraftuneError(f"there is no {what} on the hub, or none that you may read ({option})")
-    return DraftuneError(
+    return NotLocalError(
         f"{what} is not on this machine and could not be fetched from the hub: download it where there is a network "
         f"({' '.join(['hf download', name, file]).strip()}) and give the {kind} to {option}"
     )

@@ -1,0 +1,147 @@
+"""What the page's buttons do. Every request has passed the checks of its origin and token."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from starlette.background import BackgroundTask
+from starlette.datastructures import FormData
+from starlette.responses import FileResponse, RedirectResponse, Response
+
+from draftune.errors import DraftuneError
+from draftune.report.card import write_card
+from draftune.runs.export import export_lora
+from draftune.ui.context import Context
+from draftune.ui.drafts import commands
+from draftune.ui.processes import CHECK, SWEEP, TRAIN
+from draftune.ui.state import RESULT, run_state
+
+FORMATS = {
+    "diffusers": "diffusers (a folder, zipped)",
+    "comfyui": "ComfyUI (one .safetensors file)",
+    "kohya": "AUTOMATIC1111 (one .safetensors file; Stable Diffusion 1, 2 and XL)",
+}
+"""The formats of a LoRA that can be downloaded. A merged model is too large for a download: `draftune export`."""
+
+
+def text(form: FormData, name: str, default: str = "") -> str:
+    """Return a text of a form."""
+    value = form.get(name, default)
+    return value.strip() if isinstance(value, str) else default
+
+
+def start(context: Context, name: str, form: FormData) -> Response:
+    """Start a run, or resume it by the same command."""
+    state = run_state(context.folder, context.jobs, name)
+    if not state.can_start:
+        raise DraftuneError(f"{name!r} cannot be started: {state.label.lower()}")
+    if context.jobs.get(name, TRAIN) is not None:
+        context.jobs.resume(name)
+    elif state.key == "draft":
+        context.jobs.submit(name, TRAIN, commands(context.folder, name)[TRAIN])
+    else:
+        run = context.folder.run(name)
+        context.jobs.submit(name, TRAIN, ["train", "--config", str(run / "config.yaml"), "--output", str(run)])
+    return back(name)
+
+
+def stop(context: Context, name: str, form: FormData) -> Response:
+    """Stop a run after its present update, a check or a comparison of scales."""
+    kind = text(form, "kind", TRAIN)
+    context.jobs.stop(name, kind)
+    return back(name)
+
+
+def check(context: Context, name: str, form: FormData) -> Response:
+    """Measure, or with "count" count, what a run needs. Counting does not wait for the device."""
+    what = "count" if text(form, "count") else CHECK
+    (context.folder.record(name) / RESULT).unlink(missing_ok=True)
+    context.jobs.submit(name, CHECK, commands(context.folder, name)[what], waits=what == CHECK)
+    return back(name, "check")
+
+
+def sweep(context: Context, name: str, form: FormData) -> Response:
+    """Sample and score images at several scales of the LoRA."""
+    needs_lora(context, name)
+    arguments = commands(context.folder, name, text(form, "scales"), text(form, "images", "2"))[SWEEP]
+    context.jobs.submit(name, SWEEP, arguments)
+    return back(name, "take")
+
+
+def export(context: Context, name: str, form: FormData) -> Response:
+    """Send the LoRA in a format of other tools."""
+    format, scale = text(form, "format"), text(form, "scale", "1")
+    if format not in FORMATS:
+        raise DraftuneError(f"unknown format {format!r}: {', '.join(FORMATS)}")
+    try:
+        factor = float(scale)
+    except ValueError as error:
+        raise DraftuneError(f"the scale must be a number, not {scale!r}") from error
+    best = chosen(context, name, form)
+
+    def write(folder: Path) -> Path:
+        target = folder / (name if format == "diffusers" else f"{name}.safetensors")
+        return export_lora(context.folder.run(name), target, format, factor, best)
+
+    return download(context, write)
+
+
+def card(context: Context, name: str, form: FormData) -> Response:
+    """Send the LoRA with its model card, image and settings."""
+    best, license = chosen(context, name, form), text(form, "license")
+    return download(
+        context, lambda folder: write_card(context.folder.run(name), folder / name, best=best, license=license)
+    )
+
+
+def chosen(context: Context, name: str, form: FormData) -> bool:
+    """Return whether the best LoRA was chosen. Raises DraftuneError if the run has not saved the chosen one."""
+    best = text(form, "which") == "best"
+    if not best:
+        needs_lora(context, name)
+    elif not context.folder.lora(name, best=True):
+        raise DraftuneError(f"{name!r} has no best LoRA: no evaluation has selected one")
+    return best
+
+
+def needs_lora(context: Context, name: str) -> None:
+    """Raise DraftuneError unless the run has saved a LoRA."""
+    if not context.folder.lora(name):
+        raise DraftuneError(f"{name!r} has no LoRA yet: it is saved when the run stops or ends")
+
+
+def download(context: Context, write: Callable[[Path], Path]) -> Response:
+    """Send a file, or a folder as .zip. It is written into a temporary folder, which is deleted afterwards."""
+    temporary = TemporaryDirectory()
+    try:
+        path = write(Path(temporary.name))
+        if path.is_dir():
+            path = Path(shutil.make_archive(str(path), "zip", path.parent, path.name))
+    except BaseException:
+        temporary.cleanup()
+        raise
+    kind = "application/zip" if path.suffix == ".zip" else "application/octet-stream"
+    return FileResponse(path, media_type=kind, filename=path.name, background=BackgroundTask(temporary.cleanup))
+
+
+def delete(context: Context, name: str, form: FormData) -> Response:
+    """Delete a draft. The page deletes no run."""
+    if run_state(context.folder, context.jobs, name).busy or context.folder.run(name).exists():
+        raise DraftuneError(f"{name!r} is a run: the page deletes drafts only")
+    shutil.rmtree(context.folder.record(name))
+    return RedirectResponse("/", HTTPStatus.SEE_OTHER)
+
+
+def back(name: str, part: str = "") -> Response:
+    """Send the browser to a run's page."""
+    return RedirectResponse(f"/runs/{name}/{f'#{part}' if part else ''}", HTTPStatus.SEE_OTHER)
+
+
+ACTIONS: dict[str, Callable[[Context, str, FormData], Response]] = {
+    action.__name__: action for action in (start, stop, check, sweep, export, card, delete)
+}
+"""The actions on a run by the last part of their address."""

@@ -1,0 +1,172 @@
+"""What the page says of a run: its state, its progress, and what can be done with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from draftune.errors import DraftuneError
+from draftune.report.collect import SWEEP as SWEPT
+from draftune.report.collect import read_json
+from draftune.runs.logs import METRICS
+from draftune.runs.run_dir import CONFIG, read_settings
+from draftune.settings import Settings
+from draftune.ui.folder import RunsFolder
+from draftune.ui.processes import CHECK, SWEEP, TRAIN, Jobs
+from draftune.utils.tables import duration
+
+LABELS = {
+    "draft": "Not started",
+    "waiting": "Waiting",
+    "starting": "Starting",
+    "training": "Training",
+    "stopping": "Stopping",
+    "stopped": "Stopped",
+    "finished": "Finished",
+    "failed": "Failed",
+    "elsewhere": "Not finished",
+}
+"""The name of each state. Runs of the command line that are not finished are "elsewhere"."""
+RESULT = "check-result.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run.
+
+    Attributes:
+        name: The run's name.
+        key: A key of LABELS.
+        step: The updates so far.
+        steps: The updates that were asked for; 0 if the settings cannot be read.
+        detail: A sentence on the state.
+        facts: Model, reward and method, for the list.
+        has_data: Whether the page has curves and images to show.
+        has_lora: Whether there is a LoRA to take.
+        has_best: Whether there is a LoRA of the best evaluation.
+    """
+
+    name: str
+    key: str
+    step: int
+    steps: int
+    detail: str
+    facts: str
+    has_data: bool
+    has_lora: bool
+    has_best: bool
+
+    @property
+    def label(self) -> str:
+        """Return the name of the state."""
+        return LABELS[self.key]
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a process of the run waits or is running."""
+        return self.key in ("waiting", "starting", "training", "stopping")
+
+    @property
+    def can_start(self) -> str:
+        """Return the text of the button that starts the run; empty if it cannot be started."""
+        return {"draft": "Start", "stopped": "Resume", "failed": "Try again", "elsewhere": "Resume"}.get(self.key, "")
+
+
+def run_state(folder: RunsFolder, jobs: Jobs, name: str) -> RunState:
+    """Return the state of a run or draft."""
+    settings, last = settings_of(folder, name), folder.last_update(name)
+    step, steps = int(last.get("step", 0)), settings.steps if settings else 0
+    key = state_key(folder, jobs, name, step)
+    facts = f"{settings.model}, {settings.reward}, {settings.method}" if settings else "its settings cannot be read"
+    return RunState(
+        name,
+        key,
+        step,
+        steps,
+        detail(jobs, name, key, last, steps),
+        facts,
+        folder.has_run(name),
+        folder.lora(name),
+        folder.lora(name, best=True),
+    )
+
+
+def state_key(folder: RunsFolder, jobs: Jobs, name: str, step: int) -> str:
+    """Return the key of a run's state in LABELS."""
+    job = jobs.get(name, TRAIN)
+    if job is not None and not job.ended:
+        if job.pid is None:
+            return "waiting"
+        begun = step and (folder.run(name) / METRICS).stat().st_mtime > job.since
+        return "stopping" if job.stopped else "training" if begun else "starting"
+    if folder.finished(name):
+        return "finished"
+    if job is None:
+        return "elsewhere" if folder.has_run(name) else "draft"
+    return "stopped" if job.stopped else "failed"
+
+
+def detail(jobs: Jobs, name: str, key: str, last: dict[str, Any], steps: int) -> str:
+    """Return a sentence on the state of a run."""
+    step = int(last.get("step", 0))
+    if key == "waiting":
+        before = next((job.name for job in jobs.open() if job.waits and job.pid is not None), "")
+        return f"It starts when {before} has ended, if this page is being served then." if before else ""
+    if key == "starting":
+        return "The model and the rewards are loaded, and the base model is evaluated."
+    if key == "training" and step < steps and (seconds := float(last.get("train_seconds", 0.0))):
+        return f"About {duration(seconds / step * (steps - step))} of updates left."
+    if key == "training":
+        return "The last evaluation is running."
+    if key == "stopping":
+        return "The present update is finished, then everything is saved."
+    if key == "stopped":
+        return "The LoRA of its last update is saved. It resumes exactly where it stopped." if step else ""
+    if key == "failed":
+        return jobs.error(name, TRAIN)
+    return "It was started on the command line." if key == "elsewhere" else ""
+
+
+def settings_of(folder: RunsFolder, name: str) -> Settings | None:
+    """Return the settings of a run as they were asked for; None if there are none that can be read."""
+    for path in (folder.settings(name), folder.run(name) / CONFIG):
+        if path.is_file():
+            return settings_at(path, path.stat().st_mtime_ns)
+    return None
+
+
+@lru_cache(maxsize=1000)
+def settings_at(path: Path, changed: int) -> Settings | None:
+    """Return the settings in a file that was changed at this time; None if they cannot be read."""
+    try:
+        return read_settings(path)
+    except DraftuneError:
+        return None
+
+
+def check_state(folder: RunsFolder, jobs: Jobs, name: str) -> dict[str, Any] | None:
+    """Return the state of a draft's check: whether it is running, its error, or its result; None if there was none."""
+    if (job := jobs.get(name, CHECK)) is None:
+        return None
+    if not job.ended:
+        return {"busy": True, "waiting": job.pid is None}
+    if result := read_json(folder.record(name) / RESULT):
+        first, best = result["trials"][0], result["trials"][-1]
+        return {"busy": False, "result": result, "fits_as_asked": result["fits"] and not result["changes"]} | {
+            "first": first,
+            "best": best,
+        }
+    return {"busy": False, "error": "" if job.stopped else jobs.error(name, CHECK)}
+
+
+def sweep_state(jobs: Jobs, name: str) -> dict[str, Any]:
+    """Return whether the scales of a run's LoRA are being compared, and whether the last comparison ended well."""
+    job = jobs.get(name, SWEEP)
+    if job is None or not job.ended:
+        return {"busy": job is not None, "waiting": job is not None and job.pid is None}
+    written = (jobs.folder.run(name) / SWEPT).is_file() and (
+        jobs.folder.run(name) / SWEPT
+    ).stat().st_mtime > job.created
+    return {"busy": False, "done": written, "error": "" if written or job.stopped else jobs.error(name, SWEEP)}
