@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 import pytest
 import torch
 
@@ -68,3 +69,50 @@ def test_hinge_loss_has_margins_of_1(recipe: Callable[[str], ModuleType], monkey
     monkeypatch.setattr(discriminator, "forward", lambda images: images)
     real, fake = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 0.25]])
     assert discriminator.loss(real, fake) == pytest.approx(0.25 + 0.625)
+
+
+def test_damage_of_strength_0_is_none_and_of_strength_1_is_visible(recipe: Callable[[str], ModuleType]) -> None:
+    augment = recipe("augment")
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    for change in (augment.coarse, augment.noisy, augment.tinted, augment.smeared, augment.patched):
+        unchanged, changed = (change(images, torch.full((4, 1, 1, 1), amount)) for amount in (0.0, 1.0))
+        torch.testing.assert_close(unchanged, images, atol=1e-5, rtol=0)
+        assert (changed - images).abs().mean() > 0.05
+
+
+def test_targets_of_a_batch(recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intact images have the target of their style, over-optimized ones the least, damaged ones less by strength."""
+    aesthetic = recipe("aesthetic")
+    monkeypatch.setattr(aesthetic, "augmented", lambda x, strength: x)
+    monkeypatch.setattr(aesthetic, "damaged", lambda x: (x, torch.full((len(x),), 0.5)))
+    styles = torch.tensor([3.0, 8.0])
+    images = styles.view(1, 2, 1, 1, 1).expand(5, 2, 3, 4, 4) / 10
+    exploited = torch.full((7, 4, 4, 3), 255, dtype=torch.uint8)
+    for worst, count in ((exploited, 20), (exploited[:0], 0)):
+        x, y = aesthetic.pick(images, styles, worst, 100)
+        own = x[:, 0, 0, 0] * 10
+        kept = (100 - count) // 2
+        torch.testing.assert_close(y[:kept], own[:kept])
+        assert (own[kept : kept + count] == 10).all()
+        assert (y[kept : kept + count] == 1).all()
+        torch.testing.assert_close(y[kept + count :], (own[kept + count :] + 1) / 2)
+
+
+def test_scores_are_bounded(recipe: Callable[[str], ModuleType]) -> None:
+    torch.testing.assert_close(
+        recipe("aesthetic").bounded(torch.tensor([-99.0, 0.0, 99.0])), torch.tensor([0.0, 5, 10])
+    )
+
+
+def test_the_judge_and_the_rewards_share_no_over_optimized_image(
+    recipe: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    exploit = recipe("exploit")
+    (tmp_path / "exploited").mkdir()
+    assert [len(exploit.load_exploited(tmp_path, judge)) for judge in (True, False)] == [0, 0]
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 128, 128, 3).numpy()
+    numpy.savez(tmp_path / "exploited" / "round-1.npz", images=images)
+    numbers = [exploit.load_exploited(tmp_path, judge)[:, 0, 0, 0].tolist() for judge in (True, False)]
+    assert numbers == [[0, 4], [1, 2, 3, 5, 6, 7]]
+    assert exploit.sample_exploited(exploit.load_exploited(tmp_path), 5).shape == (5, 3, 128, 128)

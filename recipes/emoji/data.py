@@ -94,18 +94,20 @@ class Emoji:
     styles: list[str]
 
     @classmethod
-    def load(cls, folder: Path, size: int = SIZE) -> Emoji:
-        """Load the data set, with images resized to `size` by the filter that the rewards' image processors use."""
+    def load(cls, folder: Path) -> Emoji:
+        """Load the data set."""
         data = np.load(folder / "emoji.npz")
-        images = data["images"]
-        if size != SIZE:
-            resized = (Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in images)
-            images = np.stack([np.asarray(image) for image in resized])
-        return cls(images, data["names"].tolist(), data["styles"].tolist())
+        return cls(data["images"], data["names"].tolist(), data["styles"].tolist())
 
     @property
     def vocabulary(self) -> list[str]:
         return sorted(set(self.names))
+
+
+def table(emoji: Emoji) -> np.ndarray:
+    """Return the image indices [names, styles], names in alphabetical order."""
+    number = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}
+    return np.array([[number[name, style] for style in STYLES] for name in emoji.vocabulary])
 
 
 def held_out_names(names: list[str]) -> set[str]:

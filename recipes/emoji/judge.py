@@ -2,9 +2,10 @@
 
     python recipes/emoji/judge.py --data build/emoji --output build/emoji/judge
 
-Only the images are the same as for the rewards: seed, architecture, objective and augmentation differ. It resumes from
-its checkpoint in --output, writes `emoji-judge` into --assets in half precision and evaluates it. With --evaluate it
-only evaluates.
+Only the images are the same as for the rewards: seed, architecture, objective and augmentation differ. Beside the three
+styles it knows a fourth, `damaged`: coarse pixels, JPEG artifacts and mixtures of two emoji, and images of
+over-optimized models (exploit.py), other ones than the rewards are trained on. It resumes from its checkpoint in
+--output, writes `emoji-judge` into --assets in half precision and evaluates it. With --evaluate it only evaluates.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 from common import Progress, autocast, cosine, load_state, percent, pick_device, save_state, to_float, uniform
 from data import COMMON, STYLES, Emoji
+from exploit import load_exploited, sample_exploited
 
-SIZE = 64
+SIZE = 128
+DAMAGED = "damaged"
+LABELS = (*STYLES, DAMAGED)
 
 
 def judge_config(names: list[str]) -> ResNetConfig:
-    """Return the network's config. The classes are the names in alphabetical order, then the styles."""
-    labels = names + [f"style: {style}" for style in STYLES]
+    """Return the network's config. The classes are the names in alphabetical order, then the styles and "damaged"."""
+    labels = names + [f"style: {style}" for style in LABELS]
     return ResNetConfig(
         embedding_size=32,
         hidden_sizes=[48, 96, 160],
         depths=[2, 2, 2],
         layer_type="basic",
-        downsample_in_first_stage=False,
+        downsample_in_first_stage=True,
         out_features=["stage3"],
         id2label=dict(enumerate(labels)),
         label2id={label: i for i, label in enumerate(labels)},
@@ -69,17 +73,33 @@ def toned(x: Tensor) -> Tensor:
 
 
 def coarse(x: Tensor) -> Tensor:
-    """Downsample a third of the images to a random size and upsample them again."""
-    size = int(torch.randint(20, 56, ()))
+    """Downsample images to a random size, to a fifth or less of their side, and upsample them again."""
+    size = int(torch.randint(SIZE // 10, SIZE // 5, ()))
     back = "nearest" if torch.rand(()) < 0.5 else "bilinear"
-    small = interpolate(interpolate(x, (size, size), mode="area"), (SIZE, SIZE), mode=back)
-    return torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, small, x)
+    return interpolate(interpolate(x, (size, size), mode="area"), (SIZE, SIZE), mode=back)
+
+
+def posterized(x: Tensor) -> Tensor:
+    """Round the colors of blocks of 4 x 4 pixels to a few levels, each block with a random offset."""
+    blocks = (len(x), 3, SIZE // 4, SIZE // 4)
+    offset = interpolate(torch.rand(blocks) - 0.5, (SIZE, SIZE))
+    return (((x + 1) * 2 + offset).round() / 2 - 1).clamp(-1, 1)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Blend each image with another one."""
+    return x.lerp(x.roll(1, 0), uniform(len(x), 0.3, 0.5))
+
+
+def damaged(x: Tensor) -> Tensor:
+    """Damage a batch of images in one of three ways. The rewards are trained on other kinds of damage."""
+    return (coarse, posterized, mixed)[int(torch.randint(3, ()))](x)
 
 
 def augmented(x: Tensor, background: Tensor) -> Tensor:
     """Augment images in [-1, 1]; a third of them get a gray background instead of white."""
     gray = torch.where(torch.rand(len(x), 1, 1, 1) < 1 / 3, uniform(len(x), -1, 1), 1.0)
-    return coarse(toned(cropped(torch.where(background, gray, x), gray)))
+    return toned(cropped(torch.where(background, gray, x), gray))
 
 
 def labels(emoji: Emoji) -> tuple[Tensor, Tensor]:
@@ -89,25 +109,32 @@ def labels(emoji: Emoji) -> tuple[Tensor, Tensor]:
 
 
 def train(judge: ResNetForImageClassification, emoji: Emoji, args: argparse.Namespace) -> None:
-    """Train on cross-entropy of names (label smoothing 0.05) and styles."""
+    """Train on cross-entropy of names (label smoothing 0.05) and of styles."""
     device = judge.device
     images = to_float(emoji.images)
     background = torch.cat([backgrounds(x) for x in images.split(256)])
     name, style = labels(emoji)
+    exploited = load_exploited(args.data, judge=True)
 
     optimizer = torch.optim.AdamW(judge.parameters(), lr=args.learning_rate, weight_decay=0.05)
     start = load_state(args.output, judge, optimizer)
     progress = Progress(start, args.steps)
+    few = args.batch_size // 8
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, args.steps, args.learning_rate)
         index = torch.randint(len(images), (args.batch_size,))
-        x = augmented(images[index], background[index]).to(device, memory_format=torch.channels_last)
+        x = augmented(images[index], background[index])
+        worst = sample_exploited(exploited, few)
+        worst = toned(cropped(worst, torch.ones(len(worst), 1, 1, 1)))
+        x = torch.cat([x, damaged(x[:few]), worst]).to(device, memory_format=torch.channels_last)
         with autocast(device):
             logits = judge(x).logits.float()
-        names, styles = logits[:, : -len(STYLES)], logits[:, -len(STYLES) :]
+        names, styles = logits[: len(index), : -len(LABELS)], logits[:, -len(LABELS) :]
         target = name[index].to(device)
-        loss = cross_entropy(names, target, label_smoothing=0.05) + cross_entropy(styles, style[index].to(device))
+        # Damaged images have no name to be learned.
+        kinds = torch.cat([style[index], torch.full((len(x) - len(index),), LABELS.index(DAMAGED))]).to(device)
+        loss = cross_entropy(names, target, label_smoothing=0.05) + cross_entropy(styles, kinds)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
@@ -132,23 +159,25 @@ def export(judge: ResNetForImageClassification, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(judge: ResNetForImageClassification, emoji: Emoji) -> None:
-    """Print the accuracy on original and on augmented images."""
+    """Print the accuracy on original and on augmented images, and the probability of "damaged" for damaged ones."""
     images = to_float(emoji.images)
     name, style = labels(emoji)
     is_common = torch.tensor([n in COMMON for n in emoji.names])
     common = torch.tensor([emoji.vocabulary.index(n) for n in COMMON])
-    for label in ("as they are", "augmented"):
+    for label in ("as they are", "augmented", DAMAGED):
         torch.manual_seed(1)
         batches = images.split(256)
         if label == "augmented":
             batches = (augmented(x, backgrounds(x)) for x in batches)
+        elif label == DAMAGED:
+            batches = (damaged(x) for x in images.split(32))
         logits = torch.cat([judge(x.to(judge.device)).logits.cpu() for x in batches])
-        all_names = logits[:, : -len(STYLES)].argmax(1) == name
-        among_common = common[logits[is_common][:, common].argmax(1)] == name[is_common]
-        styles = logits[:, -len(STYLES) :].argmax(1) == style
+        names, styles = logits[:, : -len(LABELS)], logits[:, -len(LABELS) :]
+        among_common = common[names[is_common][:, common].argmax(1)] == name[is_common]
         print(
-            f"images {label}: {len(emoji.vocabulary)} names {percent(all_names)}, "
-            f"{len(COMMON)} common names {percent(among_common)}, style {percent(styles)}"
+            f"images {label}: {len(emoji.vocabulary)} names {percent(names.argmax(1) == name)}, "
+            f"{len(COMMON)} common names {percent(among_common)}, style {percent(styles.argmax(1) == style)}, "
+            f"taken for damaged {percent(styles.argmax(1) == LABELS.index(DAMAGED))}"
         )
 
 
@@ -163,7 +192,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true")
     args = parser.parse_args()
 
-    emoji = Emoji.load(args.data, SIZE)
+    emoji = Emoji.load(args.data)
     folder = args.assets / "emoji-judge"
     if not args.evaluate:
         torch.manual_seed(20)

@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = load_model(args.model)
-    measure = Measure(Emoji.load(args.data, model.pipeline.vae.config.sample_size))
+    measure = Measure(Emoji.load(args.data))
     names = list(COMMON)
     for style in STYLES:
         measure.show(f"real, {style}", measure.real[style], names, (style,))

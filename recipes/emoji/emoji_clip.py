@@ -1,9 +1,10 @@
-"""Train two small rewards: a CLIP of emoji images and captions, and an aesthetic head on its embeddings.
+"""Train a small CLIP of emoji images and captions, a reward.
 
-    python recipes/emoji/rewards.py --data build/emoji --output build/emoji/rewards
+    python recipes/emoji/emoji_clip.py --data build/emoji --output build/emoji/clip
 
-CLIP resumes from its checkpoint in --output. Both are written into --assets in half precision, as `emoji_clip` and
-`emoji_aesthetic`, and evaluated. With --evaluate it only evaluates.
+It resumes from its checkpoint in --output, writes `emoji-clip` into --assets in half precision and evaluates it. With
+--evaluate it only evaluates. Images of over-optimized models (exploit.py), if there are any, are further images of each
+batch that no caption describes.
 """
 
 from __future__ import annotations
@@ -14,40 +15,20 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, conv2d, cross_entropy, grid_sample, mse_loss, normalize
+from torch.nn.functional import cross_entropy, normalize
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from common import Progress, autocast, cosine, load_state, percent, pick_device, save_state, to_float, uniform
-from data import COMMON, STYLES, Emoji, held_out_names
+from augment import augmented
+from common import Progress, autocast, cosine, load_state, percent, pick_device, save_state, to_float
+from data import COMMON, STYLES, Emoji, table
+from exploit import load_exploited, sample_exploited
 from tokenizer import MAX_LENGTH, load_tokenizer, save_tokenizer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-SIZE = 64
+SIZE = 128
 DIM = 128
-GLOSSY, FLAT = 8.0, 3.0
-
-
-class AestheticHead(nn.Module):
-    """Head of the published aesthetic predictor: linear layers without activations."""
-
-    def __init__(self, dim: int = DIM) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dim, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return self.layers(embeddings).squeeze(-1)
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -60,53 +41,8 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 8}
+    vision = {"num_hidden_layers": 4, "image_size": SIZE, "patch_size": 16}
     return CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=DIM)
-
-
-def moved(x: Tensor, strength: float) -> Tensor:
-    """Rotate, scale and shift at random."""
-    n = len(x)
-    angle = uniform(n, -1, 1).flatten() * strength * math.radians(12)
-    zoom = torch.exp(uniform(n, -0.2, 0.3).flatten() * strength)
-    shift = torch.empty(n, 2).uniform_(-0.2, 0.2) * strength
-    cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    matrix = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], -1).view(n, 2, 3)
-    # grid_sample pads with 0; 1 - x makes the outside white.
-    return 1 - grid_sample(1 - x, affine_grid(matrix, list(x.shape), align_corners=False), align_corners=False)
-
-
-def recolored(x: Tensor, strength: float) -> Tensor:
-    """Change saturation, contrast, brightness and channel offsets at random."""
-    n = len(x)
-    gray = x.mean(1, keepdim=True)
-    x = gray + (x - gray) * torch.exp(uniform(n, -0.6, 0.4) * strength)
-    x = x * torch.exp(uniform(n, -0.4, 0.2) * strength) + uniform(n, -0.2, 0.1) * strength
-    return x + torch.empty(n, 3, 1, 1).uniform_(-0.12, 0.12) * strength
-
-
-def blurred(x: Tensor, strength: float) -> Tensor:
-    """Blur half of the images by a random amount."""
-    line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-    soft = conv2d(x, torch.outer(line, line).expand(3, 1, 5, 5), padding=2, groups=3)
-    return x.lerp(soft, (uniform(len(x), -1, 1) * strength).clamp(min=0))
-
-
-def cut_out(x: Tensor, strength: float) -> Tensor:
-    """Fill a random rectangle with a random color (cutout)."""
-    n = len(x)
-    half = torch.empty(n, 2).uniform_(-8, 10) * strength
-    center = torch.empty(n, 2).uniform_(0, SIZE)
-    line = torch.arange(SIZE)
-    rows, columns = ((line - center[:, i, None]).abs() < half[:, i, None] for i in (0, 1))
-    hole = (rows[:, :, None] & columns[:, None, :])[:, None]
-    return torch.where(hole, torch.empty(n, 3, 1, 1).uniform_(-1, 1), x)
-
-
-def augmented(x: Tensor, strength: float) -> Tensor:
-    """Augment images in [-1, 1] by changes that a generated image of the same emoji may show."""
-    x = cut_out(blurred(recolored(moved(x, strength), strength), strength), strength)
-    return (x + torch.randn_like(x) * uniform(len(x), 0, 0.15) * strength).clamp(-1, 1)
 
 
 def pixel_values(x: Tensor) -> Tensor:
@@ -140,12 +76,6 @@ def embed_texts(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) 
     return normalize(clip.text_projection(pooled).float(), dim=-1)
 
 
-def table(emoji: Emoji) -> Tensor:
-    """Return image indices [names, styles], names in alphabetical order."""
-    number = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}
-    return torch.tensor([[number[name, style] for style in STYLES] for name in emoji.vocabulary])
-
-
 def pick(emoji: Emoji, numbers: Tensor, size: int) -> tuple[Tensor, list[str]]:
     """Sample a batch: image indices, and captions that are plain names or a style and a name, half of each.
 
@@ -163,7 +93,8 @@ def pick(emoji: Emoji, numbers: Tensor, size: int) -> tuple[Tensor, list[str]]:
 def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji, args: argparse.Namespace) -> None:
     """Train CLIP on the symmetric contrastive loss, with masked images for the first 90% of the steps."""
     device = clip.device
-    images, numbers = to_float(emoji.images), table(emoji)
+    images, numbers = to_float(emoji.images), torch.from_numpy(table(emoji))
+    exploited = load_exploited(args.data)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     start = load_state(args.output, clip, optimizer)
     progress = Progress(start, args.steps)
@@ -173,13 +104,14 @@ def train_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji, args: ar
         # Full augmentation from the start slows training, and without mild batches fine details are not learned.
         strength = min(1.0, 0.3 + 1.4 * step / args.steps) * float(torch.empty(()).uniform_(0.3, 1))
         index, captions = pick(emoji, numbers, args.batch_size)
-        x = augmented(images[index], strength).to(device)
+        worst = sample_exploited(exploited, args.batch_size // 8)
+        x = augmented(torch.cat([images[index], worst]), strength).to(device)
         with autocast(device):
             embeddings = embed_masked(clip, x) if step < 0.9 * args.steps else embed_images(clip, x)
             texts = embed_texts(clip, tokenizer, captions)
-        logits = clip.logit_scale.exp() * embeddings @ texts.T
-        target = torch.arange(len(x), device=device)
-        loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        logits = clip.logit_scale.exp() * texts @ embeddings.T
+        target = torch.arange(len(texts), device=device)
+        loss = (cross_entropy(logits, target) + cross_entropy(logits[:, : len(texts)].T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -197,33 +129,6 @@ def embed_all(clip: CLIPModel, images: Tensor, strength: float = 0.0) -> Tensor:
     """Compute embeddings on the CPU; `strength` is that of the augmentation, 0 for none."""
     batches = (augmented(x, strength) if strength else x for x in images.split(256))
     return torch.cat([embed_images(clip, x.to(clip.device)).cpu() for x in batches])
-
-
-def train_head(clip: CLIPModel, emoji: Emoji, args: argparse.Namespace) -> AestheticHead:
-    """Train the head to regress 8 for the style 3d and 3 for the flat styles. Half of each batch is 3d."""
-    eval_rewards = held_out_names(emoji.names)
-    numbers = table(emoji)[[name not in eval_rewards for name in emoji.vocabulary]]
-    images = to_float(emoji.images)[numbers.flatten()]
-    strengths = [0.0] + [0.5, 1.0] * (args.head_rounds // 2)
-    embeddings = torch.stack([embed_all(clip, images, s) for s in strengths])
-    embeddings = embeddings.view(len(strengths), *numbers.shape, DIM)
-    targets = torch.tensor([GLOSSY if style == "3d" else FLAT for style in STYLES])
-    weights = torch.tensor([2.0 if style == "3d" else 1.0 for style in STYLES])
-
-    head = AestheticHead()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1e-3)
-    progress = Progress(0, args.head_steps)
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, args.head_steps, 1e-3)
-        style = torch.multinomial(weights, 256, replacement=True)
-        where = (torch.randint(len(strengths), (256,)), torch.randint(len(numbers), (256,)), style)
-        loss = mse_loss(head(embeddings[where]), targets[style])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress.show(mse=loss.item())
-    return head.eval()
 
 
 def export(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -247,7 +152,7 @@ def export(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 @torch.no_grad()
 def evaluate_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> None:
     """Print the retrieval accuracy among all names, among the common names, and among the three styles."""
-    vocabulary, numbers = emoji.vocabulary, table(emoji)
+    vocabulary, numbers = emoji.vocabulary, torch.from_numpy(table(emoji))
     images = to_float(emoji.images)[numbers.flatten()]
     common = torch.tensor([vocabulary.index(name) for name in COMMON])
     plain = embed_texts(clip, tokenizer, vocabulary).cpu()
@@ -264,50 +169,27 @@ def evaluate_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> No
         )
 
 
-@torch.no_grad()
-def evaluate_head(clip: CLIPModel, head: AestheticHead, emoji: Emoji) -> None:
-    """Print, for the held-out names, how often 3d scores above both flat styles, and the mean scores."""
-    eval_rewards = held_out_names(emoji.names)
-    numbers = table(emoji)[[name in eval_rewards for name in emoji.vocabulary]]
-    scores = head(embed_all(clip, to_float(emoji.images)[numbers.flatten()])).view(numbers.shape)
-    glossy = STYLES.index("3d")
-    flat = [i for i in range(len(STYLES)) if i != glossy]
-    means = ", ".join(f"{style} {scores[:, i].mean():.2f}" for i, style in enumerate(STYLES))
-    above = scores[:, glossy] > scores[:, flat].amax(1)
-    print(f"{len(numbers)} held-out names: 3d above both others {percent(above)}; mean scores {means}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--output", type=Path, default=Path("build/emoji/rewards"))
+    parser.add_argument("--output", type=Path, default=Path("build/emoji/clip"))
     parser.add_argument("--assets", type=Path, default=Path("src/draftune/assets"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--head-rounds", type=int, default=10)
-    parser.add_argument("--head-steps", type=int, default=3000)
     parser.add_argument("--evaluate", action="store_true")
     args = parser.parse_args()
 
-    emoji = Emoji.load(args.data, SIZE)
-    clip_folder, head_file = args.assets / "emoji-clip", args.assets / "emoji-aesthetic" / "model.safetensors"
+    emoji = Emoji.load(args.data)
+    folder = args.assets / "emoji-clip"
     if not args.evaluate:
         torch.manual_seed(0)
         tokenizer = load_tokenizer(args.data)
         clip = CLIPModel(clip_config(tokenizer)).to(pick_device())
         train_clip(clip, tokenizer, emoji, args)
-        head = train_head(clip.eval(), emoji, args)
-        export(clip, tokenizer, clip_folder)
-        head_file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.half() for key, value in head.state_dict().items()}, head_file)
-
-    clip = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).to(pick_device())
-    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
-    head = AestheticHead().eval()
-    head.load_state_dict(load_file(head_file))
-    evaluate_clip(clip, tokenizer, emoji)
-    evaluate_head(clip, head, emoji)
+        export(clip.eval(), tokenizer, folder)
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(pick_device())
+    evaluate_clip(clip, CLIPTokenizer.from_pretrained(folder), emoji)
 
 
 if __name__ == "__main__":
