@@ -182,7 +182,7 @@ def test_the_pages_fit_a_phone_and_are_legible(browser: Any, tmp_path: Path, sch
         for path in ("", "new", f"runs/{run.name}/", "runs/none/"):
             page.goto(address + path)
             if path == "new":
-                page.locator("#name").fill("x y")
+                page.locator("#name").fill("x/y")
                 page.get_by_role("button", name="Check", exact=True).click()
                 page.locator("#errors").wait_for()
                 for group in page.locator("details").all():

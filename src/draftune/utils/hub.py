@@ -125,7 +125,9 @@ def unreachable(
         error, LocalEntryNotFoundError
     ):
         return DraftuneError(f"there is no {what} on the hub, or none that you may read ({option})")
+    asked = "" if local.get() else " and could not be fetched from the hub"
+    failed = " and HF_HUB_OFFLINE forbids its download" if offline() else asked
     return NotLocalError(
-        f"{what} is not on this machine and could not be fetched from the hub: download it where there is a network "
+        f"{what} is not on this machine{failed}: download it where there is a network "
         f"({' '.join(['hf download', name, file]).strip()}) and give the {kind} to {option}"
     )
