@@ -55,7 +55,7 @@ def command(folder: Path) -> Iterator[str]:
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().split()[0]
+            yield process.stdout.readline().split()[1]
         finally:
             process.send_signal(signal.SIGTERM)
 

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from draftune.errors import DraftuneError
 from draftune.report.page import embedded
 from draftune.settings import Settings
-from draftune.ui.actions import ACTIONS, FORMATS, back, check, start, text
+from draftune.ui.actions import ACTIONS, LICENSES, Action, FieldError, back, check, formats, start, text
 from draftune.ui.choices import choices, reward_facts
 from draftune.ui.context import Context
 from draftune.ui.drafts import SET, SOURCES, Draft, prefilled, save
@@ -34,6 +34,7 @@ from draftune.ui.form import default_texts, form_fields
 from draftune.ui.security import MAX_BODY, LoopbackOnly
 from draftune.ui.state import check_state, run_state, settings_of, sweep_state
 from draftune.ui.validation import to_download
+from draftune.utils.hub import offline
 from draftune.utils.tables import duration
 
 STATIC = {
@@ -115,17 +116,28 @@ class App:
 
     def run(self, request: Request) -> Response:
         """Show the page of a run."""
-        name = self.name(request)
+        return self.show_run(self.name(request))
+
+    def show_run(
+        self,
+        name: str,
+        status: int = HTTPStatus.OK,
+        typed: FormData | None = None,
+        problems: dict[str, str] | None = None,
+    ) -> Response:
+        """Show the page of a run; after an error with it and with what was typed."""
         live = self.context.live(name)
         data = Markup(embedded(live.now(), live=True)) if live else ""
-        return self.context.html("run.html", **self.status_of(name), data=data, formats=FORMATS)
+        return self.context.html("run.html", status, **self.status_of(name, typed, problems), data=data)
 
     def status(self, request: Request) -> Response:
         """Show the parts of a run's page that change."""
         self.context.jobs.tick()
-        return self.context.html("_run.html", **self.status_of(self.name(request)), formats=FORMATS)
+        return self.context.html("_run.html", **self.status_of(self.name(request)))
 
-    def status_of(self, name: str) -> dict[str, Any]:
+    def status_of(
+        self, name: str, typed: FormData | None = None, problems: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         c = self.context
         state, live = run_state(c.folder, c.jobs, name), c.live(name)
         settings = settings_of(c.folder, name)
@@ -136,6 +148,11 @@ class App:
             "sweep": sweep_state(c.jobs, name),
             "log": c.jobs.lines(name, "train"),
             "downloads": to_download(settings) if settings and state.key in ("draft", "failed") else [],
+            "offline": offline(),
+            "formats": formats(c, name, settings),
+            "licenses": LICENSES,
+            "typed": typed or {},
+            "problems": problems or {},
             "duration": duration,
         }
 
@@ -167,7 +184,13 @@ class App:
         action = ACTIONS.get(request.path_params["action"])
         if action is None:
             raise HTTPException(HTTPStatus.NOT_FOUND)
-        return await run_in_threadpool(action, self.context, self.name(request), form)
+        return await run_in_threadpool(self.acted, action, self.name(request), form)
+
+    def acted(self, action: Action, name: str, form: FormData) -> Response:
+        try:
+            return action(self.context, name, form)
+        except FieldError as error:
+            return self.show_run(name, HTTPStatus.BAD_REQUEST, form, {error.field: str(error)})
 
     def defaults(self, request: Request) -> Response:
         """Send the defaults with what was typed."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import time
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -26,6 +28,11 @@ MOST_UPLOADS = 8
 """Uploaded files that are in memory until their form is valid."""
 
 
+def date(seconds: float) -> str:
+    """Return a local time for readers."""
+    return time.strftime("%-d %b %Y, %H:%M" if os.name != "nt" else "%d %b %Y, %H:%M", time.localtime(seconds))
+
+
 class Context:
     """The state of the server. What must outlive it is in files.
 
@@ -47,7 +54,7 @@ class Context:
             loader=PackageLoader("draftune.ui"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
         self.templates.filters["mib"] = lambda size: f"{size / 2**20:,.0f}"
-        self.templates.filters |= {"label": label, "worded": worded}
+        self.templates.filters |= {"label": label, "worded": worded, "date": date}
         self.templates.globals |= {"token": self.token, "sections": Markup(part("sections.html"))}
 
     def html(self, template: str, status: int = HTTPStatus.OK, **values: Any) -> HTMLResponse:
