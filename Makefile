@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DIST := worksteal
 OLDEST := .venv-oldest
 
-.PHONY: demo docs test test-all test-oldest lint clean
+.PHONY: demo docs test test-all test-oldest bench lint clean
 
 # Trains the embedded model for some minutes and leaves before_after.png and a LoRA in a new folder of runs/.
 demo: $(VENV)/installed
@@ -27,6 +27,10 @@ $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]' torchvision
 	touch $@
+
+# Runs short versions of the CPU benchmarks in at most ten minutes, each figure beside the published one.
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -92,12 +92,13 @@ class Rows:
         ]
 
     def levers(self) -> list[Row]:
-        """Return the rows of a shared or coarser prefix and of a compiled denoiser, against plain."""
+        """Return the rows of a shared, coarser or cached prefix and of a compiled denoiser, against plain."""
         base = {**BF16, **SIZES["sd14"], "method": "draft_k(k=1)", "num_inference_steps": self.steps}
         changes: dict[str, dict[str, Any]] = {
             "plain": {},
             "prefix_reuse_steps=4": {"prefix_reuse_steps": 4},
             "prefix_stride=2": {"prefix_stride": 2},
+            "prefix_cache=taylorseer(interval=2)": {"prefix_cache": "taylorseer(interval=2)"},
             "no checkpointing": {"gradient_checkpointing": "none"},
             "compile": {"compile": True},
             "compile, no checkpointing": {"compile": True, "gradient_checkpointing": "none"},

@@ -1,10 +1,11 @@
 """Measure time and memory of an update against T, K, batch size, image size, LoRA rank and gradient checkpointing.
 
-    python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5]
+    python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5] [--short]
 
 The base settings are DRaFT-1 with 20 sampling steps, batches of 4, rank 8 and no shared prefix. Each row changes one
-setting. Updates of both are timed alternately, so that other load on the machine affects both, and the median ratio of
-the pairs is printed. Memory is the peak of the tensors allocated in an update, gradients included, networks excluded.
+setting; --short takes some of the rows. Updates of both are timed alternately, so that other load on the machine
+affects both, and the median ratio of the pairs is printed with its range. Memory is the peak of the tensors allocated
+in an update, gradients included, networks excluded.
 """
 
 from __future__ import annotations
@@ -51,6 +52,18 @@ CHANGES: list[dict[str, Any]] = [
     {"mixed_precision": "bf16"},
 ]
 
+SHORT = (
+    *("num_inference_steps=10", "method=draft_lv", "prefix_reuse_steps=4", "batch_size=8", "lora_rank=128"),
+    *(f"method=draft_k(k=10), gradient_checkpointing={mode}" for mode in ("none", "blocks", "both")),
+    *("height=128, width=128", "guidance_scale=1.0", "mixed_precision=bf16"),
+)
+"""The rows of --short."""
+
+
+def named(change: dict[str, Any]) -> str:
+    """Return the name of a row."""
+    return ", ".join(f"{key}={value}" for key, value in change.items())
+
 
 def trainer(args: argparse.Namespace, change: dict[str, Any]) -> tuple[Trainer, Callable[[], object]]:
     """Return a trainer and a function that runs its next update."""
@@ -72,23 +85,27 @@ def main() -> None:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--short", action="store_true")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     base, plain = trainer(args, {})
     device = base.model.device
     plain()
     least, usual = peak_memory(plain, device), statistics.median(seconds(plain) for _ in range(args.rounds))
-    print(f"| change | seconds | of {usual:.2f} | MiB | of {least / 2**20:.1f} |\n|---|---|---|---|---|")
+    print(f"base: {usual:.2f} seconds, {least / 2**20:.1f} MiB\n")
+    print(f"| change | seconds | times base | from | to | MiB | times the base's |\n{'|---' * 7}|")
     for change in CHANGES:
+        if args.short and named(change) not in SHORT:
+            continue
         made, update = trainer(args, change)
         update()
         peak = peak_memory(update, device)
         shared = made.settings.prefix_reuse_steps  # updates that share a prefix are timed together
         together = partial(several, update, shared)
         pairs = [(seconds(together) / shared, seconds(plain)) for _ in range(args.rounds)]
-        name = ", ".join(f"{key}={value}" for key, value in change.items())
-        median, ratio = statistics.median(a for a, _ in pairs), statistics.median(a / b for a, b in pairs)
-        print(f"| `{name}` | {median:.2f} | {ratio:.2f} | {peak / 2**20:.1f} | {peak / least:.2f} |", flush=True)
+        ratios, median = [a / b for a, b in pairs], statistics.median(a for a, _ in pairs)
+        spread = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f}"
+        print(f"| `{named(change)}` | {median:.2f} | {spread} | {peak / 2**20:.1f} | {peak / least:.2f} |", flush=True)
         del made, update
 
 

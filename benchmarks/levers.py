@@ -1,12 +1,16 @@
-"""Measure what makes a denoiser call faster, and how sharing the prefix between updates changes the gradient.
+"""Measure what makes a denoiser call and the prefix cheaper, and how that changes gradient and reward.
 
-    python benchmarks/levers.py [--model emoji] [--reward emoji_aesthetic] [--rounds 9] [--compile]
+    python benchmarks/levers.py [--model emoji] [--reward emoji_aesthetic] [--rounds 9] [--compile] [--tables calls]
 
-Table 1 times a guided call without gradient, and a call with its backward pass, for several variants in turn: medians,
-and the median ratio to the plain variant. Table 2 trains with DRaFT-1. For a prefix that is j updates old, it shows how
-far the latent before the last step and the gradient differ from those of a new prefix with the same noise. The cosine
-between the gradients of two batches is shown for comparison. Table 3 shows the signal-to-noise ratio of the gradient
-for DRaFT-LV's n and the batch size, after five updates with the same settings, and the ratio per second.
+Tables:
+- calls: a guided call without gradient, and a call with its backward pass, for several variants in turn: medians, and
+  the median ratio to the plain variant.
+- reuse: trains with DRaFT-1. For a prefix that is j updates old, it shows how far the latent before the last step and
+  the gradient differ from those of a new prefix with the same noise, and the cosine of the gradients of two batches.
+- prefix: cheaper prefixes against the exact one: time, latent, gradient.
+- signal: the signal-to-noise ratio of the gradient for DRaFT-LV's n and the batch size, after five updates with the
+  same settings, and the ratio per second.
+- race: trains with cheaper prefixes for an equal time, several seeds. Only on request.
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftune.lora import add_lora, lora_parameters
-from draftune.methods import Batch
+from draftune.lora import add_lora
 from draftune.models import DiffusionModel, load_model
 from draftune.sampling.sampler import PrefixCache
 from draftune.training.trainer import Trainer
 from overhead import seconds
+from prefixes import cosine, gradient, prefix, race
 
 GUIDANCE = 3.0
 SHARED = (1, 2, 4, 8, 16)
@@ -116,8 +120,9 @@ def graphed(model: DiffusionModel, prompts: Sequence[str], tensor_timestep: bool
     return replay
 
 
-def time_calls(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+def time_calls(args: argparse.Namespace) -> None:
     """Print times and ratios to the plain variant: channels last, float32, both guidance branches in one call."""
+    prompts = ["cat face", "pizza", "red apple", "rocket"]
     models = {
         "plain": adapted(args.model),
         "channels first": adapted(args.model, layout=torch.contiguous_format),
@@ -156,26 +161,6 @@ def measured(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str
         for name, variant in variants.items():
             times[name].append(seconds(variant))
     return times
-
-
-def gradient(trainer: Trainer, prompts: Sequence[str], latents: PrefixCache) -> Tensor:
-    """Compute the method's gradient for a batch as one vector, with the same random numbers in every call."""
-    s, model = trainer.settings, trainer.model
-    denoise, base = model.denoisers_for(prompts, trainer.schedule, s.guidance_scale)
-
-    def reward(clean: Tensor) -> Tensor:
-        return trainer.reward.components(model.decode(clean), prompts)[0]
-
-    generator = torch.Generator().manual_seed(0)
-    parameters = list(lora_parameters(model).values())
-    total = torch.zeros(sum(p.numel() for p in parameters))
-    for loss in trainer.method.losses([Batch(prompts, latents, trainer.schedule, denoise, base, reward, generator)]):
-        total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-    return total
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float(a @ b / (a.norm() * b.norm()))
 
 
 def bias(args: argparse.Namespace) -> None:
@@ -251,13 +236,17 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also time the compiled network; needs a C++ compiler")
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--starts", type=int, nargs="*", default=[5, 25], help="updates before sampling the prefixes")
+    parser.add_argument("--tables", nargs="*", default=["calls", "reuse", "prefix", "signal"], choices=TABLES)
+    parser.add_argument("--height", type=int, help="height and width of the images of the table `prefix`")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the runs of the table `race`")
+    parser.add_argument("--seconds", type=float, default=20, help="CPU time of each run of the table `race`")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    time_calls(args, ["cat face", "pizza", "red apple", "rocket"])
-    if args.starts:
-        bias(args)
-        signal(args)
+    for name in args.tables:
+        TABLES[name](args)
 
+
+TABLES = {"calls": time_calls, "reuse": bias, "prefix": prefix, "signal": signal, "race": race}
 
 if __name__ == "__main__":
     main()

@@ -194,10 +194,11 @@ def rewards() -> str:
 
 
 def names() -> str:
-    """Return the lists of optimizers, gradient filters, guidance methods, prompt sets and presets."""
+    """Return the lists of optimizers, gradient filters, prefix caches, guidance methods, prompt sets and presets."""
     from draftune.guidance.methods import GUIDES
     from draftune.presets import PRESETS
     from draftune.prompts import PROMPT_SETS
+    from draftune.sampling.call_cache import CALL_CACHES
     from draftune.training.optim import gradient_filters, optimizers
 
     prompts = "\n".join(f"- `{name}`: {escaped(text)}" for name, (text, _) in PROMPT_SETS.items())
@@ -208,6 +209,7 @@ def names() -> str:
         "Guidance methods": registry(GUIDES),
         "Optimizers": registry(optimizers()),
         "Gradient filters": registry(gradient_filters()),
+        "Prefix caches": registry(CALL_CACHES),
         "Prompt sets": prompts,
         "Presets": presets,
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from draftune.assets import EMBEDDED
 from draftune.errors import DraftuneError, unknown
 from draftune.prompts import load_prompts
+from draftune.utils.images import save_image
 from draftune.utils.paths import atomic_write, folder_output, user_path
 from draftune.utils.tables import duration
 from experiments.budget import FULL, TINY, Budget
@@ -102,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
     """Do the jobs of the chosen experiments, then write each experiment's files and RESULTS.md."""
     if args.seeds is not None and args.seeds < 2:
         raise DraftuneError(f"--seeds must be at least 2, since one seed has no interval, got {args.seeds}")
+    if args.images is not None and args.images < 2:
+        raise DraftuneError(f"--images must be at least 2, since diversity is between two images, got {args.images}")
     chosen = chosen_experiments(args)
     # Quick results are never mixed with full ones.
     folder = folder_output(args.output, "--output") / ("quick" if args.quick else "")
@@ -116,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
     budget = TINY if args.quick else FULL
     if args.seeds:
         budget = replace(budget, seeds=args.seeds, few_seeds=args.seeds)
+    budget = replace(budget, images_per_prompt=args.images or budget.images_per_prompt)
     runner = ExperimentRunner(folder / "runs", budget, examples)
     runner.folder.mkdir(parents=True, exist_ok=True)
     check_identity(runner.folder, budget)
@@ -129,6 +133,8 @@ def run(args: argparse.Namespace) -> None:
         rows = [row for job in jobs[name] for row in job.rows(runner)]
         write_rows(folder / "results" / f"{name}.csv", rows)
 
+        if image := chosen[name].image:
+            save_image(image(runner), folder / "results" / f"{name}_images.png")
         write_report(folder, [name])
 
 
@@ -147,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the experiments and their questions")
     parser.add_argument("--output", default="runs/experiments", metavar="DIR", help="default: runs/experiments")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds of each compared run (default: 5, or 3)")
+    parser.add_argument("--images", type=int, metavar="N", help="images of each name in an evaluation (default: 4)")
     parser.add_argument("--dry-run", action="store_true", help="print how long the jobs take here, and end")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into DIR/quick, as a test")
     parser.add_argument("--examples", metavar="DIR", help="folder of real images NAME.png, for few_steps")

@@ -23,9 +23,11 @@ class Budget:
     grid_images: int = 1
     """The same for the points of a grid, such as that of two LoRAs' weights."""
     every: int = 5
-    """Updates between checkpoints, and between the evaluations of DDPO."""
+    """Updates between checkpoints, and to the first evaluation of DDPO."""
     short: tuple[int, ...] = (10, 20, 40)
     """Updates with an evaluation in a short run, which stays before the best point."""
+    pair: tuple[int, ...] = (20, 40)
+    """The same where two methods are compared in many settings."""
     long: tuple[int, ...] = (20, 40, 80, 120)
     """The same in a run beyond its best point."""
     collapse: tuple[int, ...] = (20, 40, 80, 160, 240)
@@ -57,7 +59,8 @@ TINY = Budget(
     eval_prompts=2,
     images_per_prompt=2,
     every=1,
-    short=(1, 2),
+    short=(2,),
+    pair=(2,),
     long=(1, 2),
     collapse=(1, 2),
     ddpo_images=16,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from PIL import Image
+
 from experiments.budget import Budget
 from experiments.runner import BusyError, ExperimentRunner, Row, RunSpec
 from experiments.statistics import Effect, verdict
@@ -68,8 +70,8 @@ class Panel:
         x, y: Columns of the axes.
         by: Column whose values become separate lines; "" for one line.
         key: Column of the points of a line, each with one row of every seed; default: `x`.
-        kind: "line", "points" or "bar".
-        where: Values that a row must have to be shown.
+        kind: "line", "points", or "names" where x is a text.
+        where: Values that a row must have to be shown, or tuples of them.
     """
 
     x: str
@@ -94,6 +96,7 @@ class Experiment:
         answer: Returns sentences of the answer and its limits, each an item of a list.
         panels: Plots of `NAME.png`.
         columns: Columns of panels in the figure.
+        image: Returns sample images for `NAME_images.png`, if the experiment shows any.
         needs_examples: Whether the experiment needs real images (`--examples`).
     """
 
@@ -105,7 +108,7 @@ class Experiment:
     answer: Callable[[list[Row]], list[str]]
     panels: Sequence[Panel]
     columns: int = 2
-
+    image: Callable[[ExperimentRunner], Image.Image] | None = None
     needs_examples: bool = False
 
 

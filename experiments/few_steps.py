@@ -56,7 +56,7 @@ def jobs(budget: Budget) -> list[Job]:
         made.append(Job(f"few steps base seed={seed}", partial(measure_base, seed), images=2 * images))
         for name, steps in variants():
             own = spec(name, steps, seed, budget)
-            cost = lambda runner, own=own: 10 * own.steps * runner.cost(DRAFT_1)["seconds"]  # noqa: E731
+            cost = lambda runner, own=own: 6 * own.steps * runner.cost(DRAFT_1)["seconds"]  # noqa: E731
             measured = partial(measure_run, name, steps, seed)
             made.append(Job(f"few steps {name} {steps} seed={seed}", measured, (), images, cost))
     return made

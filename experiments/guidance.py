@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from draftune.evaluation.metrics import evaluate, score_batches
 from draftune.experimental.denoising_loss import LEVELS
 from draftune.guidance.methods import load_guide
 from draftune.guidance.sample import sample_guided
+from draftune.rewards.pixel import ImageMatch
+from draftune.utils.images import grid, save_image, to_pil
 from experiments.budget import Budget
 from experiments.experiment import Claim, Experiment, Job, Panel, by_seed, claim
 from experiments.runner import DRAFT_1, GUIDANCE_SCALE, ExperimentRunner, Row, RunSpec, short_scores
@@ -25,6 +29,8 @@ GUIDES = {f"ratio {strength}": f"pgdiff_dynamic(strength={strength})" for streng
 """The guidance method of each variant."""
 SEED_STRIDE = 1000
 """Difference between the seeds of two candidates for one image."""
+RESTORED = ("cat face", "strawberry", "rocket", "pizza")
+"""Prompts of the images that are inpainted and colorized."""
 BATCH = 4
 Sampler = Callable[[Sequence[str], Sequence[int]], Tensor]
 
@@ -104,6 +110,31 @@ def lora(spec: RunSpec, runner: ExperimentRunner) -> list[Row]:
     return [{"variant": LORA, "calls": runner.budget.num_inference_steps, **scored(runner, spec.seed, sampler)}]
 
 
+def restore(runner: ExperimentRunner) -> Image.Image:
+    """Inpaint and colorize images of the base model, for a grid: known half, inpainted, grayscale, colorized, whole."""
+    model, prompts, steps = runner.model(), list(RESTORED), runner.budget.num_inference_steps
+    folder, options = (
+        runner.folder / "guidance-images",
+        {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE},
+    )
+    whole = runner.sampler(model)(prompts, range(11, 11 + len(prompts)))
+    hidden = torch.zeros_like(whole[:1])
+    hidden[..., hidden.shape[-1] // 2 :] = 1
+    save_image(to_pil(hidden)[0], folder / "mask.png")
+    rows: dict[str, list[Tensor]] = {"inpainted": [], "colorized": []}
+    for i, prompt in enumerate(prompts):
+        path = str(folder / f"whole-{i}.png")
+        save_image(to_pil(whole[i : i + 1])[0], Path(path))
+        rewards = {"inpainted": ImageMatch(path, mask=str(folder / "mask.png")), "colorized": ImageMatch(path, "gray")}
+        for name, reward in rewards.items():
+            samples = sample_guided(model, reward, prompt, "pgdiff_dynamic(strength=0.3)", seeds=[0], **options)
+            rows[name].append(samples.images)
+    grey = whole.mean(1, keepdim=True).expand_as(whole)
+    shown = {"known half": whole * (1 - hidden) + 0.5 * hidden, "inpainted": torch.cat(rows["inpainted"])}
+    shown |= {"grayscale": grey, "colorized": torch.cat(rows["colorized"]), "whole": whole}
+    return grid(list(shown.values()), list(shown), prompts)
+
+
 def claims(rows: list[Row]) -> list[Claim]:
     steps = min(row["calls"] for row in rows)
     best = max(row["variant"] for row in rows if row["variant"].startswith("best of ") and row["calls"] > steps)
@@ -139,4 +170,5 @@ EXPERIMENT = Experiment(
         Panel("calls", "reward", "variant", kind="points", log=True, xlabel="denoiser calls for an image"),
         Panel("reward", "name_accuracy", "variant", key="variant", kind="points"),
     ],
+    image=restore,
 )

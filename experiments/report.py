@@ -36,7 +36,7 @@ of related papers on the embedded model. It is small: its results need not hold 
 
 **Setup.** The model samples emoji in 20 steps with guidance 3. Unless a section says otherwise, a run has batches of 4
 images of 45 names, a LoRA of rank 8, AdamW with learning rate 1e-3 and the reward `emoji_aesthetic`. An evaluation has
-256 images of 64 names that no run trains on, other images for each seed, and the scores of judges that no run trains
+{images} images of names that no run trains on, other images for each seed, and the scores of judges that no run trains
 against: `p_3d`, the probability of the 3D style, and `name_accuracy`, the share of images whose name is recognized.
 
 **Statistics.** An effect is paired by seed, with its 95 % interval over seeds (Student's t; of a factor, of its
@@ -107,7 +107,16 @@ def write_results(path: Path, experiments: Mapping[str, Experiment], rows: Mappi
             summary.append(line | {"seeds": str(claim.effect.seeds), "command": f"`{name}`"})
     sections = [section(name, experiments[name], own) for name, own in rows.items()]
     everything = [row for own in rows.values() for row in own]
-    parts = ["# Results", INTRODUCTION, "## Summary", markdown(summary), wrap(origin(everything)), *sections, EARLIER]
+    images = max((row["images"] for row in everything if row.get("images")), default=0)
+    parts = [
+        "# Results",
+        INTRODUCTION.format(images=images),
+        "## Summary",
+        markdown(summary),
+        wrap(origin(everything)),
+        *sections,
+        EARLIER,
+    ]
 
     text = "\n\n".join(parts)
 
@@ -120,6 +129,8 @@ def section(name: str, experiment: Experiment, rows: Sequence[Row]) -> str:
     answer = "\n".join(wrap(sentence, "- ") for sentence in experiment.answer(list(rows)))
     figures = f"![{experiment.title}](results/{name}.png) [All values](results/{name}.csv)."
 
+    if experiment.image:
+        figures += f" ![Images](results/{name}_images.png)"
     text = wrap(f"*{experiment.question}* {experiment.setting}")
     return "\n\n".join([f"## {experiment.title}", text, answer, figures])
 
@@ -159,24 +170,18 @@ def points(rows: Sequence[Row], panel: Panel) -> dict[str, list[tuple[Any, Point
 
     A line ends where the run of a seed ends.
     """
-    wanted = (panel.where or {}).items()
-    shown = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
-    shown = [row for row in shown if all(row.get(key) == value for key, value in wanted)]
+    wanted = {k: v if isinstance(v, tuple) else (v,) for k, v in (panel.where or {}).items()}
     lines: dict[str, dict[Any, list[Row]]] = {}
-    for row in shown:
-        lines.setdefault(str(row.get(panel.by, "")), {}).setdefault(row[panel.key or panel.x], []).append(row)
+    for row in rows:
+        complete = row.get(panel.x) is not None and row.get(panel.y) is not None
+        if complete and all(row.get(key) in values for key, values in wanted.items()):
+            lines.setdefault(str(row.get(panel.by, "")), {}).setdefault(row[panel.key or panel.x], []).append(row)
     result = {}
     for name, own in lines.items():
         most = max(map(len, own.values())) if panel.kind == "line" else 0
         whole = {key: group for key, group in own.items() if len(group) >= most}
-
-        result[name] = [
-            (
-                key,
-                (0.0 if panel.kind == "bar" else median_band([row[panel.x] for row in group])[0], band(group, panel.y)),
-            )
-            for key, group in whole.items()
-        ]
+        x = {key: 0.0 if panel.kind == "names" else band(group, panel.x)[0] for key, group in whole.items()}
+        result[name] = [(key, (x[key], band(group, panel.y))) for key, group in whole.items()]
     return result
 
 
@@ -187,13 +192,14 @@ def band(rows: Sequence[Row], column: str) -> tuple[float, float, float]:
 def draw(axes: Axes, rows: Sequence[Row], panel: Panel) -> None:
     """Draw one panel."""
     smallest = math.inf
-    for name, line in points(rows, panel).items():
+    for number, (name, line) in enumerate(points(rows, panel).items()):
         x, y, low, high = zip(*((x, *y) for _, (x, y) in line), strict=True)
         errors = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         smallest = min([smallest, *(value for value in x if value > 0)])
-        if panel.kind == "bar":
-            texts = [textwrap.fill(str(key), 16) for key, _ in line]
-            axes.bar(texts, y, yerr=errors, label=name if panel.by else "", alpha=0.8)
+        if panel.kind == "names":
+            axes.set_xticks(range(len(line)), [str(key) for key, _ in line])
+            axes.errorbar([i + 0.1 * number for i in range(len(line))], y, yerr=errors, fmt="o", label=name)
+
         elif panel.kind == "points":
             axes.errorbar(x, y, yerr=errors, fmt="o", label=name, alpha=0.8)
         else:

@@ -51,6 +51,8 @@ GUIDANCE_SCALE = recommended("emoji")["guidance_scale"]
 EVAL_BATCH = 64 if torch.cuda.is_available() else 16
 """Images that an evaluation samples at once; larger batches were slower on a CPU."""
 SNAPSHOTS = "snapshots"
+SAMPLING = ("timestep_spacing", "set_alpha_to_one", "num_inference_steps")
+"""Settings of a run that its evaluations share."""
 Row = dict[str, Any]
 
 
@@ -84,7 +86,7 @@ class RunSpec:
 
     @property
     def sampler_options(self) -> dict[str, Any]:
-        return {key: self.settings[key] for key in ("timestep_spacing", "set_alpha_to_one") if key in self.settings}
+        return {key: self.settings[key] for key in SAMPLING if key in self.settings}
 
 
 class Snapshots(Callback):
@@ -206,14 +208,15 @@ class ExperimentRunner:
     def evaluate_loras(
         self, loras: Mapping[str, Path], reward: str, seed: int = 0, options: Mapping[str, Any] | None = None
     ) -> Row:
-        model = self.model(loras)
-        model.set_sampler_options(**(options or {}))
-        return self.evaluate(model, loaded(reward), seed)
+        model, chosen = self.model(loras), dict(options or {})
+        steps = chosen.pop("num_inference_steps", 0)
+        model.set_sampler_options(**chosen)
+        return self.evaluate(model, loaded(reward), seed, steps=steps)
 
-    def evaluate(self, model: DiffusionModel, reward: Reward, seed: int = 0, images: int = 0) -> Row:
+    def evaluate(self, model: DiffusionModel, reward: Reward, seed: int = 0, images: int = 0, steps: int = 0) -> Row:
         """Return a model's scores on the evaluation names: the reward, the judges and the diversity."""
         count = images or self.budget.images_per_prompt
-        sampler = self.sampler(model)
+        sampler = self.sampler(model, steps)
         evaluation = evaluate(
             lambda prompts, seeds: sampler(prompts, [seed * count + own for own in seeds]),
             reward,
@@ -267,16 +270,17 @@ class ExperimentRunner:
             load_lora(model, folder, name)
         return model
 
-    def sampler(self, model: DiffusionModel) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+    def sampler(self, model: DiffusionModel, steps: int = 0) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
         """Return the function that samples images [B, 3, H, W] for prompts and seeds, without reward guidance."""
-        schedule = model.schedule(self.budget.num_inference_steps)
+        schedule = model.schedule(steps or self.budget.num_inference_steps)
         return lambda prompts, seeds: model.sample_tensors(
             prompts, seeds, schedule, GUIDANCE_SCALE, batch_size=EVAL_BATCH
         )
 
-    def batch(self, model: DiffusionModel, prompts: Sequence[str], seed: int, reward: Reward) -> Batch:
+    def batch(self, model: DiffusionModel, prompts: Sequence[str], seed: int, reward: Reward, steps: int = 0) -> Batch:
         """Return a batch of prompts with noise from `seed`."""
-        generator, schedule = torch.Generator().manual_seed(seed), model.schedule(self.budget.num_inference_steps)
+        schedule = model.schedule(steps or self.budget.num_inference_steps)
+        generator = torch.Generator().manual_seed(seed)
         denoise, base = model.denoisers_for(prompts, schedule, GUIDANCE_SCALE)
         noise = PrefixCache(model.noise(generator, len(prompts)))
         return Batch(prompts, noise, schedule, denoise, base, lambda x: reward(model.decode(x), prompts), generator)
@@ -338,7 +342,7 @@ def short_scores(evaluation: Evaluation, reward: Reward) -> Row:
     scores = evaluation.scores
     parts = {f"reward/{part.label}": scores[part.label] for _, part in reward.terms if len(reward.terms) > 1}
     named = {short: scores[name] for name, short in COLUMNS.items() if name in scores}
-    return {"reward": scores[reward.label], **parts, **named}
+    return {"reward": scores[reward.label], **parts, **named, "images": len(evaluation.images)}
 
 
 def with_provenance(row: Row) -> Row:

@@ -11,8 +11,12 @@ from experiments.experiment import Claim, Experiment, Job, Panel, by_seed, claim
 from experiments.runner import DRAFT_1, DRAFT_LV, REWARD, ExperimentRunner, Row, RunSpec
 from experiments.statistics import Effect, factor_effect, paired_effect, queries_to_reach
 
-DDPO = "ddpo(inner_epochs=4, timestep_fraction=0.25, min_count=16, buffer_size=16)"
-"""The authors' clip range, statistics of prompts, and four optimizer steps for each set of images."""
+DDPO = "ddpo(inner_epochs=4, timestep_fraction=0.25, min_count=16, buffer_size=16, adv_clip_max=10)"
+"""Clip ranges, statistics of prompts and four optimizer steps for each set of images as in the authors' code.
+
+kvablack/ddpo-pytorch, config/base.py and dgx.py. There a set has 256 images, and a step has a quarter of the images
+instead of a quarter of the sampling steps.
+"""
 RATES = (3e-4, 1e-3, 3e-3)
 SEARCH_SEED = 100
 """Seed of the search. The comparison has others, so that the choice does not favor a run."""
@@ -20,6 +24,7 @@ MIN_NAMES = 0.9
 """Share of the base model's recognized names that a learning rate must keep."""
 PAPER = 200
 MARGIN = 1.5
+SHOWN = {"variant": ("DDPO", "DRaFT-1", "DRaFT-LV")}
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,16 @@ def draft_spec(task: Task, method: str, seed: int, budget: Budget) -> RunSpec:
 
 def ddpo_spec(task: Task, rate: float, seed: int, updates: tuple[int, ...], budget: Budget) -> RunSpec:
     settings = {"learning_rate": rate, "weight_decay": 1e-4, "reward": task.ddpo, "batch_size": 8}
-    return RunSpec(DDPO, updates, seed, settings | {"gradient_accumulation_steps": budget.ddpo_batches})
+    settings |= {"gradient_accumulation_steps": budget.ddpo_batches}
+    return RunSpec(DDPO, updates, seed, settings, f"ddpo {task.name} rate={rate:g} seed={seed}")
 
 
 def ddpo_updates(budget: Budget) -> list[int]:
-    """Return the updates of DDPO with an evaluation: every `every`, up to the limit of scored images."""
-    last = max(1, budget.ddpo_images // (8 * budget.ddpo_batches))
-    return sorted({*range(budget.every, last, budget.every), last})
+    """Return the updates of DDPO with an evaluation: ever sparser ones, up to the limit of scored images."""
+    last, updates = max(1, budget.ddpo_images // (8 * budget.ddpo_batches)), [budget.every]
+    while updates[-1] < last:
+        updates.append(updates[-1] + max(budget.every, updates[-1] // 5))
+    return [update for update in updates if update < last] + [last]
 
 
 def search_jobs(task: Task, budget: Budget) -> list[Job]:
@@ -92,7 +100,7 @@ def jobs(budget: Budget) -> list[Job]:
             longest = [ddpo_spec(task, RATES[1], seed, tuple(ddpo_updates(budget)), budget)]
             name = f"efficiency {task.name} DDPO seed={seed}"
             made += [*own, Job(name, partial(chase, task, seed, own[0], search), longest)]
-    # A DDPO run is the longest job: those of different seeds start before the other task's short ones end.
+    # DDPO needs the results of the other jobs.
     return sorted(made, key=lambda job: "DDPO" in job.name)
 
 
@@ -142,21 +150,17 @@ def answer(rows: list[Row]) -> list[str]:
     ]
 
 
-def scored_panels() -> list[Panel]:
-    return [
-        Panel("reward_queries", "reward", "variant", log=True, ylabel=label, where={"task": task.name})
-        for task, label in zip(TASKS, ("reward, style", "-kB of the JPEG file"), strict=True)
-    ]
-
-
 EXPERIMENT = Experiment(
     title="Sample efficiency",
     question="How many scored images does DDPO need for the reward of DRaFT-LV?",
     setting="DDPO has its authors' loss: clipping at 1e-4, advantages by the last 16 rewards of a prompt, a ratio for "
-    "each step, four optimizer steps for each 64 images, weight decay 1e-4. For JPEG it trains on the bytes of the "
-    "file, and DRaFT on the differentiable JPEG; both are evaluated by the bytes.",
+    "each step, four optimizer steps for each 64 images (theirs: 256), weight decay 1e-4. For JPEG it trains on the "
+    "bytes of the file, and DRaFT on the differentiable JPEG; both are evaluated by the bytes.",
     jobs=jobs,
     claims=claims,
     answer=answer,
-    panels=scored_panels(),
+    panels=[
+        Panel("reward_queries", "reward", "variant", log=True, ylabel=label, where={"task": task.name, **SHOWN})
+        for task, label in zip(TASKS, ("reward, style", "-kB of the JPEG file"), strict=True)
+    ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_the_readme_s_question_trains(small: dict[str, Any], tmp_path: Path, pip
 def test_own_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     trainer = draftune.Trainer
-    fewer = {"steps": 10, "num_inference_steps": 3, "batch_size": 1, "eval_prompts": ""}
+    fewer = {"steps": 10, "num_inference_steps": 3, "batch_size": 1, "eval_prompts": "", "num_log_prompts": 1}
     monkeypatch.setattr(
         draftune, "Trainer", lambda *a, **values: trainer(*a, **{**values, **fewer, "eval_rewards": ""})
     )
@@ -111,6 +112,7 @@ def test_own_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
 
 def test_guidance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draftune, "sample_guided", partial(draftune.sample_guided, num_inference_steps=10))
     example("guidance")
     rewards = re.findall(r"reward ([\d.]+) without guidance, ([\d.]+)", capsys.readouterr().out)
     assert len(rewards) == 3

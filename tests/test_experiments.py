@@ -1,4 +1,4 @@
-"""The measured experiments: statistics, jobs that processes share, reports of every experiment, and real runs."""
+"""The measured experiments: jobs that processes share, reports of every experiment, and real runs."""
 
 from __future__ import annotations
 
@@ -39,89 +39,8 @@ from experiments.examples import copy_examples, example_images
 from experiments.experiment import Job, Panel, curve_job, estimate, work
 from experiments.report import plot, points, read_csv, write_rows
 from experiments.runner import DRAFT_1, DRAFT_LV, ExperimentRunner, Row, RunSpec, spaced
-from experiments.statistics import (
-    Effect,
-    factor_effect,
-    mean_effect,
-    median_band,
-    paired_effect,
-    queries_to_reach,
-    ratio_effect,
-    verdict,
-)
 
 RESULTS = Path(__file__).parent.parent / "results"
-
-
-class TestStatistics:
-    def test_intervals_are_students(self) -> None:
-        # t(0.975, 2) = 4.302653; the standard error of 1, 2, 3 is 1 / sqrt(3).
-        effect, half = mean_effect([1.0, 2.0, 3.0]), 4.302653 / 3**0.5
-        assert (effect.value, effect.low, effect.high) == pytest.approx((2, 2 - half, 2 + half), rel=1e-6)
-        assert paired_effect([3.0, 5.0, 7.0], [2.0, 3.0, 4.0]) == pytest.approx(effect)
-        assert paired_effect([3.0, 5.0], [2.0, 3.0], unit=0.5).value == 3
-        ratio = ratio_effect([math.e, math.e**2, math.e**3], [1.0, 1.0, 1.0])
-        assert (ratio.value, ratio.low) == pytest.approx((math.e**2, math.exp(2 - half)), rel=1e-6)
-        assert math.isnan(mean_effect([1.0]).low)
-        assert mean_effect([1.0, 1.0]) == Effect(1.0, 1.0, 1.0, 2)
-
-    @pytest.mark.parametrize("count", [3, 5])
-    def test_intervals_cover_95_percent(self, count: int) -> None:
-        samples = np.random.default_rng(0).normal(0.3, 2.0, (1500, count))
-        effects = [mean_effect(list(row)) for row in samples]
-        covered = np.mean([effect.low <= 0.3 <= effect.high for effect in effects])
-        # The standard error of the share is 0.0056.
-        assert covered == pytest.approx(0.95, abs=0.017)
-        # A factor's interval is that of its logarithm.
-        ratios = [ratio_effect(list(np.exp(row)), [1.0] * count) for row in samples[:500]]
-        assert np.mean([ratio.low <= math.exp(0.3) <= ratio.high for ratio in ratios]) == pytest.approx(0.95, abs=0.03)
-
-    def test_medians_have_distribution_free_intervals(self) -> None:
-        assert median_band([5.0, 1.0, 2.0, 4.0, 3.0]) == (3, 1, 5)
-        # Of nine values, the second to the eighth cover the median with 96 %.
-        assert median_band([float(i) for i in range(1, 10)]) == (5, 2, 8)
-
-    def test_scored_images_are_interpolated_in_their_logarithm(self) -> None:
-        queries, scores = [0.0, 100.0, 1000.0, 10000.0], [1.0, 2.0, 2.0, 4.0]
-        assert queries_to_reach(queries, scores, 3.0) == (pytest.approx(10**3.5), False)
-        assert queries_to_reach(queries, scores, 1.25) == (25.0, False)
-        assert queries_to_reach(queries, scores, 0.5) == (0.0, False)
-        assert queries_to_reach(queries, scores, 4.1) == (10000.0, True)
-
-    def test_a_censored_factor_is_a_lower_bound(self) -> None:
-        known = factor_effect([200.0, 800.0], [10.0, 10.0], [False, False])
-        assert (known.value, known.censored) == (pytest.approx(40), 0)
-        five = factor_effect([90.0, 200.0, 300.0, 300.0, 300.0], [10.0] * 5, [False, False, True, True, True])
-        assert (five.value, five.low, five.high, five.censored) == (9, 9, math.inf, 3)
-        assert five.full("{:.0f}×") == "at least 9× (9 to no upper bound)"
-        # The median exceeds the smallest of three values with 87.5 % only.
-        assert math.isnan(factor_effect([90.0, 200.0, 300.0], [10.0] * 3, [False, True, True]).low)
-        assert factor_effect([math.nan, 1.0], [1.0, 1.0], [False, False]).text() == "not defined"
-        # In a simulation, the bound is below the true median at least as often as it says.
-        factors = np.random.default_rng(0).lognormal(3.0, 1.0, (2000, 5))
-        limit = math.exp(3.2)
-        bounds = [factor_effect(list(np.minimum(f, limit)), [1.0] * 5, list(f > limit)) for f in factors]
-        held = [effect.low <= math.exp(3.0) for effect in bounds if effect.censored]
-        assert np.mean(held) > 0.955
-
-    @pytest.mark.parametrize(
-        ("low", "high", "neutral", "margin", "direction", "word"),
-        [
-            (0.1, 0.5, 0, 0.2, 1, "confirmed"),
-            (0.1, 0.5, 0, 0.2, -1, "reversed"),
-            (-0.5, -0.1, 0, 0.2, 1, "reversed"),
-            (-0.1, 0.15, 0, 0.2, 1, "no measurable difference (below 0.2)"),
-            (-0.1, 0.25, 0, 0.2, 1, "undecided at 5 seeds"),
-            (1.1, 3.0, 1, 1.5, 1, "confirmed"),
-            (0.5, 0.9, 1, 1.5, 1, "reversed"),
-            (0.7, 1.4, 1, 1.5, 1, "no measurable difference (below 1.5)"),
-            (0.6, 1.4, 1, 1.5, 1, "undecided at 5 seeds"),
-            (9.0, math.inf, 1, 1.5, 1, "confirmed"),
-            (math.nan, math.nan, 0, 0.2, 1, "undecided at 5 seeds"),
-        ],
-    )
-    def test_verdicts(self, low: float, high: float, neutral: float, margin: float, direction: int, word: str) -> None:
-        assert verdict(Effect(low, low, high, 5, neutral), margin, direction) == word
 
 
 class FakeRunner(ExperimentRunner):
@@ -169,7 +88,7 @@ def seed_of(name: str) -> int:
 
 
 def fake_variance(name: str) -> list[Row]:
-    grid, reward = name.split()[3:5]
+    grid, _, reward = name.removeprefix("job lv variance ").rpartition(" seed=")[0].rpartition(" ")
     share = (0.3 if grid == "leading" else 0.1) + 0.01 * seed_of(name)
     row = {"grid": grid, "loss": reward, "seed": seed_of(name), "within": share, "between": 1 - share}
     return [row | {"share": share, "variance_ratio": 1 - 2 / 3 * share}]
@@ -312,7 +231,7 @@ def test_ddpo_runs_until_it_reaches_the_target_of_draft_lv(measured: Any) -> Non
     _, rows, runner = measured
     ddpo = [row for row in rows["sample_efficiency"] if row["variant"] == "DDPO"]
     # DRaFT-LV's gain after 10 updates, 0.6, takes DDPO 600 updates; the limit of 6,400 images are 100.
-    assert {row["update"] for row in ddpo} == {0, *range(5, 101, 5)}
+    assert sorted({row["update"] for row in ddpo}) == [0, 5, 10, 15, 20, 25, 30, 36, 43, 51, 61, 73, 87, 100]
     effect = sample_efficiency.factor(rows["sample_efficiency"], "style")
     assert (effect.value, effect.censored) == (pytest.approx(6400 / 120), 3)
     quick = FakeRunner(runner.folder.parent / "quick", lambda spec, u: {"reward": float(u)} if u else {"reward": 0.0})
@@ -368,10 +287,10 @@ def test_figures_have_medians_over_seeds() -> None:
     data.append({"method": "b", "seed": 0, "x": 4, "y": 9.0})  # the other seeds ended before
     assert points(data, Panel("x", "y"))["b"] == [(0, (0, (0, 0, 0))), (2, (2, (4, 2, 6)))]
     figure = plot(
-        data, [Panel("x", "y", log=True), Panel("x", "y", kind="points"), Panel("method", "y", "", kind="bar")]
+        data, [Panel("x", "y", log=True), Panel("x", "y", kind="points"), Panel("method", "y", "", kind="names")]
     )
     assert [list(values) for values in figure.axes[0].get_lines()[0].get_data()] == [[0, 2], [0, 4]]
-    assert len(figure.axes[2].patches) == 2
+    assert [text.get_text() for text in figure.axes[2].get_xticklabels()] == ["a", "b"]
 
 
 def test_csv_files_keep_numbers_and_commits(tmp_path: Path) -> None:
@@ -494,6 +413,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for argv, words in (
         (["symetry", *output], "'symmetry'"),
         (["symmetry", "--seeds", "1", *output], "--seeds"),
+        (["symmetry", "--images", "1", *output], "--images"),
         (["few_steps", "--quick", *output], "--examples"),
         (["few_steps", "--quick", "--examples", "none", *output], "none"),
         (["symmetry", "--output", str(tmp_path / "file")], "--output"),
@@ -513,14 +433,28 @@ def test_tables_of_earlier_weights_are_in_the_results(file: Path) -> None:
     assert text.strip() in (RESULTS.parent / "RESULTS.md").read_text(encoding="utf-8")
 
 
+def test_published_results_are_those_of_their_csv_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [file for name in NAMES if (file := RESULTS / f"{name}.csv").is_file()]
+    files = [file for file in files if "commit" in file.read_text(encoding="utf-8").partition("\n")[0].split(",")]
+    if not files:
+        pytest.skip("the published results are of an earlier version of the experiments")
+    for file in files:
+        (tmp_path / "results").mkdir(exist_ok=True)
+        shutil.copyfile(file, tmp_path / "results" / file.name)
+    monkeypatch.setattr("experiments.report.save", lambda canvas, path: Path(path).touch())
+    assert main(["--report", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "RESULTS.md").read_text("utf-8") == (RESULTS.parent / "RESULTS.md").read_text("utf-8")
+
+
 @pytest.mark.slow
 def test_a_quick_experiment_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["symmetry", "--quick", "--output", str(tmp_path)]
     budget, folder = TINY, tmp_path / "quick"
     first = EXPERIMENTS["symmetry"].jobs(budget)[0]
-    assert main([*argv, "--dry-run"]) == 0
-    assert "jobs left, at most" in capsys.readouterr().out
     assert main(argv) == 0
+    capsys.readouterr()
+    assert main([*argv, "--dry-run"]) == 0
+    assert "0 of    6 jobs left, at most 0 s" in capsys.readouterr().out
     csv_file = folder / "results" / "symmetry.csv"
     text, spec = csv_file.read_text(), first.specs[0]
     # A job and the end of its run are lost: the run resumes from its checkpoint to the same scores.
@@ -539,7 +473,7 @@ def test_a_quick_experiment_resumes_and_reports(tmp_path: Path, capsys: pytest.C
 def test_measurements_on_the_embedded_model(tmp_path: Path) -> None:
     """One job of each kind that does more than evaluate a run, all with the same runs."""
     runner = ExperimentRunner(tmp_path, replace(TINY, eval_prompts=1, num_inference_steps=2))
-    (variance,) = lv_samples.gradient_variance("leading", "aesthetic", 0, runner)
+    (variance,) = lv_samples.gradient_variance("trailing", "aesthetic", 0, runner)
     assert 0 < variance["share"] < 1
     assert variance["variance_ratio"] == pytest.approx(1 - 2 / 3 * variance["share"])
     spec = over_optimization.REMEDIES[0].spec(0, runner.budget)

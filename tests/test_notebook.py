@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from test_docs import PARSER
 
 import draftune
+from draftune.models import DiffusionModel
 from draftune.settings import Settings
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "quickstart.ipynb"
@@ -49,6 +51,7 @@ def test_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return train(*args, **made, num_log_prompts=1)
 
     monkeypatch.setattr(draftune, "train", short)
+    monkeypatch.setattr(DiffusionModel, "sample", partialmethod(DiffusionModel.sample, num_inference_steps=4))
     names: dict[str, Any] = {}
     for source in cells(None):
         exec(source, names)

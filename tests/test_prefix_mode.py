@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_dit
+import test_flow
+import test_lumina2
+import test_pixart
+import test_qwen_image
 import torch
 from diffusers.hooks import HookRegistry, TaylorSeerCacheConfig, apply_taylorseer_cache
 from diffusers.models.cache_utils import CacheMixin
@@ -19,7 +24,6 @@ from draftune.sampling.sampler import rollout
 from draftune.sampling.schedule import Prediction, Schedule, Step, ddim_schedule, flow_schedule
 from draftune.training.trainer import Trainer
 from helpers.errors import raises
-from helpers.odd_models import families
 from helpers.pipelines import SD14_SCHEDULER
 
 PROMPTS = ["a cat", "a dog"]
@@ -28,10 +32,13 @@ STEPS = 9
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    import test_qwen_image
-
     root = tmp_path_factory.mktemp("families")
-    return families(root) | {"qwen_image": test_qwen_image.save_qwen_image(root / "qwen_image")}
+    return {
+        "dev": test_flow.save_flux(root / "dev", guidance_embeds=True),
+        "dit": test_dit.build(root / "dit"),
+        "pixart": test_pixart.build(root / "pixart"),
+        "qwen_image": test_qwen_image.save_qwen_image(root / "qwen_image"),
+    }
 
 
 def prefix(model: DiffusionModel, cache: Any) -> tuple[Tensor, list[str]]:
@@ -171,7 +178,6 @@ def gradients(made: Trainer) -> dict[str, Tensor | None]:
     ("values", "calls", "dtype"),
     [
         ({"prefix_cache": "taylorseer(interval=2)"}, 4, torch.float32),
-        ({"prefix_precision": "bf16"}, 7, torch.bfloat16),
         ({"prefix_cache": "taylorseer(interval=3)", "prefix_precision": "bf16", "prefix_stride": 2}, 2, torch.bfloat16),
     ],
 )
@@ -232,6 +238,12 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with raises(DraftuneError, words):
         trainer(pipeline_folder, tmp_path / "run", **values)
+
+
+def test_guidance_that_ends_refuses_a_cache(tmp_path: Path) -> None:
+    folder = test_lumina2.save_lumina(tmp_path / "lumina2")
+    with raises(DraftuneError, "prefix_cache"):
+        trainer(folder, tmp_path / "run", prefix_cache="taylorseer")
 
 
 def test_a_sampler_with_noise_refuses_taylorseer() -> None:

@@ -70,3 +70,5 @@ def check_prefix_sampler(s: Settings, model: DiffusionModel, schedule: Schedule)
         )
     if s.prefix_cache:
         load_call_cache(s.prefix_cache).check(model.denoiser, schedule)
+        if len({model.guidance_at(step, schedule, s.guidance_scale) for step in schedule.steps}) > 1:
+            raise DraftuneError(f"prefix_cache does not work with {model.name!r}, which guides some steps only")

@@ -109,6 +109,8 @@ class Validation:
             return []
         rows = []
         if step and 0 not in self.evaluations:
+            count = len(self.context.eval_prompts) * self.context.settings.num_validation_images
+            logger.info(f"update {step}: the base model is evaluated first, on {count} images")
             with self.base_model():
                 rows.append(self.evaluate_now(0, {name: type(value)() for name, value in counted.items()}))
         rows.append(self.evaluate_now(step, counted))
