@@ -160,7 +160,7 @@ def test_errors_are_announced_and_lead_to_their_fields(visit: Visit, tmp_path: P
         assert page.locator("#source-pasted").is_checked()
         page.locator("#seed").evaluate("input => (input.value = '-1')")  # in a folded group
         page.get_by_role("button", name="Check", exact=True).click()
-        page.wait_for_function("document.activeElement.id === 'errors'")
+        page.locator("#errors:focus").wait_for()
         assert page.title().startswith("Not valid")
         page.locator("#errors a").click()
         assert page.locator("#seed").is_visible()

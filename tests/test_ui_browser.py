@@ -12,6 +12,7 @@ from test_browser_ui import served
 from test_report import written_run
 
 from helpers.browsers import Visit
+from helpers.ui import stand_in
 
 pytestmark = pytest.mark.browser
 
@@ -74,6 +75,22 @@ def test_the_picker_describes_before_it_is_used(visit: Visit, tmp_path: Path) ->
         page.locator("#model").fill("")
         page.locator("#model").press("Tab")
         page.locator("#model[placeholder=emoji]").wait_for()
+        page.goto("about:blank")
+
+
+def test_a_double_click_on_start_does_not_stop(visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, draft = visit.page, tmp_path / "runs" / ".ui" / "drafted"
+    draft.mkdir(parents=True)
+    (draft / "settings.yaml").write_text("model: emoji\n")
+    stand_in(monkeypatch, seconds=30)
+    with served(tmp_path / "runs") as address:
+        page.goto(f"{address}runs/drafted/")
+        page.locator("#do-start").click()
+        page.locator("#do-stop").click()
+        page.wait_for_timeout(1000)
+        assert page.locator("#state .state").inner_text() == "Starting"
+        page.locator("#do-stop").click()
+        page.locator(".state.stopped").wait_for()
         page.goto("about:blank")
 
 

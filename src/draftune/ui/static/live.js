@@ -1,7 +1,7 @@
 // Asks the server every two seconds for the parts of the page that change, and replaces those that did.
 
 const PAUSE = 2000; // milliseconds
-const DOUBLE = 700; // milliseconds: the second half of a double click
+const DOUBLE = 700; // milliseconds between the two halves of a double click, at most
 const poll = document.querySelector("[data-poll]").dataset.poll;
 const received = {}, touched = new Set();
 const away = make("p", { class: "problem away", role: "status", hidden: true },
@@ -57,13 +57,12 @@ async function keepFresh() {
   }
 }
 
-// Asks before something is lost. The second half of a double click, as on Start, does nothing.
-const sent = {}; // by address, when a form was sent
+// Asks before something is lost. The second half of a double click does nothing, also where it meets Stop after Start.
 function guard(event) {
-  const form = event.target, now = performance.now();
-  const doubled = now - (sent[form.action] ?? -DOUBLE) < DOUBLE || (form.action.endsWith("/stop") && now < DOUBLE);
+  const form = event.target, path = form.action.replace(/stop$/, "start"), now = Date.now();
+  const doubled = now - Number(sessionStorage.getItem(path)) < DOUBLE;
   if (doubled || (form.dataset.confirm && !confirm(form.dataset.confirm))) event.preventDefault();
-  else sent[form.action] = now;
+  else sessionStorage.setItem(path, now);
 }
 
 document.querySelector("header").after(away);
