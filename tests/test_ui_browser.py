@@ -112,3 +112,19 @@ def test_a_draft_is_deleted_after_yes(visit: Visit, tmp_path: Path) -> None:
     assert len(visit.complaints) == 2  # a fixture counts dialogs
     assert all("drafted" in text for text in visit.complaints)
     visit.complaints.clear()
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_no_scale_is_recommended_if_none_is_better_than_the_base_model(
+    visit: Visit, tmp_path: Path, scale: int
+) -> None:
+    page, run = visit.page, written_run(tmp_path / "runs" / "old")
+    path = run / "sweep" / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recommended": scale}))
+    with served(tmp_path / "runs") as address:
+        page.goto(f"{address}runs/old/")
+        page.locator("#sweep .note").first.wait_for()
+        said = page.locator("#sweep").inner_text().lower()
+        assert ("recommended" in said) == (scale == 1)
+        assert ("no scale is better" in said) == (scale == 0)
+        page.goto("about:blank")

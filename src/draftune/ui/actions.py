@@ -54,7 +54,7 @@ class FieldError(DraftuneError):
     """
 
     def __init__(self, field: str, message: object) -> None:
-        super().__init__(str(message))
+        super().__init__(str(message).removeprefix("--"))  # a flag is the field's name here
         self.field = field
 
 

@@ -20,7 +20,7 @@ def parse_scales(text: str, option: str = "--scales") -> list[float]:
         DraftuneError: another text, or one with decimal commas: "0, 0,5, 1" is not read as 0, 0, 5, 1.
     """
     if decimal := decimal_comma(text):
-        raise DraftuneError(f"{option} takes decimal points, not {text!r}: did you mean {decimal}?")
+        raise DraftuneError(f"{option} must have decimal points, not {text!r}: did you mean {decimal}?")
     try:
         scales = [float(word) for word in text.split(",")]
     except ValueError:
@@ -33,7 +33,8 @@ def parse_scales(text: str, option: str = "--scales") -> list[float]:
 def parse_scale(text: str, option: str) -> float:
     """Parse one finite number. Raises DraftuneError for another text."""
     if match := re.fullmatch(r"\s*([+-]?\d*),(\d+)\s*", text):
-        raise DraftuneError(f"{option} takes a decimal point, not {text!r}: did you mean {match[1] or 0}.{match[2]}?")
+        meant = f"{match[1] or 0}.{match[2]}"
+        raise DraftuneError(f"{option} must have a decimal point, not {text!r}: did you mean {meant}?")
     scales = parse_scales(text, option)
     if len(scales) != 1:
         raise DraftuneError(f"{option} must be one number such as 0.75, not {text!r}")
