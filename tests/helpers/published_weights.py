@@ -75,9 +75,10 @@ def photographs() -> list[Image.Image]:
         "immunohistochemistry",
     )
     sources = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names]
-    # Before version 13, Pillow resized tall images in another order, with other roundings.
-    tall = (99, 401 if int(PIL.__version__.split(".")[0]) >= 13 else 120)
-    sizes = [(64, 64), (72, 60), (150, 97), (41, 90), (33, 32), (225, 227), (32, 47), (300, 451), tall, (256, 256)]
+    sizes = [(64, 64), (72, 60), (150, 97), (41, 90), (33, 32), (225, 227), (32, 47), (300, 451), (99, 401), (256, 256)]
+    if int(PIL.__version__.split(".")[0]) < 13:
+        # Earlier versions resize the width of tall images first, so that some values differ by a level of 255.
+        sizes = [(max(size), min(size)) for size in sizes]
     return [sources[i % len(sources)].resize(sizes[(i * 3) % len(sizes)]) for i in range(50)]
 
 
