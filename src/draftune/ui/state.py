@@ -137,7 +137,7 @@ def detail(folder: RunsFolder, jobs: Jobs, name: str, key: str, last: dict[str, 
         return "Loading the model, the rewards and the last checkpoint."
     if key == "starting":
         begun = folder.has_run(name)
-        return "Sampling and scoring the base model, and making the first update." if begun else LOADING
+        return "Making the first update. Some runs evaluate the base model before it." if begun else LOADING
     if key == "training" and not folder.last_row(name, SAMPLES):
         return "Sampling images of the base model."
     if key == "training" and (seconds := float(last.get("train_seconds", 0.0))):
