@@ -5,6 +5,8 @@ The tables `prefix` and `race` of `benchmarks/levers.py`.
 
 from __future__ import annotations
 
+import openmp  # isort: skip  # noqa: F401 - before torch
+
 import argparse
 import statistics
 import time

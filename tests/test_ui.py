@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from test_report import written_run
 
 from draftune.cli.main import build_parser, main
 from draftune.cli.train import train_settings
+from draftune.presets import PRESETS, read_yaml
 from draftune.settings import Settings
-from draftune.ui import form as form_module
 from draftune.ui.choices import reward_facts
-from draftune.ui.form import LEFT_OUT, form_fields, named_in, validated
+from draftune.ui.form import LEFT_OUT, default_texts, form_fields, given, typed, worded
 from draftune.ui.security import MAX_BODY
-from helpers.ui import ADDRESS, Client, client, folder, problems, state
+from draftune.ui.validation import named_in, to_download, validated
+from helpers.ui import ADDRESS, Client, client, folder, inputs, problems, state
 
 __all__ = ["client", "folder"]  # fixtures of another file
 
@@ -54,7 +55,7 @@ def test_no_name_leads_out_of_the_folder(client: Client, folder: Path, tmp_path:
         for page in ("", "data", "status", "images/x"):
             assert client.get(f"/runs/{name}/{page}").status_code in (404, 307), (name, page)
         assert client.submit(f"/runs/{name}/start").status_code == 404, name
-    for name in ("../x", "/tmp/x", "", ".hidden", "a/b", "a b", "x" * 65, "link", "inside", "-x"):
+    for name in ("../x", "/tmp/x", "", ".hidden", "a/b", "x" * 65, "link", "inside", "-x"):
         answer = client.submit("/new", name=name, then="save")
         assert answer.status_code == 422, name
         assert list(problems(answer.text)) == ["name"]
@@ -111,9 +112,6 @@ def test_a_draft_has_the_settings_of_the_command_line(client: Client, folder: Pa
     written = Settings(**yaml.safe_load((folder / ".ui" / "first" / "settings.yaml").read_text()))
     assert written == replace(expected, output=str(folder / "first"))
     assert state(client, "first") == "draft"
-    page = client.get("/new?preset=sdxl-12gb").text
-    assert '<option value="sdxl-12gb" selected>' in page
-    assert 'value="stabilityai/stable-diffusion-xl-base-1.0"' in page
     # The form shows them again, and changes the same draft.
     page = client.get("/new?edit=first").text
     assert 'value="-1*brightness"' in page
@@ -121,6 +119,88 @@ def test_a_draft_has_the_settings_of_the_command_line(client: Client, folder: Pa
     assert 'value="&#39;&#39;"' in page
     assert client.submit("/runs/first/delete").headers["Location"] == "/"
     assert client.state.folder.names() == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_form_keeps_the_settings_of_a_preset(client: Client, folder: Path, preset: str) -> None:
+    """From a preset to the form, a draft, the form again and a draft again."""
+    page, values = client.get(f"/new?preset={preset}&name=first").text, read_yaml(PRESETS[preset])
+    expected = Settings(**values)
+    shown = inputs(page)
+    assert shown["preset"] == preset
+    for name, text in shown.items():
+        if name in values and name != "prompts":
+            assert text in ("", str(values[name])), name
+    assert shown["model"] == values["model"]
+    settings = folder / ".ui" / "first" / "settings.yaml"
+    for _ in range(2):
+        assert shown["name"] == "first"
+        again = Settings.from_mapping(given(shown) | ({"prompts": shown["prompts"]} if shown["prompts"] else {}))
+        assert again == expected
+        settings.parent.mkdir(exist_ok=True)
+        settings.write_text(again.to_yaml())
+        shown = inputs(client.get("/new?edit=first").text)
+
+
+def test_an_empty_field_means_the_default_that_it_shows() -> None:
+    """Defaults depend on the model, the method and the number of sampling steps."""
+    for values in (
+        {"method": "draft_k(k=2)", "prefix_reuse_steps": 4},
+        {"method": "draft_k(k=2)"},
+        {"model": "black-forest-labs/FLUX.1-dev", "num_inference_steps": 4, "method": "refl(m=4)"},
+        {"model": "black-forest-labs/FLUX.1-dev", "num_inference_steps": 4, "method": "refl(m=20)"},
+        {"model": "CompVis/stable-diffusion-v1-4", "eval_rewards": "", "set_alpha_to_one": False, "lora_alpha": 8.0},
+    ):
+        settings = Settings(**values)  # type: ignore[arg-type]
+        assert Settings(**given(typed(asdict(settings)))) == settings, values
+    assert default_texts({"model": "CompVis/stable-diffusion-v1-4", "steps": "many"})["steps"] == "2000"
+    assert default_texts({"model": "CompVis/stable-diffusion-v1-4"})["model"] == "emoji"
+    # Where the run decides, the default stands in words, and not as "none".
+    shown = default_texts({"model": "CompVis/stable-diffusion-v1-4"})
+    assert "tensorboard" in shown["report_to"]
+    assert "blocks" in shown["gradient_checkpointing"]
+    assert default_texts({})["gradient_checkpointing"] == "none"
+    assert not any("default:" in f.help for group in form_fields({}, {}).values() for f in group)
+
+
+def test_all_errors_are_reported_at_once_by_the_labels(client: Client) -> None:
+    wrong = {"batch_size": "0", "learning_rate": "-1", "reward": "pikscore", "model": "nowhere", "report_to": "x"}
+    page = client.submit("/new", name="a/b", source="file", **wrong).text
+    assert sorted(problems(page)) == sorted([*wrong, "name", "prompts"])
+    assert problems(page)["batch_size"].startswith("“Images of a batch” must")
+    assert worded("give --eval-prompts 3, not model=x or /a/batch_size") == (
+        "give “Evaluation prompts” 3, not model=x or /a/batch_size"
+    )
+
+
+def test_an_uploaded_file_is_kept_for_the_next_try(client: Client, folder: Path) -> None:
+    shown = inputs(
+        client.submit("/new", name="a", source="file", file=("mine.csv", b"prompt\na cat\n"), steps="0").text
+    )
+    answer = client.submit("/new", **(shown | {"source": "file", "steps": "3", "then": "save"}))
+    assert answer.status_code == 303
+    assert (folder / ".ui" / "a" / "prompts.csv").read_bytes() == b"prompt\na cat\n"
+    # So is the file of a draft that is edited.
+    shown = inputs(client.get("/new?edit=a").text)
+    assert client.submit("/new", **(shown | {"source": "file", "then": "save"})).status_code == 303
+    assert (folder / ".ui" / "a" / "prompts.csv").read_bytes() == b"prompt\na cat\n"
+    found = problems(client.submit("/new", name="bad", source="file", file=("my list.json", b"{")).text)
+    assert "my list.json" in found["prompts"]
+
+
+def test_a_form_of_an_earlier_server_comes_back_with_what_was_typed(client: Client, folder: Path) -> None:
+    answer = client.submit("/new", token="old", name="first", steps="7", preset="sdxl-12gb", then="start")
+    assert answer.status_code == 403
+    shown = inputs(answer.text)
+    assert [shown[name] for name in ("name", "steps", "preset", "token")] == [
+        "first", "7", "sdxl-12gb", client.state.token
+    ]  # fmt: skip
+    assert not (folder / ".ui" / "first").exists()
+
+
+def test_spaces_in_a_name_become_hyphens(client: Client, folder: Path) -> None:
+    assert client.submit("/new", name=" my  first run ", then="save").headers["Location"] == "/runs/my-first-run/"
+    assert inputs(client.submit("/new", name="a b", steps="0").text)["name"] == "a-b"
 
 
 def test_prompts_are_pasted_uploaded_or_named(client: Client, folder: Path) -> None:
@@ -170,10 +250,15 @@ def test_missing_weights_are_found_without_a_network(monkeypatch: pytest.MonkeyP
     }  # fmt: skip
     assert "3.9 GB" in found["rewards"][0]["text"]
     assert reward_facts("pikscore")["error"]
+    # A reward that needs several downloads is no error, and what is known of one with an error is still said.
+    assert reward_facts("hpsv2")["rewards"][0]["missing"] is True
+    assert reward_facts("hpsv2")["error"] == ""
+    assert "LAION" in reward_facts("aesthetic")["rewards"][0]["text"]
+    assert "fetched" not in reward_facts("aesthetic")["error"]
     settings, errors = validated({"reward": "pickscore", "model": "CompVis/stable-diffusion-v1-4"})
     assert errors == {}
     assert settings is not None
-    downloads = form_module.to_download(settings)
+    downloads = to_download(settings)
     assert [("v1-4" in text, "pickscore" in text) for text in downloads] == [(True, False), (False, True)]
 
 

@@ -27,7 +27,7 @@ from helpers.vision_language import hpsv3_output, official_inputs, save_hpsv3, s
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 # The tokens are 256 bytes, two of a space and a letter, eight special ones, and <|Reward|>.
 CONFIG: dict[str, Any] = {
-    "text_config": text_config(267, rope_parameters=ROPE),
+    "text_config": text_config(267, rope_scaling=ROPE, rope_theta=1e4),
     "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 14},
     "vision_start_token_id": 261,
     "vision_end_token_id": 262,

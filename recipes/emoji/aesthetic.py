@@ -15,7 +15,6 @@ on. With --evaluate they are only evaluated.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from transformers import CLIPModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import CLIPModel, ResNetConfig, ResNetForImageClassification
 
 from augment import augmented, damaged
-from common import Progress, autocast, cosine, percent, pick_device, to_float
+from common import Progress, autocast, cosine, export_resnet, percent, pick_device, to_float
 from data import STYLES, Emoji, held_out_names, table
 from draftune.rewards.aesthetic import Head
 from emoji_clip import DIM, SIZE, embed_images
@@ -112,17 +111,6 @@ def bounded(output: Tensor | object) -> Tensor:
     return TOP * logits.float().sigmoid()
 
 
-def export(network: ResNetForImageClassification, head: Head, folder: Path) -> None:
-    """Save both networks in half precision, the ResNet with its image processor."""
-    network.half().save_pretrained(folder)
-    ViTImageProcessor(
-        size={"height": SIZE, "width": SIZE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    save_file({key: value.half() for key, value in head.state_dict().items()}, folder / "head.safetensors")
-
-
 @torch.no_grad()
 def evaluate(scorers: dict[str, Scorer], images: Tensor, worst: Tensor) -> None:
     """Print mean scores of held-out images, intact and damaged, and how often 3d scores above both flat styles.
@@ -170,7 +158,8 @@ def main() -> None:
         network, head = ResNetForImageClassification(resnet_config()).to(device), Head(DIM).to(device)
         train(network.train(), None, data, args)
         train(head, embed, data, args)
-        export(network, head, folder)
+        export_resnet(network, folder, SIZE)
+        save_file({key: value.half() for key, value in head.state_dict().items()}, folder / "head.safetensors")
     network = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     head = Head(DIM).to(device)
     head.load_state_dict(load_file(folder / "head.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import ResNetForImageClassification, ViTImageProcessor
 
 
 def pick_device() -> torch.device:
@@ -57,6 +59,19 @@ def update_average(average: torch.nn.Module, module: torch.nn.Module, step: int)
 def percent(correct: torch.Tensor) -> str:
     """Format the fraction of true values."""
     return f"{100 * correct.float().mean():.1f} %"
+
+
+def export_resnet(network: ResNetForImageClassification, folder: Path, size: int) -> None:
+    """Save a network of square images in half precision with its image processor."""
+    network.half().save_pretrained(folder)
+    processor = ViTImageProcessor(
+        size={"height": size, "width": size}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    # Half precision is only for the file: transformers loads the dtype in the config.
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 class Progress:

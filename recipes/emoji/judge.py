@@ -11,15 +11,25 @@ over-optimized models (exploit.py), other ones than the rewards are trained on. 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate, max_pool2d
-from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from common import Progress, autocast, cosine, load_state, percent, pick_device, save_state, to_float, uniform
+from common import (
+    Progress,
+    autocast,
+    cosine,
+    export_resnet,
+    load_state,
+    percent,
+    pick_device,
+    save_state,
+    to_float,
+    uniform,
+)
 from data import COMMON, STYLES, Emoji
 from exploit import load_exploited, sample_exploited
 
@@ -144,19 +154,6 @@ def train(judge: ResNetForImageClassification, emoji: Emoji, args: argparse.Name
             save_state(args.output, judge, optimizer, step + 1)
 
 
-def export(judge: ResNetForImageClassification, folder: Path) -> None:
-    """Save the network in half precision with its image processor."""
-    judge.half().save_pretrained(folder)
-    processor = ViTImageProcessor(
-        size={"height": SIZE, "width": SIZE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    processor.save_pretrained(folder)
-    # Half precision is only for the file: transformers loads the dtype in the config.
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
 @torch.no_grad()
 def evaluate(judge: ResNetForImageClassification, emoji: Emoji) -> None:
     """Print the accuracy on original and on augmented images, and the probability of "damaged" for damaged ones."""
@@ -199,7 +196,7 @@ def main() -> None:
         judge = ResNetForImageClassification(judge_config(emoji.vocabulary)).to(pick_device())
         judge = judge.to(memory_format=torch.channels_last).train()
         train(judge, emoji, args)
-        export(judge.to(memory_format=torch.contiguous_format), folder)
+        export_resnet(judge.to(memory_format=torch.contiguous_format), folder, SIZE)
     judge = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32)
     evaluate(judge.to(pick_device()).eval(), emoji)
 

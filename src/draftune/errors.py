@@ -72,16 +72,21 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def gather(*attempts: Callable[[], T]) -> list[T]:
-    """Return the results of all attempts. Raises one DraftuneError with the problems of all that failed."""
+    """Return the results of all attempts. Raises one DraftuneError with the problems of all that failed.
+
+    If all problems have one class, so has the error.
+    """
     results: list[T] = []
     problems: dict[str, None] = {}
+    kinds: set[type[DraftuneError]] = set()
     for attempt in attempts:
         try:
             results.append(attempt())
         except DraftuneError as error:
             problems |= dict.fromkeys(map(str, error.args))
+            kinds.add(type(error))
     if problems:
-        raise DraftuneError(*problems)
+        raise (kinds.pop() if len(kinds) == 1 else DraftuneError)(*problems)
     return results
 
 

@@ -124,7 +124,7 @@ def words(m: Making) -> Bad:
     if flag == "--":
         rest = [] if m.command == "merge" else ["a", "--b", "c", "d"]
         return Bad([*m.command.split(), "--", *rest], [m.command, "'a'", "--b", "'--'"])
-    if m.random.random() < 0.3 and m.command not in (*TRAINING, "list", "env"):
+    if m.random.random() < 0.3 and m.command not in (*TRAINING, "list", "env", "ui"):
         return Bad(m.command.split(), [m.command])
     if m.random.random() < 0.2:
         return Bad([m.any(m.command.upper(), f"{m.command}e", f" {m.command}", "")], [m.command])

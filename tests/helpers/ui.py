@@ -96,3 +96,15 @@ def state(client: Client, name: str) -> str:
 def problems(html: str) -> dict[str, str]:
     """Return the errors beside the fields of a form, by the fields' names."""
     return {name: unescape(text) for name, text in re.findall(r'id="(\w+)-error">(.*?)</p>', html)}
+
+
+def inputs(html: str) -> dict[str, str]:
+    """Return the values of a form's controls by their names, as a browser would send them."""
+    tags = [dict(re.findall(r'([\w-]+)="(.*?)"', tag)) for tag in re.findall(r"<input\b[^>]*>", html, re.DOTALL)]
+    values = {
+        tag["name"]: tag.get("value", "") for tag in tags if "name" in tag and tag.get("type") in (None, "hidden")
+    }
+    for name, content in re.findall(r'<select[^>]* name="(\w+)"[^>]*>(.*?)</select>', html, re.DOTALL):
+        chosen = re.search(r'value="([^"]*)" selected', content)
+        values[name] = chosen[1] if chosen else ""
+    return {name: unescape(value) for name, value in values.items()}

@@ -110,7 +110,7 @@ def save_vlm(folder: Path, family: str, seed: int = 0) -> Path:
     else:
         tokenizer = byte_tokenizer(folder, QWEN_SPECIAL, QWEN_CHAT)
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
-        text = text_config(len(tokenizer), rope_parameters=rope)
+        text = text_config(len(tokenizer), rope_scaling=rope, rope_theta=1e4)
         ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")}
         ids |= {f"vision_{k}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{k}|>") for k in ("start", "end")}
         vision = {"depth": 3, "num_heads": 2, "patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2}

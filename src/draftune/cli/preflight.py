@@ -85,6 +85,7 @@ def as_json(result: MemoryReport) -> dict[str, Any]:
         "memory": result.memory,
         "changes": result.changes,
         "seconds": best.seconds if best.run else None,
+        "parts": [{"name": name, "count": count, "seconds": taken} for name, (count, taken) in best.run.items()],
         "trials": [
             {
                 "change": trial.change,

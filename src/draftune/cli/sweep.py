@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 from dataclasses import replace
 
@@ -17,9 +16,9 @@ from draftune.cli.common import (
     filled,
     writing_to,
 )
-from draftune.errors import DraftuneError
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import folder_output, user_path
+from draftune.utils.scales import parse_scales
 
 DEFAULT = "0,0.25,0.5,0.75,1,1.25,1.5"
 
@@ -48,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate the scales, write the results and print the recommendation."""
     check_numbers(args, num_images=1)
-    scales = numbers(args.scales)
+    scales = parse_scales(args.scales)
     from draftune.evaluation.criterion import parse_criterion
     from draftune.evaluation.eval_spec import resolve_eval_spec
     from draftune.evaluation.lora_scale import sweep
@@ -75,17 +74,6 @@ def run(args: argparse.Namespace) -> None:
         chosen = f"{shlex.quote(args.source)} --lora-scale {result.recommended:g}"
         print(f"  draftune sample {chosen} --prompt … --output …")
         print(f"  draftune export {chosen} --format diffusers --output …")
-
-
-def numbers(text: str) -> list[float]:
-    """Parse finite numbers separated by commas. Raises DraftuneError for any other text."""
-    try:
-        scales = [float(word) for word in text.split(",")]
-    except ValueError:
-        scales = [math.nan]
-    if not all(map(math.isfinite, scales)):
-        raise DraftuneError(f"--scales must be finite numbers such as 0,0.5,1, not {text!r}")
-    return scales
 
 
 COMMAND = Command(

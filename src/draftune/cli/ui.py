@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from draftune.ui.server import page_server
 
     with page_server(args.folder, args.port) as (address, server, listener):
-        print(f"{address}  (stop with Ctrl-C; runs go on)", flush=True)
+        print(f"Open {address} in a browser (Ctrl-C ends the page, and runs go on)", flush=True)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:

@@ -34,7 +34,11 @@ CLIP_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(mlp|self_attn)\.\w+
 
 def has_loader(denoiser: nn.Module) -> bool:
     """Return whether ComfyUI loads LoRAs for a denoiser of this class."""
-    kind = type(denoiser).__name__
+    return is_loaded(type(denoiser).__name__)
+
+
+def is_loaded(kind: str) -> bool:
+    """Return whether ComfyUI loads LoRAs for denoisers of the class of this name."""
     return kind == "UNet2DConditionModel" or kind in DIFFUSERS_NAMES or kind in TABLES
 
 

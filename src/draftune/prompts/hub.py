@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from draftune.errors import DraftuneError, first_line
 from draftune.prompts.files import Rows
-from draftune.utils.hub import fetch
+from draftune.utils.hub import fetch, why_not_fetched
 
 PREFIX = "hf://datasets/"
 
@@ -85,6 +85,6 @@ def missing(source: HubSource, error: Exception) -> DraftuneError:
     name = f"{source.file!r} of {source.repository!r}" if source.file else repr(source.repository)
     split = f", split {source.split!r}," if source.split else ""
     return DraftuneError(
-        f"the data set {name}{split} is not on this machine and could not be fetched from the hub "
+        f"the data set {name}{split} is not on this machine{why_not_fetched()} "
         f"({first_line(error)}): download it where there is a network, and give the file to --prompts"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def write_card(
         DraftuneError: there is no run, it has no LoRA, or the folder cannot be written.
     """
     folder, target = user_path(run), user_path(output)
+    check_license(license)
     if not (folder / CONFIG).is_file():
         raise DraftuneError(f"no run at {str(folder)!r}: give a folder with a {CONFIG}")
     text = model_card(folder, repository or target.name, best, license)
@@ -56,6 +58,12 @@ def write_card(
     with atomic_write(target / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target
+
+
+def check_license(license: str) -> None:
+    """Raise DraftuneError unless a license is empty or written like the hub's identifiers."""
+    if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise DraftuneError(f"--license must be an identifier of the hub such as apache-2.0, not {license!r}")
 
 
 def model_card(folder: Path, repository: str, best: bool = False, license: str = "") -> str:

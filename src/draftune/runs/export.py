@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
 from draftune.models.quantization import is_quantized
 from draftune.runs import load
+from draftune.runs.formats import UNCONDITIONAL
 from draftune.runs.load import read_deltas
 from draftune.runs.run_dir import run_settings
 from draftune.settings import Settings
@@ -36,8 +36,6 @@ SUFFIX = ".safetensors"
 FILE_FORMATS = ("comfyui", "kohya")
 """The formats that are one file, not a folder."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-UNCONDITIONAL = re.compile(r"attentions\.\d+\.to_")
-"""Names of attention layers in unconditional UNets; conditional ones have transformer blocks in between."""
 
 
 def export_lora(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from draftune.lora import saved_sampler
+from draftune.lora import FILE_NAME, saved_sampler
 from draftune.runs.export import sampler_options
 
 EMBEDDED = 'str(files("draftune") / "assets" / "emoji")'
@@ -39,7 +39,8 @@ def diffusers_code(lora: Path, source: str, base_model: str, prompt: str, argume
         "",
         f"pipe = DiffusionPipeline.from_pretrained({EMBEDDED if base_model == 'emoji' else repr(base_model)})",
         *([line] if line else []),
-        f"pipe.load_lora_weights({source!r})",
+        # Without the name, diffusers 0.35 refuses a folder when the hub is offline.
+        f"pipe.load_lora_weights({source!r}, weight_name={FILE_NAME!r})",
         f"image = pipe({', '.join([repr(prompt), arguments, *([f'eta={eta}'] if eta is not None else [])])}).images[0]",
     ]
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +14,15 @@ from starlette.datastructures import FormData
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from draftune.errors import DraftuneError
-from draftune.report.card import write_card
+from draftune.report.card import check_license, write_card
 from draftune.runs.export import export_lora
+from draftune.runs.formats import fitting_formats
+from draftune.settings import Settings
 from draftune.ui.context import Context
 from draftune.ui.drafts import commands
 from draftune.ui.processes import CHECK, SWEEP, TRAIN
 from draftune.ui.state import RESULT, run_state
+from draftune.utils.scales import parse_scale, parse_scales
 
 FORMATS = {
     "diffusers": "diffusers (a folder, zipped)",
@@ -26,6 +30,41 @@ FORMATS = {
     "kohya": "AUTOMATIC1111 (one .safetensors file; Stable Diffusion 1, 2 and XL)",
 }
 """The formats of a LoRA that can be downloaded. A merged model is too large for a download: `draftune export`."""
+
+
+LICENSES = (
+    "apache-2.0",
+    "mit",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc0-1.0",
+    "creativeml-openrail-m",
+    "other",
+)
+"""Licenses that are offered; every identifier of the hub can be typed."""
+CARD = "-with-card"
+
+
+class FieldError(DraftuneError):
+    """An error of one field of a run's page.
+
+    Attributes:
+        field: The field's name.
+    """
+
+    def __init__(self, field: str, message: object) -> None:
+        super().__init__(str(message).removeprefix("--"))  # a flag is the field's name here
+        self.field = field
+
+
+@contextmanager
+def at_field(field: str) -> Iterator[None]:
+    """Raise FieldError for a DraftuneError inside the block."""
+    try:
+        yield
+    except DraftuneError as error:
+        raise FieldError(field, error) from error
 
 
 def text(form: FormData, name: str, default: str = "") -> str:
@@ -67,7 +106,12 @@ def check(context: Context, name: str, form: FormData) -> Response:
 def sweep(context: Context, name: str, form: FormData) -> Response:
     """Sample and score images at several scales of the LoRA."""
     needs_lora(context, name)
-    arguments = commands(context.folder, name, text(form, "scales"), text(form, "images", "2"))[SWEEP]
+    scales, images = text(form, "scales"), text(form, "images", "2")
+    with at_field("scales"):
+        parse_scales(scales, "scales")
+    if not images.isdecimal() or int(images) < 1:
+        raise FieldError("images", f"images per prompt must be a whole number, at least 1, not {images!r}")
+    arguments = commands(context.folder, name, scales, images)[SWEEP]
     context.jobs.submit(name, SWEEP, arguments)
     return back(name, "take")
 
@@ -76,26 +120,30 @@ def export(context: Context, name: str, form: FormData) -> Response:
     """Send the LoRA in a format of other tools."""
     format, scale = text(form, "format"), text(form, "scale", "1")
     if format not in FORMATS:
-        raise DraftuneError(f"unknown format {format!r}: {', '.join(FORMATS)}")
-    try:
-        factor = float(scale)
-    except ValueError as error:
-        raise DraftuneError(f"the scale must be a number, not {scale!r}") from error
+        raise FieldError("format", f"unknown format {format!r}: {', '.join(FORMATS)}")
+    with at_field("scale"):
+        factor = parse_scale(scale, "scale")
     best = chosen(context, name, form)
 
     def write(folder: Path) -> Path:
         target = folder / (name if format == "diffusers" else f"{name}.safetensors")
-        return export_lora(context.folder.run(name), target, format, factor, best)
+        with at_field("format"):
+            return export_lora(context.folder.run(name), target, format, factor, best)
 
-    return download(context, write)
+    scaled = "" if factor == 1 else f"-scale{factor:g}"
+    return download(write, f"{name}{'-best' if best else ''}{scaled}-{format}")
 
 
 def card(context: Context, name: str, form: FormData) -> Response:
     """Send the LoRA with its model card, image and settings."""
     best, license = chosen(context, name, form), text(form, "license")
-    return download(
-        context, lambda folder: write_card(context.folder.run(name), folder / name, best=best, license=license)
-    )
+    with at_field("license"):
+        check_license(license)
+
+    def write(folder: Path) -> Path:
+        return write_card(context.folder.run(name), folder / name, best=best, license=license)
+
+    return download(write, f"{name}{'-best' if best else ''}{CARD}")
 
 
 def chosen(context: Context, name: str, form: FormData) -> bool:
@@ -103,9 +151,17 @@ def chosen(context: Context, name: str, form: FormData) -> bool:
     best = text(form, "which") == "best"
     if not best:
         needs_lora(context, name)
-    elif not context.folder.lora(name, best=True):
-        raise DraftuneError(f"{name!r} has no best LoRA: no evaluation has selected one")
+    elif not context.folder.best(name):
+        raise FieldError("which", f"{name!r} has no best LoRA: no evaluation after an update is the best one")
     return best
+
+
+def formats(context: Context, name: str, settings: Settings | None) -> dict[str, str]:
+    """Return the formats that fit the LoRA of a run, with their descriptions."""
+    files = [path for part in ("lora", "best") for path in (context.folder.run(name) / part).glob("*.safetensors")]
+    if settings is None or not files:
+        return FORMATS
+    return {format: FORMATS[format] for format in fitting_formats(files[0], settings.model, settings.revision)}
 
 
 def needs_lora(context: Context, name: str) -> None:
@@ -114,8 +170,8 @@ def needs_lora(context: Context, name: str) -> None:
         raise DraftuneError(f"{name!r} has no LoRA yet: it is saved when the run stops or ends")
 
 
-def download(context: Context, write: Callable[[Path], Path]) -> Response:
-    """Send a file, or a folder as .zip. It is written into a temporary folder, which is deleted afterwards."""
+def download(write: Callable[[Path], Path], name: str) -> Response:
+    """Send a file, or a folder as .zip, by a name. It is written into a temporary folder, which is deleted then."""
     temporary = TemporaryDirectory()
     try:
         path = write(Path(temporary.name))
@@ -125,7 +181,9 @@ def download(context: Context, write: Callable[[Path], Path]) -> Response:
         temporary.cleanup()
         raise
     kind = "application/zip" if path.suffix == ".zip" else "application/octet-stream"
-    return FileResponse(path, media_type=kind, filename=path.name, background=BackgroundTask(temporary.cleanup))
+    return FileResponse(
+        path, media_type=kind, filename=name + path.suffix, background=BackgroundTask(temporary.cleanup)
+    )
 
 
 def delete(context: Context, name: str, form: FormData) -> Response:
@@ -141,7 +199,7 @@ def back(name: str, part: str = "") -> Response:
     return RedirectResponse(f"/runs/{name}/{f'#{part}' if part else ''}", HTTPStatus.SEE_OTHER)
 
 
-ACTIONS: dict[str, Callable[[Context, str, FormData], Response]] = {
-    action.__name__: action for action in (start, stop, check, sweep, export, card, delete)
-}
+Action = Callable[[Context, str, FormData], Response]
+"""A function of the context, a run's name and a form."""
+ACTIONS: dict[str, Action] = {action.__name__: action for action in (start, stop, check, sweep, export, card, delete)}
 """The actions on a run by the last part of their address."""

@@ -26,13 +26,15 @@ from starlette.routing import Route
 from draftune.errors import DraftuneError
 from draftune.report.page import embedded
 from draftune.settings import Settings
-from draftune.ui.actions import ACTIONS, FORMATS, back, check, start, text
+from draftune.ui.actions import ACTIONS, LICENSES, Action, FieldError, back, check, formats, start, text
 from draftune.ui.choices import choices, reward_facts
 from draftune.ui.context import Context
 from draftune.ui.drafts import SET, SOURCES, Draft, prefilled, save
-from draftune.ui.form import default_texts, form_fields, to_download
+from draftune.ui.form import default_texts, form_fields
 from draftune.ui.security import MAX_BODY, LoopbackOnly
 from draftune.ui.state import check_state, run_state, settings_of, sweep_state
+from draftune.ui.validation import to_download
+from draftune.utils.hub import offline
 from draftune.utils.tables import duration
 
 STATIC = {
@@ -64,17 +66,17 @@ class App:
         """Show the form, with the settings of a preset or of an earlier run."""
         asked = request.query_params
         earlier = asked.get("edit") or asked.get("from", "")
-        preset = asked.get("preset", "")
-        return self.show(prefilled(self.context.folder, preset, earlier, "edit" in asked), preset=preset)
+        preset, name = asked.get("preset", ""), asked.get("name", "")
+        return self.show(prefilled(self.context.folder, preset, earlier, "edit" in asked, name))
 
-    def show(self, draft: Draft, status: int = HTTPStatus.OK, preset: str = "") -> Response:
+    def show(self, draft: Draft, status: int = HTTPStatus.OK) -> Response:
         """Show the form with a draft's values."""
-        defaults = default_texts(draft.values.get("model", ""))
+        defaults = default_texts(draft.values)
         return self.context.html(
             "form.html",
             status,
             draft=draft,
-            preset=preset,
+            upload=self.context.keep(*draft.file),
             groups=form_fields(draft.values, draft.errors),
             choices=choices(),
             default_prompts=defaults["prompts"],
@@ -83,17 +85,23 @@ class App:
 
     async def create(self, request: Request) -> Response:
         """Check what was typed. Show the errors beside it, else write the run's files and start or check it."""
-        form = await self.posted(request)
+        form = await self.sent(request)
         upload = form.get("file")
-        content = await upload.read() if isinstance(upload, UploadFile) and upload.filename else b""
+        file = self.context.uploads.get(text(form, "upload"), ("", b""))
+        if isinstance(upload, UploadFile) and upload.filename:
+            file = upload.filename, await upload.read()
         draft = Draft(
-            text(form, "name"),
+            "-".join(text(form, "name").split()),
             {f.name: text(form, f.name) for f in fields(Settings) if f.name != "prompts"},
             source if (source := text(form, "source")) in SOURCES else SET,
             text(form, "prompts"),
             str(form.get("pasted", "")),
-            (upload.filename or "" if isinstance(upload, UploadFile) else "", content),
+            file,
+            text(form, "preset"),
         )
+        if not self.has_token(form):
+            draft.errors[""] = "the server was started again since this page was loaded: send the form once more"
+            return await run_in_threadpool(self.show, draft, HTTPStatus.FORBIDDEN)
         return await run_in_threadpool(self.created, draft, form)
 
     def created(self, draft: Draft, form: FormData) -> Response:
@@ -108,17 +116,28 @@ class App:
 
     def run(self, request: Request) -> Response:
         """Show the page of a run."""
-        name = self.name(request)
+        return self.show_run(self.name(request))
+
+    def show_run(
+        self,
+        name: str,
+        status: int = HTTPStatus.OK,
+        typed: FormData | None = None,
+        problems: dict[str, str] | None = None,
+    ) -> Response:
+        """Show the page of a run; after an error with it and with what was typed."""
         live = self.context.live(name)
         data = Markup(embedded(live.now(), live=True)) if live else ""
-        return self.context.html("run.html", **self.status_of(name), data=data, formats=FORMATS)
+        return self.context.html("run.html", status, **self.status_of(name, typed, problems), data=data)
 
     def status(self, request: Request) -> Response:
         """Show the parts of a run's page that change."""
         self.context.jobs.tick()
-        return self.context.html("_run.html", **self.status_of(self.name(request)), formats=FORMATS)
+        return self.context.html("_run.html", **self.status_of(self.name(request)))
 
-    def status_of(self, name: str) -> dict[str, Any]:
+    def status_of(
+        self, name: str, typed: FormData | None = None, problems: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         c = self.context
         state, live = run_state(c.folder, c.jobs, name), c.live(name)
         settings = settings_of(c.folder, name)
@@ -129,6 +148,11 @@ class App:
             "sweep": sweep_state(c.jobs, name),
             "log": c.jobs.lines(name, "train"),
             "downloads": to_download(settings) if settings and state.key in ("draft", "failed") else [],
+            "offline": offline(),
+            "formats": formats(c, name, settings),
+            "licenses": LICENSES,
+            "typed": typed or {},
+            "problems": problems or {},
             "duration": duration,
         }
 
@@ -154,15 +178,23 @@ class App:
 
     async def act(self, request: Request) -> Response:
         """Do what a button of a run's page says."""
-        form = await self.posted(request)
+        form = await self.sent(request)
+        if not self.has_token(form):
+            raise HTTPException(HTTPStatus.FORBIDDEN, "this page is of an earlier server: load it again")
         action = ACTIONS.get(request.path_params["action"])
         if action is None:
             raise HTTPException(HTTPStatus.NOT_FOUND)
-        return await run_in_threadpool(action, self.context, self.name(request), form)
+        return await run_in_threadpool(self.acted, action, self.name(request), form)
+
+    def acted(self, action: Action, name: str, form: FormData) -> Response:
+        try:
+            return action(self.context, name, form)
+        except FieldError as error:
+            return self.show_run(name, HTTPStatus.BAD_REQUEST, form, {error.field: str(error)})
 
     def defaults(self, request: Request) -> Response:
-        """Send the defaults of a model."""
-        return JSONResponse(default_texts(request.query_params.get("model", "")))
+        """Send the defaults with what was typed."""
+        return JSONResponse(default_texts(request.query_params))
 
     def reward(self, request: Request) -> Response:
         """Send what is known of the rewards in an expression."""
@@ -180,12 +212,13 @@ class App:
         """Return the name of the run that a request is about."""
         return self.context.known(request.path_params["name"])
 
-    async def posted(self, request: Request) -> FormData:
-        """Return the form of a request. Raises HTTPException without the token of this server's pages."""
-        form = await request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=MAX_BODY)
-        if not secrets.compare_digest(text(form, "token").encode(), self.context.token.encode()):
-            raise HTTPException(HTTPStatus.FORBIDDEN, "this page is of an earlier server: load it again")
-        return form
+    async def sent(self, request: Request) -> FormData:
+        """Return the form of a request."""
+        return await request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=MAX_BODY)
+
+    def has_token(self, form: FormData) -> bool:
+        """Return whether a form has the token of this server's pages."""
+        return secrets.compare_digest(text(form, "token").encode(), self.context.token.encode())
 
     def problem(self, request: Request, error: Exception) -> Response:
         """Show an error as a page."""

@@ -10,7 +10,9 @@ from draftune.presets import PRESETS, first_comment, read_yaml
 from draftune.prompts import PROMPT_SETS
 from draftune.registry.expression import parse
 from draftune.registry.factories import first_sentence, is_in_file
-from draftune.ui.form import calls, missing_weights
+from draftune.ui.form import worded
+from draftune.ui.validation import calls, missing_weights
+from draftune.utils.hub import offline
 
 
 @cache
@@ -40,25 +42,28 @@ def reward_facts(expression: str) -> dict[str, Any]:
 
     Returns:
         "error", empty if the expression is valid; "rewards", a list of names with texts, and whether weights are
-        missing.
+        missing; "todo", what happens to missing weights.
     """
     from draftune.registry.catalog import facts_of
 
     described = {name: text for group in choices()["rewards"].values() for name, text in group.items()}
+    error, names, missing = "", dict[str, None](), dict[str, str]()
     try:
-        missing = missing_weights(expression)
         names = dict.fromkeys(call.name for call in calls(parse(expression))) if expression else {}
-    except DraftuneError as error:
-        return {"error": str(error), "rewards": []}
+        missing = missing_weights(expression)
+    except DraftuneError as problem:
+        error = worded(str(problem))
     own = "Your own file: the run executes it on this machine."
+    known = [name for name in names if is_in_file(name) or name in described]
     return {
-        "error": "",
+        "error": error,
+        "todo": "HF_HUB_OFFLINE forbids its download." if offline() else "the start downloads its weights.",
         "rewards": [
             {
                 "name": name,
-                "text": own if is_in_file(name) else f"{described.get(name, '')} {facts_of(name)}".strip(),
+                "text": own if is_in_file(name) else f"{described[name]} {facts_of(name)}".strip(),
                 "missing": name in missing,
             }
-            for name in names
+            for name in known
         ],
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import time
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -17,11 +19,18 @@ from draftune.errors import DraftuneError
 from draftune.report.page import part
 from draftune.report.serve import Live
 from draftune.ui.folder import RunsFolder
-from draftune.ui.form import label
+from draftune.ui.form import label, worded
 from draftune.ui.processes import Jobs
 
 MOST_LIVE = 8
 """Runs whose data are in memory."""
+MOST_UPLOADS = 8
+"""Uploaded files that are in memory until their form is valid."""
+
+
+def date(seconds: float) -> str:
+    """Return a local time for readers."""
+    return time.strftime("%-d %b %Y, %H:%M" if os.name != "nt" else "%d %b %Y, %H:%M", time.localtime(seconds))
 
 
 class Context:
@@ -39,17 +48,27 @@ class Context:
         self.jobs = Jobs(self.folder)
         self.token = secrets.token_urlsafe(32)
         self.lives: dict[str, Live] = {}
+        self.uploads: dict[str, tuple[str, bytes]] = {}
         self.lock = Lock()
         self.templates = Environment(
             loader=PackageLoader("draftune.ui"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
         self.templates.filters["mib"] = lambda size: f"{size / 2**20:,.0f}"
-        self.templates.filters["label"] = label
+        self.templates.filters |= {"label": label, "worded": worded, "date": date}
         self.templates.globals |= {"token": self.token, "sections": Markup(part("sections.html"))}
 
     def html(self, template: str, status: int = HTTPStatus.OK, **values: Any) -> HTMLResponse:
         """Return a page."""
         return HTMLResponse(self.templates.get_template(template).render(**values), status)
+
+    def keep(self, name: str, content: bytes) -> str:
+        """Keep an uploaded file for the next try of its form. Return its key; an empty one without a file."""
+        if not name:
+            return ""
+        key = secrets.token_urlsafe(16)
+        with self.lock:
+            self.uploads = dict([*self.uploads.items()][1 - MOST_UPLOADS :]) | {key: (name, content)}
+        return key
 
     def known(self, name: str) -> str:
         """Return the name of a run. Raises HTTPException for a name that no run or draft has."""

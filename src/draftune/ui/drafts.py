@@ -13,14 +13,15 @@ from draftune.errors import DraftuneError
 from draftune.presets import PRESETS, read_yaml
 from draftune.settings import Settings
 from draftune.ui.folder import RECORDS, RunsFolder
-from draftune.ui.form import given, typed, validated
+from draftune.ui.form import defaults_with, given, typed
 from draftune.ui.processes import Jobs
 from draftune.ui.state import RESULT, settings_of
+from draftune.ui.validation import validated
 
 SET, PASTED, UPLOADED = SOURCES = ("set", "pasted", "file")
 """Where prompts come from: a named set or path, a text field, an uploaded file."""
 LONGEST = 100_000
-"""Characters of prompts that are shown in the text field again."""
+"""Bytes of prompts that are shown in the text field again; longer ones are kept as a file."""
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Draft:
         prompts: A named set of prompts, or a path.
         pasted: Prompts, one a line.
         file: The name and the content of an uploaded file.
+        preset: The preset that was chosen last.
         errors: What is wrong, by setting or "name"; under "" what belongs to none.
     """
 
@@ -43,10 +45,11 @@ class Draft:
     prompts: str = ""
     pasted: str = ""
     file: tuple[str, bytes] = ("", b"")
+    preset: str = ""
     errors: dict[str, str] = field(default_factory=dict)
 
 
-def prefilled(folder: RunsFolder, preset: str = "", earlier: str = "", edit: bool = False) -> Draft:
+def prefilled(folder: RunsFolder, preset: str = "", earlier: str = "", edit: bool = False, name: str = "") -> Draft:
     """Return a draft with the settings of a preset, or those of an earlier run, else one with the defaults.
 
     Args:
@@ -54,8 +57,9 @@ def prefilled(folder: RunsFolder, preset: str = "", earlier: str = "", edit: boo
         preset: The name of a preset.
         earlier: The name of a run or draft.
         edit: Whether the draft replaces the earlier one, which has no folder yet.
+        name: The name that was typed; else a free one.
     """
-    draft = Draft(folder.free_name())
+    draft = Draft(name or folder.free_name(), preset=preset)
     if preset in PRESETS:
         values = read_yaml(PRESETS[preset])
     elif earlier and folder.exists(earlier) and (settings := settings_of(folder, earlier)) is not None:
@@ -65,9 +69,13 @@ def prefilled(folder: RunsFolder, preset: str = "", earlier: str = "", edit: boo
         return draft
     draft.values = typed(values)
     prompts = Path(values.get("prompts") or "")
-    if folder.path / RECORDS in prompts.parents and prompts.suffix == ".txt" and prompts.is_file():
-        draft.source, draft.pasted = PASTED, prompts.read_text(encoding="utf-8-sig")[:LONGEST]
-    elif prompts.name and str(prompts) != Settings(model=str(values.get("model") or Settings.model)).prompts:
+    if folder.path / RECORDS in prompts.parents and prompts.is_file():
+        content = prompts.read_bytes()
+        if prompts.suffix == ".txt" and len(content) < LONGEST:
+            draft.source, draft.pasted = PASTED, content.decode("utf-8-sig", "replace")
+        else:
+            draft.source, draft.file = UPLOADED, (prompts.name, content)
+    elif prompts.name and values["prompts"] != defaults_with(values)["prompts"]:
         draft.prompts = str(values["prompts"])
     return draft
 
@@ -91,7 +99,11 @@ def save(draft: Draft, folder: RunsFolder, jobs: Jobs) -> Settings | None:
         if path is not None or draft.prompts:
             values["prompts"] = str(path or draft.prompts)
         settings, errors = validated(values)
-        draft.errors |= {name: text.replace(f"{temporary}/", "") for name, text in errors.items()}
+        shown = {str(path): draft.file[0] if draft.source == UPLOADED else "the pasted prompts", f"{temporary}/": ""}
+        for name, text in errors.items():
+            for private, public in shown.items():
+                text = text.replace(private, public)
+            draft.errors[name] = text
         if draft.source == UPLOADED and path is None:
             draft.errors["prompts"] = "choose a file"
         if draft.errors or settings is None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.report.summary import best_step
 from draftune.runs.checkpoint import STATE, checkpoints
-from draftune.runs.logs import METRICS
+from draftune.runs.logs import EVALUATIONS, METRICS, read_rows
 from draftune.runs.run_dir import CONFIG
 from draftune.utils.paths import user_path
 
@@ -19,8 +20,8 @@ RECORDS = ".ui"
 """Folder in the folder of runs with the settings, prompts, logs and process records of each run's page."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAMES_ALLOWED = "letters, digits, dots, hyphens and underscores, at most 64, the first a letter or digit"
-TAIL = 4096
-"""Bytes that are read from the end of a log of updates."""
+TAIL = 65536
+"""Bytes that are read from the end of a log."""
 
 
 class RunsFolder:
@@ -87,10 +88,10 @@ class RunsFolder:
         if not self.holds(name) or self.run(name).exists():
             raise DraftuneError(f"there is a run {name!r} already: give another name")
 
-    def last_update(self, name: str) -> dict[str, Any]:
-        """Return the last row of the log of updates; an empty one before the first update."""
+    def last_row(self, name: str, log: str = METRICS) -> dict[str, Any]:
+        """Return the last row of a log; an empty one before the first row."""
         try:
-            with (self.run(name) / METRICS).open("rb") as file:
+            with (self.run(name) / log).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
                 lines = file.read().splitlines()
         except OSError:
@@ -103,6 +104,18 @@ class RunsFolder:
             if isinstance(row, dict):
                 return row
         return {}
+
+    def changed(self, name: str) -> float:
+        """Return when a run or draft was last changed by an update or by its settings, in seconds since 1970."""
+        paths = (self.run(name) / METRICS, self.run(name) / CONFIG, self.settings(name))
+        return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+
+    def best(self, name: str) -> int:
+        """Return the update of the best LoRA; 0 if there is none, or if the base model is the best."""
+        try:
+            return (self.lora(name, best=True) and best_step(read_rows(self.run(name) / EVALUATIONS))) or 0
+        except DraftuneError:
+            return 0
 
     def finished(self, name: str) -> bool:
         """Return whether the newest checkpoint is that of a run after its last evaluation."""

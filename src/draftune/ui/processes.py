@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ SHOWN = 40
 """Lines of a log that the page shows."""
 READ = 65536
 """Bytes that are read from the end of a log."""
+CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Control sequences of terminals, such as colors, and control characters but tabs and ends of lines."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ class Jobs:
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return []
+        text = CONTROL.sub("", text)
         lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
         return [line for line in lines if line][-SHOWN:]
 

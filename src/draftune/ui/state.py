@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 from draftune.errors import DraftuneError
 from draftune.report.collect import SWEEP as SWEPT
 from draftune.report.collect import read_json
-from draftune.runs.logs import METRICS
+from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.settings import Settings
 from draftune.ui.folder import RunsFolder
-from draftune.ui.processes import CHECK, SWEEP, TRAIN, Jobs
+from draftune.ui.processes import CHECK, SWEEP, TRAIN, Job, Jobs
 from draftune.utils.tables import duration
 
 LABELS = {
@@ -22,6 +23,7 @@ LABELS = {
     "waiting": "Waiting",
     "starting": "Starting",
     "training": "Training",
+    "evaluating": "Evaluating",
     "stopping": "Stopping",
     "stopped": "Stopped",
     "finished": "Finished",
@@ -29,6 +31,9 @@ LABELS = {
     "elsewhere": "Not finished",
 }
 """The name of each state. Runs of the command line that are not finished are "elsewhere"."""
+LOADING = "Loading the model and the rewards."
+OWN = {CHECK: "its check", SWEEP: "its comparison of scales"}
+"""What a run waits for, if that is a job of its own."""
 RESULT = "check-result.json"
 
 
@@ -45,7 +50,8 @@ class RunState:
         facts: Model, reward and method, for the list.
         has_data: Whether the page has curves and images to show.
         has_lora: Whether there is a LoRA to take.
-        has_best: Whether there is a LoRA of the best evaluation.
+        best: The update of the LoRA of the best evaluation; 0 if there is none, or if the base model is the best.
+        changed: When it was last changed, in seconds since 1970.
     """
 
     name: str
@@ -56,17 +62,18 @@ class RunState:
     facts: str
     has_data: bool
     has_lora: bool
-    has_best: bool
+    best: int
+    changed: float
 
     @property
     def label(self) -> str:
         """Return the name of the state."""
-        return LABELS[self.key]
+        return "Starting again" if self.key == "starting" and self.step else LABELS[self.key]
 
     @property
     def busy(self) -> bool:
         """Return whether a process of the run waits or is running."""
-        return self.key in ("waiting", "starting", "training", "stopping")
+        return self.key in ("waiting", "starting", "training", "evaluating", "stopping")
 
     @property
     def can_start(self) -> str:
@@ -76,20 +83,23 @@ class RunState:
 
 def run_state(folder: RunsFolder, jobs: Jobs, name: str) -> RunState:
     """Return the state of a run or draft."""
-    settings, last = settings_of(folder, name), folder.last_update(name)
+    settings, last = settings_of(folder, name), folder.last_row(name)
     step, steps = int(last.get("step", 0)), settings.steps if settings else 0
     key = state_key(folder, jobs, name, step)
+    if key == "training" and settings and (step >= settings.steps or evaluation_is_due(folder, name, settings, step)):
+        key = "evaluating"
     facts = f"{settings.model}, {settings.reward}, {settings.method}" if settings else "its settings cannot be read"
     return RunState(
         name,
         key,
         step,
         steps,
-        detail(jobs, name, key, last, steps),
+        detail(folder, jobs, name, key, last, steps),
         facts,
         folder.has_run(name),
         folder.lora(name),
-        folder.lora(name, best=True),
+        folder.best(name),
+        folder.changed(name),
     )
 
 
@@ -108,18 +118,32 @@ def state_key(folder: RunsFolder, jobs: Jobs, name: str, step: int) -> str:
     return "stopped" if job.stopped else "failed"
 
 
-def detail(jobs: Jobs, name: str, key: str, last: dict[str, Any], steps: int) -> str:
+def evaluation_is_due(folder: RunsFolder, name: str, settings: Settings, step: int) -> bool:
+    """Return whether a run evaluates after its last update: its log of evaluations ends before it."""
+    due = settings.eval_prompts and settings.validation_steps and step and step % settings.validation_steps == 0
+    return bool(due) and int(folder.last_row(name, EVALUATIONS).get("step", -1)) < step
+
+
+def detail(folder: RunsFolder, jobs: Jobs, name: str, key: str, last: dict[str, Any], steps: int) -> str:
     """Return a sentence on the state of a run."""
     step = int(last.get("step", 0))
     if key == "waiting":
-        before = next((job.name for job in jobs.open() if job.waits and job.pid is not None), "")
-        return f"It starts when {before} has ended, if this page is being served then." if before else ""
+        before = next((job for job in jobs.open() if job.waits and job.pid is not None), None)
+        if before is None:
+            return ""
+        what = OWN.get(before.kind, "it") if before.name == name else before.name
+        return f"It starts when {what} has ended, if this page is being served then."
+    if key == "starting" and step:
+        return "Loading the model, the rewards and the last checkpoint."
     if key == "starting":
-        return "The model and the rewards are loaded, and the base model is evaluated."
-    if key == "training" and step < steps and (seconds := float(last.get("train_seconds", 0.0))):
-        return f"About {duration(seconds / step * (steps - step))} of updates left."
-    if key == "training":
-        return "The last evaluation is running."
+        begun = folder.has_run(name)
+        return "Making the first update. Some runs evaluate the base model before it." if begun else LOADING
+    if key == "training" and not folder.last_row(name, SAMPLES):
+        return "Sampling images of the base model."
+    if key == "training" and (seconds := float(last.get("train_seconds", 0.0))):
+        return f"About {duration(seconds / step * (steps - step))} of updates left; images and evaluations add to it."
+    if key == "evaluating":
+        return "Sampling the last images and evaluating them." if step >= steps else "Sampling and scoring images."
     if key == "stopping":
         return "The present update is finished, then everything is saved."
     if key == "stopped":
@@ -151,7 +175,7 @@ def check_state(folder: RunsFolder, jobs: Jobs, name: str) -> dict[str, Any] | N
     if (job := jobs.get(name, CHECK)) is None:
         return None
     if not job.ended:
-        return {"busy": True, "waiting": job.pid is None}
+        return {"busy": True, "waiting": job.pid is None, "elapsed": elapsed(job)}
     if result := read_json(folder.record(name) / RESULT):
         first, best = result["trials"][0], result["trials"][-1]
         return {"busy": False, "result": result, "fits_as_asked": result["fits"] and not result["changes"]} | {
@@ -161,11 +185,16 @@ def check_state(folder: RunsFolder, jobs: Jobs, name: str) -> dict[str, Any] | N
     return {"busy": False, "error": "" if job.stopped else jobs.error(name, CHECK)}
 
 
+def elapsed(job: Job) -> str:
+    """Return how long a job has been running."""
+    return duration(time.time() - job.since)
+
+
 def sweep_state(jobs: Jobs, name: str) -> dict[str, Any]:
     """Return whether the scales of a run's LoRA are being compared, and whether the last comparison ended well."""
     job = jobs.get(name, SWEEP)
     if job is None or not job.ended:
-        return {"busy": job is not None, "waiting": job is not None and job.pid is None}
+        return {"busy": False} if job is None else {"busy": True, "waiting": job.pid is None, "elapsed": elapsed(job)}
     written = (jobs.folder.run(name) / SWEPT).is_file() and (
         jobs.folder.run(name) / SWEPT
     ).stat().st_mtime > job.created

@@ -100,6 +100,13 @@ def fetch(download: Callable[..., str], name: str, *args: Any, **options: Any) -
         log.setLevel(level)
 
 
+def why_not_fetched() -> str:
+    """Return the part of an error that says why a file was not downloaded; empty where no request may be made."""
+    if offline():
+        return " and HF_HUB_OFFLINE forbids its download"
+    return "" if local.get() else " and could not be fetched from the hub"
+
+
 def unreachable(
     name: str, option: str, file: str = "", error: Exception | None = None, selected: str = ""
 ) -> DraftuneError:
@@ -126,6 +133,6 @@ def unreachable(
     ):
         return DraftuneError(f"there is no {what} on the hub, or none that you may read ({option})")
     return NotLocalError(
-        f"{what} is not on this machine and could not be fetched from the hub: download it where there is a network "
+        f"{what} is not on this machine{why_not_fetched()}: download it where there is a network "
         f"({' '.join(['hf download', name, file]).strip()}) and give the {kind} to {option}"
     )

@@ -1,18 +1,29 @@
 // Asks the server every two seconds for the parts of the page that change, and replaces those that did.
 
 const PAUSE = 2000; // milliseconds
+const DOUBLE = 700; // milliseconds between the two halves of a double click, at most
 const poll = document.querySelector("[data-poll]").dataset.poll;
-const received = {};
+const received = {}, touched = new Set();
+const away = make("p", { class: "problem away", role: "status", hidden: true },
+  "The server does not answer: “draftune ui” may have ended. This page shows what it last said; runs go on.");
+
+// Gives back what the user has typed or chosen; the server decides what stands in the other controls.
+function restore(id, value) {
+  const control = find(id);
+  if (control && (control.tagName !== "SELECT" || [...control.options].some((option) => option.value === value)))
+    control.value = value;
+}
 
 // Replaces a part, and gives the focus back to the same control, or to the first one.
 function replace(part, fresh) {
   const focused = part.contains(document.activeElement) ? document.activeElement.id : null;
   const open = [...part.querySelectorAll("details[open]")].map((element) => element.id);
-  const typed = [...part.querySelectorAll("input:not([type=hidden]), select")].map((input) => [input.id, input.value]);
+  const typed = [...part.querySelectorAll("input:not([type=hidden]), select")]
+    .filter((input) => touched.has(input.id)).map((input) => [input.id, input.value]);
   part.replaceChildren(...fresh.childNodes);
   Object.assign(part.dataset, fresh.dataset);
   for (const id of open) if (find(id)) find(id).open = true;
-  for (const [id, value] of typed) if (find(id)) find(id).value = value;
+  for (const [id, value] of typed) restore(id, value);
   if (focused !== null) (find(focused) ?? part.querySelector("button, a, summary"))?.focus({ preventScroll: true });
 }
 
@@ -26,11 +37,14 @@ async function begin() {
 
 async function refresh() {
   const answer = await fetch(poll);
+  away.hidden = true;
   if (!answer.ok) return;
   const next = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const part of document.querySelectorAll("[data-live]")) {
     const fresh = next.getElementById(part.id), html = fresh?.outerHTML;
-    if (fresh && html !== (received[part.id] ?? part.outerHTML)) replace(part, fresh);
+    // Errors and what was typed before them stay until the server has something new to say.
+    const before = received[part.id] ?? ("typed" in part.dataset ? html : part.outerHTML);
+    if (fresh && html !== before) replace(part, fresh);
     received[part.id] = html;
   }
   if (find("data")?.textContent === "" && find("state").dataset.ready) await begin();
@@ -39,8 +53,20 @@ async function refresh() {
 async function keepFresh() {
   for (;;) {
     do await new Promise((resume) => setTimeout(resume, PAUSE)); while (document.hidden);
-    await refresh().catch(() => {}); // the server may be away for a while
+    await refresh().catch(() => (away.hidden = false));
   }
 }
 
+// Asks before something is lost. The second half of a double click does nothing, also where it meets Stop after Start.
+function guard(event) {
+  const form = event.target, path = form.action.replace(/stop$/, "start"), now = Date.now();
+  const doubled = now - Number(sessionStorage.getItem(path)) < DOUBLE;
+  if (doubled || (form.dataset.confirm && !confirm(form.dataset.confirm))) event.preventDefault();
+  else sessionStorage.setItem(path, now);
+}
+
+document.querySelector("header").after(away);
+document.addEventListener("input", (event) => touched.add(event.target.id));
+document.addEventListener("submit", guard);
+document.querySelector("[data-typed] [aria-invalid]")?.focus();
 keepFresh();
