@@ -20,6 +20,7 @@ PAPER: dict[str, Any] = {
     "reward": "aesthetic",
     "prompts": "animals",
     "eval_prompts": None,
+    "eval_prompt_template": "",
     "eval_rewards": None,
     "steps": 2000,
     # published.py has the values of other model families.
@@ -37,6 +38,7 @@ EMOJI: dict[str, Any] = {
     "prefix_reuse_steps": 4,
     "prompts": "emoji",
     "eval_prompts": "emoji-common",
+    "eval_prompt_template": "3d {prompt}",
     "eval_rewards": 'emoji_name_accuracy + emoji_style_probability(style="3d")',
     "steps": 40,
     "num_inference_steps": 20,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -70,10 +70,15 @@ class Paired:
 
 @dataclass
 class Comparison:
-    """Evaluations of the base and the fine-tuned model, with the same prompts, seeds and rewards."""
+    """Evaluations of the base and the fine-tuned model, with the same prompts, seeds and rewards.
+
+    Attributes:
+        template: Mean scores of the base model with the prompts of a template, by column; empty without a template.
+    """
 
     base: Evaluation
     tuned: Evaluation
+    template: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
@@ -86,11 +91,15 @@ class Comparison:
         return {name: (value, tuned[name]) for name, value in self.base.scores.items()}
 
     def table(self) -> str:
-        """Format a line for each score; with the difference for rewards of an earlier training."""
+        """Format a line for each score: base, fine-tuned, and what the template of prompts reaches.
+
+        Rewards of an earlier training have the difference too.
+        """
         width, lines = max(map(len, self.scores)), []
         for name, (base, tuned) in self.scores.items():
             change = f"  ({tuned - base:+.3f})" if name.startswith(RETAINED_PREFIX) else ""
-            lines.append(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}{change}")
+            other = f"  {self.template[name]:8.3f}" if name in self.template else ""
+            lines.append(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}{other}{change}")
         return "\n".join(lines)
 
     def paired(self) -> dict[str, Paired]:

@@ -8,12 +8,12 @@ from typing import Any
 from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, PIXEL_L1
 from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.report.images import evenly
+from draftune.runs.logs import NOT_SCORES
 
 Rows = Sequence[Mapping[str, Any]]
 AXES = ("step", "reward_queries", "train_seconds")
 PART = "reward/"
 MOST_POINTS = 1500
-NOT_PLOTTED = ("stderr", "best")
 BAND = ", ± 2 standard errors"
 
 
@@ -29,7 +29,7 @@ def charts(metrics: Rows, evaluations: Rows, reward: str | None) -> list[dict[st
     note = "mean ± standard deviation of the batch"
     curves = [in_training(metrics, "reward", "Reward in training", note, "reward")]
     if reward is not None:
-        columns = dict.fromkeys(key for row in evaluations for key in row if key not in (*AXES, reward, *NOT_PLOTTED))
+        columns = dict.fromkeys(key for row in evaluations for key in row if key not in (*AXES, reward, *NOT_SCORES))
         curves.append(evaluation_curve(evaluations, reward, "Reward", "at the evaluations", "reward"))
         curves += [evaluation_curve(evaluations, key, *looks(key)) for key in columns]
     else:

@@ -10,9 +10,10 @@ from draftune.settings import Settings
 
 
 def defaults(settings: Settings) -> dict[str, Any]:
-    """Return the defaults of all settings for the run's model and method."""
+    """Return the defaults of all settings for the run's model, method and reward."""
     values = asdict(Settings(model=settings.model)) | {"model": Settings.model}
-    return values | {"prefix_reuse_steps": Settings(model=settings.model, method=settings.method).prefix_reuse_steps}
+    known = Settings(model=settings.model, method=settings.method, reward=settings.reward)
+    return values | {name: getattr(known, name) for name in ("prefix_reuse_steps", "eval_prompt_template")}
 
 
 def changed(settings: Settings) -> list[str]:

@@ -9,6 +9,7 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
 from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.registry.expression import Call, parse
+from draftune.runs.logs import TEMPLATE
 from draftune.settings import Settings
 from draftune.training.early_stopping import EarlyStopping, spread
 from draftune.utils.tables import duration
@@ -58,9 +59,13 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
                 sentences.append(f"The earlier reward {key.removeprefix(RETAINED_PREFIX)} {course(evaluations, key)}.")
         if DIVERSITY in evaluations[0]:
             sentences.append(f"Diversity {course(evaluations, DIVERSITY)}.")
+        if scores := known_scores(evaluations[0].get(TEMPLATE, {}), reward):
+            sentences.append(f"The base model has {scores} with the prompts {settings.eval_prompt_template!r}.")
     best = best_step(evaluations)
     if best is not None:
-        sentences.append(f"The LoRA in best/ is from update {best:,}{known_of(evaluations, best, reward)}.")
+        scores = known_scores(next(row for row in evaluations if row["step"] == best), reward)
+        known = f" ({scores})" if scores else ""
+        sentences.append(f"The LoRA in best/ is from update {best:,}{known}.")
         since = sum(row["step"] > best for row in evaluations)
         if done < settings.steps and settings.early_stopping_patience and since >= settings.early_stopping_patience:
             sentences.append(f"The run stopped early: {since} evaluations after it were not better.")
@@ -69,12 +74,10 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     return " ".join(sentences)
 
 
-def known_of(evaluations: Rows, step: int, reward: str | None) -> str:
-    """Return the scores of one evaluation in parentheses."""
-    row = next(row for row in evaluations if row["step"] == step)
+def known_scores(row: Mapping[str, Any], reward: str | None) -> str:
+    """Return the scores of an evaluation, separated by commas."""
     columns = [key for key in row if key == reward or key.startswith(EVAL_PREFIX)]
-    scores = [f"{key.removeprefix(EVAL_PREFIX)} {number(row[key])}" for key in columns if row[key] is not None]
-    return f" ({', '.join(scores)})" if scores else ""
+    return ", ".join(f"{key.removeprefix(EVAL_PREFIX)} {number(row[key])}" for key in columns if row[key] is not None)
 
 
 def course(rows: Rows, key: str) -> str:

@@ -19,7 +19,11 @@ COUNTERS = {
     SAMPLES: ("step",),
 }
 """Columns of each log that are always numbers."""
-NO_NUMBERS: dict[str, Any] = {"stderr": {}, "scores": [], "prompts": []}
+TEMPLATE = "template"
+"""Column of evaluations.jsonl: the base model's scores with the prompts of a template, by column."""
+NOT_SCORES = ("stderr", "best", TEMPLATE)
+"""Columns of evaluations.jsonl that are not scores of the evaluated model."""
+NO_NUMBERS: dict[str, Any] = {"stderr": {}, TEMPLATE: {}, "scores": [], "prompts": []}
 """Columns that are objects or lists, and their defaults."""
 
 
@@ -64,7 +68,8 @@ def is_row(row: Any, log: str) -> bool:
     other: dict[str, Any] = {key: row.get(key, default) for key, default in NO_NUMBERS.items()}
     if log == SAMPLES and not (row.keys() >= {"prompts", "scores"} and isinstance(other["prompts"], list)):
         return False
-    if not isinstance(other["stderr"], dict) or not isinstance(other["scores"], list):
+    if any(type(other[key]) is not type(default) for key, default in NO_NUMBERS.items() if key != "prompts"):
         return False
-    values = (value for key, value in row.items() if key not in NO_NUMBERS)
-    return all(isinstance(v, int | float | None) for v in (*values, *other["stderr"].values(), *other["scores"]))
+    values = [value for key, value in row.items() if key not in NO_NUMBERS]
+    values += [*other["stderr"].values(), *other[TEMPLATE].values(), *other["scores"]]
+    return all(isinstance(value, int | float | None) for value in values)

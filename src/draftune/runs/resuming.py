@@ -86,6 +86,7 @@ FIXED = (
     "lora_rank",
     "lora_target_modules",
     "eval_prompts",
+    "eval_prompt_template",
     "num_validation_images",
     "eval_rewards",
     "metric_for_best_model",

@@ -22,6 +22,8 @@ SPACINGS = ("leading", "trailing", "linspace")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 """Learning-rate schedules, by their names in `diffusers.optimization`."""
 TRACKERS = ("tensorboard", "wandb", "trackio")
+PROMPT = "{prompt}"
+"""Placeholder of the prompt in `eval_prompt_template`."""
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 GROUPS = {
     "model": "model",
@@ -203,6 +205,11 @@ class Settings:
     eval_rewards: str | None = setting(
         None, "Evaluation rewards: an expression that is measured but not trained on; '' for none."
     )
+    eval_prompt_template: str | None = setting(
+        None,
+        "Template of prompts for a further evaluation of the base model, such as 'a professional photo of {prompt}': "
+        "what other words reach without training; '' for none.",
+    )
     validation_steps: int = setting(
         0, "Updates between evaluations; 0 evaluates only before and after training.", low=0
     )
@@ -241,6 +248,9 @@ class Settings:
         if isinstance(self.method, str) and not same_method(self.method, defaults["method"]):
             # The recommended number belongs to the recommended method.
             defaults = defaults | {"prefix_reuse_steps": 1}
+        if self.reward not in (None, defaults["reward"]):
+            # The recommended template asks for what the recommended reward prefers.
+            defaults = defaults | {"eval_prompt_template": ""}
         if any(values[name] is None for name in SAMPLING):
             tell_sampling(values["model"], options)
         values |= {name: value for name, value in defaults.items() if values[name] is None}
@@ -254,6 +264,11 @@ class Settings:
             other = f"lr_warmup_steps=0 instead of {self.lr_warmup_steps}"
             raise DraftuneError(f"lr_scheduler=constant has no warmup: use constant_with_warmup, or {other}")
         StepRange.parse(self.lora_steps).indices(self.num_inference_steps)
+        if self.eval_prompt_template and PROMPT not in self.eval_prompt_template:
+            raise DraftuneError(
+                f"eval_prompt_template must contain {PROMPT}, which stands for each evaluation prompt, not "
+                f"{self.eval_prompt_template!r}"
+            )
         for name in self.trackers:
             if name not in TRACKERS:
                 raise unknown("tracker in report_to", name, [*TRACKERS, "none"])

@@ -14,7 +14,7 @@ from draftune.models import DiffusionModel
 from draftune.rewards import Reward
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
-from draftune.settings import Settings
+from draftune.settings import PROMPT, Settings
 from draftune.training.continued import ContinuedRun
 from draftune.training.data import sampled_first
 from draftune.training.rating import asked_prompts
@@ -75,9 +75,16 @@ class TrainContext:
             *self.log_prompts,
             *asked_prompts(self.prompts, s),
             *(self.eval_prompts or ()),
+            *self.template_prompts,
             *self.retained,
             *(past.prompts if past is not None else ()),
         ]
+
+    @property
+    def template_prompts(self) -> list[str]:
+        """Return the evaluation prompts in the words of `eval_prompt_template`; none without a template."""
+        template = self.settings.eval_prompt_template
+        return [template.replace(PROMPT, prompt) for prompt in self.eval_prompts or ()] if template else []
 
     def sample_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Sample one image for each prompt and seed, divided among the processes.

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX, weighted_sum
+from draftune.runs.logs import NOT_SCORES
 
-APART = ("stderr", "best")
 Row = Mapping[str, Any]
 """A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
 
@@ -29,7 +29,7 @@ class EarlyStopping:
 
     def value(self, row: Row) -> float:
         """Return a row's weighted sum, -inf if it is not finite. Raises DraftuneError for an unknown column."""
-        columns = {key: math.nan if value is None else value for key, value in row.items() if key not in APART}
+        columns = {key: math.nan if value is None else value for key, value in row.items() if key not in NOT_SCORES}
         value: float = weighted_sum(self.weights, columns)
         return value if math.isfinite(value) else -math.inf
 

@@ -212,9 +212,11 @@ def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
         earlier = c.continued_run
         if earlier is not None and earlier.reward is not None and list(earlier.prompts) != prompts_of_evaluation:
             prompts_of_evaluation += earlier.prompts
+        # The template is evaluated once, the evaluation prompts `evaluations` times.
+        once = len(c.template_prompts) * s.num_validation_images
         # `denoiser_mse_from_base` calls the network twice for each sampling step of `batch_size` images.
         images = len(prompts_of_evaluation) * s.num_validation_images + 2 * s.batch_size
-        trial.run["evaluations"] = evaluations, evaluations * images * trial.picture
+        trial.run["evaluations"] = evaluations, (evaluations * images + once) * trial.picture
     trial.ran = True
     return trial
 

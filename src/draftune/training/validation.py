@@ -24,7 +24,7 @@ from draftune.rewards import Reward
 from draftune.rewards.base import sub_rewards
 from draftune.rewards.online import OnlineReward
 from draftune.runs.checkpoint import load_random_state, preserve_rng, random_state
-from draftune.runs.logs import EVALUATIONS, SAMPLES
+from draftune.runs.logs import EVALUATIONS, SAMPLES, TEMPLATE
 from draftune.training.callbacks import Samples
 from draftune.training.context import TrainContext
 from draftune.training.early_stopping import EarlyStopping
@@ -151,7 +151,7 @@ class Validation:
         moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(context.eval_prompts[: s.batch_size])}
         measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": evaluation.stderr}
         # Processes may differ in the last digits, but must decide alike.
-        row = context.processes.broadcast(measured)
+        row = context.processes.broadcast(measured | self.template_scores() if step == 0 else measured)
         guard = self.guard
         if any(row["step"] == old["step"] for old in guard.rows):
             return None
@@ -162,6 +162,24 @@ class Validation:
         if warning := guard.warning():
             logger.warning(warning)
         return dict(row)
+
+    def template_scores(self) -> dict[str, dict[str, float]]:
+        """Score the base model's images for the prompts of `eval_prompt_template`, by column, under "template".
+
+        The rewards are given the evaluation prompts, as for all evaluations.
+        """
+        context, s = self.context, self.context.settings
+        words = dict(zip(context.eval_prompts or (), context.template_prompts, strict=False))
+        if not words:
+            return {}
+
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            return context.sample_images([words[prompt] for prompt in prompts], seeds)
+
+        evaluation = evaluate(
+            draw, context.reward, context.eval_rewards, list(words), s.num_validation_images, context.model.device
+        )
+        return {TEMPLATE: evaluation.scores}
 
     @cached_property
     def guard(self) -> EarlyStopping:
@@ -214,4 +232,5 @@ class Validation:
         """Return the base model's evaluation and the last one; None without evaluations."""
         if not self.evaluations:
             return None
-        return Comparison(self.evaluations[0], self.evaluations[max(self.evaluations)])
+        template = self.context.folder.rows[EVALUATIONS][0].get(TEMPLATE, {})
+        return Comparison(self.evaluations[0], self.evaluations[max(self.evaluations)], template)

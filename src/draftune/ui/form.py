@@ -31,7 +31,7 @@ LABELS = {
     "early_stopping_patience": "Evaluations before it stops early",
 }
 """Labels that are not the settings' names."""
-DECIDING = ("model", *ModelOptions._fields, "num_inference_steps", "method")
+DECIDING = ("model", *ModelOptions._fields, "num_inference_steps", "method", "reward")
 """Settings that defaults of others depend on."""
 DEFAULT = re.compile(r" ?\(default: ([^()]*)\)")
 """The part of a help text that says in words what the run takes."""

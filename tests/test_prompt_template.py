@@ -1,0 +1,78 @@
+"""`eval_prompt_template`: what the base model reaches with other words, beside what training reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import draftune
+from draftune.errors import DraftuneError
+from draftune.evaluation.metrics import evaluate
+from draftune.recommended import EMOJI
+from draftune.report.collect import collect
+from draftune.runs.logs import EVALUATIONS, read_rows
+from draftune.settings import Settings
+
+PROMPTS = ["a cat", "a dog"]
+SMALL: dict[str, Any] = {
+    "method": "draft_k(k=1)",
+    "steps": 2,
+    "batch_size": 2,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "lora_rank": 2,
+    "log_images_steps": 0,
+    "num_log_prompts": 1,
+    "checkpointing_steps": 1,
+    "num_validation_images": 2,
+    "device": "cpu",
+    "seed": 0,
+}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "eval.txt"
+    path.write_text("\n".join(PROMPTS))
+    return str(path)
+
+
+def test_the_base_model_is_also_scored_with_the_prompts_of_the_template(
+    pipeline_folder: Path, prompts: str, tmp_path: Path
+) -> None:
+    template, folder = "a photo of {prompt}, {prompt}", tmp_path / "run"
+    values = SMALL | {"eval_prompts": prompts, "eval_prompt_template": template, "output": str(folder)}
+    trainer = draftune.Trainer(str(pipeline_folder), "brightness", PROMPTS, **values | {"steps": 1})
+
+    def draw(texts: Any, seeds: Any) -> Any:
+        texts = [f"a photo of {text}, {text}" for text in texts]
+        return trainer.model.sample_tensors(texts, seeds, trainer.schedule, 3.0, batch_size=2)
+
+    expected = evaluate(draw, trainer.reward, None, PROMPTS, 2).scores["brightness"]
+    run = trainer.train()
+    assert run.comparison is not None
+    base = run.comparison.scores["brightness"][0]
+    assert run.comparison.template["brightness"] == pytest.approx(expected, abs=1e-6)
+    assert expected != pytest.approx(base, abs=1e-5)
+    assert f"{expected:.3f}" in run.comparison.table()
+    assert template in collect(folder)["summary"]
+
+    rows = (folder / EVALUATIONS).read_text()
+    resumed = draftune.train(str(pipeline_folder), "brightness", PROMPTS, **values)
+    assert (folder / EVALUATIONS).read_text().startswith(rows)
+    assert resumed.comparison is not None
+    assert resumed.comparison.template == run.comparison.template
+    assert ["template" in row for row in read_rows(folder / EVALUATIONS)] == [True, False, False]
+
+
+def test_a_template_without_a_place_for_the_prompt_is_refused() -> None:
+    with pytest.raises(DraftuneError, match=r"eval_prompt_template.*\{prompt\}.*'a photo'"):
+        Settings(eval_prompt_template="a photo")
+
+
+def test_the_recommended_template_belongs_to_the_recommended_reward() -> None:
+    assert Settings().eval_prompt_template == EMOJI["eval_prompt_template"]
+    assert Settings(reward="emoji_clip").eval_prompt_template == ""
+    assert Settings(reward="emoji_clip", eval_prompt_template="3d {prompt}").eval_prompt_template == "3d {prompt}"
