@@ -131,7 +131,7 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1") -> Reward:
 def emoji_clip(scaled: bool = False) -> Reward:
     """CLIP score by this package's small CLIP, trained on emoji and their names; for the embedded model.
 
-    Cosine, -1 to 1; `scaled`: the model's logit. 2.6 M parameters, 5 MB, Apache-2.0; input 64x64; see its model card.
+    Cosine, -1 to 1; `scaled`: the model's logit. 2.6 M parameters, 5 MB, Apache-2.0; input 128x128; see its model card.
     Over-optimized: the most characteristic part of the name is exaggerated.
     """
     return ClipScore("emoji_clip", scaled)

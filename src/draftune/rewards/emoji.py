@@ -20,7 +20,7 @@ from draftune.rewards.weights import load_into
 from draftune.utils.loading import load_part
 
 STYLE = "style: "
-STYLES = ("noto", "twemoji", "3d")
+STYLES = ("noto", "twemoji", "3d", "damaged")
 
 
 @register("emoji_aesthetic")
@@ -76,7 +76,7 @@ class EmojiNameAccuracy(EmojiClassifier):
     """Share of emoji whose name a held-out classifier predicts, among the 64 common names if it is one of them.
 
     0 or 1, without gradient: an evaluation reward, for --eval-rewards. 1.3 M parameters, 2.7 MB, Apache-2.0; input
-    64x64; see its model card. It does not measure image quality.
+    128x128; see its model card. It does not measure image quality.
     """
 
     reads_prompts = True
@@ -99,7 +99,7 @@ class EmojiNameAccuracy(EmojiClassifier):
 
 @register("emoji_style_probability")
 class EmojiStyleProbability(EmojiClassifier):
-    """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji" or "3d".
+    """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji", "3d" or "damaged".
 
     Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --eval-rewards: a reward that is
     trained on can no longer evaluate.
