@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     if rank_and_world_size()[0] == 0:
         if result.comparison:
             prompts = result.comparison.prompts
-            print(f"\nbase → fine-tuned, {len(prompts)} images of {len(set(prompts))} prompts, the same seeds")
+            said = f"{len(prompts)} images of {len(set(prompts))} prompts, the same seeds"
+            print(f"\nbase → fine-tuned, {said} (change) and its 95 % interval")
             print(result.comparison.table())
         print(f"\nimages    {result.folder / 'before_after.png'}\nLoRA      {result.folder / 'lora'}")
     shutdown()

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
+from draftune.evaluation.verdict import UNDECIDED, direction
 from draftune.models import DiffusionModel
 from draftune.rewards import Reward, WeightedSum
 from draftune.rewards.base import checked_features
@@ -45,8 +46,12 @@ class Evaluation:
 
     @property
     def stderr(self) -> dict[str, float]:
-        """Return the standard error of each mean, over prompts: images of one prompt are not independent."""
-        return {name: float(v.mean(1).std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for name, v in self.values.items()}
+        """Return the standard error of each mean over prompts, NaN for one prompt.
+
+        Images of one prompt are not independent.
+        """
+        errors = {name: v.mean(1).std() / len(v) ** 0.5 for name, v in self.values.items() if len(v) > 1}
+        return {name: float(errors.get(name, math.nan)) for name in self.values}
 
 
 @dataclass
@@ -86,11 +91,12 @@ class Comparison:
         return {name: (value, tuned[name]) for name, value in self.base.scores.items()}
 
     def table(self) -> str:
-        """Format a line for each score; with the difference for rewards of an earlier training."""
+        """Format a line for each score: both means, their difference, and what its 95 % interval says."""
         width, lines = max(map(len, self.scores)), []
-        for name, (base, tuned) in self.scores.items():
-            change = f"  ({tuned - base:+.3f})" if name.startswith(RETAINED_PREFIX) else ""
-            lines.append(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}{change}")
+        for name, s in self.paired().items():
+            between = f"{s.low:+.3f} to {s.high:+.3f}" if math.isfinite(s.low) else "interval unknown"
+            verdict = "" if direction(s.low, s.high) else f", {UNDECIDED}"
+            lines.append(f"{name:{width}}  {s.base:8.3f} → {s.tuned:8.3f}  ({s.difference:+.3f})  {between}{verdict}")
         return "\n".join(lines)
 
     def paired(self) -> dict[str, Paired]:

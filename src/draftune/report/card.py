@@ -10,11 +10,12 @@ from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
+from draftune.evaluation.verdict import known, standard_error, within
 from draftune.lora import saved_steps
 from draftune.report.charts import reward_column
 from draftune.report.collect import read_json
 from draftune.report.settings_table import command
-from draftune.report.summary import best_step, facts, number, summary, warning
+from draftune.report.summary import best_step, facts, summary, warning
 from draftune.runs.export import export_lora, source_file
 from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
 from draftune.runs.run_dir import CONFIG, read_settings
@@ -26,6 +27,8 @@ from draftune.utils.paths import atomic_write, user_path
 PREVIEW = "before_after.png"
 PACKAGES = ("draftune", "torch", "diffusers", "transformers", "peft")
 EMBEDDED = "the embedded model"
+SEEN = 3
+"""Evaluations, the base model's included, that a warning of over-optimization needs at least."""
 
 
 def write_card(
@@ -118,7 +121,7 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
 
 
 def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: int | None) -> str:
-    """Return a table of the evaluations before training and at an update, with standard errors."""
+    """Return a table of the evaluations before training and at an update, ± two standard errors."""
     rows = {row["step"]: row for row in evaluations}
     if reward is None or not evaluations:
         return ""
@@ -126,10 +129,7 @@ def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: 
     columns = [key for key in first if key == reward or key.startswith(EVAL_PREFIX)]
 
     def cell(row: Mapping[str, Any], key: str) -> str:
-        error = (row.get("stderr") or {}).get(key)
-        if row.get(key) is None:
-            return "not finite"
-        return number(row[key]) + (f" ± {number(error)}" if error is not None else "")
+        return within(row[key], standard_error(row, key)) if known(row, key) else "not finite"
 
     kinds = {reward: "trained on", DIVERSITY: "not trained on"}
     lines = [
@@ -137,7 +137,7 @@ def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: 
         for key in columns
     ]
     table = markdown_table(["score", "", "base model", f"after {last['step']:,} updates"], lines)
-    return f"{table}\n\nMeans over the evaluation images ± standard errors."
+    return f"{table}\n\nMeans over the evaluation images ± two standard errors."
 
 
 def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any]], reward: str | None) -> str:
@@ -146,6 +146,8 @@ def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any
         return f"**{text}**"
     if not settings.eval_rewards:
         return "No reward was measured that was not trained on: over-optimization would not have been noticed."
+    if len(evaluations) < SEEN:
+        return "There are too few evaluations to notice over-optimization: look at the images."
     return (
         "Every reward can be exploited: higher scores then come with worse images. The scores that were not trained on "
         "gave no warning in this run. They are models too: look at the images."

@@ -12,7 +12,7 @@ from draftune.errors import DraftuneError
 from draftune.report.charts import charts, reward_column, sweep_charts
 from draftune.report.images import SIZES, ImageStore, evenly, fitting
 from draftune.report.settings_table import command, table
-from draftune.report.summary import best_step, facts, summary, warning
+from draftune.report.summary import best_step, facts, summary, sweep_note, warning
 from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.utils.paths import user_path
@@ -95,7 +95,7 @@ def shown(
             "prompts": swept,
             "frames": whole(over_scales),
             "charts": sweep_charts(sweep),
-            "criterion": sweep.get("criterion"),
+            "note": sweep_note(sweep),
             "recommended": sweep.get("recommended"),
         },
     }
