@@ -19,6 +19,7 @@ from draftune.ui.choices import reward_facts
 from draftune.ui.form import LEFT_OUT, default_texts, form_fields, given, typed, worded
 from draftune.ui.security import MAX_BODY
 from draftune.ui.validation import named_in, to_download, validated
+from helpers.errors import mentions
 from helpers.ui import ADDRESS, Client, client, folder, inputs, problems, state
 
 __all__ = ["client", "folder"]  # fixtures of another file
@@ -254,7 +255,14 @@ def test_missing_weights_are_found_without_a_network(monkeypatch: pytest.MonkeyP
     assert reward_facts("hpsv2")["rewards"][0]["missing"] is True
     assert reward_facts("hpsv2")["error"] == ""
     assert "LAION" in reward_facts("aesthetic")["rewards"][0]["text"]
-    assert "fetched" not in reward_facts("aesthetic")["error"]
+    # A file that nothing downloads is an error, which says how the form takes it; what the start downloads is none.
+    head = 'aesthetic(head="/path/to/sac+logos+ava1-l14-linearMSE.pth")'
+    for error in (
+        reward_facts("aesthetic")["error"],
+        validated({"model": "CompVis/stable-diffusion-v1-4"})[1]["reward"],
+    ):
+        assert mentions(error, "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw", head)
+        assert "clip-vit" not in error
     settings, errors = validated({"reward": "pickscore", "model": "CompVis/stable-diffusion-v1-4"})
     assert errors == {}
     assert settings is not None
