@@ -11,14 +11,13 @@ from pathlib import Path
 from string import Template
 from threading import Condition, Event, Thread
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.rating import Pair, Sampler, stored
-from draftune.report.loopback import LocalHandler, LocalServer
+from draftune.report.loopback import LocalHandler, LocalServer, path_of
 from draftune.report.page import part, policy
 from draftune.rewards.comparisons import (
     CHOICES,
@@ -176,11 +175,11 @@ class RatingHandler(LocalHandler):
     def do_POST(self) -> None:  # noqa: N802 - http.server calls it by this name
         if (body := self.sent()) is None:
             return
-        path = urlsplit(self.path).path
+        path = path_of(self.path)
         try:
             request = json.loads(body)
             images, choice = list(request["images"]), request["choice"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self.send_error(HTTPStatus.BAD_REQUEST)
             return
         session = self.server.session

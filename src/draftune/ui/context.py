@@ -76,13 +76,13 @@ class Context:
             raise HTTPException(HTTPStatus.NOT_FOUND, "there is no such run")
         return name
 
-    def live(self, name: str) -> Live | None:
-        """Return the data of a run's page, which are read again when they change; None before the run wrote any."""
+    def live(self, name: str) -> tuple[Live | None, str]:
+        """Return the data of a run's page, which are read again when they change; without any, None and the reason."""
         with self.lock:
             if name not in self.lives:
                 try:
                     live = Live(self.folder.run(name))
-                except DraftuneError:
-                    return None
+                except DraftuneError as error:
+                    return None, str(error)
                 self.lives = dict([*self.lives.items()][1 - MOST_LIVE :]) | {name: live}
-            return self.lives[name]
+            return self.lives[name], ""

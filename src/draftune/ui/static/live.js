@@ -14,8 +14,10 @@ function restore(id, value) {
     control.value = value;
 }
 
-// Replaces a part, and gives the focus back to the same control, or to the first one.
+// Replaces a part, and gives the focus back to the same control, or to the first one. Images that stay are not loaded again.
 function replace(part, fresh) {
+  const images = new Map([...part.querySelectorAll("img")].map((image) => [image.getAttribute("src"), image]));
+  for (const image of fresh.querySelectorAll("img")) image.replaceWith(images.get(image.getAttribute("src")) ?? image);
   const focused = part.contains(document.activeElement) ? document.activeElement.id : null;
   const open = [...part.querySelectorAll("details[open]")].map((element) => element.id);
   const typed = [...part.querySelectorAll("input:not([type=hidden]), select")]
@@ -24,7 +26,7 @@ function replace(part, fresh) {
   Object.assign(part.dataset, fresh.dataset);
   for (const id of open) if (find(id)) find(id).open = true;
   for (const [id, value] of typed) restore(id, value);
-  if (focused !== null) (find(focused) ?? part.querySelector("button, a, summary"))?.focus({ preventScroll: true });
+  if (focused !== null) (find(focused) ?? part.querySelector("button, a, summary") ?? find("state"))?.focus({ preventScroll: true });
 }
 
 // Shows the curves and images of a run that has just written its first data.
@@ -43,8 +45,7 @@ async function refresh() {
   for (const part of document.querySelectorAll("[data-live]")) {
     const fresh = next.getElementById(part.id), html = fresh?.outerHTML;
     // Errors and what was typed before them stay until the server has something new to say.
-    const before = received[part.id] ?? ("typed" in part.dataset ? html : part.outerHTML);
-    if (fresh && html !== before) replace(part, fresh);
+    if (fresh && html !== (received[part.id] ?? html)) replace(part, fresh);
     received[part.id] = html;
   }
   if (find("data")?.textContent === "" && find("state").dataset.ready) await begin();
@@ -62,9 +63,14 @@ function guard(event) {
   const form = event.target, path = form.action.replace(/stop$/, "start"), now = Date.now();
   const doubled = now - Number(sessionStorage.getItem(path)) < DOUBLE;
   if (doubled || (form.dataset.confirm && !confirm(form.dataset.confirm))) event.preventDefault();
-  else sessionStorage.setItem(path, now);
+  else {
+    sessionStorage.setItem(path, now);
+    // The page stays, and its focus too: a screen reader hears only this.
+    if (/(export|card)$/.test(event.submitter?.getAttribute("formaction") ?? form.action)) find("announce").textContent = "The download is being prepared.";
+  }
 }
 
+for (const part of document.querySelectorAll("[data-live]:not([data-typed])")) received[part.id] = part.outerHTML;
 document.querySelector("header").after(away);
 document.addEventListener("input", (event) => touched.add(event.target.id));
 document.addEventListener("submit", guard);
