@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             session.run()
         except KeyboardInterrupt:
             print()
-    print(f"{path}  {len(session.own)} of {len(asked)} pairs have answers; as a reward: \"taste(ratings='{path}')\"")
+    print(f"{path}  {session.done} of {len(asked)} pairs have answers; as a reward: \"taste(ratings='{path}')\"")
 
 
 COMMAND = Command(
