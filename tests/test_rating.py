@@ -250,10 +250,14 @@ def test_what_cannot_be_sampled_again_is_named(tmp_path: Path) -> None:
 
 
 def test_images_of_a_pair_do_not_depend_on_each_other() -> None:
-    model = load_model("emoji")
-    sample = sampler(model, Settings(num_inference_steps=2))
+    model = load_model("emoji", text_encoders=False)
+    sample = sampler(model, Settings(num_inference_steps=2), ["pizza", "rocket", "pizza"])
     both = sample("pizza", (3, 4))
     assert torch.equal(both, torch.cat([sample("pizza", (3,)), sample("pizza", (4,))]))
+    # The text encoder is read once for all prompts.
+    sample("rocket", (0,))
+    assert model.embeddings is not None
+    assert model.embeddings.rounds == 1
 
 
 def test_a_stored_image_is_not_written_twice(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             path,
             asked,
             lambda pair, choice: comparison(pair.prompt, choice, args.source, None, pair.seeds, known),
-            sampler(model, settings),
+            sampler(model, settings, [pair.prompt for pair in asked]),
             title=args.source,
         )
         server.session = session
