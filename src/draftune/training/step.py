@@ -141,6 +141,8 @@ class TrainStep:
         """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
         for item in self.pending:
             records.append(self.record(item))
+            # An optimizer with a closure computes the gradient of the same batches several times.
+            records[-1].teaches = len(records) <= len(self.pending)
             yield self.batch(step, item, records[-1])
 
     def record(self, item: BatchInput) -> BatchRecord:
