@@ -72,6 +72,11 @@ def test_damaged_files_are_one_error_or_left_out(client: Client, folder: Path) -
             collect(run)
         assert run_state(client.state.folder, client.state.jobs, "old").key == "elsewhere"
         damaged.write_text(texts[damaged])
+    sweep = json.loads((run / "sweep" / "sweep.json").read_text())
+    (run / "sweep" / "sweep.json").write_text(json.dumps(sweep | {"recommended": "x"}))
+    (run / "reward_check.json").write_text(json.dumps({"a": {"score": "x"}, "b": {"score": 1.0}}))
+    data = collect(run)
+    assert (data["sweep"]["recommended"], data["reward_check"]) == (None, [["b", {"score": 1}]])
     # A damaged log is said, and the run can still be stopped or taken.
     (run / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
     (run / "config.yaml").write_text("steps: [")
@@ -181,6 +186,7 @@ def test_a_full_disk_is_said_and_starts_nothing_twice(
         assert started
         for child in started:
             child.wait(10)  # a process without a record does not go on
+        assert "Waiting" in browser.get("/runs/first/status").text
         full[0] = False
         # The queue goes on when there is room again.
         eventually(lambda: (job := jobs.get("first", TRAIN)) is not None and job.process is not None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.verdict import known
 from draftune.report.charts import charts, reward_column, sweep_charts
 from draftune.report.images import SIZES, ImageStore, evenly, fitting
 from draftune.report.settings_table import command, table
@@ -57,7 +58,9 @@ def collect(run: Path | str, images: ImageStore | None = None) -> dict[str, Any]
         "command": command(settings),
         "environment": [[name, str(value)] for name, value in environment.items()],
         "reward_check": [
-            [part, row] for part, row in read_json(folder / "reward_check.json").items() if isinstance(row, dict)
+            [part, row]
+            for part, row in read_json(folder / "reward_check.json").items()
+            if isinstance(row, dict) and all(isinstance(value, int | float | None) for value in row.values())
         ],
         **shown(folder, samples, best, read_json(folder / SWEEP), images),
     }
@@ -95,7 +98,7 @@ def shown(
             "frames": whole(over_scales),
             "charts": sweep_charts(sweep),
             "note": sweep_note(sweep),
-            "recommended": sweep.get("recommended"),
+            "recommended": sweep["recommended"] if known(sweep, "recommended") else None,
         },
     }
     used = {key for part in parts.values() for frame in part["frames"] for key in frame["images"]}

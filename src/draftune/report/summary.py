@@ -49,7 +49,7 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Training time": duration(last["train_seconds"]),
         "Device": device,
     }
-    return [[name, value] for name, value in values.items() if value]
+    return [[name, str(value)] for name, value in values.items() if value]
 
 
 def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | None) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import fields
 from http import HTTPStatus
 from importlib.resources import files
@@ -58,7 +58,7 @@ class App:
     def runs(self, request: Request) -> Response:
         """Show the list of runs; with ?live, only the list."""
         c = self.context
-        c.jobs.tick()
+        c.tick()
         states = [run_state(c.folder, c.jobs, name) for name in c.folder.names()]
         template = "_runs.html" if "live" in request.query_params else "runs.html"
         return c.html(template, runs=states, folder=str(c.folder.path))
@@ -133,7 +133,7 @@ class App:
 
     def status(self, request: Request) -> Response:
         """Show the parts of a run's page that change."""
-        self.context.jobs.tick()
+        self.context.tick()
         return self.context.html("_run.html", **self.status_of(self.name(request)))
 
     def status_of(
@@ -248,7 +248,7 @@ def make_app(folder: Path | str) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(repeated(lambda: run_in_threadpool(context.jobs.tick)))
+        task = asyncio.create_task(repeated(lambda: run_in_threadpool(context.tick)))
         yield
         task.cancel()
 
@@ -277,8 +277,7 @@ def make_app(folder: Path | str) -> Starlette:
 
 
 async def repeated(action: Callable[[], Awaitable[None]]) -> None:
-    """Repeat an action every TICK seconds. A full disk ends the action and not the repetition."""
+    """Repeat an action every TICK seconds."""
     while True:
-        with suppress(OSError):
-            await action()
+        await action()
         await asyncio.sleep(TICK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -69,6 +70,11 @@ class Context:
         with self.lock:
             self.uploads = dict([*self.uploads.items()][1 - MOST_UPLOADS :]) | {key: (name, content)}
         return key
+
+    def tick(self) -> None:
+        """Start the next job. If that fails, as on a full disk, the pages are shown, and the next tick tries again."""
+        with suppress(OSError):
+            self.jobs.tick()
 
     def known(self, name: str) -> str:
         """Return the name of a run. Raises HTTPException for a name that no run or draft has."""

@@ -4,8 +4,9 @@ const PAUSE = 2000; // milliseconds
 const DOUBLE = 700; // milliseconds between the two halves of a double click, at most
 const poll = document.querySelector("[data-poll]").dataset.poll;
 const received = {}, touched = new Set();
-const away = make("p", { class: "problem away", role: "status", hidden: true },
-  "The server does not answer: “draftune ui” may have ended. This page shows what it last said; runs go on.");
+const AWAY = "The server does not answer: “draftune ui” may have ended. This page shows what it last said; runs go on.";
+const REFUSED = "The server cannot show this any more. This page shows what it last said: load it again.";
+const away = make("p", { class: "problem away", role: "status", hidden: true });
 
 // Gives back what the user has typed or chosen; the server decides what stands in the other controls.
 function restore(id, value) {
@@ -37,9 +38,15 @@ async function begin() {
   document.body.append(make("script", { src: "/static/page.js" }));
 }
 
+// Says what is wrong with the server; an empty text if nothing is.
+function tell(text) {
+  away.hidden = !text;
+  if (away.textContent !== text) away.textContent = text;
+}
+
 async function refresh() {
   const answer = await fetch(poll);
-  away.hidden = true;
+  tell(answer.ok ? "" : REFUSED);
   if (!answer.ok) return;
   const next = new DOMParser().parseFromString(await answer.text(), "text/html");
   for (const part of document.querySelectorAll("[data-live]")) {
@@ -54,7 +61,7 @@ async function refresh() {
 async function keepFresh() {
   for (;;) {
     do await new Promise((resume) => setTimeout(resume, PAUSE)); while (document.hidden);
-    await refresh().catch(() => (away.hidden = false));
+    await refresh().catch(() => tell(AWAY));
   }
 }
 
