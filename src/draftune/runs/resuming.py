@@ -30,7 +30,15 @@ RESUMABLE_CHANGES = (
     "report_to",
 )
 """Settings that may differ when a run is resumed: its length, and what is evaluated, logged or saved."""
-ROUNDING = ("reward_batch_size", "gradient_checkpointing", "offload", "compile", "device")
+ROUNDING = (
+    "reward_batch_size",
+    "gradient_checkpointing",
+    "offload",
+    "compile",
+    "prefix_compile",
+    "prefix_batches",
+    "device",
+)
 """Settings that may differ too: memory, speed and device. They change results by rounding only."""
 COMPUTED = (
     "model",
