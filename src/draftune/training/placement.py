@@ -8,10 +8,8 @@ import torch
 
 from draftune.errors import out_of_memory
 from draftune.lora import add_lora
-from draftune.methods import Method
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.rewards.precision import load_in_precision
-from draftune.settings import Settings
 from draftune.training.context import TrainContext
 from draftune.utils.logging import logger
 from draftune.utils.weightless import fake_mode
@@ -35,7 +33,9 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     model.to(model.device, s.mixed_precision)
     model.cache_prompts(context.all_prompts, s.negative_prompt, s.guidance_scale, device)
     model.to("cpu" if sharded else device, s.mixed_precision, s.offload)
-    model.set_checkpointing(checkpointing_of(s, context.method))
+    model.set_checkpointing(
+        s.gradient_checkpointing or ("both" if context.method.backprops_multiple_calls() else "blocks")
+    )
     first = context.continued_run.ready(device, s.reward_precision) if context.continued_run is not None else None
     for reward in (context.reward, context.eval_rewards, first):
         if reward is not None:
@@ -51,11 +51,6 @@ def to_device(context: TrainContext, sharded: bool) -> None:
     if s.compile:
         # In place, unlike torch.compile(module): the names of layers and LoRA tensors stay as they are.
         model.denoiser.compile(backend=COMPILE_BACKEND)
-
-
-def checkpointing_of(settings: Settings, method: Method) -> str:
-    """Return what gradient checkpointing recomputes: the setting, or the method's default."""
-    return settings.gradient_checkpointing or ("both" if method.backprops_multiple_calls() else "blocks")
 
 
 def release_model(context: TrainContext) -> None:
