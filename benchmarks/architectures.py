@@ -71,6 +71,8 @@ def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:
     kind, config = class_of(part.kind), part.config | CHANGES.get(name, {})
     with init_empty_weights():
         network = kind(**config) if entry(part.kind)[0] == "diffusers" else kind(kind.config_class(**config))
+    if hasattr(network, "tie_weights"):
+        network.tie_weights()  # `init_empty_weights` gives each name a tensor of its own
     count = sum(parameter.numel() for parameter in network.parameters())
     if count != part.parameters and name not in CHANGES:
         raise ValueError(f"{name} has {count:,} parameters, not {part.parameters:,}")
@@ -159,8 +161,6 @@ def architecture(name: str, dtype: torch.dtype, device: torch.device | str = "cp
     """
     network = empty(name, dtype).eval()
     apply_to_tables(network, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    if hasattr(network, "tie_weights"):
-        network.tie_weights()  # `init_empty_weights` gives each name a tensor of its own
     return filled(network)
 
 

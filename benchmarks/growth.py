@@ -1,11 +1,13 @@
 """Measure time and memory of an update against T, K, batch size, image size, LoRA rank and gradient checkpointing.
 
-    python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5] [--short]
+    python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5] [--cpu]
+                                [--short | --rows TEXT ...]
 
 The base settings are DRaFT-1 with 20 sampling steps, batches of 4, rank 8 and no shared prefix. Each row changes one
-setting; --short takes some of the rows. Updates of both are timed alternately, so that other load on the machine
-affects both, and the median ratio of the pairs is printed with its range. Memory is the peak of the tensors allocated
-in an update, gradients included, networks excluded.
+setting; --short takes some of the rows, --rows those whose names contain one of the texts. Updates of both are timed
+alternately, so that other load on the machine affects both, and the median ratio of the pairs is printed with its
+range; --cpu takes CPU time, for a busy machine. Memory is the peak of the tensors allocated in an update, gradients
+included, networks excluded.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
-from overhead import seconds
+from overhead import cpu_seconds, seconds
 
 BASE: dict[str, Any] = {
     "method": "draft_k(k=1)",
@@ -40,6 +42,11 @@ CHANGES: list[dict[str, Any]] = [
     *({"prefix_reuse_steps": updates} for updates in (2, 4, 8)),
     *({"prefix_stride": steps} for steps in (2, 4)),
     *(
+        {"batch_size": size, "gradient_accumulation_steps": 4, "prefix_batches": number}
+        for size in (1, 4)
+        for number in (1, 4)
+    ),
+    *(
         {"method": f"draft_k(k={k})", "gradient_checkpointing": mode}
         for mode, ks in (("none", (1, 10)), ("blocks", (2, 10)), ("denoiser", (1, 2, 5, 10, 20)), ("both", (1, 10, 20)))
         for k in ks
@@ -50,6 +57,7 @@ CHANGES: list[dict[str, Any]] = [
     *({"lora_rank": rank} for rank in (1, 32, 128)),
     {"guidance_scale": 1.0},
     {"mixed_precision": "bf16"},
+    {"prefix_compile": True},  # the last row, since its compilation is printed below it
 ]
 
 SHORT = (
@@ -86,26 +94,33 @@ def main() -> None:
     parser.add_argument("--reward", default="emoji_aesthetic")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="measure CPU time")
+    parser.add_argument("--rows", nargs="*", help="texts; only rows whose name contains one of them")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    clock = cpu_seconds if args.cpu else seconds
     base, plain = trainer(args, {})
     device = base.model.device
     plain()
-    least, usual = peak_memory(plain, device), statistics.median(seconds(plain) for _ in range(args.rounds))
+    least, usual = peak_memory(plain, device), statistics.median(clock(plain) for _ in range(args.rounds))
     print(f"base: {usual:.2f} seconds, {least / 2**20:.1f} MiB\n")
     print(f"| change | seconds | times base | from | to | MiB | times the base's |\n{'|---' * 7}|")
     for change in CHANGES:
         if args.short and named(change) not in SHORT:
             continue
+        if args.rows and not any(text in named(change) for text in args.rows):
+            continue
         made, update = trainer(args, change)
-        update()
+        first = seconds(update)
         peak = peak_memory(update, device)
         shared = made.settings.prefix_reuse_steps  # updates that share a prefix are timed together
         together = partial(several, update, shared)
-        pairs = [(seconds(together) / shared, seconds(plain)) for _ in range(args.rounds)]
+        pairs = [(clock(together) / shared, clock(plain)) for _ in range(args.rounds)]
         ratios, median = [a / b for a, b in pairs], statistics.median(a for a, _ in pairs)
         spread = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f}"
         print(f"| `{named(change)}` | {median:.2f} | {spread} | {peak / 2**20:.1f} | {peak / least:.2f} |", flush=True)
+        if made.settings.prefix_compile:
+            print(f"\nThe first update took {first:.1f} seconds, with compilation.", flush=True)
         del made, update
 
 

@@ -156,6 +156,8 @@ def test_it_fits_a_phone_and_says_what_is_what(browser: Any, report: str, scheme
     page.goto(report)
     page.locator("summary").first.click()
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    tops = [page.locator(f"#{part}").bounding_box()["y"] for part in ("summary", "pairs", "samples", "curves", "sweep")]
+    assert tops == sorted(tops)  # images before curves, in the order in which they are read aloud
     assert page.title() == "first – draftune"
     assert page.locator("html").get_attribute("lang") == "en"
     assert page.locator("h1").all_inner_texts() == ["first"]

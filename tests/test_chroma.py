@@ -25,7 +25,15 @@ from draftune.models import load_model
 from draftune.published import PUBLISHED, variant
 from helpers.draft_k import check_draft_k
 from helpers.errors import raises
-from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
+from helpers.model_checks import (
+    STEPS,
+    check_guidance,
+    check_pictures,
+    check_targets,
+    check_training,
+    drawn,
+    opened,
+)
 
 SIZE = 16
 PROMPTS = ["a cat", "a dog that sits on a chair and looks at a cat"]
@@ -179,22 +187,7 @@ def test_recommended_targets(folder: Path, tmp_path: Path) -> None:
     assert model.unused_layers() == frozenset()
     parameters = lora_parameters(model)
     assert len(parameters) == 2 * (12 + 2 * 5 + 1)
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    schedule, x = model.schedule(2), model.noise(torch.Generator().manual_seed(0), 2)
-    denoise = model.denoiser_for(PROMPTS, schedule, 5.0)
-    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
-    ours = drawn(model, "a cat", 0, 5.0)
-    draftune.save_lora(model, tmp_path / "lora")
-    for kind, output in {"diffusers": "lora2", "merged": "merged", "comfyui": "comfyui.safetensors"}.items():
-        draftune.export_lora(tmp_path / "lora", tmp_path / output, kind, model=str(folder))
-    pipelines = [DiffusionPipeline.from_pretrained(path) for path in (tmp_path / "merged", folder, folder)]
-    pipelines[1].load_lora_weights(tmp_path / "lora2", weight_name="pytorch_lora_weights.safetensors")
-    pipelines[2].load_lora_weights(tmp_path, weight_name="comfyui.safetensors")
-    for theirs in pipelines:
-        assert (drawing(5.0, SIZE)(theirs, "a cat", 0) - ours).abs().max() <= 1e-3
+    check_targets(model, tmp_path, drawing(5.0, SIZE), 5.0, "diffusers", "merged", "comfyui", prompts=PROMPTS)
 
 
 def test_bfloat16(folder: Path, tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+import draftune
 from draftune.cli.main import main
 from draftune.evaluation.compare import Leaderboard, LeaderboardRow, block, compare
 from draftune.evaluation.eval_spec import resolve_eval_spec
 from draftune.evaluation.metrics import Comparison, Evaluation, Paired, interval
 from draftune.lora import add_lora, lora_parameters, save_lora
-from draftune.models import load_model
+from draftune.models import DiffusionModel, load_model
 from draftune.rewards import load_reward
 from draftune.runs.load import LoRASource, resolve_lora, resolve_loras
 from draftune.settings import Settings
@@ -164,13 +165,33 @@ def test_several_share_their_base_and_do_not_disturb_each_other(runs: list[Path]
     model = load_model(loras[0].base)
     model.set_sampler_options("trailing")
     plain = model.sample_tensors(["a cat"] * 2, [0, 1], model.schedule(2), 2.0)
-    together = model.sample_tensors(["a cat"] * 2 + ["a dog"] * 2 + ["fish"] * 2, [0, 1] * 3, model.schedule(2), 2.0)
+    six = ["a cat"] * 2 + ["a dog"] * 2 + ["fish"] * 2
+    together = model.sample_tensors(six, [0, 1] * 3, model.schedule(2), 2.0, batch_size=loras[0].settings.batch_size)
     assert torch.equal(kept[str(runs[1])].base.images, together)
     assert (plain - together[:2]).abs().max() < 1e-5
     text = board.table().splitlines()
     assert mentions(text[0], 6, 3, "prompts seeds")
     assert [line.split()[0] for line in text if mentions(line, 95, "interval")] == ["brightness", "eval/saturation"]
     assert max(map(len, text)) <= 100
+
+
+def test_the_numbers_are_those_of_the_runs_own_evaluations(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, since as many images are sampled at once: what fits in training, fits here."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\nfish\n")
+    values = SMALL | {"steps": 1, "batch_size": 2, "learning_rate": 0.1, "num_validation_images": 2}
+    values |= {"eval_prompts": str(tmp_path / "prompts.txt"), "output": str(tmp_path / "run")}
+    run = draftune.train(str(pipeline_folder), prompts=["bird"], **values)
+    sizes: list[int] = []
+    start = DiffusionModel.start
+    monkeypatch.setattr(DiffusionModel, "start", lambda *args: (sizes.append(args[2]), start(*args))[1])
+    tuned, found = resolve_lora(str(run.folder)), []
+    compare([tuned], resolve_eval_spec([tuned]), device="cpu", on_comparison=lambda _, both: found.append(both))
+    for row, evaluation in zip(run.evaluations, (found[0].base, found[0].tuned), strict=True):
+        for name in ("brightness", "eval/saturation"):
+            assert row[name] == evaluation.scores[name]
+    assert sizes == [2, 2, 2] * 2
 
 
 def test_the_highest_score_is_first() -> None:

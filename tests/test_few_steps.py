@@ -24,6 +24,7 @@ from test_gradients import batch_of, relative
 from torch import Tensor
 
 import draftune
+from draftune import sample_guided
 from draftune.errors import DraftuneError
 from draftune.methods import Draft, DraftK
 from draftune.models import load_model
@@ -192,6 +193,21 @@ def test_gradient_through_the_noise_is_that_of_plain_autograd(sampler: str, meth
     theirs = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
     assert ours.norm() > 0
     assert relative(ours, theirs) < (1e-6 if sampler == "turbo" else 1e-10)  # Euler's levels are float32
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_of_strength_0_samples_the_same_images(sampler: str, tmp_path: Path) -> None:
+    model = load_model(with_scheduler(build_pipeline(tmp_path), sampler))
+    plain = model.sample_tensors(["cat", "dog"], [0, 1], model.schedule(3), 1.0)
+    eta = int(sampler in RANDOM)
+    methods = {f"pgdiff_dynamic(strength=0, eta={eta})": 0.0}
+    if sampler in RANDOM:
+        methods["classifier_style(strength=0)"] = 0.0
+    else:  # by rounds, which are deterministic without the sampler's noise
+        methods["gradient_guidance(target_increase=0, rounds=1, eta=0)"] = 1e-4
+    for method, error in methods.items():
+        guided = sample_guided(model, "brightness", ["cat", "dog"], method, num_inference_steps=3, guidance_scale=1.0)
+        assert (guided.images - plain).abs().max() <= error
 
 
 def test_an_image_depends_on_its_own_seed_alone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,23 +127,25 @@ def save_sd3(folder: Path, scheduler: dict[str, Any]) -> Path:
 
 
 def save_flux(folder: Path, guidance_embeds: bool) -> Path:
+    scheduler, sizes = DEV if guidance_embeds else SCHNELL, {"attention_head_dim": 8, "num_attention_heads": 2}
+    return save_two_blocks(
+        folder, scheduler, enliven, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4), **sizes
+    )
+
+
+def save_two_blocks(
+    folder: Path, scheduler: dict[str, Any], fill: Callable[[torch.nn.Module], None], **config: Any
+) -> Path:
+    """A FLUX.1 pipeline with one double and one single block, whose weights `fill` sets."""
     torch.manual_seed(0)
     tokenizer_2, text_encoder_2 = tiny_t5(folder / "t5")
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(2, 2, 4),
-    )
-    enliven(transformer)
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+    sizes |= {"joint_attention_dim": 16, "pooled_projection_dim": 8}
+    transformer = FluxTransformer2DModel(**sizes, **config)
+    fill(transformer)
     FluxPipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**(DEV if guidance_embeds else SCHNELL)),
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=tiny_vae(),
         text_encoder=tiny_clip(CLIPTextModel, 8),
         tokenizer=tiny_tokenizer(folder / "words"),

@@ -140,6 +140,15 @@ def test_changed_networks(monkeypatch: pytest.MonkeyPatch) -> None:
             assert tensor.float().isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["T5-XXL encoder", "Qwen3-4B"])
+def test_tied_weights_are_one_tensor(name: str) -> None:
+    """The published number of parameters, of which those with two names count once."""
+    network = architectures.empty(name)
+    names = dict(network.named_parameters(remove_duplicate=False))
+    assert len({*names.values()}) == len(names) - 1
+    assert sum(parameter.numel() for parameter in {*names.values()}) == PARTS[name].parameters
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
     """Every row of every part on the CPU, at tiny sizes."""

@@ -9,12 +9,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from test_flow import brighter, drawing, enliven, tiny_vae
+from test_flow import drawing, enliven, tiny_vae
 from test_qwen_image import PROMPTS, SIZE, save_qwen_image
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
-import draftune
 from draftune.errors import DraftuneError
 from draftune.lora import add_lora, lora_parameters
 from draftune.models import load_model
@@ -23,7 +22,17 @@ from draftune.settings import Settings
 from draftune.training.memory_count import count_run
 from helpers.draft_k import check_draft_k
 from helpers.errors import raises
-from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
+from helpers.model_checks import (
+    STEPS,
+    check_bf16_training,
+    check_guidance,
+    check_long_prompts,
+    check_pictures,
+    check_targets,
+    check_training,
+    drawn,
+    opened,
+)
 
 pytest.importorskip("diffusers.pipelines.krea2.pipeline_krea2")
 Krea2Pipeline, Krea2Transformer2DModel = diffusers.Krea2Pipeline, diffusers.Krea2Transformer2DModel
@@ -168,21 +177,7 @@ def test_recommended_targets(turbo: Path, tmp_path: Path) -> None:
     parameters = lora_parameters(model)
     assert all(any(target in name for name in parameters) for target in targets)
     assert len(parameters) == 2 * (4 * 7 + 8)  # four blocks of seven layers, eight more layers
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    schedule, x = model.schedule(2), model.noise(torch.Generator().manual_seed(0), 2)
-    denoise = model.denoiser_for(PROMPTS, schedule, 0.0)
-    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
-    ours = drawn(model, "a cat", 0, 0.0)
-    draftune.save_lora(model, tmp_path / "lora")
-    for kind in ("diffusers", "merged"):
-        draftune.export_lora(tmp_path / "lora", tmp_path / kind, kind, model=str(turbo))
-    pipeline = DiffusionPipeline.from_pretrained(turbo)
-    pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="pytorch_lora_weights.safetensors")
-    for theirs in (pipeline, DiffusionPipeline.from_pretrained(tmp_path / "merged")):
-        assert (drawing(0.0, SIZE)(theirs, "a cat", 0) - ours).abs().max() <= 1e-3
+    check_targets(model, tmp_path, drawing(0.0, SIZE), 0.0, "diffusers", "merged", prompts=PROMPTS)
 
 
 def test_bfloat16(raw: Path, tmp_path: Path) -> None:
@@ -203,22 +198,11 @@ def test_bfloat16(raw: Path, tmp_path: Path) -> None:
         with torch.no_grad(), model.autocast():
             ours = model.predict(x, step.timestep, model.encode(["a cat"], "", False), 1.0)
         assert (ours - expected).abs().mean() < 0.05 * expected.std()
-    settings = {"method": "draft_k(k=2)", "steps": 2, "num_inference_steps": 2, "lora_rank": 2, "log_images_steps": 0}
-    settings |= {"num_log_prompts": 1, "height": SIZE, "width": SIZE, "batch_size": 2, "mixed_precision": "bf16"}
-    run = draftune.train(load_model(raw, "bf16"), brighter, prompts=["a cat"], output=str(tmp_path), **settings)
-    assert all(row["grad_norm"] > 0 for row in run.metrics)
+    check_bf16_training(raw, tmp_path, height=SIZE, width=SIZE)
 
 
 def test_long_prompts_are_counted(raw: Path) -> None:
-    """With the template before them; what is cut is not read."""
-    model = load_model(raw)
-    ((_, limit, (text,)),) = model.text_readers(["a"])
-    room = limit - len(model.pipeline.tokenizer(text).input_ids)
-    fits, longer = "a" * (1 + room), "a" * (2 + room)
-    assert [found.cut for found in model.truncated([fits, longer])] == [1]
-    texts = [model.encode([prompt], "", False).text for prompt in (fits, longer, fits[:-1] + "b")]
-    assert torch.equal(texts[0], texts[1])
-    assert not torch.equal(texts[0], texts[2])
+    check_long_prompts(raw)
 
 
 def test_published_sampling(raw: Path, turbo: Path) -> None:

@@ -15,7 +15,7 @@ from diffusers import (
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
 )
-from test_flow import brighter, drawing, enliven, tiny_vae
+from test_flow import drawing, enliven, tiny_vae
 from test_sana import tiny_gemma
 from torch import Tensor
 
@@ -27,7 +27,14 @@ from draftune.models.lumina2 import Lumina2
 from draftune.published import PUBLISHED, variant
 from helpers.draft_k import check_draft_k
 from helpers.errors import raises
-from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training
+from helpers.model_checks import (
+    STEPS,
+    check_bf16_training,
+    check_guidance,
+    check_long_prompts,
+    check_pictures,
+    check_training,
+)
 
 SIZE = 32
 PROMPTS = ["a cat", "a dog that sits on a chair, looks at a cat"]
@@ -211,33 +218,11 @@ def half(value: Any, dtype: torch.dtype) -> Any:
 
 
 def test_bf16_trains(folder: Path, tmp_path: Path) -> None:
-    run = draftune.train(
-        load_model(folder, "bf16"),
-        brighter,
-        method="draft_k(k=2)",
-        prompts=["a cat"],
-        steps=2,
-        batch_size=2,
-        num_inference_steps=2,
-        lora_rank=2,
-        log_images_steps=0,
-        num_log_prompts=1,
-        mixed_precision="bf16",
-        output=str(tmp_path / "run"),
-    )
-    assert all(row["grad_norm"] > 0 for row in run.metrics)
+    check_bf16_training(folder, tmp_path)
 
 
 def test_long_prompts_are_counted(folder: Path) -> None:
-    """With the system prompt; what is cut is not read."""
-    model = load_model(folder)
-    ((_, limit, (text,)),) = model.text_readers(["a"])
-    room = limit - len(model.pipeline.tokenizer(text).input_ids)
-    fits, longer = "a" * (1 + room), "a" * (2 + room)
-    assert [found.cut for found in model.truncated([fits, longer])] == [1]
-    texts = [model.encode([prompt], "", False).text for prompt in (fits, longer, fits[:-1] + "b")]
-    assert torch.equal(texts[0], texts[1])
-    assert not torch.equal(texts[0], texts[2])
+    check_long_prompts(folder)
 
 
 def test_published_sampling(folder: Path) -> None:

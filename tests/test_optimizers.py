@@ -27,6 +27,7 @@ from draftune.experimental.optimizers import (
     channel_sobolev_mean,
 )
 from draftune.experimental.optimizers.meka import GaussianEstimate, filtered, step_size
+from draftune.rewards.online import OnlineReward
 from draftune.runs.checkpoint import load_random_state, random_state
 from draftune.training import gradient_noise as noise_file
 from draftune.training.gradient_noise import GradientNoise
@@ -446,6 +447,32 @@ def test_a_run_goes_on_bit_for_bit(pipeline_folder: Path, tmp_path: Path) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert rows(whole.folder, "metrics.jsonl") == rows(resumed.folder, "metrics.jsonl")
     assert all(math.isfinite(row["gradient_snr"]) for row in whole.metrics)
+
+
+class Pupil(OnlineReward):
+    """The brightness, which counts the batches that it learns from."""
+
+    lessons = 0
+
+    def score(self, images: Tensor, prompts: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    def learn(self, images: Tensor, prompts: Any, expected: Tensor | None) -> None:
+        self.lessons += 1
+
+    def carried(self) -> dict[str, Tensor]:
+        return {}
+
+
+def test_online_rewards_learn_once_from_a_batch(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Not again where an optimizer evaluates the gradient twice, or the cosine of two gradients is measured."""
+    values = {"gradient_accumulation_steps": 2, "method": "draft_k(k=1)", "learning_rate": 1.0}
+    for more in ({"optimizer": "step_tuned_sgd"}, {"optimizer": "sgd", "prefix_reuse_cosine": 0.9}):
+        pupil = Pupil()
+        updates = made(pipeline_folder, tmp_path, pupil, **values | more)
+        for step in (1, 2):
+            updates.run(step)
+        assert pupil.lessons == 4
 
 
 def test_a_pair_of_steps_has_the_same_batch_noise_and_chance(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_hostile_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
         ("pickscore", "yuvalkirstain/PickScore_v1 model="),
         ("object_detection(query=cat)", "google/owlvit-base-patch32 model="),
         ("classify(model='microsoft/resnet-50')", "microsoft/resnet-50 model="),
-        ("aesthetic", "https linearMSE.pth head="),
+        ("aesthetic", 'https aesthetic(head="/path/to/sac+logos+ava1-l14-linearMSE.pth")'),
         ("aesthetic(head='{weights}')", "openai/clip-vit-large-patch14 model="),
         ("pickscore(model='{tokenizer}')", "config.json model="),
         # All that is missing, in one message.

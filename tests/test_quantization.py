@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,17 @@ def test_gradient_is_that_of_the_dequantized_weights(wide: Path, quantization: s
     # bitsandbytes' 8-bit layers also round their inputs, which changes the point at which the gradient is taken.
     tolerance = 0.03 if quantization == "bnb_8bit" else 1e-5
     assert relative(gradient(opened(wide, quantization)), gradient_by_hand(plain)) < tolerance
+
+
+def test_bitsandbytes_fetches_no_kernel() -> None:
+    """Every kernel that its code names has a path, for `kernels` and for processes that draftune starts."""
+    (folder,) = find_spec("bitsandbytes").submodule_search_locations  # type: ignore[union-attr, misc]
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(folder).rglob("*.py"))
+    named = set(re.findall(r"\bget_kernel\(\s*['\"]([^'\"]+)", code))
+    local = dict(entry.split("=") for entry in os.environ["LOCAL_KERNELS"].split(":"))
+    assert named
+    assert named <= local.keys()
+    assert not any(Path(path).exists() for path in local.values())
 
 
 @pytest.mark.parametrize("checkpointing", ["blocks", "denoiser", "both"])

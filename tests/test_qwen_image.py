@@ -15,7 +15,6 @@ from test_z_image import tiny_qwen
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import draftune
 from draftune.errors import DraftuneError
 from draftune.guidance.sample import sample_guided
 from draftune.lora import add_lora, lora_parameters
@@ -24,7 +23,15 @@ from draftune.published import PUBLISHED, variant
 from draftune.settings import Settings
 from draftune.training.memory_count import count_run
 from helpers.errors import raises
-from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
+from helpers.model_checks import (
+    STEPS,
+    check_guidance,
+    check_pictures,
+    check_targets,
+    check_training,
+    drawn,
+    opened,
+)
 
 if "txt_seq_lens" in inspect.signature(diffusers.QwenImageTransformer2DModel.forward).parameters:
     pytest.skip("the transformer of this diffusers takes text lengths", allow_module_level=True)
@@ -179,22 +186,7 @@ def test_recommended_targets(folder: Path, tmp_path: Path) -> None:
     add_lora(model, 2, targets=f"{PUBLISHED['qwen-image'].lora_target_modules},{text},{feed_forward}".split(","))
     parameters = lora_parameters(model)
     assert len(parameters) == 2 * (12 + 8)  # the last block's text tokens go nowhere
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    schedule, x = model.schedule(2), model.noise(torch.Generator().manual_seed(0), 2)
-    denoise = model.denoiser_for(PROMPTS, schedule, 4.0)
-    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
-    ours = drawn(model, "a cat", 0, 4.0)
-    draftune.save_lora(model, tmp_path / "lora")
-    for kind, output in {"diffusers": "lora2", "merged": "merged", "comfyui": "comfyui.safetensors"}.items():
-        draftune.export_lora(tmp_path / "lora", tmp_path / output, kind, model=str(folder))
-    pipelines = [DiffusionPipeline.from_pretrained(path) for path in (tmp_path / "merged", folder, folder)]
-    pipelines[1].load_lora_weights(tmp_path / "lora2", weight_name="pytorch_lora_weights.safetensors")
-    pipelines[2].load_lora_weights(tmp_path, weight_name="comfyui.safetensors")
-    for pipeline in pipelines:
-        assert (draw(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
+    check_targets(model, tmp_path, draw, 4.0, "diffusers", "merged", "comfyui", prompts=PROMPTS)
 
 
 def test_guided_sampling(folder: Path) -> None:

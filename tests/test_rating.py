@@ -26,7 +26,7 @@ from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.evaluation.rating import Pair, pair_settings, pairs, read_settings, restore_images, sampler, stored
 from draftune.models import load_model
-from draftune.report.rating import RatingServer, RatingSession
+from draftune.report.rating import RatingServer, RatingSession, png
 from draftune.rewards.comparisons import comparison, image_path, placed, read_comparisons, write_comparisons
 from draftune.settings import Settings
 from draftune.utils.images import open_image
@@ -75,6 +75,42 @@ def test_answers_in_the_file_are_not_asked_again(tmp_path: Path) -> None:
     assert [row.choice for row in rows] == ["left", "skip", "left", "right", "skip"]
     assert open_image(image_path(path, rows[2].right_image))[0, 0, 0, 0] * 255 == 1
     assert not image_path(path, rows[4].left_image).exists()
+
+
+def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
+    """Answers of both stay, also of threads that write at once, and each takes back its own only."""
+    path, asked = tmp_path / "taste.csv", pairs(["a", "b"], 24)
+    first, second = (RatingSession(path, part, row_of, gray) for part in (asked[:12], asked[12:]))
+
+    def answer(session: RatingSession, choice: str) -> None:
+        row = session.open_rows[0]
+        session.images = dict.fromkeys(row.images, png(torch.zeros(3, 4, 4)))
+        session.answer(row.images, choice)
+
+    def answer_some(session: RatingSession, choice: str) -> None:
+        for _ in range(10):
+            answer(session, choice)
+
+    threads = [Thread(target=answer_some, args=pair) for pair in ((first, "left"), (second, "right"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = read_comparisons(path)
+    assert len({row.pair for row in rows}) == 20
+    first.undo()
+    assert read_comparisons(path) == [row for row in rows if row != last_of(rows, "left")]
+    assert (first.done, second.done) == (9, 10)
+    # A pair that the other process has asked too keeps both answers.
+    third = RatingSession(path, asked[:12], row_of, gray)
+    answer(first, "left")
+    answer(third, "right")
+    assert [row.choice for row in read_comparisons(path)[-2:]] == ["left", "right"]
+    assert third.done == 10
+
+
+def last_of(rows: list[Any], choice: str) -> Any:
+    return [row for row in rows if row.choice == choice][-1]
 
 
 def test_a_failing_disk_ends_the_command(tmp_path: Path) -> None:
@@ -214,10 +250,14 @@ def test_what_cannot_be_sampled_again_is_named(tmp_path: Path) -> None:
 
 
 def test_images_of_a_pair_do_not_depend_on_each_other() -> None:
-    model = load_model("emoji")
-    sample = sampler(model, Settings(num_inference_steps=2))
+    model = load_model("emoji", text_encoders=False)
+    sample = sampler(model, Settings(num_inference_steps=2), ["pizza", "rocket", "pizza"])
     both = sample("pizza", (3, 4))
     assert torch.equal(both, torch.cat([sample("pizza", (3,)), sample("pizza", (4,))]))
+    # The text encoder is read once for all prompts.
+    sample("rocket", (0,))
+    assert model.embeddings is not None
+    assert model.embeddings.rounds == 1
 
 
 def test_a_stored_image_is_not_written_twice(tmp_path: Path) -> None:

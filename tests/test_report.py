@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import re
 import shlex
 import signal
@@ -16,6 +17,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -24,18 +26,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
+from draftune.evaluation.metrics import Comparison, Evaluation
+from draftune.evaluation.verdict import UNDECIDED, moved, number
 from draftune.report import collect, write_report
+from draftune.report.card import over_optimization
 from draftune.report.collect import MOST_FRAMES
 from draftune.report.images import PIXELS, evenly, fitting
 from draftune.report.loopback import is_loopback
 from draftune.report.serve import Server
 from draftune.report.settings_table import changed, command
-from draftune.report.summary import moved, number, summary
+from draftune.report.summary import summary, sweep_note
 from draftune.settings import Settings
 from draftune.utils.tables import duration
 from helpers.errors import mentions, raises
@@ -165,12 +171,13 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     assert data["summary"] == (
-        "In 40 updates the reward rose from 4 to 8. The evaluation reward judge rose from 0.5 to 0.6 and was highest, "
-        "0.9, at update 20. Diversity went from 0.4 to 0.36 (within its error). The LoRA in best/ is from update 20 "
-        "(aesthetic 6, judge 0.9, diversity 0.38)."
+        "In 40 updates the reward rose from 4 to 8 (4 ± 0.71). The evaluation reward judge rose from 0.5 to 0.6 "
+        "(0.1 ± 0.028) and was highest, 0.9 ± 0.02, at update 20. Diversity went from 0.4 to 0.36, no measurable "
+        "difference (-0.04 ± 0.28). The LoRA in best/ is from update 20 (aesthetic 6 ± 0.5, judge 0.9 ± 0.02, "
+        "diversity 0.38 ± 0.2). ± is two standard errors."
     )
     assert data["warning"] == (
-        "Over-optimization: the reward rises to 8.000, but eval/judge fell from 0.900 at update 20 to 0.600. "
+        "Over-optimization: eval/judge fell from 0.900 at update 20 to 0.600, and the reward went from 6.000 to 8.000. "
         "This was first seen at update 40."
     )
     facts = dict(data["facts"])
@@ -179,16 +186,18 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
     assert data["summary"] == (
-        "In 40 updates the reward of the training images rose from 4.55 to 7.55, as means of 10 updates."
+        "In 40 updates the reward of the training images rose from 4.55 to 7.55 (3 ± 0.27), as means of 10 updates. "
+        "± is two standard errors."
     )
     assert data["warning"] is data["best"] is None
 
 
 def test_words_for_numbers() -> None:
-    assert moved(1.0, 1.1, error=0.04) == "rose from 1 to 1.1"
-    assert moved(1.0, 0.9, error=0.06) == "went from 1 to 0.9 (within its error)"
-    assert moved(2.0, 2.0) == "stayed at 2"
-    assert moved(None, 2.0) == "is unknown"
+    assert moved(1.0, 1.1, error=0.04) == "rose from 1 to 1.1 (0.1 ± 0.08)"
+    assert moved(1.0, 0.9, error=0.06) == "went from 1 to 0.9, no measurable difference (-0.1 ± 0.12)"
+    assert moved(1.0, 0.9, error=None) == "went from 1 to 0.9, no measurable difference (its error is not known)"
+    assert moved(2.0, 2.0, error=None) == "stayed at 2"
+    assert moved(None, 2.0, error=None) == "is unknown"
     assert [number(value) for value in (0.12345, 12345.6, -3.0)] == ["0.1235", "12,346", "-3"]
     assert [duration(seconds) for seconds in (0, 59.6, 200, 7500, 277_000)] == [
         "0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"
@@ -199,6 +208,39 @@ def test_words_for_numbers() -> None:
         "In 2 of 9 updates the reward of the training images is unknown. "
         "2 updates were skipped, since a reward or a gradient was not finite."
     )
+
+
+def test_nothing_is_said_before_an_interval_excludes_0(run: Path) -> None:
+    """The rule is one: of the page, the card, the warning, a sweep's scale and the table after training."""
+    first, last = ({"reward_queries": 0, "train_seconds": 0.0, "step": step} for step in (0, 2))
+    first |= {REWARD: 4.0, "eval/judge": 0.5, "stderr": {REWARD: 0.3, "eval/judge": 0.1}}
+    settings = Settings(steps=2, reward=REWARD, eval_rewards="judge")
+    metrics = [{"step": i, "reward": value} for i, value in ((1, 4.0), (2, 5.0))]
+    for value, errors, decided in ((4.8, {REWARD: 0.3}, False), (4.9, {REWARD: 0.3}, True), (9.0, {}, False)):
+        row = last | {REWARD: value, "eval/judge": 0.6, "stderr": errors | {"eval/judge": 0.1}}
+        text = summary(settings, metrics, [first, row], REWARD)
+        assert ("reward rose" in text) == decided, text
+        assert text.startswith("Nothing can be said of the reward yet") != decided
+        assert "judge went from 0.5 to 0.6, no measurable difference (0.1 ± 0.28)" in text
+        assert "highest" not in text
+    # Two updates, each with one mean, have no error; a column that was measured once has not moved.
+    assert "Nothing can be said" in summary(settings, metrics, [], None)
+    row |= {"eval/judge": None}
+    assert "judge was measured once only" in summary(settings, metrics, [first, row], REWARD)
+    assert mentions(over_optimization(settings, [first, row], REWARD), "too few")
+    for low, words in ((0.01, "is better"), (-0.01, "no measurable difference")):
+        sweep = {"recommended": 0.5, "criterion": "eval/judge", "improvement": [0.1, low, 0.21]}
+        assert words in sweep_note(sweep)
+    base, tuned = (
+        Evaluation({REWARD: torch.tensor(values)[:, None]}, ["cat", "dog"], torch.zeros(2, 3, 2, 2))
+        for values in ([1.0, 2.0], [1.5, 4.0])
+    )
+    assert UNDECIDED in Comparison(base, tuned).table()
+    assert UNDECIDED not in Comparison(base, replace(base, values={REWARD: base.values[REWARD] + 1})).table()
+    assert math.isnan(replace(base, values={REWARD: torch.zeros(1, 3)}).stderr[REWARD])
+    # A log whose evaluations have no score.
+    lines(run / "evaluations.jsonl", [{key: row[key] for key in ("step", "reward_queries", "train_seconds", "stderr")}])
+    assert collect(run)["summary"].startswith("In 40 updates the reward of the training images rose")
 
 
 def test_the_curves(run: Path) -> None:
@@ -310,7 +352,7 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
             "prompts": [],
             "frames": [],
             "charts": [],
-            "criterion": None,
+            "note": "",
             "recommended": None,
         }
 

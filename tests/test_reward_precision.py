@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from test_eval import make_run
 from torch import Tensor, nn
 
+from draftune.cli.main import main
 from draftune.errors import DraftuneError
 from draftune.models import load_model
-from draftune.rewards import Reward, load_reward
+from draftune.rewards import Reward, load_reward, precision
 from draftune.rewards.online import OnlineReward
 from draftune.rewards.precision import Bf16Linear
 from draftune.settings import Settings
 from draftune.training.memory_count import network_bytes
 from draftune.training.trainer import Trainer
-from helpers.errors import raises
+from draftune.utils.images import save_image, to_pil
+from helpers.errors import mentions, raises
 from helpers.quantized import dequantized
 
 PROMPTS = ["cat face", "pizza", "rocket", "red heart", "house", "red apple"]
@@ -113,27 +116,57 @@ def test_trained_rewards(name: str) -> None:
 def test_training(tmp_path: Path) -> None:
     """The setting reaches both rewards of a run, and the memory check counts the smaller weights."""
     held = {}
-    for precision in ("no", "bf16"):
+    for chosen in ("no", "bf16"):
         trainer = Trainer(
             "emoji",
             "emoji_clip",
             eval_rewards="emoji_aesthetic",
             prompts=PROMPTS,
-            reward_precision=precision,
+            reward_precision=chosen,
             steps=1,
             num_inference_steps=2,
-            output=str(tmp_path / precision),
+            output=str(tmp_path / chosen),
         )
-        held[precision] = network_bytes(trainer)
+        held[chosen] = network_bytes(trainer)
         context = trainer.context
         assert context.eval_rewards is not None
         for reward in (context.reward, context.eval_rewards):
             linear = [m.weight for m in reward.modules() if type(m) in (nn.Linear, Bf16Linear)]
-            assert {weight.dtype for weight in linear} == {torch.bfloat16 if precision == "bf16" else torch.float32}
+            assert {weight.dtype for weight in linear} == {torch.bfloat16 if chosen == "bf16" else torch.float32}
     rewards = (trainer.context.reward, trainer.context.eval_rewards)
     saved = {p.data_ptr(): p.nbytes for r in rewards if r for p in r.parameters() if p.dtype == torch.bfloat16}
     assert held["no"] - held["bf16"] == sum(saved.values()) > 0
     trainer.train_step.run(1)
+
+
+FAST = ("--num-inference-steps", "2", "--guidance-scale", "1", "--device", "cpu")
+
+
+def test_every_command_that_loads_rewards(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flag reaches the rewards of all commands, and those of evaluations have the run's precision without it."""
+    run = str(make_run(tmp_path / "run", pipeline_folder, reward="emoji_clip", reward_precision="bf16"))
+    save_image(to_pil(torch.rand(1, 3, 8, 8))[0], tmp_path / "image.png")
+    model, sampled = str(pipeline_folder), ("--output", str(tmp_path / "new.png"), *FAST)
+    of_run: list[tuple[str, ...]] = [("eval", run, "--num-images", "1", *FAST), ("sweep", run, *FAST)]
+    others: list[tuple[str, ...]] = [
+        ("score", str(tmp_path / "image.png"), "--reward", "emoji_clip", "--prompt", "cat", "--device", "cpu"),
+        ("sample", model, "--prompt", "cat", "--guidance-reward", "emoji_clip", *sampled),
+        ("optimize-noise", model, "--prompt", "cat", "--reward", "emoji_clip", *sampled),
+        ("experimental", "tune-weights", run, "--reward", "emoji_clip", "--output", str(tmp_path / "weights"), *FAST),
+    ]
+
+    def stop(*args: Any) -> None:
+        raise DraftuneError("weights are rounded")
+
+    monkeypatch.setattr(precision, "store_in_bf16", stop)
+    for command in (*of_run, *((*command, "--reward-precision", "bf16") for command in (*of_run, *others))):
+        assert main(list(command)) == 2, command
+        assert "rounded" in capsys.readouterr().err
+    assert main([*of_run[0], "--reward-precision", "no"]) == 0
+    assert main(["sample", model, "--prompt", "cat", "--reward-precision", "bf16", *sampled]) == 2
+    assert mentions(capsys.readouterr().err, "--reward-precision", "--guidance-reward")
 
 
 def test_quantized_weights() -> None:

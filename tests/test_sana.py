@@ -19,7 +19,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SCMScheduler,
 )
-from test_flow import brighter, enliven
+from test_flow import enliven
 from test_gradients import batch_of, relative
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -35,7 +35,14 @@ from draftune.models import DiffusionModel, load_model
 from draftune.published import variant
 from draftune.settings import Settings
 from helpers.errors import raises
-from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn
+from helpers.model_checks import (
+    STEPS,
+    check_bf16_training,
+    check_guidance,
+    check_pictures,
+    check_training,
+    drawn,
+)
 from helpers.pipelines import add_random_lora
 
 # As published with the models.
@@ -304,21 +311,7 @@ def test_half_precision(folder: Path, precision: str, tmp_path: Path) -> None:
 
 
 def test_mixed_precision_trains(folder: Path, tmp_path: Path) -> None:
-    run = draftune.train(
-        load_model(folder, "bf16"),
-        brighter,
-        method="draft_k(k=2)",
-        prompts=["a cat"],
-        steps=2,
-        batch_size=2,
-        num_inference_steps=2,
-        lora_rank=2,
-        log_images_steps=0,
-        num_log_prompts=1,
-        mixed_precision="bf16",
-        output=str(tmp_path / "run"),
-    )
-    assert all(row["grad_norm"] > 0 for row in run.metrics)
+    check_bf16_training(folder, tmp_path)
 
 
 def test_published_sampling(folder: Path) -> None:

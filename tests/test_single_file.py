@@ -193,6 +193,8 @@ def test_a_run_on_a_file(saved: dict[str, Path], tmp_path: Path, capsys: pytest.
     same_weights(model, other)
     for format in ("diffusers", "merged"):
         draftune.export_lora(tmp_path / "lora", tmp_path / format, format)
+    for format in ("comfyui", "kohya"):
+        draftune.export_lora(tmp_path / "lora", tmp_path / f"{format}.safetensors", format)
     draftune.merge_loras([(tmp_path / "lora", 1.0)], tmp_path / "sum")
     assert load_for_sampling(str(tmp_path / "sum"))[0].options == ModelOptions(str(base))
     # Another file under the same name is another model.

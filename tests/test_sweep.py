@@ -153,7 +153,9 @@ def test_what_is_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["sweep", str(run), "--scales", "1,0.333", "--num-images", "1"]) == 0
     printed = capsys.readouterr().out
     said: dict[str, Any] = json.loads((run / "sweep" / "sweep.json").read_text())
-    assert list(said) == ["scales", "columns", "stderr", "criterion", "recommended", "prompts", "images"]
+    assert list(said) == [
+        *("scales", "columns", "stderr", "criterion", "recommended", "improvement", "prompts", "images")
+    ]
     assert said["scales"] == [0.0, 0.333, 1.0]
     assert said["prompts"] == ["a cat", "a dog", "fish"]
     assert said["images"] == [[f"{scale}/0{i}.png" for i in range(3)] for scale in ("0.00", "0.333", "1.00")]

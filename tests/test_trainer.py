@@ -304,8 +304,8 @@ def test_optimizer_state_with_numbers() -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"method": "draft_k(k=1)", "gradient_checkpointing": "blocks"},
-        {"method": "draft_k(k=2)", "gradient_checkpointing": "denoiser"},
+        pytest.param({"method": "draft_k(k=1)", "gradient_checkpointing": "blocks"}, marks=pytest.mark.slow),
+        pytest.param({"method": "draft_k(k=2)", "gradient_checkpointing": "denoiser"}, marks=pytest.mark.slow),
         {"method": "kl(draft_k(k=2))", "gradient_checkpointing": "none"},
     ],
 )

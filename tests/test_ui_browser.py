@@ -85,12 +85,52 @@ def test_a_double_click_on_start_does_not_stop(visit: Visit, tmp_path: Path, mon
     stand_in(monkeypatch, seconds=30)
     with served(tmp_path / "runs") as address:
         page.goto(f"{address}runs/drafted/")
+        page.clock.set_fixed_time(1000)  # both clicks come at once, also on a busy machine
         page.locator("#do-start").click()
         page.locator("#do-stop").click()
-        page.wait_for_timeout(1000)
+        page.wait_for_timeout(200)
         assert page.locator("#state .state").inner_text() == "Starting"
+        page.clock.set_fixed_time(2000)
         page.locator("#do-stop").click()
         page.locator(".state.stopped").wait_for()
+        page.goto("about:blank")
+
+
+def test_a_button_says_what_it_did(visit: Visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The focus is on what changed, and is announced; a download leaves it where it is."""
+    page, run = visit.page, written_run(tmp_path / "runs" / "old")
+    saved(run, "lora")
+    stand_in(monkeypatch, seconds=30)
+    monkeypatch.setattr("draftune.ui.actions.export_lora", lambda run, target, *_: target.write_bytes(b"") or target)
+
+    def focused() -> str:
+        return str(page.evaluate("document.activeElement.id"))
+
+    with served(tmp_path / "runs") as address:
+        page.goto(f"{address}runs/old/")
+        page.locator("#format").select_option("comfyui")
+        with page.expect_download() as download:
+            page.locator("#do-export").press("Enter")
+        assert download.value.suggested_filename == "old-comfyui.safetensors"
+        assert (focused(), page.locator("#announce").inner_text()) == ("do-export", "The download is being prepared.")
+        parts = {"#do-sweep": "take", "#do-stop-sweep": "take", "#do-start": "state", "#do-stop": "state"}
+        for i, (button, part) in enumerate(parts.items()):
+            page.clock.set_fixed_time(1000 * (i + 1))  # not the second half of a double click
+            with page.expect_navigation():
+                page.locator(button).press("Enter")
+            assert focused() == part, button
+        # The focus stays there when the part changes, and on a run of the list when the list does.
+        page.locator("#state .stopped").wait_for()
+        assert focused() == "state"
+        assert "Stopped" in page.locator("#announce").inner_text()
+        page.goto(address)
+        page.locator("#run-old").focus()
+        page.wait_for_function("() => document.querySelector('.runs img').naturalWidth > 0")
+        page.evaluate("document.querySelector('.runs img').kept = true")
+        written_run(tmp_path / "runs" / "newer")
+        page.locator("#run-newer").wait_for()
+        assert focused() == "run-old"
+        assert page.evaluate("[...document.querySelectorAll('.runs img')].map((image) => image.kept)") == [None, True]
         page.goto("about:blank")
 
 
@@ -126,5 +166,5 @@ def test_no_scale_is_recommended_if_none_is_better_than_the_base_model(
         page.locator("#sweep .note").first.wait_for()
         said = page.locator("#sweep").inner_text().lower()
         assert ("recommended" in said) == (scale == 1)
-        assert ("no scale is better" in said) == (scale == 0)
+        assert ("no scale is measurably better" in said) == (scale == 0)
         page.goto("about:blank")

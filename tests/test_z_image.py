@@ -23,7 +23,15 @@ from draftune.recommended import tell_sampling
 from helpers.draft_k import check_draft_k
 from helpers.errors import mentions, raises
 from helpers.language_models import tiny_qwen
-from helpers.model_checks import STEPS, check_guidance, check_pictures, check_training, drawn, opened
+from helpers.model_checks import (
+    STEPS,
+    check_guidance,
+    check_pictures,
+    check_targets,
+    check_training,
+    drawn,
+    opened,
+)
 
 OFFICIAL = pytest.importorskip("diffusers.pipelines.z_image.pipeline_z_image")
 if not hasattr(OFFICIAL, "get_default_z_image_sigmas"):
@@ -158,23 +166,8 @@ def test_more_targets(turbo: Path, tmp_path: Path) -> None:
     add_lora(model, 2, targets=targets)
     parameters = lora_parameters(model)
     assert len(parameters) == 2 * 7 * 4
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    schedule = model.schedule(2)
-    x = model.noise(torch.Generator().manual_seed(0), 2)
-    denoise = model.denoiser_for(["a cat", "a dog"], schedule, 0.0)
-    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
-    ours = drawn(model, "a cat", 0, 0.0)
-    draftune.save_lora(model, tmp_path / "lora")
-    for kind in ("diffusers", "merged"):
-        draftune.export_lora(tmp_path / "lora", tmp_path / kind, kind, model=str(turbo))
-    pipeline = DiffusionPipeline.from_pretrained(turbo)
-    pipeline.load_lora_weights(tmp_path / "diffusers", weight_name="pytorch_lora_weights.safetensors")
-    assert (drawing(0.0, 16)(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
-    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
-    assert (drawing(0.0, 16)(merged, "a cat", 0) - ours).abs().max() <= 1e-3
+    prompts = ["a cat", "a dog"]
+    check_targets(model, tmp_path, drawing(0.0, 16), 0.0, "diffusers", "merged", prompts=prompts)
     with raises(DraftuneError, "UNet"):
         draftune.export_lora(tmp_path / "lora", tmp_path / "lora.safetensors", "kohya", model=str(turbo))
 

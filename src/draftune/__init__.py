@@ -5,10 +5,16 @@ not wait for torch.
 """
 
 import ast as _ast
+import os as _os
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 
 __version__ = "0.1.0"
+
+# diffusers imports bitsandbytes if it is installed. That downloads kernels from the hub and runs them, on CPUs with
+# AVX512-BF16 and on MPS, if the package `kernels` is installed too. It does without them if their path is none.
+_no_kernels = [f"kernels-community/{name}=no-kernel" for name in ("quantization-bitsandbytes", "bitsandbytes-mps")]
+_os.environ["LOCAL_KERNELS"] = ":".join([*_no_kernels, *filter(None, [_os.environ.get("LOCAL_KERNELS")])])
 
 _modules = {
     alias.name: node.module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -17,7 +17,12 @@ class DraftuneError(Exception):
     """An error that the user can fix: what is wrong, and what to do. The command line prints it and exits with 2.
 
     Several arguments are several problems; `str` joins them with semicolons.
+
+    Attributes:
+        gathered: The errors that `gather` joined to this one.
     """
+
+    gathered: Sequence[DraftuneError] = ()
 
     def __str__(self) -> str:
         return "; ".join(map(one_line, self.args))
@@ -77,16 +82,18 @@ def gather(*attempts: Callable[[], T]) -> list[T]:
     If all problems have one class, so has the error.
     """
     results: list[T] = []
-    problems: dict[str, None] = {}
-    kinds: set[type[DraftuneError]] = set()
+    errors: list[DraftuneError] = []
     for attempt in attempts:
         try:
             results.append(attempt())
         except DraftuneError as error:
-            problems |= dict.fromkeys(map(str, error.args))
-            kinds.add(type(error))
-    if problems:
-        raise (kinds.pop() if len(kinds) == 1 else DraftuneError)(*problems)
+            errors += error.gathered or (error,)
+    if errors:
+        kinds = {type(error) for error in errors}
+        problems = dict.fromkeys(str(problem) for error in errors for problem in error.args)
+        joined = (kinds.pop() if len(kinds) == 1 else DraftuneError)(*problems)
+        joined.gathered = errors
+        raise joined
     return results
 
 

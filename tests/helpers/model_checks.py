@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import draftune
@@ -20,6 +21,10 @@ Draw = Callable[[Any, str, int], Tensor]
 
 Load = Callable[[Any, Path], object]
 """Gives diffusers' pipeline the LoRA in a folder."""
+
+
+def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
 
 
 def load_weights(pipeline: Any, folder: Path) -> None:
@@ -72,9 +77,6 @@ def check_training(
     """LoRA trains by every kind of method, is saved, and gives the same pictures in diffusers."""
     from diffusers import DiffusionPipeline
 
-    def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images.mean((1, 2, 3))
-
     for method in METHODS:
         model = opened(folder, size)
         before = drawn(model, "a cat", 0, guidance_scale)
@@ -105,3 +107,52 @@ def check_training(
     again.set_sampler_options(settings.get("timestep_spacing", "trailing"))
     draftune.load_lora(again, run.folder)
     assert (drawn(again, "a cat", 0, guidance_scale) - after).abs().max() <= 1e-5
+
+
+def check_targets(
+    model: DiffusionModel, output: Path, draw: Draw, guidance_scale: float, *kinds: str, prompts: Sequence[str]
+) -> None:
+    """Every tensor of a new LoRA gets a gradient, and its exports of these kinds give the same images in diffusers."""
+    from diffusers import DiffusionPipeline
+
+    parameters, folder = lora_parameters(model), model.name
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    schedule, x = model.schedule(2), model.noise(torch.Generator().manual_seed(0), len(prompts))
+    denoise = model.denoiser_for(prompts, schedule, guidance_scale)
+    (denoise(x, schedule.steps[0]).clean * torch.randn_like(x)).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
+    ours = drawn(model, "a cat", 0, guidance_scale)
+    draftune.save_lora(model, output / "lora")
+    for kind in kinds:
+        made = output / (f"{kind}.safetensors" if kind == "comfyui" else kind)
+        draftune.export_lora(output / "lora", made, kind)
+        pipeline = DiffusionPipeline.from_pretrained(made if kind == "merged" else folder)
+        if kind == "comfyui":
+            pipeline.load_lora_weights(output, weight_name=made.name)
+        elif kind == "diffusers":
+            load_weights(pipeline, made)
+        assert (draw(pipeline, "a cat", 0) - ours).abs().max() <= 1e-3
+
+
+def check_long_prompts(folder: Path) -> None:
+    """Prompts that are too long with the text before them are counted, and what is cut is not read."""
+    model = load_model(folder)
+    ((_, limit, (text,)),) = model.text_readers(["a"])
+    room = limit - len(model.pipeline.tokenizer(text).input_ids)
+    fits, longer = "a" * (1 + room), "a" * (2 + room)
+    assert [found.cut for found in model.truncated([fits, longer])] == [1]
+    texts = [model.encode([prompt], "", False).text for prompt in (fits, longer, fits[:-1] + "b")]
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+def check_bf16_training(folder: Path, output: Path, **settings: Any) -> None:
+    """Each of two updates in bf16 has a gradient."""
+    values: dict[str, Any] = {"method": "draft_k(k=2)", "steps": 2, "num_inference_steps": 2, "batch_size": 2}
+    values |= {"lora_rank": 2, "log_images_steps": 0, "num_log_prompts": 1, "mixed_precision": "bf16", **settings}
+    run = draftune.train(
+        load_model(folder, "bf16"), brightness, prompts=["a cat"], output=str(output / "bf16"), **values
+    )
+    assert all(row["grad_norm"] > 0 for row in run.metrics)

@@ -6,47 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from test_flow import SCHNELL, tiny_clip, tiny_t5, tiny_vae
+from test_flow import SCHNELL, save_two_blocks
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from draftune.models import DiffusionModel, load_model
 from draftune.utils.tensors import is_quantized_weight
-from helpers.pipelines import tiny_tokenizer
 
 STEPS = 3
 
 
 def save_wide(folder: Path) -> Path:
     """A FLUX.1 pipeline of two blocks with 256 channels, wide enough that rounding errors average out."""
-    torch.manual_seed(0)
-    tokenizer_2, text_encoder_2 = tiny_t5(folder / "t5")
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=64,
-        num_attention_heads=4,
-        joint_attention_dim=16,
-        pooled_projection_dim=8,
-        axes_dims_rope=(16, 24, 24),
-    )
-    for name, parameter in transformer.named_parameters():
+    sizes = {"attention_head_dim": 64, "num_attention_heads": 4, "axes_dims_rope": (16, 24, 24)}
+    return save_two_blocks(folder, SCHNELL, fill, **sizes)
+
+
+def fill(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
-    FluxPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**SCHNELL),
-        vae=tiny_vae(),
-        text_encoder=tiny_clip(CLIPTextModel, 8),
-        tokenizer=tiny_tokenizer(folder / "words"),
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=tokenizer_2,
-    ).save_pretrained(folder / "model")
-    return folder / "model"
 
 
 def opened(

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 # The networks in float64, where what differs is no rounding; but for one case.
 PARALLEL: dict[str, dict[str, Any]] = {
     "float32": {"method": "draft_lv(n=1)", "dtype": torch.float32},
-    "draft_lv": {"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2},
+    "draft_lv": {"method": "draft_lv(n=1)", "gradient_accumulation_steps": 2, "prefix_batches": 2},
     "ddpo": {"method": "ddpo(min_count=2, inner_epochs=2)"},
     # Groups in both processes, over two batches, in one batch, and each in a process of its own.
     "diffusion_nft": {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError
-from draftune.settings import DEVICE, PRECISIONS, QUANTIZATIONS, Settings
+from draftune.settings import DEVICE, PRECISIONS, QUANTIZATIONS, REWARD_PRECISIONS, Settings
 from draftune.settings.field_checks import MOST
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import check_writable, names_folder, user_path
@@ -147,6 +147,15 @@ def add_device(parser: Arguments, precision: bool = True) -> None:
         )
 
 
+def add_reward_precision(parser: Arguments, default: str = "that of the reward") -> None:
+    """Add --reward-precision; `default` says what holds without it."""
+    parser.add_argument(
+        "--reward-precision",
+        choices=REWARD_PRECISIONS,
+        help=f"precision in which the linear layers of rewards are stored (default: {default})",
+    )
+
+
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add the group of options that `resolve_eval_spec` reads."""
     group = parser.add_argument_group("evaluation")
@@ -156,6 +165,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         "--reward", type=filled, metavar="EXPR", help="reward, see 'draftune list rewards' (default: that of the run)"
     )
     group.add_argument("--eval-rewards", metavar="EXPR", help=f"evaluation rewards; '' for none {of_run}")
+    add_reward_precision(group, "that of the run")
     add_number(group, "--num-images", 2, "N", "images of each prompt, 1 or more")
 
 

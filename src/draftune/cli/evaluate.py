@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     from draftune.runs.load import resolve_loras
 
     loras = resolve_loras(args.sources, args.model, args.skip_text_encoder_lora, ModelOptions.of(args))
-    yardstick = resolve_eval_spec(loras, args.prompts, args.reward, args.eval_rewards, args.num_images)
+    yardstick = resolve_eval_spec(
+        loras, args.prompts, args.reward, args.eval_rewards, args.num_images, args.reward_precision
+    )
     loras = [replace(tuned, settings=replace(tuned.settings, **drawing_flags(args))) for tuned in loras]
 
     def write_images(tuned: LoRASource, comparison: Comparison) -> None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, load_source, writing_to
+from draftune.cli.common import (
+    Command,
+    add_drawing,
+    add_number,
+    add_reward_precision,
+    check_numbers,
+    filled,
+    load_source,
+    writing_to,
+)
 from draftune.utils.paths import image_output
 
 
@@ -26,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--steps", 50, "N", "updates of the noise, 1 or more")
     add_number(parser, "--learning-rate", 5.0, "A", "learning rate of SGD with Nesterov momentum, 0 or more")
     add_number(parser, "--seed", 0, "S", "seed of the initial noise")
+    add_reward_precision(parser)
     add_drawing(parser)
 
 
@@ -36,13 +46,13 @@ def run(args: argparse.Namespace) -> None:
 
     from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.noise_optimization import optimize_noise
-    from draftune.rewards import parse_reward
+    from draftune.rewards import load_reward, parse_reward
     from draftune.utils.images import grid, save_image, to_pil
 
     # Before the model is loaded, so that a missing reward fails early.
     reward = parse_reward(args.reward)
     model, settings = load_source(args)
-    tell_truncated([args.prompt], model, [reward.load_weights()], settings.negative_prompt)
+    tell_truncated([args.prompt], model, [load_reward(reward, args.reward_precision)], settings.negative_prompt)
     search = optimize_noise(
         model,
         reward,

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             path,
             asked,
             lambda pair, choice: comparison(pair.prompt, choice, args.source, None, pair.seeds, known),
-            sampler(model, settings),
+            sampler(model, settings, [pair.prompt for pair in asked]),
             title=args.source,
         )
         server.session = session
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             session.run()
         except KeyboardInterrupt:
             print()
-    print(f"{path}  {len(session.own)} of {len(asked)} pairs have answers; as a reward: \"taste(ratings='{path}')\"")
+    print(f"{path}  {session.done} of {len(asked)} pairs have answers; as a reward: \"taste(ratings='{path}')\"")
 
 
 COMMAND = Command(

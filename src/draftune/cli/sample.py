@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, load_source, writing_to
+from draftune.cli.common import (
+    Command,
+    add_drawing,
+    add_number,
+    add_reward_precision,
+    check_numbers,
+    filled,
+    load_source,
+    writing_to,
+)
 from draftune.errors import DraftuneError
 from draftune.utils.paths import image_output
 
@@ -43,6 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"guidance method with its settings, such as {GUIDANCE_METHOD}(strength=0.1) or "
         f"gradient_guidance(rounds=8) (default: {GUIDANCE_METHOD}; see 'draftune list guidance')",
     )
+    add_reward_precision(parser)
     add_drawing(parser)
 
 
@@ -55,15 +65,14 @@ def run(args: argparse.Namespace) -> None:
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.num_images)]
     summary = ""
-    if args.guidance_reward is None and args.guidance_method is not None:
-        raise DraftuneError("--guidance-method needs --guidance-reward")
     if args.guidance_reward is None:
+        if alone := [name for name in ("guidance_method", "reward_precision") if getattr(args, name) is not None]:
+            raise DraftuneError(f"--{alone[0].replace('_', '-')} needs --guidance-reward")
         model, settings = load_source(args)
         tell_truncated(args.prompt, model, (), settings.negative_prompt)
         schedule = model.schedule(settings.num_inference_steps)
-        images = model.sample_tensors(
-            prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
-        )
+        guidance, negative = settings.guidance_scale, settings.negative_prompt
+        images = model.sample_tensors(prompts, seeds, schedule, guidance, negative, settings.batch_size, progress=True)
     else:
         images, summary = guided(args, prompts, seeds)
 
@@ -90,14 +99,14 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
     from draftune.evaluation.reward_check import tell_truncated
     from draftune.guidance.methods import load_guide
     from draftune.guidance.sample import sample_guided
-    from draftune.rewards import parse_reward
+    from draftune.rewards import load_reward, parse_reward
 
     # Before the model is loaded, so that a wrong method or a missing reward fails early.
     method = args.guidance_method or GUIDANCE_METHOD
     load_guide(method)
     reward = parse_reward(args.guidance_reward)
     model, settings = load_source(args)
-    tell_truncated(args.prompt, model, [reward.load_weights()], settings.negative_prompt)
+    tell_truncated(args.prompt, model, [load_reward(reward, args.reward_precision)], settings.negative_prompt)
     result = sample_guided(
         model,
         reward,
@@ -107,6 +116,7 @@ def guided(args: argparse.Namespace, prompts: Sequence[str], seeds: Sequence[int
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         negative_prompt=settings.negative_prompt,
+        batch_size=settings.batch_size,
         progress=True,
     )
     means = " → ".join(f"{mean:.3f}" for mean in result.rewards.mean(1).tolist())

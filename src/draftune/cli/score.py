@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from draftune.cli.common import Command, add_device, filled, table_output, writing_to
+from draftune.cli.common import Command, add_device, add_reward_precision, filled, table_output, writing_to
 from draftune.errors import DraftuneError
-from draftune.settings import REWARD_PRECISIONS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt file (.csv, .jsonl, …) with the columns 'image' and 'prompt'",
     )
     parser.add_argument("--output", type=filled, metavar="FILE", help="also write the table, as .csv or .json")
-    parser.add_argument(
-        "--reward-precision",
-        choices=REWARD_PRECISIONS,
-        help="precision in which the reward's linear layers are stored (default: that of the reward)",
-    )
+    add_reward_precision(parser)
     add_device(parser, precision=False)
 
 

@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     tuned = resolve_lora(args.source, args.model, args.skip_text_encoder_lora, ModelOptions.of(args))
     source = user_path(args.source)
     output = folder_output(args.output or str((source if source.is_dir() else source.parent) / "sweep"), "--output")
-    yardstick = resolve_eval_spec([tuned], args.prompts, args.reward, args.eval_rewards, args.num_images)
+    yardstick = resolve_eval_spec(
+        [tuned], args.prompts, args.reward, args.eval_rewards, args.num_images, args.reward_precision
+    )
     tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)

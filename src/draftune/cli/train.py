@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     if rank_and_world_size()[0] == 0:
         if result.comparison:
             prompts = result.comparison.prompts
-            other = f"; at the right, base with {settings.eval_prompt_template!r}" * bool(result.comparison.template)
-            print(f"\nbase → fine-tuned, {len(prompts)} images of {len(set(prompts))} prompts, the same seeds{other}")
+            said = f"{len(prompts)} images of {len(set(prompts))} prompts, the same seeds"
+            other = f" | base with {settings.eval_prompt_template!r}" * bool(result.comparison.template)
+            print(f"\nbase → fine-tuned, {said} (change) and its 95 % interval{other}")
             print(result.comparison.table())
         print(f"\nimages    {result.folder / 'before_after.png'}\nLoRA      {result.folder / 'lora'}")
     shutdown()

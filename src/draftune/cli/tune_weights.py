@@ -6,7 +6,15 @@ import argparse
 import math
 import shlex
 
-from draftune.cli.common import Command, add_drawing, add_number, check_numbers, filled, writing_to
+from draftune.cli.common import (
+    Command,
+    add_drawing,
+    add_number,
+    add_reward_precision,
+    check_numbers,
+    filled,
+    writing_to,
+)
 from draftune.errors import DraftuneError
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import check_writable, user_path
@@ -41,6 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--learning-rate", 0.05, "A", "learning rate of Adam, as a fraction of the range, below 1")
     add_number(parser, "--num-images", 16, "N", "other images for the final comparison, 2 or more")
     add_number(parser, "--seed", 0, "S", "seed of prompts, noise and points")
+    add_reward_precision(parser)
     add_drawing(parser, scale=False)
 
 
@@ -79,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         mixed_precision=args.mixed_precision,
         quantization=args.quantization,
+        reward_precision=args.reward_precision,
         progress=True,
     )
     with writing_to(folder):

@@ -118,7 +118,7 @@ def compare(
         yardstick: The specification of the evaluation.
         sort: Column to sort by; the reward's by default.
         lora_scale: Scale of the LoRAs.
-        cpu: Whether to use the CPU only.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         precision: "no", "bf16" or "fp16".
         on_comparison: Called with each LoRA and its comparison, whose images are released afterwards.
         quantization: "none" or a quantization of the base models, see `draftune.models.load_model`.

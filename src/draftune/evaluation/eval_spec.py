@@ -16,6 +16,7 @@ from draftune.prompts import load_prompts, run_prompts
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
+from draftune.rewards.precision import load_in_precision
 from draftune.runs.load import LoRASource
 from draftune.settings import Settings
 
@@ -33,12 +34,14 @@ class EvalSpec:
         num_images: Number of images of each prompt, with the seeds 0, 1, ….
         reward: The reward of training.
         eval_rewards: Evaluation rewards, which were not trained on, or None.
+        reward_precision: Precision of the rewards' weights, see `load_in_precision`.
     """
 
     prompts: list[str]
     num_images: int
     reward: Reward
     eval_rewards: Reward | None
+    reward_precision: str | None = None
 
     @property
     def rewards(self) -> list[Reward]:
@@ -59,17 +62,17 @@ class EvalSpec:
     def ready(self, device: torch.device | str = "cpu") -> EvalSpec:
         """Load the rewards on a device. Raises DraftuneError for prompts that a reward cannot score."""
         for reward in self.rewards:
-            reward.load_weights().to(device)
+            load_in_precision(reward, self.reward_precision).to(device)
             check_prompts(reward, self.prompts)
         return self
 
     def measure(self, model: DiffusionModel, settings: Settings) -> Evaluation:
-        """Sample images with the steps and the guidance of the settings, and score them."""
-        schedule = model.schedule(settings.num_inference_steps)
+        """Sample images as an evaluation during training does, `batch_size` at a time, and score them."""
+        s, schedule = settings, model.schedule(settings.num_inference_steps)
 
         def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             return model.sample_tensors(
-                prompts, seeds, schedule, settings.guidance_scale, settings.negative_prompt, progress=True
+                prompts, seeds, schedule, s.guidance_scale, s.negative_prompt, s.batch_size, progress=True
             )
 
         return evaluate(sample, self.reward, self.eval_rewards, self.prompts, self.num_images, model.device)
@@ -81,6 +84,7 @@ def resolve_eval_spec(
     reward: Any = None,
     eval_rewards: Any = None,
     num_images: int = 2,
+    reward_precision: str | None = None,
 ) -> EvalSpec:
     """Return the given specification, completed by the settings of the first LoRA that belongs to a run.
 
@@ -92,6 +96,7 @@ def resolve_eval_spec(
         reward: An expression or a reward.
         eval_rewards: Evaluation rewards; '' for none.
         num_images: Number of images of each prompt.
+        reward_precision: Precision of the rewards' weights, see `load_in_precision`.
 
     Raises:
         DraftuneError: one error that lists everything that is missing.
@@ -106,9 +111,10 @@ def resolve_eval_spec(
         lambda: arg_or_run_setting("eval_rewards", eval_rewards, evaluated_by, find_taught) if evaluated_by else None,
     ]
     texts, trained, evaluation = gather(*parts)
-    yardstick = EvalSpec(texts, num_images, trained, evaluation)
+    settings = run or loras[0].settings
+    yardstick = EvalSpec(texts, num_images, trained, evaluation, reward_precision or settings.reward_precision)
     for scored in yardstick.rewards:
-        scored.set_chunk_size((run or loras[0].settings).reward_batch_size)
+        scored.set_chunk_size(settings.reward_batch_size)
     return yardstick
 
 

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, default_criterion, parse_criterion, weighted_sum
 from draftune.evaluation.eval_spec import EvalSpec
-from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base
+from draftune.evaluation.metrics import Evaluation, denoiser_mse_from_base, interval
 from draftune.evaluation.reward_check import tell_truncated
+from draftune.evaluation.verdict import UNDECIDED, direction
 from draftune.lora import ADAPTER, set_lora_scale
 from draftune.registry.expression import written_sum
 from draftune.runs.load import LoRASource, load_base_with_loras
@@ -85,6 +86,14 @@ class ScaleSweep:
         return recommend(self.scales, self.criterion) if self.weights else None
 
     @property
+    def improvement(self) -> tuple[float, float, float] | None:
+        """Return by how much the recommended scale's criterion is above the base model's, and its 95 % interval."""
+        if not self.recommended or 0.0 not in self.scales:
+            return None
+        recommended, base = (self.criterion[self.scales.index(scale)] for scale in (self.recommended, 0.0))
+        return float((recommended - base).mean()), *interval(recommended - base)
+
+    @property
     def prompts(self) -> list[str]:
         """Return the prompts in the image grids."""
         return list(map(str, self.marks[0].evaluation.prompts))
@@ -110,7 +119,10 @@ class ScaleSweep:
         if here < top:
             text += f"; {top:.4f} at {self.scales[values.index(top)]:g} is higher by at most one standard error"
         if self.recommended == 0:
-            text += "; the LoRA does not improve on the base model by this criterion"
+            text += "; the LoRA is not measurably better than the base model by this criterion"
+        elif self.improvement and direction(*self.improvement[1:]) <= 0:
+            change, low, high = self.improvement
+            text += f"; {UNDECIDED} to the base model yet: {change:+.4f} ({low:+.4f} to {high:+.4f})"
         elif self.recommended == self.scales[-1]:
             text += "; try larger scales too (--scales)"
         return text
@@ -141,7 +153,8 @@ class ScaleSweep:
         ]
         write_csv(folder / "sweep.csv", table)
         data: dict[str, Any] = {"scales": self.scales, "columns": columns, "stderr": stderr}
-        data |= {"criterion": self.rule, "recommended": self.recommended, "prompts": self.prompts}
+        data |= {"criterion": self.rule, "recommended": self.recommended, "improvement": self.improvement}
+        data |= {"prompts": self.prompts}
         images = [[f"{name}/{path.name}" for path in paths] for name, paths in zip(names, files, strict=True)]
         write_json(folder / "sweep.json", data | {"images": images})
 

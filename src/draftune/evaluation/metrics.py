@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
+from draftune.evaluation.verdict import UNDECIDED, direction
 from draftune.models import DiffusionModel
 from draftune.rewards import Reward, WeightedSum
 from draftune.rewards.base import checked_features
@@ -45,8 +46,12 @@ class Evaluation:
 
     @property
     def stderr(self) -> dict[str, float]:
-        """Return the standard error of each mean, over prompts: images of one prompt are not independent."""
-        return {name: float(v.mean(1).std() / len(v) ** 0.5) if len(v) > 1 else 0.0 for name, v in self.values.items()}
+        """Return the standard error of each mean over prompts, NaN for one prompt.
+
+        Images of one prompt are not independent.
+        """
+        errors = {name: v.mean(1).std() / len(v) ** 0.5 for name, v in self.values.items() if len(v) > 1}
+        return {name: float(errors.get(name, math.nan)) for name in self.values}
 
 
 @dataclass
@@ -91,15 +96,17 @@ class Comparison:
         return {name: (value, tuned[name]) for name, value in self.base.scores.items()}
 
     def table(self) -> str:
-        """Format a line for each score: base, fine-tuned, and what the template of prompts reaches.
+        """Format a line for each score: both means, their difference, and what its 95 % interval says.
 
-        Rewards of an earlier training have the difference too.
+        What the base model reaches with the template of prompts comes last.
         """
         width, lines = max(map(len, self.scores)), []
-        for name, (base, tuned) in self.scores.items():
-            change = f"  ({tuned - base:+.3f})" if name.startswith(RETAINED_PREFIX) else ""
-            other = f"  {self.template[name]:8.3f}" if name in self.template else ""
-            lines.append(f"{name:{width}}  {base:8.3f} → {tuned:8.3f}{other}{change}")
+        for name, s in self.paired().items():
+            between = f"{s.low:+.3f} to {s.high:+.3f}" if math.isfinite(s.low) else "interval unknown"
+            verdict = "" if direction(s.low, s.high) else f", {UNDECIDED}"
+            other = f" | {self.template[name]:.3f}" if name in self.template else ""
+            change = f"({s.difference:+.3f})  {between}{verdict}{other}"
+            lines.append(f"{name:{width}}  {s.base:8.3f} → {s.tuned:8.3f}  {change}")
         return "\n".join(lines)
 
     def paired(self) -> dict[str, Paired]:

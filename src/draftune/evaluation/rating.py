@@ -72,13 +72,15 @@ Sampler = Callable[[str, Sequence[int]], Tensor]
 """Samples images [B, 3, H, W] of one prompt, one for each seed."""
 
 
-def sampler(model: DiffusionModel, settings: Settings) -> Sampler:
-    """Return the function that samples images of one prompt with the settings, one at a time.
+def sampler(model: DiffusionModel, settings: Settings, prompts: Sequence[str]) -> Sampler:
+    """Return the function that samples images of one of these prompts with the settings, one at a time.
 
-    An image then has the same bits whatever other image it is compared with.
+    An image then has the same bits whatever other image it is compared with. All prompts are encoded at once, so that
+    the text encoders are moved to the device and back only once.
     """
     schedule = model.schedule(settings.num_inference_steps)
     scale, negative = settings.guidance_scale, settings.negative_prompt
+    model.cache_prompts(prompts, negative, scale)
     return lambda prompt, seeds: model.sample_tensors(
         [prompt] * len(seeds), seeds, schedule, scale, negative, batch_size=1
     )
@@ -113,7 +115,7 @@ def restore_images(path: Path, device: str = "auto") -> str:
         options = ModelOptions(**{key: known.pop(key) for key in ModelOptions._fields if key in known})
         model, settings = load_for_sampling(name, device=device, options=options, **loading)
         model.set_size(known.get("height"), known.get("width"))
-        sample = sampler(model, Settings(**asdict(settings) | known))
+        sample = sampler(model, Settings(**asdict(settings) | known), [row.prompt for row in rows])
         for row in rows:
             images = sample(row.prompt, (int(row.left_seed), int(row.right_seed)))
             for file, image in zip((row.left_image, row.right_image), images, strict=True):

@@ -20,7 +20,7 @@ from draftune.experimental.zeroth_order import Estimator
 from draftune.lora import set_lora_scales
 from draftune.models import DiffusionModel, load_model
 from draftune.prompts import load_prompts
-from draftune.rewards import Reward, parse_reward
+from draftune.rewards import Reward, load_reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
 from draftune.runs.load import check_same_steps, load_base_with_loras, resolve_loras
@@ -127,6 +127,7 @@ def tune_weights(
     device: str = "auto",
     mixed_precision: str = "no",
     quantization: str = "none",
+    reward_precision: str | None = None,
     skip_text_encoder: bool = False,
     options: ModelOptions = NO_OPTIONS,
     progress: bool = False,
@@ -153,6 +154,7 @@ def tune_weights(
         fd_step: h, as a fraction of the range between the bounds, above 0 and below 0.5.
         learning_rate: Adam's, as a fraction of that range, above 0 and below 1.
         num_images: Images of the final comparison, at least 2.
+        reward_precision: Precision of the reward's weights, see `load_in_precision`.
         options: Where the base model's files come from, besides its name.
 
     Raises:
@@ -185,7 +187,7 @@ def tune_weights(
         lambda: arg_or_run_setting("prompts", prompts, settings.prompts, load_prompts),
     ]
     score, texts = gather(*loaders)
-    check_prompts(score.load_weights(), texts)
+    check_prompts(load_reward(score, reward_precision), texts)
     if sources:
         adapters = {f"lora-{i}": source for i, source in enumerate(sources)}
         loaded = load_base_with_loras(adapters, device, mixed_precision, quantization)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from draftune.guidance.sampler import (
 )
 from draftune.registry.factories import build, check_range, parse_call
 from draftune.sampling.sampler import Denoiser
-from draftune.sampling.schedule import Step
+from draftune.sampling.schedule import Schedule
 
 INF = math.inf
 
@@ -39,7 +39,7 @@ class GuidanceMethod(ABC):
 
     @abstractmethod
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
+        self, denoise: Denoiser, schedule: Schedule, gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
         """Yield the clean latents [B, C, H, W] of each sampling. The last ones are the result."""
 
@@ -73,10 +73,11 @@ class PGDiffDynamic(GuidanceMethod):
         )
 
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
+        self, denoise: Denoiser, schedule: Schedule, gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
         rule = dynamic_scale(self.strength, self.per_channel)
-        yield guided_sample(denoise, steps, noise_fn(), gradient_fn, rule, noise_fn, self.eta, self.repeats)
+        x = schedule.initial_scale * noise_fn()
+        yield guided_sample(denoise, schedule.steps, x, gradient_fn, rule, noise_fn, self.eta, self.repeats)
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ class ClassifierStyle(GuidanceMethod):
         check_range("classifier_style", strength=(self.strength, 0, INF))
 
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
+        self, denoise: Denoiser, schedule: Schedule, gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
-        yield guided_sample(denoise, steps, noise_fn(), gradient_fn, variance_scale(self.strength), noise_fn)
+        x = schedule.initial_scale * noise_fn()
+        yield guided_sample(denoise, schedule.steps, x, gradient_fn, variance_scale(self.strength), noise_fn)
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,10 @@ class GradientGuidance(GuidanceMethod):
         return 1 + self.rounds
 
     def latents(
-        self, denoise: Denoiser, steps: Sequence[Step], gradient_fn: GradientFn, noise_fn: NoiseFn
+        self, denoise: Denoiser, schedule: Schedule, gradient_fn: GradientFn, noise_fn: NoiseFn
     ) -> Iterator[Tensor]:
-        options = (self.rounds, self.target_increase, self.sigma, self.eta, self.resample_noise)
-        return iterative_guidance(denoise, steps, gradient_fn, noise_fn, *options)
+        options = (self.rounds, self.target_increase, self.sigma, self.eta, self.resample_noise, schedule.initial_scale)
+        return iterative_guidance(denoise, schedule.steps, gradient_fn, noise_fn, *options)
 
 
 GUIDES: dict[str, type[GuidanceMethod]] = {

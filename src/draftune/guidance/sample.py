@@ -134,7 +134,7 @@ def sample_guided(
         denoise = model.denoiser_for(batch, schedule, scale, negative_prompt)
         slope = RewardGradientFn(model, score, batch)
         scores = []
-        for i, latents in enumerate(guide.latents(denoise, schedule.steps, slope, noise_fn)):
+        for i, latents in enumerate(guide.latents(denoise, schedule, slope, noise_fn)):
             scores.append(slope.score(latents).cpu())
             if fit is not None and i >= guide.finetune_from_round:
                 fit(model.denoiser_for(batch, schedule, guidance_scale=1), latents)

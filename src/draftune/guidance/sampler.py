@@ -128,6 +128,7 @@ def iterative_guidance(
     sigma: float = 0.1,
     eta: float = 1.0,
     resample_noise: bool = True,
+    initial_scale: float = 1.0,
 ) -> Iterator[Tensor]:
     """Sample in rounds, each conditioned on a higher linearized score (Gradient Guidance, Algorithm 1).
 
@@ -140,17 +141,19 @@ def iterative_guidance(
 
     Args:
         resample_noise: Start each round from new noise, as published, instead of the first round's noise.
+        initial_scale: Factor of the initial noise, that of the schedule.
 
     Yields:
         The clean latents [B, ...] without guidance, then those of each round.
     """
-    noise = noise_fn()
+    noise = initial_scale * noise_fn()
     x = sample_eta(denoise, steps, noise, noise_fn, eta)
     yield x
     for _ in range(rounds):
         gradient = gradient_fn(x)
         guided = posterior_guidance(denoise, gradient, dot(gradient, x) + target_increase, sigma)
-        x = sample_eta(guided, steps, noise_fn() if resample_noise else noise, noise_fn, eta)
+        noise = initial_scale * noise_fn() if resample_noise else noise
+        x = sample_eta(guided, steps, noise, noise_fn, eta)
         yield x
 
 

@@ -82,6 +82,8 @@ class Batch:
     """The trained tensors of the LoRA by name. `LoRACopy` samples with others in their place."""
     prefix_mode: Callable[[Denoiser, Schedule], AbstractContextManager[Denoiser]] = lambda exact, _: nullcontext(exact)
     """Context in which the prefix is sampled; its value replaces the denoiser (see `PrefixMode`)."""
+    sample_prefix: Callable[[int], None] | None = None
+    """Cache the latents after a number of steps, of this batch and others together; None samples this one alone."""
 
     def __post_init__(self) -> None:
         self.all_prompts = self.all_prompts or self.prompts
@@ -97,6 +99,9 @@ class Batch:
         These steps are the prefix. The result is cached, so that a second call with the same `count` is free.
         """
         if count in self.prefix_cache.latents:
+            return self.prefix_cache.latents[count]
+        if self.sample_prefix is not None:
+            self.sample_prefix(count)
             return self.prefix_cache.latents[count]
         with torch.no_grad(), self.prefix_mode(self.denoise, self.schedule) as denoise:
             return self.prefix_cache.get(count, denoise, self.schedule.steps)

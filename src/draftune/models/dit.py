@@ -80,7 +80,7 @@ class DiT(DiffusionModel):
         return torch.tensor(null + classes, device=self.device)
 
     def predict(self, x: Tensor, timestep: float, condition: Tensor, guidance_scale: float) -> Tensor:
-        t = torch.tensor(timestep, device=x.device).expand(len(condition))
+        t = torch.full((len(condition),), timestep, device=x.device)
 
         def network(x: Tensor) -> Tensor:
             output: Tensor = self.denoiser(x, timestep=t, class_labels=condition).sample

@@ -51,14 +51,14 @@ class PackedFlow(Flow):
         batch, device = len(x), x.device
         rows, columns = (side // 2 for side in x.shape[2:])
         # Position ids: (0, row, column) for image tokens, the origin for text tokens.
-        axes = (torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
+        axes = (torch.arange(side, device=device).float() for side in (1, rows, columns))
         output: Tensor = self.denoiser(
             pack(x),
             # The timestep has the network's precision, as in the official pipeline.
             timestep=torch.full((batch,), timestep, device=device, dtype=self.denoiser.dtype) / 1000,
             encoder_hidden_states=text,
             txt_ids=torch.zeros(text.shape[1], 3, device=device),
-            img_ids=torch.cartesian_prod(*axes).to(device),
+            img_ids=torch.cartesian_prod(*axes),
             **inputs,
         ).sample
         return unpack(output, rows, columns)

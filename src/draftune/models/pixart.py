@@ -78,7 +78,7 @@ class PixArt(DiffusionModel):
 
     def predict(self, x: Tensor, timestep: float, condition: Condition, guidance_scale: float) -> Tensor:
         text, mask = condition
-        t, size = torch.tensor(timestep, device=x.device).expand(len(text)), self.size_condition(len(text), text)
+        t, size = torch.full((len(text),), timestep, device=x.device), self.size_condition(len(text), text)
 
         def network(x: Tensor) -> Tensor:
             output: Tensor = self.denoiser(

@@ -98,7 +98,7 @@ class StableDiffusion(UNetFamily):
 
     def call_unet(self, x: Tensor, timestep: float, text: Tensor, guidance_scale: float, **inputs: Any) -> Tensor:
         """Return the UNet's output with guidance; `inputs` are more arguments of the UNet."""
-        t = torch.tensor(timestep, device=x.device)
+        t = torch.full((), timestep, device=x.device)
         if self.embedded_guidance:
             embed, width = self.pipeline.get_guidance_scale_embedding, self.denoiser.config.time_cond_proj_dim
             inputs["timestep_cond"] = embed(torch.tensor([guidance_scale - 1]), width).to(x.device, self.denoiser.dtype)

@@ -39,7 +39,7 @@ class Pixels(UNetFamily):
         """Return None: the network takes no condition."""
 
     def predict(self, x: Tensor, timestep: float, condition: None, guidance_scale: float) -> Tensor:
-        output: Tensor = self.denoiser(x, torch.tensor(timestep, device=x.device)).sample
+        output: Tensor = self.denoiser(x, torch.full((), timestep, device=x.device)).sample
         return output
 
     def _decode(self, latents: Tensor) -> Tensor:

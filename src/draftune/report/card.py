@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
+from draftune.evaluation.verdict import known, standard_error, within
 from draftune.lora import saved_steps
+from draftune.prompts import PROMPT_SETS
 from draftune.report.charts import reward_column
-from draftune.report.collect import read_json
+from draftune.report.collect import read_json, run_name
 from draftune.report.settings_table import command
-from draftune.report.summary import best_step, facts, number, summary, warning
+from draftune.report.summary import best_step, facts, summary, warning
 from draftune.runs.export import export_lora, source_file
 from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
 from draftune.runs.run_dir import CONFIG, read_settings
@@ -26,6 +29,10 @@ from draftune.utils.paths import atomic_write, user_path
 PREVIEW = "before_after.png"
 PACKAGES = ("draftune", "torch", "diffusers", "transformers", "peft")
 EMBEDDED = "the embedded model"
+PROMPT_SETTINGS = ("prompts", "eval_prompts", "retain_prompts")
+"""Settings that may name a file of prompts."""
+SEEN = 3
+"""Evaluations, the base model's included, that a warning of over-optimization needs at least."""
 
 
 def write_card(
@@ -52,12 +59,36 @@ def write_card(
         raise DraftuneError(f"no run at {str(folder)!r}: give a folder with a {CONFIG}")
     text = model_card(folder, repository or target.name, best, license)
     export_lora(folder, target, "diffusers", best=best)
-    for name in (PREVIEW, CONFIG):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    with atomic_write(target / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    settings, copies = shared(read_settings(folder / CONFIG))
+    for name, source in (copies | {PREVIEW: folder / PREVIEW}).items():
+        if source.is_file():
+            shutil.copyfile(source, target / name)
+    for name, content in {CONFIG: settings.to_yaml(), "README.md": text}.items():
+        with atomic_write(target / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return target
+
+
+def shared(settings: Settings) -> tuple[Settings, dict[str, Path]]:
+    """Return settings that hold beside the card, and the files of prompts that they name there, by their names.
+
+    The files are copied. The settings name no folder of this machine that a reader does not need.
+    """
+    names: dict[Path, str] = {}
+    values: dict[str, Any] = {"output": Settings.output}
+    for setting in PROMPT_SETTINGS:
+        text = getattr(settings, setting) or ""
+        if text in PROMPT_SETS or text.isdecimal():
+            continue
+        path, column = user_path(text), ""
+        if not path.exists() and ":" in text:
+            path, column = user_path(text.rpartition(":")[0]), f":{text.rpartition(':')[2]}"
+        if path.is_file():
+            name = names.setdefault(path.resolve(), f"{setting}{path.suffix.lower()}")
+            values[setting] = f"{name}{column}"
+        elif path.is_absolute():
+            values[setting] = f"{path.name}{column}"  # a folder, or a file that is not there any more
+    return replace(settings, **values), {name: path for path, name in names.items()}
 
 
 def check_license(license: str) -> None:
@@ -70,7 +101,7 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
     """Return the model card of a run's LoRA in the hub's format. See `write_card` for the arguments."""
     from huggingface_hub import ModelCardData
 
-    lora, settings = source_file(folder, best), read_settings(folder / CONFIG)
+    lora, (settings, copies) = source_file(folder, best), shared(read_settings(folder / CONFIG))
     metrics, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)
     environment = read_json(folder / "environment.json")
     reward, steps = reward_column(evaluations), saved_steps(lora)
@@ -82,13 +113,13 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
         license=license or None,
         tags=["lora", "draftune", "reward-fine-tuning", settings.method.partition("(")[0]],
     )
-    prompt = next((row["prompts"][0] for row in read_rows(folder / SAMPLES)), "a prompt")
+    prompt = next((row["prompts"][0] for row in read_rows(folder / SAMPLES) if row["prompts"]), "a prompt")
     arguments = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
     base = f"`{settings.model}`" if settings.model != "emoji" else EMBEDDED
-    shown = best_step(evaluations) if best else metrics[-1]["step"] if metrics else 0
+    shown = best_step(evaluations) or 0 if best else metrics[-1]["step"] if metrics else 0
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {folder.resolve().name}",
+        f"# {run_name(folder)}",
         f"A LoRA for {base}, fine-tuned on the reward `{settings.reward}` by backpropagation through sampling "
         f"(`{settings.method}`) with draftune. These are the weights after "
         f"{shown:,} updates.",
@@ -108,7 +139,7 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
         over_optimization(settings, evaluations, reward),
         "## Training",
         markdown_table(["", ""], facts(settings, metrics, environment.get("device"))),
-        "Repeat it with:",
+        f"Repeat it with{' the prompts beside this card' if copies else ''}:",
         f"```bash\n{command(settings)}\n```",
         ", ".join(f"{name} {environment[name]}" for name in PACKAGES if name in environment),
         "## License",
@@ -118,7 +149,7 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
 
 
 def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: int | None) -> str:
-    """Return a table of the evaluations before training and at an update, with standard errors."""
+    """Return a table of the evaluations before training and at an update, ± two standard errors."""
     rows = {row["step"]: row for row in evaluations}
     if reward is None or not evaluations:
         return ""
@@ -126,10 +157,7 @@ def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: 
     columns = [key for key in first if key == reward or key.startswith(EVAL_PREFIX)]
 
     def cell(row: Mapping[str, Any], key: str) -> str:
-        error = (row.get("stderr") or {}).get(key)
-        if row.get(key) is None:
-            return "not finite"
-        return number(row[key]) + (f" ± {number(error)}" if error is not None else "")
+        return within(row[key], standard_error(row, key)) if known(row, key) else "not finite"
 
     kinds = {reward: "trained on", DIVERSITY: "not trained on"}
     lines = [
@@ -137,7 +165,7 @@ def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: 
         for key in columns
     ]
     table = markdown_table(["score", "", "base model", f"after {last['step']:,} updates"], lines)
-    return f"{table}\n\nMeans over the evaluation images ± standard errors."
+    return f"{table}\n\nMeans over the evaluation images ± two standard errors."
 
 
 def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any]], reward: str | None) -> str:
@@ -146,6 +174,8 @@ def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any
         return f"**{text}**"
     if not settings.eval_rewards:
         return "No reward was measured that was not trained on: over-optimization would not have been noticed."
+    if len(evaluations) < SEEN:
+        return "There are too few evaluations to notice over-optimization: look at the images."
     return (
         "Every reward can be exploited: higher scores then come with worse images. The scores that were not trained on "
         "gave no warning in this run. They are models too: look at the images."
@@ -164,4 +194,5 @@ def license_paragraph(base: str, settings: Settings, license: str) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; vertical bars in cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)

@@ -99,4 +99,4 @@ def doubled(error: float | None) -> float | None:
 
 def reward_column(evaluations: Rows) -> str | None:
     """Return the reward's column: the first one after the counters."""
-    return next((key for row in evaluations[:1] for key in row if key not in AXES), None)
+    return next((key for row in evaluations[:1] for key in row if key not in (*AXES, *NOT_SCORES)), None)

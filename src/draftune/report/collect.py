@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
+from draftune.evaluation.verdict import known
 from draftune.report.charts import charts, reward_column, sweep_charts
 from draftune.report.images import SIZES, ImageStore, evenly, fitting
 from draftune.report.settings_table import command, table
-from draftune.report.summary import best_step, facts, summary, warning
+from draftune.report.summary import best_step, facts, summary, sweep_note, warning
 from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.utils.paths import user_path
@@ -46,7 +48,7 @@ def collect(run: Path | str, images: ImageStore | None = None) -> dict[str, Any]
     environment = read_json(folder / "environment.json")
     reward, best = reward_column(evaluations), best_step(evaluations)
     data = {
-        "name": folder.resolve().name,
+        "name": run_name(folder),
         "facts": facts(settings, metrics, environment.get("device")),
         "summary": summary(settings, metrics, evaluations, reward),
         "warning": warning(settings, evaluations, reward),
@@ -56,7 +58,9 @@ def collect(run: Path | str, images: ImageStore | None = None) -> dict[str, Any]
         "command": command(settings),
         "environment": [[name, str(value)] for name, value in environment.items()],
         "reward_check": [
-            [part, row] for part, row in read_json(folder / "reward_check.json").items() if isinstance(row, dict)
+            [part, row]
+            for part, row in read_json(folder / "reward_check.json").items()
+            if isinstance(row, dict) and all(isinstance(value, int | float | None) for value in row.values())
         ],
         **shown(folder, samples, best, read_json(folder / SWEEP), images),
     }
@@ -70,8 +74,7 @@ def shown(
     always = [i for i, row in enumerate(samples) if row["step"] == best]
     rows = [samples[i] for i in evenly(len(samples), MOST_FRAMES, always)]
     prompts = [str(prompt) for prompt in rows[0]["prompts"]][:MOST_PROMPTS] if rows else []
-    if not {"scales", "columns", "prompts", "images"} <= sweep.keys():
-        sweep = {}
+    sweep = sweep if is_sweep(sweep) else {}
     scales, swept = sweep.get("scales", []), [str(prompt) for prompt in sweep.get("prompts", [])][:MOST_PROMPTS]
     size = fitting(len(rows) * len(prompts) + len(scales) * len(swept))
 
@@ -79,8 +82,7 @@ def shown(
         return {"at": at, "images": [images.take(path, size) for path in paths], "scores": list(scores)}
 
     def sample(row: dict[str, Any], count: int, size: int = size) -> dict[str, Any]:
-        at = folder / "samples" / f"step-{row['step']:06d}"
-        return frame(row["step"], [at / f"{i:02d}.png" for i in range(count)], row["scores"][:count], size)
+        return frame(row["step"], sample_images(folder, row["step"], count), row["scores"][:count], size)
 
     frames = [sample(row, len(prompts)) for row in rows]
     pairs = [sample(row, min(len(prompts), MOST_PAIRS), SIZES[0]) for row in (rows[:1] + rows[-1:])]
@@ -95,12 +97,22 @@ def shown(
             "prompts": swept,
             "frames": whole(over_scales),
             "charts": sweep_charts(sweep),
-            "criterion": sweep.get("criterion"),
-            "recommended": sweep.get("recommended"),
+            "note": sweep_note(sweep),
+            "recommended": sweep["recommended"] if known(sweep, "recommended") else None,
         },
     }
     used = {key for part in parts.values() for frame in part["frames"] for key in frame["images"]}
     return {**parts, "images": {key: images.uris[key] for key in sorted(used)}}
+
+
+def run_name(folder: Path) -> str:
+    """Return the name of a run's folder; bytes that are no UTF-8 become question marks."""
+    return folder.resolve().name.encode("utf-8", "replace").decode()
+
+
+def sample_images(run: Path, step: float, count: int) -> list[Path]:
+    """Return the paths of the first sample images after an update. None of them leads out of the run's folder."""
+    return [inside(run, f"samples/step-{int(step):06d}/{i:02d}.png") for i in range(count)]
 
 
 def whole(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,10 +120,32 @@ def whole(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [frame for frame in frames if frame["images"] and None not in frame["images"]]
 
 
+def is_sweep(sweep: dict[str, Any]) -> bool:
+    """Return whether a file of a sweep has what the page shows: scales, and for each one scores and images."""
+
+    def is_list(values: Any, kind: Any) -> bool:
+        return isinstance(values, list) and len(values) == count and all(isinstance(value, kind) for value in values)
+
+    scales, parts = sweep.get("scales"), [sweep.get("columns"), sweep.get("stderr", {})]
+    count = len(scales) if isinstance(scales, list) else -1
+    columns = [values for part in parts if isinstance(part, dict) for values in part.values()]
+    return (
+        is_list(scales, int | float)
+        and is_list(sweep.get("images"), list)
+        and isinstance(sweep.get("prompts"), list)
+        and all(isinstance(part, dict) for part in parts)
+        and all(is_list(values, int | float | None) for values in columns)
+    )
+
+
 def inside(folder: Path, name: object) -> Path:
     """Return the path of a file in the folder; of a missing file if the name points outside of it."""
-    path = (folder / str(name)).resolve()
-    return path if path.is_relative_to(folder.resolve()) else folder / "outside"
+    root = os.path.realpath(folder)
+    try:
+        path = Path(os.path.realpath(os.path.join(root, str(name))))
+    except ValueError:  # a null byte
+        return folder / "outside"
+    return path if path.is_relative_to(root) else folder / "outside"
 
 
 def read_json(path: Path) -> dict[str, Any]:

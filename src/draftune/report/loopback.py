@@ -32,7 +32,7 @@ class LocalHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         # Against DNS rebinding: a foreign host name that resolves to this machine is refused.
         if is_loopback(self.headers.get("Host", "")):
-            self.get(urlsplit(self.path).path)
+            self.get(path_of(self.path))
         else:
             self.send_error(HTTPStatus.FORBIDDEN, "only browsers on this machine are served")
 
@@ -112,6 +112,11 @@ def port_error(port: int, error: OSError | OverflowError) -> DraftuneError:
     taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
     problem = "is in use" if taken else f"cannot be used ({getattr(error, 'strerror', error)})"
     return DraftuneError(f"port {port} {problem}: give another (--port)")
+
+
+def path_of(target: str) -> str:
+    """Return the path of a request's target, without what follows it."""
+    return target.partition("#")[0].partition("?")[0]
 
 
 def is_loopback(host: str) -> bool:

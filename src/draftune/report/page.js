@@ -54,13 +54,9 @@ function samples(data) {
 }
 
 function sweep(data) {
-  const { charts, criterion } = data.sweep, built = [];
+  const { charts, note } = data.sweep, built = note ? [make("p", { class: "note" }, note)] : [];
   const recommended = data.sweep.recommended || null; // 0: no scale is better than the base model
   const scale = (value) => `scale ${number(value)}`;
-  if (recommended !== null)
-    built.push(make("p", { class: "note" }, `The LoRA at several scales: 0 is the base model, 1 the LoRA as trained. Recommended${criterion ? `, by ${criterion}` : ""}: ${number(recommended)}.`));
-  else if (data.sweep.recommended === 0)
-    built.push(make("p", { class: "note" }, `The LoRA at several scales: 0 is the base model, 1 the LoRA as trained. No scale is better than the base model by more than the error of the difference${criterion ? `, by ${criterion}` : ""}.`));
   if (charts.length)
     built.push(new Charts("scale", charts, "scale", scale, recommended === null ? null : { at: recommended, name: "recommended" }).element);
   if (data.sweep.frames.length)

@@ -11,23 +11,22 @@ from pathlib import Path
 from string import Template
 from threading import Condition, Event, Thread
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 from torch import Tensor
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.rating import Pair, Sampler, stored
-from draftune.report.loopback import LocalHandler, LocalServer
+from draftune.report.loopback import LocalHandler, LocalServer, path_of
 from draftune.report.page import part, policy
 from draftune.rewards.comparisons import (
     CHOICES,
     SKIP,
     Comparison,
+    changed_comparisons,
     image_path,
     placed,
     read_comparisons,
-    write_comparisons,
 )
 from draftune.utils.images import to_pil
 
@@ -41,7 +40,7 @@ WAIT = 2.0
 class RatingSession:
     """Pairs to compare, the answers so far, and the images of the pairs that come next.
 
-    Pairs that the file has answers to are not asked again.
+    Pairs that the file has answers to are not asked again. Several processes may add answers to one file.
 
     Args:
         path: The file of comparisons; answers are added to those in it.
@@ -65,20 +64,22 @@ class RatingSession:
         self.path, self.sample, self.title = path, sample, title
         self.rows = read_comparisons(path) if path.is_file() else []
         self.pairs = {(row := placed(describe(pair, SKIP), path)).pair: (pair, row) for pair in pairs}
+        self.own = [row for row in self.rows if row.pair in self.pairs]
+        """The answers that `undo` takes back: those given here, and before them those that the file had."""
         self.images: dict[str, bytes] = {}
         self.changed, self.finished_seen = Condition(), Event()
         self.failure: BaseException | None = None
-
-    @property
-    def own(self) -> list[Comparison]:
-        """Return the answers to the pairs of this session, in their order."""
-        return [row for row in self.rows if row.pair in self.pairs]
 
     @property
     def open_rows(self) -> list[Comparison]:
         """Return the rows of the pairs that have no answer yet."""
         answered = {row.pair for row in self.rows}
         return [row for key, (_, row) in self.pairs.items() if key not in answered]
+
+    @property
+    def done(self) -> int:
+        """Return the number of pairs that have answers."""
+        return len(self.pairs) - len(self.open_rows)
 
     @property
     def finished(self) -> bool:
@@ -93,7 +94,7 @@ class RatingSession:
             return {
                 "title": self.title,
                 "file": str(self.path),
-                "done": len(self.own),
+                "done": self.done,
                 "total": len(self.pairs),
                 "finished": self.finished,
                 "prompt": coming[0].prompt if ready else None,
@@ -110,17 +111,22 @@ class RatingSession:
             if choice != SKIP:
                 for name in images:
                     stored(Image.open(io.BytesIO(self.images[name])), image_path(self.path, name))
-            write_comparisons(self.path, [*self.rows, replace(rows[0], choice=choice)])
-            self.rows.append(replace(rows[0], choice=choice))
+            answer = replace(rows[0], choice=choice)
+            with changed_comparisons(self.path) as written:
+                written.append(answer)
+            self.rows = written
+            self.own.append(answer)
             self.changed.notify_all()
 
     def undo(self) -> None:
         """Remove the last answer of this session's pairs, and ask about its pair again."""
         with self.changed:
             if self.own and not self.finished:
-                rows = [row for row in self.rows if row is not self.own[-1]]
-                write_comparisons(self.path, rows)
-                self.rows = rows
+                with changed_comparisons(self.path) as written:
+                    if self.own[-1] in written:
+                        written.remove(self.own[-1])
+                self.rows = written
+                self.own.pop()
                 self.changed.notify_all()
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -176,11 +182,11 @@ class RatingHandler(LocalHandler):
     def do_POST(self) -> None:  # noqa: N802 - http.server calls it by this name
         if (body := self.sent()) is None:
             return
-        path = urlsplit(self.path).path
+        path = path_of(self.path)
         try:
             request = json.loads(body)
             images, choice = list(request["images"]), request["choice"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self.send_error(HTTPStatus.BAD_REQUEST)
             return
         session = self.server.session
@@ -189,7 +195,7 @@ class RatingHandler(LocalHandler):
                 session.undo()
             elif session is not None and path == "/answer" and choice in CHOICES:
                 session.answer(images, choice)
-        except OSError as error:
+        except (OSError, DraftuneError) as error:
             assert session is not None
             session.failure = error
             self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR, "the answer could not be written")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
 from draftune.evaluation.metrics import RETAINED_PREFIX
+from draftune.evaluation.verdict import (
+    UNDECIDED,
+    change_error,
+    direction,
+    known,
+    moved,
+    number,
+    standard_error,
+    two_errors,
+    within,
+)
 from draftune.registry.expression import Call, parse
 from draftune.runs.logs import TEMPLATE
 from draftune.settings import Settings
-from draftune.training.early_stopping import EarlyStopping, spread
+from draftune.training.early_stopping import EarlyStopping
 from draftune.utils.tables import duration
 
 Rows = Sequence[Mapping[str, Any]]
@@ -37,18 +49,16 @@ def facts(settings: Settings, metrics: Rows, device: str | None) -> list[list[st
         "Training time": duration(last["train_seconds"]),
         "Device": device,
     }
-    return [[name, value] for name, value in values.items() if value]
+    return [[name, str(value)] for name, value in values.items() if value]
 
 
 def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | None) -> str:
     """Return a paragraph on the results. `reward` is the reward's column in the evaluations."""
     if not metrics:
         return "No update has been made yet."
-    done, count = metrics[-1]["step"], min(ENDS, (len(metrics) + 1) // 2)
-    first, last = (mean([row.get("reward") for row in rows]) for rows in (metrics[:count], metrics[-count:]))
-    start = f"In {done:,} updates" if done >= settings.steps else f"In {done:,} of {settings.steps:,} updates"
-    mean_of = "" if count == 1 else f", as means of {count} updates"
-    sentences = [f"{start} the reward of the training images {moved(first, last)}{mean_of}."]
+    done = metrics[-1]["step"]
+    start = f"in {done:,} updates" if done >= settings.steps else f"in {done:,} of {settings.steps:,} updates"
+    sentences = [f"{start} the reward of the training images {in_training(metrics)}."]
     if reward is not None and len(evaluations) > 1:
         sentences[0] = f"{start} the reward {course(evaluations, reward)}."
         eval_rewards = [key for key in evaluations[0] if key.startswith(EVAL_PREFIX) and key != DIVERSITY]
@@ -61,46 +71,52 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
             sentences.append(f"Diversity {course(evaluations, DIVERSITY)}.")
         if scores := known_scores(evaluations[0].get(TEMPLATE, {}), reward):
             sentences.append(f"The base model has {scores} with the prompts {settings.eval_prompt_template!r}.")
+    if UNDECIDED in sentences[0]:
+        sentences[0] = f"nothing can be said of the reward yet: {sentences[0]}"
+    sentences[0] = sentences[0][0].upper() + sentences[0][1:]
     best = best_step(evaluations)
     if best is not None:
         scores = known_scores(next(row for row in evaluations if row["step"] == best), reward)
-        known = f" ({scores})" if scores else ""
-        sentences.append(f"The LoRA in best/ is from update {best:,}{known}.")
+        found = f" ({scores})" if scores else ""
+        sentences.append(f"The LoRA in best/ is from update {best:,}{found}.")
         since = sum(row["step"] > best for row in evaluations)
         if done < settings.steps and settings.early_stopping_patience and since >= settings.early_stopping_patience:
             sentences.append(f"The run stopped early: {since} evaluations after it were not better.")
     if skipped := metrics[-1].get("nonfinite_steps"):
         sentences.append(f"{skipped:,} updates were skipped, since a reward or a gradient was not finite.")
-    return " ".join(sentences)
+    text = " ".join(sentences)
+    return f"{text} ± is two standard errors." if "±" in text else text
+
+
+def in_training(metrics: Rows) -> str:
+    """Describe how the mean reward of the first updates changed to that of the last ones."""
+    count = min(ENDS, (len(metrics) + 1) // 2)
+    ends = [[row["reward"] for row in rows if known(row, "reward")] for rows in (metrics[:count], metrics[-count:])]
+    first, last = (fmean(values) if values else None for values in ends)
+    # The batches of an update differ in prompts and seeds: that spread is in the rewards of several updates.
+    several = min(map(len, ends)) > 1
+    error = sum(stdev(values) ** 2 / len(values) for values in ends) ** 0.5 if several else None
+    return moved(first, last, error) + (f", as means of {count} updates" if count > 1 else "")
 
 
 def known_scores(row: Mapping[str, Any], reward: str | None) -> str:
-    """Return the scores of an evaluation, separated by commas."""
-    columns = [key for key in row if key == reward or key.startswith(EVAL_PREFIX)]
-    return ", ".join(f"{key.removeprefix(EVAL_PREFIX)} {number(row[key])}" for key in columns if row[key] is not None)
+    """Return the scores of an evaluation with two standard errors, separated by commas."""
+    columns = [key for key in row if (key == reward or key.startswith(EVAL_PREFIX)) and known(row, key)]
+    scores = [f"{key.removeprefix(EVAL_PREFIX)} {within(row[key], standard_error(row, key))}" for key in columns]
+    return ", ".join(scores)
 
 
 def course(rows: Rows, key: str) -> str:
     """Describe how a column changed from the first evaluation to the last, and its maximum if that lies between."""
-    known = [row for row in rows if row.get(key) is not None]
-    if not known:
-        return "was never finite"
-    first, last, top = known[0], known[-1], max(known, key=lambda row: row[key])
-    words = moved(first[key], last[key], spread(key, first, last))
-    if top[key] > max(first[key], last[key]):
-        words += f" and was highest, {number(top[key])}, at update {top['step']:,}"
+    measured = [row for row in rows if known(row, key)]
+    if len(measured) < 2:
+        return "was measured once only" if measured else "was never finite"
+    first, last, top = measured[0], measured[-1], max(measured, key=lambda row: row[key])
+    words = moved(first[key], last[key], change_error(key, first, last))
+    above = [direction(*two_errors(top[key] - row[key], change_error(key, row, top))) for row in (first, last)]
+    if min(above) > 0:
+        words += f" and was highest, {within(top[key], standard_error(top, key))}, at update {top['step']:,}"
     return words
-
-
-def moved(first: float | None, last: float | None, error: float = 0.0) -> str:
-    """Describe a change. `error` is the standard error of the difference; up to two of them are marked as noise."""
-    if first is None or last is None:
-        return "is unknown"
-    if first == last:
-        return f"stayed at {number(first)}"
-    if abs(last - first) <= 2 * error:
-        return f"went from {number(first)} to {number(last)} (within its error)"
-    return f"{'rose' if last > first else 'fell'} from {number(first)} to {number(last)}"
 
 
 def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | None:
@@ -116,6 +132,24 @@ def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | 
     return f"{text[0].upper()}{text[1:]}. This was first seen at update {since:,}." if text else None
 
 
+def sweep_note(sweep: Mapping[str, Any]) -> str:
+    """Return the sentences on the recommended scale; empty text if none is recommended."""
+    if not known(sweep, "recommended"):
+        return ""
+    scale, criterion = sweep["recommended"], sweep.get("criterion")
+    by = f", by {criterion}" if criterion else ""
+    start = "The LoRA at several scales: 0 is the base model, 1 the LoRA as trained."
+    if not scale:
+        return f"{start} No scale is measurably better than the base model{by}."
+    text = f"{start} Recommended{by}: {number(scale)}."
+    try:
+        low, high = (float(bound) for bound in sweep["improvement"][1:])
+    except (KeyError, TypeError, ValueError):
+        return text  # sweeps of earlier versions have no interval
+    better = "It is better than" if direction(low, high) > 0 else f"There is {UNDECIDED} to"
+    return f"{text} {better} the base model (95 % interval {number(low)} to {number(high)})."
+
+
 def held_out_weights(settings: Settings) -> dict[str, float]:
     """Return the weights of the evaluation rewards by column, as far as the settings contain them."""
     try:
@@ -129,14 +163,3 @@ def held_out_weights(settings: Settings) -> dict[str, float]:
 def best_step(evaluations: Rows) -> int | None:
     """Return the update of the best evaluation, None without evaluations."""
     return next((row["step"] for row in reversed(evaluations) if row.get("best") is True), None)
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not None."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def number(value: float) -> str:
-    """Format a number with four significant digits, or without decimals from 1000 on."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

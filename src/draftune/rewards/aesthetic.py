@@ -45,7 +45,8 @@ class Aesthetic(Reward):
     def __init__(self, model: str = "openai/clip-vit-large-patch14", head: str = HEAD) -> None:
         super().__init__()
         self.path, self.folder = gather(
-            lambda: find_file(head, "the reward's head=", url=URL), lambda: find_network(model, "the reward's model=")
+            lambda: find_file(head, "the reward's head=", url=URL, usage=f'aesthetic(head="/path/to/{HEAD}")'),
+            lambda: find_network(model, "the reward's model="),
         )
 
     def load(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LEFT, RIGHT, SKIP = CHOICES = ("left", "right", "skip")
+LOCKED = 10.0
+"""Seconds to wait for another process that changes the file."""
 MAX_SIDE = 512
 """Longest side of a stored image in pixels; larger images are reduced."""
 
@@ -113,6 +116,28 @@ def write_comparisons(path: Path, comparisons: Sequence[Comparison]) -> None:
         write_csv(path, [asdict(comparison) for comparison in comparisons])
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def changed_comparisons(path: Path) -> Iterator[list[Comparison]]:
+    """Yield the rows of a file to change in place, and write them after the block. Other processes wait meanwhile.
+
+    Raises:
+        OSError: the file cannot be written, or another process holds it for too long.
+        DraftuneError: the file is not one of comparisons.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCKED)
+    try:
+        with suppress(NotImplementedError):  # the file system has no locks
+            lock.acquire()
+        comparisons = read_comparisons(path) if path.is_file() else []
+        yield comparisons
+        write_comparisons(path, comparisons)
+    finally:
+        lock.release()
 
 
 def moved(comparisons: Iterable[Comparison], old: Path, new: Path) -> list[Comparison]:

@@ -21,6 +21,7 @@ from draftune.utils.weightless import fake_mode
 
 RELEASES = "https://github.com/ssundaram21/dreamsim/releases/download/v0.2.0-checkpoints/"
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
+USAGE = 'dreamsim(image="/path/to/image.png", weights="/path/to/folder")'
 VIT_B: dict[str, int] = {"width": 768, "depth": 12, "heads": 12, "size": 224, "output": 512}
 
 
@@ -132,7 +133,7 @@ class DreamSim(Likeness):
         paths += [(adapter, zipped), (folder / lora / "adapter_config.json", zipped)]
         *self.files, self.adapter, self.adapter_config = gather(
             *(
-                lambda path=path, url=url: find_file(path, "the reward's weights= as a folder", url=url)
+                lambda path=path, url=url: find_file(path, "the reward's weights= as a folder", url=url, usage=USAGE)
                 for path, url in paths
             )
         )

@@ -146,7 +146,12 @@ class Face(Likeness):
         self.box = parsed_box(box) if box else None
         super().__init__(image)
         found: list[Any] = gather(
-            lambda: find_file(weights, "the reward's weights=", url=f"{RELEASE}{VGGFACE2}"),
+            lambda: find_file(
+                weights,
+                "the reward's weights=",
+                url=f"{RELEASE}{VGGFACE2}",
+                usage=f'face(image="/path/to/image.png", weights="/path/to/{VGGFACE2}")',
+            ),
             lambda: None if self.box else OwlViT(query, detector),
         )
         self.path, self.detector = found

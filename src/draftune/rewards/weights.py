@@ -81,14 +81,17 @@ def has_tokenizer(folder: Path, model: str, option: str) -> Path:
     return folder
 
 
-def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = None, url: str = "") -> Path:
+def find_file(
+    source: str | Path, option: str, hub: tuple[str, str] | None = None, url: str = "", usage: str = ""
+) -> Path:
     """Return the path of a weights file.
 
     Args:
         source: A path, or the file name in `hub`, which is then downloaded.
         option: The option that takes the path, for error messages.
         hub: The hub id and the file's name there.
-        url: Where the file can be downloaded by hand.
+        url: Where the file is published, if it has to be downloaded by hand.
+        usage: The reward as it is written with the file.
 
     Raises:
         DraftuneError: if there is no such file; the message names the download.
@@ -97,7 +100,11 @@ def find_file(source: str | Path, option: str, hub: tuple[str, str] | None = Non
     if path.is_file() or fake_mode() is not None:
         return path
     if hub is None or str(source) != hub[1]:
-        advice = f"download {url} and give its path to {option}" if url else f"{option} takes the path of the file"
+        advice = f"{option} takes the path of the file"
+        if url:
+            advice = f"download it yourself from {url} and give its path to {option}"
+        if usage:
+            advice += f", as in {usage}"
         raise DraftuneError(f"no weights at {str(source)!r}: {advice}")
     from huggingface_hub import hf_hub_download
 

@@ -134,7 +134,7 @@ def write_comfyui(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype
 
     No alpha is written: ComfyUI then takes 1 for alpha / rank.
     """
-    networks = load_layout(str(lora.base_model))
+    networks = load_layout(str(lora.base_model), lora.base_options)
     denoiser = next(iter(networks.values()))
     if not has_loader(denoiser):
         raise DraftuneError(
@@ -156,7 +156,7 @@ def write_kohya(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype) 
     Alpha is written as the rank, which diffusers' conversion of this format assumes.
     """
     if "unet" not in lora.parts:
-        denoiser = next(iter(load_layout(str(lora.base_model)).values()))
+        denoiser = next(iter(load_layout(str(lora.base_model), lora.base_options).values()))
         others = "comfyui or diffusers" if has_loader(denoiser) else "diffusers or merged"
         raise DraftuneError(f"--format kohya supports UNets only, not {type(denoiser).__name__}: use --format {others}")
     if any(UNCONDITIONAL.search(name) for name in lora.layers):

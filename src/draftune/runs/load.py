@@ -206,7 +206,7 @@ def load_for_sampling(
         source: A model's name, a pipeline's folder, a checkpoint file, a run's folder, a LoRA file or its folder.
         base: The base model of the LoRA; the one named in its metadata or run by default.
         lora_scale: Scale of the LoRA.
-        cpu: Whether to use the CPU only.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         precision: "no", "bf16" or "fp16".
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
         quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
@@ -235,7 +235,7 @@ def load_base_with_loras(
 
     Args:
         loras: LoRAs of one base model with the same sampling settings, by adapter name.
-        cpu: Whether to use the CPU only.
+        device: "auto", "cpu", "mps", "cuda" or "cuda:N".
         precision: "no", "bf16" or "fp16".
         quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
 

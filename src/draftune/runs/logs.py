@@ -25,6 +25,8 @@ NOT_SCORES = ("stderr", "best", TEMPLATE)
 """Columns of evaluations.jsonl that are not scores of the evaluated model."""
 NO_NUMBERS: dict[str, Any] = {"stderr": {}, TEMPLATE: {}, "scores": [], "prompts": []}
 """Columns that are objects or lists, and their defaults."""
+LARGEST = 2**63
+"""What a counter is below."""
 
 
 def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
@@ -63,7 +65,7 @@ def read_rows(path: Path, last: float = math.inf) -> list[dict[str, Any]]:
 
 def is_row(row: Any, log: str) -> bool:
     """Return whether a value is a row of the log of this name: numbers by column, null if not finite."""
-    if not isinstance(row, dict) or any(not isinstance(row.get(key), int | float) for key in COUNTERS.get(log, ())):
+    if not isinstance(row, dict) or not all(is_count(row.get(key)) for key in COUNTERS.get(log, ())):
         return False
     other: dict[str, Any] = {key: row.get(key, default) for key, default in NO_NUMBERS.items()}
     if log == SAMPLES and not (row.keys() >= {"prompts", "scores"} and isinstance(other["prompts"], list)):
@@ -73,3 +75,8 @@ def is_row(row: Any, log: str) -> bool:
     values = [value for key, value in row.items() if key not in NO_NUMBERS]
     values += [*other["stderr"].values(), *other[TEMPLATE].values(), *other["scores"]]
     return all(isinstance(value, int | float | None) for value in values)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is a number that a counter can have: neither NaN nor infinite."""
+    return isinstance(value, int | float) and abs(value) < LARGEST

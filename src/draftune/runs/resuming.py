@@ -30,7 +30,15 @@ RESUMABLE_CHANGES = (
     "report_to",
 )
 """Settings that may differ when a run is resumed: its length, and what is evaluated, logged or saved."""
-ROUNDING = ("reward_batch_size", "gradient_checkpointing", "offload", "compile", "device")
+ROUNDING = (
+    "reward_batch_size",
+    "gradient_checkpointing",
+    "offload",
+    "compile",
+    "prefix_compile",
+    "prefix_batches",
+    "device",
+)
 """Settings that may differ too: memory, speed and device. They change results by rounding only."""
 COMPUTED = (
     "model",
@@ -161,7 +169,7 @@ class RunIdentity:
         return [replace(s, known=before.get((s.path, s.stamp), {})).saved() for s in self.sources.values()]
 
     def differences(self, earlier: RunIdentity) -> list[str]:
-        """Return the names of the settings that differ from an earlier run's, except those in FREE."""
+        """Return the names of the settings that differ from an earlier run's, except those in RESUMABLE_CHANGES."""
         names = [f.name for f in fields(Settings) if f.name not in RESUMABLE_CHANGES]
         if any(run.settings["lr_scheduler"] not in CONSTANT for run in (self, earlier)):
             names.append("steps")  # the learning rate decays over all of them

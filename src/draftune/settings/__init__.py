@@ -118,6 +118,14 @@ class Settings:
     prefix_precision: str = setting(
         "same", "Precision in which the prefix is computed; the weights stay as they are.", choices=("same", "bf16")
     )
+    prefix_compile: bool = setting(
+        False, "Compile the denoiser with torch.compile for the prefix alone, which has no graph and fixed shapes."
+    )
+    prefix_batches: int = setting(
+        1,
+        "Batches of --gradient-accumulation-steps whose prefix is sampled in one call; more need more memory.",
+        low=1,
+    )
     retain_prompts: str = setting(
         "",
         "Prompts on which the fine-tuned model must match the model of --init-lora, best those of that training: "

@@ -47,6 +47,8 @@ class BatchRecord:
     """Total rewards [B]."""
     parts: dict[str, Tensor] = field(default_factory=dict)
     """Rewards [B] of each term, by label, before their weights."""
+    teaches: bool = True
+    """Whether online rewards learn from the batch; not where its gradient is computed once more."""
 
 
 class PromptSampler:

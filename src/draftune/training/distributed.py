@@ -47,7 +47,7 @@ def accelerator(settings: Settings) -> Accelerator:
             made = Accelerator(
                 cpu=cpu,
                 mixed_precision=settings.mixed_precision,
-                # Updates divides the losses itself: accelerate must not do it again, whatever options its launcher had.
+                # TrainStep divides the losses itself: accelerate must not do it again, whatever its launcher was given.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
     except ValueError as error:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX, weighted_sum
+from draftune.evaluation.verdict import Row, direction, known, standard_error, two_errors
 from draftune.runs.logs import NOT_SCORES
-
-Row = Mapping[str, Any]
-"""A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
 
 
 class EarlyStopping:
@@ -59,34 +56,28 @@ class EarlyStopping:
         """Return a warning of over-optimization, None if there is no sign of it.
 
         The sign is a training reward above its value at an evaluation reward's best, while that evaluation reward was
-        lower by more than two standard errors in each of the last two evaluations. Diversity does not count: it falls
-        in nearly every run.
+        lower by more than two standard errors in each of the last two evaluations. An unknown error counts as 0: the
+        warning asks to look. Diversity does not count: it falls in nearly every run.
         """
         now, fallen = self.rows[-1], []
         for key in (key for key in now if key.startswith(EVAL_PREFIX) and key != DIVERSITY):
-            known = [row for row in self.rows if finite(row, key) and finite(row, self.reward)]
-            if not known or known[-1] is not now:
+            measured = [row for row in self.rows if known(row, key) and known(row, self.reward)]
+            if not measured or measured[-1] is not now:
                 continue
             # A negative weight means that low values are good.
             sign = math.copysign(1.0, self.weights.get(key, 1.0))
-            top = max(known, key=lambda row: sign * row[key])
-            lower = all(sign * (top[key] - row[key]) > 2 * spread(key, top, row) for row in known[-2:])
+            top = max(measured, key=lambda row: sign * row[key])
+            lower = all(changed(key, top, row) == -sign for row in measured[-2:])
             if lower and now[self.reward] > top[self.reward]:
-                verb = "fell" if sign > 0 else "rose"
-                fallen.append(f"{key} {verb} from {top[key]:.3f} at update {int(top['step'])} to {now[key]:.3f}")
-        if not fallen:
-            return None
-        return f"over-optimization: the reward rises to {now[self.reward]:.3f}, but {', '.join(fallen)}"
+                verb, at = "fell" if sign > 0 else "rose", f"at update {int(top['step'])}"
+                fallen.append(
+                    f"{key} {verb} from {top[key]:.3f} {at} to {now[key]:.3f}, and the reward went from "
+                    f"{top[self.reward]:.3f} to {now[self.reward]:.3f}"
+                )
+        return f"over-optimization: {'; '.join(fallen)}" if fallen else None
 
 
-def finite(row: Row, key: str) -> bool:
-    """Return whether a column is a finite number."""
-    return isinstance(row.get(key), int | float) and math.isfinite(row[key])
-
-
-def spread(key: str, *rows: Row) -> float:
-    """Return the standard error of the difference of a column in two rows; a missing error counts as 0.
-
-    It assumes independent rows. Evaluations share their seeds, so it overestimates the error.
-    """
-    return math.hypot(*(row.get("stderr", {}).get(key) or 0.0 for row in rows))
+def changed(key: str, first: Row, last: Row) -> int:
+    """Return the sign of a column's change between two evaluations, 0 if it is within two standard errors."""
+    error = math.hypot(*(standard_error(row, key) or 0.0 for row in (first, last)))
+    return direction(*two_errors(last[key] - first[key], error))

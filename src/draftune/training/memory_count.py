@@ -53,7 +53,8 @@ def count_run(settings: Settings) -> MemoryCount:
         DraftuneError: as `train` would.
     """
     with without_weights() as mode:
-        trainer = Trainer(settings=replace(settings, device="cpu", compile=False, prefix_cache=""))
+        plain: dict[str, Any] = {"compile": False, "prefix_compile": False, "prefix_cache": ""}
+        trainer = Trainer(settings=replace(settings, device="cpu", **plain))
         return count(trainer, mode)
 
 

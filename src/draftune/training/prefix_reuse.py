@@ -114,9 +114,8 @@ def gradient_of(updates: TrainStep, step: int, item: BatchInput, replay: RNGRepl
     context, parameters = updates.context, updates.parameters
     replay.rewind()
     updates.optimizer.zero_grad()
-    # With a reward in its record, a batch counts as scored, so that online rewards do not learn from it.
     record = updates.record(item)
-    record.reward = torch.empty(0)
+    record.teaches = False
     for loss in next(context.method.losses_per_step([updates.batch(step, item, record)])):
         context.accelerator.backward(loss)
     context.processes.mean_(parameters.values())

@@ -76,7 +76,8 @@ class RunRating:
 
         asked = pairs(prompts_at(step, self.context.prompts, s), s.rate_comparisons, seed=2 * step)
         title = f"{self.name}, update {step}"
-        session = RatingSession(self.path, asked, describe, sampler(self.context.model, s), title)
+        sample = sampler(self.context.model, s, [pair.prompt for pair in asked])
+        session = RatingSession(self.path, asked, describe, sample, title)
         if not session.finished:
             server = self.serve()
             logger.info(f"update {step}: compare {len(session.open_rows)} pairs at {server.address}; training waits")

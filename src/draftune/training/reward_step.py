@@ -26,7 +26,7 @@ class Scorer:
         """Images scored so far, over all processes."""
 
     def __call__(self, batch: BatchRecord, step: int, clean: Tensor, expected: Tensor | None = None) -> Tensor:
-        """Score clean latents. The first call of a batch stores images and rewards in it; online rewards learn from it.
+        """Score clean latents. The first call of a batch stores images and rewards in it, and online rewards learn.
 
         Args:
             batch: The batch that the latents belong to.
@@ -69,7 +69,7 @@ class Scorer:
             batch.parts = {label: processes.gather(torch.cat(scores)) for label, scores in parts.items()}
         if not finite:
             raise NonFiniteError(f"the reward became {total.tolist()} at update {step}")
-        if first and online_rewards(reward):
+        if first and batch.teaches and online_rewards(reward):
             # Every process trains the reward on all images, so that its copies stay equal.
             images = processes.gather(torch.cat(image_chunks))
             learn_all(reward, images, batch.prompts, None if expected is None else processes.gather(expected))

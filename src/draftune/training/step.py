@@ -26,7 +26,7 @@ from draftune.training.fsdp import reshard
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.nonfinite import MAX_NONFINITE_STEPS, save_nonfinite, skip_or_stop
 from draftune.training.optim import RNGReplay, filter_of, learning_rates, needs_closure, optimizer_of
-from draftune.training.prefix_mode import PrefixMode
+from draftune.training.prefix_mode import PrefixMode, sample_prefixes
 from draftune.training.prefix_reuse import PrefixReuse, adapt_reuse
 from draftune.training.reward_step import NonFiniteError, Scorer
 from draftune.training.update_row import update_row
@@ -139,9 +139,16 @@ class TrainStep:
 
     def batches(self, step: int, records: list[BatchRecord]) -> Iterator[Batch]:
         """Yield the batches of an update, which a method samples and scores; `records` receives their scores."""
-        for item in self.pending:
+        size = self.context.settings.prefix_batches
+        for i, item in enumerate(self.pending):
             records.append(self.record(item))
-            yield self.batch(step, item, records[-1])
+            # An optimizer with a closure computes the gradient of the same batches several times.
+            records[-1].teaches = len(records) <= len(self.pending)
+            batch = self.batch(step, item, records[-1])
+            if size > 1:
+                group = self.pending[i - i % size :][:size]
+                batch.sample_prefix = partial(sample_prefixes, self.context, self.prefix_mode, group)
+            yield batch
 
     def record(self, item: BatchInput) -> BatchRecord:
         """Return an empty record of a batch."""

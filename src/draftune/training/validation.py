@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -149,7 +150,8 @@ class Validation:
         self.evaluations = {0: self.evaluations.get(0, evaluation), step: evaluation}
         distance = float((evaluation.images - self.evaluations[0].images).abs().mean())
         moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(context.eval_prompts[: s.batch_size])}
-        measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": evaluation.stderr}
+        stderr = {name: error for name, error in evaluation.stderr.items() if math.isfinite(error)}
+        measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": stderr}
         # Processes may differ in the last digits, but must decide alike.
         row = context.processes.broadcast(measured | self.template_scores() if step == 0 else measured)
         guard = self.guard

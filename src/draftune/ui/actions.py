@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import quote
 
 from starlette.background import BackgroundTask
 from starlette.datastructures import FormData
@@ -20,8 +21,8 @@ from draftune.runs.formats import fitting_formats
 from draftune.settings import Settings
 from draftune.ui.context import Context
 from draftune.ui.drafts import commands
-from draftune.ui.processes import CHECK, SWEEP, TRAIN
-from draftune.ui.state import RESULT, run_state
+from draftune.ui.processes import CHECK, RESULT, SWEEP, TRAIN
+from draftune.ui.state import run_state
 from draftune.utils.scales import parse_scale, parse_scales
 
 FORMATS = {
@@ -44,6 +45,10 @@ LICENSES = (
 )
 """Licenses that are offered; every identifier of the hub can be typed."""
 CARD = "-with-card"
+PARTS = {TRAIN: "state", CHECK: "check", SWEEP: "take"}
+"""The parts of a run's page that say what was done, by the kind of job. They get the focus after a button."""
+LONGEST = 200
+"""Bytes of a run's name in the name of a download."""
 
 
 class FieldError(DraftuneError):
@@ -85,14 +90,14 @@ def start(context: Context, name: str, form: FormData) -> Response:
     else:
         run = context.folder.run(name)
         context.jobs.submit(name, TRAIN, ["train", "--config", str(run / "config.yaml"), "--output", str(run)])
-    return back(name)
+    return back(name, PARTS[TRAIN])
 
 
 def stop(context: Context, name: str, form: FormData) -> Response:
     """Stop a run after its present update, a check or a comparison of scales."""
     kind = text(form, "kind", TRAIN)
     context.jobs.stop(name, kind)
-    return back(name)
+    return back(name, PARTS.get(kind, ""))
 
 
 def check(context: Context, name: str, form: FormData) -> Response:
@@ -100,7 +105,7 @@ def check(context: Context, name: str, form: FormData) -> Response:
     what = "count" if text(form, "count") else CHECK
     (context.folder.record(name) / RESULT).unlink(missing_ok=True)
     context.jobs.submit(name, CHECK, commands(context.folder, name)[what], waits=what == CHECK)
-    return back(name, "check")
+    return back(name, PARTS[CHECK])
 
 
 def sweep(context: Context, name: str, form: FormData) -> Response:
@@ -109,11 +114,11 @@ def sweep(context: Context, name: str, form: FormData) -> Response:
     scales, images = text(form, "scales"), text(form, "images", "2")
     with at_field("scales"):
         parse_scales(scales, "scales")
-    if not images.isdecimal() or int(images) < 1:
-        raise FieldError("images", f"images per prompt must be a whole number, at least 1, not {images!r}")
+    if not images.isdecimal() or len(images) > 4 or int(images) < 1:
+        raise FieldError("images", f"images per prompt must be a whole number from 1 to 9999, not {images!r}")
     arguments = commands(context.folder, name, scales, images)[SWEEP]
     context.jobs.submit(name, SWEEP, arguments)
-    return back(name, "take")
+    return back(name, PARTS[SWEEP])
 
 
 def export(context: Context, name: str, form: FormData) -> Response:
@@ -126,12 +131,12 @@ def export(context: Context, name: str, form: FormData) -> Response:
     best = chosen(context, name, form)
 
     def write(folder: Path) -> Path:
-        target = folder / (name if format == "diffusers" else f"{name}.safetensors")
+        target = folder / (short(name) if format == "diffusers" else f"{short(name)}.safetensors")
         with at_field("format"):
             return export_lora(context.folder.run(name), target, format, factor, best)
 
     scaled = "" if factor == 1 else f"-scale{factor:g}"
-    return download(write, f"{name}{'-best' if best else ''}{scaled}-{format}")
+    return download(write, f"{short(name)}{'-best' if best else ''}{scaled}-{format}")
 
 
 def card(context: Context, name: str, form: FormData) -> Response:
@@ -141,9 +146,14 @@ def card(context: Context, name: str, form: FormData) -> Response:
         check_license(license)
 
     def write(folder: Path) -> Path:
-        return write_card(context.folder.run(name), folder / name, best=best, license=license)
+        return write_card(context.folder.run(name), folder / short(name), best=best, license=license)
 
-    return download(write, f"{name}{'-best' if best else ''}{CARD}")
+    return download(write, f"{short(name)}{'-best' if best else ''}{CARD}")
+
+
+def short(name: str) -> str:
+    """Return the beginning of a run's name: with what follows it, a file's name has at most 255 bytes."""
+    return name.encode()[:LONGEST].decode(errors="ignore")
 
 
 def chosen(context: Context, name: str, form: FormData) -> bool:
@@ -188,15 +198,15 @@ def download(write: Callable[[Path], Path], name: str) -> Response:
 
 def delete(context: Context, name: str, form: FormData) -> Response:
     """Delete a draft. The page deletes no run."""
-    if run_state(context.folder, context.jobs, name).busy or context.folder.run(name).exists():
-        raise DraftuneError(f"{name!r} is a run: the page deletes drafts only")
+    if any(job.name == name for job in context.jobs.open()) or context.folder.run(name).exists():
+        raise DraftuneError(f"{name!r} is a run or is being checked: the page deletes drafts only")
     shutil.rmtree(context.folder.record(name))
     return RedirectResponse("/", HTTPStatus.SEE_OTHER)
 
 
 def back(name: str, part: str = "") -> Response:
-    """Send the browser to a run's page."""
-    return RedirectResponse(f"/runs/{name}/{f'#{part}' if part else ''}", HTTPStatus.SEE_OTHER)
+    """Send the browser to a run's page, and the focus to a part of it."""
+    return RedirectResponse(f"/runs/{quote(name, safe='')}/{f'#{part}' if part else ''}", HTTPStatus.SEE_OTHER)
 
 
 Action = Callable[[Context, str, FormData], Response]

@@ -33,6 +33,7 @@ from draftune.ui.drafts import SET, SOURCES, Draft, prefilled, save
 from draftune.ui.form import default_texts, form_fields
 from draftune.ui.security import MAX_BODY, LoopbackOnly
 from draftune.ui.state import check_state, run_state, settings_of, sweep_state
+from draftune.ui.thumbnails import last_images, thumbnail
 from draftune.ui.validation import to_download
 from draftune.utils.hub import offline
 from draftune.utils.tables import duration
@@ -57,7 +58,7 @@ class App:
     def runs(self, request: Request) -> Response:
         """Show the list of runs; with ?live, only the list."""
         c = self.context
-        c.jobs.tick()
+        c.tick()
         states = [run_state(c.folder, c.jobs, name) for name in c.folder.names()]
         template = "_runs.html" if "live" in request.query_params else "runs.html"
         return c.html(template, runs=states, folder=str(c.folder.path))
@@ -126,24 +127,25 @@ class App:
         problems: dict[str, str] | None = None,
     ) -> Response:
         """Show the page of a run; after an error with it and with what was typed."""
-        live = self.context.live(name)
+        live, _ = self.context.live(name)
         data = Markup(embedded(live.now(), live=True)) if live else ""
         return self.context.html("run.html", status, **self.status_of(name, typed, problems), data=data)
 
     def status(self, request: Request) -> Response:
         """Show the parts of a run's page that change."""
-        self.context.jobs.tick()
+        self.context.tick()
         return self.context.html("_run.html", **self.status_of(self.name(request)))
 
     def status_of(
         self, name: str, typed: FormData | None = None, problems: dict[str, str] | None = None
     ) -> dict[str, Any]:
         c = self.context
-        state, live = run_state(c.folder, c.jobs, name), c.live(name)
+        state, (live, unread) = run_state(c.folder, c.jobs, name), c.live(name)
         settings = settings_of(c.folder, name)
         return {
             "run": state,
             "warning": live.now()["warning"] if live else None,
+            "unread": unread if state.has_data else "",
             "check": check_state(c.folder, c.jobs, name),
             "sweep": sweep_state(c.jobs, name),
             "log": c.jobs.lines(name, "train"),
@@ -158,7 +160,7 @@ class App:
 
     def data(self, request: Request) -> Response:
         """Send the data of a run's page: without its images, or with ?whole as the page embeds them."""
-        live = self.context.live(self.name(request))
+        live, _ = self.context.live(self.name(request))
         if live is None:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         data = live.now()
@@ -170,11 +172,20 @@ class App:
 
     def image(self, request: Request) -> Response:
         """Send an image of a run as a data URI."""
-        live = self.context.live(self.name(request))
+        live, _ = self.context.live(self.name(request))
         uri = live.images.uris.get(request.path_params["digest"]) if live else None
         if uri is None:
             raise HTTPException(HTTPStatus.NOT_FOUND)
         return PlainTextResponse(uri)
+
+    def thumbnail(self, request: Request) -> Response:
+        """Send the last sample images of a run, small."""
+        name = self.name(request)
+        folder = self.context.folder
+        image = thumbnail(last_images(folder.run(name), folder.sampled(name)))
+        if image is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        return Response(image, media_type="image/webp")
 
     async def act(self, request: Request) -> Response:
         """Do what a button of a run's page says."""
@@ -224,6 +235,9 @@ class App:
         """Show an error as a page."""
         if isinstance(error, HTTPException):
             return self.context.html("error.html", error.status_code, message=error.detail)
+        if isinstance(error, OSError):  # as on a full disk
+            message = f"the folder of runs cannot be read or written: {error.strerror or error}"
+            return self.context.html("error.html", HTTPStatus.INTERNAL_SERVER_ERROR, message=message)
         return self.context.html("error.html", HTTPStatus.BAD_REQUEST, message=str(error))
 
 
@@ -234,7 +248,7 @@ def make_app(folder: Path | str) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        task = asyncio.create_task(repeated(lambda: run_in_threadpool(context.jobs.tick)))
+        task = asyncio.create_task(repeated(lambda: run_in_threadpool(context.tick)))
         yield
         task.cancel()
 
@@ -251,10 +265,11 @@ def make_app(folder: Path | str) -> Starlette:
             Route(run + "status", app.status),
             Route(run + "data", app.data),
             Route(run + "images/{digest}", app.image),
+            Route(run + "thumbnail", app.thumbnail),
             Route(run + "{action}", app.act, methods=["POST"]),
         ],
         middleware=[Middleware(LoopbackOnly)],
-        exception_handlers={HTTPException: app.problem, DraftuneError: app.problem},
+        exception_handlers={HTTPException: app.problem, DraftuneError: app.problem, OSError: app.problem},
         lifespan=lifespan,
     )
     application.state.context = context

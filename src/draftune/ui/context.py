@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
@@ -70,19 +71,24 @@ class Context:
             self.uploads = dict([*self.uploads.items()][1 - MOST_UPLOADS :]) | {key: (name, content)}
         return key
 
+    def tick(self) -> None:
+        """Start the next job. If that fails, as on a full disk, the pages are shown, and the next tick tries again."""
+        with suppress(OSError):
+            self.jobs.tick()
+
     def known(self, name: str) -> str:
         """Return the name of a run. Raises HTTPException for a name that no run or draft has."""
         if not self.folder.exists(name):
             raise HTTPException(HTTPStatus.NOT_FOUND, "there is no such run")
         return name
 
-    def live(self, name: str) -> Live | None:
-        """Return the data of a run's page, which are read again when they change; None before the run wrote any."""
+    def live(self, name: str) -> tuple[Live | None, str]:
+        """Return the data of a run's page, which are read again when they change; without any, None and the reason."""
         with self.lock:
             if name not in self.lives:
                 try:
                     live = Live(self.folder.run(name))
-                except DraftuneError:
-                    return None
+                except DraftuneError as error:
+                    return None, str(error)
                 self.lives = dict([*self.lives.items()][1 - MOST_LIVE :]) | {name: live}
-            return self.lives[name]
+            return self.lives[name], ""

@@ -14,8 +14,8 @@ from draftune.presets import PRESETS, read_yaml
 from draftune.settings import Settings
 from draftune.ui.folder import RECORDS, RunsFolder
 from draftune.ui.form import defaults_with, given, typed
-from draftune.ui.processes import Jobs
-from draftune.ui.state import RESULT, settings_of
+from draftune.ui.processes import RESULT, Jobs
+from draftune.ui.state import settings_of
 from draftune.ui.validation import validated
 
 SET, PASTED, UPLOADED = SOURCES = ("set", "pasted", "file")
@@ -94,12 +94,15 @@ def save(draft: Draft, folder: RunsFolder, jobs: Jobs) -> Settings | None:
     except DraftuneError as error:
         draft.errors["name"] = str(error)
     values = given(draft.values)
+    record = folder.record(draft.name)
     with TemporaryDirectory(dir=folder.path / RECORDS, prefix="new-") as temporary:
-        path = prompt_file(draft, Path(temporary))
+        new = Path(temporary) / "record"
+        new.mkdir()
+        path = prompt_file(draft, new)
         if path is not None or draft.prompts:
             values["prompts"] = str(path or draft.prompts)
         settings, errors = validated(values)
-        shown = {str(path): draft.file[0] if draft.source == UPLOADED else "the pasted prompts", f"{temporary}/": ""}
+        shown = {str(path): draft.file[0] if draft.source == UPLOADED else "the pasted prompts", f"{new}/": ""}
         for name, text in errors.items():
             for private, public in shown.items():
                 text = text.replace(private, public)
@@ -108,13 +111,13 @@ def save(draft: Draft, folder: RunsFolder, jobs: Jobs) -> Settings | None:
             draft.errors["prompts"] = "choose a file"
         if draft.errors or settings is None:
             return None
-        record = folder.record(draft.name)
-        shutil.rmtree(record, ignore_errors=True)
-        record.mkdir(parents=True)
         if path is not None:
-            settings = replace(settings, prompts=str(shutil.move(path, record / path.name)))
-    settings = replace(settings, output=str(folder.run(draft.name)))
-    folder.settings(draft.name).write_text(settings.to_yaml(), encoding="utf-8")
+            settings = replace(settings, prompts=str(record / path.name))
+        settings = replace(settings, output=str(folder.run(draft.name)))
+        (new / folder.settings(draft.name).name).write_text(settings.to_yaml(), encoding="utf-8")
+        # An earlier draft is removed when the new one is whole, as it would not be on a full disk.
+        shutil.rmtree(record, ignore_errors=True)
+        new.rename(record)
     return settings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from draftune.errors import DraftuneError
 from draftune.settings import GROUPS, Settings
-from draftune.settings.field_checks import kind
+from draftune.settings.field_checks import kind, optional
 from draftune.utils.model_options import ModelOptions
 
 FIRST = {
@@ -20,8 +20,10 @@ FIRST = {
 """The fields that are not folded, by their headings. The prompts have fields of their own."""
 LEFT_OUT = ("prompts", "output", "resume", "allow_changes", "rate_every", "rate_comparisons")
 """Settings that the page sets itself, or that ask for a page of their own."""
+WITHOUT = {"timestep_spacing": "as in the model's scheduler"}
+"""What settings without a value and without a default in their help mean."""
 SWITCH = {"": None, "on": True, "off": False}
-EMPTY = "''"
+EMPTY = "none"
 """What stands in a field for an empty text that differs from the default."""
 LABELS = {
     "model": "Base model",
@@ -31,6 +33,26 @@ LABELS = {
     "early_stopping_patience": "Evaluations before it stops early",
 }
 """Labels that are not the settings' names."""
+HELPS = {
+    "model": "What generates the images and is fine-tuned: emoji, which comes with draftune; a model of the Hugging "
+    "Face hub by its name, such as CompVis/stable-diffusion-v1-4, which is downloaded; or a folder or file on this "
+    "machine.",
+    "reward": "What scores the images: training raises this score. The list below describes each reward; several are "
+    "added, as in clip + 0.1*jpeg_compressibility.",
+    "method": "How the score changes the model. The default is a good start.",
+    "steps": "How often the model is changed a little. More updates change its images more, and take longer.",
+    "batch_size": "Images that one update is computed from. More of them need more memory.",
+    "learning_rate": "How much one update changes the model, at most.",
+    "eval_rewards": "Rewards that are measured and not trained on: they show when images become worse although the "
+    "reward rises. Write none to have none.",
+    "eval_prompts": "Prompts that are only evaluated: a set, a file on this machine, or a number of the prompts above, "
+    "which are then not trained on. Write none to evaluate nothing.",
+    "validation_steps": "Number of updates from one evaluation to the next. With 0, the run evaluates before and after "
+    "training only.",
+    "early_stopping_patience": "The run ends by itself after so many evaluations without a better one. With 0, it "
+    "makes all updates.",
+}
+"""Helps of the fields that are not folded, for people who do not type commands."""
 DECIDING = ("model", *ModelOptions._fields, "num_inference_steps", "method", "reward")
 """Settings that defaults of others depend on."""
 DEFAULT = re.compile(r" ?\(default: ([^()]*)\)")
@@ -83,7 +105,8 @@ def form_fields(values: Mapping[str, str], errors: Mapping[str, str]) -> dict[st
 def form_field(f: Field[Any], value: str, default: str, error: str) -> FormField:
     """Return the field of a setting."""
     choices = ("on", "off") if kind(f) is bool else f.metadata["choices"]
-    return FormField(f.name, label(f.name), readable(f.metadata["help"]), choices, kind(f) in (int, float), value,
+    help = HELPS.get(f.name) or readable(f.metadata["help"])
+    return FormField(f.name, label(f.name), help, choices, kind(f) in (int, float), value,
                      default, error)  # fmt: skip
 
 
@@ -97,7 +120,8 @@ def label(name: str) -> str:
 
 def readable(text: str) -> str:
     """Return a help text for people who do not type commands: labels instead of flags, and no commands."""
-    text = re.sub(r" \(see 'draftune [^)]*\)", "", DEFAULT.sub("", text))
+    text = re.sub(r" \(see 'draftune [^)]*\)", "", DEFAULT.sub("", text)).replace("the same command", "the run")
+    text = text.replace("'' for none", "none to have none").replace("'' for", "none for")
     return re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda match: f"“{label(match[1].replace('-', '_'))}”", text)
 
 
@@ -134,7 +158,7 @@ def default_texts(values: Mapping[str, str]) -> dict[str, str]:
     defaults = defaults_with(given(values))
     in_words = {f.name: DEFAULT.search(f.metadata["help"]) for f in fields(Settings)}
     return {
-        name: written(value) or (readable(match[1]) if (match := in_words[name]) else "none")
+        name: written(value) or (readable(match[1]) if (match := in_words[name]) else WITHOUT.get(name, EMPTY))
         for name, value in defaults.items()
     }
 
@@ -154,6 +178,11 @@ def typed(settings: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def takes_nothing(f: Field[Any]) -> bool:
+    """Return whether the word for nothing is an empty text in a setting: it may be empty and has no value so named."""
+    return (f.default == "" or optional(f)) and not f.metadata["choices"] and f.name != "report_to"
+
+
 def given(values: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings that were typed, with their types. A text that is no number stays a text."""
     result: dict[str, Any] = {}
@@ -164,7 +193,7 @@ def given(values: Mapping[str, str]) -> dict[str, Any]:
         if kind(f) is bool:
             result[f.name] = SWITCH.get(text, text)
         elif kind(f) is str:
-            result[f.name] = "" if text == EMPTY else text
+            result[f.name] = "" if text == EMPTY and takes_nothing(f) else text
         else:
             try:
                 result[f.name] = kind(f)(text)

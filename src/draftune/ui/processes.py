@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import RLock
@@ -16,14 +17,20 @@ from typing import IO
 import psutil
 
 from draftune.errors import DraftuneError
-from draftune.ui.folder import RECORDS, RunsFolder
+from draftune.report.collect import SWEEP as SWEPT
+from draftune.runs.logs import METRICS
+from draftune.ui.folder import RECORDS, RunsFolder, stamp_of
 from draftune.utils.paths import atomic_write
 
 TRAIN, CHECK, SWEEP = KINDS = ("train", "check", "sweep")
+RESULT = "check-result.json"
+RESULTS: dict[str, str | Path] = {TRAIN: METRICS, SWEEP: SWEPT}
+"""Files of a run by the kind of job that writes them."""
 SAME_START = 2.0
 """Seconds by which two readings of one process's start may differ."""
 SHOWN = 40
 """Lines of a log that the page shows."""
+AGAIN = b"Started again.\n"
 READ = 65536
 """Bytes that are read from the end of a log."""
 CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -45,6 +52,9 @@ class Job:
         since: When the page started it, in seconds since 1970.
         started: The process's own start time, as the system reports it. A process of the same number that started at
             another time is a foreign one.
+        booted: When the system started, by the clock at that time. The difference of the two starts does not change
+            with the clock.
+        before: The stamp of the job's result when it was started: a job that has begun, or has ended well, changes it.
         stopped: Whether it was asked to stop.
         ended: Whether it has ended.
     """
@@ -58,6 +68,8 @@ class Job:
     pid: int | None = None
     since: float = 0.0
     started: float = 0.0
+    booted: float = 0.0
+    before: tuple[int, ...] | None = None
     stopped: bool = False
     ended: bool = False
 
@@ -67,11 +79,24 @@ class Job:
         if self.pid is None or self.ended:
             return None
         try:
+            booted = psutil.boot_time()  # before the process's start, which old versions of psutil compute from it
             process = psutil.Process(self.pid)
             alive = process.status() != psutil.STATUS_ZOMBIE
-            return process if alive and abs(process.create_time() - self.started) < SAME_START else None
+            return process if alive and self.is_it(process, booted) else None
         except psutil.Error:
             return None
+
+    def is_it(self, process: psutil.Process, booted: float) -> bool:
+        """Return whether a process of this job's number is the job's: it started at the same time.
+
+        After a change of the clock that is the time since the system's start. Another process may have that after a
+        restart, so its arguments are compared too.
+        """
+        started = process.create_time()
+        if abs(started - self.started) < SAME_START:
+            return True
+        same = abs((started - booted) - (self.started - self.booted)) < SAME_START
+        return same and process.cmdline()[-len(self.arguments) :] == self.arguments
 
 
 class Jobs:
@@ -132,11 +157,13 @@ class Jobs:
         with self.lock:
             try:
                 job = Job(**json.loads(self.path(name, kind).read_text(encoding="utf-8")))
+                job = replace(job, before=job.before and tuple(job.before))
             except (OSError, ValueError, TypeError):
                 return None
             if not job.ended and job.pid is not None and job.process is None:
                 job = replace(job, ended=True)
-                self.save(job)
+                with suppress(OSError):  # as on a full disk: the next look finds out again
+                    self.save(job)
             return job
 
     def stop(self, name: str, kind: str) -> None:
@@ -145,19 +172,28 @@ class Jobs:
             job = self.get(name, kind)
             if job is None or job.ended or job.stopped:
                 return
-            self.save(replace(job, stopped=True, ended=job.pid is None))
             if (process := job.process) is not None:
-                process.terminate()
+                with suppress(psutil.Error):  # it has just ended
+                    process.terminate()
+            self.save(replace(job, stopped=True, ended=job.pid is None))
 
     def start(self, job: Job) -> None:
         """Start the process of a job in a session of its own."""
-        since = time.time()
+        since, before = time.time(), stamp_of(self.result(job.name, job.kind))
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
         with self.log(job.name, job.kind).open("ab" if job.kind == TRAIN else "wb") as log:
+            if log.tell():
+                log.write(AGAIN)  # the error of an earlier start is not that of this one
+                log.flush()
             child = self.run(job, log, environment)
         self.children.append(child)
+        booted = psutil.boot_time()
         started = psutil.Process(child.pid).create_time()
-        self.save(replace(job, pid=child.pid, since=since, started=started))
+        try:
+            self.save(replace(job, pid=child.pid, since=since, started=started, booted=booted, before=before))
+        except OSError:
+            child.terminate()  # without a record it would be started again and again
+            raise
 
     def run(self, job: Job, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Run the command line with its output in a log."""
@@ -174,6 +210,10 @@ class Jobs:
     def path(self, name: str, kind: str) -> Path:
         """Return the path of a record."""
         return self.folder.record(name) / f"{kind}.json"
+
+    def result(self, name: str, kind: str) -> Path:
+        """Return the path of the file that a job's first result changes."""
+        return self.folder.record(name) / RESULT if kind == CHECK else self.folder.run(name) / RESULTS[kind]
 
     def log(self, name: str, kind: str) -> Path:
         """Return the path of a job's output."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.report.collect import SWEEP as SWEPT
 from draftune.report.collect import read_json
-from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES
+from draftune.runs.logs import EVALUATIONS
 from draftune.runs.run_dir import CONFIG, read_settings
 from draftune.settings import Settings
-from draftune.ui.folder import RunsFolder
-from draftune.ui.processes import CHECK, SWEEP, TRAIN, Job, Jobs
+from draftune.ui.folder import RunsFolder, read_once, stamp_of
+from draftune.ui.processes import CHECK, RESULT, SWEEP, TRAIN, Job, Jobs
+from draftune.ui.thumbnails import last_images
 from draftune.utils.tables import duration
 
 LABELS = {
@@ -34,7 +33,6 @@ LABELS = {
 LOADING = "Loading the model and the rewards."
 OWN = {CHECK: "its check", SWEEP: "its comparison of scales"}
 """What a run waits for, if that is a job of its own."""
-RESULT = "check-result.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class RunState:
         has_lora: Whether there is a LoRA to take.
         best: The update of the LoRA of the best evaluation; 0 if there is none, or if the base model is the best.
         changed: When it was last changed, in seconds since 1970.
+        sampled: The update of its last sample images; -1 if there are none.
     """
 
     name: str
@@ -64,6 +63,7 @@ class RunState:
     has_lora: bool
     best: int
     changed: float
+    sampled: int
 
     @property
     def label(self) -> str:
@@ -100,6 +100,7 @@ def run_state(folder: RunsFolder, jobs: Jobs, name: str) -> RunState:
         folder.lora(name),
         folder.best(name),
         folder.changed(name),
+        folder.sampled(name) if last_images(folder.run(name), folder.sampled(name)) else -1,
     )
 
 
@@ -109,7 +110,7 @@ def state_key(folder: RunsFolder, jobs: Jobs, name: str, step: int) -> str:
     if job is not None and not job.ended:
         if job.pid is None:
             return "waiting"
-        begun = step and (folder.run(name) / METRICS).stat().st_mtime > job.since
+        begun = step and stamp_of(jobs.result(name, TRAIN)) != job.before
         return "stopping" if job.stopped else "training" if begun else "starting"
     if folder.finished(name):
         return "finished"
@@ -138,7 +139,7 @@ def detail(folder: RunsFolder, jobs: Jobs, name: str, key: str, last: dict[str, 
     if key == "starting":
         begun = folder.has_run(name)
         return "Making the first update. Some runs evaluate the base model before it." if begun else LOADING
-    if key == "training" and not folder.last_row(name, SAMPLES):
+    if key == "training" and folder.sampled(name) < 0:
         return "Sampling images of the base model."
     if key == "training" and (seconds := float(last.get("train_seconds", 0.0))):
         return f"About {duration(seconds / step * (steps - step))} of updates left; images and evaluations add to it."
@@ -157,13 +158,12 @@ def settings_of(folder: RunsFolder, name: str) -> Settings | None:
     """Return the settings of a run as they were asked for; None if there are none that can be read."""
     for path in (folder.settings(name), folder.run(name) / CONFIG):
         if path.is_file():
-            return settings_at(path, path.stat().st_mtime_ns)
+            return read_once(path, settings_in)
     return None
 
 
-@lru_cache(maxsize=1000)
-def settings_at(path: Path, changed: int) -> Settings | None:
-    """Return the settings in a file that was changed at this time; None if they cannot be read."""
+def settings_in(path: Path) -> Settings | None:
+    """Return the settings in a file; None if they cannot be read."""
     try:
         return read_settings(path)
     except DraftuneError:
@@ -186,8 +186,8 @@ def check_state(folder: RunsFolder, jobs: Jobs, name: str) -> dict[str, Any] | N
 
 
 def elapsed(job: Job) -> str:
-    """Return how long a job has been running."""
-    return duration(time.time() - job.since)
+    """Return how long a job has been running; nothing if the clock was set back since."""
+    return duration(max(0.0, time.time() - job.since))
 
 
 def sweep_state(jobs: Jobs, name: str) -> dict[str, Any]:
@@ -195,7 +195,5 @@ def sweep_state(jobs: Jobs, name: str) -> dict[str, Any]:
     job = jobs.get(name, SWEEP)
     if job is None or not job.ended:
         return {"busy": False} if job is None else {"busy": True, "waiting": job.pid is None, "elapsed": elapsed(job)}
-    written = (jobs.folder.run(name) / SWEPT).is_file() and (
-        jobs.folder.run(name) / SWEPT
-    ).stat().st_mtime > job.created
+    written = stamp_of(jobs.result(name, SWEEP)) not in (None, job.before)
     return {"busy": False, "done": written, "error": "" if written or job.stopped else jobs.error(name, SWEEP)}

@@ -136,7 +136,11 @@ def missing_weights(expression: str) -> dict[str, str]:
             try:
                 with local_files_only():
                     parse_reward(str(call))
-            except NotLocalError as error:
+            except DraftuneError as error:
+                # What a start downloads is no error; a file that nothing downloads is one.
+                wrong = [one for one in error.gathered or (error,) if not isinstance(one, NotLocalError)]
+                if wrong:
+                    raise DraftuneError(*(problem for one in wrong for problem in one.args)) from error
                 missing[call.name] = str(error)
         elif call.name in REWARDS:
             check_names(Call(call.name, call.settings, Call(next(iter(REWARDS)))))

@@ -89,7 +89,7 @@ class Processes:
     count: int = 1
     device: torch.device | str = "cpu"
     blocks: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
-    """An item while this process is inside a block of `together`."""
+    """An item while this process is inside a block of `raise_on_all_ranks`."""
 
     @property
     def main(self) -> bool:
@@ -168,7 +168,7 @@ class Processes:
         No process leaves the block alone, so that none waits forever for one that has failed.
         """
         self.check_outside_block()
-        self.blocks.append("together")
+        self.blocks.append("raise_on_all_ranks")
         failure = None
         try:
             yield
@@ -190,7 +190,7 @@ class Processes:
         raise (DraftuneError if self.main else SaidByMainError)(message) from failure
 
     def check_outside_block(self) -> None:
-        """Raise RuntimeError if this process is inside a block of `together`."""
+        """Raise RuntimeError if this process is inside a block of `raise_on_all_ranks`."""
         if self.blocks:
             raise RuntimeError(
                 "a collective inside Processes.raise_on_all_ranks() hangs if another process fails: move it out"

@@ -1,0 +1,73 @@
+"""The one rule of every statement that a score rose or fell: the interval of its change excludes 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+"""A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
+UNDECIDED = "no measurable difference"
+ERRORS = 2.0
+"""Standard errors on each side of a change where there are no paired values: about 95 % for many prompts."""
+
+
+def direction(low: float, high: float) -> int:
+    """Return the sign of a change by its interval: 1 or -1 if the interval excludes 0; 0 if nothing can be said."""
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def two_errors(change: float, error: float | None) -> tuple[float, float]:
+    """Return a change ± two standard errors; everything from -inf to inf without a known error."""
+    margin = math.inf if error is None or not math.isfinite(error) else ERRORS * error
+    return change - margin, change + margin
+
+
+def known(row: Row, key: str) -> bool:
+    """Return whether a column is a finite number."""
+    return isinstance(row.get(key), int | float) and math.isfinite(row[key])
+
+
+def standard_error(row: Row, key: str) -> float | None:
+    """Return the standard error of a column's mean in an evaluation, None if it is not known."""
+    errors = row.get("stderr") or {}
+    return errors[key] if known(errors, key) else None
+
+
+def change_error(key: str, first: Row, last: Row) -> float | None:
+    """Return the standard error of a column's change between two evaluations, None if it is not known.
+
+    It assumes independent evaluations. They share their prompts and seeds, so it overestimates the error.
+    """
+    errors = standard_error(first, key), standard_error(last, key)
+    return None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
+
+
+def moved(first: float | None, last: float | None, error: float | None) -> str:
+    """Describe a change as a verb phrase.
+
+    Args:
+        first: The value before.
+        last: The value after.
+        error: The standard error of the change, None if it is not known.
+    """
+    if first is None or last is None:
+        return "is unknown"
+    if first == last:
+        return f"stayed at {number(first)}"
+    change = last - first
+    ends = f"from {number(first)} to {number(last)}"
+    if sign := direction(*two_errors(change, error)):
+        return f"{'rose' if sign > 0 else 'fell'} {ends} ({within(change, error)})"
+    return f"went {ends}, {UNDECIDED} ({within(change, error) if error is not None else 'its error is not known'})"
+
+
+def within(value: float, error: float | None) -> str:
+    """Format a value with its two standard errors, as far as these are known."""
+    return number(value) + (f" ± {ERRORS * error:.2g}" if error is not None else "")
+
+
+def number(value: float) -> str:
+    """Format a number with four significant digits, or without decimals from 1000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
