@@ -59,6 +59,11 @@ def test_the_base_model_is_also_scored_with_the_prompts_of_the_template(
     assert f"{expected:.3f}" in run.comparison.table()
     assert template in collect(folder)["summary"]
 
+    bounds = read_rows(folder / EVALUATIONS)[1]["change"]["brightness"]
+    paired = run.comparison.paired()["brightness"]
+    assert bounds == [paired.low, paired.high]
+    assert f"({paired.low:+.3g} to {paired.high:+.3g})" in collect(folder)["summary"]
+
     rows = (folder / EVALUATIONS).read_text()
     resumed = draftune.train(str(pipeline_folder), "brightness", PROMPTS, **values)
     assert (folder / EVALUATIONS).read_text().startswith(rows)

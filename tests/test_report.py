@@ -33,7 +33,7 @@ from draftune.cli.main import build_parser, expressions_joined, main
 from draftune.cli.train import train_settings
 from draftune.errors import DraftuneError
 from draftune.evaluation.metrics import Comparison, Evaluation
-from draftune.evaluation.verdict import UNDECIDED, moved, number
+from draftune.evaluation.verdict import UNDECIDED, moved, number, two_errors
 from draftune.report import collect, write_report
 from draftune.report.card import over_optimization
 from draftune.report.collect import MOST_FRAMES
@@ -171,10 +171,10 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     assert data["summary"] == (
-        "In 40 updates the reward rose from 4 to 8 (4 ± 0.71). The evaluation reward judge rose from 0.5 to 0.6 "
-        "(0.1 ± 0.028) and was highest, 0.9 ± 0.02, at update 20. Diversity went from 0.4 to 0.36, no measurable "
-        "difference (-0.04 ± 0.28). The LoRA in best/ is from update 20 (aesthetic 6 ± 0.5, judge 0.9 ± 0.02, "
-        "diversity 0.38 ± 0.2). ± is two standard errors."
+        "In 40 updates the reward rose from 4 to 8 (+3.29 to +4.71). The evaluation reward judge rose from 0.5 to 0.6 "
+        "(+0.0717 to +0.128) and was highest, 0.9 ± 0.02, at update 20. Diversity went from 0.4 to 0.36, no measurable "
+        "difference (-0.323 to +0.243). The LoRA in best/ is from update 20 (aesthetic 6 ± 0.5, judge 0.9 ± 0.02, "
+        "diversity 0.38 ± 0.2). Changes have their 95 % intervals in parentheses. ± is two standard errors."
     )
     assert data["warning"] == (
         "Over-optimization: eval/judge fell from 0.900 at update 20 to 0.600, and the reward went from 6.000 to 8.000. "
@@ -186,18 +186,19 @@ def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     # The means of updates 1 to 10 and of 31 to 40.
     assert data["summary"] == (
-        "In 40 updates the reward of the training images rose from 4.55 to 7.55 (3 ± 0.27), as means of 10 updates. "
-        "± is two standard errors."
+        "In 40 updates the reward of the training images rose from 4.55 to 7.55 (+2.73 to +3.27), as means of 10 "
+        "updates. Changes have their 95 % intervals in parentheses."
     )
     assert data["warning"] is data["best"] is None
 
 
 def test_words_for_numbers() -> None:
-    assert moved(1.0, 1.1, error=0.04) == "rose from 1 to 1.1 (0.1 ± 0.08)"
-    assert moved(1.0, 0.9, error=0.06) == "went from 1 to 0.9, no measurable difference (-0.1 ± 0.12)"
-    assert moved(1.0, 0.9, error=None) == "went from 1 to 0.9, no measurable difference (its error is not known)"
-    assert moved(2.0, 2.0, error=None) == "stayed at 2"
-    assert moved(None, 2.0, error=None) == "is unknown"
+    unknown = two_errors(0.0, None)
+    assert moved(1.0, 1.1, (0.02, 0.18)) == "rose from 1 to 1.1 (+0.02 to +0.18)"
+    assert moved(1.0, 0.9, (-0.22, 0.02)) == "went from 1 to 0.9, no measurable difference (-0.22 to +0.02)"
+    assert moved(1.0, 0.9, unknown) == "went from 1 to 0.9, no measurable difference (its error is not known)"
+    assert moved(2.0, 2.0, unknown) == "stayed at 2"
+    assert moved(None, 2.0, unknown) == "is unknown"
     assert [number(value) for value in (0.12345, 12345.6, -3.0)] == ["0.1235", "12,346", "-3"]
     assert [duration(seconds) for seconds in (0, 59.6, 200, 7500, 277_000)] == [
         "0 s", "1 min", "3 min 20 s", "2 h 5 min", "3 d 4 h"
@@ -221,8 +222,13 @@ def test_nothing_is_said_before_an_interval_excludes_0(run: Path) -> None:
         text = summary(settings, metrics, [first, row], REWARD)
         assert ("reward rose" in text) == decided, text
         assert text.startswith("Nothing can be said of the reward yet") != decided
-        assert "judge went from 0.5 to 0.6, no measurable difference (0.1 ± 0.28)" in text
+        assert "judge went from 0.5 to 0.6, no measurable difference (-0.183 to +0.383)" in text
         assert "highest" not in text
+        # The interval of the change that is paired by prompt, which the run stored, is narrower.
+        paired = row | {"change": {REWARD: [-0.1, 1.7], "eval/judge": [0.02, 0.18]}}
+        text = summary(settings, metrics, [first, paired], REWARD)
+        assert "Nothing can be said" in text
+        assert "judge rose from 0.5 to 0.6 (+0.02 to +0.18)" in text
     # Two updates, each with one mean, have no error; a column that was measured once has not moved.
     assert "Nothing can be said" in summary(settings, metrics, [], None)
     row |= {"eval/judge": None}

@@ -123,6 +123,10 @@ class Comparison:
             result[name] = Paired(*means, *interval(by_prompt), float(wins.mean()))
         return result
 
+    def bounds(self) -> dict[str, list[float]]:
+        """Return the 95 % interval of each score's change, without those that are not finite."""
+        return {name: [s.low, s.high] for name, s in self.paired().items() if math.isfinite(s.low)}
+
 
 def interval(values: Tensor) -> tuple[float, float]:
     """Compute the 95 % confidence interval of the mean by Student's t distribution.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from draftune.runs.logs import CHANGE
+
 Row = Mapping[str, Any]
 """A line of evaluations.jsonl: numbers by column (null if not finite), and standard errors under "stderr"."""
 UNDECIDED = "no measurable difference"
@@ -44,23 +46,32 @@ def change_error(key: str, first: Row, last: Row) -> float | None:
     return None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
 
 
-def moved(first: float | None, last: float | None, error: float | None) -> str:
+def change_bounds(key: str, first: Row, last: Row) -> tuple[float, float]:
+    """Return the interval of a column's change between two evaluations.
+
+    From the base model on it is the 95 % interval of the run, paired by prompt; else ± two standard errors.
+    """
+    bounds = (last.get(CHANGE) or {}).get(key) if first["step"] == 0 else None
+    return (bounds[0], bounds[1]) if bounds else two_errors(last[key] - first[key], change_error(key, first, last))
+
+
+def moved(first: float | None, last: float | None, bounds: tuple[float, float]) -> str:
     """Describe a change as a verb phrase.
 
     Args:
         first: The value before.
         last: The value after.
-        error: The standard error of the change, None if it is not known.
+        bounds: The interval of the change; infinite if it is not known.
     """
     if first is None or last is None:
         return "is unknown"
     if first == last:
         return f"stayed at {number(first)}"
-    change = last - first
-    ends = f"from {number(first)} to {number(last)}"
-    if sign := direction(*two_errors(change, error)):
-        return f"{'rose' if sign > 0 else 'fell'} {ends} ({within(change, error)})"
-    return f"went {ends}, {UNDECIDED} ({within(change, error) if error is not None else 'its error is not known'})"
+    ends, (low, high) = f"from {number(first)} to {number(last)}", bounds
+    interval = f"{low:+.3g} to {high:+.3g}" if math.isfinite(low) else "its error is not known"
+    if sign := direction(low, high):
+        return f"{'rose' if sign > 0 else 'fell'} {ends} ({interval})"
+    return f"went {ends}, {UNDECIDED} ({interval})"
 
 
 def within(value: float, error: float | None) -> str:

@@ -11,7 +11,7 @@ from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
 from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.evaluation.verdict import (
     UNDECIDED,
-    change_error,
+    change_bounds,
     direction,
     known,
     moved,
@@ -85,6 +85,9 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     if skipped := metrics[-1].get("nonfinite_steps"):
         sentences.append(f"{skipped:,} updates were skipped, since a reward or a gradient was not finite.")
     text = " ".join(sentences)
+    # The upper bound of an interval has a sign.
+    if " to +" in text or " to -" in text:
+        text += " Changes have their 95 % intervals in parentheses."
     return f"{text} ± is two standard errors." if "±" in text else text
 
 
@@ -96,7 +99,8 @@ def in_training(metrics: Rows) -> str:
     # The batches of an update differ in prompts and seeds: that spread is in the rewards of several updates.
     several = min(map(len, ends)) > 1
     error = sum(stdev(values) ** 2 / len(values) for values in ends) ** 0.5 if several else None
-    return moved(first, last, error) + (f", as means of {count} updates" if count > 1 else "")
+    bounds = two_errors((last or 0.0) - (first or 0.0), error)
+    return moved(first, last, bounds) + (f", as means of {count} updates" if count > 1 else "")
 
 
 def known_scores(row: Mapping[str, Any], reward: str | None) -> str:
@@ -112,8 +116,8 @@ def course(rows: Rows, key: str) -> str:
     if len(measured) < 2:
         return "was measured once only" if measured else "was never finite"
     first, last, top = measured[0], measured[-1], max(measured, key=lambda row: row[key])
-    words = moved(first[key], last[key], change_error(key, first, last))
-    above = [direction(*two_errors(top[key] - row[key], change_error(key, row, top))) for row in (first, last)]
+    words = moved(first[key], last[key], change_bounds(key, first, last))
+    above = [direction(*change_bounds(key, row, top)) for row in (first, last)]
     if min(above) > 0:
         words += f" and was highest, {within(top[key], standard_error(top, key))}, at update {top['step']:,}"
     return words

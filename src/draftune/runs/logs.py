@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ COUNTERS = {
 """Columns of each log that are always numbers."""
 TEMPLATE = "template"
 """Column of evaluations.jsonl: the base model's scores with the prompts of a template, by column."""
-NOT_SCORES = ("stderr", "best", TEMPLATE)
+CHANGE = "change"
+"""Column of evaluations.jsonl: the 95 % interval of each score's change from the base model, by column."""
+NOT_SCORES = ("stderr", "best", TEMPLATE, CHANGE)
 """Columns of evaluations.jsonl that are not scores of the evaluated model."""
-NO_NUMBERS: dict[str, Any] = {"stderr": {}, TEMPLATE: {}, "scores": [], "prompts": []}
+NO_NUMBERS: dict[str, Any] = {"stderr": {}, TEMPLATE: {}, CHANGE: {}, "scores": [], "prompts": []}
 """Columns that are objects or lists, and their defaults."""
 LARGEST = 2**63
 """What a counter is below."""
@@ -72,8 +75,10 @@ def is_row(row: Any, log: str) -> bool:
         return False
     if any(type(other[key]) is not type(default) for key, default in NO_NUMBERS.items() if key != "prompts"):
         return False
+    if not all(isinstance(bounds, list) and len(bounds) == 2 for bounds in other[CHANGE].values()):
+        return False
     values = [value for key, value in row.items() if key not in NO_NUMBERS]
-    values += [*other["stderr"].values(), *other[TEMPLATE].values(), *other["scores"]]
+    values += [*other["stderr"].values(), *other[TEMPLATE].values(), *other["scores"], *chain(*other[CHANGE].values())]
     return all(isinstance(value, int | float | None) for value in values)
 
 

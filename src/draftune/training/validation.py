@@ -25,7 +25,7 @@ from draftune.rewards import Reward
 from draftune.rewards.base import sub_rewards
 from draftune.rewards.online import OnlineReward
 from draftune.runs.checkpoint import load_random_state, preserve_rng, random_state
-from draftune.runs.logs import EVALUATIONS, SAMPLES, TEMPLATE
+from draftune.runs.logs import CHANGE, EVALUATIONS, SAMPLES, TEMPLATE
 from draftune.training.callbacks import Samples
 from draftune.training.context import TrainContext
 from draftune.training.early_stopping import EarlyStopping
@@ -152,6 +152,8 @@ class Validation:
         moved = {PIXEL_L1: distance, DENOISER_MSE: self.denoiser_mse(context.eval_prompts[: s.batch_size])}
         stderr = {name: error for name, error in evaluation.stderr.items() if math.isfinite(error)}
         measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": stderr}
+        if step:
+            measured[CHANGE] = Comparison(self.evaluations[0], evaluation).bounds()
         # Processes may differ in the last digits, but must decide alike.
         row = context.processes.broadcast(measured | self.template_scores() if step == 0 else measured)
         guard = self.guard
