@@ -23,9 +23,10 @@ test-all: lint
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist $(DIST) -m "not slow and not gpu and not network and not full_size"
 
+# The SmolVLM of transformers 4 needs torchvision, the test client of starlette 0.46 httpx.
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]' torchvision
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]' torchvision httpx
 	touch $@
 
 # Runs short versions of the CPU benchmarks in at most ten minutes, each figure beside the published one.

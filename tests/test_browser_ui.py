@@ -129,7 +129,7 @@ def test_from_the_form_to_a_lora_by_keyboard(visit: Visit, tmp_path: Path) -> No
         done = int(page.locator("#state progress").get_attribute("value"))
         assert done > 0
         page.locator("#do-start").click()
-        page.wait_for_function("done => document.querySelector('progress').value > done", arg=done, timeout=START)
+        page.wait_for_function("done => document.querySelector('progress')?.value > done", arg=done, timeout=START)
         page.locator("#do-stop").click()
         page.locator(".state.stopped").wait_for(timeout=START)
         page.goto("about:blank")

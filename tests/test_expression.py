@@ -75,8 +75,8 @@ def test_a_function_in_a_file_needs_no_quotes_if_it_is_the_whole_expression(path
         ("a(1)", 3, "1"),
         ("a(x=1, b)", 9, ")"),
         ("a(b, c)", 6, "c"),
-        # Python 3.13 names the argument without a value, earlier versions what stands in the value's place.
-        ("a(x=)", *((3, "x=)") if sys.version_info >= (3, 13) else (5, ")"))),
+        # Python 3.12 names the argument without a value, earlier versions what stands in the value's place.
+        ("a(x=)", *((3, "x=)") if sys.version_info >= (3, 12) else (5, ")"))),
         ("a * b", 1, "a"),
         ("é + a & b", 1, "é + a & b"),
         ("é + a.b", 5, "a.b"),

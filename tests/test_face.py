@@ -20,7 +20,7 @@ from draftune.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from draftune.utils.images import from_pil
 from draftune.utils.weightless import without_weights
 from helpers.errors import raises
-from helpers.published_weights import photographs, save_owlvit, squashed_pixels
+from helpers.published_weights import OLD_PILLOW, photographs, save_owlvit, squashed_pixels
 
 BOX = "0.1,0.2,0.8,0.9"
 LAYERS: dict[str, list[list[tuple[int, int | tuple[int, int]]]]] = {
@@ -121,6 +121,7 @@ def test_only_the_box_has_a_gradient(weights: Path, reference: Path) -> None:
     assert (gradient[..., ~inside] == 0).all()
 
 
+@pytest.mark.skipif(OLD_PILLOW, reason="Pillow before version 13 resizes in another order")
 def test_the_detector_cuts_out_its_best_box(weights: Path, reference: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder = save_owlvit(tmp_path)

@@ -14,6 +14,7 @@ from draftune.recommended import EMOJI
 from draftune.report.collect import collect
 from draftune.runs.logs import EVALUATIONS, read_rows
 from draftune.settings import Settings
+from draftune.training import validation
 
 PROMPTS = ["a cat", "a dog"]
 SMALL: dict[str, Any] = {
@@ -40,7 +41,7 @@ def prompts(tmp_path: Path) -> str:
 
 
 def test_the_base_model_is_also_scored_with_the_prompts_of_the_template(
-    pipeline_folder: Path, prompts: str, tmp_path: Path
+    pipeline_folder: Path, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template, folder = "a photo of {prompt}, {prompt}", tmp_path / "run"
     values = SMALL | {"eval_prompts": prompts, "eval_prompt_template": template, "output": str(folder)}
@@ -64,11 +65,13 @@ def test_the_base_model_is_also_scored_with_the_prompts_of_the_template(
     assert bounds == [paired.low, paired.high]
     assert f"({paired.low:+.3g} to {paired.high:+.3g})" in collect(folder)["summary"]
 
-    rows = (folder / EVALUATIONS).read_text()
+    rows, evaluated = (folder / EVALUATIONS).read_text(), list[None]()
+    monkeypatch.setattr(validation, "evaluate", lambda *values: evaluated.append(None) or evaluate(*values))
     resumed = draftune.train(str(pipeline_folder), "brightness", PROMPTS, **values)
     assert (folder / EVALUATIONS).read_text().startswith(rows)
     assert resumed.comparison is not None
     assert resumed.comparison.template == run.comparison.template
+    assert len(evaluated) == 2, "the base model and the fine-tuned one; the template's scores are in the log"
     assert ["template" in row for row in read_rows(folder / EVALUATIONS)] == [True, False, False]
 
 

@@ -125,7 +125,7 @@ def test_a_button_says_what_it_did(visit: Visit, tmp_path: Path, monkeypatch: py
         assert "Stopped" in page.locator("#announce").inner_text()
         page.goto(address)
         page.locator("#run-old").focus()
-        page.wait_for_function("() => document.querySelector('.runs img').naturalWidth > 0")
+        page.wait_for_function("() => document.querySelector('.runs img')?.naturalWidth > 0")
         page.evaluate("document.querySelector('.runs img').kept = true")
         written_run(tmp_path / "runs" / "newer")
         page.locator("#run-newer").wait_for()

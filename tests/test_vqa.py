@@ -31,9 +31,22 @@ CHATS = {
 }
 
 
+class Folders(dict[str, Path]):
+    """The folder of each family's model, which is saved on first use: `save_vlm` may skip the test of one family."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __missing__(self, family: str) -> Path:
+        folder = self.root / family
+        folder.mkdir(exist_ok=True)
+        self[family] = save_vlm(folder, family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: save_vlm(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+    return Folders(tmp_path_factory.mktemp("models"))
 
 
 def chat(family: str) -> str:

@@ -61,6 +61,10 @@ BLIP_VISION_CONFIG: dict[str, Any] = {**BLIP_VISION, "layer_norm_eps": 1e-6}
 BLIP_TEXT_CONFIG: dict[str, Any] = {**BLIP_TEXT, "layer_norm_eps": 1e-12}
 
 
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
+"""Earlier versions than 13 resize in another order of width and height: values differ by some levels of 255."""
+
+
 def photographs() -> list[Image.Image]:
     """50 pictures of many sizes and aspects, from the photographs that scikit-image ships."""
     names = (
@@ -76,7 +80,7 @@ def photographs() -> list[Image.Image]:
     )
     sources = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names]
     sizes = [(64, 64), (72, 60), (150, 97), (41, 90), (33, 32), (225, 227), (32, 47), (300, 451), (99, 401), (256, 256)]
-    if int(PIL.__version__.split(".")[0]) < 13:
+    if OLD_PILLOW:
         # Earlier versions resize the width of tall images first, so that some values differ by a level of 255.
         sizes = [(max(size), min(size)) for size in sizes]
     return [sources[i % len(sources)].resize(sizes[(i * 3) % len(sizes)]) for i in range(50)]

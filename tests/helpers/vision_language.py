@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -26,6 +28,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    SmolVLMModel,
 )
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
@@ -92,8 +95,15 @@ def text_config(vocabulary: int, **more: Any) -> dict[str, Any]:
     return config | more
 
 
+# So do some versions between 4.57 and 5.23, by mistake: Idefics3, of which SmolVLM is a copy, takes any number.
+MERGER = getattr(SmolVLMModel, "inputs_merger", None)
+MERGES_BY_PATCH_SIZE = MERGER is not None and "vision_config.patch_size" in getsource(MERGER)
+
+
 def save_vlm(folder: Path, family: str, seed: int = 0) -> Path:
-    """Save a small random model of a family as its publishers do."""
+    """Save a small random model of a family as its publishers do. The test is skipped where it cannot run."""
+    if family == "smolvlm" and MERGES_BY_PATCH_SIZE:
+        pytest.skip("this transformers needs a multiple of the patch size as SmolVLM's number of image tokens")
     torch.manual_seed(seed)
     if family in ("smolvlm", "idefics3"):
         tokenizer = byte_tokenizer(folder, SMOL_SPECIAL, SMOL_CHAT)

@@ -154,8 +154,10 @@ class Validation:
         measured = {"step": step, **counted, **evaluation.scores, **moved, "stderr": stderr}
         if step:
             measured[CHANGE] = Comparison(self.evaluations[0], evaluation).bounds()
+        elif not context.folder.rows[EVALUATIONS]:  # a resumed run has them
+            measured |= self.template_scores()
         # Processes may differ in the last digits, but must decide alike.
-        row = context.processes.broadcast(measured | self.template_scores() if step == 0 else measured)
+        row = context.processes.broadcast(measured)
         guard = self.guard
         if any(row["step"] == old["step"] for old in guard.rows):
             return None
@@ -170,7 +172,7 @@ class Validation:
     def template_scores(self) -> dict[str, dict[str, float]]:
         """Score the base model's images for the prompts of `eval_prompt_template`, by column, under "template".
 
-        The rewards are given the evaluation prompts, as for all evaluations.
+        Scores that are not finite are left out. The rewards are given the evaluation prompts, as for all evaluations.
         """
         context, s = self.context, self.context.settings
         words = dict(zip(context.eval_prompts or (), context.template_prompts, strict=False))
@@ -183,7 +185,7 @@ class Validation:
         evaluation = evaluate(
             draw, context.reward, context.eval_rewards, list(words), s.num_validation_images, context.model.device
         )
-        return {TEMPLATE: evaluation.scores}
+        return {TEMPLATE: {name: score for name, score in evaluation.scores.items() if math.isfinite(score)}}
 
     @cached_property
     def guard(self) -> EarlyStopping:
