@@ -54,10 +54,13 @@ def test_the_card_says_what_was_measured(run: Path, capsys: pytest.CaptureFixtur
     assert {"lora", "draft_k"} <= set(data["tags"])
     first, last = (json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines())
     row = next(line for line in text.splitlines() if line.startswith("| `emoji_aesthetic`"))
-    numbers = [float(number) for number in re.findall(r"\d[\d.e-]*", row)]
+    _, scores, change, *_ = re.split(r"trained on|rose|fell|no measurable", row)
+    numbers = [float(number) for number in re.findall(r"\d[\d.e-]*", scores)]
     expected = [value for r in (first, last) for value in (r["emoji_aesthetic"], 2 * r["stderr"]["emoji_aesthetic"])]
     assert numbers == pytest.approx(expected, rel=0.05)
     assert numbers[::2] == pytest.approx(expected[::2], rel=5e-4)
+    low, high = last["change"]["emoji_aesthetic"]
+    assert f"({low:+.3g} to {high:+.3g})" in change
     assert "trained on" in row
     assert mentions(text, "2 updates", "--num-inference-steps 2", "--batch-size 1", "emoji_name_accuracy")
     assert sorted(path.name for path in (run / "card").iterdir()) == FILES

@@ -58,12 +58,16 @@ def test_the_base_model_is_also_scored_with_the_prompts_of_the_template(
     assert run.comparison.template["brightness"] == pytest.approx(expected, abs=1e-6)
     assert expected != pytest.approx(base, abs=1e-5)
     assert f"{expected:.3f}" in run.comparison.table()
-    assert template in collect(folder)["summary"]
+    scores = collect(folder)["scores"]
+    assert scores["head"][-1] == f'base model, "{template}"'
+    assert scores["rows"][0][-1] == f"{expected:.4g}"
 
     bounds = read_rows(folder / EVALUATIONS)[1]["change"]["brightness"]
     paired = run.comparison.paired()["brightness"]
     assert bounds == [paired.low, paired.high]
-    assert f"({paired.low:+.3g} to {paired.high:+.3g})" in collect(folder)["summary"]
+    page = collect(folder)
+    assert f"({paired.low:+.3g} to {paired.high:+.3g})" in page["summary"]
+    assert f"({paired.low:+.3g} to {paired.high:+.3g})" in page["scores"]["rows"][0][4]
 
     rows, evaluated = (folder / EVALUATIONS).read_text(), list[None]()
     monkeypatch.setattr(validation, "evaluate", lambda *values: evaluated.append(None) or evaluate(*values))

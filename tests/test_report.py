@@ -39,6 +39,7 @@ from draftune.report.card import over_optimization
 from draftune.report.collect import MOST_FRAMES
 from draftune.report.images import PIXELS, evenly, fitting
 from draftune.report.loopback import is_loopback
+from draftune.report.scores import score_table
 from draftune.report.serve import Server
 from draftune.report.settings_table import changed, command
 from draftune.report.summary import summary, sweep_note
@@ -171,11 +172,25 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, capsys: pytes
 def test_the_verdict_is_made_of_the_numbers(run: Path) -> None:
     data = collect(run)
     assert data["summary"] == (
-        "In 40 updates the reward rose from 4 to 8 (+3.29 to +4.71). The evaluation reward judge rose from 0.5 to 0.6 "
-        "(+0.0717 to +0.128) and was highest, 0.9 ± 0.02, at update 20. Diversity went from 0.4 to 0.36, no measurable "
-        "difference (-0.323 to +0.243). The LoRA in best/ is from update 20 (aesthetic 6 ± 0.5, judge 0.9 ± 0.02, "
-        "diversity 0.38 ± 0.2). Changes have their 95 % intervals in parentheses. ± is two standard errors."
+        "In 40 updates the reward rose from 4 to 8 (+3.29 to +4.71). The LoRA in best/ is from update 20. "
+        "Changes have their 95 % intervals in parentheses."
     )
+    assert data["scores"] == {
+        "head": ["score", "role", "base model", "update 40", "change", "best/, update 20"],
+        "rows": [
+            ["aesthetic", "trained on", "4 ± 0.5", "8 ± 0.5", "rose (+3.29 to +4.71)", "6 ± 0.5"],
+            ["judge", "not trained on", "0.5 ± 0.02", "0.6 ± 0.02", "rose (+0.0717 to +0.128)", "0.9 ± 0.02"],
+            [
+                "diversity",
+                "not trained on",
+                "0.4 ± 0.2",
+                "0.36 ± 0.2",
+                "no measurable difference (-0.323 to +0.243)",
+                "0.38 ± 0.2",
+            ],
+        ],
+        "note": "Means over the evaluation images ± two standard errors; changes with their 95 % intervals.",
+    }
     assert data["warning"] == (
         "Over-optimization: eval/judge fell from 0.900 at update 20 to 0.600, and the reward went from 6.000 to 8.000. "
         "This was first seen at update 40."
@@ -222,17 +237,18 @@ def test_nothing_is_said_before_an_interval_excludes_0(run: Path) -> None:
         text = summary(settings, metrics, [first, row], REWARD)
         assert ("reward rose" in text) == decided, text
         assert text.startswith("Nothing can be said of the reward yet") != decided
-        assert "judge went from 0.5 to 0.6, no measurable difference (-0.183 to +0.383)" in text
+        assert score_table([first, row], REWARD, "").rows[1][-1] == "no measurable difference (-0.183 to +0.383)"
         assert "highest" not in text
         # The interval of the change that is paired by prompt, which the run stored, is narrower.
         paired = row | {"change": {REWARD: [-0.1, 1.7], "eval/judge": [0.02, 0.18]}}
         text = summary(settings, metrics, [first, paired], REWARD)
         assert "Nothing can be said" in text
-        assert "judge rose from 0.5 to 0.6 (+0.02 to +0.18)" in text
+        assert score_table([first, paired], REWARD, "").rows[1][-1] == "rose (+0.02 to +0.18)"
     # Two updates, each with one mean, have no error; a column that was measured once has not moved.
     assert "Nothing can be said" in summary(settings, metrics, [], None)
     row |= {"eval/judge": None}
-    assert "judge was measured once only" in summary(settings, metrics, [first, row], REWARD)
+    assert score_table([first, row], REWARD, "").rows[1][2:] == ["0.5 ± 0.2", "not finite", ""]
+    assert "measured once only" in summary(settings, metrics, [first, row | {REWARD: None}], REWARD)
     assert mentions(over_optimization(settings, [first, row], REWARD), "too few")
     for low, words in ((0.01, "is better"), (-0.01, "no measurable difference")):
         sweep = {"recommended": 0.5, "criterion": "eval/judge", "improvement": [0.1, low, 0.21]}

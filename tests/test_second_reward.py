@@ -155,7 +155,7 @@ def test_a_run_goes_on_where_the_first_one_ended(
     alone, _ = load_for_sampling(str(first.folder))
     assert torch.equal(predicted(ours[1], x, step), predicted(alone.denoiser_for(["a dog"], schedule, 3.0), x, step))
     page = collect(second.folder)
-    assert mentions(page["summary"], "earlier brightness")
+    assert ["brightness", "earlier reward"] in [row[:2] for row in page["scores"]["rows"]]
     assert ["Continued from", str(first.folder)] in page["facts"]
     assert ["retained/brightness", "brightness"] in [[chart["key"], chart["title"]] for chart in page["charts"]]
 

@@ -55,6 +55,20 @@ def change_bounds(key: str, first: Row, last: Row) -> tuple[float, float]:
     return (bounds[0], bounds[1]) if bounds else two_errors(last[key] - first[key], change_error(key, first, last))
 
 
+def interval(bounds: tuple[float, float]) -> str:
+    """Format the interval of a change."""
+    low, high = bounds
+    return f"{low:+.3g} to {high:+.3g}" if math.isfinite(low) else "its error is not known"
+
+
+def verdict(first: float, last: float, bounds: tuple[float, float]) -> str:
+    """Return the verdict on a change with its interval, as words without the values."""
+    if first == last:
+        return "none"
+    sign = direction(*bounds)
+    return f"{'rose' if sign > 0 else 'fell' if sign < 0 else UNDECIDED} ({interval(bounds)})"
+
+
 def moved(first: float | None, last: float | None, bounds: tuple[float, float]) -> str:
     """Describe a change as a verb phrase.
 
@@ -67,11 +81,10 @@ def moved(first: float | None, last: float | None, bounds: tuple[float, float]) 
         return "is unknown"
     if first == last:
         return f"stayed at {number(first)}"
-    ends, (low, high) = f"from {number(first)} to {number(last)}", bounds
-    interval = f"{low:+.3g} to {high:+.3g}" if math.isfinite(low) else "its error is not known"
-    if sign := direction(low, high):
-        return f"{'rose' if sign > 0 else 'fell'} {ends} ({interval})"
-    return f"went {ends}, {UNDECIDED} ({interval})"
+    ends = f"from {number(first)} to {number(last)}"
+    if sign := direction(*bounds):
+        return f"{'rose' if sign > 0 else 'fell'} {ends} ({interval(bounds)})"
+    return f"went {ends}, {UNDECIDED} ({interval(bounds)})"
 
 
 def within(value: float, error: float | None) -> str:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
-from draftune.evaluation.verdict import known, standard_error, within
 from draftune.lora import saved_steps
 from draftune.prompts import PROMPT_SETS
 from draftune.report.charts import reward_column
 from draftune.report.collect import read_json, run_name
+from draftune.report.scores import score_table
 from draftune.report.settings_table import command
 from draftune.report.summary import best_step, facts, summary, warning
 from draftune.runs.export import export_lora, source_file
@@ -117,6 +116,7 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
     arguments = f"num_inference_steps={settings.num_inference_steps}, guidance_scale={settings.guidance_scale:g}"
     base = f"`{settings.model}`" if settings.model != "emoji" else EMBEDDED
     shown = best_step(evaluations) or 0 if best else metrics[-1]["step"] if metrics else 0
+    scores = score_table(evaluations, reward, settings.eval_prompt_template or "", shown)
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run_name(folder)}",
@@ -133,7 +133,10 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
         ),
         "`pipe.set_adapters` and a weight below 1 weaken the effect.",
         "## Results",
-        results(evaluations, reward, shown) or "The run has no evaluations.",
+        markdown_table(scores.head, [[f"`{name}`", *cells] for name, *cells in scores.rows])
+        if scores.rows
+        else "The run has no evaluations.",
+        scores.note,
         summary(settings, metrics, evaluations, reward),
         "## Over-optimization",
         over_optimization(settings, evaluations, reward),
@@ -146,26 +149,6 @@ def model_card(folder: Path, repository: str, best: bool = False, license: str =
         license_paragraph(base, settings, license),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def results(evaluations: Sequence[Mapping[str, Any]], reward: str | None, step: int | None) -> str:
-    """Return a table of the evaluations before training and at an update, ± two standard errors."""
-    rows = {row["step"]: row for row in evaluations}
-    if reward is None or not evaluations:
-        return ""
-    first, last = evaluations[0], rows.get(step, evaluations[-1])
-    columns = [key for key in first if key == reward or key.startswith(EVAL_PREFIX)]
-
-    def cell(row: Mapping[str, Any], key: str) -> str:
-        return within(row[key], standard_error(row, key)) if known(row, key) else "not finite"
-
-    kinds = {reward: "trained on", DIVERSITY: "not trained on"}
-    lines = [
-        [f"`{key.removeprefix(EVAL_PREFIX)}`", kinds.get(key, "not trained on"), cell(first, key), cell(last, key)]
-        for key in columns
-    ]
-    table = markdown_table(["score", "", "base model", f"after {last['step']:,} updates"], lines)
-    return f"{table}\n\nMeans over the evaluation images ± two standard errors."
 
 
 def over_optimization(settings: Settings, evaluations: Sequence[Mapping[str, Any]], reward: str | None) -> str:

@@ -13,6 +13,7 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.verdict import known
 from draftune.report.charts import charts, reward_column, sweep_charts
 from draftune.report.images import SIZES, ImageStore, evenly, fitting
+from draftune.report.scores import score_table
 from draftune.report.settings_table import command, table
 from draftune.report.summary import best_step, facts, summary, sweep_note, warning
 from draftune.runs.logs import EVALUATIONS, METRICS, SAMPLES, read_rows
@@ -51,6 +52,7 @@ def collect(run: Path | str, images: ImageStore | None = None) -> dict[str, Any]
         "name": run_name(folder),
         "facts": facts(settings, metrics, environment.get("device")),
         "summary": summary(settings, metrics, evaluations, reward),
+        "scores": score_table(evaluations, reward, settings.eval_prompt_template or "")._asdict(),
         "warning": warning(settings, evaluations, reward),
         "best": best,
         "charts": charts(metrics, evaluations, reward),

@@ -21,10 +21,11 @@ function section(id, part, build) {
   if (focused) find(focused)?.focus({ preventScroll: true });
 }
 
-function summary({ facts, summary, warning }) {
+function summary({ facts, summary, scores, warning }) {
   return [
     make("p", { class: "summary" }, summary),
     warning ? make("p", { class: "warning", role: "note" }, warning) : "",
+    scores.rows.length ? make("div", { class: "scores", role: "region", "aria-label": "Scores", tabindex: "0" }, table(scores.note, scores.head, scores.rows)) : "",
     make("dl", { class: "facts" }, ...facts.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
   ];
 }
@@ -98,7 +99,7 @@ function settings({ settings, command, environment, reward_check: check }) {
 
 function render(data) {
   const any = (part) => (part.frames.length || part.charts?.length ? part : null);
-  section("summary", [data.facts, data.summary, data.warning], () => summary(data));
+  section("summary", [data.facts, data.summary, data.scores, data.warning], () => summary(data));
   section("pairs", data.pairs.frames.length === 2 && data.pairs.frames[0].at !== data.pairs.frames[1].at ? [data.pairs, data.best] : null, () => pairs(data));
   section("curves", data.charts.length ? [data.charts, data.best] : null, () => curves(data));
   section("samples", any(data.samples) && [data.samples, data.best], () => samples(data));

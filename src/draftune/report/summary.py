@@ -7,8 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
-from draftune.evaluation.metrics import RETAINED_PREFIX
+from draftune.evaluation.criterion import EVAL_PREFIX
 from draftune.evaluation.verdict import (
     UNDECIDED,
     change_bounds,
@@ -21,7 +20,6 @@ from draftune.evaluation.verdict import (
     within,
 )
 from draftune.registry.expression import Call, parse
-from draftune.runs.logs import TEMPLATE
 from draftune.settings import Settings
 from draftune.training.early_stopping import EarlyStopping
 from draftune.utils.tables import duration
@@ -61,24 +59,12 @@ def summary(settings: Settings, metrics: Rows, evaluations: Rows, reward: str | 
     sentences = [f"{start} the reward of the training images {in_training(metrics)}."]
     if reward is not None and len(evaluations) > 1:
         sentences[0] = f"{start} the reward {course(evaluations, reward)}."
-        eval_rewards = [key for key in evaluations[0] if key.startswith(EVAL_PREFIX) and key != DIVERSITY]
-        for key in eval_rewards:
-            sentences.append(f"The evaluation reward {key.removeprefix(EVAL_PREFIX)} {course(evaluations, key)}.")
-        for key in evaluations[0]:
-            if key.startswith(RETAINED_PREFIX):
-                sentences.append(f"The earlier reward {key.removeprefix(RETAINED_PREFIX)} {course(evaluations, key)}.")
-        if DIVERSITY in evaluations[0]:
-            sentences.append(f"Diversity {course(evaluations, DIVERSITY)}.")
-        if scores := known_scores(evaluations[0].get(TEMPLATE, {}), reward):
-            sentences.append(f"The base model has {scores} with the prompts {settings.eval_prompt_template!r}.")
     if UNDECIDED in sentences[0]:
         sentences[0] = f"nothing can be said of the reward yet: {sentences[0]}"
     sentences[0] = sentences[0][0].upper() + sentences[0][1:]
     best = best_step(evaluations)
     if best is not None:
-        scores = known_scores(next(row for row in evaluations if row["step"] == best), reward)
-        found = f" ({scores})" if scores else ""
-        sentences.append(f"The LoRA in best/ is from update {best:,}{found}.")
+        sentences.append(f"The LoRA in best/ is from update {best:,}.")
         since = sum(row["step"] > best for row in evaluations)
         if done < settings.steps and settings.early_stopping_patience and since >= settings.early_stopping_patience:
             sentences.append(f"The run stopped early: {since} evaluations after it were not better.")
@@ -101,13 +87,6 @@ def in_training(metrics: Rows) -> str:
     error = sum(stdev(values) ** 2 / len(values) for values in ends) ** 0.5 if several else None
     bounds = two_errors((last or 0.0) - (first or 0.0), error)
     return moved(first, last, bounds) + (f", as means of {count} updates" if count > 1 else "")
-
-
-def known_scores(row: Mapping[str, Any], reward: str | None) -> str:
-    """Return the scores of an evaluation with two standard errors, separated by commas."""
-    columns = [key for key in row if (key == reward or key.startswith(EVAL_PREFIX)) and known(row, key)]
-    scores = [f"{key.removeprefix(EVAL_PREFIX)} {within(row[key], standard_error(row, key))}" for key in columns]
-    return ", ".join(scores)
 
 
 def course(rows: Rows, key: str) -> str:
