@@ -84,8 +84,9 @@ def sample_sets(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
     sets["base"] = labeled(model, teacher, sample_latents(model, common, 192, 3.0, 100))
     run = args.output / "run"
     if not (run / "lora").exists():
-        options = {"log_images_steps": 0, "checkpointing_steps": 0}
-        draftune.train("emoji", TEACHER, method="draft_lv", steps=args.run_steps, output=str(run), **options)
+        options = {"log_images_steps": 0, "checkpointing_steps": 0, "num_inference_steps": 20, "guidance_scale": 3.0}
+        settings = {"method": "draft_lv", "steps": args.run_steps, "learning_rate": 1e-3, "output": str(run)}
+        draftune.train("emoji", TEACHER, **settings, **options)
     load_lora(model, run / "lora")
     for i, scale in enumerate((0.3, 0.6, 0.85, 1.0)):
         set_lora_scale(model, scale)
