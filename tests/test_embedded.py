@@ -74,9 +74,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     model = load_model("emoji")
     run = draftune.train(
         model,
-        steps=12,
-        learning_rate=2e-3,
-        num_inference_steps=5,
+        steps=30,
         log_images_steps=0,
         eval_prompts=str(few_prompts(tmp_path)),
         num_validation_images=2,
@@ -93,7 +91,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     prompt = run.comparison.prompts[0]
     theirs = pipe(
         prompt,
-        num_inference_steps=5,
+        num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",

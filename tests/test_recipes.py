@@ -113,9 +113,11 @@ def test_the_judge_and_the_rewards_share_no_over_optimized_image(
     (tmp_path / "exploited").mkdir()
     assert [len(exploit.load_exploited(tmp_path, judge)) for judge in (True, False)] == [0, 0]
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 128, 128, 3).numpy()
-    numpy.savez(tmp_path / "exploited" / "round-1.npz", images=images)
+    rewards = ["emoji_aesthetic"] * 4 + ["emoji_clip"] * 4
+    numpy.savez(tmp_path / "exploited" / "round-1.npz", images=images, rewards=rewards)
     numbers = [exploit.load_exploited(tmp_path, judge)[:, 0, 0, 0].tolist() for judge in (True, False)]
     assert numbers == [[0, 4], [1, 2, 3, 5, 6, 7]]
+    assert exploit.load_exploited(tmp_path, False, exploit.DAMAGING)[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert exploit.sample_exploited(exploit.load_exploited(tmp_path), 5).shape == (5, 3, 128, 128)
 
 
