@@ -66,7 +66,7 @@ def test_the_card_says_what_was_measured(run: Path, capsys: pytest.CaptureFixtur
     low, high = last["change"][REWARD]
     assert f"({low:+.3g} to {high:+.3g})" in change
     assert "trained on" in row
-    assert mentions(text, "2 updates", "--num-inference-steps 2", "--batch-size 1", "emoji_name_accuracy")
+    assert mentions(text, "2 updates", "--batch-size 1", "emoji_name_accuracy")
     assert sorted(path.name for path in (run / "card").iterdir()) == FILES
 
 
