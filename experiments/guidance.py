@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -93,7 +94,7 @@ def guided(name: str, seed: int, runner: ExperimentRunner) -> list[Row]:
     """Evaluate a guidance method, and then the LoRA that it trained, if any."""
     model, steps, method = runner.model(), runner.budget.num_inference_steps, GUIDES[name]
     model.set_checkpointing("none")
-    options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "batch_size": BATCH}
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "batch_size": BATCH}
 
     def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return sample_guided(model, runner.reward, prompts, method, seeds=seeds, **options).images
@@ -113,10 +114,8 @@ def lora(spec: RunSpec, runner: ExperimentRunner) -> list[Row]:
 def restore(runner: ExperimentRunner) -> Image.Image:
     """Inpaint and colorize images of the base model, for a grid: known half, inpainted, grayscale, colorized, whole."""
     model, prompts, steps = runner.model(), list(RESTORED), runner.budget.num_inference_steps
-    folder, options = (
-        runner.folder / "guidance-images",
-        {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE},
-    )
+    folder = runner.folder / "guidance-images"
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE}
     whole = runner.sampler(model)(prompts, range(11, 11 + len(prompts)))
     hidden = torch.zeros_like(whole[:1])
     hidden[..., hidden.shape[-1] // 2 :] = 1

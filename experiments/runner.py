@@ -25,7 +25,6 @@ from draftune.lora import FILE_NAME, add_lora, load_lora, lora_parameters, save_
 from draftune.methods import Batch, load_method
 from draftune.models import DiffusionModel, load_model
 from draftune.prompts import load_prompts
-from draftune.recommended import recommended
 from draftune.rewards import Reward, load_reward
 from draftune.runs.environment import environment
 from draftune.runs.logs import METRICS, read_rows
@@ -47,7 +46,7 @@ COLUMNS = {
 }
 """Columns of an evaluation besides the reward, and their names in the csv files."""
 DRAFT_1, DRAFT_LV = "draft_k(k=1)", "draft_lv(n=2)"
-GUIDANCE_SCALE = recommended("emoji")["guidance_scale"]
+GUIDANCE_SCALE, LEARNING_RATE = 3.0, 1e-3
 EVAL_BATCH = 64 if torch.cuda.is_available() else 16
 """Images that an evaluation samples at once; larger batches were slower on a CPU."""
 SNAPSHOTS = "snapshots"
@@ -144,6 +143,8 @@ class ExperimentRunner:
             "prompts": self.prompts,
             "eval_prompts": "",
             "num_inference_steps": self.budget.num_inference_steps,
+            "guidance_scale": GUIDANCE_SCALE,
+            "learning_rate": LEARNING_RATE,
             "log_images_steps": 0,
             "num_log_prompts": 1,
             "prefix_reuse_steps": 1,

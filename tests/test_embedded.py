@@ -38,8 +38,8 @@ def test_sizes() -> None:
     def megabytes(folder: str) -> float:
         return sum(path.stat().st_size for path in (ROOT / folder).rglob("*") if path.is_file()) / 1e6
 
-    assert megabytes("emoji") < 25
-    assert sum(megabytes(f"emoji-{part}") for part in ("clip", "aesthetic", "judge")) < 15
+    assert megabytes("emoji") < 27
+    assert megabytes("") < 40
 
 
 def test_plain_diffusers_draws_the_same(model: DiffusionModel) -> None:
@@ -74,9 +74,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     model = load_model("emoji")
     run = draftune.train(
         model,
-        steps=12,
-        learning_rate=2e-3,
-        num_inference_steps=5,
+        steps=30,
         log_images_steps=0,
         eval_prompts=str(few_prompts(tmp_path)),
         num_validation_images=2,
@@ -93,7 +91,7 @@ def test_training_moves_the_reward_the_judge_and_the_lora_loads(tmp_path: Path) 
     prompt = run.comparison.prompts[0]
     theirs = pipe(
         prompt,
-        num_inference_steps=5,
+        num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",

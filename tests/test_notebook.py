@@ -56,7 +56,7 @@ def test_its_cells_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in cells(None):
         exec(source, names)
     assert len(names["run"].metrics) == 2
-    assert (names["strip"].width, names["strip"].height) == (6 * 64, 64)
+    assert (names["strip"].width, names["strip"].height) == (6 * 128, 128)
     assert (tmp_path / "glossy" / "pytorch_lora_weights.safetensors").is_file()
 
 

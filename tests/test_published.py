@@ -380,7 +380,7 @@ def test_folders_that_bring_code_or_other_shapes_are_refused(tmp_path: Path, cap
 
 def test_a_tokenizer_of_another_network_is_refused(tmp_path: Path) -> None:
     weights, tokenizer = published_weights.save_hpsv2(tmp_path)
-    with raises(DraftuneError, "tokens 2284 74"):
+    with raises(DraftuneError, "tokens 2306 74"):
         HPSv2(str(weights), "emoji_clip", HPS_CONFIG).load_weights()
     (tokenizer / "vocab.json").write_text("{")
     with raises(DraftuneError, "tokenizer", tokenizer):

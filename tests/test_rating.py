@@ -243,8 +243,8 @@ def test_what_cannot_be_sampled_again_is_named(tmp_path: Path) -> None:
         with raises(DraftuneError, path):
             read_settings(path, text)
     assert pair_settings(Settings(), lora_scale=0.5, precision="no") == {
-        "num_inference_steps": 20,
-        "guidance_scale": 3.0,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
         "lora_scale": 0.5,
     }
 

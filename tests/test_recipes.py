@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -112,7 +113,27 @@ def test_the_judge_and_the_rewards_share_no_over_optimized_image(
     (tmp_path / "exploited").mkdir()
     assert [len(exploit.load_exploited(tmp_path, judge)) for judge in (True, False)] == [0, 0]
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 128, 128, 3).numpy()
-    numpy.savez(tmp_path / "exploited" / "round-1.npz", images=images)
+    rewards = ["emoji_aesthetic"] * 4 + ["emoji_clip"] * 4
+    numpy.savez(tmp_path / "exploited" / "round-1.npz", images=images, rewards=rewards)
     numbers = [exploit.load_exploited(tmp_path, judge)[:, 0, 0, 0].tolist() for judge in (True, False)]
     assert numbers == [[0, 4], [1, 2, 3, 5, 6, 7]]
+    assert exploit.load_exploited(tmp_path, False, exploit.DAMAGING)[:, 0, 0, 0].tolist() == [1, 2, 3]
     assert exploit.sample_exploited(exploit.load_exploited(tmp_path), 5).shape == (5, 3, 128, 128)
+
+
+def test_the_demo_reaches_its_limits_with_the_weights_of_the_package(recipe: Callable[[str], ModuleType]) -> None:
+    demo = recipe("demo")
+    measured = json.loads((RECIPES / "demo.json").read_text(encoding="utf-8"))
+    assert measured["weights"] == demo.digest(), "the weights changed: measure again, see recipes/emoji/demo.py"
+    limits = demo.limits(measured["rows"])
+    assert [name for name, (value, limit) in limits.items() if not demo.met(name, value, limit)] == []
+
+
+def test_the_distance_of_images_is_that_of_kid_without_its_correction(recipe: Callable[[str], ModuleType]) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 8), torch.randn(7, 8)
+    squared_mmd = recipe("demo").squared_mmd
+    pairs = [(a @ b / 8 + 1) ** 3 for first, second in ((x, x), (y, y), (x, y)) for a in first for b in second]
+    expected = sum(pairs[:25]) / 25 + sum(pairs[25:74]) / 49 - 2 * sum(pairs[74:]) / 35
+    assert squared_mmd(x, y) == pytest.approx(float(expected), abs=1e-5)
+    assert squared_mmd(x, x) == pytest.approx(0.0, abs=1e-9)

@@ -158,7 +158,7 @@ def test_its_gradient_is_that_of_the_formula_and_images_are_independent(ratings:
     reward = taste(ratings)
     reward.double()
     images = torch.rand(
-        2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+        2, 3, 128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
     )
     with torch.enable_grad():
         (own,) = torch.autograd.grad(reward.score(images, ["", ""]).sum(), images)
@@ -166,7 +166,7 @@ def test_its_gradient_is_that_of_the_formula_and_images_are_independent(ratings:
     assert torch.allclose(own[:1], alone[:1], atol=1e-9)
     assert not alone[1].any()
     direction = normal(*images.shape, seed=3)
-    with torch.no_grad():  # at 64 pixels nothing is resized or rounded
+    with torch.no_grad():  # at 128 pixels nothing is resized or rounded
         step = 1e-5 * direction
         change = reward.score(images + step, ["", ""]) - reward.score(images - step, ["", ""])
     assert float(change.sum() / 2e-5) == pytest.approx(float((own * direction).sum()), rel=1e-4)

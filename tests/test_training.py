@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.methods import METHODS, BackpropMethod, Batch, DraftK, all_methods, load_method
 from draftune.models import DiffusionModel, StableDiffusion, load_model
 from draftune.prompts import metadata
-from draftune.recommended import EMOJI, METHOD_DEFAULTS, PAPER
-from draftune.registry.expression import parse
 from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
@@ -541,40 +537,9 @@ def test_the_share_of_clipped_gradients_counts_each_optimizer_step() -> None:
     assert math.isnan(clipped_share([0.5, math.inf], 1.0))
 
 
-def test_what_is_recommended_for_one_method_is_not_given_to_another() -> None:
-    assert (Settings().method, Settings().prefix_reuse_steps) == ("draft_k(k=1)", 4)
-    assert Settings(method="ddpo").prefix_reuse_steps == 1
-    assert Settings(method="draft_k(k=1)").prefix_reuse_steps == 4
-    assert Settings(method="draft_lv", prefix_reuse_steps=2).prefix_reuse_steps == 2
-    assert (Settings(model="other/model").method, Settings(model="other/model").prefix_reuse_steps) == ("draft_lv", 1)
-
-
-@pytest.mark.parametrize(
-    ("method", "reuse"),
-    [
-        ("draft_k", 4),
-        ("draft_k()", 4),
-        (" 'draft_k'( k = 1 ) ", 4),
-        ("draft_k(k=2)", 1),
-        ("kl(draft_k(k=1))", 1),
-        ("draft_k(n=1)", 1),
-        ("draft_k(", 1),
-    ],
-)
-def test_what_is_recommended_depends_on_the_method_and_not_on_its_spelling(method: str, reuse: int) -> None:
-    assert Settings(method=method).prefix_reuse_steps == reuse
-    # A method that is given beside ready settings too.
-    if reuse == 4:
-        own = replace(Settings(), prefix_reuse_steps=3)
-        assert Trainer(settings=own, method=method, steps=1, resume=False).settings.prefix_reuse_steps == 3
-
-
-def test_the_defaults_of_recommended_methods_are_those_of_their_classes() -> None:
-    named = {str(parse(values["method"])).partition("(")[0] for values in (EMOJI, PAPER)}
-    assert named <= METHOD_DEFAULTS.keys()
-    for name, defaults in METHOD_DEFAULTS.items():
-        parameters = inspect.signature(METHODS[name]).parameters
-        assert defaults == {key: parameter.default for key, parameter in parameters.items()}
+def test_each_model_has_its_recommended_method() -> None:
+    assert (Settings().method, Settings().num_inference_steps) == ("draft", 2)
+    assert Settings(model="other/model").method == "draft_lv"
 
 
 def test_only_a_prefix_of_one_length_is_shared(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from test_browser_ui import served
 from test_report import written_run
 
+from draftune.recommended import EMOJI
 from helpers.browsers import Visit
 from helpers.ui import stand_in
 
@@ -63,7 +64,7 @@ def test_the_picker_describes_before_it_is_used(visit: Visit, tmp_path: Path) ->
         assert page.locator("#reward").input_value() == ""
         for _ in range(2):
             page.locator("#add").click()
-        assert page.locator("#reward").input_value() == "emoji_aesthetic + brightness"
+        assert page.locator("#reward").input_value() == f"{EMOJI['reward']} + brightness"
         # A preset keeps the name, and its method's defaults are shown.
         page.locator("#name").fill("mine")
         page.locator("#preset").select_option("sdxl-12gb")

@@ -197,7 +197,7 @@ def test_a_full_disk_is_said_and_starts_nothing_twice(
 
 
 def test_a_change_of_the_clock_loses_no_process(client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    client.submit("/new", name="first", then="save")
+    client.submit("/new", name="first", steps="40", then="save")
     arguments, hour = ["train", "--output", "first"], 3600.0
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)", *arguments]) as process:
         started, booted = psutil.Process(process.pid).create_time(), psutil.boot_time()

@@ -23,7 +23,7 @@ __all__ = ["client", "folder"]  # fixtures of another file
 def test_a_run_starts_stops_resumes_and_finishes(client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, seconds=30)
     for name in ("first", "second"):
-        client.submit("/new", name=name, then="start")
+        client.submit("/new", name=name, steps="40", then="start")
     assert [state(client, name) for name in ("first", "second")] == ["starting", "waiting"]
     assert client.submit("/new", name="second", then="start").status_code == 422
     assert client.submit("/runs/first/start").status_code == 400
@@ -134,7 +134,7 @@ def test_a_job_has_no_stranger_on_its_path(folder: Path, tmp_path: Path) -> None
 
 def test_the_states_say_what_is_being_done(client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, seconds=30)
-    client.submit("/new", name="first", then="start", validation_steps="2")
+    client.submit("/new", name="first", then="start", steps="40", validation_steps="2")
     run = folder / "first"
     eventually(lambda: client.state.jobs.lines("first", TRAIN))
 

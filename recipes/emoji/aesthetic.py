@@ -30,7 +30,7 @@ from common import Progress, autocast, cosine, export_resnet, percent, pick_devi
 from data import STYLES, Emoji, held_out_names, table
 from draftune.rewards.aesthetic import Head
 from emoji_clip import DIM, SIZE, embed_images
-from exploit import load_exploited, sample_exploited
+from exploit import DAMAGING, load_exploited, sample_exploited
 from measure import reconstructed
 
 GLOSSY, FLAT, WORST = 8.0, 3.0, 1.0
@@ -154,7 +154,7 @@ def main() -> None:
         vae = AutoencoderKL.from_pretrained(args.assets / "emoji" / "vae").to(device).eval()
         seen = images[~held_out]
         decoded = 2 * reconstructed(vae, (seen.flatten(0, 1) + 1) / 2).view_as(seen) - 1
-        data = torch.cat([seen, decoded]), targets, load_exploited(args.data)
+        data = torch.cat([seen, decoded]), targets, load_exploited(args.data, rewards=DAMAGING)
         network, head = ResNetForImageClassification(resnet_config()).to(device), Head(DIM).to(device)
         train(network.train(), None, data, args)
         train(head, embed, data, args)
@@ -168,7 +168,7 @@ def main() -> None:
         "ResNet": lambda x: bounded(network(x.to(device))).cpu(),
     }
     scorers["mean"] = lambda x: (scorers["head"](x) + scorers["ResNet"](x)) / 2
-    evaluate(scorers, images[held_out], to_float(load_exploited(args.data, judge=True).numpy()))
+    evaluate(scorers, images[held_out], to_float(load_exploited(args.data, True, DAMAGING).numpy()))
 
 
 if __name__ == "__main__":

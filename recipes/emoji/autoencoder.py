@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/emoji/vae"))
     parser.add_argument("--crop-steps", type=int, default=3000)
     parser.add_argument("--encoder-steps", type=int, default=6000)
-    parser.add_argument("--steps", type=int, default=30000)
+    parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--decay", type=int, default=3000, help="last updates, over which the learning rate decays")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)

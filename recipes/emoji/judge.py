@@ -31,7 +31,7 @@ from common import (
     uniform,
 )
 from data import COMMON, STYLES, Emoji
-from exploit import load_exploited, sample_exploited
+from exploit import DAMAGING, load_exploited, sample_exploited
 
 SIZE = 128
 DAMAGED = "damaged"
@@ -124,7 +124,7 @@ def train(judge: ResNetForImageClassification, emoji: Emoji, args: argparse.Name
     images = to_float(emoji.images)
     background = torch.cat([backgrounds(x) for x in images.split(256)])
     name, style = labels(emoji)
-    exploited = load_exploited(args.data, judge=True)
+    exploited = load_exploited(args.data, True, DAMAGING)
 
     optimizer = torch.optim.AdamW(judge.parameters(), lr=args.learning_rate, weight_decay=0.05)
     start = load_state(args.output, judge, optimizer)

@@ -38,7 +38,7 @@ BATCH = 32
 
 @torch.no_grad()
 def sample_latents(model: DiffusionModel, prompts: Sequence[str], count: int, guidance: float, seed: int) -> Tensor:
-    """Sample clean latents [count, 4, 16, 16] for prompts in random order."""
+    """Sample clean latents [count, 8, 16, 16] for prompts in random order."""
     generator, latents = torch.Generator().manual_seed(seed), []
     order = torch.randperm(len(prompts), generator=generator).tolist()
     schedule = model.schedule(10)
@@ -84,8 +84,9 @@ def sample_sets(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
     sets["base"] = labeled(model, teacher, sample_latents(model, common, 192, 3.0, 100))
     run = args.output / "run"
     if not (run / "lora").exists():
-        options = {"log_images_steps": 0, "checkpointing_steps": 0}
-        draftune.train("emoji", TEACHER, method="draft_lv", steps=args.run_steps, output=str(run), **options)
+        options = {"log_images_steps": 0, "checkpointing_steps": 0, "num_inference_steps": 20, "guidance_scale": 3.0}
+        settings = {"method": "draft_lv", "steps": args.run_steps, "learning_rate": 1e-3, "output": str(run)}
+        draftune.train("emoji", TEACHER, **settings, **options)
     load_lora(model, run / "lora")
     for i, scale in enumerate((0.3, 0.6, 0.85, 1.0)):
         set_lora_scale(model, scale)

@@ -22,7 +22,6 @@ from data import COMMON, STYLES, Emoji
 from draftune.evaluation.kid import kid
 from draftune.evaluation.metrics import diversity, score_batches
 from draftune.models import load_model
-from draftune.recommended import recommended
 from draftune.rewards import load_reward
 from draftune.utils.images import grid, save_image
 
@@ -68,8 +67,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--guidance-scale", type=float, default=recommended("emoji")["guidance_scale"])
-    parser.add_argument("--num-inference-steps", type=int, default=recommended("emoji")["num_inference_steps"])
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--num-inference-steps", type=int, default=20)
     parser.add_argument("--grid", type=Path, help="file for an image grid of all 64 names")
     args = parser.parse_args()
 

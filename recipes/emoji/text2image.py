@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/emoji"))
     parser.add_argument("--vae", type=Path, default=Path("build/emoji/vae"))
     parser.add_argument("--output", type=Path, default=Path("build/emoji/model"))
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--decay", type=int, default=2500, help="last updates, over which the learning rate decays")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

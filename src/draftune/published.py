@@ -14,7 +14,7 @@ from draftune.utils.paths import user_path
 from draftune.utils.single_file import infer_pipeline, read_header
 
 MODELS = {
-    "emoji": "emoji at 64x64 from their names, shipped with this package",
+    "emoji": "emoji at 128x128 from their names, shipped with this package",
     "CompVis/stable-diffusion-v1-4": "Stable Diffusion 1.4, the paper's model (from the hub)",
 }
 """Models that `draftune list` names, each with a description."""

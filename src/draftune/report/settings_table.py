@@ -10,10 +10,10 @@ from draftune.settings import Settings
 
 
 def defaults(settings: Settings) -> dict[str, Any]:
-    """Return the defaults of all settings for the run's model, method and reward."""
+    """Return the defaults of all settings for the run's model and reward."""
     values = asdict(Settings(model=settings.model)) | {"model": Settings.model}
-    known = Settings(model=settings.model, method=settings.method, reward=settings.reward)
-    return values | {name: getattr(known, name) for name in ("prefix_reuse_steps", "eval_prompt_template")}
+    template = Settings(model=settings.model, reward=settings.reward).eval_prompt_template
+    return values | {"eval_prompt_template": template}
 
 
 def changed(settings: Settings) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from draftune.assets import EMBEDDED
 from draftune.errors import gather
 from draftune.rewards.base import Reward, register
 from draftune.rewards.clip import ClipEncoder, openai_preprocess
@@ -57,13 +56,3 @@ class Aesthetic(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.head(self.clip.embed_images(images))
-
-
-@register("emoji_aesthetic")
-def emoji_aesthetic() -> Reward:
-    """Aesthetic score by this package's small CLIP: glossy 3D emoji about 7 to 8, flat ones about 3.
-
-    2.9 M parameters, 6 MB, Apache-2.0; input 64x64. Source: its model card.
-    Over-optimized: scores beyond those of real emoji; everything turns purple and glossy.
-    """
-    return Aesthetic("emoji_clip", str(EMBEDDED["emoji_aesthetic"] / "model.safetensors"))

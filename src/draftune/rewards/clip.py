@@ -16,6 +16,7 @@ from draftune.errors import DraftuneError
 from draftune.rewards.base import Reward, register
 from draftune.rewards.preprocess import Preprocess
 from draftune.rewards.weights import find_network
+from draftune.settings import PROMPT
 from draftune.utils.loading import Truncation, load_part, load_tokenizer, tokenized, truncation
 
 FAMILIES = ("clip", "siglip")
@@ -88,27 +89,33 @@ def model_type(folder: Path) -> str:
 class ClipScore(Reward):
     """CLIP score: cosine of image and prompt, -1 to 1 (0.2 to 0.35 on real pairs), any CLIP or SigLIP model.
 
-    `model`: a folder or hub id in transformers' format; `scaled`: the model's own logit instead of the cosine.
+    `model`: a folder or hub id in transformers' format; `scaled`: the model's own logit instead of the cosine;
+    `template`: the text that is compared, with `{prompt}` for each image's prompt, such as "a photo of {prompt}".
     Source: Radford et al., 2021, arXiv:2103.00020; Zhai et al., 2023, arXiv:2303.15343. The default: ViT-L/14, 428 M
     parameters, 1.7 GB in float32, MIT license; input 224x224, the center square.
     Over-optimized: the prompt's words and textures all over the image; the paper saw image quality decrease.
     """
 
-    reads_prompts = True
-
-    def __init__(self, model: str = "openai/clip-vit-large-patch14", scaled: bool = False) -> None:
+    def __init__(
+        self, model: str = "openai/clip-vit-large-patch14", scaled: bool = False, template: str = PROMPT
+    ) -> None:
         super().__init__()
         self.folder = find_network(model, "the reward's model=")
-        self.scaled = scaled
+        self.scaled, self.template = scaled, template
+        self.reads_prompts = PROMPT in template
 
     def load(self) -> None:
         self.clip = ClipEncoder.from_folder(self.folder)
 
     def truncated(self, prompts: Sequence[str]) -> list[Truncation]:
-        return [truncation(f"the reward {self.label!r}", self.clip.tokenizer, prompts, self.clip.max_tokens)]
+        texts = self.texts(prompts)
+        return [truncation(f"the reward {self.label!r}", self.clip.tokenizer, texts, self.clip.max_tokens)]
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        return [self.template.replace(PROMPT, prompt) for prompt in prompts]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        cosine = self.clip.cosine(images, prompts)
+        cosine = self.clip.cosine(images, self.texts(prompts))
         if not self.scaled:
             return cosine
         model = self.clip.model
@@ -128,13 +135,14 @@ def pickscore(model: str = "yuvalkirstain/PickScore_v1") -> Reward:
 
 
 @register("emoji_clip")
-def emoji_clip(scaled: bool = False) -> Reward:
+def emoji_clip(scaled: bool = False, template: str = PROMPT) -> Reward:
     """CLIP score by this package's small CLIP, trained on emoji and their names; for the embedded model.
 
-    Cosine, -1 to 1; `scaled`: the model's logit. 2.6 M parameters, 5 MB, Apache-2.0; input 64x64; see its model card.
+    Cosine, -1 to 1; `scaled`: the model's logit; `template`: the text, such as "3d {prompt}" for a style. 2.7 M
+    parameters, 5 MB, Apache-2.0; input 128x128; see its model card.
     Over-optimized: the most characteristic part of the name is exaggerated.
     """
-    return ClipScore("emoji_clip", scaled)
+    return ClipScore("emoji_clip", scaled, template)
 
 
 def openai_preprocess(encoder: ClipEncoder) -> ClipEncoder:

@@ -1,4 +1,4 @@
-"""Evaluation rewards for the embedded model: a classifier of emoji names and styles, not meant for training."""
+"""Rewards for the embedded model: a score of glossy emoji, and a classifier of names and styles for evaluations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,41 @@ from torch.nn.functional import normalize
 from draftune.assets import EMBEDDED
 from draftune.errors import unknown
 from draftune.prompts.sets import emoji
+from draftune.rewards.aesthetic import Head
 from draftune.rewards.base import Reward, register
+from draftune.rewards.clip import ClipEncoder
 from draftune.rewards.preprocess import Preprocess
+from draftune.rewards.weights import load_into
 from draftune.utils.loading import load_part
 
 STYLE = "style: "
-STYLES = ("noto", "twemoji", "3d")
+STYLES = ("noto", "twemoji", "3d", "damaged")
+
+
+@register("emoji_aesthetic")
+class EmojiAesthetic(Reward):
+    """Score of glossy 3D emoji, 0 to 10: real ones about 8, flat ones about 3, damaged ones less.
+
+    The mean of two networks, each 10 sigmoid(logit): an MLP on the embedding of `emoji_clip`, and a ResNet of the
+    pixels. They were also trained on blurred, noisy, tinted and smeared images, and on images of models that were
+    over-optimized on their former versions. 3.4 M parameters, 7 MB, Apache-2.0; input 128x128; see its model card.
+    Over-optimized: see its model card.
+    """
+
+    def load(self) -> None:
+        from transformers import ResNetForImageClassification
+
+        folder = EMBEDDED["emoji_aesthetic"]
+        self.clip = ClipEncoder.from_folder(EMBEDDED["emoji_clip"])
+        self.head = Head(self.clip.width)
+        load_into(self.head, folder / "head.safetensors")
+        self.network = load_part(ResNetForImageClassification, folder)
+        self.preprocess = Preprocess.from_folder(folder)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        head = self.head(self.clip.embed_images(images))
+        network = self.network(pixel_values=self.preprocess(images)).logits[:, 0]
+        return 10 * torch.stack([head, network]).sigmoid().mean(0)
 
 
 class EmojiClassifier(Reward):
@@ -47,7 +76,7 @@ class EmojiNameAccuracy(EmojiClassifier):
     """Share of emoji whose name a held-out classifier predicts, among the 64 common names if it is one of them.
 
     0 or 1, without gradient: an evaluation reward, for --eval-rewards. 1.3 M parameters, 2.7 MB, Apache-2.0; input
-    64x64; see its model card. It does not measure image quality.
+    128x128; see its model card. It does not measure image quality.
     """
 
     reads_prompts = True
@@ -70,7 +99,7 @@ class EmojiNameAccuracy(EmojiClassifier):
 
 @register("emoji_style_probability")
 class EmojiStyleProbability(EmojiClassifier):
-    """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji" or "3d".
+    """Probability of a style of emoji under a held-out classifier, 0 to 1: "noto", "twemoji", "3d" or "damaged".
 
     Weights and input are those of `emoji_name_accuracy`. An evaluation reward, for --eval-rewards: a reward that is
     trained on can no longer evaluate.

@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 class LatentNetwork(nn.Module):
     """Scores latents [B, channels, H, W], which have a standard deviation of about 1, by B numbers."""
 
-    def __init__(self, channels: int = 4) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
         wide, wider = WIDTHS
         self.blocks = nn.Sequential(
@@ -62,7 +62,7 @@ class EmojiLatentAesthetic(LatentScore):
     """`emoji_aesthetic` from the embedded model's clean latents, without its decoder; about 3 to 9.
 
     A small network that was distilled from `emoji_aesthetic` and its gradient; for models with the embedded
-    autoencoder. Input: latents 4x16x16; images, as in evaluations, are encoded first. 0.2 M parameters,
+    autoencoder. Input: latents 8x16x16; images, as in evaluations, are encoded first. 0.2 M parameters,
     0.5 MB, Apache-2.0; see its model card.
     Over-optimized: as `emoji_aesthetic`, and beyond that, latents that the network scores too high.
     """

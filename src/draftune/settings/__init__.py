@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.recommended import SAMPLING, fit_to_steps, recommended, same_method, tell_sampling
+from draftune.recommended import SAMPLING, fit_to_steps, recommended, tell_sampling
 from draftune.sampling.step_range import StepRange
 from draftune.settings.field_checks import checked, setting
 from draftune.utils.model_options import ModelOptions
@@ -97,7 +97,7 @@ class Settings:
         None, "Training method, such as 'draft_k(k=10)' or 'refl(m=20)' (see 'draftune list methods')."
     )
     prefix_reuse_steps: int = setting(
-        None,
+        1,
         "Consecutive updates that train on one batch; its prefix, the sampling steps before truncation, is sampled "
         "for the first of them only.",
         low=1,
@@ -253,9 +253,6 @@ class Settings:
         options = ModelOptions.of(values)
         options.check(values["model"])
         defaults = recommended(values["model"], options)
-        if isinstance(self.method, str) and not same_method(self.method, defaults["method"]):
-            # The recommended number belongs to the recommended method.
-            defaults = defaults | {"prefix_reuse_steps": 1}
         if self.reward not in (None, defaults["reward"]):
             # The recommended template asks for what the recommended reward prefers.
             defaults = defaults | {"eval_prompt_template": ""}

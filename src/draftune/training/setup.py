@@ -20,7 +20,7 @@ from draftune.models.quantization import BACKENDS, check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import split_prompts
 from draftune.published import Defaults
-from draftune.recommended import SAMPLING, fit_to_steps, same_method
+from draftune.recommended import SAMPLING, fit_to_steps
 from draftune.rewards import Reward, parse_reward
 from draftune.rewards.online import require_trained
 from draftune.runs.run_dir import RunFolder
@@ -145,8 +145,6 @@ def resolve_settings(model: ModelLike | None, settings: Settings | None, values:
         base = {name: model.recommended[name] for name in Defaults._fields}
         base["method"] = fit_to_steps(base["method"], values.get("num_inference_steps"))
     values = {name: value for name, value in values.items() if name not in SAMPLING or value is not None}
-    if settings and not same_method(str(values.get("method", settings.method)), settings.method):
-        base.pop("prefix_reuse_steps")  # the recommended number depends on the method
     return Settings.from_mapping(base | values)
 
 
