@@ -120,7 +120,7 @@ def test_the_embedded_one_ranks_as_the_image_reward_does() -> None:
         scores.append(total.detach())
         gradients.append(torch.autograd.grad(total.sum(), x)[0].flatten(1))
     assert spearmanr(*scores).statistic > 0.6
-    assert torch.cosine_similarity(*gradients).mean() > 0.3
+    assert torch.cosine_similarity(*gradients).mean() > 0.2
 
 
 def test_it_trains_the_embedded_model(tmp_path: Path) -> None:

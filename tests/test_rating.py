@@ -203,7 +203,7 @@ def test_the_command_asks_and_goes_on(tmp_path: Path) -> None:
         assert mentions(output, "my.csv", done + 1, "of 2")
     rows = read_comparisons(tmp_path / "my.csv")
     assert sorted(row.prompt for row in rows) == ["pizza", "sun"]
-    assert json.loads(rows[0].settings) == {"guidance_scale": 3.0, "num_inference_steps": 1}
+    assert json.loads(rows[0].settings) == {"guidance_scale": 1.0, "num_inference_steps": 1}
     # The images are those that the row describes: they are sampled again, bit for bit.
     folder = tmp_path / "my-images"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
