@@ -249,3 +249,16 @@ def test_pictures_of_all_modes(tmp_path: Path) -> None:
     assert open_image(tmp_path / "turned.jpg").shape == (1, 3, 8, 6)
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").min() == 1
+
+
+def test_a_template_is_what_the_image_is_compared_with() -> None:
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    asked = load_reward("emoji_clip(template='3d {prompt}')")
+    plain, style = load_reward("emoji_clip"), load_reward("emoji_clip(template='3d')")
+    names = ["cat face", "pizza"]
+    with torch.no_grad():
+        expected = plain.score(images, [f"3d {name}" for name in names])
+        assert torch.equal(asked.score(images, names), expected)
+        assert not torch.equal(plain.score(images, names), expected)
+        assert torch.equal(style.score(images, names), plain.score(images, ["3d", "3d"]))
+    assert (asked.reads_prompts, style.reads_prompts) == (True, False)

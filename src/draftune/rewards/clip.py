@@ -112,6 +112,7 @@ class ClipScore(Reward):
         return [truncation(f"the reward {self.label!r}", self.clip.tokenizer, texts, self.clip.max_tokens)]
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts in the words of the template."""
         return [self.template.replace(PROMPT, prompt) for prompt in prompts]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
