@@ -34,11 +34,8 @@ def score_table(evaluations: Sequence[Row], reward: str | None, template: str, s
     by_step = {row["step"]: row for row in evaluations}
     first, last = evaluations[0], by_step.get(step, evaluations[-1])
     best = next((row for row in reversed(evaluations) if row.get("best") is True), last)
-    head, shown, notes = (
-        ["score", "role", "base model"],
-        [first],
-        ["Means over the evaluation images ± two standard errors"],
-    )
+    head, shown = ["score", "role", "base model"], [first]
+    notes = ["Means over the evaluation images ± two standard errors"]
     if last is not first:
         head += [f"update {last['step']:,}", "change"]
         notes.append("changes with their 95 % intervals")
