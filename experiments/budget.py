@@ -13,7 +13,7 @@ class Budget:
     """Seeds of the experiments whose claims matter."""
     few_seeds: int = 3
     """Seeds of the other experiments."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = 10
     train_prompts: int = 45
     """Training names. The paper trains on 45 animals."""
     eval_prompts: int = 64

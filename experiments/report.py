@@ -34,7 +34,7 @@ INTRODUCTION = """\
 These experiments measure claims of the DRaFT paper ([Clark et al., ICLR 2024](https://arxiv.org/abs/2309.17400)) and
 of related papers on the embedded model. It is small: its results need not hold for large models.
 
-**Setup.** The model samples emoji in 20 steps with guidance 3. Unless a section says otherwise, a run has batches of 4
+**Setup.** The model samples emoji in 10 steps without guidance. Unless a section says otherwise, a run has batches of 4
 images of 45 names, a LoRA of rank 8, AdamW with learning rate 1e-3 and the reward `emoji_aesthetic`. An evaluation has
 {images} images of names that no run trains on, other images for each seed, and the scores of judges that no run trains
 against: `p_3d`, the probability of the 3D style, and `name_accuracy`, the share of images whose name is recognized.

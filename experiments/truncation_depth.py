@@ -20,7 +20,7 @@ COLLAPSED = 0.5
 def methods(budget: Budget) -> dict[int, str]:
     """Return the method of each K, the number of last steps with gradient."""
     steps = budget.num_inference_steps
-    return {k: f"draft_k(k={k})" for k in (1, 5, 10) if k < steps} | {steps: "draft"}
+    return {k: f"draft_k(k={k})" for k in (1, 2, 5) if k < steps} | {steps: "draft"}
 
 
 def jobs(budget: Budget) -> list[Job]:
@@ -65,7 +65,7 @@ def claims(rows: list[Row]) -> list[Claim]:
     depths, updates = sorted({row["k"] for row in rows}), sorted({row["update"] for row in rows})[1:]
     early, last = updates[min(1, len(updates) - 1)], updates[-1]
     form, found = "{:+.0%} of K = 1's gain", []
-    for k in (1, 10) if 10 in depths else depths[:1]:
+    for k in depths[:2]:
         text = f"K = {k} beats full backpropagation at {early} updates"
         found.append(claim(text, at_equal_updates(rows, k, early), MARGIN, form=form))
 
