@@ -146,6 +146,8 @@ class ExperimentRunner:
             "num_inference_steps": self.budget.num_inference_steps,
             "guidance_scale": GUIDANCE_SCALE,
             "learning_rate": LEARNING_RATE,
+            "lr_scheduler": "constant",
+            "reward_batch_size": 4,
             "log_images_steps": 0,
             "num_log_prompts": 1,
             "prefix_reuse_steps": 1,

@@ -521,3 +521,11 @@ def test_a_real_run_has_its_page(pipeline_folder: Path, tmp_path: Path) -> None:
 def test_a_run_is_wanted() -> None:
     with raises(DraftuneError, "run nowhere"):
         write_report("nowhere")
+
+
+def test_a_long_name_of_a_score_is_cut_in_the_terminal() -> None:
+    name = " + ".join(["emoji_clip(template='a photo of {prompt}')"] * 3)
+    evaluation = Evaluation({name: torch.zeros(2, 1), "b": torch.zeros(2, 1)}, ["a", "b"], torch.rand(2, 3, 8, 8))
+    lines = Comparison(evaluation, evaluation).table().splitlines()
+    assert lines[0].startswith(f"{name[:47]}…  ")
+    assert len({line.index("→") for line in lines}) == 1

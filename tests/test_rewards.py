@@ -52,7 +52,10 @@ def test_algebra() -> None:
 def test_two_parts_of_one_kind_are_logged_apart() -> None:
     reward = load_reward("jpeg_compressibility(quality=10) + jpeg_compressibility(quality=50)")
     _, parts = reward.components(torch.rand(1, 3, 16, 16), [""])
-    assert list(parts) == ["jpeg_compressibility", "jpeg_compressibility-2"]
+    assert list(parts) == ["jpeg_compressibility(quality=10)", "jpeg_compressibility(quality=50)"]
+    assert reward.label == "jpeg_compressibility(quality=10) + jpeg_compressibility(quality=50)"
+    _, parts = (Constant(1.0, "a") + Constant(2.0, "a")).components(torch.rand(1, 3, 16, 16), [""])
+    assert list(parts) == ["a", "a-2"]
 
 
 def test_rewards_run_in_float32_under_autocast() -> None:

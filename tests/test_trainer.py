@@ -192,11 +192,12 @@ def test_learning_rates(name: str) -> None:
         assert min(rates) > 0
 
 
-def test_the_default_schedule() -> None:
+def test_the_constant_schedule() -> None:
     """Bit for bit the linear warmup to a constant learning rate."""
-    rate = learning_rates(Settings(learning_rate=3e-4, steps=9, lr_warmup_steps=7))
+    constant = {"learning_rate": 3e-4, "steps": 9, "lr_scheduler": "constant_with_warmup"}
+    rate = learning_rates(Settings(**constant, lr_warmup_steps=7))
     assert [rate(step) for step in range(1, 10)] == [3e-4 * min(1.0, step / 7) for step in range(1, 10)]
-    rate = learning_rates(Settings(learning_rate=3e-4, steps=9))
+    rate = learning_rates(Settings(**constant))
     assert {rate(step) for step in range(1, 10)} == {3e-4}
 
 

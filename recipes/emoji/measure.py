@@ -25,14 +25,14 @@ from draftune.models import load_model
 from draftune.rewards import load_reward
 from draftune.utils.images import grid, save_image
 
-JUDGES = "emoji_name_accuracy + emoji_style_probability(style='3d') + emoji_aesthetic + emoji_clip"
+JUDGES = "emoji_name_accuracy + emoji_style_probability(style='{style}') + emoji_aesthetic + emoji_clip"
 
 
 class Measure:
     """Prints one line for each set of images, with the real images to compare it with."""
 
-    def __init__(self, emoji: Emoji) -> None:
-        self.judges = load_reward(JUDGES)
+    def __init__(self, emoji: Emoji, style: str = "3d") -> None:
+        self.judges = load_reward(JUDGES.format(style=style))
         self.judge = load_reward("emoji_style_probability")
         images = (to_float(emoji.images) + 1) / 2
         number = {pair: i for i, pair in enumerate(zip(emoji.names, emoji.styles, strict=True))}

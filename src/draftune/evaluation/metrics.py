@@ -21,6 +21,8 @@ from draftune.sampling.schedule import Schedule
 
 RETAINED_PREFIX = "retained/"
 """Prefix of the columns of an earlier training's reward."""
+NAME_WIDTH = 48
+"""Widest name of a score in a table for a terminal, in characters."""
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 """A function that samples images [N, 3, H, W] from N prompts and N seeds."""
 
@@ -98,15 +100,16 @@ class Comparison:
     def table(self) -> str:
         """Format a line for each score: both means, their difference, and what its 95 % interval says.
 
-        What the base model reaches with the template of prompts comes last.
+        What the base model reaches with the template of prompts comes last. Long names are cut to fit a terminal.
         """
-        width, lines = max(map(len, self.scores)), []
+        width, lines = min(NAME_WIDTH, max(map(len, self.scores))), []
         for name, s in self.paired().items():
             between = f"{s.low:+.3f} to {s.high:+.3f}" if math.isfinite(s.low) else "interval unknown"
             verdict = "" if direction(s.low, s.high) else f", {UNDECIDED}"
             other = f" | {self.template[name]:.3f}" if name in self.template else ""
             change = f"({s.difference:+.3f})  {between}{verdict}{other}"
-            lines.append(f"{name:{width}}  {s.base:8.3f} → {s.tuned:8.3f}  {change}")
+            short = name if len(name) <= width else f"{name[: width - 1]}…"
+            lines.append(f"{short:{width}}  {s.base:8.3f} → {s.tuned:8.3f}  {change}")
         return "\n".join(lines)
 
     def paired(self) -> dict[str, Paired]:

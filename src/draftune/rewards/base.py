@@ -76,13 +76,15 @@ class Reward(nn.Module):
     def named_terms(self) -> dict[str, tuple[float, Reward]]:
         """The weighted parts by their names in logs and tables.
 
-        A part that occurs twice has one name and the sum of its weights. Different parts with one label get numbers.
+        A part that occurs twice has one name and the sum of its weights. Different parts with one label are named by
+        their expressions, and get numbers if these are the same too.
         """
         named: dict[str, tuple[float, Reward]] = {}
-        for weight, part in self.terms:
-            label, count = part.label, 2
+        parts = [part for _, part in self.terms]
+        for (weight, part), name in zip(self.terms, distinct_names(parts), strict=True):
+            label, count = name, 2
             while label in RESERVED_COLUMNS or (label in named and named[label][1] is not part):
-                label, count = f"{part.label}-{count}", count + 1
+                label, count = f"{name}-{count}", count + 1
             named[label] = (named[label][0] if label in named else 0.0) + weight, part
         return named
 
@@ -144,6 +146,12 @@ class Reward(nn.Module):
         return -1.0 * self
 
 
+def distinct_names(parts: Sequence[Reward]) -> list[str]:
+    """Return the label of each reward, or its expression where another reward has the same label."""
+    shared = {part.label for part in parts for other in parts if other is not part and other.label == part.label}
+    return [part.expression or part.label if part.label in shared else part.label for part in parts]
+
+
 class WeightedSum(Reward):
     """A weighted sum of rewards."""
 
@@ -151,7 +159,8 @@ class WeightedSum(Reward):
         super().__init__()
         self.weights = [float(weight) for weight, _ in terms]
         self.rewards = nn.ModuleList(part for _, part in terms)
-        self.label = written_sum([(weight, part.label) for weight, part in terms], digits=4)
+        names = distinct_names([part for _, part in terms])
+        self.label = written_sum([(weight, name) for (weight, _), name in zip(terms, names, strict=True)], digits=4)
         if all(part.expression for _, part in terms):
             self.expression = written_sum([(weight, part.expression) for weight, part in terms])
 

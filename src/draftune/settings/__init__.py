@@ -148,7 +148,7 @@ class Settings:
         "", "Filter for the gradients of the LoRA's output channels (see 'draftune list filters'); '' for none."
     )
     learning_rate: float = setting(None, "Peak learning rate.", low=0)
-    lr_scheduler: str = setting("constant_with_warmup", "Learning-rate schedule (names of diffusers).", SCHEDULERS)
+    lr_scheduler: str = setting(None, "Learning-rate schedule (names of diffusers).", SCHEDULERS)
     lr_warmup_steps: int = setting(0, "Updates over which the learning rate rises linearly to its peak.", low=0)
     lr_num_cycles: int = setting(1, "Number of cycles of cosine_with_restarts.", low=1)
     lr_power: float = setting(1.0, "Exponent of the polynomial schedule.", low=0)
