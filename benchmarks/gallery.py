@@ -3,7 +3,7 @@
     python benchmarks/gallery.py                # all rewards: about 30 minutes on two CPU cores
     python benchmarks/gallery.py symmetry       # one reward
 
-Each run is `draftune train` with the flags shown under its image, which has a row for every 60 updates. The independent
+Each run is `draftune train` with the flags shown under its image, which has a row for every 40 updates. The independent
 measurements use the saved images with 8 bits a channel, and no code of the reward.
 """
 

@@ -38,16 +38,16 @@ EMOJI: dict[str, Any] = {
     "eval_prompts": "emoji-common",
     "eval_prompt_template": "noto {prompt}",
     "eval_rewards": 'emoji_name_accuracy + emoji_style_probability(style="noto")',
-    "steps": 240,
+    "steps": 160,
     "num_inference_steps": 2,
     "guidance_scale": 1.0,
     "gradient_checkpointing": "none",  # graphs of images this small fit into any memory
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "lr_scheduler": "cosine",
     "lora_target_modules": ATTENTION,
     "mixed_precision": "no",
-    "log_images_steps": 60,
-    "checkpointing_steps": 60,
+    "log_images_steps": 40,
+    "checkpointing_steps": 40,
 }
 SAMPLING = ("num_inference_steps", "guidance_scale")
 announced: set[str] = set()
