@@ -104,35 +104,57 @@ class Experiment:
 
 SIZE: dict[str, Measure] = {"bytes as a JPEG of quality 75": jpeg_bytes}
 EXPERIMENTS = [
-    Experiment("jpeg_compressibility", "--reward jpeg_compressibility", SIZE, "TODO"),
-    Experiment("jpeg_incompressibility", "--reward jpeg_incompressibility", SIZE, "TODO"),
+    Experiment(
+        "jpeg_compressibility",
+        "--reward jpeg_compressibility",
+        SIZE,
+        "Smaller JPEG files: edges and texture cost bytes, plain areas do not.",
+    ),
+    Experiment(
+        "jpeg_incompressibility",
+        "--reward jpeg_incompressibility",
+        SIZE,
+        "Larger JPEG files: edges, texture and noise cost bytes.",
+    ),
     Experiment(
         "symmetry",
         "--reward symmetry",
         {"difference from the mirror image, levels of 255": difference(ImageOps.mirror)},
-        "TODO",
+        "Images that equal their mirror images, which asks for another layout.",
     ),
     Experiment(
         "rotation",
         "--reward rotation",
         {"difference from itself upside down, levels of 255": difference(lambda p: p.rotate(180))},
-        "TODO",
+        "Images that look the same when rotated by 180 degrees.",
     ),
-    Experiment("color", "--reward 'color(target=orange)'", {"share of orange pixels": share_of_hue("orange")}, "TODO"),
+    Experiment(
+        "color",
+        "--reward 'color(target=orange)'",
+        {"share of orange pixels": share_of_hue("orange")},
+        "Pixels near orange, whatever the prompt says.",
+    ),
     Experiment(
         "classify",
         "--reward 'classify(target=902)'",
         {"share that the classifier calls a whistle (902) first": top1(902)},
-        "TODO",
+        "Images that EfficientNet-Lite0, with its published weights, takes for a whistle.",
     ),
     Experiment(
         "emoji_aesthetic",
         """--reward emoji_aesthetic --eval-rewards 'emoji_name_accuracy + emoji_style_probability(style="3d")'""",
         {},
-        "TODO",
+        "Glossy 3D emoji. The judge that measures the style is not part of the reward.",
     ),
-    Experiment("emoji_clip", "--reward emoji_clip", {}, "TODO"),
-    Experiment("sum", "--reward 'emoji_aesthetic + 0.03*jpeg_compressibility'", SIZE, "TODO"),
+    Experiment(
+        "emoji_clip", "--reward emoji_clip", {}, "The similarity of image and prompt, without a word for a style."
+    ),
+    Experiment(
+        "sum",
+        "--reward 'emoji_aesthetic + 0.03*jpeg_compressibility'",
+        SIZE,
+        "A sum of two rewards: glossy with less detail. Each term is logged separately.",
+    ),
 ]
 
 
@@ -160,7 +182,7 @@ def sampled(folder: Path, step: int) -> Tensor:
 
 
 def image_path(name: str) -> Path:
-    """Return the path of a reward's before/after image."""
+    """Return the path of a reward's image."""
     return DOCS / "gallery" / f"{name}.png"
 
 
