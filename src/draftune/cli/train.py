@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 COMMAND = Command(
     "train",
     "fine-tune a LoRA on a reward",
-    "Fine-tune a LoRA on a reward. Without flags, the embedded emoji model is trained on its aesthetic reward.",
+    "Fine-tune a LoRA on a reward. Without flags, the embedded emoji model is trained toward one of its styles.",
     "draftune train --model emoji --reward emoji_aesthetic --output runs/first",
     arguments,
     run,
