@@ -48,18 +48,18 @@ def test_the_slider_swaps_the_pictures(visit: Visit, report: str) -> None:
 
 
 def test_the_page_in_the_docs(visit: Visit) -> None:
-    """The over-optimised run of docs/tutorials/over-optimization.md: the judge's names fall from update 70 to 100."""
+    """The run of docs/tutorials/offline-demo.md."""
     page = Path(__file__).parents[1] / "docs" / "report.html"
     visit.page.goto(page.as_uri())
-    assert mentions(visit.page.locator("main").inner_text(), 10.363)
+    assert mentions(visit.page.locator("main").inner_text(), 0.6699)
     slider, images = visit.page.locator("#at-update"), visit.page.locator("#samples img")
     assert images.count() == 8
     seen = {images.first.get_attribute("src")}
     slider.focus()
-    for _ in range(10):
+    for _ in range(4):
         slider.press("ArrowLeft")
         seen.add(images.first.get_attribute("src"))
-    assert len(seen) == 11
+    assert len(seen) == 5
     assert visit.page.locator("#samples output").inner_text() == "base model"
     assert {urlsplit(url).scheme for url in visit.requests} <= {"file", "data"}
 
