@@ -17,6 +17,7 @@ from PIL import Image
 from draftune.cli.main import build_parser, main
 from draftune.cli.train import train_settings
 from draftune.prompts import load_prompts
+from draftune.recommended import EMOJI
 from draftune.report import card as module
 from draftune.settings import Settings
 from helpers.errors import mentions
@@ -26,7 +27,7 @@ TRAIN += " --report-to none --lora-rank 2"
 FILES = ["README.md", "before_after.png", "config.yaml", "prompts.txt", "pytorch_lora_weights.safetensors"]
 
 
-REWARD = "emoji_aesthetic + 20*emoji_clip"
+REWARD = EMOJI["reward"]
 """Column of the default reward of the embedded model."""
 
 
