@@ -1,6 +1,6 @@
 """Train the embedded model on each reward and write docs/gallery.md, with an independent measurement for each.
 
-    python benchmarks/gallery.py                # all rewards: about 30 minutes on two CPU cores
+    python benchmarks/gallery.py                # all rewards, about four minutes each on two CPU cores
     python benchmarks/gallery.py symmetry       # one reward
 
 Each run is `draftune train` with the flags shown under its image, which has a row for every 40 updates. The independent
@@ -20,16 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageColor, ImageOps
-from torch import Tensor
 
 from draftune.cli.main import build_parser
 from draftune.cli.train import train_settings
 from draftune.rewards.classify import Classify
 from draftune.runs.logs import SAMPLES, read_rows
 from draftune.training import train
-from draftune.utils.images import from_pil, grid, open_image, save_image, to_pil
+from draftune.utils.images import from_pil, grid, save_image, to_pil
+from guard import sampled
 
 DOCS = Path(__file__).parent.parent / "docs"
 RUNS = Path("runs/gallery")
@@ -174,11 +173,6 @@ def run(experiment: Experiment) -> None:
     samples = {int(row["step"]): row for row in read_rows(done.folder / SAMPLES)}
     images = [sampled(done.folder, step) for step in samples]
     save_image(grid(images, [str(step) for step in samples], samples[0]["prompts"]), image_path(experiment.name))
-
-
-def sampled(folder: Path, step: int) -> Tensor:
-    """Return the sample images [N, 3, H, W] of a run after an update."""
-    return torch.cat([open_image(path) for path in sorted((folder / "samples" / f"step-{step:06d}").iterdir())])
 
 
 def image_path(name: str) -> Path:

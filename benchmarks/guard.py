@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from draftune.evaluation.criterion import EVAL_PREFIX
 from draftune.runs.logs import EVALUATIONS, SAMPLES, read_rows
@@ -34,6 +35,11 @@ def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -
     return Image.open(file).convert("RGB")
 
 
+def sampled(folder: Path, step: int) -> Tensor:
+    """Return the sample images [N, 3, H, W] of a run after an update."""
+    return torch.cat([open_image(path) for path in sorted((folder / "samples" / f"step-{step:06d}").iterdir())])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -46,10 +52,7 @@ def main() -> None:
     above = curves(rows, {reward: f"{reward}, the training reward"} | eval_rewards, best)
     samples = {int(row["step"]): row for row in read_rows(args.run / SAMPLES)}
     shown = {0: "base", best: f"update {best}, best/", int(rows[-1]["step"]): f"update {int(rows[-1]['step'])}"}
-    images = [
-        torch.cat([open_image(path) for path in sorted((args.run / "samples" / f"step-{step:06d}").iterdir())])
-        for step in shown
-    ]
+    images = [sampled(args.run, step) for step in shown]
     captions = [[f"{score:.3g}" for score in samples[step]["scores"]] for step in shown]
     below = grid(images, list(shown.values()), samples[0]["prompts"], captions)
     above = above.resize((below.width, above.height * below.width // above.width), Image.Resampling.LANCZOS)
