@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 1,
     "lora_rank": 4,
     "learning_rate": 1e-3,
+    "lr_scheduler": "constant",
     "checkpointing_steps": 1,
     "log_images_steps": 4,
     "num_log_prompts": 1,
@@ -74,13 +75,14 @@ def saving(folder: Path) -> bool:
 
 
 def killed(process: ForkServerProcess, folder: Path, moment: str, delay: float) -> bool:
-    """Kills the process at a moment: some seconds after its start, after it wrote an update, or in a save.
+    """Kills the process at a moment: some seconds after its start, after it wrote two updates, or in a save.
 
     Whether it was in time.
     """
     before = len(updates(folder))
     if moment != "start":
-        while process.is_alive() and len(updates(folder)) == before:
+        # The second update is written after the first one's checkpoint: each such process makes progress.
+        while process.is_alive() and len(updates(folder)) < before + 2:
             time.sleep(0.002)
     end = time.monotonic() + delay
     while process.is_alive() and (not saving(folder) if moment == "save" else time.monotonic() < end):
