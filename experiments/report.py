@@ -98,7 +98,7 @@ def write_figure(path: Path, experiment: Experiment, rows: Sequence[Row]) -> Non
 
 
 def write_results(path: Path, experiments: Mapping[str, Experiment], rows: Mapping[str, list[Row]]) -> None:
-    """Write RESULTS.md of the experiments that have rows."""
+    """Write RESULTS.md of the experiments that have rows, with the names of the others."""
     summary: list[dict[str, str]] = []
     for name, own in rows.items():
         for claim in experiments[name].claims(own):
@@ -108,18 +108,10 @@ def write_results(path: Path, experiments: Mapping[str, Experiment], rows: Mappi
     sections = [section(name, experiments[name], own) for name, own in rows.items()]
     everything = [row for own in rows.values() for row in own]
     images = max((row["images"] for row in everything if row.get("images")), default=0)
-    parts = [
-        "# Results",
-        INTRODUCTION.format(images=images),
-        "## Summary",
-        markdown(summary),
-        wrap(origin(everything)),
-        *sections,
-        EARLIER,
-    ]
-
-    text = "\n\n".join(parts)
-
+    parts = ["# Results", INTRODUCTION.format(images=images), "## Summary", markdown(summary), wrap(origin(everything))]
+    if missing := [f"`{name}`" for name in experiments if name not in rows]:
+        parts.append(wrap(f"Not measured with these weights yet: {', '.join(missing)}."))
+    text = "\n\n".join([*parts, *sections, EARLIER])
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

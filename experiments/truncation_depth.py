@@ -20,7 +20,7 @@ COLLAPSED = 0.5
 def methods(budget: Budget) -> dict[int, str]:
     """Return the method of each K, the number of last steps with gradient."""
     steps = budget.num_inference_steps
-    return {k: f"draft_k(k={k})" for k in (1, 2, 5) if k < steps} | {steps: "draft"}
+    return {k: f"draft_k(k={k})" for k in (1, 5) if k < steps} | {steps: "draft"}
 
 
 def jobs(budget: Budget) -> list[Job]:

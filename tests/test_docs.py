@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -21,10 +22,14 @@ from draftune.cli import COMMANDS, Command, train
 from draftune.cli.main import build_parser, expressions_joined
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import parse_criterion
-from draftune.methods import METHODS
+from draftune.methods import METHODS, load_method
+from draftune.models import load_model
+from draftune.models.base import DiffusionModel
 from draftune.registry.expression import parse
 from draftune.rewards import REWARDS
+from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
+from draftune.training.setup import check_trained_steps
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -76,7 +81,7 @@ def check(argv: list[str]) -> str:
     assert not extra, argv
     if args.command in ("train", "preflight"):
         args.config = None  # of a run that only the reader has
-        train.train_settings(args)
+        check_method(train.train_settings(args))
     for name, read in {
         "reward": parse,
         "eval_rewards": parse,
@@ -86,6 +91,21 @@ def check(argv: list[str]) -> str:
         if getattr(args, name, None):
             read(getattr(args, name))  # type: ignore[operator]
     return str(args.command)
+
+
+@cache
+def embedded_model() -> DiffusionModel:
+    return load_model("emoji")
+
+
+def check_method(settings: Settings) -> None:
+    """Let a method refuse the embedded model's sampling steps, which have few steps by default."""
+    if settings.model == "emoji" and ".py" not in settings.method:
+        model, method = embedded_model(), load_method(settings.method)
+        model.lora_steps = StepRange.parse(settings.lora_steps)
+        schedule = model.schedule(settings.num_inference_steps)
+        method.check(schedule)
+        check_trained_steps(settings, method, schedule)
 
 
 def shell(document: Path) -> str:
@@ -193,6 +213,8 @@ def test_these_tests_see_what_is_wrong() -> None:
         "draftune train --stepz 3",
         "draftune train --steps 0",
         "draftune train --reward 'clip +'",
+        "draftune train --method 'draft_k(k=3)'",
+        "draftune train --method 'draft_k(k=1)' --lora-steps 0.0-0.5",
         "draftune list a b",
     ):
         with pytest.raises((DraftuneError, AssertionError)):

@@ -25,7 +25,7 @@ from draftune.evaluation.metrics import Comparison, Evaluation, Paired, interval
 from draftune.lora import add_lora, lora_parameters, save_lora
 from draftune.models import DiffusionModel, load_model
 from draftune.rewards import load_reward
-from draftune.runs.load import LoRASource, resolve_lora, resolve_loras
+from draftune.runs.load import LoRASource, load_for_sampling, resolve_lora, resolve_loras
 from draftune.settings import Settings
 from draftune.utils.images import open_image
 from helpers.errors import mentions
@@ -252,6 +252,20 @@ def test_other_ways_of_drawing_have_their_own_base(
     assert {row["base"] for row in json.loads(path.read_text())["scores"]} == {
         row["base"] for row in said["scores"] if row["source"] == str(runs[0])
     }
+
+
+def test_weights_are_stored_as_in_the_run(runs: list[Path], pipeline_folder: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "bf16", pipeline_folder, mixed_precision="bf16")
+
+    def weights(source: Path, **values: str) -> torch.dtype:
+        return load_for_sampling(str(source), device="cpu", **values)[0].denoiser.dtype  # type: ignore[arg-type]
+
+    assert weights(run) == weights(run / "best") == torch.bfloat16
+    assert weights(run, precision="no") == weights(runs[0]) == weights(pipeline_folder) == torch.float32
+    assert weights(runs[0], precision="bf16") == torch.bfloat16
+    # A leaderboard of both has two base models.
+    board = compare(resolve_loras([str(run), str(runs[0])]), resolve_eval_spec(resolve_loras([str(run)]), num_images=1))
+    assert {entry.tuned.source: entry.base for entry in board.entries} == {str(run): 0, str(runs[0]): 1}
 
 
 def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(runs: list[Path], tmp_path: Path) -> None:

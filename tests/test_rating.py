@@ -242,7 +242,7 @@ def test_what_cannot_be_sampled_again_is_named(tmp_path: Path) -> None:
     for text in ("[", "3", '{"size": 3}'):
         with raises(DraftuneError, path):
             read_settings(path, text)
-    assert pair_settings(Settings(), lora_scale=0.5, precision="no") == {
+    assert pair_settings(Settings(), lora_scale=0.5, precision=None) == {
         "num_inference_steps": 2,
         "guidance_scale": 1.0,
         "lora_scale": 0.5,

@@ -137,13 +137,14 @@ def add_device(parser: Arguments, precision: bool = True) -> None:
     )
     if precision:
         parser.add_argument(
-            "--mixed-precision", choices=PRECISIONS, default="no", help="precision of the model (default: no, float32)"
+            "--mixed-precision",
+            choices=PRECISIONS,
+            help="precision of the model (default: that of the run; without a run, that in which the model is trained)",
         )
         parser.add_argument(
             "--quantization",
             choices=QUANTIZATIONS,
-            default="none",
-            help="backend that stores the denoiser's linear layers in 8 or 4 bits (default: none)",
+            help="backend that stores the denoiser's linear layers in 8 or 4 bits (default: that of the run, or none)",
         )
 
 
@@ -247,6 +248,7 @@ def load_source(args: argparse.Namespace) -> tuple[DiffusionModel, Settings]:
 
 
 def drawing_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the sampling settings that were given as options of `add_drawing`."""
-    flags = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    """Return the settings of sampling and of the weights' storage that were given as options of `add_drawing`."""
+    names = ("num_inference_steps", "guidance_scale", "negative_prompt", "mixed_precision", "quantization")
+    flags = {name: getattr(args, name) for name in names}
     return {name: value for name, value in flags.items() if value is not None}

@@ -65,16 +65,7 @@ def run(args: argparse.Namespace) -> None:
     for folder in filter(None, (output and output.parent, image_dir)):
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    board = compare(
-        loras,
-        yardstick,
-        args.sort,
-        args.lora_scale,
-        args.device,
-        args.mixed_precision,
-        write_images,
-        args.quantization,
-    )
+    board = compare(loras, yardstick, args.sort, args.lora_scale, args.device, write_images)
     print(board.table())
     if output:
         with writing_to(output):

@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> None:
     tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    result = sweep(
-        tuned, yardstick, scales, args.metric_for_best_model, args.device, args.mixed_precision, args.quantization
-    )
+    result = sweep(tuned, yardstick, scales, args.metric_for_best_model, args.device)
     with writing_to(output):
         result.write(output)
     prompts, each = len(yardstick.prompts), yardstick.num_images

@@ -107,21 +107,17 @@ def compare(
     sort: str | None = None,
     lora_scale: float = 1.0,
     device: str = "auto",
-    precision: str = "no",
     on_comparison: Callable[[LoRASource, Comparison], None] | None = None,
-    quantization: str = "none",
 ) -> Leaderboard:
     """Evaluate LoRAs and their base models. LoRAs with the same sampling settings share the base images.
 
     Args:
-        loras: The LoRAs.
+        loras: The LoRAs. Their settings say in which precision and quantization the base models are loaded.
         yardstick: The specification of the evaluation.
         sort: Column to sort by; the reward's by default.
         lora_scale: Scale of the LoRAs.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
-        precision: "no", "bf16" or "fp16".
         on_comparison: Called with each LoRA and its comparison, whose images are released afterwards.
-        quantization: "none" or a quantization of the base models, see `draftune.models.load_model`.
 
     Raises:
         DraftuneError: a LoRA does not fit its model, or there is no column `sort`.
@@ -135,7 +131,7 @@ def compare(
     with tqdm(total=len(loras) + len(groups), desc="evaluating", leave=False, disable=None) as progress:
         for number, group in enumerate(groups.values()):
             settings = loras[group[0]].settings
-            model = load_base_with_loras({f"lora{i}": loras[i] for i in group}, device, precision, quantization)
+            model = load_base_with_loras({f"lora{i}": loras[i] for i in group}, device)
             tell_truncated(yardstick.prompts, model, yardstick.rewards if number == 0 else (), settings.negative_prompt)
             set_lora_scales(model, {f"lora{group[0]}": 0.0})
             base = yardstick.measure(model, settings)

@@ -190,20 +190,16 @@ def sweep(
     scales: Sequence[float] = SCALES,
     metric_for_best_model: str | None = None,
     device: str = "auto",
-    precision: str = "no",
-    quantization: str = "none",
 ) -> ScaleSweep:
     """Evaluate a LoRA at several scales and at 0, the base model.
 
     Args:
-        tuned: The LoRA.
+        tuned: The LoRA. Its settings say in which precision and quantization the base model is loaded.
         yardstick: The specification of the evaluation.
         scales: The scales.
         metric_for_best_model: The criterion, a weighted sum of columns as in `Settings.metric_for_best_model`. Default:
             that of the LoRA's run.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
-        precision: "no", "bf16" or "fp16".
-        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
 
     Raises:
         DraftuneError: the LoRA does not fit its model, or the criterion has an unknown column.
@@ -212,7 +208,7 @@ def sweep(
     metric_for_best_model = settings.metric_for_best_model if metric_for_best_model is None else metric_for_best_model
     columns = parse_criterion(metric_for_best_model) if metric_for_best_model else {}
     yardstick.ready(default_device(device))
-    model = load_base_with_loras({ADAPTER: tuned}, device, precision, quantization)
+    model = load_base_with_loras({ADAPTER: tuned}, device)
     tell_truncated(yardstick.prompts, model, yardstick.rewards, settings.negative_prompt)
     shown = [yardstick.prompts[i] for i in yardstick.shown]
     marks: list[ScalePoint] = []

@@ -23,9 +23,9 @@ from draftune.utils.model_options import ModelOptions
 LOADING: dict[str, Any] = {
     "base": None,
     "lora_scale": 1.0,
-    "precision": "no",
+    "precision": None,
     "skip_text_encoder": False,
-    "quantization": "none",
+    "quantization": None,
 }
 """Arguments of `load_for_sampling` that images depend on, and their defaults."""
 

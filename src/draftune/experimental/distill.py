@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from draftune.evaluation.reward_check import tell_truncated
 from draftune.lora import ADAPTER, FROZEN_ADAPTER, LoRADeltas, add_lora, deltas_of_peft, lora_parameters
 from draftune.models import DiffusionModel
 from draftune.prompts import load_prompts
-from draftune.runs.load import load_base_with_loras, read_deltas, resolve_lora
+from draftune.runs.load import load_base_with_loras, override, read_deltas, resolve_lora
 from draftune.runs.merge import check_folder
 from draftune.sampling.sampler import Denoiser, ddim_step
 from draftune.sampling.schedule import Prediction, Step
@@ -76,8 +76,8 @@ def distill_lora(
     skip_text_encoder: bool = False,
     options: ModelOptions = NO_OPTIONS,
     device: str = "auto",
-    precision: str = "no",
-    quantization: str = "none",
+    precision: str | None = None,
+    quantization: str | None = None,
 ) -> Distilled:
     """Train a LoRA of a lower rank to predict what the source LoRA predicts, and write it into a folder.
 
@@ -111,9 +111,11 @@ def distill_lora(
     texts = [prompt for group in groups for prompt in group]
     balance = balanced_weights([len(group) for group in groups], group_balance)
     weights = [weight for weight, group in zip(balance, groups, strict=True) for _ in group]
-    if precision == "fp16":
-        raise DraftuneError("distillation does not work in fp16: use bf16 or no")
     tuned = resolve_lora(source, model, skip_text_encoder, options)
+    settings = override(tuned.settings, mixed_precision=precision, quantization=quantization)
+    tuned = replace(tuned, settings=settings)
+    if settings.mixed_precision == "fp16":
+        raise DraftuneError("distillation does not work in fp16: use bf16 or no (mixed_precision)")
     deltas = read_deltas(source, tuned.base, skip_text_encoder, tuned.options)
     if len(deltas.parts) > 1:
         raise DraftuneError(
@@ -122,7 +124,7 @@ def distill_lora(
         )
     if rank < 1 or rank >= (largest := max(layer.rank for layer in deltas.layers.values())):
         raise DraftuneError(f"rank must be at least 1 and below that of {source!r}, {largest}, got {rank}")
-    loaded = load_base_with_loras({FROZEN_ADAPTER: tuned}, device, precision, quantization)
+    loaded = load_base_with_loras({FROZEN_ADAPTER: tuned}, device)
     loaded.check_prompts(texts, tuned.settings.negative_prompt)
     tell_truncated(texts, loaded, (), tuned.settings.negative_prompt)
     # add_lora omits layers whose output the model does not use.

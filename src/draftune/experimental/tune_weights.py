@@ -18,16 +18,15 @@ from draftune.evaluation.metrics import interval, score_batches
 from draftune.evaluation.reward_check import tell_truncated
 from draftune.experimental.zeroth_order import Estimator
 from draftune.lora import set_lora_scales
-from draftune.models import DiffusionModel, load_model
+from draftune.models import DiffusionModel
 from draftune.prompts import load_prompts
 from draftune.rewards import Reward, load_reward, parse_reward
 from draftune.rewards.base import check_prompts
 from draftune.rewards.online import require_trained
-from draftune.runs.load import check_same_steps, load_base_with_loras, resolve_loras
+from draftune.runs.load import check_same_steps, load_base, load_base_with_loras, override, resolve_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler, sampled_first
-from draftune.utils.devices import default_device
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.tables import write_csv, write_json
 
@@ -125,8 +124,8 @@ def tune_weights(
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     device: str = "auto",
-    mixed_precision: str = "no",
-    quantization: str = "none",
+    mixed_precision: str | None = None,
+    quantization: str | None = None,
     reward_precision: str | None = None,
     skip_text_encoder: bool = False,
     options: ModelOptions = NO_OPTIONS,
@@ -176,9 +175,14 @@ def tune_weights(
         raise DraftuneError(f"the LoRAs belong to {bases[0]!r} and {bases[1]!r}; if these are one model, set --model")
     check_same_steps([source.source for source in sources])
     settings = sources[0].settings if sources else Settings(model=model or "", **options._asdict())
-    changes: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    changes["negative_prompt"] = negative_prompt
-    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    settings = override(
+        settings,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        mixed_precision=mixed_precision,
+        quantization=quantization,
+    )
     parameters = [Parameter1D(source, weight, *weight_bounds) for source, weight in loras]
     if guidance_bounds:
         parameters.append(Parameter1D(GUIDANCE, settings.guidance_scale, *guidance_bounds))
@@ -189,14 +193,11 @@ def tune_weights(
     score, texts = gather(*loaders)
     check_prompts(load_reward(score, reward_precision), texts)
     if sources:
-        adapters = {f"lora-{i}": source for i, source in enumerate(sources)}
-        loaded = load_base_with_loras(adapters, device, mixed_precision, quantization)
+        adapters = {f"lora-{i}": replace(source, settings=settings) for i, source in enumerate(sources)}
+        loaded = load_base_with_loras(adapters, device)
     else:
-        chosen = default_device(device)
-        loaded = load_model(
-            settings.model, mixed_precision, quantization, chosen, text_encoders=False, **options._asdict()
-        )
-        loaded.to(chosen, mixed_precision)
+        loaded, chosen = load_base(settings, device)
+        loaded.to(chosen, settings.mixed_precision)
     loaded.check_prompts(texts, settings.negative_prompt)
     tell_truncated(texts, loaded, [score], settings.negative_prompt)
     most = max([settings.guidance_scale, *(guidance_bounds or ())])

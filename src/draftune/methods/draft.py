@@ -30,7 +30,10 @@ from draftune.sampling.schedule import Schedule
 def check_max(name: str, value: int, schedule: Schedule) -> None:
     """Raise DraftuneError if a setting that counts sampling steps is above T."""
     if value > len(schedule):
-        raise DraftuneError(f"{name} must be at most num_inference_steps={len(schedule)}, got {name}={value}")
+        raise DraftuneError(
+            f"{name} must be at most num_inference_steps={len(schedule)}, got {name}={value}: lower {name}, or set "
+            f"num_inference_steps to {value} or more"
+        )
 
 
 def check_min(name: str, value: int, bound: int) -> None:

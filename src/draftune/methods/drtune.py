@@ -46,7 +46,7 @@ class DRTune(BackpropMethod):
         if self.k + self.m > len(schedule) + 1:
             raise DraftuneError(
                 f"k + m must be at most {len(schedule) + 1}, one more than the sampling steps (num_inference_steps), "
-                f"got k={self.k} and m={self.m}"
+                f"got k={self.k} and m={self.m}: lower them, or sample at least {self.k + self.m - 1} steps"
             )
         calls = schedule.steps[: len(schedule) - self.m + 1]
         if (tuned := sum(step.tuned for step in calls)) < self.k:

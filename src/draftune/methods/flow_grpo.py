@@ -117,7 +117,10 @@ class FlowGRPO(PolicyGradient):
             )
         super().check(schedule)
         if (trainable := len(self.trained_steps(schedule))) < (self.window or 0):
-            raise DraftuneError(f"window must be at most {trainable}, the steps that can be trained, got {self.window}")
+            raise DraftuneError(
+                f"window must be at most {trainable}, the steps that can be trained, got {self.window}: lower it, or "
+                "raise num_inference_steps"
+            )
 
     def policy(self, schedule: Schedule, trained: Sequence[int] | None = None) -> Schedule:
         if schedule.num_noises:

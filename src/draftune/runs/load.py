@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftune.errors import DraftuneError, gather
 from draftune.lora import (
@@ -36,7 +36,12 @@ from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
 from draftune.utils.single_file import single_file_error
 
+if TYPE_CHECKING:
+    import torch
+
 DRAWING = ("num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
+STORAGE = ("mixed_precision", "quantization")
+"""Settings of how the base model's weights are stored."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class LoRASource:
         return {
             "model": self.base,
             **self.options._asdict(),
-            **{name: getattr(self.settings, name) for name in DRAWING},
+            **{name: getattr(self.settings, name) for name in (*DRAWING, *STORAGE)},
             **self.grid,
         }
 
@@ -195,9 +200,9 @@ def load_for_sampling(
     base: str | None = None,
     lora_scale: float = 1.0,
     device: str = "auto",
-    precision: str = "no",
+    precision: str | None = None,
     skip_text_encoder: bool = False,
-    quantization: str = "none",
+    quantization: str | None = None,
     options: ModelOptions = NO_OPTIONS,
 ) -> tuple[DiffusionModel, Settings]:
     """Load a model for sampling.
@@ -207,9 +212,10 @@ def load_for_sampling(
         base: The base model of the LoRA; the one named in its metadata or run by default.
         lora_scale: Scale of the LoRA.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
-        precision: "no", "bf16" or "fp16".
+        precision: "no", "bf16" or "fp16". Default: that of the LoRA's run, else the one in which the model is trained.
         skip_text_encoder: Whether to ignore the LoRA's layers of text encoders.
-        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
+        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`. Default: that of
+            the LoRA's run, else "none".
         options: Where the model's files come from.
 
     Returns:
@@ -218,36 +224,47 @@ def load_for_sampling(
     Raises:
         DraftuneError: the model or the LoRA cannot be loaded.
     """
+    storage = {"mixed_precision": precision, "quantization": quantization}
     if is_model(source, options) and not (base and is_checkpoint(source)):
-        place = default_device(device)
-        model = load_model(source, precision, quantization, place, text_encoders=False, **options._asdict())
-        return model.to(place, precision), Settings(model=model.name, **options._asdict())
+        settings = override(Settings(model=source, **options._asdict()), **storage)
+        model, place = load_base(settings, device)
+        return model.to(place, settings.mixed_precision), replace(settings, model=model.name)
     tuned = resolve_lora(source, base, skip_text_encoder, options)
-    model = load_base_with_loras({ADAPTER: tuned}, device, precision, quantization)
+    tuned = replace(tuned, settings=override(tuned.settings, **storage))
+    model = load_base_with_loras({ADAPTER: tuned}, device)
     set_lora_scale(model, lora_scale)
     return model, tuned.settings
 
 
-def load_base_with_loras(
-    loras: Mapping[str, LoRASource], device: str = "auto", precision: str = "no", quantization: str = "none"
-) -> DiffusionModel:
+def override(settings: Settings, **values: Any) -> Settings:
+    """Return the settings with those of the values that are not None."""
+    return replace(settings, **{name: value for name, value in values.items() if value is not None})
+
+
+def load_base(settings: Settings, device: str) -> tuple[DiffusionModel, torch.device]:
+    """Load the model of settings, in their precision and quantization, without its text encoders, for a device."""
+    place, options = default_device(device), ModelOptions.of(settings)._asdict()
+    precision, quantization = settings.mixed_precision, settings.quantization
+    return load_model(settings.model, precision, quantization, place, text_encoders=False, **options), place
+
+
+def load_base_with_loras(loras: Mapping[str, LoRASource], device: str = "auto") -> DiffusionModel:
     """Load a base model with several LoRAs as adapters, which `lora.set_lora_scales` switches.
 
     Args:
-        loras: LoRAs of one base model with the same sampling settings, by adapter name.
+        loras: LoRAs of one base model with the same sampling settings, by adapter name. The base model has the
+            precision and the quantization of the first one's settings.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
-        precision: "no", "bf16" or "fp16".
-        quantization: "none" or a quantization of the base model, see `draftune.models.load_model`.
 
     Raises:
         DraftuneError: a LoRA does not fit.
     """
-    first, place = next(iter(loras.values())), default_device(device)
-    model = load_model(first.base, precision, quantization, place, text_encoders=False, **first.options._asdict())
+    first = next(iter(loras.values()))
+    model, place = load_base(replace(first.settings, model=first.base, **first.options._asdict()), device)
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
     # After loading the LoRAs, which are converted too.
-    model.to(place, precision)
+    model.to(place, first.settings.mixed_precision)
     model.set_sampler_options(**first.grid)
     model.lora_steps = first.lora_steps
     model.set_size(first.settings.height, first.settings.width)
