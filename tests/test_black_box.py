@@ -286,6 +286,9 @@ def test_a_reward_without_a_gradient_passes_the_trial_in_a_black_box_alone() -> 
     with pytest.raises(DraftuneError, match=r"'jpeg_file_size' has no gradient .*zeroth_order\("):
         check_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS)
     check_reward(load_reward("jpeg_file_size"), IMAGES, PROMPTS, gradient=False)
+    two = load_reward("jpeg_compressibility(quality=10) + jpeg_compressibility(quality=90)")
+    assert list(check_reward(two, IMAGES, PROMPTS)) == list(two.named_terms)
+    assert len(two.named_terms) == 2
     found = check_reward(load_reward("zeroth_order(jpeg_file_size, directions=8)"), IMAGES, PROMPTS)
     assert found["zeroth_order(jpeg_file_size)"]["gradient_norm"] > 0
 

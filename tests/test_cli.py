@@ -225,6 +225,8 @@ def test_mistakes_get_one_line_and_code_2(
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "cat"}\n{bad\n')
+    (tmp_path / "lines.txt").write_text("a cat\n")
     (tmp_path / "bad.yaml").write_text("steps: [1\n")
     (tmp_path / "key.yaml").write_text("leraning_rate: 1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -260,7 +262,17 @@ def test_mistakes_get_one_line_and_code_2(
         "trian": ["trian"],
         "'reward' 'rewards'": ["list", "reward"],
         "'hpsv22' 'hpsv2'": ["list", "hpsv22"],
-        "my.py:name": [*train, "--reward", "mine.py"],
+        "'mine.py' function mine.py:my_name": [*train, "--reward", "mine.py"],
+        "--config empty": [*train, "--config", ""],
+        "model emojii 'emoji'": [*train, "--model", "emojii", "--reward", "aesthetic"],
+        "emojii 'emoji'?": ["sample", "emojii", "--prompt", "x", "--output", out],
+        "no LoRA runs run": ["sample", str(run_folder.parent), "--prompt", "x", "--output", out],
+        "brightness weights 0": [*train, "--reward", "0*brightness"],
+        "weights are 0": [*train, "--reward", "brightness - brightness"],
+        "broken.jsonl line 2 not JSON": [*train, "--prompts", str(tmp_path / "broken.jsonl")],
+        "lines.txt no keys leave ':prompt'": [*train, "--prompts", f"{tmp_path / 'lines.txt'}:prompt"],
+        "'cat face' .txt": [*train, "--prompts", "cat face"],
+        "OWNER/NAME 'me/a b'": ["push", str(run_folder), "me/a b", "--dry-run"],
         "nest": [*train, "--reward", "sharpness_aware(" * 300],
         "missing.csv": [
             "score",
@@ -280,6 +292,7 @@ def test_mistakes_get_one_line_and_code_2(
         "--output .png x.jpg": ["sample", "x", "--prompt", "x", "--output", "x.jpg"],
         "adam_beta1 1.5": [*train, "--adam-beta1", "1.5"],
         f"seed {'9' * 30}": [*train, "--seed", "9" * 30],
+        f"seed {2**32}": [*train, "--seed", str(2**32)],
         "--num-images 0": ["sample", "x", "--prompt", "x", "--num-images", "0", "--output", out],
         "text.png": ["score", str(tmp_path / "text.png"), "--reward", "brightness"],
         "*.jpg": ["score", str(tmp_path / "*.jpg"), "--reward", "brightness"],

@@ -268,7 +268,9 @@ def test_weights_are_stored_as_in_the_run(runs: list[Path], pipeline_folder: Pat
     assert {entry.tuned.source: entry.base for entry in board.entries} == {str(run): 0, str(runs[0]): 1}
 
 
-def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(runs: list[Path], tmp_path: Path) -> None:
+def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = tmp_path / "plain.safetensors"
     plain.write_bytes((runs[1] / "lora" / "pytorch_lora_weights.safetensors").read_bytes())
     alone = resolve_lora(str(plain))
@@ -276,6 +278,8 @@ def test_a_lora_outside_a_run_draws_like_the_runs_beside_it(runs: list[Path], tm
     # Not what is recommended for its model, but what its file says: make_run's model was on its own grid.
     assert alone.settings.timestep_spacing == "trailing"
     assert alone.drawing["timestep_spacing"] == "leading"
+    monkeypatch.chdir(runs[1] / "lora")
+    assert resolve_lora(".").settings == resolve_lora(str(runs[1])).settings
     foreign = tmp_path / "foreign.safetensors"
     save_file(load_file(plain), foreign, {"base_model": alone.base})
     assert "timestep_spacing" not in resolve_lora(str(foreign)).drawing

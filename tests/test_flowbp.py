@@ -18,7 +18,14 @@ from draftune.sampling.step_range import StepRange
 from helpers.errors import raises
 
 LEVELS = [1.0, 0.85, 0.6, 0.35, 0.1, 0.0]
-FLOW = Schedule(tuple(Step(200 * i, 1 - s, s, 1 - n, n) for i, (s, n) in enumerate(pairwise(LEVELS))), "flow")
+
+
+def flow_schedule(levels: list[float]) -> Schedule:
+    """A flow model's steps between these noise levels, which end with 0."""
+    return Schedule(tuple(Step(200 * i, 1 - s, s, 1 - n, n) for i, (s, n) in enumerate(pairwise(levels))), "flow")
+
+
+FLOW = flow_schedule(LEVELS)
 T = len(FLOW)
 
 

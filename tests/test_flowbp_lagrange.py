@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_flowbp import FLOW, LEVELS, cached_rollout, gradient, scaled
+from test_flowbp import FLOW, LEVELS, cached_rollout, flow_schedule, gradient, scaled
 from test_gradients import GRIDS, NOISE, Network, batch_of, gradient_of_method, relative, reward
 from torch import Tensor
 
@@ -87,6 +87,16 @@ def test_the_image_is_the_samplers(network: Network) -> None:
         (clean,) = FlowBPLagrange().samples(batch_of(denoise, FLOW, seed=seed))
         assert (len(calls), sum(calls)) == (T, 2)
         assert torch.allclose(clean, rollout(denoise, FLOW.steps, NOISE), atol=1e-13)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+def test_evenly_spaced_levels(rescale: float, network: Network) -> None:
+    """The first of two or four supports has no weight there; its gradient is 0, not infinite."""
+    assert lagrange_weights([1.0, 0.5], 1.0, 0.0)[0] == pytest.approx(0)
+    even = flow_schedule([1.0, 0.75, 0.5, 0.25, 0.0])
+    norms = [gradient_of_method(FlowBPLagrange(grad_rescale=rescale), even, network, seed).norm() for seed in range(12)]
+    assert all(norm.isfinite() for norm in norms)
+    assert max(norms) < 100 * rescale + 50 * float(torch.stack(norms).median())
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_resume import rows, train
 from torch import Tensor
 
+import draftune
 from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import parse_criterion
 from draftune.evaluation.metrics import denoiser_mse_from_base
@@ -41,6 +42,8 @@ def test_the_best_is_that_of_the_rule() -> None:
         "eval/judge": 1.0,
         "denoiser_mse_from_base": -0.5,
     }
+    quoted = """0.5*"eval/sharpness_aware(clip + 0.1*aesthetic)" - 'a*b'"""
+    assert parse_criterion(quoted) == {"eval/sharpness_aware(clip + 0.1*aesthetic)": 0.5, "a*b": -1.0}
     for rule in ("2*3", "a*b*c", "eval/judge +", ""):
         with raises(DraftuneError, rule):
             parse_criterion(rule)
@@ -168,9 +171,31 @@ def test_settings_of_the_guard(pipeline_folder: Path, tmp_path: Path) -> None:
         ({"early_stopping_patience": 2, "eval_prompts": ""}, "patience eval_prompts validation_steps"),
         ({"metric_for_best_model": "eval/x + "}, "eval/x +"),
         ({"metric_for_best_model": "eval/x"}, "eval/x"),
+        # A reward without features, and one image of each prompt.
+        ({"metric_for_best_model": "eval/diversity", "eval_rewards": "saturation"}, "eval/diversity eval/saturation"),
+        ({"metric_for_best_model": "eval/diversity", "eval_rewards": "emoji_clip"}, "eval/diversity eval/emoji_clip"),
     ):
         with raises(DraftuneError, message):
             train(pipeline_folder, tmp_path / "run", brightness, **values)
+
+
+@pytest.mark.parametrize("name", ["step", "best", "change", "stderr", "reward_queries", "pixel_l1_from_base"])
+def test_no_reward_takes_the_name_of_another_column(name: str, pipeline_folder: Path, tmp_path: Path) -> None:
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return brightness(images, prompts)
+
+    reward.__name__ = name
+    with raises(DraftuneError, f"{name} column"):
+        draftune.train(str(pipeline_folder), reward, ["a cat"], output=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_columns_without_evaluations_are_told(
+    pipeline_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"eval_prompts": "", "validation_steps": 2, "metric_for_best_model": "brightness"}
+    draftune.Trainer(str(pipeline_folder), brightness, ["a cat"], output=str(tmp_path / "run"), **values)
+    assert mentions(caplog.text, "validation_steps 2 no effect metric_for_best_model no effect")
 
 
 def test_a_held_out_reward_that_was_to_be_low() -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from draftune.errors import DraftuneError
-from draftune.evaluation.metrics import normalized
-from draftune.rewards import Reward, load_reward
+from draftune.evaluation.metrics import normalized_weights
+from draftune.rewards import Reward, WeightedSum, load_reward
 from draftune.utils.images import from_pil
 from draftune.utils.memory import PeakMemory
 from helpers.errors import raises
@@ -181,11 +181,12 @@ def test_memory_is_that_of_one_chunk() -> None:
 def test_normalised_parts_have_spread_one() -> None:
     images = torch.rand(12, 3, 8, 8) * torch.linspace(0.2, 1, 12)[:, None, None, None]
     reward = load_reward("brightness - 3*sharpness")
-    even = normalized(reward, images, [""] * 12)
+    weights = normalized_weights(reward, images, [""] * 12)
+    even = WeightedSum([(weight, part) for weight, (_, part) in zip(weights, reward.terms, strict=True)])
     _, parts = reward.components(images, [""] * 12)
     wanted = parts["brightness"] / parts["brightness"].std() - 3 * parts["sharpness"] / parts["sharpness"].std()
     assert torch.allclose(even(images, [""] * 12), wanted, rtol=1e-4)
     again = load_reward(even.expression)
     assert torch.allclose(again(images, [""] * 12), wanted, rtol=1e-4)
     with raises(DraftuneError, "color 3"):
-        normalized(load_reward("color(target=red)"), torch.zeros(3, 3, 4, 4), [""] * 3)
+        normalized_weights(load_reward("color(target=red)"), torch.zeros(3, 3, 4, 4), [""] * 3)

@@ -87,4 +87,8 @@ def test_a_template_without_a_place_for_the_prompt_is_refused() -> None:
 def test_the_recommended_template_belongs_to_the_recommended_reward() -> None:
     assert Settings().eval_prompt_template == EMOJI["eval_prompt_template"]
     assert Settings(reward="emoji_clip").eval_prompt_template == ""
+    assert Settings(reward="emoji_clip").eval_rewards == "emoji_name_accuracy"
+    same = EMOJI["reward"].replace("0.25*", "0.250 * ").replace('"', "'")
+    assert same != EMOJI["reward"]
+    assert Settings(reward=same).eval_prompt_template == EMOJI["eval_prompt_template"]
     assert Settings(reward="emoji_clip", eval_prompt_template="3d {prompt}").eval_prompt_template == "3d {prompt}"

@@ -153,6 +153,20 @@ def test_a_taste_that_is_no_longer_predicted_ends_the_run(
     assert (run.folder / "lora").is_dir()
 
 
+def test_answers_of_an_earlier_run_of_this_name_are_not_its_own(
+    ratings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same folder is used again, with the comparisons of the run that was there."""
+    updates = clicked(monkeypatch, brightness)
+    train(ratings, tmp_path / "run", steps=3).train()
+    (tmp_path / "run").rename(tmp_path / "kept")
+    updates.clear()
+    train(tmp_path / "kept" / "taste.csv", tmp_path / "run", steps=3).train()
+    assert updates == [2]
+    rows = read_comparisons(tmp_path / "run" / "taste.csv")
+    assert [row.model for row in rows[40:]] == ["run (earlier)"] * 3 + ["run"] * 3
+
+
 def test_what_does_not_fit_is_refused(ratings: Path, tmp_path: Path) -> None:
     for reward in (
         "emoji_aesthetic",

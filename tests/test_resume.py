@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 import draftune
 from draftune.errors import DraftuneError
+from draftune.rewards import Reward
 from draftune.training import Run
 from helpers.errors import mentions, raises
 
@@ -28,7 +30,8 @@ def noisy_brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def train(model: Path, output: Path, reward: Callable[..., Tensor] = noisy_brightness, **values: Any) -> Run:
-    reward.__name__ = "brightness"
+    if not isinstance(reward, Reward):
+        reward.__name__ = "brightness"
     (output.parent / "prompts.txt").write_text("a fish\na tree\n")
     settings = {
         "steps": 6,
@@ -151,6 +154,45 @@ def test_a_finished_run_can_be_made_longer(pipeline_folder: Path, tmp_path: Path
     # The newest two, and the best.
     best = next(row["step"] for row in reversed(grown.evaluations) if row["best"])
     assert kept == sorted({f"step-{step:06d}" for step in (best, 4, 6)})
+
+
+def test_a_schedule_that_has_ended_is_not_made_longer(pipeline_folder: Path, tmp_path: Path) -> None:
+    train(pipeline_folder, tmp_path / "run", steps=2, lr_scheduler="cosine")
+    with raises(DraftuneError, "2 updates rate end cosine folder --output"):
+        train(pipeline_folder, tmp_path / "run", steps=2, lr_scheduler="cosine")
+
+
+def test_a_gradient_that_vanished_is_no_reason_to_end_a_resumed_run(pipeline_folder: Path, tmp_path: Path) -> None:
+    """As of images that have all passed a threshold. In the first updates it would be an error."""
+
+    class Reached(Reward):
+        step_number = 0
+
+        def on_step(self, step: int) -> None:
+            self.step_number = step
+
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return images.mean((1, 2, 3)) * (0 if self.step_number > 4 else 1)
+
+    whole = train(pipeline_folder, tmp_path / "whole", Reached(), steps=10)
+    train(pipeline_folder, tmp_path / "cut", Reached(), steps=5)
+    cut = train(pipeline_folder, tmp_path / "cut", Reached(), steps=10)
+    assert len(cut.metrics) == 10
+    assert all(torch.equal(a, b) for a, b in zip(lora(whole.folder).values(), lora(cut.folder).values(), strict=True))
+
+
+def test_a_normalized_reward_has_the_weights_of_its_checkpoint(pipeline_folder: Path, tmp_path: Path) -> None:
+    """Another device may normalize a little differently."""
+
+    def scaled(factor: float) -> Callable[..., Tensor]:
+        return lambda images, prompts: factor * images.mean((1, 2, 3))
+
+    values = {"reward_normalization_samples": 4, "validation_steps": 1}
+    train(pipeline_folder, tmp_path / "run", scaled(1.0), steps=2, **values)
+    resumed = train(pipeline_folder, tmp_path / "run", scaled(1.1), steps=3, **values)
+    columns = {name for row in resumed.evaluations for name in row if "brightness" in name}
+    (written,) = columns - {"brightness"}
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["reward"] == written
 
 
 def test_another_run_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:

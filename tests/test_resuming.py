@@ -467,6 +467,19 @@ def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folde
     assert {"1000*brightness"} <= set(trainer.validation.guard.rows[-1])
 
 
+def test_a_changed_reward_leaves_the_reference_of_online_dpo(pipeline_folder: Path, tmp_path: Path) -> None:
+    """With `reference_updates=0` that is the base model, whose LoRA is 0."""
+    values = SHORT | {"method": "online_dpo(reference_updates=0)", "guidance_scale": 1.0, "num_inference_steps": 2}
+    values |= {"batch_size": 2, "num_images_per_prompt": 2, "output": str(tmp_path / "run"), "learning_rate": 0.01}
+    values |= {"model": str(pipeline_folder), "prompts": "animals"}
+    Trainer(**values, reward="brightness", steps=2).train()
+    changed = Trainer(**values, reward="saturation", allow_changes="reward", steps=3)
+    changed.train()
+    reference = changed.method.reference.weights
+    assert any(parameter.any() for name, parameter in changed.train_step.parameters.items() if "lora_B" in name)
+    assert not any(weight.any() for name, weight in reference.items() if "lora_B" in name)
+
+
 def test_state_of_other_steps_is_not_taken_up(pipeline_folder: Path, tmp_path: Path) -> None:
     """The value network of sft_pg has an output for each sampling step."""
     values = SHORT | {"method": "sft_pg", "guidance_scale": 1.0, "num_inference_steps": 3}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -152,6 +152,17 @@ def test_a_callback_that_fails_is_named(pipeline_folder: Path, tmp_path: Path) -
     with pytest.raises(DraftuneError, match=r"callback Broken\.on_step_end failed: KeyError: 'loss'"):
         trainer(pipeline_folder, tmp_path / "run", Broken(), other).train()
     assert other.events[-1][0] == "end"
+
+
+def test_a_callback_needs_no_base_class(pipeline_folder: Path, tmp_path: Path) -> None:
+    class Plain:
+        steps: ClassVar[list[int]] = []
+
+        def on_step_end(self, step: int, logs: Mapping[str, Any]) -> None:
+            self.steps.append(step)
+
+    trainer(pipeline_folder, tmp_path / "run", Plain(), steps=2).train()  # type: ignore[arg-type]
+    assert Plain.steps == [1, 2]
 
 
 def test_objects_in_place_of_names(pipeline_folder: Path, tmp_path: Path) -> None:

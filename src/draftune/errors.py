@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from textwrap import shorten
 from types import ModuleType
 from typing import TypeVar
 
@@ -38,7 +39,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> DraftuneError:
     """Return the error for an unknown name; it suggests the nearest known name, or lists all of them."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    names = ", ".join(known)
+    if len(names) > LONGEST // 2:
+        names = f"{shorten(names, LONGEST // 2, placeholder=' …')} ({len(known)} names)"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {names}"
     return DraftuneError(f"unknown {kind} {name!r}: {hint}")
 
 

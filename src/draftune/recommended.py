@@ -49,9 +49,16 @@ EMOJI: dict[str, Any] = {
     "log_images_steps": 40,
     "checkpointing_steps": 40,
 }
+WITHOUT_STYLE = {"eval_prompt_template": "", "eval_rewards": "emoji_name_accuracy"}
+"""The embedded model's defaults with another reward than the recommended one, which evaluates a style."""
 SAMPLING = ("num_inference_steps", "guidance_scale")
 announced: set[str] = set()
 """Models whose guessed sampling defaults were logged."""
+
+
+def without_style(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return recommended settings with another reward than the recommended one."""
+    return defaults | {name: value for name, value in WITHOUT_STYLE.items() if name in defaults}
 
 
 def fit_to_steps(method: str, num_inference_steps: Any) -> str:

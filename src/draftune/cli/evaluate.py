@@ -17,6 +17,7 @@ from draftune.cli.common import (
     table_output,
     writing_to,
 )
+from draftune.registry.expression import same_expression
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import folder_output
 
@@ -67,6 +68,10 @@ def run(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     board = compare(loras, yardstick, args.sort, args.lora_scale, args.device, write_images)
     print(board.table())
+    first, trained = loras[0].source, {tuned.source: tuned.settings.reward for tuned in loras if tuned.in_run}
+    others = [source for source, reward in trained.items() if not same_expression(reward, trained.get(first, reward))]
+    if others and not args.reward:
+        print(f"\nscored by the reward of {first}; trained on another one: {', '.join(others)}")
     if output:
         with writing_to(output):
             board.write(output)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import threading
 from dataclasses import Field, fields
 from typing import Any
 
-from draftune.cli.common import Command
+from draftune.cli.common import Command, filled
 from draftune.presets import config_path, read_yaml
 from draftune.recommended import PAPER
 from draftune.settings import GROUPS, Settings
@@ -17,7 +19,10 @@ from draftune.utils.processes import rank_and_world_size, shutdown
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each setting, in groups."""
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of these settings, or a preset's name; flags override it."
+        "--config",
+        type=filled,
+        metavar="FILE",
+        help="YAML file of these settings, or a preset's name; flags override it.",
     )
     group: argparse._ActionsContainer = parser
     for f in fields(Settings):
@@ -52,6 +57,8 @@ def train_settings(args: argparse.Namespace) -> Settings:
 
 def run(args: argparse.Namespace) -> None:
     """Train, and print the comparison of base and fine-tuned model."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the first update it ends like Ctrl-C
     settings = train_settings(args)
     from draftune.training import train
 

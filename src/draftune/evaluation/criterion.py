@@ -22,7 +22,7 @@ DENOISER_MSE = "denoiser_mse_from_base"
 """Column of `draftune.evaluation.metrics.denoiser_mse_from_base`."""
 COLUMN = re.compile(r"""(?!-)[^\s"'*+]*/[^\s"'*+]*""")
 """A single column, which may have any name without spaces, quotes and signs."""
-TERM = re.compile(r"(?:(\d+\.?\d*(?:[eE][-+]?\d+)?)\s*\*\s*)?([^*]+)")
+TERM = re.compile(r"""(?:(\d+\.?\d*(?:[eE][-+]?\d+)?)\s*\*\s*)?("[^"]+"|'[^']+'|[^*]+)""")
 """A column with an optional factor."""
 T = TypeVar("T", bound=Any)
 

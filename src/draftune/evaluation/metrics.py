@@ -14,15 +14,14 @@ from draftune.errors import DraftuneError
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX
 from draftune.evaluation.verdict import UNDECIDED, direction
 from draftune.models import DiffusionModel
-from draftune.rewards import Reward, WeightedSum
+from draftune.rewards import Reward
 from draftune.rewards.base import checked_features
 from draftune.sampling.sampler import ddim_step
 from draftune.sampling.schedule import Schedule
+from draftune.utils.tables import NAME, shortened
 
 RETAINED_PREFIX = "retained/"
 """Prefix of the columns of an earlier training's reward."""
-NAME_WIDTH = 48
-"""Widest name of a score in a table for a terminal, in characters."""
 Draw = Callable[[Sequence[str], Sequence[int]], Tensor]
 """A function that samples images [N, 3, H, W] from N prompts and N seeds."""
 
@@ -102,14 +101,13 @@ class Comparison:
 
         What the base model reaches with the template of prompts comes last. Long names are cut to fit a terminal.
         """
-        width, lines = min(NAME_WIDTH, max(map(len, self.scores))), []
+        width, lines = min(NAME, max(map(len, self.scores))), []
         for name, s in self.paired().items():
             between = f"{s.low:+.3f} to {s.high:+.3f}" if math.isfinite(s.low) else "interval unknown"
             verdict = "" if direction(s.low, s.high) else f", {UNDECIDED}"
             other = f" | {self.template[name]:.3f}" if name in self.template else ""
             change = f"({s.difference:+.3f})  {between}{verdict}{other}"
-            short = name if len(name) <= width else f"{name[: width - 1]}…"
-            lines.append(f"{short:{width}}  {s.base:8.3f} → {s.tuned:8.3f}  {change}")
+            lines.append(f"{shortened(name, width):{width}}  {s.base:8.3f} → {s.tuned:8.3f}  {change}")
         return "\n".join(lines)
 
     def paired(self) -> dict[str, Paired]:
@@ -175,18 +173,23 @@ def score_batches(
     return torch.cat(totals), {label: torch.cat(values) for label, values in parts.items()}
 
 
-def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu") -> Reward:
-    """Divide each term of a weighted sum by its standard deviation over images, so that weights are comparable.
+def normalized_weights(
+    reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu"
+) -> list[float]:
+    """Divide the weight of each term of a sum by the term's standard deviation over images.
 
     Args:
         images: Images [N, 3, H, W], N at least 2.
+
+    Returns:
+        The weights of the terms, which are comparable.
 
     Raises:
         DraftuneError: there are fewer images, or a term gives all of them the same score.
     """
     if len(images) < 2:
         raise DraftuneError(f"reward_normalization_samples must be 0 or at least 2, not {len(images)}")
-    terms = []
+    weights = []
     for weight, part in reward.terms:
         total, _ = score_batches(part, images, prompts, device)
         spread = float(total.std())
@@ -194,8 +197,13 @@ def normalized(reward: Reward, images: Tensor, prompts: Sequence[str], device: t
             raise DraftuneError(
                 f"the reward {part.label!r} has the same score for {len(images)} images: it cannot be normalized"
             )
-        terms.append((weight / spread, part))
-    return WeightedSum(terms)
+        weights.append(weight / spread)
+    return weights
+
+
+def has_diversity(eval_rewards: Reward, images_per_prompt: int) -> bool:
+    """Return whether `diversity` can be computed: a term has features, and a prompt has two images or more."""
+    return images_per_prompt > 1 and any(hasattr(part, "features") for _, part in eval_rewards.terms)
 
 
 @torch.no_grad()
@@ -212,9 +220,9 @@ def diversity(
         The mean pairwise Euclidean distance of each prompt [prompts], 0 to 2 for unit features; the mean of one minus
         their cosine for a term with `cosine_distance`. None if no term has features or there is one image per prompt.
     """
-    extractors = [part for _, part in eval_rewards.terms if hasattr(part, "features")]
-    if not extractors or images_per_prompt < 2:
+    if not has_diversity(eval_rewards, images_per_prompt):
         return None
+    extractors = [part for _, part in eval_rewards.terms if hasattr(part, "features")]
     chunks = images.split(eval_rewards.chunk_size)
     features = torch.cat([checked_features(extractors[0], chunk.to(device)).cpu() for chunk in chunks])
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])

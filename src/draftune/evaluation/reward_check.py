@@ -34,22 +34,22 @@ def check_reward(
         gradient: Whether the training method uses the reward's gradient.
 
     Returns:
-        By label of each term: the mean score and, with `gradient`, the mean norm of an image's gradient and the share
-        of pixels without gradient, as clamps, hinges and masks cause.
+        By name of each term (`Reward.named_terms`): the mean score and, with `gradient`, the mean norm of an image's
+        gradient and the share of pixels without gradient, as clamps, hinges and masks cause.
 
     Raises:
         DraftuneError: a term does not return B finite numbers or, with `gradient`, a finite gradient that is not 0 for
             every image; the message names the images without one.
     """
     report = {}
-    for _, part in reward.terms:
+    for name, (_, part) in reward.named_terms.items():
         # A latent reward has no gradient with respect to the image; GradientCheck checks that the LoRA gets one.
-        report[part.label] = row = probe_part(
-            part, images.detach().float(), prompts, gradient and not has_latent_gradient(part)
+        report[name] = row = probe_part(
+            name, part, images.detach().float(), prompts, gradient and not has_latent_gradient(part)
         )
         if (blind := row.get("pixels_without_gradient", 0.0)) > FEW_PIXELS:
             logger.warning(
-                f"the reward {part.label!r} gives no gradient to {blind:.0%} of the pixels of the base model's images"
+                f"the reward {name!r} gives no gradient to {blind:.0%} of the pixels of the base model's images"
             )
     return report
 
@@ -74,9 +74,9 @@ def tell_truncated(
         logger.warning(f"{line}: the rest is cut off")
 
 
-def probe_part(part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> dict[str, float]:
+def probe_part(name: str, part: Reward, images: Tensor, prompts: Sequence[str], gradient: bool) -> dict[str, float]:
     """Return the row of `check_reward` for one term."""
-    name = f"the reward {part.label!r}"
+    name = f"the reward {name!r}"
     with torch.set_grad_enabled(gradient):
         score = checked_score(part, images.requires_grad_(gradient), prompts)
     if not score.isfinite().all():

@@ -107,6 +107,10 @@ def lora_file(source: Path | str) -> Path:
     if pickled:
         raise not_safetensors(source / pickled[0])
     more = f" (it has {len(files)} .safetensors files: give the path of one)" if len(files) > 1 else ""
+    if (source / "checkpoints").is_dir():
+        more = " (the training of this run has not ended: its command resumes it)"
+    elif runs := sorted(path.parent for path in source.glob("*/config.yaml")):
+        more = f" (it has runs, such as {str(runs[0])!r})"
     raise DraftuneError(
         f"no LoRA at {str(source)!r}{more}: give a run's folder, a .safetensors file, or a folder with {FILE_NAME} or "
         f"{PEFT_FILE}"

@@ -125,6 +125,8 @@ class Method:
 
     If False, the trainer accepts rewards without a gradient and refuses settings that only act on the gradient.
     """
+    state_is_of_lora: bool = False
+    """Whether the method's state is a copy of the LoRA, which stays valid if the reward or the image size changes."""
     supports_fp16: bool = True
     """Whether the method works in fp16; if False, the trainer refuses `mixed_precision="fp16"`.
 
@@ -232,6 +234,7 @@ class MethodWrapper(Method):
         self.min_images_per_update = method.min_images_per_update
         self.min_images_per_prompt = method.min_images_per_prompt
         self.whole_groups_per_batch = method.whole_groups_per_batch
+        self.state_is_of_lora = method.state_is_of_lora
 
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)

@@ -53,6 +53,7 @@ class DiffusionNFT(Method):
     """
 
     needs_reward_gradient = False
+    state_is_of_lora = True
     min_images_per_update = 2
     min_images_per_prompt = 2
 

@@ -19,6 +19,9 @@ from draftune.registry.factories import check_range
 from draftune.sampling.sampler import ddim_step
 from draftune.sampling.schedule import Schedule
 
+MOST_RESCALED = 100.0
+"""Highest ratio of all weights to the active ones by which a gradient is scaled."""
+
 
 @register("flowbp_lagrange")
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class FlowBPLagrange(BackpropMethod):
 
         leap(x_a -> b) = x_a + sum over supports i of  w_i v_theta(x_i),  w_i = integral from sigma_a to sigma_b of L_i
         d leap = d x_a + f * sum over active i of  w_i c_i d v_theta(x_i),  c_a = 1 and c_i = support_scale otherwise
-        f = 1 + grad_rescale (sum_all |w| / sum_active |w| - 1)
+        f = 1 + grad_rescale (min(sum_all |w| / sum_active |w|, 100) - 1)
 
     Wang et al., 2026, arXiv:2606.11075. v is the velocity of a flow model. The supports are `order` evenly spaced steps
     from a on, and L_i is the Lagrange polynomial that is 1 at sigma_i and 0 at the other supports. The first `active`
@@ -91,8 +94,9 @@ class FlowBPLagrange(BackpropMethod):
                 zip(points, lagrange_weights(sigmas, steps[start].sigma, steps[end - 1].sigma_next), strict=True)
             )
             active = [i for i in points[: self.active] if i in tuned]
-            share = sum(map(abs, weights.values())) / sum(abs(weights[i]) for i in active)
-            factor = 1 + self.grad_rescale * (share - 1)
+            every, used = (sum(abs(weights[i]) for i in chosen) for chosen in (points, active))
+            # Of two or four evenly spaced levels, the first one has the weight 0.
+            factor = 1 + self.grad_rescale * (every / max(used, every / MOST_RESCALED) - 1)
             path, value = x, x.detach()
             for i in range(start, end):
                 seen = scale_gradient(x, self.discount) if i == start else value

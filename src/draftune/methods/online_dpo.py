@@ -56,6 +56,7 @@ class OnlineDPO(Method):
     """
 
     needs_reward_gradient = False
+    state_is_of_lora = True
     min_images_per_update = 2
     min_images_per_prompt = 2
     whole_groups_per_batch = True

@@ -262,7 +262,7 @@ class DiffusionModel(Family):
         self.check_prompts(prompts, negative_prompt)
         self.cache_prompts(prompts, negative_prompt, guidance_scale)
         images = []
-        bar = tqdm(total=len(prompts), desc="sampling", leave=False, disable=not progress)
+        bar = tqdm(total=len(prompts), desc="sampling", leave=False, disable=None if progress else True)
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,30 @@ CONFIG_FILES = ["*.json", "*.txt", "*.model"]
 """Patterns of the files of configs, schedulers and tokenizers."""
 
 
+def local_pipeline(model: str, option: str = "--model") -> Path | None:
+    """Return the folder of a pipeline on this machine; None for a hub id.
+
+    Args:
+        model: "emoji", the folder of a saved pipeline, or a hub id.
+        option: The option that names the pipeline, for messages.
+
+    Raises:
+        DraftuneError: There is no such model.
+    """
+    source = EMBEDDED[model] if model == "emoji" else user_path(model)
+    if (source / "model_index.json").is_file():
+        return source
+    if source.exists():
+        raise no_pipeline_error(source)
+    if is_hub_id(model):
+        return None
+    near = "did you mean 'emoji'? " if get_close_matches(model, ["emoji"]) else ""
+    raise DraftuneError(
+        f"unknown model {model!r} ({option}): {near}give 'emoji', the folder of a diffusers pipeline, a hub id or a "
+        "checkpoint file"
+    )
+
+
 def pipeline_folder(
     model: str,
     download: Callable[[str, ModelOptions], Path],
@@ -50,16 +75,8 @@ def pipeline_folder(
     Raises:
         DraftuneError: There is no such model, or it can't be downloaded.
     """
-    source = EMBEDDED[model] if model == "emoji" else user_path(model)
-    if (source / "model_index.json").is_file():
-        return source
-    if source.exists():
-        raise no_pipeline_error(source)
-    if not is_hub_id(model):
-        raise DraftuneError(
-            f"unknown model {model!r} ({option}): give 'emoji', the folder of a diffusers pipeline, a hub id or a "
-            "checkpoint file"
-        )
+    if (folder := local_pipeline(model, option)) is not None:
+        return folder
     try:
         return download(model, options)
     except Exception as error:

@@ -38,8 +38,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DraftuneError(f"cannot read the settings file {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise DraftuneError(f"cannot read the settings file {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DraftuneError(f"the settings file {str(path)!r} is not a text file in UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

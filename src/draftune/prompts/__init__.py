@@ -90,6 +90,8 @@ def load_prompts(source: str | list[str] | tuple[str, ...]) -> list[str]:
             raise DraftuneError(f"no prompt file {source!r}; for a data set of the hub write {PREFIX}{source}")
         if path.suffix or "/" in source:
             raise DraftuneError(f"no prompt file {source!r}")
+        if " " in source:
+            raise DraftuneError(f"{source!r} is no prompt set: write prompts into a .txt file, one a line")
         raise unknown("prompt set", source, PROMPT_SETS)
     return filled(read_prompts(path, column), f"the prompt file {source!r}")
 
@@ -196,6 +198,8 @@ def read_prompts(path: Path, column: str = "") -> list[str]:
 def prompts_of(rows: Rows, kind: str, column: str, where: str) -> list[str]:
     """Return the prompts of entries. Raises DraftuneError if one has no prompt, or none has the given column."""
     columns = {name.lower(): name for _, row in rows if isinstance(row, dict) for name in row}
+    if column and rows and not columns:
+        raise DraftuneError(f"{where} has no {kind}s, only prompts: leave out ':{column}'")
     if column and rows and column.lower() not in columns:
         raise unknown(f"{kind} of {where}", column, list(columns.values()))
     key = column.lower() or next((name for name in TEXT_KEYS if name in columns), None)

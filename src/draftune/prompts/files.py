@@ -89,7 +89,7 @@ def read_jsonl(text: str, path: Path) -> Rows:
         try:
             row = parse_json(line)
         except (ValueError, RecursionError) as error:
-            problem = other_kind(text, ".jsonl")
+            problem = "" if rows else other_kind(text, ".jsonl")
             raise DraftuneError(f"{str(path)!r}, line {number} is not JSON: {error}{problem}") from error
         if not isinstance(row, dict):
             problem = other_kind(text, ".jsonl")

@@ -55,6 +55,14 @@ class Sum:
         return written_sum([(weight, str(call)) for weight, call in self.terms])
 
 
+def same_expression(first: str, second: str) -> bool:
+    """Return whether two texts are the same expression, apart from how it is written."""
+    try:
+        return first == second or parse(first) == parse(second)
+    except DraftuneError:
+        return False  # a wrong one is reported where it is used
+
+
 def parse(text: str) -> Call | Sum:
     """Parse an expression; `str` of the result is its canonical form, which parses to an equal result.
 
@@ -63,6 +71,10 @@ def parse(text: str) -> Call | Sum:
     """
     if FILE.fullmatch(text.strip()):
         return Call(text.strip())
+    if re.fullmatch(r"[^\s'\"()*+=,]+\.py", text.strip()):
+        raise DraftuneError(
+            f"cannot read {text.strip()!r}: name a function of the file, such as {text.strip()}:my_name"
+        )
     if len(text) > MAX_LENGTH:
         raise DraftuneError(f"cannot read {shortened(text)!r}: more than {MAX_LENGTH} characters")
     parser = Parser(text)

@@ -187,6 +187,8 @@ def first_sentence(docstring: str | None) -> str:
 
 def error_text(error: BaseException) -> str:
     """Return an error in one line, with the last line of code outside of libraries that it came through."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"SyntaxError: {error}"  # it names the file and the line
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
     frame = (own or frames)[-1]

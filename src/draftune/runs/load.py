@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,14 @@ from draftune.lora.reader import fit
 from draftune.models import DiffusionModel, load_model
 from draftune.models.layout import load_layout
 from draftune.published import MODELS
+from draftune.runs.logs import METRICS
 from draftune.runs.run_dir import run_settings
 from draftune.sampling.schedule import SAMPLER_OPTIONS
 from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 from draftune.utils.devices import default_device
 from draftune.utils.hub import cached_folder, is_hub_id
+from draftune.utils.logging import logger
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions, is_checkpoint
 from draftune.utils.paths import user_path
 from draftune.utils.single_file import single_file_error
@@ -132,6 +135,8 @@ def resolve_lora(
         raise DraftuneError(f"the LoRA {source!r} does not name its base model: give --model")
     options.check(base)
     run = run_settings(path)
+    if run is None and (path.absolute().parent.parent / METRICS).is_file():
+        logger.warning(f"the run of {str(path)!r} has lost its config.yaml: its sampling settings are not known")
     settings = run or Settings(model=base, **options._asdict())
     return LoRASource(source, path, base, settings, run is not None, skip_text_encoder, options)
 
@@ -229,6 +234,12 @@ def load_for_sampling(
         settings = override(Settings(model=source, **options._asdict()), **storage)
         model, place = load_base(settings, device)
         return model.to(place, settings.mixed_precision), replace(settings, model=model.name)
+    if not user_path(source).exists() and not is_hub_id(source):
+        near = get_close_matches(source, MODELS, 1)
+        advice = "give a run's folder, a LoRA file, a model's folder or 'emoji'"
+        if near:
+            advice = f"did you mean {near[0]!r}?"
+        raise DraftuneError(f"no model and no LoRA at {source!r}: {advice}")
     tuned = resolve_lora(source, base, skip_text_encoder, options)
     tuned = replace(tuned, settings=override(tuned.settings, **storage))
     model = load_base_with_loras({ADAPTER: tuned}, device)

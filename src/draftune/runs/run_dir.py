@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from draftune.lora.files import FILE_NAME
 from draftune.presets import read_yaml
 from draftune.prompts import metadata
 from draftune.runs.logs import EVALUATIONS, LOGS, METRICS, SAMPLES, read_rows
-from draftune.runs.resuming import COMPUTED, ROUNDING, RunIdentity, changeable
+from draftune.runs.resuming import COMPUTED, CONSTANT, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.utils.logging import logger
 from draftune.utils.paths import atomic_write, user_path
@@ -68,6 +69,8 @@ class RunFolder:
         self.changes: list[dict[str, Any]] = []
         self.sources: list[dict[str, str]] = []
         self.checkpoint: Path | None = None
+        # The weights of the checkpoint's reward, unless the reward has changed.
+        self.reward_weights: list[float] | None = None
         self.done = 0
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in LOGS}
         try:
@@ -106,23 +109,37 @@ class RunFolder:
         if not saved and (self.path / LOCK).exists() and not read_rows(self.path / METRICS):
             return  # the run ended before its first checkpoint and has no data
         if not saved:
-            content = "another run" if (self.path / CONFIG).exists() else "other files"
-            raise DraftuneError(f"the output folder {str(self.path)!r} contains {content}; give another (--output)")
+            content, more = "other files", ""
+            if (self.path / CONFIG).exists():
+                content = "a run without a checkpoint to resume from"
+                more = f", or train another LoRA on top of that run's (--init-lora {self.path})"
+            raise DraftuneError(
+                f"the output folder {str(self.path)!r} contains {content}: give another (--output){more}"
+            )
         self.checkpoint = saved[-1]
         state = read_state(self.checkpoint)
         self.done = state["step"]
         self.rows = {name: read_rows(self.path / name, self.done) for name in (METRICS, SAMPLES)}
         self.rows[EVALUATIONS] = state["evaluations"]
+        if (count := len(self.rows[METRICS])) < self.done:
+            logger.warning(
+                f"{str(self.path / METRICS)!r} has lost {self.done - count} of the first {self.done} updates"
+            )
         self.earlier = RunIdentity(state["settings"], state["contents"], state.get("sources", ()))
         self.changed = self.identity.differences(self.earlier)
         self.changes = state.get("changes", [])
+        if not {"reward", "reward_normalization_samples"} & set(self.changed):
+            self.reward_weights = state.get("weights")
         self.check_changes(self.earlier)
         # After the last update, the final evaluation may be missing.
         if self.done > self.requested["steps"] or (self.done == self.requested["steps"] and state["finished"]):
-            raise DraftuneError(
-                f"the run in {str(self.path)!r} has finished its {self.done} updates: give more (--steps) or another "
-                "folder (--output)"
-            )
+            more = "give more (--steps) or another folder (--output)"
+            if (schedule := self.requested["lr_scheduler"]) not in CONSTANT:
+                more = (
+                    f"its learning rate has reached its end (lr_scheduler={schedule}): give another folder (--output), "
+                    "or more --steps with --allow-changes steps, which makes the rate rise again"
+                )
+            raise DraftuneError(f"the run in {str(self.path)!r} has finished its {self.done} updates; {more}")
 
     @cached_property
     def identity(self) -> RunIdentity:
@@ -134,9 +151,15 @@ class RunFolder:
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
         if refused:
             differences = [self.identity.describe_difference(name, earlier) for name in refused]
+            if "steps" in refused:
+                schedule = self.requested["lr_scheduler"]
+                differences.append(f"the learning rate of each update depends on steps (lr_scheduler={schedule})")
             differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
             options = ["give another (--output)"]
-            if set(refused) <= {*COMPUTED, "steps"}:
+            if fixed := [name for name in refused if name not in {*COMPUTED, "steps"}]:
+                flags = (f"--{name.replace('_', '-')} {shlex.quote(str(earlier.settings[name]))}" for name in fixed)
+                options.append(f"keep what cannot change ({' '.join(flags)})")
+            else:
                 options.append(f"allow the change (--allow-changes {','.join(refused)})")
             options.append(f"train another LoRA on top of that run's (--init-lora {self.path})")
             raise DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
@@ -266,6 +289,7 @@ def read_settings(config: Path) -> Settings:
 
 def run_settings(lora: Path) -> Settings | None:
     """Return the settings of the run that wrote a LoRA file, None if the file is not in a run's folder."""
+    lora = lora.absolute()  # a relative path inside the folder does not name it
     config = lora.parent.parent / CONFIG
     in_run = lora.name == FILE_NAME and lora.parent.name in ("lora", "best") and config.is_file()
     return read_settings(config) if in_run else None

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from draftune.errors import DraftuneError, unknown
-from draftune.recommended import SAMPLING, fit_to_steps, recommended, tell_sampling
+from draftune.recommended import SAMPLING, fit_to_steps, recommended, tell_sampling, without_style
+from draftune.registry.expression import same_expression
 from draftune.sampling.step_range import StepRange
 from draftune.settings.field_checks import checked, setting
 from draftune.utils.model_options import ModelOptions
@@ -165,7 +166,9 @@ class Settings:
     nonfinite_action: str = setting(
         "stop", "Action when a reward or a gradient is not finite: end the run, or skip the update.", ("stop", "skip")
     )
-    seed: int = setting(0, "Random seed of the LoRA's initial weights, the order of prompts, and the noise.", low=0)
+    seed: int = setting(
+        0, "Random seed of the LoRA's initial weights, the order of prompts, and the noise.", low=0, high=2**32 - 1
+    )
 
     lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
     lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
@@ -253,9 +256,8 @@ class Settings:
         options = ModelOptions.of(values)
         options.check(values["model"])
         defaults = recommended(values["model"], options)
-        if self.reward not in (None, defaults["reward"]):
-            # The recommended template asks for what the recommended reward prefers.
-            defaults = defaults | {"eval_prompt_template": ""}
+        if self.reward is not None and not same_expression(self.reward, defaults["reward"]):
+            defaults = without_style(defaults)
         if any(values[name] is None for name in SAMPLING):
             tell_sampling(values["model"], options)
         values |= {name: value for name, value in defaults.items() if values[name] is None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError
@@ -67,7 +68,8 @@ class RunRating:
 
         if not self.path.is_file():
             source = find_taste(self.context.reward).ratings
-            write_comparisons(self.path, moved(read_comparisons(source), source, self.path))
+            rows = [replace(row, model=self.other(row.model)) for row in read_comparisons(source)]
+            write_comparisons(self.path, moved(rows, source, self.path))
         s = self.context.settings
         known = pair_settings(s)
 
@@ -98,6 +100,10 @@ class RunRating:
     def is_own(self, row: Comparison, first: int) -> bool:
         """Return whether a comparison is of this run, after update `first` or later."""
         return row.model == self.name and row.update.isdecimal() and int(row.update) >= first
+
+    def other(self, model: str) -> str:
+        """Return the name of another source of images, which is not that of this run, as of an earlier run there."""
+        return f"{model} (earlier)" if model == self.name else model
 
     def serve(self) -> RatingServer:
         """Return the server, which stays at one address during the run."""

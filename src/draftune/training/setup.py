@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from draftune.errors import DraftuneError, gather, unknown
-from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, parse_criterion
-from draftune.evaluation.metrics import normalized
+from draftune.evaluation.criterion import DENOISER_MSE, DIVERSITY, EVAL_PREFIX, PIXEL_L1, parse_criterion
+from draftune.evaluation.metrics import has_diversity, normalized_weights
 from draftune.lora import freeze_lora
 from draftune.methods import Method, load_method
 from draftune.models import DiffusionModel, load_model
+from draftune.models.loading import local_pipeline
 from draftune.models.quantization import BACKENDS, check_quantization
 from draftune.models.tiny_decoder import find_small_decoder, load_small_decoder
 from draftune.prompts import split_prompts
 from draftune.published import Defaults
 from draftune.recommended import SAMPLING, fit_to_steps
-from draftune.rewards import Reward, parse_reward
+from draftune.rewards import Reward, WeightedSum, parse_reward
 from draftune.rewards.online import require_trained
+from draftune.runs.logs import COUNTERS, EVALUATIONS, NOT_SCORES
 from draftune.runs.run_dir import RunFolder
 from draftune.sampling.schedule import Schedule
 from draftune.sampling.step_range import StepRange
@@ -37,7 +39,7 @@ from draftune.training.prefix_mode import check_prefix, check_prefix_sampler
 from draftune.training.rating import check_rating
 from draftune.training.trackers import installed_trackers
 from draftune.utils.logging import logger
-from draftune.utils.model_options import ModelOptions
+from draftune.utils.model_options import ModelOptions, is_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -83,6 +85,8 @@ def prepare(
                 "--reward-normalization-samples 32 makes its standard deviation 1"
             )
     # transformers loads weights differently once torch.distributed is initialized: do it before anything is loaded.
+    if not isinstance(model, DiffusionModel) and not is_checkpoint(settings.model):
+        local_pipeline(settings.model)  # refuses a mistyped name before anything else
     made = accelerator(settings)
     processes = processes_of(made)
     warn_ignored_launcher_options(settings)
@@ -90,18 +94,19 @@ def prepare(
         contents: dict[str, Sequence[str]] = {"prompts": texts, "eval_prompts": eval_texts or []}
         if past is not None:
             contents |= {"retain_prompts": past.kept, "init_lora": [past.checksum]}
-        folder = RunFolder(settings, contents, processes)
         # The weights of all rewards are located before any network is loaded.
         evaluated = eval_rewards or settings.eval_rewards
-        score, judge = gather(
+        attempts: list[Callable[[], Any]] = [
             lambda: parse_reward(settings.reward if reward is None else reward),
             lambda: parse_reward(evaluated) if evaluated else None,
-        )
-        assert score is not None
+            lambda: RunFolder(settings, contents, processes),
+        ]
+        score, judge, folder = gather(*attempts)
+        check_weights(score)
         check_rating(settings, score, processes.count)
         if settings.reward_normalization_samples:
             require_trained(score)
-        check_columns(best_columns, score, judge, past)
+        check_columns(settings, best_columns, score, judge, past)
         decoder = find_small_decoder(settings.tiny_decoder) if settings.tiny_decoder else None
         if not isinstance(model, DiffusionModel):
             # The text encoders are loaded where prompts are encoded, in `to_device`.
@@ -166,6 +171,9 @@ def check_settings(settings: Settings, method: Method, loaded: bool = False) -> 
         raise DraftuneError(
             "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
         )
+    for name in ("validation_steps", "metric_for_best_model"):
+        if getattr(settings, name) and not settings.eval_prompts:
+            logger.warning(f"{name}={getattr(settings, name)} has no effect: there are no evaluation prompts")
     columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     check_method(settings, method)
     check_quantization(settings.quantization, settings.mixed_precision, loaded)
@@ -228,13 +236,39 @@ def check_groups(s: Settings, method: Method) -> None:
         )
 
 
+def check_weights(reward: Reward) -> None:
+    """Raise DraftuneError if all parts of a reward have the weight 0, or cancel."""
+    if not any(weight for weight, _ in reward.named_terms.values()):
+        raise DraftuneError(f"all weights of the reward {reward.label!r} are 0: there is nothing to train on")
+
+
 def check_columns(
-    columns: dict[str, float], reward: Reward, eval_rewards: Reward | None, past: ContinuedRun | None
+    settings: Settings,
+    columns: dict[str, float],
+    reward: Reward,
+    eval_rewards: Reward | None,
+    past: ContinuedRun | None,
 ) -> None:
-    """Raise DraftuneError for a column in `metric_for_best_model` that the evaluations will not have."""
-    known = [reward.label, *reward.named_terms, *(past.columns if past is not None else ())]
-    known += [f"{EVAL_PREFIX}{label}" for label in eval_rewards.named_terms] if eval_rewards is not None else []
-    known += [DIVERSITY, "pixel_l1_from_base", DENOISER_MSE]
+    """Check the names of the columns of the evaluations.
+
+    Args:
+        settings: The settings.
+        columns: The columns of `metric_for_best_model`.
+        reward: The reward.
+        eval_rewards: The evaluation rewards.
+        past: The LoRA that training starts from.
+
+    Raises:
+        DraftuneError: a reward has the name of another column, or the evaluations will not have one of `columns`.
+    """
+    own = [reward.label, *reward.named_terms]
+    judged = [f"{EVAL_PREFIX}{label}" for label in eval_rewards.named_terms] if eval_rewards is not None else []
+    others = (*COUNTERS[EVALUATIONS], *NOT_SCORES, PIXEL_L1, DENOISER_MSE, DIVERSITY)
+    if taken := [name for name in (*own, *judged) if name in others]:
+        raise DraftuneError(f"a reward has the name {taken[0]!r}, which is another column of the logs: rename it")
+    known = [*own, *(past.columns if past is not None else ()), *judged, PIXEL_L1, DENOISER_MSE]
+    if eval_rewards is not None and has_diversity(eval_rewards, settings.num_validation_images):
+        known.append(DIVERSITY)
     for column in columns:
         if column not in known:
             raise unknown("column of the evaluations", column, known)
@@ -283,18 +317,20 @@ def check_trained_steps(s: Settings, method: Method, schedule: Schedule) -> None
 def with_normalized_reward(context: TrainContext) -> TrainContext:
     """Divide each term of the reward by its standard deviation over images of the base model.
 
-    `reward_normalization_samples` is the number of images.
+    A resumed run takes the weights from its checkpoint. `reward_normalization_samples` is the number of images.
 
     Returns:
         The context with the new reward. Its settings have the weights in the reward's expression, for config.yaml.
     """
     s, processes, device = context.settings, context.processes, context.model.device
-    prompts = list(islice(cycle(context.prompts), s.reward_normalization_samples))
-    images = context.sample_images(prompts, range(s.reward_normalization_samples))
-    with processes.raise_on_all_ranks():
-        reward = normalized(context.reward, images, prompts, device)
+    if (weights := context.folder.reward_weights) is None:
+        prompts = list(islice(cycle(context.prompts), s.reward_normalization_samples))
+        images = context.sample_images(prompts, range(s.reward_normalization_samples))
+        with processes.raise_on_all_ranks():
+            weights = normalized_weights(context.reward, images, prompts, device)
     # Processes may differ in the last digits.
-    reward.weights = processes.broadcast(reward.weights)
+    weights = processes.broadcast(weights)
+    reward = WeightedSum([(weight, part) for weight, (_, part) in zip(weights, context.reward.terms, strict=True)])
     reward.set_chunk_size(s.reward_batch_size)
     return replace(
         context,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError
-from draftune.rewards import WeightedSum
 from draftune.rewards.online import carried
 from draftune.runs.checkpoint import MAX_CHECKPOINTS, checkpoints, load_optimizer, optimizer_tensors
 from draftune.runs.resuming import COMPUTED
+from draftune.training.checks import AUDITED, GradientCheck
 from draftune.training.data import pending_state, read_pending
 from draftune.training.step import TrainStep
 
@@ -89,6 +89,8 @@ def load_train_state(
     same_reward = not {"reward", "reward_normalization_samples"} & set(changed)
     for name, learned in carried(context.reward).items() if same_reward else ():
         learned.resize_as_(tensors[name]).copy_(tensors[name])
+    if updates.context.folder.done >= AUDITED:
+        updates.gradient_check = GradientCheck({})  # the first updates had gradients
     updates.generator.set_state(tensors["generator"])
     updates.scorer.queries, updates.seconds = state["reward_queries"], state["train_seconds"]
     updates.skipped, updates.skipped_in_a_row, updates.overflows = state["nonfinite_steps"]
@@ -101,10 +103,8 @@ def load_train_state(
         stride = context.settings.prefix_stride
         updates.pending = read_pending(state, tensors, context.processes, context.model.device, stride)
         updates.reuse.load_state_dict(updates.reuse.state_dict() | state.get("prefix_reuse", {}))
-    if isinstance(context.reward, WeightedSum) and same_reward:
-        # Normalizing again may give weights that differ in their last digits.
-        context.reward.weights = state["weights"]
-    if not METHOD_STATE & set(changed):
+    lost = {"model", "method"} if context.method.state_is_of_lora else METHOD_STATE
+    if not lost & set(changed):
         own = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
         context.method.load_state_dict(state["method"] | own)
     if context.accelerator.scaler and state["scaler"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,9 @@ from draftune.training.step import TrainStep
 from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Validation
 from draftune.utils.processes import is_peer_failure
+
+LOG_SECONDS = 30.0
+"""Seconds between updates of the progress bar where it is written to a file."""
 
 
 class Trainer:
@@ -192,7 +196,12 @@ class Trainer:
         """
         s = self.settings
         bar = tqdm(
-            total=s.steps, initial=self.global_step, desc="training", unit="update", disable=not self.processes.main
+            total=s.steps,
+            initial=self.global_step,
+            desc="training",
+            unit="update",
+            disable=not self.processes.main,
+            mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         )
         with bar:
             while self.global_step < s.steps and not (
@@ -281,9 +290,11 @@ class Trainer:
         return f"the same command resumes from {newest[-1].name}" if newest else "there is no checkpoint"
 
     def notify(self, event: str, *arguments: Any) -> None:
-        """Call one method of every callback. Raises DraftuneError that names the callback that failed."""
+        """Call one method of every callback that has it. Raises DraftuneError that names the callback that failed."""
         for callback in self.callbacks:
-            handler: Callable[..., None] = getattr(callback, event)
+            handler: Callable[..., None] | None = getattr(callback, event, None)
+            if handler is None:
+                continue
             try:
                 handler(*arguments)
             except Exception as error:

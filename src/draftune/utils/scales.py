@@ -48,5 +48,5 @@ def decimal_comma(text: str) -> str:
         return ""
     numbers = [int(word) for word in re.findall(r"-?\d+", text)]
     mixed = re.search(r"[,;]\s|;", text)
-    doubtful = mixed or numbers != sorted(set(numbers)) or max(numbers) >= LARGE
+    doubtful = mixed or numbers != sorted(numbers) or max(numbers) >= LARGE
     return f"{match[1]}.{match[2]}" if doubtful else ""

@@ -12,8 +12,8 @@ from typing import Any
 
 from draftune.utils.paths import atomic_write
 
-NAME = 35
-"""Maximum width of names in a printed table, so that a line has at most 100 characters."""
+NAME = 40
+"""Maximum width of names in a printed table, so that a line has at most 105 characters."""
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -42,8 +42,10 @@ def finite(value: Any) -> Any:
 
 
 def shortened(text: str, width: int = NAME) -> str:
-    """Return the text, shortened to its end, where paths differ."""
-    return text if len(text) <= width else "…" + text[1 - width :]
+    """Return a name, shortened to its start if it is an expression, and to its end, where paths differ, otherwise."""
+    if len(text) <= width:
+        return text
+    return f"{text[: width - 1]}…" if "(" in text else f"…{text[1 - width :]}"
 
 
 def duration(seconds: float) -> str:
