@@ -1,6 +1,7 @@
 """Draw the figure of docs/guard.png from a finished run: its evaluations, and images at the start, best and end.
 
-draftune train --steps 200 --validation-steps 10 --early-stopping-patience 3 --log-images-steps 10 --output runs/guarded
+draftune train --reward emoji_aesthetic --eval-rewards 'emoji_name_accuracy + emoji_style_probability(style="3d")' \\
+    --validation-steps 10 --early-stopping-patience 3 --log-images-steps 10 --output runs/guarded
 python benchmarks/guard.py runs/guarded docs/guard.png
 """
 
@@ -29,7 +30,8 @@ def curves(rows: list[dict[str, float]], columns: dict[str, str], best: float) -
     for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
         axis.plot(steps, [row[column] for row in rows], "o-", markersize=3)
         axis.axvline(best, color="#555555", linestyle="--", linewidth=0.9)
-        axis.set(title=title, xlabel="update")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("update")
     file = BytesIO()
     save(plot, file)
     return Image.open(file).convert("RGB")
