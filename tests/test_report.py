@@ -226,6 +226,17 @@ def test_words_for_numbers() -> None:
     )
 
 
+def test_the_parts_of_a_reward_are_in_its_table() -> None:
+    row = {"step": 0, "reward_queries": 0, "train_seconds": 0.0, "a - 2*b": 0.5, "a": 1.5, "b": 0.5, "eval/judge": 1.0}
+    row |= {"pixel_l1_from_base": 0.0, "denoiser_mse_from_base": 0.0, "stderr": {}, "best": True}
+    assert [cells[:2] for cells in score_table([row], "a - 2*b", "").rows] == [
+        ["a - 2*b", "trained on"],
+        ["a", "a part of it"],
+        ["b", "a part of it"],
+        ["judge", "not trained on"],
+    ]
+
+
 def test_nothing_is_said_before_an_interval_excludes_0(run: Path) -> None:
     """The rule is one: of the page, the card, the warning, a sweep's scale and the table after training."""
     first, last = ({"reward_queries": 0, "train_seconds": 0.0, "step": step} for step in (0, 2))
@@ -392,7 +403,7 @@ def test_nothing_outside_the_sweep_is_shown(run: Path, tmp_path: Path) -> None:
             "gradient_checkpointing": "both",
         },
         {"method": "draft_lv", "prefix_reuse_steps": 4},
-        {"set_alpha_to_one": False, "timestep_spacing": "leading", "output": "runs/a b", "seed": 2**62},
+        {"set_alpha_to_one": False, "timestep_spacing": "leading", "output": "runs/a b", "seed": 2**32 - 1},
     ],
 )
 def test_the_command_gives_the_same_settings(values: dict[str, Any]) -> None:
@@ -527,5 +538,5 @@ def test_a_long_name_of_a_score_is_cut_in_the_terminal() -> None:
     name = " + ".join(["emoji_clip(template='a photo of {prompt}')"] * 3)
     evaluation = Evaluation({name: torch.zeros(2, 1), "b": torch.zeros(2, 1)}, ["a", "b"], torch.rand(2, 3, 8, 8))
     lines = Comparison(evaluation, evaluation).table().splitlines()
-    assert lines[0].startswith(f"{name[:47]}…  ")
+    assert lines[0].startswith(f"{name[:39]}…  ")
     assert len({line.index("→") for line in lines}) == 1

@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def limits(f: Field[Any]) -> str:
     """Return a setting's range and default in parentheses, as its help text ends."""
     low, high = f.metadata["low"], f.metadata["high"]
-    parts = [f"{low:g} to {high:g}"] if high is not None else [f"at least {low:g}"] if low is not None else []
+    parts = [f"{low:g} to {high:.10g}"] if high is not None else [f"at least {low:g}"] if low is not None else []
     default: Any = f.default
     if default is not None and default != "":
         parts.append(f"default: {('off', 'on')[default] if kind(f) is bool else default}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from draftune.evaluation.criterion import EVAL_PREFIX
+from draftune.evaluation.criterion import DENOISER_MSE, EVAL_PREFIX, PIXEL_L1
 from draftune.evaluation.metrics import RETAINED_PREFIX
 from draftune.evaluation.verdict import change_bounds, known, standard_error, verdict, within
-from draftune.runs.logs import TEMPLATE
+from draftune.runs.logs import COUNTERS, EVALUATIONS, NOT_SCORES, TEMPLATE
 
 Row = Mapping[str, Any]
+NO_REWARDS = {*COUNTERS[EVALUATIONS], *NOT_SCORES, PIXEL_L1, DENOISER_MSE}
+"""Columns of evaluations.jsonl that are no scores of a reward."""
 
 
 class ScoreTable(NamedTuple):
@@ -51,15 +53,17 @@ def score_table(evaluations: Sequence[Row], reward: str | None, template: str, s
         found = [cell(row, key) for row in shown]
         return [*found[:2], change(first, last, key), *found[2:]] if last is not first else found
 
-    keys = [key for key in first if key == reward or key.startswith((EVAL_PREFIX, RETAINED_PREFIX))]
-    return ScoreTable(head, [[*named(key), *cells(key)] for key in keys], f"{'; '.join(notes)}.")
+    keys = [key for key in first if key not in NO_REWARDS]
+    return ScoreTable(head, [[*named(key, reward), *cells(key)] for key in keys], f"{'; '.join(notes)}.")
 
 
-def named(key: str) -> tuple[str, str]:
+def named(key: str, reward: str) -> tuple[str, str]:
     """Return the name of a column's score and its role."""
     if key.startswith(RETAINED_PREFIX):
         return key.removeprefix(RETAINED_PREFIX), "earlier reward"
-    return key.removeprefix(EVAL_PREFIX), "not trained on" if key.startswith(EVAL_PREFIX) else "trained on"
+    if key.startswith(EVAL_PREFIX):
+        return key.removeprefix(EVAL_PREFIX), "not trained on"
+    return key, "trained on" if key == reward else "a part of it"
 
 
 def cell(row: Row, key: str) -> str:

@@ -57,7 +57,7 @@ def checked(f: Field[Any], value: Any) -> Any:
     if low is not None and not value >= low:
         raise DraftuneError(f"{f.name} must be at least {low:g}, not {value!r}")
     if high is not None and not value <= high:
-        raise DraftuneError(f"{f.name} must be at most {high:g}, not {value!r}")
+        raise DraftuneError(f"{f.name} must be at most {high:.10g}, not {value!r}")
     if isinstance(value, float) and math.isinf(value):
         raise DraftuneError(f"{f.name} must be finite")
     if choices and value not in choices:
