@@ -268,7 +268,7 @@ def test_mistakes_get_one_line_and_code_2(
         "emojii 'emoji'?": ["sample", "emojii", "--prompt", "x", "--output", out],
         "no LoRA runs run": ["sample", str(run_folder.parent), "--prompt", "x", "--output", out],
         "brightness weights 0": [*train, "--reward", "0*brightness"],
-        "weights are 0": [*train, "--reward", "brightness - brightness"],
+        "weights cancel": [*train, "--reward", "brightness - brightness"],
         "broken.jsonl line 2 not JSON": [*train, "--prompts", str(tmp_path / "broken.jsonl")],
         "lines.txt no keys leave ':prompt'": [*train, "--prompts", f"{tmp_path / 'lines.txt'}:prompt"],
         "'cat face' .txt": [*train, "--prompts", "cat face"],

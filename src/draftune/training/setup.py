@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import cycle, islice
@@ -238,8 +239,11 @@ def check_groups(s: Settings, method: Method) -> None:
 
 def check_weights(reward: Reward) -> None:
     """Raise DraftuneError if all parts of a reward have the weight 0, or cancel."""
-    if not any(weight for weight, _ in reward.named_terms.values()):
-        raise DraftuneError(f"all weights of the reward {reward.label!r} are 0: there is nothing to train on")
+    totals: dict[str, float] = defaultdict(float)
+    for weight, part in reward.terms:
+        totals[part.expression or str(id(part))] += weight
+    if not any(totals.values()):
+        raise DraftuneError(f"all weights of the reward {reward.label!r} are 0 or cancel: there is nothing to train on")
 
 
 def check_columns(
