@@ -88,6 +88,7 @@ def test_the_recommended_template_belongs_to_the_recommended_reward() -> None:
     assert Settings().eval_prompt_template == EMOJI["eval_prompt_template"]
     assert Settings(reward="emoji_clip").eval_prompt_template == ""
     assert Settings(reward="emoji_clip").eval_rewards == "emoji_name_accuracy"
+    assert Settings(model="CompVis/stable-diffusion-v1-4", reward="clip").eval_rewards is None
     same = EMOJI["reward"].replace("0.25*", "0.250 * ").replace('"', "'")
     assert same != EMOJI["reward"]
     assert Settings(reward=same).eval_prompt_template == EMOJI["eval_prompt_template"]

@@ -58,7 +58,7 @@ announced: set[str] = set()
 
 def without_style(defaults: dict[str, Any]) -> dict[str, Any]:
     """Return recommended settings with another reward than the recommended one."""
-    return defaults | {name: value for name, value in WITHOUT_STYLE.items() if name in defaults}
+    return defaults | {name: value for name, value in WITHOUT_STYLE.items() if defaults.get(name)}
 
 
 def fit_to_steps(method: str, num_inference_steps: Any) -> str:
