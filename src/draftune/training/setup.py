@@ -85,9 +85,9 @@ def prepare(
                 f"--retain-weight {settings.retain_weight:g} is relative to the scale of the reward: "
                 "--reward-normalization-samples 32 makes its standard deviation 1"
             )
-    # transformers loads weights differently once torch.distributed is initialized: do it before anything is loaded.
     if not isinstance(model, DiffusionModel) and not is_checkpoint(settings.model):
-        local_pipeline(settings.model)  # refuses a mistyped name before anything else
+        local_pipeline(settings.model)  # refuses a mistyped name before anything is said of rewards
+    # transformers loads weights differently once torch.distributed is initialized: do it before anything is loaded.
     made = accelerator(settings)
     processes = processes_of(made)
     warn_ignored_launcher_options(settings)
