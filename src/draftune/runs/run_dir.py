@@ -157,9 +157,9 @@ class RunFolder:
             differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
             options = ["give another (--output)"]
             if fixed := [name for name in refused if name not in {*COMPUTED, "steps"}]:
-                flags = (
-                    f"--{name.replace('_', '-')} {shlex.quote(str(earlier.settings[name] or ''))}" for name in fixed
-                )
+                kept = {name: earlier.settings[name] for name in fixed}
+                texts = {name: "" if value is None else str(value) for name, value in kept.items()}
+                flags = [f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in texts.items()]
                 options.append(f"keep what cannot change ({' '.join(flags)})")
             else:
                 options.append(f"allow the change (--allow-changes {','.join(refused)})")
