@@ -140,6 +140,9 @@ def prepare(
         to_device(context, sharded)
     if sharded:
         shard(model, made.device, processes.count)
+    for name in ("validation_steps", "metric_for_best_model"):
+        if getattr(settings, name) and not eval_texts:
+            logger.warning(f"{name}={getattr(settings, name)} has no effect: there are no evaluation prompts")
     return context
 
 
@@ -172,9 +175,6 @@ def check_settings(settings: Settings, method: Method, loaded: bool = False) -> 
         raise DraftuneError(
             "early_stopping_patience counts evaluations: it needs --eval-prompts and --validation-steps"
         )
-    for name in ("validation_steps", "metric_for_best_model"):
-        if getattr(settings, name) and not settings.eval_prompts:
-            logger.warning(f"{name}={getattr(settings, name)} has no effect: there are no evaluation prompts")
     columns = parse_criterion(settings.metric_for_best_model) if settings.metric_for_best_model else {}
     check_method(settings, method)
     check_quantization(settings.quantization, settings.mixed_precision, loaded)
@@ -275,7 +275,7 @@ def check_columns(
         known.append(DIVERSITY)
     for column in columns:
         if column not in known:
-            raise unknown("column of the evaluations", column, known)
+            raise unknown("column of the evaluations", column, dict.fromkeys(known))
 
 
 def set_up_model(
