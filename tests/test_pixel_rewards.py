@@ -125,7 +125,7 @@ def test_robust_scores_the_locally_worst_picture() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("robust", "sharpness_aware reward"),
+        ("robust", "unknown reward known"),
         ("sharpness_aware(rho=1)", "sharpness_aware reward"),
         ("sharpness_aware(brightness, rho=0)", "rho sharpness_aware 0"),
         ("sharpness_aware(britness)", "'britness' 'brightness'"),
