@@ -1,8 +1,7 @@
-"""Compare draftune with TRL's AlignPropTrainer: time and memory of an update, and reward over training time.
+"""Compare an update of draftune with one of TRL's AlignPropTrainer: time, memory and gradient.
 
     pip install . torch==2.13.0 transformers==4.57.1 diffusers==0.35.2 peft==0.17.1 accelerate==1.10.1 trl==0.23.1
     python benchmarks/alignprop.py [--model emoji] [--reward emoji_aesthetic] [--k 1 10] [--rounds 7]
-    python benchmarks/alignprop.py --rounds 0 --minutes 10 [--own-minutes 4] [--output race.csv]
 
 Use a separate environment with releases of the time of that TRL version. Both trainers run alternately in one process,
 so that other load on the machine affects both. They share the model folder, reward object, prompts, batch, sampling
@@ -15,12 +14,6 @@ draftune is set to the same (set_alpha_to_one=False), with eta = 0. First the sc
 gradients differ for the same noise and LoRA. The gradients differ for pixels outside [0, 1]: TRL's clamp has gradient 0
 there, draftune's straight-through clamp has gradient 1. Then it prints the peak memory of the tensors of one update,
 the median times of --rounds pairs of updates, and the median ratio.
-
-Comparison over time (--minutes): each trainer uses its own defaults, but draftune's sampling steps, guidance and batch.
-draftune's defaults are recommended for the model. TRL's are not: learning rate 1e-3, eta = 1 (--eta), and a random
-truncation between 0 and T. The trainer with less training time makes the next update. Every --every seconds of training
-its LoRA is evaluated, outside the measured time, by the same function, prompts and seeds: DDIM without noise on
-draftune's schedule. At the end the script prints when draftune first reaches TRL's best evaluation.
 """
 
 from __future__ import annotations
@@ -28,16 +21,13 @@ from __future__ import annotations
 import openmp  # isort: skip  # noqa: F401 - before torch
 
 import argparse
-import csv
 import itertools
 import logging
 import random
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +37,6 @@ from torch import Tensor
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
 from draftune.assets import EMBEDDED
-from draftune.evaluation.metrics import evaluate
 from draftune.lora import lora_parameters
 from draftune.methods import Batch
 from draftune.models import DiffusionModel, load_model
@@ -149,64 +138,6 @@ def time_updates(args: argparse.Namespace, k: int) -> dict[str, Any]:
     return {**values, "peak_bytes": peaks[0], "TRL_peak_bytes": peaks[1]}
 
 
-@dataclass
-class Racer:
-    """A trainer in the comparison over time, and its evaluations."""
-
-    name: str
-    update: Callable[[], object]
-    model: DiffusionModel
-    limit: float
-    """Maximum training time in seconds."""
-    seconds: float = 0.0
-    updates: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def evaluate(self, ours: Trainer, count: int) -> None:
-        """Evaluate `count` images, append the row and print it."""
-        prompts = (ours.context.eval_prompts or ours.prompts)[:count]
-
-        def draw(prompts: Any, seeds: Any) -> Tensor:
-            return self.model.sample_tensors(prompts, seeds, ours.schedule, ours.settings.guidance_scale)
-
-        scores = evaluate(draw, ours.reward, ours.context.eval_rewards, prompts, 1, self.model.device).scores
-        self.rows.append({"trainer": self.name, "updates": self.updates, "seconds": round(self.seconds, 2)} | scores)
-        values = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-        print(f"{self.name:8}  {self.seconds:6.1f} s  {self.updates:4} updates  {values}", flush=True)
-
-
-def race(args: argparse.Namespace) -> None:
-    """Train both for the same time and print when draftune reaches TRL's best reward."""
-    ours = draftune(args, load_model(args.model))
-    s, count = ours.settings, itertools.count(1)
-    minmax = (0, s.num_inference_steps)
-    theirs, model = alignprop(ours, sample_eta=args.eta, truncated_rand_backprop_minmax=minmax)
-    own = 60 * (args.own_minutes or args.minutes)
-    here = Racer("draftune", lambda: ours.train_step.run(next(count)), ours.model, own)
-    there = Racer("TRL", lambda: theirs.step(0, 0), model, 60 * args.minutes)
-    for racer in (here, there):
-        racer.evaluate(ours, args.num_images)
-    while training := [racer for racer in (here, there) if racer.seconds < racer.limit]:
-        racer = min(training, key=lambda racer: racer.seconds)
-        racer.seconds += seconds(racer.update)
-        racer.updates += 1
-        if racer.seconds >= min(racer.limit, racer.rows[-1]["seconds"] + args.every):
-            racer.evaluate(ours, args.num_images)
-    if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(here.rows[0]))
-            writer.writeheader()
-            writer.writerows(here.rows + there.rows)
-    label = ours.reward.label
-    best = max(there.rows, key=lambda row: row[label])
-    reached = next((i for i, row in enumerate(here.rows) if row[label] >= best[label]), None)
-    when = "not reached"
-    if reached is not None:
-        around = (here.rows[max(0, reached - 1)], here.rows[reached])
-        when = "between " + " and ".join(f"{row['seconds']:.1f} s ({row[label]:.4f})" for row in around)
-    print(f"TRL's best: {label} {best[label]:.4f} after {best['seconds']:.1f} s; by draftune {when}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji", help="'emoji' or the folder of a StableDiffusionPipeline")
@@ -216,22 +147,14 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 10], help="last steps with gradient")
-    parser.add_argument("--rounds", type=int, default=7, help="pairs of updates; 0 skips them")
-    parser.add_argument("--minutes", type=float, default=0, help="minutes of training of each trainer; 0 skips it")
-    parser.add_argument("--own-minutes", type=float, default=0, help="minutes of training of draftune, if fewer")
-    parser.add_argument("--every", type=float, default=30, help="seconds of training between evaluations")
-    parser.add_argument("--num-images", type=int, default=32, help="images of an evaluation, one for each prompt")
-    parser.add_argument("--eta", type=float, default=1.0, help="eta of TRL's DDIM in the comparison")
-    parser.add_argument("--output", type=Path, help="CSV file for the evaluations")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of updates")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     print(f"TRL {version('trl')}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     with silence_libraries():
-        for k in args.k if args.rounds else ():
+        for k in args.k:
             time_updates(args, k)
-        if args.minutes:
-            race(args)
 
 
 if __name__ == "__main__":

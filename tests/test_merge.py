@@ -241,11 +241,13 @@ def test_the_same_command_again_replaces_its_own_file_alone(
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_weights() -> None:
+def test_weights(tmp_path: Path) -> None:
     assert weighted("runs/a@0.7") == ("runs/a", 0.7)
     assert weighted("runs/a") == ("runs/a", 1.0)
     assert weighted("me@home/a") == ("me@home/a", 1.0)
     assert weighted("me@home/a@2@-1e-1") == ("me@home/a@2", -0.1)
+    with raises(DraftuneError, "weight", tmp_path, "'0,5'"):
+        weighted(f"{tmp_path}@0,5")
 
 
 def test_mistakes(

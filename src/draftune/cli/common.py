@@ -6,9 +6,9 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError
 from draftune.settings import DEVICE, PRECISIONS, QUANTIZATIONS, REWARD_PRECISIONS, Settings
@@ -244,11 +244,12 @@ def load_source(args: argparse.Namespace) -> tuple[DiffusionModel, Settings]:
         args.quantization,
         ModelOptions.of(args),
     )
-    return model, replace(settings, **drawing_flags(args))
+    return model, with_drawing(settings, args)
 
 
-def drawing_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of sampling and of the weights' storage that were given as options of `add_drawing`."""
+def with_drawing(settings: Settings, args: argparse.Namespace) -> Settings:
+    """Return the settings with those of sampling and of the weights' storage that were given to `add_drawing`."""
+    from draftune.runs.load import override
+
     names = ("num_inference_steps", "guidance_scale", "negative_prompt", "mixed_precision", "quantization")
-    flags = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in flags.items() if value is not None}
+    return override(settings, **{name: getattr(args, name) for name in names})

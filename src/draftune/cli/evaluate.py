@@ -12,9 +12,9 @@ from draftune.cli.common import (
     add_drawing,
     add_evaluation,
     check_numbers,
-    drawing_flags,
     filled,
     table_output,
+    with_drawing,
     writing_to,
 )
 from draftune.registry.expression import same_expression
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     yardstick = resolve_eval_spec(
         loras, args.prompts, args.reward, args.eval_rewards, args.num_images, args.reward_precision
     )
-    loras = [replace(tuned, settings=replace(tuned.settings, **drawing_flags(args))) for tuned in loras]
+    loras = [replace(tuned, settings=with_drawing(tuned.settings, args)) for tuned in loras]
 
     def write_images(tuned: LoRASource, comparison: Comparison) -> None:
         """Write the images of a LoRA, into a folder of its own if there are several."""

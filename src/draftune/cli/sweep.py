@@ -12,8 +12,8 @@ from draftune.cli.common import (
     add_evaluation,
     add_lora,
     check_numbers,
-    drawing_flags,
     filled,
+    with_drawing,
     writing_to,
 )
 from draftune.utils.model_options import ModelOptions
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     yardstick = resolve_eval_spec(
         [tuned], args.prompts, args.reward, args.eval_rewards, args.num_images, args.reward_precision
     )
-    tuned = replace(tuned, settings=replace(tuned.settings, **drawing_flags(args)))
+    tuned = replace(tuned, settings=with_drawing(tuned.settings, args))
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
     result = sweep(tuned, yardstick, scales, args.metric_for_best_model, args.device)

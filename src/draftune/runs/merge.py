@@ -56,11 +56,17 @@ def merge_loras(
 
 
 def weighted(text: str) -> tuple[str, float]:
-    """Split "runs/a@0.7" at the last @ into source and weight; the weight is 1 if no number follows."""
+    """Split "runs/a@0.7" at the last @ into source and weight; the weight is 1 if no number follows.
+
+    Raises:
+        DraftuneError: a LoRA's path is followed by @ and something that is no number.
+    """
     source, _, number = text.rpartition("@")
     try:
         return (source, float(number)) if source else (text, 1.0)
     except ValueError:
+        if user_path(source).exists() and not user_path(text).exists():
+            raise DraftuneError(f"the weight of {source!r} must be a number, not {number!r}") from None
         return text, 1.0
 
 
