@@ -20,7 +20,7 @@ from draftune.prompts import load_prompts
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler
 from draftune.training.memory_check import smaller_batches
-from draftune.training.setup import check_method
+from draftune.training.setting_checks import check_method
 from draftune.utils.processes import Processes
 from helpers.errors import raises
 

@@ -81,10 +81,15 @@ def test_a_range_without_a_step_is_refused(capsys: pytest.CaptureFixture[str], t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_merged_step_of_the_prefix_is_that_of_its_first_step() -> None:
+def test_steps_with_and_without_the_lora_are_not_merged() -> None:
     schedule = marked("0.2-0.8")
     assert [step.tuned for step in schedule.steps] == [False, True, True, True, False]
-    assert [step.tuned for step in skip_steps(schedule.steps, 2)] == [False, True, True]
+    merged = skip_steps(schedule.steps, 2)
+    assert [step.tuned for step in merged] == [False, True, True, False]
+    assert [(step.alpha, step.alpha_next) for step in merged[1:3]] == [
+        (schedule.steps[1].alpha, schedule.steps[1].alpha_next),
+        (schedule.steps[2].alpha, schedule.steps[3].alpha_next),
+    ]
     seen = []
 
     def denoise(x: Tensor, step: Step) -> Prediction:
@@ -92,7 +97,7 @@ def test_a_merged_step_of_the_prefix_is_that_of_its_first_step() -> None:
         return Prediction(x, x)
 
     PrefixCache(torch.zeros(1, 1, 1, 1), stride=2).get(4, denoise, schedule.steps)
-    assert seen == [False, True]
+    assert seen == [False, True, True]
 
 
 @pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()))

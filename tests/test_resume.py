@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 import draftune
 from draftune.errors import DraftuneError
 from draftune.rewards import Reward
-from draftune.training import Run
+from draftune.training import Callback, Run
 from helpers.errors import mentions, raises
 
 PROMPTS = ["a cat", "a dog", "a bird"]
@@ -113,6 +113,22 @@ def test_a_run_goes_on_bit_for_bit(
     assert resumed.comparison is not None
     assert resumed.comparison.scores == whole.comparison.scores
     assert torch.equal(resumed.comparison.base.images, whole.comparison.base.images)
+
+
+def test_a_signal_in_the_last_update_ends_a_run_before_its_last_evaluation(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    class Signal(Callback):
+        def on_step_end(self, step: int, logs: Mapping[str, Any]) -> None:
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    values: dict[str, Any] = {"method": "draft_k(k=1)", "callbacks": [Signal()]}
+    with raises(KeyboardInterrupt, "update 6"):
+        train(pipeline_folder, tmp_path / "run", **values)
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluations.jsonl")] == [0, 3]
+    resumed = train(pipeline_folder, tmp_path / "run", method="draft_k(k=1)")
+    assert [row["step"] for row in resumed.evaluations] == [0, 3, 6]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

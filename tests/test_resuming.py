@@ -19,8 +19,10 @@ from test_resume import PROMPTS, lora, rows, train
 
 from draftune.cli.main import main
 from draftune.errors import DraftuneError
+from draftune.methods import DraftK
 from draftune.runs.fingerprint import files_of, find_source, fingerprint
 from draftune.runs.resuming import COMPUTED, FIXED, RESUMABLE_CHANGES, ROUNDING, RunIdentity, changeable
+from draftune.runs.run_dir import RunFolder
 from draftune.settings import Settings
 from draftune.training.trainer import Trainer
 from helpers.errors import mentions, raises
@@ -53,9 +55,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline_folder: Path,
     return folder
 
 
-def test_every_setting_is_classified_once() -> None:
+def test_every_setting_is_of_a_known_kind() -> None:
     classified = [*RESUMABLE_CHANGES, *ROUNDING, *COMPUTED, *FIXED]
     assert sorted(classified) == sorted(f.name for f in fields(Settings))
+    for names, some in ((RESUMABLE_CHANGES, "output"), (ROUNDING, "device"), (COMPUTED, "method"), (FIXED, "seed")):
+        assert some in names
 
 
 def moved(folder: Path) -> Path:
@@ -465,6 +469,40 @@ def test_a_changed_reward_begins_its_statistics_and_its_best_anew(pipeline_folde
     seen = [reward for rewards in trainer.method.rewards.values() for reward in rewards]
     assert min(seen) > 100
     assert {"1000*brightness"} <= set(trainer.validation.guard.rows[-1])
+
+
+def test_a_changed_reward_of_the_same_name_is_not_compared_with_the_former(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    """Both rewards have the column `color`."""
+    values = SHORT | {"prompts": "animals", "eval_prompts": "animals", "num_validation_images": 1}
+    values |= {"guidance_scale": 1.0, "num_inference_steps": 2, "validation_steps": 1, "output": str(tmp_path / "run")}
+    values |= {"model": str(pipeline_folder), "early_stopping_patience": 9}
+    Trainer(**values, reward="color(target=red)", steps=1).train()
+    for steps, known in ((2, [0, 2]), (3, [0, 2, 3])):
+        changed = Trainer(**values, reward="color(target=blue)", steps=steps, allow_changes="reward")
+        changed.train()
+        guard, base = changed.validation.guard, changed.validation.evaluations[0]
+        assert [row["step"] for row in guard.rows] == known
+        assert guard.rows[0]["color"] == pytest.approx(base.scores["color"])
+
+
+def test_a_method_object_is_compared_by_its_settings(pipeline_folder: Path, tmp_path: Path) -> None:
+    values = SHORT | {"prompts": "animals", "guidance_scale": 1.0, "num_inference_steps": 2, "eval_prompts": ""}
+    values |= {"model": str(pipeline_folder), "reward": "brightness", "output": str(tmp_path / "run")}
+    del values["method"]
+    Trainer(**values, method=DraftK(k=1), steps=1).train()
+    with raises(DraftuneError, "method", "k=1", "k=2"):
+        Trainer(**values, method=DraftK(k=2), steps=2)
+    Trainer(**values, method=DraftK(k=1), steps=2).train()
+
+
+def test_a_run_with_settings_of_another_version(here: Path) -> None:
+    folder = RunFolder(Settings(output="run"), {})
+    earlier = RunIdentity(asdict(Settings()) | {"former_setting": 3}, {})
+    folder.changed = folder.identity.differences(earlier)
+    with raises(DraftuneError, "former_setting", "version"):
+        folder.check_changes(earlier)
 
 
 def test_a_changed_reward_leaves_the_reference_of_online_dpo(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -221,6 +221,30 @@ def test_schedules_that_do_not_fit() -> None:
         learning_rates(Settings(lr_scheduler="polynomial", learning_rate=1e-9))
 
 
+def test_a_call_that_failed_before_its_first_update_can_be_repeated(pipeline_folder: Path, tmp_path: Path) -> None:
+    """The caller's model keeps neither a LoRA nor the pixel clamp of the run."""
+    model = load_model(pipeline_folder)
+    clamp, ready = model.pixel_clamp, False
+
+    def reward(images: Tensor, prompts: Any) -> Tensor:
+        if not ready:
+            raise ValueError("not ready")
+        return images.mean((1, 2, 3))
+
+    values = SMALL | {"output": str(tmp_path / "run"), "pixel_clamp": "hard", "steps": 1}
+    for broken in ({"num_inference_steps": 2}, {"lora_target_modules": "no_such_layer"}):
+        with pytest.raises(DraftuneError):
+            draftune.train(model, reward, PROMPTS, **values | broken)
+        assert model.pixel_clamp == clamp
+        assert not getattr(model.denoiser, "peft_config", {})
+    ready = True
+    run = draftune.train(model, reward, PROMPTS, **values)
+    assert len(run.metrics) == 1
+    with pytest.raises(DraftuneError, match="already has a LoRA"):
+        draftune.train(model, reward, PROMPTS, **values | {"output": str(tmp_path / "second")})
+    assert model.denoiser.peft_config  # the trained LoRA stays
+
+
 class Cut(draftune.Callback):
     """Interrupt the run after an update's checkpoint."""
 
@@ -454,12 +478,17 @@ def test_a_tracker_that_fails_is_stopped(caplog: pytest.LogCaptureFixture) -> No
         def log(self, metrics: dict[str, float], step: int) -> None:
             raise OSError(28, "No space left on device")
 
+    class Offline(FakeTracker):
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            raise RuntimeError("no connection")  # as from the client of a service
+
     trackers, other = Trackers([]), FakeTracker("other")
-    trackers.trackers = {"full": Full("full"), "other": other}
+    trackers.trackers = {"full": Full("full"), "offline": Offline("offline"), "other": other}
     trackers.on_step_end(1, {"reward": 1.0, "best": True, "stderr": {}})
     trackers.on_step_end(2, {"reward": 2.0})
     assert other.rows == [(1, {"reward": 1.0}), (2, {"reward": 2.0})]
     assert caplog.text.count("the tracker full is stopped: No space left on device") == 1
+    assert caplog.text.count("the tracker offline is stopped: no connection") == 1
 
 
 HIDDEN = ("matplotlib", "tensorboard", "ftfy", "wandb", "trackio", "bitsandbytes")

@@ -24,7 +24,7 @@ from draftune.prompts import metadata
 from draftune.rewards import Reward, load_reward
 from draftune.settings import Settings
 from draftune.training import Run
-from draftune.training.checks import GradientCheck
+from draftune.training.gradient_check import GradientCheck
 from draftune.training.step import PromptSampler, TrainStep
 from draftune.training.trainer import Trainer
 from draftune.training.update_row import clipped_share

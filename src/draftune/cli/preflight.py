@@ -68,7 +68,10 @@ def report(result: MemoryReport) -> str:
         lines += ["", f"As requested it does not fit into {size(result.memory)} MiB; this does:", f"  {flags}"]
     else:
         tried = f"; the least is {size(best.total)} MiB, with {flags or 'nothing changed'}" if best.ran else ""
-        advice = "use smaller images (--height, --width), a smaller reward or a larger device"
+        advice = (
+            "add --tiny-decoder, --offload, --quantization or --reward-precision bf16, or use smaller images "
+            "(--height, --width)"
+        )
         lines += ["", f"It does not fit into {size(result.memory)} MiB{tried}: {advice}."]
     if best.run:
         parts = ", ".join(f"{count} {name} {duration(taken)}" for name, (count, taken) in best.run.items())

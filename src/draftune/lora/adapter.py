@@ -59,6 +59,17 @@ def add_lora(model: LoRATarget, rank: int, alpha: float | None = None, targets: 
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
+def remove_lora(model: LoRATarget) -> None:
+    """Remove the LoRAs of `add_lora` and `freeze_lora`, after which both can be called again."""
+    from diffusers.utils.peft_utils import delete_adapter_layers
+
+    for network in model.lora_networks.values():
+        for name in (ADAPTER, FROZEN_ADAPTER):
+            if name in getattr(network, "peft_config", {}):
+                delete_adapter_layers(network, name)
+    model.frozen_lora = None
+
+
 def lora_parameters(model: LoRATarget) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of the denoiser by name."""
     return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}

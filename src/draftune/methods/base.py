@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from draftune.registry.factories import add_factory
 from draftune.sampling.sampler import Denoiser, PrefixCache
 from draftune.sampling.schedule import Schedule
 from draftune.utils.processes import SINGLE_PROCESS, Processes
@@ -133,6 +134,8 @@ class Method:
     Set it to False for a method that calls `torch.autograd.grad` itself. The trainer's gradient scaler cannot scale
     such gradients, and small ones become 0 in fp16.
     """
+    starts_without_grad: bool = False
+    """Whether sampling starts with `Batch.no_grad_latents`, which `prefix_stride` and other settings make cheaper."""
     min_images_per_update: int = 1
     """Minimum of `batch_size` times `gradient_accumulation_steps`: 2 if rewards of an update are compared."""
     min_images_per_prompt: int = 1
@@ -153,10 +156,6 @@ class Method:
     def trained_steps(self, schedule: Schedule) -> list[int]:
         """Return those indices of `steps_with_gradient` that are steps of the fine-tuned model (`Step.tuned`)."""
         return [i for i in self.steps_with_gradient(schedule) if schedule.steps[i].tuned]
-
-    def starts_without_grad(self) -> bool:
-        """Return whether sampling starts with `Batch.no_grad_latents`; allows `prefix_stride` above 1."""
-        return False
 
     def prefix_is_reusable(self) -> bool:
         """Return whether the prefix ends at the same step in every update; allows `prefix_reuse_steps` above 1.
@@ -235,15 +234,13 @@ class MethodWrapper(Method):
         self.min_images_per_prompt = method.min_images_per_prompt
         self.whole_groups_per_batch = method.whole_groups_per_batch
         self.state_is_of_lora = method.state_is_of_lora
+        self.starts_without_grad = method.starts_without_grad
 
     def check(self, schedule: Schedule) -> None:
         self.method.check(schedule)
 
     def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
         return self.method.steps_with_gradient(schedule)
-
-    def starts_without_grad(self) -> bool:
-        return self.method.starts_without_grad()
 
     def prefix_is_reusable(self) -> bool:
         return self.method.prefix_is_reusable()
@@ -270,10 +267,14 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Register a Method by name for `--method` and `load_method`. `draftune list methods` shows its docstring."""
+    """Register a Method by name for `--method` and `load_method`. `draftune list methods` shows its docstring.
+
+    Raises:
+        DraftuneError: the name is no Python identifier, or that of another method.
+    """
 
     def add(cls: M) -> M:
-        METHODS[name] = cls
+        add_factory(METHODS, name, cls, "method")
         return cls
 
     return add

@@ -52,6 +52,7 @@ class DiffusionNFT(Method):
         decay_max: Largest decay, from 0 to below 1. Default: 0.5. The authors' values for OCR are 75, 0.0075, 0.999.
     """
 
+    starts_without_grad = True
     needs_reward_gradient = False
     state_is_of_lora = True
     min_images_per_update = 2
@@ -83,9 +84,6 @@ class DiffusionNFT(Method):
                 raise DraftuneError(f"{name} must be at least 0 and finite, got {value}")
         if not 0 <= self.decay_max < 1:
             raise DraftuneError(f"decay_max must be from 0 to below 1, got {self.decay_max}")
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def backprops_multiple_calls(self) -> bool:
         return False

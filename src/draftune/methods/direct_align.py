@@ -44,6 +44,8 @@ class DirectAlign(Method):
         inversion: Whether the second loss is used. Default: True.
     """
 
+    starts_without_grad = True
+
     first: float = 0.1
     last: float = 0.5
     inversion: bool = True
@@ -66,9 +68,6 @@ class DirectAlign(Method):
         steps = range(round(self.first * count), round(self.last * count))
         # The step to more noise ends at the level before, where x_0' needs a signal.
         return [i for i in steps if not self.inversion or (i > 0 and levels[i - 1] > 0)]
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def prefix_is_reusable(self) -> bool:
         return True

@@ -76,6 +76,8 @@ class DraftK(BackpropMethod):
         k: Number of last steps with gradient, 1 to T. Default: 1.
     """
 
+    starts_without_grad = True
+
     k: int = 1
 
     def __post_init__(self) -> None:
@@ -86,9 +88,6 @@ class DraftK(BackpropMethod):
 
     def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
         return last_steps(self.k, schedule)
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def prefix_is_reusable(self) -> bool:
         return True
@@ -118,6 +117,8 @@ class DraftLV(BackpropMethod):
         n: Number of re-noised copies of each image, 0 or more. Default: 2, as in the paper. 0 is DRaFT-1.
     """
 
+    starts_without_grad = True
+
     n: int = 2
 
     def __post_init__(self) -> None:
@@ -125,9 +126,6 @@ class DraftLV(BackpropMethod):
 
     def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
         return last_steps(1, schedule)
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def prefix_is_reusable(self) -> bool:
         return True
@@ -161,6 +159,8 @@ class ReFL(BackpropMethod):
         m: Number of last steps at which sampling may stop, 1 to T. Default: 20, as in Clark et al.
     """
 
+    starts_without_grad = True
+
     m: int = 20
 
     def __post_init__(self) -> None:
@@ -171,9 +171,6 @@ class ReFL(BackpropMethod):
 
     def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
         return last_steps(self.m, schedule)
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def prefix_is_reusable(self) -> bool:
         return self.m == 1
@@ -212,6 +209,8 @@ class AlignProp(BackpropMethod):
         m: Largest k, 1 to T. Default: T - 1.
     """
 
+    starts_without_grad = True
+
     cut: str = "normal"
     m: int | None = None
 
@@ -227,9 +226,6 @@ class AlignProp(BackpropMethod):
 
     def steps_with_gradient(self, schedule: Schedule) -> Sequence[int]:
         return last_steps(self.largest(len(schedule)), schedule)
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def prefix_is_reusable(self) -> bool:
         return self.m == 1

@@ -31,6 +31,8 @@ class FlowBP(BackpropMethod):
     late_bias: float
     grad_rescale: float
 
+    starts_without_grad = True
+
     def __post_init__(self) -> None:
         check_range(
             "FlowBP", late_bias=(self.late_bias, 0, MAX_BIAS), grad_rescale=(self.grad_rescale, 0, float("inf"))
@@ -43,9 +45,6 @@ class FlowBP(BackpropMethod):
                 "fine-tuned: lower k, or extend lora_steps"
             )
         require_no_dynamic_thresholding(schedule)
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def backprops_multiple_calls(self) -> bool:
         return self.k > 1

@@ -53,6 +53,8 @@ class FlowBPLagrange(BackpropMethod):
         discount: Factor of the gradient through the second leap's network input, 0 to 1. Default: 0.1.
     """
 
+    starts_without_grad = True
+
     order: int = 4
     active: int = 1
     support_scale: float = 1.0
@@ -79,9 +81,6 @@ class FlowBPLagrange(BackpropMethod):
                 f"flowbp_lagrange trains 2 steps or more, but {tuned} of the {len(schedule)} steps "
                 "(num_inference_steps) are fine-tuned: sample more steps, or extend lora_steps"
             )
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps, tuned = batch.schedule.steps, self.trained_steps(batch.schedule)

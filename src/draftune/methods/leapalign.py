@@ -37,6 +37,8 @@ class LeapAlign(BackpropMethod):
             the paper.
     """
 
+    starts_without_grad = True
+
     discount: float = 0.2
 
     def __post_init__(self) -> None:
@@ -49,9 +51,6 @@ class LeapAlign(BackpropMethod):
         if (tuned := len(self.trained_steps(schedule))) < 2:
             raise DraftuneError(f"leapalign trains 2 steps, but lora_steps holds {tuned} of {len(schedule)}: extend it")
         require_no_dynamic_thresholding(schedule)
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def samples(self, batch: Batch) -> Iterator[Tensor]:
         steps = batch.schedule.steps

@@ -55,6 +55,7 @@ class OnlineDPO(Method):
             and at most 1. Default: 1.
     """
 
+    starts_without_grad = True
     needs_reward_gradient = False
     state_is_of_lora = True
     min_images_per_update = 2
@@ -81,9 +82,6 @@ class OnlineDPO(Method):
         check_fraction(self.timestep_fraction)
         if not 0 < self.beta < math.inf:
             raise DraftuneError(f"beta must be above 0 and finite, got {self.beta}")
-
-    def starts_without_grad(self) -> bool:
-        return True
 
     def backprops_multiple_calls(self) -> bool:
         return False

@@ -152,6 +152,8 @@ class Parser:
                 return name
             case ast.Constant(True | False | None as constant):
                 return constant
+        if not is_number(node):
+            raise self.refused(node, "expected a number, a word or text in quotes, as for a path")
         return self.number(node)
 
     def number(self, node: ast.expr) -> int | float:

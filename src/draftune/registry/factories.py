@@ -20,6 +20,26 @@ T = TypeVar("T")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
+def add_factory(table: dict[str, Any], name: str, factory: Callable[..., Any], kind: str) -> None:
+    """Add a factory to a registry. The same definition, as of a notebook cell that runs again, replaces itself.
+
+    Args:
+        table: The registry.
+        name: The name in expressions.
+        factory: The class or function.
+        kind: What it makes, for error messages.
+
+    Raises:
+        DraftuneError: the name is no Python identifier, or that of another factory.
+    """
+    if not name.isidentifier():
+        raise DraftuneError(f"a {kind}'s name must be a Python identifier, such as my_{kind}, not {name!r}")
+    old = table.get(name)
+    if old is not None and (old.__module__, old.__qualname__) != (factory.__module__, factory.__qualname__):
+        raise DraftuneError(f"the {kind} {name!r} is registered already")
+    table[name] = factory
+
+
 def parse_call(text: str, kind: str, example: str) -> Call:
     """Parse an expression that must be one call. Raises DraftuneError for a sum."""
     tree = parse(text)

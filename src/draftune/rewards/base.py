@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from draftune.errors import DraftuneError, out_of_memory
 from draftune.prompts import copied, is_blank
 from draftune.registry.expression import written_sum
-from draftune.registry.factories import error_text
+from draftune.registry.factories import add_factory, error_text
 from draftune.rewards.chunked import chunked_scores
 from draftune.utils.loading import Truncation
 
@@ -281,15 +281,11 @@ def register(name: str) -> Callable[[R], R]:
     A factory whose first parameter is a `Reward` is a wrapper: `sharpness_aware(clip + 0.1*aesthetic, rho=0.01)`.
 
     Raises:
-        DraftuneError: for a name that is registered already, or is no Python identifier.
+        DraftuneError: the name is no Python identifier, or that of another reward.
     """
 
     def add(factory: R) -> R:
-        if not name.isidentifier():
-            raise DraftuneError(f"a reward's name must be a Python identifier, such as my_reward, not {name!r}")
-        if name in REWARDS:
-            raise DraftuneError(f"the reward {name!r} is registered already")
-        REWARDS[name] = factory
+        add_factory(REWARDS, name, factory, "reward")
         return factory
 
     return add

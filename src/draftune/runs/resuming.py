@@ -15,91 +15,14 @@ from draftune.sampling.step_range import StepRange
 from draftune.settings import Settings
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 
-RESUMABLE_CHANGES = (
-    "steps",
-    "output",
-    "resume",
-    "allow_changes",
-    "nonfinite_action",
-    "log_gradient_snr",
-    "log_images_steps",
-    "num_log_prompts",
-    "checkpointing_steps",
-    "validation_steps",
-    "early_stopping_patience",
-    "report_to",
-)
-"""Settings that may differ when a run is resumed: its length, and what is evaluated, logged or saved."""
-ROUNDING = (
-    "reward_batch_size",
-    "gradient_checkpointing",
-    "offload",
-    "compile",
-    "prefix_compile",
-    "prefix_batches",
-    "device",
-)
-"""Settings that may differ too: memory, speed and device. They change results by rounding only."""
-COMPUTED = (
-    "model",
-    *ModelOptions._fields,
-    "reward",
-    "reward_normalization_samples",
-    "rate_every",
-    "rate_comparisons",
-    "method",
-    "prompts",
-    "retain_prompts",
-    "retain_weight",
-    "batch_size",
-    "prefix_reuse_steps",
-    "prefix_reuse_cosine",
-    "prefix_stride",
-    "prefix_cache",
-    "prefix_precision",
-    "gradient_accumulation_steps",
-    "num_images_per_prompt",
-    "optimizer",
-    "gradient_filter",
-    "learning_rate",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "lr_num_cycles",
-    "lr_power",
-    "adam_beta1",
-    "adam_beta2",
-    "weight_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "num_inference_steps",
-    "guidance_scale",
-    "negative_prompt",
-    "timestep_spacing",
-    "set_alpha_to_one",
-    "height",
-    "width",
-    "lora_alpha",
-    "lora_steps",
-    "mixed_precision",
-    "quantization",
-    "reward_precision",
-    "tiny_decoder",
-    "pixel_clamp",
-)
-"""Settings that affect results: they may differ only if `allow_changes` names them."""
-FIXED = (
-    "init_lora",
-    "skip_text_encoder_lora",
-    "seed",
-    "lora_rank",
-    "lora_target_modules",
-    "eval_prompts",
-    "eval_prompt_template",
-    "num_validation_images",
-    "eval_rewards",
-    "metric_for_best_model",
-)
-"""Settings that may never differ: the LoRA's shape and start, and how the best LoRA is chosen."""
+
+def settings_that_are(resume: str) -> tuple[str, ...]:
+    """Return the names of the settings with this value of `resume`, see `draftune.settings.field_checks.setting`."""
+    return tuple(f.name for f in fields(Settings) if f.metadata["resume"] == resume)
+
+
+RESUMABLE_CHANGES, ROUNDING, COMPUTED, FIXED = map(settings_that_are, ("free", "rounding", "computed", "fixed"))
+"""Settings by what their difference means when a run is resumed."""
 
 CONTENTS = ("prompts", "eval_prompts", "retain_prompts", "init_lora")
 """Settings that are compared by a digest of their contents: prompts, and the weights of a LoRA."""

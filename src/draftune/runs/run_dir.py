@@ -146,6 +146,11 @@ class RunFolder:
         """Return what the run is to compute with the present settings."""
         return RunIdentity(self.requested, self.contents)
 
+    @property
+    def reward_since(self) -> int:
+        """Return the last update whose evaluation has the scores of another reward, -1 if there is none."""
+        return max((entry["step"] for entry in self.changes if entry["setting"] == "reward"), default=-1)
+
     def check_changes(self, earlier: RunIdentity) -> None:
         """Record the settings that differ from the earlier run. Raises DraftuneError unless they are allowed to."""
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
@@ -156,6 +161,11 @@ class RunFolder:
                 differences.append(f"the learning rate of each update depends on steps (lr_scheduler={schedule})")
             differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
             options = ["give another (--output)"]
+            if unknown := [name for name in refused if name not in self.requested]:
+                raise DraftuneError(
+                    f"the run in {str(self.path)!r} is of another version of draftune, which has the settings "
+                    f"{', '.join(unknown)}: resume it with that version, or give another folder (--output)"
+                )
             if fixed := [name for name in refused if name not in {*COMPUTED, "steps"}]:
                 kept = {name: earlier.settings[name] for name in fixed}
                 texts = {name: "" if value is None else str(value) for name, value in kept.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -72,10 +74,13 @@ class PrefixCache:
 def skip_steps(steps: Sequence[Step], stride: int) -> list[Step]:
     """Merge every `stride` consecutive steps into one larger step between the same first and last noise levels.
 
-    If `stride` does not divide the number of steps, the first merged step spans the remainder.
+    If `stride` does not divide the number of steps, the first merged step spans the remainder. Steps with the LoRA and
+    steps without it (`Step.tuned`) are merged among themselves.
     """
-    ends = range(len(steps), 0, -stride)
-    parts = [steps[max(0, end - stride) : end] for end in reversed(ends)]
+    parts: list[Sequence[Step]] = []
+    for _, group in groupby(steps, key=attrgetter("tuned")):
+        own = list(group)
+        parts += [own[max(0, end - stride) : end] for end in reversed(range(len(own), 0, -stride))]
     return [part[0]._replace(alpha_next=part[-1].alpha_next, sigma_next=part[-1].sigma_next) for part in parts]
 
 

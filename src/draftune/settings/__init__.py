@@ -64,11 +64,13 @@ class Settings:
         "Training prompts: a named set (see 'draftune list prompts'), a file (.txt with one prompt a line, .csv, .tsv, "
         ".json, .jsonl, .yaml, .parquet), a folder of captions, or hf://datasets/OWNER/NAME:COLUMN.",
     )
-    init_lora: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.")
-    skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.")
+    init_lora: str = setting("", "Run or LoRA file to train a second LoRA on top of; it stays frozen.", resume="fixed")
+    skip_text_encoder_lora: bool = setting(False, "Ignore the text encoder layers of --init-lora.", resume="fixed")
 
     reward: str = setting(None, "Reward, such as 'clip + 0.1*jpeg_compressibility(quality=80)' or 'file.py:function'.")
-    reward_batch_size: int = setting(1, "Images that are decoded and scored at once; more need more memory.", low=1)
+    reward_batch_size: int = setting(
+        1, "Images that are decoded and scored at once; more need more memory.", low=1, resume="rounding"
+    )
     reward_precision: str | None = setting(
         None,
         "Precision in which the linear layers of rewards are stored; scores are float32 (default: that of the reward, "
@@ -120,12 +122,15 @@ class Settings:
         "same", "Precision in which the prefix is computed; the weights stay as they are.", choices=("same", "bf16")
     )
     prefix_compile: bool = setting(
-        False, "Compile the denoiser with torch.compile for the prefix alone, which has no graph and fixed shapes."
+        False,
+        "Compile the denoiser with torch.compile for the prefix alone, which has no graph and fixed shapes.",
+        resume="rounding",
     )
     prefix_batches: int = setting(
         1,
         "Batches of --gradient-accumulation-steps whose prefix is sampled in one call; more need more memory.",
         low=1,
+        resume="rounding",
     )
     retain_prompts: str = setting(
         "",
@@ -136,7 +141,7 @@ class Settings:
         3.0, "Weight of the loss on --retain-prompts, relative to a reward with standard deviation 1.", low=0
     )
 
-    steps: int = setting(None, "Number of updates.", low=1)
+    steps: int = setting(None, "Number of updates.", low=1, resume="free")
     batch_size: int = setting(4, "Images of one backward pass, over all processes.", low=1)
     gradient_accumulation_steps: int = setting(1, "Batches of one update.", low=1)
     num_images_per_prompt: int = setting(
@@ -164,15 +169,22 @@ class Settings:
         high=0.99999,
     )
     nonfinite_action: str = setting(
-        "stop", "Action when a reward or a gradient is not finite: end the run, or skip the update.", ("stop", "skip")
+        "stop",
+        "Action when a reward or a gradient is not finite: end the run, or skip the update.",
+        ("stop", "skip"),
+        resume="free",
     )
     seed: int = setting(
-        0, "Random seed of the LoRA's initial weights, the order of prompts, and the noise.", low=0, high=2**32 - 1
+        0,
+        "Random seed of the LoRA's initial weights, the order of prompts, and the noise.",
+        low=0,
+        high=2**32 - 1,
+        resume="fixed",
     )
 
-    lora_rank: int = setting(8, "Rank of the LoRA.", low=1)
+    lora_rank: int = setting(8, "Rank of the LoRA.", low=1, resume="fixed")
     lora_alpha: float | None = setting(None, "LoRA alpha; the scale is alpha / rank (default: the rank).", low=0)
-    lora_target_modules: str = setting(None, "Suffixes of the names of the layers with a LoRA.")
+    lora_target_modules: str = setting(None, "Suffixes of the names of the layers with a LoRA.", resume="fixed")
     lora_steps: str = setting(
         "", "Range of the sampling steps with the LoRA, such as 0.0-0.4 (0: the noise, 1: the image); '' for all steps."
     )
@@ -189,64 +201,84 @@ class Settings:
     height: int | None = setting(None, "Height of the images in pixels (default: the model's own).", low=1)
     width: int | None = setting(None, "Width of the images in pixels (default: the model's own).", low=1)
 
-    device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, mps, cuda or cuda:N.")
+    device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, mps, cuda or cuda:N.", resume="rounding")
     mixed_precision: str = setting(None, "Precision of the frozen weights and of autocast.", choices=PRECISIONS)
     quantization: str = setting(
         "none", "Backend that stores the linear layers of the frozen denoiser in 8 or 4 bits.", choices=QUANTIZATIONS
     )
     offload: bool = setting(
-        False, "Store the denoiser's linear layers in main memory, and copy each weight when it is used."
+        False,
+        "Store the denoiser's linear layers in main memory, and copy each weight when it is used.",
+        resume="rounding",
     )
     gradient_checkpointing: str | None = setting(
         None,
         "What gradient checkpointing recomputes in the backward pass: the networks' blocks, whole denoiser calls, or "
         "both (default: blocks, or both for methods that backpropagate through several denoiser calls).",
         choices=CHECKPOINTING,
+        resume="rounding",
     )
     tiny_decoder: str | None = setting(
         None,
         "Tiny decoder (AutoencoderTiny) for the reward's gradient, a folder or a hub id such as madebyollin/taesd; "
         "sample images and evaluations use the model's own decoder.",
     )
-    compile: bool = setting(False, "Compile the denoiser with torch.compile.")
+    compile: bool = setting(False, "Compile the denoiser with torch.compile.", resume="rounding")
 
     eval_prompts: str | None = setting(
-        None, "Evaluation prompts, as --prompts, or how many of --prompts to hold out; '' for no evaluations."
+        None,
+        "Evaluation prompts, as --prompts, or how many of --prompts to hold out; '' for no evaluations.",
+        resume="fixed",
     )
     eval_rewards: str | None = setting(
-        None, "Evaluation rewards: an expression that is measured but not trained on; '' for none."
+        None, "Evaluation rewards: an expression that is measured but not trained on; '' for none.", resume="fixed"
     )
     eval_prompt_template: str | None = setting(
         None,
         "Template of prompts for a further evaluation of the base model, such as 'a professional photo of {prompt}': "
         "what other words reach without training; '' for none.",
+        resume="fixed",
     )
     validation_steps: int = setting(
-        0, "Updates between evaluations; 0 evaluates only before and after training.", low=0
+        0, "Updates between evaluations; 0 evaluates only before and after training.", low=0, resume="free"
     )
-    num_validation_images: int = setting(2, "Images of each evaluation prompt.", low=1)
+    num_validation_images: int = setting(2, "Images of each evaluation prompt.", low=1, resume="fixed")
     metric_for_best_model: str = setting(
         "",
         "Evaluation columns whose sum selects the best LoRA, such as eval/hpsv2 (default: the sum of --eval-rewards, "
         "else the reward).",
+        resume="fixed",
     )
     early_stopping_patience: int = setting(
-        0, "Early stopping: evaluations without improvement after which the run ends; 0 never stops early.", low=0
+        0,
+        "Early stopping: evaluations without improvement after which the run ends; 0 never stops early.",
+        low=0,
+        resume="free",
     )
     log_images_steps: int = setting(
-        None, "Updates between grids of sample images; 0 samples only before and after training.", low=0
+        None, "Updates between grids of sample images; 0 samples only before and after training.", low=0, resume="free"
     )
-    num_log_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1)
-    log_gradient_snr: bool = setting(False, "Log the signal-to-noise ratio of the gradient over an update's batches.")
+    num_log_prompts: int = setting(8, "Number of prompts in a grid of sample images.", low=1, resume="free")
+    log_gradient_snr: bool = setting(
+        False, "Log the signal-to-noise ratio of the gradient over an update's batches.", resume="free"
+    )
     report_to: str | None = setting(
-        None, "Trackers, separated by commas: tensorboard, wandb, trackio, or none (default: tensorboard if installed)."
+        None,
+        "Trackers, separated by commas: tensorboard, wandb, trackio, or none (default: tensorboard if installed).",
+        resume="free",
     )
 
-    output: str = setting("runs/draftune", "Folder of the run; it must not contain another run.")
-    checkpointing_steps: int = setting(None, "Updates between checkpoints, from which the same command resumes.", low=0)
-    resume: bool = setting(True, "Resume the run in --output; --no-resume starts a new one in a folder beside it.")
+    output: str = setting("runs/draftune", "Folder of the run; it must not contain another run.", resume="free")
+    checkpointing_steps: int = setting(
+        None, "Updates between checkpoints, from which the same command resumes.", low=0, resume="free"
+    )
+    resume: bool = setting(
+        True, "Resume the run in --output; --no-resume starts a new one in a folder beside it.", resume="free"
+    )
     allow_changes: str = setting(
-        "", "Settings that may differ from those of the run that is resumed, such as 'learning_rate,reward'."
+        "",
+        "Settings that may differ from those of the run that is resumed, such as 'learning_rate,reward'.",
+        resume="free",
     )
 
     def __post_init__(self) -> None:

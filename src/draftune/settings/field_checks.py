@@ -17,10 +17,27 @@ MOST = 2**63 - 1
 
 
 def setting(
-    default: Any, help: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    resume: str = "computed",
 ) -> Any:
-    """Return a dataclass field with its help text, and the choices or the range [low, high] of its values."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+    """Return a dataclass field of a setting.
+
+    Args:
+        default: The default.
+        help: The help text.
+        choices: The allowed values; empty for all.
+        low, high: The range of a number, with its ends.
+        resume: Whether it may differ when a run is resumed. "computed": only if `allow_changes` names it, since results
+            depend on it. "rounding": yes; memory, speed and device change results by rounding only. "free": yes; the
+            run's length, and what is evaluated, logged or saved. "fixed": never; the LoRA's shape and start, and how
+            the best LoRA is chosen.
+    """
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "resume": resume}
+    return field(default=default, metadata=metadata)
 
 
 def optional(f: Field[Any]) -> bool:

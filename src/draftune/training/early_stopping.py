@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Mapping
+from operator import itemgetter
 
 from draftune.evaluation.criterion import DIVERSITY, EVAL_PREFIX, weighted_sum
 from draftune.evaluation.verdict import Row, direction, known, standard_error, two_errors
@@ -31,9 +33,12 @@ class EarlyStopping:
         return value if math.isfinite(value) else -math.inf
 
     def update(self, row: Row) -> bool:
-        """Add an evaluation. Return whether it is the best so far."""
+        """Add an evaluation. Return whether it is the best so far.
+
+        A resumed run whose reward was changed evaluates its base model again: rows are in the order of the updates.
+        """
         value = self.value(row)
-        self.rows.append(row)
+        insort(self.rows, row, key=itemgetter("step"))
         better = self.best is None or value > self.value(self.best)
         if better:
             self.best = row

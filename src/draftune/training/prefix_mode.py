@@ -81,7 +81,7 @@ def check_prefix(s: Settings, method: Method) -> None:
     plain: dict[str, Any] = {"prefix_reuse_steps": 1, "prefix_stride": 1, "prefix_batches": 1}
     plain |= {"prefix_cache": "", "prefix_precision": "same", "prefix_compile": False}
     for setting, value in plain.items():
-        if getattr(s, setting) != value and not method.starts_without_grad():
+        if getattr(s, setting) != value and not method.starts_without_grad:
             expected = "empty" if value == "" else str(value).lower()
             raise DraftuneError(f"{name} has no sampling steps without gradient: {setting} must be {expected}")
     if (s.prefix_reuse_steps > 1 or s.prefix_reuse_cosine) and not method.prefix_is_reusable():
@@ -123,5 +123,7 @@ def check_prefix_sampler(s: Settings, model: DiffusionModel, schedule: Schedule)
         )
     if s.prefix_cache:
         load_call_cache(s.prefix_cache).check(model.denoiser, schedule)
+    if s.prefix_cache or s.prefix_stride > 1:
+        name = "prefix_cache" if s.prefix_cache else "prefix_stride"
         if len({model.guidance_at(step, schedule, s.guidance_scale) for step in schedule.steps}) > 1:
-            raise DraftuneError(f"prefix_cache does not work with {model.name!r}, which guides some steps only")
+            raise DraftuneError(f"{name} does not work with {model.name!r}, which guides some steps only")

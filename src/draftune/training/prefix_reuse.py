@@ -75,19 +75,19 @@ class PrefixReuse:
         self.steps, self.used, self.wait = state["steps"], state["used"], state["wait"]
 
 
-def adapt_reuse(updates: TrainStep, step: int) -> dict[str, float]:
+def adapt_reuse(train_step: TrainStep, step: int) -> dict[str, float]:
     """Measure the cosine if that is due, choose the number of updates by it, and return both for metrics.jsonl."""
-    reuse, measured = updates.reuse, {}
+    reuse, measured = train_step.reuse, {}
     if not reuse.threshold:
         return {}
     if reuse.due:
-        measured["prefix_reuse_cosine"] = gradient_cosine(updates, step)
+        measured["prefix_reuse_cosine"] = gradient_cosine(train_step, step)
         reuse.adapt(measured["prefix_reuse_cosine"])
-        updates.replace_pending()
+        train_step.replace_pending()
     return {"prefix_reuse_steps": reuse.steps} | measured
 
 
-def gradient_cosine(updates: TrainStep, step: int) -> float:
+def gradient_cosine(train_step: TrainStep, step: int) -> float:
     """Return the cosine between the gradients from the cached prefix and from a new one, for the first pending batch.
 
     Costs one prefix and two gradients of one batch. Random numbers and weights stay as they are; online rewards do not
@@ -96,27 +96,27 @@ def gradient_cosine(updates: TrainStep, step: int) -> float:
     Returns:
         The cosine; NaN if a gradient is 0, or a reward or gradient is not finite.
     """
-    item = updates.pending[0]
-    replay = RNGReplay(updates.generator)
+    item = train_step.pending[0]
+    replay = RNGReplay(train_step.generator)
     try:
-        old, new = (gradient_of(updates, step, inputs, replay) for inputs in (item, item.renewed()))
+        old, new = (gradient_of(train_step, step, inputs, replay) for inputs in (item, item.renewed()))
     except NonFiniteError:
         return math.nan
     finally:
         replay.rewind()
-        updates.optimizer.zero_grad()
+        train_step.optimizer.zero_grad()
     norms = float(old.norm() * new.norm())
     return float(old @ new) / norms if norms else math.nan
 
 
-def gradient_of(updates: TrainStep, step: int, item: BatchInput, replay: RNGReplay) -> Tensor:
+def gradient_of(train_step: TrainStep, step: int, item: BatchInput, replay: RNGReplay) -> Tensor:
     """Return the gradient of one batch over all processes, as one vector in float64 on the CPU."""
-    context, parameters = updates.context, updates.parameters
+    context, parameters = train_step.context, train_step.parameters
     replay.rewind()
-    updates.optimizer.zero_grad()
-    record = updates.record(item)
+    train_step.optimizer.zero_grad()
+    record = train_step.record(item)
     record.teaches = False
-    for loss in next(context.method.losses_per_step([updates.batch(step, item, record)])):
+    for loss in next(context.method.losses_per_step([train_step.batch(step, item, record)])):
         context.accelerator.backward(loss)
     context.processes.mean_(parameters.values())
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]

@@ -11,8 +11,8 @@ from draftune.evaluation.reward_check import check_reward, tell_truncated
 from draftune.models.tiny_decoder import check_likeness
 from draftune.rewards.base import check_prompts
 from draftune.runs.checkpoint import preserve_rng
-from draftune.training.checks import AUDITED
 from draftune.training.context import TrainContext
+from draftune.training.gradient_check import AUDITED
 from draftune.training.step import TrainStep
 from draftune.utils.logging import logger
 
@@ -61,15 +61,15 @@ class RunChecks:
                 score_batches(c.eval_rewards, self.base_images, evaluated, device)
         return report
 
-    def check_gradients(self, updates: TrainStep) -> None:
+    def check_gradients(self, train_step: TrainStep) -> None:
         """Warn once if the gradient was exactly 0 in the last updates, with the method's reason if it knows one."""
-        if self.warned or updates.without_gradient < min(AUDITED, self.context.settings.steps):
+        if self.warned or train_step.without_gradient < min(AUDITED, self.context.settings.steps):
             return
         self.warned = True
-        reason = updates.why_constant or (
+        reason = train_step.why_constant or (
             "the losses do not depend on the LoRA now: look for clamps or saturation in the reward"
         )
-        logger.warning(f"the gradient was exactly 0 in the last {updates.without_gradient} updates: {reason}")
+        logger.warning(f"the gradient was exactly 0 in the last {train_step.without_gradient} updates: {reason}")
 
     @preserve_rng()
     def check_images_changed(self, done: int) -> None:

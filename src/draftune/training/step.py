@@ -19,10 +19,10 @@ from draftune.methods import Batch
 from draftune.rewards.base import begin_step
 from draftune.rewards.online import carried
 from draftune.sampling.sampler import PrefixCache
-from draftune.training.checks import GradientCheck
 from draftune.training.context import TrainContext
 from draftune.training.data import BatchInput, BatchRecord, PromptSampler
 from draftune.training.fsdp import reshard
+from draftune.training.gradient_check import GradientCheck
 from draftune.training.gradient_noise import GradientNoise
 from draftune.training.nonfinite import MAX_NONFINITE_STEPS, save_nonfinite, skip_or_stop
 from draftune.training.optim import RNGReplay, filter_of, learning_rates, needs_closure, optimizer_of
@@ -67,7 +67,8 @@ class TrainStep:
         self.generator = torch.Generator().manual_seed(s.seed)
         self.prompt_sampler = PromptSampler(len(context.prompts), self.generator, s.num_images_per_prompt)
         self.retain_sampler = PromptSampler(len(context.retained), self.generator)
-        self.gradient_check = GradientCheck(self.parameters)
+        # At a learning rate of 0, B stays 0 and A never has a gradient.
+        self.gradient_check = GradientCheck(self.parameters if s.learning_rate else {})
         self.scorer = Scorer(context)
         self.prefix_mode = PrefixMode(s, context.model)
         self.pending: list[BatchInput] = []

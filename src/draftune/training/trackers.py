@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from draftune.errors import require
+from draftune.errors import out_of_memory, require
 from draftune.settings import Settings
 from draftune.training.callbacks import Callback, Samples
 from draftune.utils.logging import logger
@@ -125,13 +125,15 @@ class Trackers(Callback):
         self.each(lambda tracker: tracker.finish())
 
     def each(self, action: Callable[[Tracker], None]) -> None:
-        """Call an action with every tracker, and stop those that fail with an OSError."""
+        """Call an action with every tracker, and stop those that fail: a run outlives its trackers."""
         for name, tracker in list(self.trackers.items()):
             try:
                 action(tracker)
-            except OSError as error:
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
                 del self.trackers[name]
-                logger.warning("the tracker %s is stopped: %s", name, error.strerror or error)
+                logger.warning("the tracker %s is stopped: %s", name, getattr(error, "strerror", None) or error)
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:

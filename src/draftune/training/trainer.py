@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from draftune.errors import DraftuneError, first_line, out_of_memory
-from draftune.lora import save_lora
+from draftune.lora import remove_lora, save_lora
 from draftune.methods import Method
 from draftune.registry.factories import error_text
 from draftune.rewards import Reward
@@ -22,7 +22,7 @@ from draftune.runs.environment import environment
 from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
 from draftune.training.callbacks import Callback
-from draftune.training.checks import AUDITED
+from draftune.training.gradient_check import AUDITED
 from draftune.training.placement import release_model
 from draftune.training.rating import RunRating
 from draftune.training.result import Run
@@ -114,7 +114,8 @@ class Trainer:
     def train(self) -> Run:
         """Check the rewards, train, and compare the fine-tuned model with the base model.
 
-        On exit, also after an error, the LoRA stays attached, and the model's own decoder and pixel clamp are restored.
+        On exit, also after an error, the LoRA stays attached if there was an update, and the model's own decoder and
+        pixel clamp are restored.
 
         Raises:
             DraftuneError: a check fails, or the run cannot continue; its checkpoints stay.
@@ -135,9 +136,12 @@ class Trainer:
                         self.folder.create(self.settings, disk_bytes(self.train_step), **known)
                 self.run()
         finally:
-            self.rating.close()
-            release_model(self.context)
-            self.folder.close()
+            with ExitStack() as last:
+                last.callback(self.folder.close)
+                if not self.global_step:
+                    last.callback(remove_lora, self.model)
+                last.callback(release_model, self.context)
+                self.rating.close()
         rows = self.folder.rows
         return Run(self.folder.path, rows[METRICS], rows[EVALUATIONS], self.validation.comparison())
 
@@ -161,7 +165,9 @@ class Trainer:
                         with self.train_step.averaged():
                             save_lora(self.model, self.folder.path / "lora")
                 self.save_checkpoint()  # the last evaluation may take long
+                self.end_if(self.processes.any(stop_requested.is_set()))
                 self.log_images()
+                self.end_if(self.processes.any(stop_requested.is_set()))
                 self.evaluate()
                 self.save_checkpoint(finished=True)
         except BaseException:
@@ -179,7 +185,8 @@ class Trainer:
             yield
         except OSError as error:
             raise DraftuneError(
-                f"cannot write to {str(self.folder.path)!r}: {error.strerror or error}; {self.resume_hint()}"
+                f"cannot use {str(error.filename or self.folder.path)!r}: {error.strerror or error}; "
+                f"{self.resume_hint()}"
             ) from error
         except RuntimeError as error:
             if not is_peer_failure(error):
@@ -226,8 +233,12 @@ class Trainer:
                 due = s.checkpointing_steps and self.global_step % s.checkpointing_steps == 0
                 if stop or due or self.validation.best == self.global_step:
                     self.save_checkpoint()
-                if stop:
-                    raise KeyboardInterrupt(f"after update {self.global_step}; the same command resumes from there")
+                self.end_if(stop)
+
+    def end_if(self, stop: bool) -> None:
+        """Raise KeyboardInterrupt if the run, whose state is saved, is to end."""
+        if stop:
+            raise KeyboardInterrupt(f"after update {self.global_step}; the same command resumes from there")
 
     def step(self) -> dict[str, float]:
         """Run one update, log its row, and warn if the update has no effect."""

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from draftune.training.step import TrainStep
 
 
-def update_row(updates: TrainStep, step: int, rate: float, records: Sequence[BatchRecord]) -> dict[str, float]:
+def update_row(train_step: TrainStep, step: int, rate: float, records: Sequence[BatchRecord]) -> dict[str, float]:
     """Return the update's row of metrics.jsonl. Raises DraftuneError if the method scored no image."""
-    s, norms = updates.context.settings, updates.norms or [math.nan]
+    s, norms = train_step.context.settings, train_step.norms or [math.nan]
     # An optimizer with a closure scores the same batches several times: log the first evaluation.
     scored = [batch for batch in records[: s.gradient_accumulation_steps] if batch.reward is not None]
     if not scored:
@@ -28,19 +28,19 @@ def update_row(updates: TrainStep, step: int, rate: float, records: Sequence[Bat
         "step": step,
         "reward": float(reward.mean()),
         "reward_std": float(reward.std(unbiased=False)),
-        "reward_queries": updates.scorer.queries,
+        "reward_queries": train_step.scorer.queries,
         "grad_norm": norms[0],
         "grad_clip_fraction": clipped_share(norms, s.max_grad_norm),
         "learning_rate": rate,
-        "train_seconds": round(updates.seconds, 4),
-        **updates.context.method.metrics(),
+        "train_seconds": round(train_step.seconds, 4),
+        **train_step.context.method.metrics(),
     }
-    if updates.gradient_noise is not None:
-        row["gradient_snr"] = updates.gradient_noise.ratio
+    if train_step.gradient_noise is not None:
+        row["gradient_snr"] = train_step.gradient_noise.ratio
     if len(parts) > 1:
         row |= {f"reward/{label}": float(scores.mean()) for label, scores in parts.items()}
-    if updates.skipped:
-        row["nonfinite_steps"] = updates.skipped
+    if train_step.skipped:
+        row["nonfinite_steps"] = train_step.skipped
     return row
 
 

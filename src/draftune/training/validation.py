@@ -77,8 +77,9 @@ class Validation:
         with context.processes.raise_on_all_ranks():
             scores = score_batches(context.reward, images, self.shown, context.model.device)[0].tolist()
         samples = Samples(to_pil(images), self.shown, scores)
+        resumed = step == 0 and folder.done > 0
         if not context.processes.main:
-            return samples
+            return None if resumed else samples
         captions = [f"{score:.3g}" for score in scores]
         if step == 0:
             self.base_images, self.base_captions = images, captions
@@ -86,8 +87,8 @@ class Validation:
         save_image(grid([images], [], self.shown, [captions]), path)
         for i, image in enumerate(samples.images):
             save_image(image, path.with_suffix("") / f"{i:02d}.png")
-        if step == 0 and folder.done:
-            return None  # a resumed run has a newer before_after.png
+        if resumed:
+            return None  # it has a newer before_after.png
         folder.log(SAMPLES, {"step": step, "prompts": list(map(str, self.shown)), "scores": scores})
         rows = [self.base_images, images]
         sheet = grid(rows, ["before", "after"], self.shown, [self.base_captions, captions])
@@ -195,9 +196,11 @@ class Validation:
         guard = EarlyStopping(
             rule or {context.reward.label: 1.0}, context.settings.early_stopping_patience, context.reward.label
         )
+        label = context.reward.label
         for row in context.folder.rows[EVALUATIONS]:
-            # After a change of the reward (`allow_changes`), older rows do not have its column.
-            if rule or context.reward.label in row:
+            if row["step"] <= context.folder.reward_since:
+                row = {name: value for name, value in row.items() if name != label}  # of another reward
+            if all(name in row for name in guard.weights):
                 guard.update(row)
         return guard
 

@@ -95,7 +95,7 @@ def check_together(settings: Settings) -> None:
     split_prompts(settings.prompts, settings.eval_prompts or "", settings.seed)
     if not any(map(own_file, (settings.method, settings.optimizer, settings.gradient_filter))):
         from draftune.methods import load_method
-        from draftune.training.setup import check_settings
+        from draftune.training.setting_checks import check_settings
 
         check_settings(settings, load_method(settings.method))
 
