@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, first_line
+from draftune.utils.processes import is_peer_failure
 from draftune.utils.tensors import save_tensors
 
 STATE, TENSORS, CHECKSUMS = "state.json", "tensors.safetensors", "checksums.json"
@@ -117,6 +118,27 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint."""
     return load_file(checkpoint / TENSORS)
+
+
+@contextmanager
+def explained_failures(run: Path) -> Iterator[None]:
+    """Raise DraftuneError for a full disk or a lost process inside the block, with the checkpoint that is left."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot use {str(error.filename or run)!r}: {error.strerror or error}"
+        raise DraftuneError(f"{problem}; {left_checkpoint(run)}") from error
+    except RuntimeError as error:
+        if not is_peer_failure(error):
+            raise
+        problem = f"another process of this run has ended (torch: {first_line(error)})"
+        raise DraftuneError(f"{problem}; {left_checkpoint(run)}") from error
+
+
+def left_checkpoint(run: Path) -> str:
+    """Return the part of an error that says from which checkpoint the run in a folder can be resumed."""
+    newest = checkpoints(run / "checkpoints")[-1:]
+    return f"the same command resumes from {newest[0].name}" if newest else "there is no checkpoint"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,29 @@ class RunIdentity:
         if now == was:
             return f"the files of its {name} {was!r} changed"
         return f"its {name} is {was!r}, not {now!r}"
+
+    def refusal(self, names: Sequence[str], earlier: RunIdentity, folder: Path) -> DraftuneError:
+        """Return the error for settings that may not differ from those of the run in a folder, with what to do."""
+        run = f"the output folder {str(folder)!r} contains another run"
+        if unknown_names := [name for name in names if name not in self.settings]:
+            return DraftuneError(
+                f"{run}, of a version of draftune with the settings {', '.join(unknown_names)}: resume it with that "
+                "version, or give another (--output)"
+            )
+        differences = [self.describe_difference(name, earlier) for name in names]
+        if "steps" in names:
+            schedule = self.settings["lr_scheduler"]
+            differences.append(f"the learning rate of each update depends on steps (lr_scheduler={schedule})")
+        differences[0] = f"{run}: {differences[0]}"
+        options = ["give another (--output)"]
+        if fixed := [name for name in names if name not in {*COMPUTED, "steps"}]:
+            texts = {name: "" if (kept := earlier.settings[name]) is None else str(kept) for name in fixed}
+            flags = [f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in texts.items()]
+            options.append(f"keep what cannot change ({' '.join(flags)})")
+        else:
+            options.append(f"allow the change (--allow-changes {','.join(names)})")
+        options.append(f"train another LoRA on top of that run's (--init-lora {folder})")
+        return DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
 
 
 Tree = Call | Sum | str | None

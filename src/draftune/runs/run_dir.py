@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from draftune.lora.files import FILE_NAME
 from draftune.presets import read_yaml
 from draftune.prompts import metadata
 from draftune.runs.logs import EVALUATIONS, LOGS, METRICS, SAMPLES, read_rows
-from draftune.runs.resuming import COMPUTED, CONSTANT, ROUNDING, RunIdentity, changeable
+from draftune.runs.resuming import CONSTANT, ROUNDING, RunIdentity, changeable
 from draftune.settings import Settings
 from draftune.utils.logging import logger
 from draftune.utils.paths import atomic_write, user_path
@@ -155,26 +154,7 @@ class RunFolder:
         """Record the settings that differ from the earlier run. Raises DraftuneError unless they are allowed to."""
         refused = [name for name in self.changed if name not in ROUNDING and name not in self.allowed]
         if refused:
-            differences = [self.identity.describe_difference(name, earlier) for name in refused]
-            if "steps" in refused:
-                schedule = self.requested["lr_scheduler"]
-                differences.append(f"the learning rate of each update depends on steps (lr_scheduler={schedule})")
-            differences[0] = f"the output folder {str(self.path)!r} contains another run: {differences[0]}"
-            options = ["give another (--output)"]
-            if unknown := [name for name in refused if name not in self.requested]:
-                raise DraftuneError(
-                    f"the run in {str(self.path)!r} is of another version of draftune, which has the settings "
-                    f"{', '.join(unknown)}: resume it with that version, or give another folder (--output)"
-                )
-            if fixed := [name for name in refused if name not in {*COMPUTED, "steps"}]:
-                kept = {name: earlier.settings[name] for name in fixed}
-                texts = {name: "" if value is None else str(value) for name, value in kept.items()}
-                flags = [f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in texts.items()]
-                options.append(f"keep what cannot change ({' '.join(flags)})")
-            else:
-                options.append(f"allow the change (--allow-changes {','.join(refused)})")
-            options.append(f"train another LoRA on top of that run's (--init-lora {self.path})")
-            raise DraftuneError(*differences, f"{', '.join(options[:-1])}, or {options[-1]}")
+            raise self.identity.refusal(refused, earlier, self.path)
         messages: dict[str, list[str]] = {}
         for name in self.changed:
             was, value = earlier.settings.get(name), self.requested.get(name)

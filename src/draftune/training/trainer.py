@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from draftune.errors import DraftuneError, first_line, out_of_memory
+from draftune.errors import DraftuneError, out_of_memory
 from draftune.lora import remove_lora, save_lora
 from draftune.methods import Method
 from draftune.registry.factories import error_text
 from draftune.rewards import Reward
-from draftune.runs.checkpoint import checkpoints, load_random_state, random_state, read_state, read_tensors
+from draftune.runs.checkpoint import (
+    explained_failures,
+    load_random_state,
+    random_state,
+    read_state,
+    read_tensors,
+)
 from draftune.runs.environment import environment
 from draftune.runs.logs import EVALUATIONS, METRICS
 from draftune.settings import Settings
@@ -40,7 +46,6 @@ from draftune.training.state import disk_bytes, load_train_state, train_state
 from draftune.training.step import TrainStep
 from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Validation
-from draftune.utils.processes import is_peer_failure
 
 LOG_SECONDS = 30.0
 """Seconds between updates of the progress bar where it is written to a file."""
@@ -129,7 +134,7 @@ class Trainer:
             if self.settings.reward_normalization_samples:
                 self.context = with_normalized_reward(self.context)
                 del self.validation  # built with the reward before normalization
-            with self.failures_explained():
+            with explained_failures(self.folder.path):
                 with self.processes.raise_on_all_ranks():
                     if self.processes.main:
                         known = {"reward_check": report, "environment": environment(self.context.accelerator.device)}
@@ -177,23 +182,6 @@ class Trainer:
         self.notify("on_train_end")
         if self.train_step.ema is not None:
             self.train_step.ema.copy_to(self.train_step.parameters.values())
-
-    @contextmanager
-    def failures_explained(self) -> Iterator[None]:
-        """Raise DraftuneError for a full disk or a lost process inside the block, with the checkpoint that is left."""
-        try:
-            yield
-        except OSError as error:
-            raise DraftuneError(
-                f"cannot use {str(error.filename or self.folder.path)!r}: {error.strerror or error}; "
-                f"{self.resume_hint()}"
-            ) from error
-        except RuntimeError as error:
-            if not is_peer_failure(error):
-                raise
-            raise DraftuneError(
-                f"another process of this run has ended; {self.resume_hint()} (torch: {first_line(error)})"
-            ) from error
 
     def loop(self, stop_requested: threading.Event) -> None:
         """Run the updates, with samples, evaluations and checkpoints between them.
@@ -294,11 +282,6 @@ class Trainer:
         self.global_step = state["step"]
         load_train_state(self.train_step, state, tensors, self.folder.changed)
         load_random_state(state["random"], tensors)
-
-    def resume_hint(self) -> str:
-        """Return the part of an error that says which checkpoint the run can be resumed from."""
-        newest = checkpoints(self.folder.path / "checkpoints")
-        return f"the same command resumes from {newest[-1].name}" if newest else "there is no checkpoint"
 
     def notify(self, event: str, *arguments: Any) -> None:
         """Call one method of every callback that has it. Raises DraftuneError that names the callback that failed."""
