@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--model emoji] [--reward emoji_aesthetic] [--rounds 5] [--cpu]
                                 [--short | --rows TEXT ...]
 
-The base settings are DRaFT-1 with 20 sampling steps, batches of 4, rank 8 and no shared prefix. Each row changes one
-setting; --short takes some of the rows, --rows those whose names contain one of the texts. Updates of both are timed
-alternately, so that other load on the machine affects both, and the median ratio of the pairs is printed with its
+The base settings are DRaFT-1 with 20 guided sampling steps, batches of 4, rank 8 and no shared prefix. Each row changes
+one setting; --short takes some of the rows, --rows those whose names contain one of the texts. Updates of both are
+timed alternately, so that other load on the machine affects both, and the median ratio of the pairs is printed with its
 range; --cpu takes CPU time, for a busy machine. Memory is the peak of the tensors allocated in an update, gradients
 included, networks excluded.
 """
@@ -26,16 +26,10 @@ import torch
 
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import peak_memory
+from embedded import SETTINGS
 from overhead import cpu_seconds, seconds
 
-BASE: dict[str, Any] = {
-    "method": "draft_k(k=1)",
-    "gradient_checkpointing": "blocks",
-    "num_inference_steps": 20,
-    "prefix_reuse_steps": 1,
-    "batch_size": 4,
-    "lora_rank": 8,
-}
+BASE = SETTINGS | {"method": "draft_k(k=1)", "prefix_reuse_steps": 1, "batch_size": 4, "lora_rank": 8}
 CHANGES: list[dict[str, Any]] = [
     *({"num_inference_steps": steps} for steps in (5, 10, 50)),
     {"method": "draft_lv"},
@@ -53,7 +47,7 @@ CHANGES: list[dict[str, Any]] = [
     ),
     *({"batch_size": size} for size in (1, 2, 8, 16)),
     *({"reward_batch_size": size} for size in (2, 4)),
-    *({"height": side, "width": side} for side in (128, 192)),
+    *({"height": side, "width": side} for side in (192, 256)),
     *({"lora_rank": rank} for rank in (1, 32, 128)),
     {"guidance_scale": 1.0},
     {"mixed_precision": "bf16"},
@@ -63,7 +57,7 @@ CHANGES: list[dict[str, Any]] = [
 SHORT = (
     *("num_inference_steps=10", "method=draft_lv", "prefix_reuse_steps=4", "batch_size=8", "lora_rank=128"),
     *(f"method=draft_k(k=10), gradient_checkpointing={mode}" for mode in ("none", "blocks", "both")),
-    *("height=128, width=128", "guidance_scale=1.0", "mixed_precision=bf16"),
+    *("height=192, width=192", "guidance_scale=1.0", "mixed_precision=bf16"),
 )
 """The rows of --short."""
 

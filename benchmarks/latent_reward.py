@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import draftune
 from draftune.training.trainer import Trainer
 from draftune.utils.memory import PeakMemory
+from embedded import SETTINGS
 
 IMAGES, LATENTS = "emoji_aesthetic", "emoji_latent_aesthetic"
 
@@ -32,7 +33,8 @@ def measure(method: str, batch_size: int, rounds: int) -> None:
     times: dict[str, list[float]] = {}
     for reward in (IMAGES, LATENTS):
         with TemporaryDirectory() as folder:
-            settings = {"method": method, "batch_size": batch_size, "log_images_steps": 0, "checkpointing_steps": 0}
+            settings = SETTINGS | {"method": method, "batch_size": batch_size}
+            settings |= {"log_images_steps": 0, "checkpointing_steps": 0}
             trainers[reward] = made = Trainer("emoji", reward, **settings, output=f"{folder}/run")
         made.train_step.folder = None
         made.train_step.run(next(steps))  # the first update allocates buffers, and checks the autoencoder
@@ -51,7 +53,8 @@ def measure(method: str, batch_size: int, rounds: int) -> None:
 
 def trained(reward: str, method: str, steps: int, seed: int) -> None:
     """Train with a reward, and print the scores of the base and the fine-tuned model by both."""
-    settings = {"method": method, "steps": steps, "seed": seed, "checkpointing_steps": 0, "log_images_steps": 0}
+    settings = SETTINGS | {"method": method, "steps": steps, "seed": seed}
+    settings |= {"checkpointing_steps": 0, "log_images_steps": 0}
     judges = f"emoji_name_accuracy + emoji_style_probability + {LATENTS if reward == IMAGES else IMAGES}"
     with TemporaryDirectory() as folder:
         run = draftune.train("emoji", reward, **settings, eval_rewards=judges, output=f"{folder}/run")

@@ -30,6 +30,7 @@ from draftune.lora import add_lora
 from draftune.models import DiffusionModel, load_model
 from draftune.sampling.sampler import PrefixCache
 from draftune.training.trainer import Trainer
+from embedded import settings_for
 from overhead import seconds
 from prefixes import cosine, gradient, prefix, race
 
@@ -166,7 +167,7 @@ def measured(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def bias(args: argparse.Namespace) -> None:
     """Print how far the latent and the gradient differ for a prefix that is j updates old."""
     with TemporaryDirectory() as folder:
-        settings = {"method": "draft_k(k=1)", "eval_rewards": "", "eval_prompts": ""}
+        settings = settings_for(args.model) | {"method": "draft_k(k=1)", "eval_rewards": "", "eval_prompts": ""}
         trainer = Trainer(args.model, args.reward, output=f"{folder}/run", **settings)
     model, last = trainer.model, len(trainer.schedule) - 1
     rows: dict[int, list[tuple[float, float, float, float]]] = {j: [] for j in SHARED}
@@ -206,8 +207,9 @@ def signal(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for n, size in ((0, 4), (1, 4), (2, 4), (4, 4), (0, 2), (0, 8), (2, 8)):
         with TemporaryDirectory() as folder:
-            settings = {"method": f"draft_lv(n={n})", "batch_size": size, "output": f"{folder}/run"}
-            trainer = Trainer(args.model, args.reward, eval_rewards="", eval_prompts="", **settings)
+            settings = settings_for(args.model) | {"method": f"draft_lv(n={n})", "batch_size": size}
+            settings |= {"eval_rewards": "", "eval_prompts": "", "output": f"{folder}/run"}
+            trainer = Trainer(args.model, args.reward, **settings)
         for step in range(5):
             trainer.train_step.run(step + 1)
         samples: list[Tensor] = []

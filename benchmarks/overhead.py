@@ -30,6 +30,7 @@ import torch
 
 from draftune.sampling.schedule import Step
 from draftune.training.trainer import Trainer
+from embedded import settings_for
 
 
 def floor(trainer: Trainer, calls: int, terms: int) -> Callable[[], None]:
@@ -140,7 +141,8 @@ def main() -> None:
             return
         print(f"| method | `--gradient-checkpointing` | update, seconds | {numbers}{'|---' * 6}|")
         for i, (method, mode, calls, terms) in enumerate(ROWS):
-            settings = {"method": method, "gradient_checkpointing": mode, "prefix_reuse_steps": 1}
+            settings = settings_for(args.model) | {"method": method, "gradient_checkpointing": mode}
+            settings |= {"prefix_reuse_steps": 1}
             settings |= {"eval_rewards": "", "eval_prompts": "", "output": f"{folder}/run-{i}"}
             trainer = Trainer(args.model, args.reward, **settings)
             print(f"| `{method}` | `{mode}` | {row(trainer, calls, terms, args.rounds, seconds)}", flush=True)

@@ -25,6 +25,7 @@ from draftune.methods import Batch
 from draftune.sampling.sampler import PrefixCache
 from draftune.training.prefix_mode import PrefixMode, check_prefix_sampler
 from draftune.training.trainer import Trainer
+from embedded import settings_for
 
 PREFIXES: list[dict[str, Any]] = [
     {},
@@ -68,7 +69,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def prefix(args: argparse.Namespace) -> None:
     """Print CPU time, latent and gradient of cheaper prefixes against the exact one, after the last of `--starts`."""
     with TemporaryDirectory() as folder:
-        settings = {"method": "draft_k(k=1)", "mixed_precision": "no", "height": args.height, "width": args.height}
+        settings = settings_for(args.model) | {"method": "draft_k(k=1)", "mixed_precision": "no"}
+        settings |= {"height": args.height, "width": args.height}
         settings |= {"eval_rewards": "", "eval_prompts": "", "output": f"{folder}/run"}
         trainer = Trainer(args.model, args.reward, **settings)
     for step in range(max(args.starts, default=0)):
@@ -109,7 +111,8 @@ def prefix(args: argparse.Namespace) -> None:
 def trained(args: argparse.Namespace, variant: str, seed: int) -> dict[str, float]:
     """Train for the given time and return the updates, the time and the scores."""
     with TemporaryDirectory() as folder:
-        settings = {"method": "draft_k(k=1)", "output": f"{folder}/run", "seed": seed} | VARIANTS[variant]
+        settings = settings_for(args.model) | {"method": "draft_k(k=1)", "output": f"{folder}/run", "seed": seed}
+        settings |= VARIANTS[variant]
         trainer = Trainer(args.model, args.reward, **settings)
         spent, updates = 0.0, 0
         while spent < args.seconds:

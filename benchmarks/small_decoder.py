@@ -36,6 +36,7 @@ from draftune.prompts import load_prompts
 from draftune.rewards import load_reward
 from draftune.sampling.sampler import rollout
 from draftune.training.trainer import Trainer
+from embedded import SETTINGS
 
 REWARD = "emoji_aesthetic"
 WIDTH, BLOCKS = 32, (3, 1, 0)
@@ -152,7 +153,7 @@ def timed(settings: dict[str, Any], decoders: Sequence[str | None], rounds: int 
             made = Trainer("emoji", REWARD, **settings, tiny_decoder=decoder, output=f"{folder}/run")
         made.train_step.folder = None
         steps = itertools.count(1)
-        updates.append(lambda made=made, steps=steps: made.updates.update(next(steps)))  # type: ignore[misc]
+        updates.append(lambda made=made, steps=steps: made.train_step.run(next(steps)))  # type: ignore[misc]
     times: list[list[float]] = [[] for _ in updates]
     for _ in range(rounds + 1):
         for update, seconds in zip(updates, times, strict=True):
@@ -175,7 +176,8 @@ def main() -> None:
         distill_decoder(model, sample_latents(model, load_prompts("emoji"), SAMPLED, 0), args.minutes, args.output)
     small = load_small_decoder(args.output, model)
     print_similarity("base model", model, small)
-    settings = {"method": args.method, "steps": args.steps, "checkpointing_steps": 0, "log_images_steps": 0}
+    settings = SETTINGS | {"method": args.method, "steps": args.steps}
+    settings |= {"checkpointing_steps": 0, "log_images_steps": 0}
     decoders = [None, str(args.output)]
     times = timed(settings, decoders)
     print(
