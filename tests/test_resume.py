@@ -18,6 +18,7 @@ from torch import Tensor
 import draftune
 from draftune.errors import DraftuneError
 from draftune.rewards import Reward
+from draftune.runs.checkpoint import checkpoints, read_state, read_tensors, save_checkpoint
 from draftune.training import Callback, Run
 from helpers.errors import mentions, raises
 
@@ -236,6 +237,19 @@ def test_what_was_left_half_written_is_passed_over(pipeline_folder: Path, tmp_pa
     assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4]
     first, second = lora(whole.folder), lora(resumed.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_former_one(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step}, {"a": torch.zeros(2)})
+    save_checkpoint(tmp_path, 2, {"step": 2, "finished": True}, {"a": torch.ones(2)})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000001", "step-000002"]
+    (tmp_path / "step-000002").rename(tmp_path / ".step-000002-replaced")  # as between the two renames
+    newest = checkpoints(tmp_path)[-1]
+    assert read_state(newest)["finished"]
+    assert read_tensors(newest)["a"].all()
+    save_checkpoint(tmp_path, 2, {"step": 2}, {"a": torch.zeros(2)})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000001", "step-000002"]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(pipeline_folder: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from draftune.utils.tensors import save_tensors
 
 STATE, TENSORS, CHECKSUMS = "state.json", "tensors.safetensors", "checksums.json"
 MAX_CHECKPOINTS = 2
+REPLACED = "-replaced"
+"""End of the hidden name of a checkpoint while a new one of the same update takes its place."""
 FORMAT = 3
 
 
@@ -40,8 +42,7 @@ def save_checkpoint(
     """
     target = folder / f"step-{step:06d}"
     temporary = folder / f".{target.name}"
-    for stale in folder.glob(".*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         save_tensors(temporary / TENSORS, tensors)
@@ -50,16 +51,19 @@ def save_checkpoint(
         (temporary / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             fsync(path)
-        old = target.rename(folder / f".{target.name}-old") if target.exists() else None
+        if target.exists():
+            replaced = folder / f".{target.name}{REPLACED}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         temporary.rename(target)
         fsync(folder)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoints(folder)[:-MAX_CHECKPOINTS]:
         if best is None or old.name != f"step-{best:06d}":
             remove(old)
+    for stale in folder.glob(".*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def remove(checkpoint: Path) -> None:
@@ -85,7 +89,11 @@ def checksum(path: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: (len(path.name), path.name))
+    found = {path.name: path for path in folder.glob("step-*")}
+    for path in folder.glob(f".step-*{REPLACED}"):
+        # The process was killed when a checkpoint of the same update was to take its place.
+        found.setdefault(path.name[1 : -len(REPLACED)], path)
+    return [path for _, path in sorted(found.items(), key=lambda item: (len(item[0]), item[0]))]
 
 
 def check(checkpoint: Path) -> None:
