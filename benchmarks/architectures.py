@@ -87,7 +87,7 @@ def write_folder(model: str, folder: Path) -> Path:
     """
     published = MODELS[model]
     scheduler, options = published.scheduler
-    index = {"_class_name": published.kind, "scheduler": entry(scheduler), **(published.index or {})}
+    index = {"_class_name": published.kind, "scheduler": entry(scheduler), **(published.index_entries or {})}
     for part, name in published.networks.items():
         write_config(name, folder / part)
         index[part] = entry(PARTS[name].kind)
@@ -205,7 +205,7 @@ def pipeline(model: str, dtype: torch.dtype, device: torch.device | str = "cpu",
         **networks,
         **{part: architecture(name, dtype, device) for part, name in parts.items()},
         **tokenizers,
-        **{key: None if value == [None, None] else value for key, value in (published.index or {}).items()},
+        **{key: None if value == [None, None] else value for key, value in (published.index_entries or {}).items()},
         scheduler=class_of(scheduler)(**options),
     )
     return made

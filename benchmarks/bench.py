@@ -127,7 +127,7 @@ def read_published() -> dict[tuple[str, str, str], Figure]:
     if not PUBLISHED.exists():
         return {}
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
-        rows = [Figure(*row[:3], *map(float, row[3:6])) for row in list(csv.reader(file))[1:]]
+        rows = [Figure(a, b, c, float(x), float(y), float(z)) for a, b, c, x, y, z, *_ in list(csv.reader(file))[1:]]
     return {figure[:3]: figure for figure in rows}
 
 

@@ -33,13 +33,13 @@ import yaml
 from diffusers import AutoencoderTiny
 
 from architectures import ViTH, empty, pipeline, write_clip, write_folder, write_tiny_decoder
-from draftune.models.base import DTYPES
 from draftune.presets import PRESETS, read_yaml
 from draftune.recommended import recommended
 from draftune.settings import Settings
 from draftune.training.memory_check import seconds
 from draftune.training.memory_count import MemoryCount, count_run, network_bytes
 from draftune.training.trainer import Trainer
+from draftune.utils.devices import DTYPES
 from draftune.utils.memory import peak_memory
 from published_configs import MODELS, PARTS, SHORT, TINY_DECODERS
 from quantized_update import quantized

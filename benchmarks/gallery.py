@@ -71,7 +71,7 @@ def difference(turn: Callable[[Image.Image], Image.Image]) -> Measure:
 
 def share_of_hue(color: str) -> Measure:
     """Return a measure: fraction of saturated pixels whose hue is within 30 degrees of the color's."""
-    hue = Image.new("RGB", (1, 1), ImageColor.getrgb(color)).convert("HSV").getpixel((0, 0))[0]
+    hue = np.asarray(Image.new("RGB", (1, 1), ImageColor.getrgb(color)).convert("HSV"))[0, 0, 0].astype(float)
 
     def measure(images: Sequence[Image.Image]) -> float:
         hsv = np.stack([np.asarray(p.convert("HSV"), dtype=float) for p in images])

@@ -79,7 +79,7 @@ def calls(
 
         free[name] = without
         if name != "inference mode":
-            graph[name] = lambda call=call: call().float().mean().backward()
+            graph[name] = lambda call=call: call().float().mean().backward()  # type: ignore[misc]
     return free, graph
 
 

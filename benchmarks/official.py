@@ -220,9 +220,9 @@ def aesthetic(folder: Path) -> Pair:
     tower = small(128, hidden_act="quick_gelu", patch_size=14)
     config = transformers.CLIPConfig(text_config=tower, vision_config=tower, projection_dim=768)
     ours = transformers.CLIPModel(config)
-    ours.load_state_dict(OPEN_CLIP.read(ours, network.state_dict(), weights))
+    ours.load_state_dict(OPEN_CLIP.read(ours, weights))
     ours.save_pretrained(folder)
-    return Aesthetic(str(folder), folder / HEAD), official, "clip-anytorch torchvision"
+    return Aesthetic(str(folder), str(folder / HEAD)), official, "clip-anytorch torchvision"
 
 
 def clip_score(folder: Path, act: str, scaled: bool) -> Pair:

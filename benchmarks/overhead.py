@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -115,7 +116,7 @@ def family_trainers(names: Sequence[str], folder: Path) -> Iterator[tuple[str, T
     from helpers.every_family import TEXT_FAMILIES, every_family
 
     folders = every_family(folder)
-    settings = {"method": "draft_k(k=1)", "gradient_checkpointing": "blocks", "mixed_precision": "no"}
+    settings: dict[str, Any] = {"method": "draft_k(k=1)", "gradient_checkpointing": "blocks", "mixed_precision": "no"}
     settings |= {"num_inference_steps": 10, "batch_size": 16, "prefix_reuse_steps": 1}
     for name in names or TEXT_FAMILIES:
         if name not in ("sd", "sdxl", "sd3"):

@@ -33,7 +33,7 @@ from transformers import (
     PPOCRV5MobileRecForTextRecognition,
 )
 
-from draftune.rewards import Reward, load_reward
+from draftune.rewards import load_reward
 from draftune.rewards.ocr import OCR, CharacterErrorRate
 from draftune.utils.images import from_pil, to_pil
 
@@ -105,7 +105,7 @@ class Graph:
         for module in layer.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.data.zero_()
-                module.running_var.fill_(1 - module.eps)
+                module.running_var.fill_(1 - module.eps)  # type: ignore[union-attr]
         branch = layer.conv_symmetric[0]
         branch.convolution.weight.data, branch.normalization.bias.data = next(self.convolutions)[:2]
         branch.normalization.weight.data.fill_(1)
@@ -195,9 +195,9 @@ def row(reward: OCR, errors: CharacterErrorRate, image: Tensor, prompt: str) -> 
     return f"| `{prompt}` | {read} | {float(reward(image, [prompt])):.3f} | {float(errors(image, [prompt])):.3f} |"
 
 
-def pair(text: str, box: Any, folders: tuple[Path, Path]) -> Any:
-    parts: list[Reward] = [load_reward(kind(text, box, *map(str, folders))) for kind in (OCR, CharacterErrorRate)]
-    return parts
+def pair(text: str, box: Any, folders: tuple[Path, Path]) -> tuple[Any, Any]:
+    first, second = (load_reward(kind(text, box, *map(str, folders))) for kind in (OCR, CharacterErrorRate))
+    return first, second
 
 
 def main() -> None:

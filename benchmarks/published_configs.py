@@ -33,14 +33,14 @@ class Model(NamedTuple):
         networks: The names of its networks in PARTS, by component.
         tokenizers: Their kind in `architectures.TOKENIZERS`, by component.
         scheduler: The class of its scheduler and the class's arguments.
-        index: More entries of model_index.json.
+        index_entries: More entries of model_index.json.
     """
 
     kind: str
     networks: dict[str, str]
     tokenizers: dict[str, str]
     scheduler: tuple[str, dict[str, Any]]
-    index: dict[str, Any] | None = None
+    index_entries: dict[str, Any] | None = None
 
 
 VAE: dict[str, Any] = {

@@ -147,9 +147,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer.train_step.run(1)
         ended = time.perf_counter()
     updated = [bool(p.any()) for name, p in parameters.items() if "lora_B" in name]  # all were 0
-    result = {**result, "rss": peak_rss(), "layers_updated": f"{sum(updated)} of {len(updated)}"}
+    memory = {"rss": peak_rss(), "layers_updated": f"{sum(updated)} of {len(updated)}"}
     seconds = {"seconds_building": round(built - start, 1), "seconds_update": round(ended - began, 1)}
-    return {**vars(args), **result, **seconds}
+    return {**vars(args), **result, **memory, **seconds}
 
 
 def main() -> None:

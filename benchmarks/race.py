@@ -27,8 +27,9 @@ import itertools
 import logging
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ class Racer:
         print(", ".join(f"{name} {value}" for name, value in self.rows[-1].items()), flush=True)
 
 
+def next_update(trainer: Trainer, count: Iterator[int]) -> None:
+    """Run the next update of draftune's trainer."""
+    trainer.train_step.run(next(count))
+
+
 def racers(args: argparse.Namespace, seed: int) -> list[Racer]:
     """Set up the trainers of a seed."""
     from alignprop import alignprop, draftune  # needs TRL, which the report does not
@@ -102,14 +108,12 @@ def racers(args: argparse.Namespace, seed: int) -> list[Racer]:
             continue
         ours = draftune(args, load_model(args.model), seed=seed, **COMMON | settings)
         first = first or ours
-        count = itertools.count(1)
-        update = lambda ours=ours, count=count: ours.train_step.run(next(count))  # noqa: E731
-        made.append(Racer(name, update, ours.model, ours))
+        made.append(Racer(name, partial(next_update, ours, itertools.count(1)), ours.model, ours))
     assert first is not None
     for name in (TRL, TRL_RATE):
         minmax = (0, first.settings.num_inference_steps)
         theirs, model = alignprop(first, seed=seed, truncated_rand_backprop_minmax=minmax, **RACERS[name])
-        made.append(Racer(name, lambda theirs=theirs: theirs.step(0, 0), model, first))
+        made.append(Racer(name, partial(theirs.step, 0, 0), model, first))
     return made
 
 
@@ -159,10 +163,10 @@ def report(paths: list[Path], target: float) -> None:
         reached[name] = [time_to_target(part, target) for part in own]
     print(f"\nReward {target:g}, seeds {', '.join(seeds)}:\n")
     print("| trainer | seconds | relative to TRL | 95 % interval | names | reached by |\n|---|---|---|---|---|---|")
-    for name, own in reached.items():
-        share, cells = f"{sum(value is not None for value in own)} of {len(own)}", [""] * 4
-        if None not in own and None not in reached[TRL]:
-            times, names = np.array(own, float).T
+    for name, times_of in reached.items():
+        share, cells = f"{sum(value is not None for value in times_of)} of {len(times_of)}", [""] * 4
+        if None not in times_of and None not in reached[TRL]:
+            times, names = np.array(times_of, float).T
             logs = np.log(times / np.array(reached[TRL], float)[:, 0])
             spread = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
             middle, low, high = np.exp([logs.mean(), logs.mean() - spread, logs.mean() + spread])

@@ -48,8 +48,8 @@ def row(name: str, folder: Path) -> str:
         results.append([score(reward, *pair) for pair in pairs])
     plain, rounded = (torch.stack([value for value, _ in result]) for result in results)
     cosines = [torch.cosine_similarity(a[1], b[1], dim=0) for a, b in zip(*results, strict=True)]
-    error = float((plain - rounded).abs().max() / plain.std())
-    return f"| {name} | {sizes[1] / sizes[0]:.2f} | {plain.std():.3g} | {error:.1e} | {float(min(cosines)):.4f} |"
+    largest = float((plain - rounded).abs().max() / plain.std())
+    return f"| {name} | {sizes[1] / sizes[0]:.2f} | {plain.std():.3g} | {largest:.1e} | {float(min(cosines)):.4f} |"
 
 
 def main() -> None:

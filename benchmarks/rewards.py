@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -45,7 +46,7 @@ from overhead import seconds
 
 COUNT, SIZE = 8, 512
 WORDS = EMBEDDED["emoji_clip"]
-VIT_L_14 = {"projection_dim": 768}
+VIT_L_14: dict[str, Any] = {"projection_dim": 768}
 VIT_L_14 |= {
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 }

@@ -123,7 +123,7 @@ def print_similarity(name: str, model: DiffusionModel, small: Any) -> None:
         gradients.append(torch.cat(slopes).flatten(1))
     model.tiny_decoder = None
     difference = images[0] - images[1]
-    error, cosines = float(difference.square().mean()), cosine_similarity(*gradients)
+    error, cosines = float(difference.square().mean()), cosine_similarity(gradients[0], gradients[1])
     print(
         f"{name}, {EVAL_PREFIX} latents: mean error {float(difference.abs().mean()):.4f} of [0, 1], "
         f"PSNR {-10 * math.log10(error):.1f} dB, {1 - error / float(images[0].var()):.4f} of the variance explained; "
