@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from test_flow import brighter
 from test_gradients import batch_of
 from test_resume import cut_off_after, lora, train
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import draftune
 from draftune.cli.main import main
+from draftune.lora import check_sampler
 from draftune.methods import load_method
 from draftune.methods.leapalign import leap
 from draftune.models import DiffusionModel, load_model
@@ -120,3 +123,17 @@ def test_a_leap_has_no_fresh_noise() -> None:
     clean, noise = torch.full((1, 1, 2, 2), 2.0), torch.ones(1, 1, 2, 2)
     step = Step(0, 0.6, 0.8, 0.8, 0.6, noise_std=0.6, fresh_noise=torch.full_like(noise, 5.0))
     assert torch.allclose(leap(Prediction(clean, noise), step, 0.8, 0.6), 0.8 * clean + 0.6 * noise)
+
+
+def test_a_lora_of_another_sampler_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where a pipeline object with another scheduler was trained, and its base model is loaded again by its name."""
+    model = load_model(build_pipeline(tmp_path / "parts"))
+    for sampler, reported in (
+        ({}, False),
+        ({"timestep_spacing": "trailing"}, False),
+        ({"scheduler": "LCMScheduler"}, True),
+    ):
+        caplog.clear()
+        save_file({"x": torch.zeros(1)}, tmp_path / "lora.safetensors", {"sampler_options": json.dumps(sampler)})
+        check_sampler(model, tmp_path / "lora.safetensors")
+        assert ("LCMScheduler" in caplog.text) is reported

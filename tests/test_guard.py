@@ -199,9 +199,9 @@ def test_columns_without_evaluations_are_told(
 
 
 def test_a_held_out_reward_that_was_to_be_low() -> None:
-    """A penalty that falls is no warning; one that rises is."""
+    """A penalty that falls is no warning; one that rises is, whatever the criterion of the best LoRA."""
     for judged, said in (([0.9, 0.6, 0.3], None), ([0.3, 0.6, 0.9], "eval/judge 0.300 0 0.900")):
-        guard = EarlyStopping({"eval/judge": -0.5}, early_stopping_patience=0, reward="aesthetic")
+        guard = EarlyStopping({"aesthetic": 1.0}, 0, "aesthetic", {"eval/judge": -0.5})
         for row in told([1, 2, 3], judged):
             guard.update(row)
         warning = guard.warning()

@@ -42,7 +42,8 @@ from draftune.report.loopback import is_loopback
 from draftune.report.scores import score_table
 from draftune.report.serve import Server
 from draftune.report.settings_table import changed, command
-from draftune.report.summary import summary, sweep_note
+from draftune.report.summary import held_out_weights, summary, sweep_note
+from draftune.rewards import load_reward
 from draftune.settings import Settings
 from draftune.utils.tables import duration
 from helpers.errors import mentions, raises
@@ -540,3 +541,14 @@ def test_a_long_name_of_a_score_is_cut_in_the_terminal() -> None:
     lines = Comparison(evaluation, evaluation).table().splitlines()
     assert lines[0].startswith(f"{name[:39]}…  ")
     assert len({line.index("→") for line in lines}) == 1
+
+
+def test_weights_of_evaluation_rewards_have_the_names_of_their_columns(tmp_path: Path) -> None:
+    """The report only has the expression; training names the columns by the rewards' labels."""
+    (tmp_path / "mine.py").write_text("def bad(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    parts = ["saturation", "0.5*relative(emoji_clip, good='a', bad='b')", f"2*'{tmp_path}/mine.py:bad'"]
+    parts += ["sharpness_aware(saturation + 0.25*brightness, rho=0.1)", "jpeg_compressibility(quality=10)"]
+    text = " - ".join([*parts, "jpeg_compressibility(quality=90)"])
+    weights = held_out_weights(Settings(eval_rewards=text))
+    for name, (weight, _) in load_reward(text).named_terms.items():
+        assert weights[f"eval/{name}"] == weight

@@ -520,6 +520,9 @@ def test_training_without_the_optional_packages(
     assert main(command) == 0
     assert lora(tmp_path / "run")
     assert '"memory": "unknown"' in (tmp_path / "run" / "environment.json").read_text()
+    assert main(["sweep", str(tmp_path / "run"), "--scales", "0,1", "--eval-rewards", "saturation"]) == 0
+    assert (tmp_path / "run" / "sweep" / "sweep.json").exists()
+    assert not (tmp_path / "run" / "sweep" / "curve.png").exists()
 
 
 def test_a_missing_package_is_one_line(hidden: None, monkeypatch: pytest.MonkeyPatch) -> None:

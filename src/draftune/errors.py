@@ -56,7 +56,12 @@ def require(module: str, feature: str, extra: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DraftuneError(f"{feature} needs {package}: pip install 'draftune[{extra}]' ({error})") from error
+        raise DraftuneError(f"{feature} needs {package}: {pip_install(extra)} ({error})") from error
+
+
+def pip_install(extra: str) -> str:
+    """Return the commands that install an extra."""
+    return f"pip install 'draftune[{extra}]', in a clone pip install '.[{extra}]'"
 
 
 ALLOCATORS = (

@@ -16,6 +16,8 @@ from draftune.cli.common import (
     with_drawing,
     writing_to,
 )
+from draftune.errors import DraftuneError
+from draftune.utils.logging import logger
 from draftune.utils.model_options import ModelOptions
 from draftune.utils.paths import folder_output, user_path
 from draftune.utils.scales import parse_scales
@@ -69,7 +71,14 @@ def run(args: argparse.Namespace) -> None:
         result.write(output)
     prompts, each = len(yardstick.prompts), yardstick.num_images
     print(f"{prompts * each} images of {prompts} prompts at each scale, the same seeds\n{result.table()}")
-    print(f"\nimages  {output / 'sweep.png'}\ncurves  {output / 'curve.png'}\n\n{result.advice}")
+    print(f"\nimages  {output / 'sweep.png'}")
+    try:
+        with writing_to(output):
+            result.write_curves(output)
+        print(f"curves  {output / 'curve.png'}")
+    except DraftuneError as error:
+        logger.warning(str(error))  # the scores and the images are there
+    print(f"\n{result.advice}")
     if result.recommended:
         chosen = f"{shlex.quote(args.source)} --lora-scale {result.recommended:g}"
         print(f"  draftune sample {chosen} --prompt … --output …")

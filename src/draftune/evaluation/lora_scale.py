@@ -137,14 +137,12 @@ class ScaleSweep:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> None:
-        """Write sweep.png, curve.png, sweep.csv, sweep.json and a folder of images for each scale."""
+        """Write sweep.png, sweep.csv, sweep.json and a folder of images for each scale."""
         names = [scale_name(scale) for scale in self.scales]
         rows = [mark.evaluation.images for mark in self.marks]
         files = [save_images(images, folder / name) for name, images in zip(names, rows, strict=True)]
         captions = [mark.captions for mark in self.marks]
         save_image(grid(rows, names, self.prompts, captions), folder / "sweep.png")
-        with atomic_write(folder / "curve.png") as temporary:
-            save(self.figure(), str(temporary))
         columns, stderr = self.columns, self.stderr
         table = [
             {"scale": scale, "score": label, "value": columns[label][i], "stderr": stderr[label][i]}
@@ -157,6 +155,12 @@ class ScaleSweep:
         data |= {"prompts": self.prompts}
         images = [[f"{name}/{path.name}" for path in paths] for name, paths in zip(names, files, strict=True)]
         write_json(folder / "sweep.json", data | {"images": images})
+
+    def write_curves(self, folder: Path) -> None:
+        """Write curve.png. Raises DraftuneError if matplotlib is not installed."""
+        figure = self.figure()
+        with atomic_write(folder / "curve.png") as temporary:
+            save(figure, str(temporary))
 
     def figure(self) -> Figure:
         """Plot each score against the scale, ± 2 standard errors, with a vertical line at the recommended scale."""

@@ -16,10 +16,11 @@ from torch import nn
 from draftune.errors import DraftuneError
 from draftune.lora.deltas import LoRADelta, LoRADeltas, deltas_of_peft
 from draftune.lora.files import AdapterConfig, write_lora
-from draftune.lora.metadata import SAMPLER_METADATA, steps_metadata
+from draftune.lora.metadata import SAMPLER_METADATA, saved_sampler, steps_metadata
 from draftune.lora.names import canonical, in_network
 from draftune.lora.reader import read_for
 from draftune.lora.targets import ATTENTION, LoRATarget, used_targets
+from draftune.utils.logging import logger
 from draftune.utils.quiet import silence_libraries
 
 ADAPTER = "default"
@@ -208,6 +209,17 @@ def attached_deltas(model: LoRATarget, name: str = ADAPTER) -> dict[str, LoRADel
                 scale = module.lora_alpha[name] / module.r[name]
                 deltas[f"{part}.{canonical(part, layer)}"] = LoRADelta(down, up).scaled(scale)
     return deltas
+
+
+def check_sampler(model: LoRATarget, lora: Path) -> None:
+    """Warn if a LoRA was trained with another sampler than the model's, as with a pipeline that was changed since."""
+    saved = saved_sampler(lora)  # empty for flow models and for LoRAs of other tools
+    was, now = (sampler.get("scheduler", "DDIM") for sampler in (saved, model.sampler_metadata))
+    if saved and was != now:
+        logger.warning(
+            f"the LoRA {str(lora)!r} was trained with the sampler {was}, and {model.name!r} has {now}: if its pipeline "
+            "was changed after it was loaded, save that pipeline and give its folder (--model)"
+        )
 
 
 def freeze_lora(model: LoRATarget, source: Path | str, skip_text_encoder: bool = False) -> None:

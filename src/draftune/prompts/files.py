@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, pip_install
 
 TEXT_KEYS = ("prompt", "text", "caption")
 """Names of the column with the prompt's text, in any case; the first one that a file has is used."""
@@ -148,7 +148,7 @@ def read_parquet(path: Path) -> Rows:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DraftuneError(f"{str(path)!r} needs the package pyarrow: pip install 'draftune[data]'") from error
+        raise DraftuneError(f"{str(path)!r} needs the package pyarrow: {pip_install('data')}") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             types = pyarrow.types

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draftune.errors import DraftuneError, first_line
+from draftune.errors import DraftuneError, first_line, pip_install
 from draftune.prompts.files import Rows
 from draftune.utils.hub import fetch, why_not_fetched
 
@@ -62,7 +62,7 @@ def hub_rows(source: HubSource) -> Rows:
     try:
         import datasets
     except ImportError as error:
-        raise DraftuneError("prompts of a data set need the package datasets: pip install 'draftune[data]'") from error
+        raise DraftuneError(f"prompts of a data set need the package datasets: {pip_install('data')}") from error
     try:
         found: Any = datasets.load_dataset(source.repository, split=source.split or None)
     except Exception as error:

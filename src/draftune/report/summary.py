@@ -19,7 +19,7 @@ from draftune.evaluation.verdict import (
     two_errors,
     within,
 )
-from draftune.registry.expression import Call, parse
+from draftune.registry.expression import Call, Sum, parse, written_sum
 from draftune.settings import Settings
 from draftune.training.early_stopping import EarlyStopping
 from draftune.utils.tables import duration
@@ -106,8 +106,7 @@ def warning(settings: Settings, evaluations: Rows, reward: str | None) -> str | 
     """Return the over-optimization warning after the last evaluation, with the update of its first occurrence."""
     if reward is None:
         return None
-    weights = {key: weight for key, weight in held_out_weights(settings).items() if all(key in r for r in evaluations)}
-    guard, since, text = EarlyStopping(weights, 0, reward), None, None
+    guard, since, text = EarlyStopping({}, 0, reward, held_out_weights(settings)), None, None
     for row in evaluations:
         guard.update(row)
         text = guard.warning()
@@ -134,13 +133,24 @@ def sweep_note(sweep: Mapping[str, Any]) -> str:
 
 
 def held_out_weights(settings: Settings) -> dict[str, float]:
-    """Return the weights of the evaluation rewards by column, as far as the settings contain them."""
+    """Return the weights of the evaluation rewards by column, as far as the settings contain them.
+
+    A reward has the column of its label, or of its expression if another one has the same label.
+    """
     try:
         tree = parse(settings.eval_rewards or "")
     except DraftuneError:
         return {}  # rewards that were passed as Python objects
     terms = [(1.0, tree)] if isinstance(tree, Call) else tree.terms
-    return {f"{EVAL_PREFIX}{call.name}": weight for weight, call in terms}
+    return {f"{EVAL_PREFIX}{name}": weight for weight, call in terms for name in (label_of(call), str(call))}
+
+
+def label_of(tree: Call | Sum) -> str:
+    """Return the label of a reward's expression, as `draftune.rewards` builds it."""
+    if isinstance(tree, Sum):
+        return written_sum([(weight, label_of(call)) for weight, call in tree.terms], digits=4)
+    name = tree.name.rpartition(":")[2]
+    return name if tree.inner is None else f"{name}({label_of(tree.inner)})"
 
 
 def best_step(evaluations: Rows) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftune.errors import DraftuneError, unknown
-from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, lora_file, saved_steps
+from draftune.lora import FILE_NAME, SAMPLER_METADATA, LoRADeltas, check_sampler, lora_file, saved_steps
 from draftune.lora.comfyui import comfyui_names, has_loader
 from draftune.lora.metadata import steps_metadata
 from draftune.lora.names import in_network
@@ -221,6 +221,7 @@ def write_merged(lora: LoRADeltas, path: Path, target: Path, dtype: torch.dtype)
             f"--format merged can't write the quantized weights of {model.name!r}: use --format diffusers, or merge "
             "into the unquantized model (--model)"
         )
+    check_sampler(model, path)
     model.set_sampler_options(**sampler_options(path))
     merge(model, lora)
     save_pipeline(model, target, dtype)

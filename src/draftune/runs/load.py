@@ -15,6 +15,7 @@ from draftune.lora import (
     SAMPLER_METADATA,
     LoRADeltas,
     base_model,
+    check_sampler,
     load_lora,
     lora_file,
     open_safetensors,
@@ -274,6 +275,7 @@ def load_base_with_loras(loras: Mapping[str, LoRASource], device: str = "auto") 
     model, place = load_base(replace(first.settings, model=first.base, **first.options._asdict()), device)
     for name, tuned in loras.items():
         load_lora(model, tuned.lora, name, tuned.skip_text_encoder)
+        check_sampler(model, tuned.lora)
     # After loading the LoRAs, which are converted too.
     model.to(place, first.settings.mixed_precision)
     model.set_sampler_options(**first.grid)

@@ -19,9 +19,17 @@ class EarlyStopping:
         weights: Weights by column.
         early_stopping_patience: Evaluations without improvement after which the run should stop; 0 never stops it.
         reward: Column of the training reward, for the warning of over-optimization.
+        eval_weights: Weights of the evaluation rewards by column; a negative one means that low values are good.
     """
 
-    def __init__(self, weights: Mapping[str, float], early_stopping_patience: int, reward: str) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        early_stopping_patience: int,
+        reward: str,
+        eval_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.eval_weights = eval_weights or {}
         self.weights, self.early_stopping_patience, self.reward = weights, early_stopping_patience, reward
         self.rows: list[Row] = []
         self.best: Row | None = None
@@ -57,6 +65,15 @@ class EarlyStopping:
             and self.evals_since(self.best) >= self.early_stopping_patience
         )
 
+    @property
+    def reason(self) -> str:
+        """Return the message of a run that ends early."""
+        last, best = (int(row["step"]) for row in (self.rows[-1], self.best or self.rows[-1]))
+        return (
+            f"early stopping after update {last}: the best evaluation is that of update {best}; to continue, resume "
+            f"with more than --early-stopping-patience {self.early_stopping_patience}, or 0"
+        )
+
     def warning(self) -> str | None:
         """Return a warning of over-optimization, None if there is no sign of it.
 
@@ -69,8 +86,7 @@ class EarlyStopping:
             measured = [row for row in self.rows if known(row, key) and known(row, self.reward)]
             if not measured or measured[-1] is not now:
                 continue
-            # A negative weight means that low values are good.
-            sign = math.copysign(1.0, self.weights.get(key, 1.0))
+            sign = math.copysign(1.0, self.eval_weights.get(key, 1.0))
             top = max(measured, key=lambda row: sign * row[key])
             lower = all(changed(key, top, row) == -sign for row in measured[-2:])
             if lower and now[self.reward] > top[self.reward]:

@@ -33,19 +33,13 @@ from draftune.training.placement import release_model
 from draftune.training.rating import RunRating
 from draftune.training.result import Run
 from draftune.training.run_checks import RunChecks
-from draftune.training.setup import (
-    ModelLike,
-    PromptsLike,
-    RewardLike,
-    Value,
-    prepare,
-    with_normalized_reward,
-)
+from draftune.training.setup import ModelLike, PromptsLike, RewardLike, Value, prepare, with_normalized_reward
 from draftune.training.signals import graceful_interrupt
 from draftune.training.state import disk_bytes, load_train_state, train_state
 from draftune.training.step import TrainStep
 from draftune.training.trackers import Trackers, installed_trackers
 from draftune.training.validation import Validation
+from draftune.utils.logging import logger
 
 LOG_SECONDS = 30.0
 """Seconds between updates of the progress bar where it is written to a file."""
@@ -165,6 +159,8 @@ class Trainer:
             with graceful_interrupt() as stop_requested:
                 try:
                     self.loop(stop_requested)
+                    if self.validation.should_stop and self.processes.main:
+                        logger.info(self.validation.guard.reason)
                 finally:
                     if self.processes.main:
                         with self.train_step.averaged():
@@ -199,9 +195,9 @@ class Trainer:
             mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         )
         with bar:
-            while self.global_step < s.steps and not (
-                self.validation.should_stop or self.processes.any(self.should_stop)
-            ):
+            while self.global_step < s.steps and not self.validation.should_stop:
+                if self.processes.any(self.should_stop):
+                    break
                 self.rating.ask(self, stop_requested)
                 if self.should_stop:
                     break

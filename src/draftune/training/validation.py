@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftune.evaluation.criterion import DENOISER_MSE, PIXEL_L1, default_criterion
+from draftune.evaluation.criterion import DENOISER_MSE, EVAL_PREFIX, PIXEL_L1, default_criterion
 from draftune.evaluation.metrics import (
     RETAINED_PREFIX,
     Comparison,
@@ -193,10 +193,14 @@ class Validation:
         """Return early stopping, with the evaluations before the checkpoint that the run is resumed from."""
         context = self.context
         rule = default_criterion(context.settings.metric_for_best_model, context.eval_rewards)
+        label, judged = context.reward.label, context.eval_rewards
+        terms = judged.named_terms if judged is not None else {}
         guard = EarlyStopping(
-            rule or {context.reward.label: 1.0}, context.settings.early_stopping_patience, context.reward.label
+            rule or {label: 1.0},
+            context.settings.early_stopping_patience,
+            label,
+            {f"{EVAL_PREFIX}{name}": weight for name, (weight, _) in terms.items()},
         )
-        label = context.reward.label
         for row in context.folder.rows[EVALUATIONS]:
             if row["step"] <= context.folder.reward_since:
                 row = {name: value for name, value in row.items() if name != label}  # of another reward

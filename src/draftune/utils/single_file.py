@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from draftune.errors import DraftuneError
+from draftune.errors import DraftuneError, pip_install
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 GGUF = ".gguf"
@@ -128,7 +128,7 @@ def gguf_entries(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise DraftuneError(f"{str(path)!r} needs the package gguf: pip install 'draftune[gguf]'") from error
+        raise DraftuneError(f"{str(path)!r} needs the package gguf: {pip_install('gguf')}") from error
     for tensor in GGUFReader(path).tensors:
         yield tensor.name, tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name
 
