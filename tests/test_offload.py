@@ -145,3 +145,14 @@ def test_training(schnell: Path, tmp_path: Path, first: bool) -> None:
 def test_what_does_not_go_together(schnell: Path, tmp_path: Path, other: dict[str, str]) -> None:
     with pytest.raises(DraftuneError, match="offload"):
         Trainer(str(schnell), "brightness", prompts=["a cat"], offload=True, output=str(tmp_path / "run"), **other)
+
+
+def test_an_offloaded_denoiser_is_never_placed_as_a_whole(schnell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a second run on the same model, whose first call of `to` does not know of offloading."""
+    model, placed, offloaded = load_model(schnell), list[Any](), list[Any]()
+    monkeypatch.setattr(model, "place", lambda part, device: placed.append(device) if part is model.denoiser else None)
+    monkeypatch.setattr("draftune.models.base.offload_layers", lambda network, device: offloaded.append(device))
+    for offload in (True, False, True):
+        model.to("meta", offload=offload)
+    assert placed == ["cpu"] * 3
+    assert offloaded == [torch.device("meta")] * 3

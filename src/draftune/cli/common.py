@@ -211,7 +211,7 @@ def table_output(text: str | None, *read: str | None) -> Path | None:
         raise DraftuneError(f"--output must be a .csv or .json file, {text!r} is a folder")
     if output.suffix.lower() not in (".csv", ".json"):
         raise DraftuneError(f"--output must be a .csv or .json file, not {text!r}")
-    if output.exists() and any(path and user_path(path).exists() and output.samefile(path) for path in read):
+    if output.exists() and any(path and user_path(path).exists() and output.samefile(user_path(path)) for path in read):
         raise DraftuneError(f"--output {text!r} is an input of this command; give another file")
     check_writable(output)
     return output

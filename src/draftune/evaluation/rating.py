@@ -117,9 +117,13 @@ def restore_images(path: Path, device: str = "auto") -> str:
         model.set_size(known.get("height"), known.get("width"))
         sample = sampler(model, Settings(**asdict(settings) | known), [row.prompt for row in rows])
         for row in rows:
+            seeds = row.left_seed, row.right_seed
+            if not all(seed.isdecimal() for seed in seeds):
+                raise DraftuneError(f"{str(path)!r} has the seeds {seeds} of {row.left_image!r}: both must be numbers")
             images = sample(row.prompt, (int(row.left_seed), int(row.right_seed)))
             for file, image in zip((row.left_image, row.right_image), images, strict=True):
                 stored(image, image_path(path, file))
+        del model, sample  # before the next one is loaded
     missing = missing_images(path, comparisons)
     advice = f"; {len(missing)} cannot be sampled again, such as {missing[0]!r}" if missing else ""
     return f"{path}  {sum(map(len, groups.values()))} pairs sampled again{advice}"

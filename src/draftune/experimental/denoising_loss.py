@@ -13,6 +13,7 @@ from draftune.lora import add_lora, lora_parameters
 from draftune.models import DiffusionModel
 from draftune.sampling.sampler import Denoiser
 from draftune.sampling.schedule import Prediction, Schedule
+from draftune.utils.devices import fork_rng
 
 LEVELS = 4
 """Random sampling steps at which one optimizer step evaluates the loss; more levels lower its variance."""
@@ -69,7 +70,7 @@ def fresh_lora(model: DiffusionModel, schedule: Schedule, learning_rate: float) 
     Raises:
         DraftuneError: The model already has a LoRA.
     """
-    with torch.random.fork_rng():
+    with fork_rng():
         torch.manual_seed(0)
         add_lora(model, rank=8)
     return DenoisingTrainer(lora_parameters(model).values(), schedule, learning_rate, torch.Generator().manual_seed(0))

@@ -21,6 +21,7 @@ from draftune.sampling.sampler import Denoiser, ddim_step
 from draftune.sampling.schedule import Prediction, Step
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler, sampled_first
+from draftune.utils.devices import fork_rng
 from draftune.utils.logging import logger
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.paths import user_path
@@ -130,7 +131,7 @@ def distill_lora(
     # add_lora omits layers whose output the model does not use.
     unused = {f"{loaded.lora_prefix}.{name}" for name in loaded.unused_layers()}
     deltas.layers = {name: layer for name, layer in deltas.layers.items() if name not in unused} or deltas.layers
-    with torch.random.fork_rng():
+    with fork_rng():
         torch.manual_seed(seed)
         # The new LoRA is the active one; the model's base denoiser has the source's, under the name FROZEN_ADAPTER.
         add_lora(loaded, rank, targets=list(deltas.of_part(loaded.lora_prefix)))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from draftune.utils.devices import fork_rng
+
 
 def value_loss(expected: Tensor, scores: Tensor) -> Tensor:
     """Return sum over s of mean over b of (expected[b, s] - scores[b])^2, for expected [B, S] and scores [B]."""
@@ -28,7 +30,7 @@ class OnlineModule(nn.Module):
 
     def __init__(self, network: Callable[[], nn.Module], learning_rate: float, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with fork_rng():
             torch.manual_seed(seed)
             self.network = network()
         # Adam's running means of gradients and squared gradients, with the names and shapes of the weights.

@@ -27,6 +27,7 @@ from draftune.runs.load import check_same_steps, load_base, load_base_with_loras
 from draftune.runs.merge import check_weights
 from draftune.settings import Settings
 from draftune.training.data import PromptSampler, sampled_first
+from draftune.utils.devices import fork_rng
 from draftune.utils.model_options import NO_OPTIONS, ModelOptions
 from draftune.utils.tables import write_csv, write_json
 
@@ -304,7 +305,7 @@ class WeightEvaluator:
         guidance = values.get(GUIDANCE, s.guidance_scale)
         images = self.model.sample_tensors(prompts, seeds, self.schedule, guidance, s.negative_prompt)
         self.queries += len(images)
-        with torch.random.fork_rng():
+        with fork_rng():
             # The same random numbers at every point, for a reward that samples some.
             torch.manual_seed(seeds[0])
             return score_batches(self.reward, images, prompts, self.model.device)[0]

@@ -116,13 +116,14 @@ class DiffusionModel(Family):
 
         If `embeddings` is set, the text encoders stay where they are: they are moved only to encode prompts. Quantized
         weights keep their precision. With `offload`, the denoiser's weights stay in main memory, and each layer is
-        moved to the device for its calls. This can't be undone.
+        moved to the device for its calls. This can't be undone: later calls offload them too.
         """
         self.autocast_dtype = DTYPES[precision]
+        offload = offload or self.onload_device is not None
         for part in self.all_modules:
             if self.embeddings is None or not self.embeddings.holds(part):
                 self.place(part, "cpu" if offload and part is self.denoiser else device)
-        if offload and self.onload_device is None:
+        if offload:
             self.onload_device = torch.device(device)
             offload_layers(self.denoiser, self.onload_device)
         return self
@@ -228,7 +229,9 @@ class DiffusionModel(Family):
         decode, small = self._decode, self.tiny_decoder
         if with_gradient and small is not None:
             decode = partial(decode_vae, small, mean=small.config.shift_factor)
-        with self.autocast():
+        # Without autocast, as in diffusers' pipelines: a decoder runs in the precision of its weights. On CUDA,
+        # autocast would keep a float32 copy of the input of each normalization layer for the backward pass.
+        with torch.autocast(self.device.type, enabled=False):
             images = decode(latents) if with_gradient else torch.cat([decode(latent) for latent in latents.split(1)])
         return clamp_unit(images.to(self.dtype), self.pixel_clamp)
 

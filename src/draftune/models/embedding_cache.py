@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,8 @@ class EmbeddingCache:
             if metadata["sha256"] != tensors_digest(tensors):
                 raise ValueError("its checksum is wrong")
             row = built(json.loads(metadata["structure"]), tensors, self.family)
-            os.utime(path)
+            with suppress(OSError):
+                os.utime(path)  # a cache that may only be read serves too
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             logger.warning(f"the prompt embedding {str(path)!r} is damaged and will be made again: {error}")
             return []

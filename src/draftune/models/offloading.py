@@ -32,7 +32,10 @@ def offload_layers(network: nn.Module, device: torch.device) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if isinstance(module, OffloadedLinear) and name == "weight":
-                    module.weight = nn.Parameter(module.weight.data.to(main_memory()), requires_grad=False)
+                    weight = module.weight.data.to(main_memory())
+                    # From page-locked memory, a copy to a GPU does not make the CPU wait.
+                    weight = weight.pin_memory() if device.type == "cuda" else weight
+                    module.weight = nn.Parameter(weight, requires_grad=False)
                 elif tensor is not None:
                     tensor.data = tensor.data.to(device)
 

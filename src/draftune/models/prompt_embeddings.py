@@ -145,17 +145,24 @@ class PromptEmbeddings:
             missing = [item for item in missing if item not in rows]
         if not missing:
             return rows
-        try:
-            self.encode(missing, device)
-        except RuntimeError as error:
-            if device.type == "cpu" or not out_of_memory(error):
-                raise
+        if not self.encode_if_they_fit(missing, device):
+            # Not where the error is handled, since its traceback holds the text encoders.
             logger.warning(f"the text encoders do not fit into the memory of {device}: they run on the CPU")
             self.encode([item for item in missing if item not in rows], torch.device("cpu"))
         self.rounds += 1
         if cache is not None and not self.is_fake:
             cache.write((item, rows[item]) for item in missing)
         return rows
+
+    def encode_if_they_fit(self, items: Sequence[tuple[str, str]], device: torch.device) -> bool:
+        """Encode prompts. Return False if a device other than the CPU has no room for the text encoders."""
+        try:
+            self.encode(items, device)
+        except RuntimeError as error:
+            if device.type == "cpu" or not out_of_memory(error):
+                raise
+            return False
+        return True
 
     def encode(self, items: Sequence[tuple[str, str]], device: torch.device) -> None:
         """Encode prompts one after the other, the first one together with the negative prompt if that is missing."""

@@ -161,5 +161,5 @@ class Sana(DiffusionModel):
         vae, recomputed = self.pipeline.vae, torch.is_grad_enabled() and self.checkpointing != "none"
         # diffusers has no gradient checkpointing for this autoencoder.
         blocks = [block for level in vae.decoder.up_blocks for block in level] if recomputed else []
-        with torch.autocast(self.device.type, enabled=False), checkpointed(blocks):
+        with checkpointed(blocks):
             return decode_vae(vae, latents)

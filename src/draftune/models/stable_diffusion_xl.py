@@ -71,7 +71,8 @@ class StableDiffusionXL(StableDiffusion):
         text, pooled = condition
         size = [side * self.pixels_per_latent for side in self.latent_size]
         # In pixels: height and width of the original, top and left of the crop, height and width of the image.
-        sizes = torch.tensor([[*size, 0, 0, *size]], device=text.device, dtype=text.dtype).expand(len(text), -1)
+        # Made on the device: a copy from main memory would wait for all calls before it.
+        sizes = torch.stack([text.new_full((), side) for side in (*size, 0, 0, *size)]).expand(len(text), -1)
         added = {"text_embeds": pooled, "time_ids": sizes}
         return self.call_unet(x, timestep, text, guidance_scale, added_cond_kwargs=added)
 
@@ -82,6 +83,4 @@ class StableDiffusionXL(StableDiffusion):
             std, mean = latents.new_ones(()), latents.new_zeros(())
         else:
             std, mean = (latents.new_tensor(moment).view(1, -1, 1, 1) for moment in moments)
-        # Without autocast: the autoencoder runs in the precision of its weights (see `dtype_of`).
-        with torch.autocast(self.device.type, enabled=False):
-            return decode_vae(self.pipeline.vae, latents, std, mean)
+        return decode_vae(self.pipeline.vae, latents, std, mean)

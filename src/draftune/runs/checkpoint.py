@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draftune.errors import DraftuneError, first_line
+from draftune.utils.devices import cuda_devices
 from draftune.utils.processes import is_peer_failure
 from draftune.utils.tensors import save_tensors
 
@@ -187,7 +188,7 @@ def random_state() -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the states of the global random generators of Python, NumPy and torch."""
     kind, keys, *rest = np.random.get_state()
     tensors = {"random/torch": torch.get_rng_state()}
-    for i in range(count := torch.cuda.device_count()):
+    for i in range(count := cuda_devices()):
         # Numbered from this process's device on, so that a single process with another device can resume the run.
         tensors[f"random/cuda-{i}"] = torch.cuda.get_rng_state((torch.cuda.current_device() + i) % count)
     return {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}, tensors
@@ -200,7 +201,7 @@ def load_random_state(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(tensors["random/torch"])
-    for i in range(count := torch.cuda.device_count()):
+    for i in range(count := cuda_devices()):
         if f"random/cuda-{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"random/cuda-{i}"], (torch.cuda.current_device() + i) % count)
 

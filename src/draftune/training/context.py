@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from draftune.methods import Method
@@ -103,4 +104,8 @@ class TrainContext:
             s.batch_size // processes.count,
             progress=processes.main,
         )
-        return processes.gather(images)[: len(prompts)]
+        if processes.count == 1:
+            return images
+        # One by one, since all images may not fit on a device: they are in main memory.
+        rows = [processes.gather(image[None]) for image in images]
+        return torch.stack(rows, 1).flatten(0, 1)[: len(prompts)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from draftune.errors import DraftuneError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 """Environment variable that sets accelerate's device in a run of one process."""
+TIMEOUT = timedelta(hours=1)
+"""How long a process waits for the others in a collective operation."""
 
 
 def accelerator(settings: Settings) -> Accelerator:
@@ -26,7 +29,12 @@ def accelerator(settings: Settings) -> Accelerator:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin, disable_fsdp_ram_efficient_loading, patch_environment
+    from accelerate.utils import (
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        disable_fsdp_ram_efficient_loading,
+        patch_environment,
+    )
 
     from draftune.utils.devices import default_device
 
@@ -49,6 +57,8 @@ def accelerator(settings: Settings) -> Accelerator:
                 mixed_precision=settings.mixed_precision,
                 # TrainStep divides the losses itself: accelerate must not do it again, whatever its launcher was given.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                # The others wait while one process reads or downloads a model: NCCL's default is ten minutes.
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
             )
     except ValueError as error:
         raise DraftuneError(f"mixed_precision={settings.mixed_precision} does not work here: {error}") from error

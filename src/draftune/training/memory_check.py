@@ -183,7 +183,8 @@ def measured(settings: Settings, change: dict[str, Any]) -> MemoryTrial:
 def filled(trial: MemoryTrial, trainer: Trainer) -> MemoryTrial:
     """Fill in a trial's measurements."""
     c, s, device = trainer.context, trainer.settings, trainer.context.accelerator.device
-    trial.held = network_bytes(trainer)
+    ema = trainer.train_step.ema
+    trial.held = network_bytes(trainer) + sum(average.nbytes for average in (ema.shadow_params if ema else ()))
     trainer.train_step.folder = None
     trainer.checks.check_rewards(trainer.validation.shown)
     # The optimizer's state exists from the second update on.

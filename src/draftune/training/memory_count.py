@@ -54,6 +54,8 @@ def count_run(settings: Settings) -> MemoryCount:
     """
     with without_weights() as mode:
         plain: dict[str, Any] = {"compile": False, "prefix_compile": False, "prefix_cache": ""}
+        if settings.mixed_precision == "fp16":
+            plain["mixed_precision"] = "bf16"  # of the same size; a CPU does not train in fp16
         trainer = Trainer(settings=replace(settings, device="cpu", **plain))
         return count(trainer, mode)
 

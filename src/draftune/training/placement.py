@@ -11,6 +11,7 @@ from draftune.lora import add_lora
 from draftune.models.prompt_embeddings import PromptEmbeddings, text_encoders
 from draftune.rewards.precision import load_in_precision
 from draftune.training.context import TrainContext
+from draftune.utils.devices import fork_rng
 from draftune.utils.logging import logger
 from draftune.utils.weightless import fake_mode
 
@@ -42,7 +43,7 @@ def to_device(context: TrainContext, sharded: bool) -> None:
             load_in_precision(reward, s.reward_precision)
             reward.to(device)
             reward.set_chunk_size(s.reward_batch_size)
-    with torch.random.fork_rng(), fake_mode() or nullcontext():
+    with fork_rng(), fake_mode() or nullcontext():
         torch.manual_seed(s.seed)
         add_lora(model, s.lora_rank, s.lora_alpha, s.lora_target_modules.split(","))
         for module in model.denoiser.modules():

@@ -32,4 +32,4 @@ class ConvertedLinear(torch.autograd.Function):
 
 def moved(weight: Tensor, x: Tensor) -> Tensor:
     """Return a weight on the device and in the precision of x."""
-    return weight.to(x)
+    return weight.to(x.device, non_blocking=True).to(x.dtype)  # converted by the device

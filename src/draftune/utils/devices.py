@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -18,13 +20,23 @@ def default_device(device: str = "auto") -> torch.device:
     Raises:
         DraftuneError: this machine has no such device.
     """
-    count, mps = torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available()
+    count, mps = cuda_devices(), torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if count else "mps" if mps else "cpu")
     chosen = torch.device(device)
     if {"cuda": (chosen.index or 0) < count, "mps": mps}.get(chosen.type, True):
         return chosen
     raise DraftuneError(f"device={device} is not available (CUDA devices: {count}, MPS: {mps}); use auto or cpu")
+
+
+def cuda_devices() -> int:
+    """Return the number of usable CUDA (or ROCm) GPUs: torch also counts GPUs whose driver is too old for it."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def fork_rng() -> AbstractContextManager[None]:
+    """Restore torch's random generators of the CPU and all GPUs after the block."""
+    return torch.random.fork_rng(list(range(cuda_devices())))
 
 
 def layout_of(network: nn.Module) -> torch.memory_format:

@@ -28,7 +28,8 @@ def user_path(path: str | Path) -> Path:
 
 def check_writable(path: Path) -> None:
     """Raise DraftuneError if a path cannot be written; called before long work starts."""
-    existing = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+    ends = path.absolute()
+    existing = next(folder for folder in (*ends.parents, ends) if folder.exists() or folder.is_symlink())
     if not existing.is_dir():
         raise DraftuneError(f"cannot write to {str(path)!r}: {str(existing)!r} is not a folder")
     if not os.access(path if path.is_dir() else existing, os.W_OK):
