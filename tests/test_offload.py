@@ -147,6 +147,15 @@ def test_what_does_not_go_together(schnell: Path, tmp_path: Path, other: dict[st
         Trainer(str(schnell), "brightness", prompts=["a cat"], offload=True, output=str(tmp_path / "run"), **other)
 
 
+def test_a_lora_is_not_offloaded(schnell: Path) -> None:
+    """As where `to` is called once more on a model that was offloaded and trained."""
+    model = load_model(schnell).to(CPU, offload=True)
+    trained = add_random_lora(model)
+    model.to(CPU)
+    assert len(lora_parameters(model)) == len(trained)
+    assert any(isinstance(module, OffloadedLinear) for module in model.denoiser.modules())
+
+
 def test_an_offloaded_denoiser_is_never_placed_as_a_whole(schnell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a second run on the same model, whose first call of `to` does not know of offloading."""
     model, placed, offloaded = load_model(schnell), list[Any](), list[Any]()

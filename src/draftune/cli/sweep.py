@@ -72,12 +72,12 @@ def run(args: argparse.Namespace) -> None:
     prompts, each = len(yardstick.prompts), yardstick.num_images
     print(f"{prompts * each} images of {prompts} prompts at each scale, the same seeds\n{result.table()}")
     print(f"\nimages  {output / 'sweep.png'}")
-    try:
-        with writing_to(output):
+    with writing_to(output):
+        try:
             result.write_curves(output)
-        print(f"curves  {output / 'curve.png'}")
-    except DraftuneError as error:
-        logger.warning(str(error))  # the scores and the images are there
+            print(f"curves  {output / 'curve.png'}")
+        except DraftuneError as error:
+            logger.warning(str(error))  # without matplotlib, the scores and the images are there
     print(f"\n{result.advice}")
     if result.recommended:
         chosen = f"{shlex.quote(args.source)} --lora-scale {result.recommended:g}"

@@ -17,7 +17,7 @@ def offload_layers(network: nn.Module, device: torch.device) -> None:
     diffusers' group offloading, save less: autograd holds the copy on the device until the backward pass.
 
     Args:
-        network: A frozen network on the CPU.
+        network: A network on the CPU. Its trainable layers, of a LoRA, move to the device.
         device: Where its layers compute.
 
     Raises:
@@ -27,7 +27,7 @@ def offload_layers(network: nn.Module, device: torch.device) -> None:
         raise DraftuneError("offload has no use on MPS, which computes in main memory: leave it out")
     for module in network.modules():
         # Subclasses may use their weight in other ways, so it moves to the device.
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and not module.weight.requires_grad:
             module.__class__ = OffloadedLinear
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
